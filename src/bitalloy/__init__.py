@@ -1,0 +1,71 @@
+"""bitalloy: the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.
+
+model = bitalloy.load("model.onnx")
+data = bitalloy.open_data(model, "images/")
+analysis = bitalloy.analyze(model, data)
+planned = bitalloy.plan(analysis, bitalloy.Budget(latency_ratio=0.7))
+verified = bitalloy.verify(analysis, planned)
+print(verified.summary.headline)
+"""
+
+from bitalloy.errors import (
+    BitalloyError,
+    BudgetError,
+    DataError,
+    MissingExtraError,
+    ModelError,
+    RunDirectoryError,
+    UnsupportedOpError,
+)
+from bitalloy.pipeline import (
+    Analysis,
+    Planned,
+    Verified,
+    Workspace,
+    analyze,
+    apply,
+    load,
+    measure_cost,
+    open_data,
+    plan,
+    publish,
+    run,
+    verify,
+)
+from bitalloy.pipeline import render as report
+from bitalloy.records import Budget, Precision, Settings, Summary
+from bitalloy.store import RunDirectory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # stages
+    "load",
+    "open_data",
+    "analyze",
+    "measure_cost",
+    "plan",
+    "apply",
+    "verify",
+    "report",
+    "publish",
+    "run",
+    # what they take and give
+    "Analysis",
+    "Budget",
+    "Planned",
+    "Precision",
+    "RunDirectory",
+    "Settings",
+    "Summary",
+    "Verified",
+    "Workspace",
+    # errors
+    "BitalloyError",
+    "BudgetError",
+    "DataError",
+    "MissingExtraError",
+    "ModelError",
+    "RunDirectoryError",
+    "UnsupportedOpError",
+]

@@ -1,0 +1,5 @@
+"""`python -m bitalloy`."""
+
+from bitalloy.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""Write ONNX nodes one call at a time, with constants shared and repeated expressions computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.graph import static_shape
+
+SHARED_ELEMENTS = 4096
+COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+AttributeValue = int | float | str | Sequence[int] | Sequence[float]
+
+
+class Builder:
+    """Appends nodes to one graph.
+
+    Args:
+        graph: the graph to write to; its opset decides which operator versions `op` may use.
+        prefix: start of the names of all values that this builder makes.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph = graph
+        self._prefix = prefix
+        self._count = 0
+        self._expressions: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        shape: Sequence[int] | None = None,
+        **attributes: AttributeValue,
+    ) -> ir.Value:
+        """Append a node with one output; `shape` is recorded where it is static."""
+        return self.op_multi(op_type, *inputs, outputs=1, shape=shape, **attributes)[0]
+
+    def op_multi(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        shape: Sequence[int] | None = None,
+        **attributes: AttributeValue,
+    ) -> tuple[ir.Value, ...]:
+        """Append a node with several outputs. The same call twice returns the same values."""
+        key = (
+            op_type,
+            tuple(id(v) for v in inputs),
+            outputs,
+            tuple(sorted((k, _hashable(a)) for k, a in attributes.items())),
+        )
+        if key not in self._expressions:
+            values: Mapping[str, AttributeValue] = attributes
+            node = ir.node(
+                op_type, list(inputs), attributes=dict(values), num_outputs=outputs, name=self._name(op_type)
+            )
+            for value in node.outputs:
+                value.name = self._name(op_type)
+                value.type = _result_type(op_type, inputs, attributes)
+            if shape is not None:
+                node.outputs[0].shape = ir.Shape(tuple(int(d) for d in shape))
+            self.graph.append(node)
+            self._expressions[key] = tuple(node.outputs)
+        return self._expressions[key]
+
+    def const(self, array: np.ndarray | Sequence[int] | float) -> ir.Value:
+        """An initializer; lists become int64 and floats float32. Small equal arrays share one initializer."""
+        kind = np.float32 if isinstance(array, float) else np.int64
+        data = np.asarray(array, dtype=None if isinstance(array, np.ndarray) else kind)
+        data = np.ascontiguousarray(data) if data.ndim else data
+        if data.size > SHARED_ELEMENTS:
+            return self._initializer(data)
+        key = (data.dtype.str, data.shape, data.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._initializer(data)
+        return self._constants[key]
+
+    def _initializer(self, data: np.ndarray) -> ir.Value:
+        name = self._name("const")
+        value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=ir.tensor(data, name=name))
+        value.type = ir.TensorType(ir.DataType.from_numpy(data.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Elementwise product, with the broadcast shape recorded."""
+        return self.op("Mul", a, b, shape=_broadcast(a, b))
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Elementwise sum, with the broadcast shape recorded."""
+        return self.op("Add", a, b, shape=_broadcast(a, b))
+
+    def like(self, op_type: str, x: ir.Value, *rest: ir.Value | None, **attributes: AttributeValue) -> ir.Value:
+        """Append a node whose result has the shape of `x`."""
+        return self.op(op_type, x, *rest, shape=static_shape(x), **attributes)
+
+    def flat(self, x: ir.Value) -> ir.Value:
+        """`x` as one row, (1, n)."""
+        return self.op("Reshape", x, self.const([1, -1]), shape=(1, int(np.prod(static_shape(x)))))
+
+    def _name(self, hint: str) -> str:
+        self._count += 1
+        return f"{self._prefix}{self._count}_{hint}"
+
+
+def _result_type(
+    op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, AttributeValue]
+) -> ir.TypeProtocol | None:
+    if op_type == "Shape":
+        return ir.TensorType(ir.DataType.INT64)
+    if op_type in COMPARISONS:
+        return ir.TensorType(ir.DataType.BOOL)
+    if op_type == "Cast":
+        return ir.TensorType(ir.DataType(attributes["to"]))  # type: ignore[arg-type]
+    if op_type == "QuantizeLinear":
+        return inputs[2].type if inputs[2] is not None else None
+    source = inputs[1] if op_type in ("Where", "DequantizeLinear") else inputs[0]
+    return source.type if source is not None else None
+
+
+def _broadcast(a: ir.Value, b: ir.Value) -> tuple[int, ...] | None:
+    if a.shape is None or b.shape is None:
+        return None
+    return tuple(np.broadcast_shapes(static_shape(a), static_shape(b)))
+
+
+def _hashable(value: AttributeValue) -> object:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,393 @@
+"""Build the reverse pass of a graph as a second ONNX graph.
+
+Two graphs come out. The *primal* graph is the network plus everything that the reverse pass needs and
+that depends on the sample alone: local derivatives, and the local error of every rounding. The *reverse*
+graph of one head is linear in the cotangent: it carries it back through the network and multiplies it
+with the errors where they arise, so that only one number per tap leaves the session.
+
+A cotangent travels as `base * diagonal`: the base lives in the reverse graph, the diagonal (a product
+of elementwise derivatives) in the primal one. Chains of elementwise operators therefore cost the
+reverse pass nothing but one product at the next operator that mixes elements, and all sums over
+branches of such a chain (x * sigmoid(x)) are taken once per sample instead of once per probe.
+
+Every value of the reverse graph has a leading axis of probes, so several cotangents can go back at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.adjoint.builder import Builder
+from bitalloy.errors import UnsupportedOpError
+from bitalloy.graph import Graph, constant, is_float, name_of, static_shape
+from bitalloy.records import Edge
+
+REVERSE_OPSET = 17
+NO_GRADIENT = frozenset({
+    "And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual",
+    "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape", "Sign",
+    "Size", "Xor",
+})  # fmt: skip
+"""Operators whose result is piecewise constant in their inputs: nothing flows back through them."""
+SEVERAL_OUTPUTS = frozenset({"Split"})
+FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Cotangent:
+    """The gradient of one tensor for every probe: `base * diagonal`, on `window` of the tensor only.
+
+    `base` is (P, *shape of the window); `diagonal` broadcasts to the window's shape, None means ones.
+    `window` is (axis, start, stop); outside it the gradient is zero. None means the whole tensor.
+    """
+
+    base: ir.Value
+    diagonal: ir.Value | None = None
+    window: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A local error whose effect on the heads is asked for.
+
+    `edge` names where the error is added: into one consumer of a tensor; an edge with an empty node adds
+    it to the tensor itself, ahead of all consumers. `error` writes the error, of the tensor's shape,
+    into the primal graph.
+    """
+
+    id: str
+    edge: Edge
+    error: Callable[[Builder, Mapping[str, ir.Value]], ir.Value]
+
+
+@dataclass(frozen=True)
+class ReverseGraph:
+    """The reverse pass of one head."""
+
+    head: str
+    cotangent: str
+    """Name of the input (P, *shape of the head's tensor)."""
+    shape: tuple[int, ...]
+    residuals: tuple[str, ...]
+    """Outputs of the primal graph that are inputs here."""
+    taps: tuple[str, ...]
+    """Tap ids in the order of the output's columns; taps that cannot reach the head are left out."""
+    model: bytes
+    output: str
+    """Name of the output (P, taps): the inner products of cotangent and error."""
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """A primal graph and one reverse graph per head."""
+
+    primal: bytes
+    energies: tuple[str, ...]
+    """Primal outputs, scalars: sum of squares of each head's tensor, in the order of the heads."""
+    heads: tuple[ReverseGraph, ...]
+
+
+class Context:
+    """What a rule sees: both builders and the bookkeeping of residuals."""
+
+    def __init__(self, primal: Builder, reverse: Builder, wanted: set[ir.Value], probes: ir.Value) -> None:
+        self.p = primal
+        self.r = reverse
+        self.probes = probes
+        """(1,) int64 in the reverse graph: the number of probes."""
+        self.opset = int(primal.graph.opset_imports[""])
+        """Of the network: the meaning of some operators depends on it."""
+        self._wanted = wanted
+        self.residuals: dict[ir.Value, ir.Value] = {}
+
+    def wants(self, value: ir.Value | None) -> bool:
+        """Whether the gradient of this input is needed at all."""
+        return value in self._wanted
+
+    def residual(self, value: ir.Value) -> ir.Value:
+        """Bring a primal value into the reverse graph: constants by copy, others through the session border."""
+        if value not in self.residuals:
+            array = constant(value)
+            if array is not None:
+                self.residuals[value] = self.r.const(array)
+            else:
+                copy = ir.Value(name=value.name, shape=value.shape, type=value.type)
+                self.r.graph.inputs.append(copy)
+                self.residuals[value] = copy
+        return self.residuals[value]
+
+    def scaled(self, cot: Cotangent, factor: ir.Value) -> Cotangent:
+        """Multiply by an elementwise factor of the primal graph, at no cost in the reverse graph."""
+        return replace(cot, diagonal=factor if cot.diagonal is None else self.p.mul(cot.diagonal, factor))
+
+    def dense(self, cot: Cotangent) -> ir.Value:
+        """The gradient as one reverse value (P, *shape of the window)."""
+        if cot.diagonal is None:
+            return cot.base
+        return self.r.op("Mul", cot.base, self.residual(cot.diagonal))
+
+    def whole(self, cot: Cotangent, value: ir.Value) -> Cotangent:
+        """The same gradient of `value` without a window: zeros fill what lies outside."""
+        if cot.window is None:
+            return cot
+        axis, start, stop = cot.window
+        shape = static_shape(value)
+        before, after = [0] * (len(shape) + 1), [0] * (len(shape) + 1)
+        before[axis + 1], after[axis + 1] = start, shape[axis] - stop
+        return Cotangent(self.r.op("Pad", self.dense(cot), self.r.const(before + after)))
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """View as (P, *shape)."""
+        return self.r.op("Reshape", value, self.r.const([-1, *shape]))
+
+    def zeros(self, shape: Sequence[int]) -> ir.Value:
+        """Zeros (P, *shape)."""
+        full = self.r.op("Concat", self.probes, self.r.const(list(shape)), axis=0) if shape else self.probes
+        return self.r.op("Expand", self.r.const(np.zeros((), np.float32)), full)
+
+    def unbroadcast(self, value: ir.Value, shape: tuple[int, ...], to: tuple[int, ...]) -> ir.Value:
+        """Sum a reverse value (P, *shape) over the axes along which `to` was broadcast to `shape`."""
+        if shape == to:
+            return value
+        lead = len(shape) - len(to)
+        axes = [i + 1 for i in range(len(shape)) if i < lead or (to[i - lead] == 1 and shape[i] > 1)]
+        if axes:
+            value = self.r.op("ReduceSum", value, self.r.const(axes), keepdims=1)
+        return self.reshape(value, to) if lead else value
+
+
+Rule = Callable[[Context, ir.Node, Sequence[Cotangent | None]], Sequence[Cotangent | None]]
+"""Maps the gradients of a node's outputs to those of its inputs; None where there is none or none is wanted."""
+
+
+def build(
+    graph: Graph,
+    heads: Mapping[str, str],
+    taps: Sequence[Tap],
+    rules: Mapping[str, Rule],
+    *,
+    stops: frozenset[str] = frozenset(),
+) -> Adjoint:
+    """Write the primal graph and a reverse graph for every head.
+
+    Args:
+        graph: the network in normal form.
+        heads: head name -> tensor from which it is read.
+        taps: the local errors to be carried to the heads.
+        rules: operator -> rule.
+        stops: node names through which no gradient flows; what lies before them is not measured.
+
+    Raises:
+        UnsupportedOpError: an operator between a tap and a head has no rule, or not for what it is asked.
+    """
+    model = graph.clone()
+    nodes = list(model.graph)
+    values: dict[str, ir.Value] = {str(v.name): v for v in [*model.graph.inputs, *model.graph.initializers.values()]}
+    values.update({str(v.name): v for n in nodes for v in n.outputs})
+    prefix = "adjoint/"
+    while any(name.startswith(prefix) for name in values):
+        prefix = f"_{prefix}"
+    primal = Builder(model.graph, f"{prefix}p/")
+    errors = {tap.id: tap.error(primal, values) for tap in taps}
+    wanted = _wanted(nodes, values, taps, stops)
+    energies = [
+        primal.op("ReduceSumSquare", primal.flat(values[tensor]), keepdims=0, shape=()) for tensor in heads.values()
+    ]
+    reverses = []
+    exported = dict.fromkeys(energies)
+    for head, tensor in heads.items():
+        reverse, context = _reverse(
+            nodes, values, head, values[tensor], taps, errors, wanted, primal, rules, stops, prefix
+        )
+        reverses.append(reverse)
+        exported.update(dict.fromkeys(v for v in context.residuals if constant(v) is None))
+    del model.graph.outputs[:]
+    model.graph.outputs.extend(exported)
+    _drop_unused(model)
+    return Adjoint(_serialize(model), tuple(str(e.name) for e in energies), tuple(reverses))
+
+
+def _wanted(
+    nodes: list[ir.Node], values: Mapping[str, ir.Value], taps: Sequence[Tap], stops: frozenset[str]
+) -> set[ir.Value]:
+    """Tensors whose gradient is needed: tapped ones, and all floating-point tensors that vary with them."""
+    wanted = {values[t.edge.tensor] for t in taps}
+    for node in nodes:
+        if not _blocks(node, stops) and any(v in wanted for v in node.inputs):
+            wanted.update(v for v in node.outputs if v.dtype in FLOATING)
+    return wanted
+
+
+def _blocks(node: ir.Node, stops: frozenset[str]) -> bool:
+    return node.name in stops or node.op_type in NO_GRADIENT
+
+
+def _reverse(
+    nodes: list[ir.Node],
+    values: Mapping[str, ir.Value],
+    head: str,
+    tensor: ir.Value,
+    taps: Sequence[Tap],
+    errors: Mapping[str, ir.Value],
+    wanted: set[ir.Value],
+    primal: Builder,
+    rules: Mapping[str, Rule],
+    stops: frozenset[str],
+    prefix: str,
+) -> tuple[ReverseGraph, Context]:
+    shape = static_shape(tensor)
+    cotangent = ir.Value(name=f"{prefix}v", shape=ir.Shape(("P", *shape)), type=ir.TensorType(ir.DataType.FLOAT))
+    target = ir.Graph([cotangent], [], nodes=[], opset_imports={"": REVERSE_OPSET}, name="reverse")
+    builder = Builder(target, f"{prefix}r/")
+    probes = builder.op("Shape", cotangent, start=0, end=1)
+    context = Context(primal, builder, wanted, probes)
+    incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
+    incoming[tensor].append(Cotangent(cotangent))
+    columns: list[tuple[str, ir.Value]] = []
+    by_edge: dict[tuple[str, int], list[Tap]] = defaultdict(list)
+    by_tensor: dict[ir.Value, list[Tap]] = defaultdict(list)
+    for tap in taps:
+        if tap.edge.node:
+            by_edge[tap.edge.node, tap.edge.slot].append(tap)
+        else:
+            by_tensor[values[tap.edge.tensor]].append(tap)
+
+    for node in reversed(nodes):
+        outputs = [_sum(context, v, incoming.pop(v, [])) for v in node.outputs]
+        for value, cot in zip(node.outputs, outputs, strict=True):
+            if cot is not None:
+                columns += [(t.id, _inner(context, value, cot, errors[t.id])) for t in by_tensor[value]]
+        if all(c is None for c in outputs) or not any(context.wants(v) for v in node.inputs):
+            continue
+        if _blocks(node, stops):
+            continue
+        for slot, cot in _gradients(context, rules, node, outputs).items():
+            source = node.inputs[slot]
+            assert source is not None
+            columns += [(t.id, _inner(context, source, cot, errors[t.id])) for t in by_edge[name_of(node), slot]]
+            incoming[source].append(cot)
+    for value in list(incoming):
+        cot = _sum(context, value, incoming[value])
+        if cot is not None:
+            columns += [(t.id, _inner(context, value, cot, errors[t.id])) for t in by_tensor[value]]
+
+    result = builder.op("Concat", *(c for _, c in columns), axis=1) if columns else context.zeros((0,))
+    result.name = f"{prefix}a"
+    target.outputs.append(result)
+    reverse = ReverseGraph(
+        head=head,
+        cotangent=str(cotangent.name),
+        shape=shape,
+        residuals=tuple(str(v.name) for v in context.residuals if constant(v) is None),
+        taps=tuple(i for i, _ in columns),
+        model=_serialize(ir.Model(target, ir_version=8)),
+        output=result.name,
+    )
+    return reverse, context
+
+
+def _gradients(
+    context: Context, rules: Mapping[str, Rule], node: ir.Node, outputs: Sequence[Cotangent | None]
+) -> dict[int, Cotangent]:
+    """Slot -> gradient for every input that wants one; refuses what the rule does not cover.
+
+    Case 1: no rule for the operator.
+    Case 2: an input in another precision than float32.
+    Case 3: a secondary output (e.g. the indices or statistics of the main one) carries a gradient.
+    Case 4: a wanted input that the rule has no derivative for (e.g. computed weights).
+    """
+    rule = rules.get(node.op_type)
+    if rule is None:
+        raise unsupported(node, "has no adjoint rule")
+    slots = {s: v for s, v in enumerate(node.inputs) if v is not None and context.wants(v)}
+    for value in slots.values():
+        if not is_float(value):
+            raise unsupported(node, f"reads '{value.name}', which is {value.dtype} and not FLOAT")
+    if node.op_type not in SEVERAL_OUTPUTS and any(outputs[1:]):
+        raise unsupported(node, "has an adjoint rule for its first output only")
+    gradients = dict(enumerate(rule(context, node, outputs)))
+    found = {s: cot for s in slots if (cot := gradients.get(s)) is not None}
+    for slot, value in slots.items():
+        if slot not in found:
+            raise unsupported(node, f"has no adjoint rule for a computed input {slot} ('{value.name}')")
+    return found
+
+
+def unsupported(node: ir.Node, what: str) -> UnsupportedOpError:
+    """The error of a node that stands between a tap and a head and cannot be differentiated."""
+    return UnsupportedOpError(
+        f"Node '{node.name}' ({node.op_type}) {what}, so the error of what lies before it cannot be measured. "
+        f"Exclude it, and with it everything before it, with --exclude '{node.name}'."
+    )
+
+
+def _sum(context: Context, value: ir.Value, cots: list[Cotangent]) -> Cotangent | None:
+    """Add gradients that reach a tensor along several ways.
+
+    Case 1: the same base: the diagonals are added in the primal graph.
+    Case 2: windows that tile an axis: one Concat.
+    Case 3: anything else: pad windows with zeros and add.
+    """
+    if not cots:
+        return None
+    merged: dict[tuple[ir.Value, tuple[int, int, int] | None], ir.Value | None] = {}
+    for cot in cots:
+        key = (cot.base, cot.window)
+        if key not in merged:
+            merged[key] = cot.diagonal
+            continue
+        one = context.p.const(np.ones((), np.float32))
+        merged[key] = context.p.add(merged[key] or one, cot.diagonal or one)
+    terms = [Cotangent(base, diagonal, window) for (base, window), diagonal in merged.items()]
+    if len(terms) == 1 and terms[0].window is None:
+        return terms[0]
+    shape = static_shape(value)
+    whole = [context.dense(t) for t in terms if t.window is None]
+    windows = sorted((t for t in terms if t.window is not None), key=lambda t: t.window or (0, 0, 0))
+    axes = {t.window[0] for t in windows if t.window}
+    if len(axes) == 1:
+        axis = axes.pop()
+        bounds = [(t.window[1], t.window[2]) for t in windows if t.window]
+        if [b[0] for b in bounds] == [0, *(b[1] for b in bounds[:-1])] and bounds[-1][1] == shape[axis]:
+            whole.append(context.r.op("Concat", *(context.dense(t) for t in windows), axis=axis + 1))
+            windows = []
+    whole += [context.whole(t, value).base for t in windows]
+    total = whole[0]
+    for term in whole[1:]:
+        total = context.r.op("Add", total, term)
+    return Cotangent(total)
+
+
+def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -> ir.Value:
+    """<gradient, error> for every probe, (P, 1): a matrix product of two flat views, nothing in between."""
+    if cot.window is not None:
+        axis, start, stop = cot.window
+        shape = list(static_shape(value))
+        shape[axis] = stop - start
+        bounds = [context.p.const([x]) for x in (start, stop, axis)]
+        error = context.p.op("Slice", error, *bounds, shape=shape)
+    if cot.diagonal is not None:
+        error = context.p.mul(error, cot.diagonal)
+    flat = context.r.op("Reshape", cot.base, context.r.op("Concat", context.probes, context.r.const([-1]), axis=0))
+    return context.r.op("Gemm", flat, context.residual(context.p.flat(error)), transB=1)
+
+
+def _drop_unused(model: ir.Model) -> None:
+    used = set(model.graph.outputs)
+    for node in reversed(list(model.graph)):
+        if any(v in used for v in node.outputs):
+            used.update(v for v in node.inputs if v is not None)
+        else:
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if value not in used:
+            model.graph.initializers.pop(name)
+
+
+def _serialize(model: ir.Model) -> bytes:
+    return bytes(ir.serde.serialize_model(model).SerializeToString())

@@ -1,0 +1,151 @@
+"""Pooling, resizing and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.rules.linear import geometry
+from bitalloy.adjoint.rules.shape import data, dense, integers
+from bitalloy.graph import attribute, constant, static_shape
+from bitalloy.runtime.ort import evaluate_node
+
+Cots = Sequence[Cotangent | None]
+
+
+def _max_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The gradient goes to the position that MaxPool itself reports as the largest."""
+    x, out = data(node), static_shape(node.outputs[0])
+    shape = static_shape(x)
+    attributes = {k: attribute(node, k, None) for k in node.attributes if k != "storage_order"}
+    _, indices = ctx.p.op_multi("MaxPool", x, outputs=2, shape=out, **attributes)  # type: ignore[arg-type]
+    indices.shape, indices.type = ir.Shape(out), ir.TensorType(ir.DataType.INT64)
+    flat = ctx.p.flat(indices)
+    grad = ctx.reshape(dense(ctx, cots), (int(np.prod(out)),))
+    index = ctx.r.op("Expand", ctx.residual(flat), ctx.r.op("Shape", grad))
+    empty = ctx.zeros((int(np.prod(shape)),))
+    summed = ctx.r.op("ScatterElements", empty, index, grad, axis=1, reduction="add")
+    return [Cotangent(ctx.reshape(summed, shape))]
+
+
+def _average_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Divide by what each window is divided by, then spread with a ConvTranspose of ones, channel by channel."""
+    x, y = static_shape(data(node)), static_shape(node.outputs[0])
+    size, out = x[2:], y[2:]
+    attributes = {k: attribute(node, k, None) for k in node.attributes}
+    kernel = [int(k) for k in attributes["kernel_shape"]]  # type: ignore[attr-defined]
+    strides, dilations, before, _ = geometry(node, size, out, kernel)
+    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
+    after = [max(0, e - n - b) for e, n, b in zip(ends, size, before, strict=True)]
+    rest = [n + b + a - e for n, b, a, e in zip(size, before, after, ends, strict=True)]
+    # the pool itself, applied to ones, tells by how much it divides the elements that a window has inside
+    ones, window = np.ones((1, 1, *size), np.float32), np.ones((1, 1, *kernel), np.float32)
+    shape = {"strides": strides, "dilations": dilations, "pads": [*before, *after]}
+    inside = evaluate_node("Conv", [ones, window], shape)[0]
+    mean = evaluate_node("AveragePool", [ones], attributes, opset=ctx.opset)[0]
+    factor = np.divide(mean, inside, out=np.zeros_like(mean), where=inside > 0)
+    divided = ctx.r.op("Mul", dense(ctx, cots), ctx.r.const(factor))
+    grad = ctx.r.op("Reshape", divided, ctx.r.const([-1, 1, *out]))
+    spread = ctx.r.op("ConvTranspose", grad, ctx.r.const(window), output_padding=rest, **shape)
+    return [Cotangent(ctx.reshape(spread, x))]
+
+
+def _separable(ctx: Context, node: ir.Node, cots: Cots, matrices: dict[int, np.ndarray]) -> Cots:
+    """Apply the transposed matrix (out, in) of each axis."""
+    grad = dense(ctx, cots)
+    shape = list(static_shape(node.outputs[0]))
+    for axis, matrix in matrices.items():
+        rows = int(np.prod(shape[:axis], initial=1))
+        columns = int(np.prod(shape[axis + 1 :], initial=1))
+        if columns == 1:
+            grad = ctx.r.op("MatMul", ctx.reshape(grad, (rows, shape[axis])), ctx.r.const(matrix))
+        else:
+            grad = ctx.r.op("MatMul", ctx.r.const(matrix.T.copy()), ctx.reshape(grad, (rows, shape[axis], columns)))
+        shape[axis] = matrix.shape[1]
+    return [Cotangent(ctx.reshape(grad, static_shape(data(node))))]
+
+
+def _resize(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Case 1: nearest, whole factors: sums over blocks. Case 2: any other mode: the matrix of each axis."""
+    x, y = static_shape(data(node)), static_shape(node.outputs[0])
+    matrices = _resize_matrices(ctx, node, x, y)
+    blocks = {a: np.kron(np.eye(x[a], dtype=np.float32), np.ones((y[a] // x[a], 1), np.float32)) for a in matrices}
+    if (
+        len(x) == 4
+        and matrices
+        and min(matrices) >= 2
+        and all(np.array_equal(m, blocks[a]) for a, m in matrices.items())
+    ):
+        factors = [y[a] // x[a] for a in (2, 3)]
+        merged = ctx.r.op("Reshape", dense(ctx, cots), ctx.r.const([-1, *y[1:]]))
+        mean = ctx.r.op("AveragePool", merged, kernel_shape=factors, strides=factors)
+        return [Cotangent(ctx.reshape(ctx.r.op("Mul", mean, ctx.r.const(float(np.prod(factors)))), x))]
+    return _separable(ctx, node, cots, matrices)
+
+
+def _resize_matrices(ctx: Context, node: ir.Node, x: Sequence[int], y: Sequence[int]) -> dict[int, np.ndarray]:
+    """Axis -> its (out, in) matrix: Resize itself, applied to the rows of an identity, for the axes it changes.
+
+    Scales, where given, are passed on because they enter the coordinates; an extrapolated value does not
+    vary with the input and counts as zero.
+    """
+    if x == y:
+        return {}  # ONNX Runtime copies, whatever the scales and the region say
+    if attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise unsupported(node, "has no adjoint rule for keep_aspect_ratio_policy")
+    slots = [*node.inputs[1:], None, None, None][:3]
+    roi, scales, _ = (None if v is None or 0 in static_shape(v) else _known(node, v) for v in slots)
+    rank, empty = len(x), np.zeros(0, np.float32)
+    axes = [a % rank for a in attribute(node, "axes", None) or range(rank)]  # type: ignore[attr-defined]
+    crop = attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    kept = {k: attribute(node, k, None) for k in node.attributes if k not in ("axes", "extrapolation_value")}
+    matrices = {}
+    for place, axis in enumerate(axes):
+        if x[axis] == y[axis] and (scales is None or scales[place] == 1) and not crop:
+            continue
+        # a second axis of length 1 is doubled, which keeps the runtime from copying where the size stays
+        inputs = [np.eye(x[axis], dtype=np.float32).reshape(x[axis], 1, 1, x[axis]), empty, empty, empty]
+        if crop and roi is not None:
+            inputs[1] = np.array([0, 0, 0, roi[place], 1, 1, 1, roi[place + len(axes)]], np.float32)
+        if scales is not None:
+            inputs[2] = np.array([1, 1, 2, scales[place]], np.float32)
+        else:
+            inputs[3] = np.array([x[axis], 1, 2, y[axis]], np.int64)
+        rows = evaluate_node("Resize", inputs, kept, opset=ctx.opset)[0][:, 0, 0]
+        matrices[axis] = np.ascontiguousarray(rows.T)
+    return matrices
+
+
+def _known(node: ir.Node, value: ir.Value) -> np.ndarray:
+    array = constant(value)
+    if array is None:
+        raise unsupported(node, f"computes '{value.name}' at run time")
+    return array
+
+
+def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Case 1: constant: crop. Case 2: reflect, edge, wrap: the matrix of each axis."""
+    shape = static_shape(data(node))
+    rank = len(shape)
+    axes = integers(node, 3) or tuple(range(rank))
+    pads = integers(node, 1) or ()
+    around = {a % rank: (pads[i], pads[i + len(axes)]) for i, a in enumerate(axes)}
+    mode = str(attribute(node, "mode", "constant"))
+    if mode == "constant":
+        before, after = [0] * (rank + 1), [0] * (rank + 1)
+        for axis, (first, last) in around.items():
+            before[axis + 1], after[axis + 1] = -first, -last
+        grad = ctx.r.op("Pad", dense(ctx, cots), ctx.r.const(before + after))
+        return [Cotangent(grad)]
+    matrices = {}
+    for axis, (first, last) in around.items():
+        if first or last:
+            inputs = [np.eye(shape[axis], dtype=np.float32), np.array([0, first, 0, last], np.int64)]
+            matrices[axis] = np.ascontiguousarray(evaluate_node("Pad", inputs, {"mode": mode}, opset=ctx.opset)[0].T)
+    return _separable(ctx, node, cots, matrices)
+
+
+RULES: dict[str, Rule] = {"AveragePool": _average_pool, "MaxPool": _max_pool, "Pad": _pad, "Resize": _resize}

@@ -1,0 +1,202 @@
+"""Write the mixed-precision model: QuantizeLinear/DequantizeLinear pairs where a plan rounds.
+
+Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
+Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
+Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float consumers read the original.
+Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight.
+
+Conditions verified on the way out: the ONNX checker passes; inputs and outputs keep names, types and shapes; the
+input model is untouched (it is cloned).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.graph import Graph, constant, consumers, name_of
+from bitalloy.numerics import QuantParams, activation_params, bias_int32, quantize
+from bitalloy.records import Unit, UnitGraph, WeightSite
+from bitalloy.targets import Target
+from bitalloy.targets.base import weight_params
+
+TAG = "bitalloy.unit"
+BORDER = "bitalloy.border"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A rewritten model."""
+
+    model: ir.Model
+    units: UnitGraph
+
+    def to_bytes(self) -> bytes:
+        """The model as a serialized `ModelProto`."""
+        return bytes(ir.serde.serialize_model(self.model).SerializeToString())
+
+
+def apply(
+    graph: Graph,
+    units: UnitGraph,
+    int8: frozenset[str],
+    ranges: Mapping[str, tuple[float, float]],
+    target: Target,
+) -> Mixed:
+    """Rewrite a graph so that the units in `int8` run in INT8 and all others as they are.
+
+    Args:
+        graph: the model in normal form; not changed.
+        units: its units on the target.
+        int8: ids of the units to quantize.
+        ranges: tensor -> calibrated (low, high).
+        target: decides formats.
+
+    Raises:
+        BitalloyError: a unit is unknown or may not run in INT8.
+        ModelError: the result fails the ONNX checker.
+    """
+    by_id = {u.id: u for u in units.units}
+    for name in int8:
+        if name not in by_id:
+            raise BitalloyError(f"The plan names the unit '{name}', which the model does not have.")
+        if len(by_id[name].allowed) == 1:
+            raise BitalloyError(f"The plan puts unit '{name}' in INT8, but it must stay float: {by_id[name].reason}.")
+    model = graph.clone()
+    writer = _Writer(model, ranges, target)
+    for unit in units.units:
+        for name in (*unit.core, *unit.tail):
+            writer.nodes[name].metadata_props[TAG] = unit.id
+    inputs: dict[str, str] = {e.edge.node: e.root for e in units.edges if e.edge.slot == 0}
+    for unit in units.units:
+        if unit.id in int8:
+            writer.unit(unit, inputs)
+    for edge in units.edges:
+        if edge.consumer in int8 and edge.producer not in int8:
+            writer.enter(edge.edge.tensor, edge.edge.node, edge.edge.slot, edge.root)
+    _verify(graph, model)
+    return Mixed(model, units)
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, ranges: Mapping[str, tuple[float, float]], target: Target) -> None:
+        self.graph = model.graph
+        self.nodes = {name_of(n): n for n in model.graph}
+        self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
+        self._ranges = ranges
+        self._target = target
+        self._entries: dict[str, ir.Value] = {}
+        self._dequantized: dict[str, ir.Value] = {}
+
+    def params(self, tensor: str) -> QuantParams:
+        low, high = self._ranges[tensor]
+        return activation_params(low, high, signed=self._target.activation_signed)
+
+    def unit(self, unit: Unit, inputs: Mapping[str, str]) -> None:
+        for site in unit.weights:
+            self._weight(self.nodes[site.node], site, self.params(inputs[site.node]), unit.id)
+        for edge in unit.inner:
+            self._pair(edge.tensor, self.params(edge.tensor), unit.id)
+        self._pair(unit.root, self.params(unit.root), unit.id)
+        for name in unit.tail:
+            for value in list(self.nodes[name].outputs):
+                self._pair(str(value.name), self.params(unit.root), unit.id)
+
+    def enter(self, tensor: str, node: str, slot: int, root: str) -> None:
+        if tensor not in self._entries:
+            value = self._values[tensor]
+            self._entries[tensor] = self._round(value, self.params(root), BORDER, after=value.producer())
+        self.nodes[node].replace_input_with(slot, self._entries[tensor])
+
+    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams, unit: str) -> None:
+        """INT8 weights; with a bias, their scale grows where the bias would leave int32 in steps of input * weight."""
+        weight, params = constant(node.inputs[site.slot]), weight_params(self._target, node, site)
+        assert weight is not None, "weight sites are constants"
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is not None:
+            stored, steps = bias_int32(bias, entry.scale * params.scale)
+            params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))
+            zeros = np.zeros(steps.shape, np.int32)
+            grid = QuantParams(scale=steps, zero_point=zeros, qmin=-(2**31), qmax=2**31 - 1, axis=0)
+            q = self._constant(f"{node.name}/bias_int32", stored)
+            node.replace_input_with(2, self._dequantize(q, grid, unit))
+        q = self._constant(f"{node.name}/weight_int8", quantize(weight, params))
+        node.replace_input_with(site.slot, self._dequantize(q, params, unit))
+
+    def _pair(self, tensor: str, params: QuantParams, unit: str) -> None:
+        """Round a tensor for all its consumers; a graph output keeps its name on the rounded value."""
+        value = self._values[tensor]
+        uses = consumers(value)
+        rounded = self._round(value, params, unit, after=value.producer())
+        for use in uses:
+            use.node.replace_input_with(use.slot, rounded)
+        if value.is_graph_output():
+            index = list(self.graph.outputs).index(value)
+            rounded.shape, rounded.type = value.shape, value.type
+            value.name, rounded.name = f"{tensor}/float", tensor
+            self.graph.outputs[index] = rounded
+
+    def _round(self, value: ir.Value, params: QuantParams, unit: str, *, after: ir.Node | None) -> ir.Value:
+        name = str(value.name)
+        scale, zero = self._scale(name, params)
+        q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/QuantizeLinear")
+        dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
+        q.outputs[0].name, dq.outputs[0].name = f"{name}/quantized", f"{name}/dequantized"
+        for node in (q, dq):
+            node.metadata_props[TAG] = unit
+        if after is None:
+            first = self.graph[0]
+            self.graph.insert_before(first, [q, dq])
+        else:
+            self.graph.insert_after(after, [q, dq])
+        return dq.outputs[0]
+
+    def _scale(self, name: str, params: QuantParams) -> tuple[ir.Value, ir.Value]:
+        return self._constant(f"{name}/scale", params.scale), self._constant(f"{name}/zero_point", params.zero_point)
+
+    def _dequantize(self, q: ir.Value, params: QuantParams, unit: str) -> ir.Value:
+        name = str(q.name)
+        scale, zero = self._scale(name, params)
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        dq = ir.node("DequantizeLinear", [q, scale, zero], attributes, name=f"{name}/DequantizeLinear")
+        dq.outputs[0].name = f"{name}/dequantized"
+        dq.metadata_props[TAG] = unit
+        self.graph.insert_before(self.graph[0], [dq])
+        return dq.outputs[0]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+
+def digest(model: bytes) -> str:
+    """SHA-256 of a serialized model."""
+    return hashlib.sha256(model).hexdigest()
+
+
+def _verify(graph: Graph, model: ir.Model) -> None:
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+        model.graph.initializers.pop(name)
+    for value in [v for node in model.graph for v in node.outputs]:
+        if value.dtype is None:
+            value.shape = None
+    proto = ir.serde.serialize_model(model)
+    try:
+        if proto.ByteSize() < 1 << 30:
+            onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
+    before = [(v.name, v.dtype, v.shape) for v in (*graph.model.graph.inputs, *graph.model.graph.outputs)]
+    after = [(v.name, v.dtype, v.shape) for v in (*model.graph.inputs, *model.graph.outputs)]
+    if before != after:
+        raise ModelError(f"The rewriting changed the model's interface from {before} to {after}.")

@@ -1,0 +1,42 @@
+"""Latency of several models side by side: interleaved runs, medians, spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from bitalloy.records import Latency
+from bitalloy.runtime import Session
+
+
+def interleave(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Wall time of single inferences in ms, per model (repeats,), one run of each model in every round.
+
+    The order of the models changes from round to round, so that none always follows the same one.
+    """
+    names = list(sessions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            sessions[name].run(feeds)
+            if turn >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+        if progress is not None and turn >= warmup:
+            progress(1)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def summarize(times_ms: np.ndarray) -> Latency:
+    """Median and spread of a series of times."""
+    p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
+    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))

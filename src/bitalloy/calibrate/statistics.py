@@ -1,0 +1,272 @@
+"""What a calibration pass saw, and the ranges that follow from it.
+
+All histograms live on dyadic grids: bins of width 2^k with edges at multiples of it, k the smallest that covers
+[min(low, 0), max(high, 0)] with 2048 bins. Widening the range merges neighbours exactly, so counts depend on
+the data only, not on its order or on how it was cut into shards.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bitalloy.calibrate.clipping import entropy_threshold, mse_range, quantile
+from bitalloy.errors import BitalloyError, DataError
+from bitalloy.numerics import FP16_MAX, FP16_TINY
+
+BINS = 2048
+MOMENTUM = 0.9
+_CHUNK = 32  # tensors binned together: few calls, yet the values stay in the cache
+METHODS = ("minmax", "moving", "percentile", "entropy", "mse")
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Statistics:
+    """What a pass saw, per tensor. Arrays run along `tensors` and must not be changed."""
+
+    tensors: tuple[str, ...]
+    """In graph order."""
+    samples: int
+    low: Floats
+    high: Floats
+    """Smallest and largest value of all samples, exact."""
+    first_low: Floats
+    first_high: Floats
+    """Extremes of the first sample: `merge` needs them to continue moving averages."""
+    moving_low: Floats
+    moving_high: Floats
+    """Extremes averaged over samples: m <- 0.9 m + 0.1 new, starting at the first sample."""
+    exponent: Ints
+    """Histogram bins are 2^exponent wide."""
+    origin: Ints
+    """The first bin starts at origin * 2^exponent; never above 0."""
+    histogram: Ints
+    """Counts of the values that left the session, shape (tensors, 2048)."""
+    zeros: Ints
+    """How many of those are exactly 0."""
+    subnormal: Ints
+    """How many of the others are below 2^-14 in magnitude, where FP16 loses precision."""
+    total: Floats
+    squares: Floats
+    """Sum of those values and of their squares."""
+
+    @property
+    def count(self) -> Ints:
+        """Values behind each histogram."""
+        return np.asarray(self.histogram.sum(axis=1))
+
+    @property
+    def magnitude(self) -> Floats:
+        """Largest |x| per tensor."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    @property
+    def fp16_margin(self) -> float:
+        """65504 / the largest |x| of all tensors: below 1 FP16 overflows."""
+        largest = float(self.magnitude.max(initial=0.0))
+        return FP16_MAX / largest if largest else np.inf
+
+    @property
+    def fp16_subnormal(self) -> dict[str, float]:
+        """Share of the non-zero values that FP16 stores with fewer than 11 bits."""
+        share = self.subnormal / np.maximum(self.count - self.zeros, 1)
+        return dict(zip(self.tensors, share.tolist(), strict=True))
+
+    def ranges(self, method: str, *, percentile: float = 99.999) -> dict[str, tuple[float, float]]:
+        """Low and high per tensor; the clipping methods never leave what was seen, widened to 0.
+
+        Args:
+            method: `minmax`: all that was seen. `moving`: moving average of the samples' extremes. `percentile`: what
+                holds `percentile` % of the values, the rest cut evenly on both sides; a tail of less than
+                one value is not cut. `entropy`: see `entropy_threshold`. `mse`: see `mse_range`.
+            percentile: 0 to 100, for that method.
+
+        Raises:
+            BitalloyError: unknown method.
+        """
+        if method == "minmax":
+            low, high = self.low, self.high
+        elif method == "moving":
+            low, high = self.moving_low, self.moving_high
+        elif method == "percentile":
+            low, high = self._percentile(percentile)
+        elif method in METHODS:
+            low, high = self._entropy() if method == "entropy" else self._mse()
+        else:
+            raise BitalloyError(f"Unknown range method '{method}'. Choose one of: {', '.join(METHODS)}.")
+        return dict(zip(self.tensors, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of this data followed by `other`'s, as if one pass had seen both.
+
+        Extremes and counts do not depend on the order; moving averages do, by their nature.
+
+        Raises:
+            DataError: the tensors differ.
+        """
+        if self.tensors != other.tensors:
+            raise DataError("Statistics of different tensors cannot be merged. Calibrate both on the same model.")
+        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        grid = _grid(low, high)
+        decay = MOMENTUM**other.samples
+        return Statistics(
+            tensors=self.tensors,
+            samples=self.samples + other.samples,
+            low=low,
+            high=high,
+            first_low=self.first_low,
+            first_high=self.first_high,
+            moving_low=other.moving_low + decay * (self.moving_low - other.first_low),
+            moving_high=other.moving_high + decay * (self.moving_high - other.first_high),
+            exponent=grid[0],
+            origin=grid[1],
+            histogram=_regrid(self, *grid) + _regrid(other, *grid),
+            zeros=self.zeros + other.zeros,
+            subnormal=self.subnormal + other.subnormal,
+            total=self.total + other.total,
+            squares=self.squares + other.squares,
+        )
+
+    def to_bytes(self) -> bytes:
+        """As a compressed .npz; equal statistics give equal bytes."""
+        header = np.frombuffer(msgspec.json.encode((self.tensors, self.samples)), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, header=header, **{f: getattr(self, f) for f in ARRAYS})
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Statistics:
+        """Inverse of `to_bytes`.
+
+        Raises:
+            DataError: not written by `to_bytes`, or damaged.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                tensors, samples = msgspec.json.decode(file["header"].tobytes(), type=tuple[tuple[str, ...], int])
+                arrays = {f: file[f] for f in ARRAYS}
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile, msgspec.DecodeError) as error:
+            raise DataError(f"Not a file of calibration statistics: {error}. Calibrate again.") from error
+        shapes = {f: (len(tensors), BINS) if f == "histogram" else (len(tensors),) for f in ARRAYS}
+        if any(arrays[f].shape != shapes[f] for f in ARRAYS):
+            raise DataError("Calibration statistics have arrays of a wrong shape. Calibrate again.")
+        return cls(tensors=tensors, samples=samples, **arrays)
+
+    def _percentile(self, percentile: float) -> tuple[Floats, Floats]:
+        cut = np.asarray((100 - percentile) / 200 * self.count, np.float64)
+        bins = [quantile(h, cut) for h in (self.histogram, self.histogram[:, ::-1])]
+        low = np.ldexp(self.origin + bins[0], self.exponent)
+        high = np.ldexp(self.origin + BINS - bins[1], self.exponent)
+        low, high = (np.clip(v, self.low, self.high) for v in (low, high))
+        return np.where(cut < 1, self.low, low), np.where(cut < 1, self.high, high)
+
+    def _entropy(self) -> tuple[Floats, Floats]:
+        counts = self._nonzero()
+        top = np.empty(len(self.tensors))
+        for i, start in enumerate(-self.origin):
+            folded = np.zeros(BINS, np.int64)
+            folded[: BINS - start] = counts[i, start:]
+            folded[:start] += counts[i, :start][::-1]
+            top[i] = entropy_threshold(np.trim_zeros(folded, "b"))
+        top = np.where(top > 0, np.ldexp(top, self.exponent), self.magnitude)
+        return np.maximum(-top, np.minimum(self.low, 0.0)), np.minimum(top, np.maximum(self.high, 0.0))
+
+    def _mse(self) -> tuple[Floats, Floats]:
+        ends = (np.ldexp(v, -self.exponent) for v in (np.minimum(self.low, 0.0), np.maximum(self.high, 0.0)))
+        low, high = mse_range(self._nonzero(), self.origin, *ends)
+        return np.ldexp(low, self.exponent), np.ldexp(high, self.exponent)
+
+    def _nonzero(self) -> Ints:
+        """The histogram without exact zeros, which every format stores without error."""
+        counts = self.histogram.copy()
+        counts[np.arange(len(counts)), -self.origin] -= self.zeros
+        return counts
+
+
+ARRAYS = tuple(f.name for f in fields(Statistics) if f.name not in ("tensors", "samples"))
+
+
+def observe(
+    tensors: tuple[str, ...], ends: Floats, vectors: Sequence[np.ndarray], before: Statistics | None
+) -> Statistics:
+    """Statistics of one sample, already on the grid that it shares with what came before.
+
+    Args:
+        tensors: their names.
+        ends: exact extremes, (tensors, 2).
+        vectors: per tensor some of its values, flat.
+        before: statistics that the result will be merged into.
+    """
+    low, high = ends[:, 0], ends[:, 1]
+    known = (low, high) if before is None else (np.minimum(low, before.low), np.maximum(high, before.high))
+    exponent, origin = _grid(*known)
+    chunks = [slice(i, i + _CHUNK) for i in range(0, len(tensors), _CHUNK)]
+    parts = [_count(vectors[c], exponent[c], origin[c]) for c in chunks]
+    histogram, zeros, subnormal, total, squares = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Statistics(
+        tensors=tensors,
+        samples=1,
+        low=low,
+        high=high,
+        first_low=low,
+        first_high=high,
+        moving_low=low,
+        moving_high=high,
+        exponent=exponent,
+        origin=origin,
+        histogram=histogram,
+        zeros=zeros,
+        subnormal=subnormal,
+        total=total,
+        squares=squares,
+    )
+
+
+def _count(vectors: Sequence[np.ndarray], exponent: Ints, origin: Ints) -> tuple[Ints, Ints, Ints, Floats, Floats]:
+    """Histogram, zeros, subnormals, sum and sum of squares; float64, in which scaling by 2^k rounds nothing."""
+    sizes = [v.size for v in vectors]
+    starts = np.cumsum([0, *sizes[:-1]])
+    x = np.concatenate(vectors, dtype=np.float64)
+    place = x * np.repeat(np.ldexp(1.0, -exponent), sizes)
+    np.floor(place, out=place)
+    place -= np.repeat(origin, sizes)
+    np.clip(place, 0, BINS - 1, out=place)
+    place += np.repeat(BINS * np.arange(len(sizes)), sizes)
+    histogram = np.bincount(place.astype(np.int64), minlength=len(sizes) * BINS).reshape(-1, BINS)
+    total = np.add.reduceat(x, starts)
+    np.abs(x, out=x)
+    zeros = np.add.reduceat((x == 0).view(np.uint8), starts, dtype=np.int64)
+    small = np.add.reduceat((x < FP16_TINY).view(np.uint8), starts, dtype=np.int64)
+    return histogram, zeros, small - zeros, total, np.add.reduceat(np.square(x, out=x), starts)
+
+
+def _grid(low: Floats, high: Floats) -> tuple[Ints, Ints]:
+    """Exponent and origin of the finest dyadic grid that covers [low, high] and 0."""
+    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    exponent = np.where(high > low, np.maximum(np.frexp(high - low)[1] - 11, -149), -149).astype(np.int64)
+    spans = np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent))
+    exponent += spans >= BINS
+    return exponent, np.floor(np.ldexp(low, -exponent)).astype(np.int64)
+
+
+def _regrid(stats: Statistics, exponent: Ints, origin: Ints) -> Ints:
+    """The histogram on a grid that is at least as wide."""
+    rows = np.flatnonzero((stats.exponent != exponent) | (stats.origin != origin))
+    if not rows.size:
+        return stats.histogram
+    shift = np.minimum(exponent - stats.exponent, 62)[rows, None]
+    bins = ((stats.origin[rows, None] + np.arange(BINS)) >> shift) - origin[rows, None]
+    bins = np.clip(bins, 0, BINS - 1) + BINS * np.arange(rows.size)[:, None]
+    result = stats.histogram.copy()
+    moved = np.bincount(bins.ravel(), stats.histogram[rows].ravel(), minlength=rows.size * BINS)
+    result[rows] = moved.reshape(-1, BINS)
+    return result

@@ -1,0 +1,205 @@
+"""The command line: parse, make one pipeline call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bitalloy.errors import BitalloyError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.",
+)
+out_console = Console()
+error_console = Console(stderr=True)
+
+
+class Bars:
+    """Progress bars of the stages, on standard error."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=error_console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._progress.stop()
+
+    def start(self, stage: str, total: int | None) -> None:
+        """A stage begins."""
+        self._task = self._progress.add_task(stage, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps of the stage are done."""
+        if self._task is not None:
+            self._progress.advance(self._task, steps)
+
+    def finish(self, note: str = "") -> None:
+        """The stage is over."""
+        if self._task is not None:
+            done = self._progress.tasks[self._task].completed
+            self._progress.update(self._task, total=done, completed=done)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    latency: Annotated[
+        str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
+    ] = None,
+    max_drop_db: Annotated[
+        float | None, typer.Option(help="Floor on the SQNR of every output head in dB, e.g. 20. Higher is stricter.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option("--eval", help="COCO annotation file: measure box AP of float, INT8 and mixed.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
+    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
+    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+    ] = None,
+    samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
+    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
+    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "mse",
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
+) -> None:
+    """Analyse, plan, apply, verify and report: everything, in one go.
+
+    Leaves in the run directory: mixed.onnx, report.html, summary.json, plan.json, sensitivity.json/.csv and
+    the probe matrix. A killed run goes on where it stopped when the same command is given again.
+
+    Examples:
+
+      bitalloy run                                   the embedded sample
+
+      bitalloy run model.onnx --data images/ --latency 0.7x
+
+      bitalloy run yolo11n.onnx --data images/ --max-drop-db 20 --eval instances.json
+    """
+    from bitalloy import options, pipeline
+    from bitalloy.records import Budget, Settings
+
+    loaded = pipeline.load(model, shapes=options.shapes(shape or []))
+    ratio, milliseconds = options.latency(latency)
+    if latency is None and max_drop_db is None and size is None:
+        ratio = 0.7
+    budget = Budget(
+        latency_ratio=ratio,
+        latency_ms=milliseconds,
+        size_bytes=options.size(size, len(loaded.to_bytes())),
+        min_sqnr_db=max_drop_db,
+    )
+    settings = Settings(
+        target=target,
+        calibration_samples=calibration_samples,
+        range_method=ranges,
+        samples=options.samples(samples),
+        probes=probes,
+        seed=seed,
+        exclude=tuple(exclude or ()),
+    )
+    overrides = {
+        "scale": scale,
+        "mean": options.numbers("--mean", mean),
+        "std": options.numbers("--std", std),
+        "layout": layout,
+        "fit": fit,
+    }
+    image = pipeline.image_spec(loaded, **{k: v for k, v in overrides.items() if v is not None})
+    with Bars() as bars:
+        verified = pipeline.run(
+            model,
+            out=out,
+            data=data,
+            labels=evaluate,
+            budget=budget,
+            settings=settings,
+            shapes=options.shapes(shape or []),
+            image=image,
+            limit=limit,
+            progress=bars,
+        )
+    summary = verified.summary
+    if json_output:
+        sys.stdout.write((out / "summary.json").read_text() + "\n")
+        return
+    out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
+    table = Table("", "float", "all INT8", "mixed")
+    latency_ms, bytes_ = summary.latency_ms, summary.size_bytes
+    table.add_row("latency, ms", *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)))
+    table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.int8, bytes_.mixed)))
+    for head, pair in summary.sqnr_db.items():
+        cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
+        table.add_row(f"SQNR {head}, dB", "", *cells)
+    for name, metric in summary.metrics.items():
+        values = (metric.reference, metric.int8, metric.mixed)
+        table.add_row(f"{name} (n={metric.reference.n})", *(f"{m.value:.4f}" for m in values))
+    out_console.print(table)
+    out_console.print(f"{summary.int8_units} of {summary.units} units in INT8. Report: {out / 'report.html'}")
+    for note in summary.notes:
+        out_console.print(note, style="yellow", soft_wrap=True)
+
+
+@app.command()
+def models() -> None:
+    """List the models that are known by name."""
+    from bitalloy import zoo
+
+    for name, file in zoo.NAMES.items():
+        out_console.print(f"{name:<20} {zoo.resolve(name).path} ({file}, embedded sample)", soft_wrap=True)
+
+
+@app.command()
+def targets() -> None:
+    """List devices and runtimes."""
+    from bitalloy.targets import TARGETS
+
+    for entry in TARGETS.values():
+        out_console.print(f"{entry.name:<12} {entry.describe}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: the user's errors end with exit code 2 and one message, never with a traceback."""
+    try:
+        app(standalone_mode=True)
+    except BitalloyError as error:
+        error_console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        error_console.print("Stopped. The same command goes on from here.", style="yellow")
+        sys.exit(130)

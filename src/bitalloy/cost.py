@@ -1,0 +1,187 @@
+"""What each precision costs on the real runtime: units from profiles, borders from whole-model variants.
+
+A few variants of the model (float, all INT8, and random halves) are profiled and timed side by side. Kernel times
+are mapped to units by the names that the variants carry; what a profile spends on rounding and layout changes
+between precisions is fitted to the number and size of the borders; and the table is scaled so that it reproduces
+the wall time of the float and the all-INT8 model.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from scipy.optimize import nnls
+
+from bitalloy import bench
+from bitalloy.records import CostTable, UnitCost, UnitGraph
+from bitalloy.runtime import OrtSession
+from bitalloy.runtime.ort import available_cores
+
+PROFILE_RUNS = 8
+TOKEN = re.compile(r"u(\d+)~")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Kernel times of one variant in microseconds per run."""
+
+    units: Mapping[int, float]
+    borders: float
+    """Rounding nodes at borders, layout changes and anything else that belongs to no unit."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all kernels."""
+        return sum(self.units.values()) + self.borders
+
+
+def measure(
+    units: UnitGraph,
+    variant: Callable[[frozenset[str]], ir.Model],
+    tag: str,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    seed: int = 0,
+    mixtures: int = 4,
+    repeats: int = 12,
+    progress: Callable[[int], None] | None = None,
+) -> CostTable:
+    """Measure the cost table of a target that runs on this machine.
+
+    Args:
+        units: the model's units.
+        variant: makes the model in which the given units run in INT8.
+        tag: metadata key under which a variant's nodes carry their unit.
+        feeds: one sample.
+        seed: of the random mixtures.
+        mixtures: number of random mixed variants beside all-float and all-INT8.
+        repeats: timed rounds.
+        progress: called once per variant profiled and once per round.
+    """
+    quantizable = units.quantizable()
+    generator = np.random.default_rng([seed, 23])
+    plans = [frozenset[str](), quantizable]
+    plans += [_mixture(units, generator) for _ in range(mixtures)]
+    models = [_tokenized(variant(plan), units, tag) for plan in plans]
+    profiles = []
+    for model in models:
+        profiles.append(_profile(model, feeds))
+        if progress is not None:
+            progress(1)
+    sessions = {str(i): OrtSession(m) for i, m in enumerate(models)}
+    times = bench.interleave(sessions, feeds, repeats=repeats, progress=progress)
+    wall = np.array([float(np.median(times[str(i)])) * 1e3 for i in range(len(plans))])
+
+    kernel = _unit_times(units, plans, profiles)
+    counts = np.array([units.borders(plan) for plan in plans])
+    # borders: what a mixed profile spends outside units, beyond the share that float and INT8 models spend too
+    base = profiles[0].borders
+    (per_element, each), _ = nnls(counts[2:], np.array([max(p.borders - base, 0.0) for p in profiles[2:]]))
+    inside = np.array([sum(kernel[u.id][1 if u.id in plan else 0] for u in units.units) for plan in plans])
+    design = np.stack([inside + counts @ np.array([per_element, each]), np.ones(len(plans))], axis=1)
+    (factor, fixed), _ = nnls(design, wall)
+    predicted = design @ np.array([factor, fixed])
+    rows = []
+    for unit in units.units:
+        low = unit.id in quantizable
+        rows.append(
+            UnitCost(
+                unit=unit.id,
+                fp32_us=round(float(kernel[unit.id][0] * factor), 3),
+                int8_us=round(float(kernel[unit.id][1] * factor), 3) if low else None,
+                fp32_bytes=4 * sum(w.elements for w in unit.weights),
+                int8_bytes=sum(w.elements for w in unit.weights),
+            )
+        )
+    return CostTable(
+        target=units.target,
+        device=_device(),
+        threads=available_cores(),
+        units=tuple(rows),
+        border_us_per_element=float(per_element * factor),
+        border_us=float(each * factor),
+        fixed_us=float(fixed),
+        float_us=float(wall[0]),
+        int8_us=float(wall[1]),
+        residual_percent=round(float(np.mean(np.abs(predicted / wall - 1))) * 100, 2),
+    )
+
+
+def _mixture(units: UnitGraph, generator: np.random.Generator) -> frozenset[str]:
+    """Random runs of neighbouring units: real plans have long stretches of one precision."""
+    chosen: set[str] = set()
+    state = bool(generator.integers(2))
+    for unit in units.units:
+        if generator.random() < 0.15:
+            state = not state
+        if state and unit.id in units.quantizable():
+            chosen.add(unit.id)
+    return frozenset(chosen)
+
+
+def _tokenized(model: ir.Model, units: UnitGraph, tag: str) -> bytes:
+    """Rename nodes and tensors so that the runtime's fused kernels can be traced back to units."""
+    index = {u.id: i for i, u in enumerate(units.units)}
+    outputs = set(model.graph.outputs)
+    for number, node in enumerate(model.graph):
+        unit = index.get(node.metadata_props.get(tag, ""))
+        prefix = f"u{unit}~" if unit is not None else "border~"
+        node.name = f"{prefix}{number}"
+        for slot, value in enumerate(node.outputs):
+            if value not in outputs:
+                value.name = f"{prefix}{number}.{slot}"
+    return bytes(ir.serde.serialize_model(model).SerializeToString())
+
+
+def _profile(model: bytes, feeds: Mapping[str, np.ndarray]) -> Profile:
+    with tempfile.TemporaryDirectory() as folder:
+        session = OrtSession(model, profile=Path(folder) / "profile")
+        for _ in range(PROFILE_RUNS + 2):
+            session.run(feeds)
+        events = session.end_profile()
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        name = str(event.get("name"))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            kernels[name].append(float(event["dur"]))  # type: ignore[arg-type]
+    units: dict[int, float] = defaultdict(float)
+    borders = 0.0
+    for name, durations in kernels.items():
+        # a node that runs several times under one name shares it; warm-up runs come first
+        per_run = float(np.median(durations)) * max(1, round(len(durations) / (PROFILE_RUNS + 2)))
+        match = TOKEN.search(name)
+        if match:
+            units[int(match.group(1))] += per_run
+        else:
+            borders += per_run
+    return Profile(units, borders)
+
+
+def _unit_times(
+    units: UnitGraph, plans: list[frozenset[str]], profiles: list[Profile]
+) -> dict[str, tuple[float, float]]:
+    """(float, INT8) kernel time of each unit: the median over the variants in which it has that precision."""
+    found = {}
+    for index, unit in enumerate(units.units):
+        seen: tuple[list[float], list[float]] = ([], [])
+        for plan, profile in zip(plans, profiles, strict=True):
+            seen[unit.id in plan].append(profile.units.get(index, 0.0))
+        found[unit.id] = (float(np.median(seen[0])), float(np.median(seen[1])) if seen[1] else 0.0)
+    return found
+
+
+def _device() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

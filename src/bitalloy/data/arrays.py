@@ -1,0 +1,94 @@
+"""Arrays as feeds: reading, checking against the model's inputs, cutting stacks into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bitalloy.data.images import describe_spec
+from bitalloy.errors import DataError
+from bitalloy.records import TensorSpec
+
+Feeds = dict[str, np.ndarray]
+
+_NUMPY_NAMES = {"FLOAT": "float32", "DOUBLE": "float64"}
+"""Where numpy's name is more than the ONNX name in lower case."""
+
+
+def check_feeds(feeds: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> Feeds:
+    """Return `feeds` if names, shapes, dtypes and values fit `inputs`.
+
+    Raises:
+        DataError: with `where` in the message.
+    """
+    expected = {i.name: i for i in inputs}
+    if feeds.keys() != expected.keys():
+        raise DataError(f"The keys of {where} are {sorted(feeds)}; expected the model's inputs {sorted(expected)}.")
+    for name, spec in expected.items():
+        array = feeds[name]
+        dtype = _NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
+        if array.dtype.name != dtype or not array.dtype.isnative:
+            raise DataError(
+                f"'{name}' of {where} is {array.dtype}, expected {dtype}. Store it with .astype('{dtype}')."
+            )
+        fits = [have == want for have, want in zip(array.shape, spec.shape, strict=False) if isinstance(want, int)]
+        if array.ndim != len(spec.shape) or not all(fits):
+            raise DataError(f"'{name}' of {where} has shape {list(array.shape)}, expected {describe_spec(spec)}.")
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise DataError(
+                f"'{name}' of {where} holds NaN in {int(np.isnan(array).sum())} places. Repair or remove it."
+            )
+    return feeds
+
+
+def unstack(arrays: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> list[Feeds]:
+    """Cut arrays that hold many samples.
+
+    An array of the input's rank is cut along its first axis into pieces of the model's batch (1 where symbolic);
+    an array with one axis more is indexed along it. Example: (50, 3, 8, 8) for an input (1, 3, 8, 8), or
+    (50, 1, 3, 8, 8), are 50 samples.
+
+    Raises:
+        DataError: other names or ranks than `inputs`, no samples, or not the same number in each array.
+    """
+    pieces = {spec.name: _pieces(arrays[spec.name], spec) for spec in inputs if spec.name in arrays}
+    counts = {len(p) for p in pieces.values()}
+    if arrays.keys() != {i.name for i in inputs} or len(counts) != 1 or 0 in counts:
+        came = {name: list(array.shape) for name, array in arrays.items()}
+        expected = ", ".join(f"'{i.name}' {describe_spec(i)}" for i in inputs)
+        raise DataError(
+            f"The arrays of {where} have the shapes {came}; expected {expected}, each with the same number of "
+            "samples stacked along the first axis."
+        )
+    return [{name: p[i] for name, p in pieces.items()} for i in range(counts.pop())]
+
+
+def _pieces(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
+    """Empty where the array cannot be cut."""
+    rank = len(spec.shape)
+    if array.ndim == rank + 1:
+        return list(array)
+    if array.ndim != rank or rank == 0:
+        return []
+    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+    return [] if len(array) % batch else [array[i : i + batch] for i in range(0, len(array), batch)]
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> Feeds:
+    """Read a .npz, or a .npy as the one feed of `names`.
+
+    Raises:
+        DataError: the file is damaged, holds Python objects, or holds one array where several are needed.
+    """
+    try:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if not isinstance(content, np.ndarray):
+                return {key: content[key] for key in content.files}
+    except Exception as error:  # zip, zlib and header errors of many types
+        raise DataError(f"Cannot read the arrays of '{path}': {error}. Repair or remove it.") from error
+    if len(names) != 1:
+        raise DataError(f"'{path}' holds one array, but the model takes {list(names)}. Store a .npz with these keys.")
+    return {names[0]: content}

@@ -1,0 +1,297 @@
+"""Data sets: what they hold, where they are read from, which part of them is used."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
+from bitalloy.data.images import ImageSpec, image_feed, no_image_input, open_image
+from bitalloy.errors import DataError
+from bitalloy.records import DataInfo, TensorSpec
+
+_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+_ARRAYS = frozenset({".npz", ".npy"})
+
+
+class Dataset(Protocol):
+    """Samples for one model, in a fixed order."""
+
+    @property
+    def info(self) -> DataInfo:
+        """What identifies the samples; may read all of them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Identifier of a sample, e.g. its path inside the folder."""
+        ...
+
+    def feeds(self, index: int) -> Feeds:
+        """Input name -> array for one inference."""
+        ...
+
+
+class Samples(ABC):
+    """Base of the data sets here: adds `info` to the samples' names, feeds and fingerprints."""
+
+    label: str
+    """Name of the whole, e.g. that of the folder."""
+    preprocessing: str
+    seed: int = 0
+    """Of the choice of samples; 0 where all are used."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str: ...
+
+    @abstractmethod
+    def feeds(self, index: int) -> Feeds: ...
+
+    @abstractmethod
+    def fingerprint(self, index: int) -> str:
+        """SHA-256 over the name and the contents of a sample, in hexadecimal."""
+
+    @cached_property
+    def info(self) -> DataInfo:
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.fingerprint(index).encode())
+        return DataInfo(
+            name=self.label,
+            count=len(self),
+            seed=self.seed,
+            sha256=digest.hexdigest(),
+            preprocessing=self.preprocessing,
+        )
+
+
+class Subset(Samples):
+    """Some samples of another data set, in the order of `indices`."""
+
+    def __init__(self, base: Samples, indices: Sequence[int], *, seed: int = 0) -> None:
+        self.label, self.preprocessing, self.seed = base.label, base.preprocessing, seed
+        self._base, self._indices = base, tuple(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._base.name(self._indices[index])
+
+    def feeds(self, index: int) -> Feeds:
+        return self._base.feeds(self._indices[index])
+
+    def fingerprint(self, index: int) -> str:
+        return self._base.fingerprint(self._indices[index])
+
+
+class ArrayDataset(Samples):
+    """Feeds in memory.
+
+    Args:
+        samples: input name -> array, for each sample.
+        inputs: of the model; the samples are checked against them where given.
+        names: one per sample; by default 0, 1, 2 ...
+        label: name of the whole.
+        preprocessing: how the arrays came about, in words.
+
+    Raises:
+        DataError: no samples, or one that does not fit `inputs`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Mapping[str, np.ndarray]],
+        *,
+        inputs: tuple[TensorSpec, ...] | None = None,
+        names: Sequence[str] | None = None,
+        label: str = "arrays",
+        preprocessing: str = "as given",
+    ) -> None:
+        if not samples:
+            raise DataError(f"The data set '{label}' holds no samples. Give at least one.")
+        self.label, self.preprocessing = label, preprocessing
+        self._samples = [dict(sample) for sample in samples]
+        self._names = tuple(names) if names is not None else tuple(map(str, range(len(samples))))
+        if len(self._names) != len(self._samples):
+            raise DataError(f"'{label}' has {len(self._samples)} samples but {len(self._names)} names. Give one each.")
+        if inputs is not None:
+            for name, sample in zip(self._names, self._samples, strict=True):
+                check_feeds(sample, inputs, f"sample '{name}' of '{label}'")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def feeds(self, index: int) -> Feeds:
+        return dict(self._samples[index])
+
+    def fingerprint(self, index: int) -> str:
+        digest = _digest(self._names[index])
+        for key, value in sorted(self._samples[index].items()):
+            digest.update(f"{key}\0{value.dtype.str}{value.shape}\0".encode())
+            digest.update(np.ascontiguousarray(value).data)
+        return digest.hexdigest()
+
+
+class _Files(Samples):
+    """One file a sample, perhaps with a companion; `files` lie in `root`."""
+
+    def __init__(self, root: Path, files: Sequence[Path], inputs: tuple[TensorSpec, ...], preprocessing: str) -> None:
+        self.label, self.preprocessing = root.resolve().name, preprocessing
+        self._root, self._files, self._inputs = root, tuple(files), inputs
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        file = self._files[index]
+        return file.relative_to(self._root).as_posix() if file != self._root else file.name
+
+    def fingerprint(self, index: int) -> str:
+        digest = _digest(self.name(index))
+        for file in self._parts(self._files[index]):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def _parts(self, file: Path) -> tuple[Path, ...]:
+        return (file,)
+
+
+class ImageFolder(_Files):
+    """A folder of images (subfolders included, in the order of their names), or a single image.
+
+    Where the model has more inputs than the image, `name.npz` beside `name.jpg` holds them by name.
+
+    Raises:
+        DataError: no images, or images without the companion that the model needs.
+    """
+
+    def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
+        super().__init__(path, _listing(path, _IMAGES), inputs, spec.describe())
+        self._spec = spec
+        self._others = [i.name for i in inputs if i.name != spec.input]
+        if not self._files:
+            raise DataError(f"No images in '{path}'; expected {_kinds(_IMAGES)}, also in subfolders.")
+        alone = [f for f in self._files if self._others and not f.with_suffix(".npz").is_file()]
+        if alone:
+            raise DataError(
+                f"{len(alone)} images of '{path}' have no .npz beside them, the first is '{alone[0].name}'. The model "
+                f"also takes {self._others}: put these into '{alone[0].with_suffix('.npz').name}' under their names."
+            )
+
+    def feeds(self, index: int) -> Feeds:
+        file = self._files[index]
+        image, _ = image_feed(open_image(file, self._spec.channels), self._spec)
+        others = read_arrays(file.with_suffix(".npz"), self._others) if self._others else {}
+        return check_feeds({self._spec.input: image, **others}, self._inputs, f"'{file}'")
+
+    def _parts(self, file: Path) -> tuple[Path, ...]:
+        return (file, file.with_suffix(".npz")) if self._others else (file,)
+
+
+class FeedFolder(_Files):
+    """A folder of .npz files, one a sample, with the input names as keys; .npy for models with one input.
+
+    Raises:
+        DataError: no such files.
+    """
+
+    def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
+        super().__init__(path, _listing(path, _ARRAYS), inputs, "as stored")
+        if not self._files:
+            raise DataError(f"No arrays in '{path}'; expected {_kinds(_ARRAYS)}, also in subfolders.")
+
+    def feeds(self, index: int) -> Feeds:
+        file = self._files[index]
+        return check_feeds(read_arrays(file, [i.name for i in self._inputs]), self._inputs, f"'{file}'")
+
+
+def open_dataset(
+    path: str | Path, inputs: tuple[TensorSpec, ...], *, image: ImageSpec | None, limit: int | None, seed: int
+) -> Samples:
+    """Open what lies at `path` as samples for a model.
+
+    1. A folder with images, or an image: `ImageFolder`, prepared by `image`.
+    2. A folder with .npz or .npy files: `FeedFolder`.
+    3. A single .npz or .npy: many samples, stacked along the first axis (see `unstack`), or one.
+
+    Args:
+        path: file or folder.
+        inputs: of the model.
+        image: how images are prepared; None where the model takes none.
+        limit: largest number of samples; None takes all.
+        seed: of the choice among more samples than `limit`.
+
+    Raises:
+        DataError: nothing there, nothing usable, or samples that do not fit the model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist. Give a folder of images, a folder of .npz files, or one .npz file.")
+    data: Samples
+    if path.is_file() and path.suffix.lower() in _ARRAYS:
+        data = _stacked(path, inputs)
+    elif path.is_file() and path.suffix.lower() not in _IMAGES:
+        raise DataError(f"'{path}' is neither an image nor an array; expected {_kinds(_IMAGES | _ARRAYS)}.")
+    elif _listing(path, _IMAGES) and image is not None:
+        data = ImageFolder(path, inputs, image)
+    elif _listing(path, _ARRAYS):
+        data = FeedFolder(path, inputs)
+    elif _listing(path, _IMAGES):
+        raise DataError(f"'{path}' holds images. {no_image_input(inputs)}")
+    else:
+        raise DataError(f"'{path}' holds no samples; expected {_kinds(_IMAGES | _ARRAYS)}, also in subfolders.")
+    names = [data.name(i) for i in range(len(data))]
+    chosen = choose(names, limit=limit, seed=seed)
+    return data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)
+
+
+def choose(names: Sequence[str], *, limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` samples, ascending; the same on every machine.
+
+    Samples are drawn by the order of SHA-256(seed, name), so a smaller limit gives a part of the larger one's choice.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"The limit on samples is {limit}; expected at least 1.")
+    order = sorted(range(len(names)), key=lambda i: _digest(f"{seed}\0{names[i]}").digest())
+    return sorted(order[:limit])
+
+
+def _stacked(path: Path, inputs: tuple[TensorSpec, ...]) -> ArrayDataset:
+    samples = unstack(read_arrays(path, [i.name for i in inputs]), inputs, f"'{path}'")
+    names = [f"{path.name}[{i}]" for i in range(len(samples))]
+    return ArrayDataset(samples, inputs=inputs, names=names, label=path.name, preprocessing="as stored")
+
+
+def _listing(path: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Files of these kinds in a folder and its subfolders, hidden ones left out; a single file is its own listing."""
+    files = [path] if path.is_file() else path.rglob("*")
+    found = [
+        file
+        for file in files
+        if file.suffix.lower() in suffixes
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _kinds(suffixes: frozenset[str]) -> str:
+    return ", ".join(sorted(suffixes))
+
+
+def _digest(name: str) -> hashlib._Hash:
+    return hashlib.sha256(f"{name}\0".encode())

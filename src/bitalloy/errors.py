@@ -1,0 +1,53 @@
+"""All errors that bitalloy raises on purpose.
+
+BitalloyError                 a problem that the user can act on; the command line exits with code 2
+├── ModelError                the ONNX file cannot be used: broken, unsafe, or with unbound shapes
+│   └── UnsupportedOpError    an operator without an adjoint rule on a path that needs one
+├── DataError                 images, feeds or labels do not fit the model
+├── BudgetError               no plan meets the budget; the message names the reachable one
+├── RunDirectoryError         the run directory cannot be written or belongs to something else
+└── MissingExtraError         an optional dependency is needed; the message gives the install line
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BitalloyError",
+    "BudgetError",
+    "DataError",
+    "MissingExtraError",
+    "ModelError",
+    "RunDirectoryError",
+    "UnsupportedOpError",
+]
+
+
+class BitalloyError(Exception):
+    """Root of every error that is the user's to solve. The message says what came and what to do."""
+
+
+class ModelError(BitalloyError):
+    """The model cannot be used as it is."""
+
+
+class UnsupportedOpError(ModelError):
+    """An operator on the way from a rounding site to an output has no adjoint rule."""
+
+
+class DataError(BitalloyError):
+    """The data does not fit the model or cannot be read."""
+
+
+class BudgetError(BitalloyError):
+    """No plan satisfies the requested budget."""
+
+
+class RunDirectoryError(BitalloyError):
+    """The run directory cannot be used."""
+
+
+class MissingExtraError(BitalloyError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}'. Install it with: pip install 'bitalloy[{extra}]'")

@@ -1,0 +1,72 @@
+"""Find the parts of the outputs that mean different things.
+
+Case 1. An output made by a Concat of a few computed tensors: each operand is a head. One number over all of them would
+        let boxes in pixels (0 to 640) drown scores (0 to 1).
+Case 2. Any other float output is one head.
+
+The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.errors import ModelError
+from bitalloy.graph import Graph, attribute, constant, is_float, static_shape
+from bitalloy.records import Head
+
+MAX_PARTS = 8
+YOLO_PARTS = ("boxes", "scores", "coefficients")
+
+
+def find_heads(graph: Graph) -> tuple[Head, ...]:
+    """Heads of all float outputs, in order.
+
+    Raises:
+        ModelError: the model has no float output.
+    """
+    found: list[Head] = []
+    for output in graph.model.graph.outputs:
+        if is_float(output):
+            found += _parts(output) or [Head(name=str(output.name), output=str(output.name), tensor=str(output.name))]
+    if not found:
+        raise ModelError(f"The model has no float output to compare; its outputs are {list(graph.output_names)}.")
+    return tuple(found)
+
+
+def _parts(output: ir.Value) -> list[Head]:
+    node, shape = output.producer(), static_shape(output)
+    if node is None or node.op_type != "Concat" or not 2 <= len(node.inputs) <= MAX_PARTS:
+        return []
+    if any(constant(v) is not None for v in node.inputs) or len(set(node.inputs)) != len(node.inputs):
+        return []
+    axis = int(attribute(node, "axis", 0)) % len(shape)  # type: ignore[call-overload]
+    sizes = [static_shape(v)[axis] for v in node.inputs if v is not None]
+    yolo = len(shape) == 3 and axis == 1 and sizes[0] == 4 and len(sizes) <= len(YOLO_PARTS)
+    heads, start = [], 0
+    for position, (value, size) in enumerate(zip(node.inputs, sizes, strict=True)):
+        assert value is not None
+        name = YOLO_PARTS[position] if yolo else f"{output.name}[{start}:{start + size}]"
+        heads.append(
+            Head(
+                name=name,
+                output=str(output.name),
+                tensor=str(value.name),
+                axis=axis,
+                start=start,
+                stop=start + size,
+            )
+        )
+        start += size
+    return heads
+
+
+def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
+    """The part of the outputs that belongs to a head, in float64."""
+    value = outputs[head.output].astype(np.float64)
+    if head.axis is None:
+        return value
+    return value[(slice(None),) * head.axis + (slice(head.start, head.stop),)]

@@ -1,0 +1,109 @@
+"""The probe matrix as numbers: damage of any set of sites, with bootstrap intervals over samples."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bitalloy.records import Estimate
+
+BOOTSTRAPS = 400
+FLOOR_DB, CEILING_DB = -60.0, 160.0
+
+
+@dataclass(frozen=True)
+class ProbeMatrix:
+    """Rows of the probe matrix for a set of samples.
+
+    `rows[h]` is (samples, probes of head h, sites); `energy` is (samples, heads): ||y||^2 of each head.
+    """
+
+    heads: tuple[str, ...]
+    sites: tuple[str, ...]
+    rows: tuple[np.ndarray, ...]
+    energy: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.energy.shape[0])
+
+    @cached_property
+    def column(self) -> Mapping[str, int]:
+        """Column of each site."""
+        return {s: i for i, s in enumerate(self.sites)}
+
+    def select(self, sites: Iterable[str]) -> np.ndarray:
+        """0/1 vector (sites,) of a set of sites; sites that reach no head are ignored."""
+        chosen = np.zeros(len(self.sites), np.float64)
+        chosen[[self.column[s] for s in sites if s in self.column]] = 1.0
+        return chosen
+
+    def damage(self, chosen: np.ndarray) -> np.ndarray:
+        """Relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
+
+        `chosen` is (sites,), 1 where the plan rounds. The denominator is the mean over all samples, so that the
+        mean over samples is the ratio of total energies.
+        """
+        columns = [np.square(rows @ chosen).mean(axis=1) for rows in self.rows]
+        return np.asarray(np.stack(columns, axis=1) / self.energy.mean(axis=0))
+
+    def site_damage(self) -> np.ndarray:
+        """Relative error energy of every site alone, (samples, heads, sites)."""
+        columns = [np.square(rows).mean(axis=1) for rows in self.rows]
+        return np.asarray(np.stack(columns, axis=1) / self.energy.mean(axis=0)[None, :, None])
+
+    def to_bytes(self) -> bytes:
+        """The matrix as a compressed .npz without pickled objects."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
+        np.savez_compressed(
+            buffer, heads=np.array(self.heads), sites=np.array(self.sites), energy=self.energy, **arrays
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> ProbeMatrix:
+        """Read what `to_bytes` wrote."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            heads = tuple(str(h) for h in file["heads"])
+            rows = tuple(file[f"rows_{i}"] for i in range(len(heads)))
+            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, file["energy"])
+
+    @staticmethod
+    def concatenate(parts: Sequence[ProbeMatrix]) -> ProbeMatrix:
+        """Stack shards of different samples."""
+        first = parts[0]
+        rows = tuple(np.concatenate([p.rows[h] for p in parts]) for h in range(len(first.heads)))
+        return ProbeMatrix(first.heads, first.sites, rows, np.concatenate([p.energy for p in parts]))
+
+
+def decibel(damage: np.ndarray) -> np.ndarray:
+    """SQNR in dB of a relative error energy, clipped to a range that JSON and plots can carry."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(-10 * np.log10(damage), FLOOR_DB, CEILING_DB))
+
+
+def draws(samples: int, seed: int) -> np.ndarray:
+    """Bootstrap weights (draws, samples): how often each sample is drawn, divided by the number of samples."""
+    generator = np.random.default_rng([seed, 17])
+    return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
+
+
+def estimate(matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray) -> tuple[Estimate, ...]:
+    """SQNR of rounding the chosen sites together, per head, with a 95 % percentile bootstrap over samples."""
+    energy = matrix.energy / matrix.energy.mean(axis=0)
+    damage = matrix.damage(chosen)
+    return tuple(interval(damage[:, h], energy[:, h], weights) for h in range(len(matrix.heads)))
+
+
+def interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
+    """SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
+    resampled = decibel((weights @ damage) / (weights @ energy))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(value=round(float(decibel(damage.mean())), 3), low=round(float(low), 3), high=round(float(high), 3))

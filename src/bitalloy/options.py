@@ -1,0 +1,84 @@
+"""Text of command-line options as values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from bitalloy.errors import BitalloyError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def latency(text: str | None) -> tuple[float | None, float | None]:
+    """(ratio, milliseconds) of a latency budget.
+
+    >>> latency("0.7x"), latency("12ms"), latency(None)
+    ((0.7, None), (None, 12.0), (None, None))
+    """
+    if text is None:
+        return None, None
+    number, unit = _split(text, "--latency", "0.7x or 12ms", ("x", "ms"))
+    return (number, None) if unit == "x" else (None, number)
+
+
+def size(text: str | None, float_bytes: int) -> int | None:
+    """A size budget in bytes.
+
+    >>> size("8MB", 10_000_000), size("0.5x", 10_000_000)
+    (8000000, 5000000)
+    """
+    if text is None:
+        return None
+    number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *UNITS))
+    return int(number * (float_bytes if unit == "x" else UNITS[unit]))
+
+
+def samples(text: str) -> int | None:
+    """A number of samples, or None for `auto`.
+
+    >>> samples("auto"), samples("16")
+    (None, 16)
+    """
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise BitalloyError(f"--samples is '{text}'; expected a whole number of at least 1, or auto.")
+    return int(text)
+
+
+def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Input shapes.
+
+    >>> shapes(["images=1x3x640x640"])
+    {'images': (1, 3, 640, 640)}
+    """
+    found = {}
+    for text in texts:
+        name, _, dims = text.rpartition("=")
+        if not name or not re.fullmatch(r"[1-9]\d*([x,][1-9]\d*)*", dims):
+            raise BitalloyError(f"--shape is '{text}'; expected an input and its sizes, such as images=1x3x640x640.")
+        found[name] = tuple(int(d) for d in re.split("[x,]", dims))
+    return found
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Comma-separated numbers.
+
+    >>> numbers("--mean", "0.5,0.25")
+    (0.5, 0.25)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.") from None
+
+
+def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    known = {u.lower(): u for u in units}
+    if match is None or match.group(2).lower() not in known or float(match.group(1)) <= 0:
+        raise BitalloyError(f"{option} is '{text}'; expected a number with a unit, such as {example}.")
+    return float(match.group(1)), known[match.group(2).lower()]

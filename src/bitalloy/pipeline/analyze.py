@@ -1,0 +1,269 @@
+"""From a model and samples to everything that is known before a budget is given."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import onnx
+import onnx_ir as ir
+
+from bitalloy import graph, zoo
+from bitalloy.apply import Mixed
+from bitalloy.apply import apply as rewrite
+from bitalloy.calibrate import Statistics, collect
+from bitalloy.data import Dataset, ImageSpec, infer_image_spec, open_dataset
+from bitalloy.errors import BitalloyError, DataError
+from bitalloy.graph import Graph
+from bitalloy.heads import find_heads
+from bitalloy.matrix import ProbeMatrix
+from bitalloy.pipeline.work import Workspace
+from bitalloy.records import Calibration, DataInfo, Head, SensitivityTable, Settings, TensorRange, UnitGraph
+from bitalloy.regions import ancestors, path_of, region_id
+from bitalloy.samples import shapes
+from bitalloy.sensitivity import Prober, sensitivities, settled
+from bitalloy.store import key_of
+from bitalloy.targets import Target, target
+from bitalloy.targets.base import split
+from bitalloy.tasks.detection import looks_like_yolo
+
+CALIBRATION_SHARD = 16
+MIN_SAMPLES, MAX_SAMPLES = 8, 24
+RANGE_RATIO = 16.0
+"""A Concat whose operands' ranges differ by more than this stays in float."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that is known about a model before a budget is given."""
+
+    graph: Graph
+    target: Target
+    units: UnitGraph
+    heads: tuple[Head, ...]
+    settings: Settings
+    data: Dataset
+    calibration: Calibration
+    matrix: ProbeMatrix
+    table: SensitivityTable
+    key: str
+    """Of model, data and settings."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results must know, e.g. that the data is the embedded sample."""
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Tensor -> (low, high)."""
+        return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
+
+    def variant(self, int8: frozenset[str]) -> Mixed:
+        """The model in which the given units run in INT8."""
+        return rewrite(self.graph, self.units, int8, self.ranges, self.target)
+
+
+def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+    """Read a model by path or by its name in the zoo. See `bitalloy.graph.load` for what is refused."""
+    return graph.load(zoo.resolve(model).path, shapes=shapes)
+
+
+def open_data(
+    model: Graph, path: str | Path | None, *, image: ImageSpec | None = None, limit: int | None = None, seed: int = 0,
+    sample_folder: Path | None = None,
+) -> Dataset:  # fmt: skip
+    """Samples for a model from a folder or file, or the embedded sample where no path is given.
+
+    Args:
+        model: whose inputs the samples must fit.
+        path: images, .npz or .npy; None draws the embedded sample.
+        image: preprocessing; inferred where absent.
+        limit: at most so many samples, chosen by `seed`.
+        seed: of the choice.
+        sample_folder: where the embedded sample is drawn to; needed without a path.
+    """
+    spec = image or image_spec(model)
+    if path is not None:
+        return open_dataset(path, model.info.inputs, image=spec, limit=limit, seed=seed)
+    if spec is None or sample_folder is None:
+        raise DataError(
+            "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
+        )
+    annotations = shapes.write_coco(
+        sample_folder / "calibration", count=limit or 64, seed=seed, size=max(spec.height, 64), split="train"
+    )
+    return open_dataset(annotations.parent / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
+
+
+def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
+    """How images become feeds for a model: inferred from its input, or None where it takes no image."""
+    detector = looks_like_yolo(model.info.inputs, model.info.outputs)
+    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **overrides)  # type: ignore[arg-type]
+
+
+def analyze(
+    model: Graph,
+    data: Dataset,
+    settings: Settings | None = None,
+    *,
+    notes: tuple[str, ...] = (),
+    work: Workspace | None = None,
+) -> Analysis:
+    """Calibrate and probe: all that serves every plan for a target.
+
+    Args:
+        model: in normal form, from `load`.
+        data: samples that look like the real ones; no labels needed.
+        settings: target, numbers of samples and probes, seed, exclusions.
+        notes: what a reader of the results must know.
+        work: where to keep and show results.
+
+    Raises:
+        ModelError: NaN or infinite values inside the model.
+        UnsupportedOpError: an operator without adjoint rule; the message says how to exclude it.
+        DataError: the data is empty or does not fit.
+    """
+    settings, work = settings or Settings(), work or Workspace()
+    device = target(settings.target)
+    heads = find_heads(model)
+    excluded = _excluded(model, settings.exclude)
+    units = split(model, device, heads, exclude=excluded)
+    info = data.info
+    key = key_of(model=model.info.sha256, data=info, settings=settings, versions=versions(), shapes=model.info.inputs)
+    calibration = _calibrate(model, units, data, info, settings, key, work)
+    units = _restrict(units, calibration)
+    matrix = _probe(model, device, units, heads, data, calibration, settings, excluded, key, work)
+    table = sensitivities(matrix, units, part_of(info, matrix.samples), seed=settings.seed)
+    return Analysis(model, device, units, heads, settings, data, calibration, matrix, table, key, notes)
+
+
+def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the nodes that match a pattern by name, region or operator type."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {
+            str(n.name)
+            for n in model.nodes
+            if fnmatch.fnmatchcase(str(n.name), pattern)
+            or n.op_type == pattern
+            or any(fnmatch.fnmatchcase(r, pattern) for r in _regions(n))
+        }
+        if not hits:
+            raise BitalloyError(f"--exclude '{pattern}' matches no node, region or operator of the model.")
+        found |= hits
+    return frozenset(found)
+
+
+def _regions(node: ir.Node) -> tuple[str, ...]:
+    """Regions of a node, the root left out."""
+    return ancestors(region_id(path_of(node)))[:-1]
+
+
+def _calibrate(
+    model: Graph, units: UnitGraph, data: Dataset, info: DataInfo, settings: Settings, key: str, work: Workspace
+) -> Calibration:
+    tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
+    order = [t for t in model.value if t in tensors]
+    count = min(len(data), settings.calibration_samples)
+
+    def make() -> bytes:
+        statistics: Statistics | None = None
+        proto = onnx.ModelProto.FromString(model.to_bytes())
+        with work.stage("calibrate", count) as progress:
+            for start in range(0, count, CALIBRATION_SHARD):
+                indices = range(start, min(start + CALIBRATION_SHARD, count))
+                raw = work.shard(
+                    "calibrate",
+                    key,
+                    f"{start:06d}",
+                    lambda i=indices: collect(  # type: ignore[misc]
+                        proto, order, (data.feeds(n) for n in i), progress=progress.advance
+                    ).to_bytes(),
+                )
+                part = Statistics.from_bytes(raw)
+                statistics = part if statistics is None else statistics.merge(part)
+        if statistics is None:
+            raise DataError("There is no sample to calibrate with.")
+        found = statistics.ranges(settings.range_method)
+        record = Calibration(
+            model_sha256=model.info.sha256,
+            data=part_of(info, count),
+            method=settings.range_method,
+            ranges=tuple(
+                TensorRange(tensor=t, low=float(found[t][0]), high=float(found[t][1]), method=settings.range_method)
+                for t in order
+            ),
+            abs_max_fp16_margin=float(statistics.fp16_margin),
+        )
+        return msgspec.json.encode(record)
+
+    return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
+
+
+def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
+    """Keep in float every Concat that would put tensors of very different range on one scale."""
+    ranges = {r.tensor: max(abs(r.low), abs(r.high)) for r in calibration.ranges}
+    entering: dict[str, list[float]] = {}
+    for edge in units.edges:
+        if edge.consumer is not None:
+            entering.setdefault(edge.consumer, []).append(ranges.get(edge.root, 0.0))
+    changed = []
+    for unit in units.units:
+        sizes = [s for s in entering.get(unit.id, []) if s > 0]
+        if unit.kind == "Concat" and len(unit.allowed) > 1 and sizes and max(sizes) > RANGE_RATIO * min(sizes):
+            reason = f"operands' ranges differ by a factor of {max(sizes) / min(sizes):.0f}, too much for one scale"
+            unit = msgspec.structs.replace(unit, allowed=unit.allowed[:1], inner=(), weights=(), reason=reason)
+        changed.append(unit)
+    return msgspec.structs.replace(units, units=tuple(changed))
+
+
+def _probe(
+    model: Graph,
+    device: Target,
+    units: UnitGraph,
+    heads: tuple[Head, ...],
+    data: Dataset,
+    calibration: Calibration,
+    settings: Settings,
+    excluded: frozenset[str],
+    key: str,
+    work: Workspace,
+) -> ProbeMatrix:
+    ranges = {r.tensor: (r.low, r.high) for r in calibration.ranges}
+    most = min(len(data), settings.samples or MAX_SAMPLES)
+    probes = max(2, -(-settings.probes // len(heads)))
+
+    def make() -> bytes:
+        prober: Prober | None = None
+        parts: list[ProbeMatrix] = []
+        with work.stage("probe", most) as progress:
+            for index in range(most):
+
+                def shard(n: int = index) -> bytes:
+                    nonlocal prober
+                    prober = prober or Prober(model, units, heads, ranges, device, stops=excluded)
+                    return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
+
+                parts.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
+                progress.advance(1)
+                enough = settings.samples is None and len(parts) >= MIN_SAMPLES and len(parts) % 4 == 0
+                if enough and settled(ProbeMatrix.concatenate(parts), units):
+                    break
+        return ProbeMatrix.concatenate(parts).to_bytes()
+
+    return ProbeMatrix.from_bytes(work.cached("probe", key, make))
+
+
+def part_of(info: DataInfo, count: int) -> DataInfo:
+    """The same data, of which `count` samples were used."""
+    return msgspec.structs.replace(info, count=count)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a number."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
+    }

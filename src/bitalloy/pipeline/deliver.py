@@ -1,0 +1,282 @@
+"""From an analysis and a budget to a verified mixed-precision model and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bitalloy import bench
+from bitalloy.apply import TAG, digest
+from bitalloy.cost import measure as measure_table
+from bitalloy.errors import BudgetError, DataError
+from bitalloy.pipeline.analyze import Analysis, image_spec
+from bitalloy.pipeline.records import TOLERANCE, Measured, Metrics, Planned, ratio_limit
+from bitalloy.pipeline.summary import summarize
+from bitalloy.pipeline.work import Workspace
+from bitalloy.records import (
+    Budget,
+    CostTable,
+    LatencySpread,
+    MetricComparison,
+    Plan,
+    Round,
+    Summary,
+    Triple,
+)
+from bitalloy.runtime import OrtSession
+from bitalloy.runtime.ort import available_cores
+from bitalloy.search import FRONT_BUDGETS, Problem, search
+from bitalloy.store import key_of
+from bitalloy.tasks.detection import (
+    DetectionResult,
+    class_names,
+    confidence_shift,
+    evaluate_detection,
+    looks_like_yolo,
+    paired_difference,
+)
+from bitalloy.verify import output_sqnr
+
+VERIFY_SAMPLES = 16
+BENCH_REPEATS = 40
+MAX_ROUNDS = 3
+MODELS = ("float", "int8", "mixed")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The shipped model and what was measured on it."""
+
+    analysis: Analysis
+    planned: Planned
+    mixed: bytes
+    summary: Summary
+
+
+def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
+    """Measure what each unit and border costs on the target, which must be this machine."""
+    work = work or Workspace()
+
+    def make() -> bytes:
+        with work.stage("cost", None) as progress:
+            table = measure_table(
+                analysis.units,
+                lambda plan: analysis.variant(plan).model,
+                TAG,
+                analysis.data.feeds(0),
+                seed=analysis.settings.seed,
+                progress=progress.advance,
+            )
+        return msgspec.json.encode(table)
+
+    key = key_of(analysis=analysis.key, threads=available_cores())
+    return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
+
+
+def plan(
+    analysis: Analysis, budget: Budget, *, table: CostTable | None = None, work: Workspace | None = None
+) -> Planned:
+    """Choose the precision of every unit for a budget, and the Pareto front.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what can.
+    """
+    work = work or Workspace()
+    table = table or measure_cost(analysis, work=work)
+    problem = Problem(analysis.units, analysis.matrix, table, len(analysis.graph.to_bytes()))
+
+    def make() -> bytes:
+        with work.stage("search", FRONT_BUDGETS) as progress:
+            found = search(problem, budget, seed=analysis.settings.seed, progress=progress.advance)
+        return msgspec.json.encode(found)
+
+    key = key_of(analysis=analysis.key, cost=table, budget=budget)
+    return Planned(msgspec.json.decode(work.cached("plan", key, make), type=Plan), table)
+
+
+def apply(analysis: Analysis, planned: Planned) -> bytes:
+    """The mixed-precision model of a plan as ONNX bytes, checked."""
+    return analysis.variant(planned.plan.int8_units()).to_bytes()
+
+
+def verify(
+    analysis: Analysis,
+    planned: Planned,
+    *,
+    labels: Path | None = None,
+    limit: int | None = None,
+    work: Workspace | None = None,
+) -> Verified:
+    """Run the float, the all-INT8 and the mixed model side by side; correct the plan where it misses its budget.
+
+    Where the measured latency or SQNR misses the budget, the search is repeated with a limit that is tighter by the
+    gap, at most three rounds in all. The plan that is kept is the best measured one.
+
+    Args:
+        analysis: of the model.
+        planned: the first plan.
+        labels: COCO annotation file; box AP of the three models is measured where given.
+        limit: evaluate at most so many images.
+        work: where to keep and show results.
+
+    Raises:
+        DataError: labels do not fit the images or the model.
+    """
+    work = work or Workspace()
+    budget = planned.plan.budget
+    tried: list[tuple[Planned, bytes, Measured]] = []
+    rounds: list[Round] = []
+    asked = budget
+    for _ in range(MAX_ROUNDS):
+        mixed = apply(analysis, planned)
+        measured = _measure(analysis, mixed, work)
+        tried.append((planned, mixed, measured))
+        rounds.append(
+            Round(
+                latency_ratio_limit=asked.latency_ratio,
+                min_sqnr_db=asked.min_sqnr_db,
+                predicted_ratio=round(planned.predicted_ratio, 4),
+                measured_ratio=round(measured.ratio, 4),
+                sqnr_db=tuple(e.value for e in measured.sqnr_mixed),
+                int8_units=len(planned.plan.int8_units()),
+            )
+        )
+        tighter = _tightened(asked, budget, planned, measured)
+        if tighter is None:
+            break
+        try:
+            asked, planned = tighter, plan(analysis, tighter, table=planned.cost, work=work)
+        except BudgetError:
+            break
+    planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[2]))
+    metrics = _metrics(analysis, mixed, labels, limit, work)
+    final = _with_measured(planned, budget, measured)
+    sizes = Triple(reference=len(analysis.graph.to_bytes()), int8=len(all_int8(analysis)), mixed=len(mixed))
+    summary = summarize(analysis, final, sizes, measured, metrics, rounds, work.seconds)
+    return Verified(analysis, final, mixed, summary)
+
+
+def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
+    count = min(VERIFY_SAMPLES, len(analysis.data))
+
+    def make() -> bytes:
+        models = {"float": analysis.graph.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
+        sessions = {name: OrtSession(model) for name, model in models.items()}
+        with work.stage("benchmark", BENCH_REPEATS) as progress:
+            times = bench.interleave(sessions, analysis.data.feeds(0), repeats=BENCH_REPEATS, progress=progress.advance)
+        with work.stage("verify", count) as progress:
+            reference = sessions.pop("float")
+            sqnr = output_sqnr(
+                reference,
+                sessions,
+                analysis.heads,
+                (analysis.data.feeds(i) for i in range(count)),
+                seed=analysis.settings.seed,
+                progress=progress.advance,
+            )
+        latency = LatencySpread(
+            reference=bench.summarize(times["float"]),
+            int8=bench.summarize(times["int8"]),
+            mixed=bench.summarize(times["mixed"]),
+        )
+        return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
+
+    key = key_of(analysis=analysis.key, mixed=digest(mixed), threads=available_cores())
+    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+
+
+def all_int8(analysis: Analysis) -> bytes:
+    """The model in which every unit that may run in INT8 does."""
+    return analysis.variant(analysis.units.quantizable()).to_bytes()
+
+
+def _tightened(asked: Budget, budget: Budget, planned: Planned, measured: Measured) -> Budget | None:
+    """The next budget to search with, or None where the measurement meets the user's."""
+    changes: dict[str, float] = {}
+    limit = ratio_limit(budget, planned)
+    if limit is not None and measured.ratio > limit * TOLERANCE:
+        changes["latency_ratio"] = round((asked.latency_ratio or limit) * limit / measured.ratio, 4)
+    if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:
+        gap = budget.min_sqnr_db - min(e.value for e in measured.sqnr_mixed)
+        if gap > 0:
+            changes["min_sqnr_db"] = round(asked.min_sqnr_db + gap + 0.2, 3)
+    return msgspec.structs.replace(asked, **changes) if changes else None
+
+
+def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:
+    """How far a measured plan misses the budget, then its damage: smaller is better."""
+    miss = 0.0
+    if budget.latency_ratio is not None:
+        miss += max(0.0, measured.ratio / (budget.latency_ratio * TOLERANCE) - 1)
+    if budget.latency_ms is not None:
+        miss += max(0.0, measured.latency.mixed.median_ms / (budget.latency_ms * TOLERANCE) - 1)
+    worst = min(e.value for e in measured.sqnr_mixed)
+    if budget.min_sqnr_db is not None:
+        return miss + max(0.0, budget.min_sqnr_db - worst), measured.ratio
+    return miss, -float(np.mean([e.value for e in measured.sqnr_mixed]))
+
+
+def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int | None, work: Workspace) -> Metrics:
+    if labels is None:
+        return Metrics()
+    model = analysis.graph
+    spec = image_spec(model)
+    if spec is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
+        raise DataError(
+            f"Box AP needs a detector with output (1, 4 + classes, n); this model's outputs are "
+            f"{[list(o.shape) for o in model.info.outputs]}. Leave out --eval."
+        )
+
+    def make() -> bytes:
+        models = {"float": model.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
+        found = {}
+        with work.stage("evaluate", None) as progress:
+            for name in MODELS:
+                session = OrtSession(models[name])
+
+                def run(feeds: Mapping[str, np.ndarray], session: OrtSession = session) -> dict[str, np.ndarray]:
+                    progress.advance(1)
+                    return session.run(feeds)
+
+                found[name] = evaluate_detection(
+                    run, spec, labels, limit=limit, seed=analysis.settings.seed, names=class_names(model.metadata)
+                )
+        return msgspec.json.encode(_compare(found["float"], found["int8"], found["mixed"]))
+
+    key = key_of(
+        analysis=analysis.key, mixed=digest(mixed), labels=digest(labels.read_bytes()), limit=limit
+    )
+    return msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics)
+
+
+def _compare(reference: DetectionResult, int8: DetectionResult, mixed: DetectionResult) -> Metrics:
+    shifts = {}
+    for name, result in (("int8", int8), ("mixed", mixed)):
+        with suppress(DataError):  # nothing matches: a collapsed model has no scores to compare
+            shifts[name] = confidence_shift(reference, result).shift
+    return Metrics(
+        metrics={
+            "AP50-95": MetricComparison(
+                reference=reference.ap,
+                int8=int8.ap,
+                mixed=mixed.ap,
+                drop_int8=paired_difference(reference, int8),
+                drop_mixed=paired_difference(reference, mixed),
+            ),
+            "AP50": MetricComparison(reference=reference.ap50, int8=int8.ap50, mixed=mixed.ap50),
+        },
+        confidence_shift=shifts,
+    )
+
+
+def _with_measured(planned: Planned, budget: Budget, measured: Measured) -> Planned:
+    heads = tuple(
+        msgspec.structs.replace(head, measured_db=found)
+        for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+    )
+    return Planned(msgspec.structs.replace(planned.plan, heads=heads, budget=budget), planned.cost)

@@ -1,0 +1,51 @@
+"""What passes between the delivering stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitalloy.records import Budget, CostTable, Estimate, LatencySpread, MetricComparison, Plan, Record
+
+TOLERANCE = 1.02
+"""A measured latency up to 2 % above its limit counts as met; the spread of medians is of that size."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with the cost table that it rests on."""
+
+    plan: Plan
+    cost: CostTable
+
+    @property
+    def predicted_ratio(self) -> float:
+        """Predicted latency over that of the float model."""
+        return self.plan.predicted_latency_us / self.cost.all_float_us
+
+
+class Measured(Record, frozen=True, kw_only=True):
+    """What one round measured on the real runtime."""
+
+    latency: LatencySpread
+    sqnr_int8: tuple[Estimate, ...]
+    sqnr_mixed: tuple[Estimate, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Latency of the mixed model over float, medians of the same interleaved run."""
+        return self.latency.mixed.median_ms / self.latency.reference.median_ms
+
+
+class Metrics(Record, frozen=True, kw_only=True):
+    """Task metrics of the three models."""
+
+    metrics: dict[str, MetricComparison] = {}
+    confidence_shift: dict[str, Estimate] = {}
+
+
+def ratio_limit(budget: Budget, planned: Planned) -> float | None:
+    """The tightest latency limit of a budget, over the float model; None without one."""
+    limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
+    if budget.latency_ms is not None:
+        limits.append(budget.latency_ms * 1e3 / planned.cost.all_float_us)
+    return min(limits) if limits else None

@@ -1,0 +1,104 @@
+"""The whole job in one call: from a model to a run directory with the mixed model, its proof and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from bitalloy import graph, zoo
+from bitalloy.data import ImageSpec
+from bitalloy.pipeline.analyze import Analysis, analyze, open_data
+from bitalloy.pipeline.deliver import Verified, plan, verify
+from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.records import Budget, Settings
+from bitalloy.report import render as render_html
+from bitalloy.report import sensitivity_csv
+from bitalloy.samples.shapes import write_coco
+from bitalloy.store import RunDirectory
+
+SAMPLE_NOTE = (
+    "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
+    "something for your deployment."
+)
+SAMPLE_IMAGES = 100
+
+
+def run(
+    model: str | Path,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    labels: str | Path | None = None,
+    budget: Budget | None = None,
+    settings: Settings | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    image: ImageSpec | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Verified:
+    """Analyse, plan, apply, verify and report.
+
+    Args:
+        model: an .onnx file or a name of the zoo.
+        out: run directory; what is stored there already is used again.
+        data: images or feeds that look like the real ones; the embedded sample without it.
+        labels: COCO annotation file for box AP.
+        budget: limits on latency, size or damage; 0.7x of float's latency without it.
+        settings: of the analysis.
+        shapes: input name -> shape, where the model leaves dimensions open.
+        image: preprocessing of images, inferred where absent.
+        limit: evaluate at most so many labelled images.
+        progress: where to show what goes on.
+
+    Raises:
+        BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
+    """
+    settings, budget = settings or Settings(), budget or Budget(latency_ratio=0.7)
+    source = zoo.resolve(model)
+    loaded = graph.load(source.path, shapes=shapes)
+    store = RunDirectory(out)
+    work = Workspace(store, progress or Silent())
+    folder = store.path / "sample"
+    dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=folder)
+    if data is None and labels is None and source.sample:
+        size = int(loaded.info.inputs[0].shape[-1])
+        labels = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size)
+    analysis = analyze(loaded, dataset, settings, work=work, notes=(SAMPLE_NOTE,) if data is None else ())
+    planned = plan(analysis, budget, work=work)
+    verified = verify(analysis, planned, labels=Path(labels) if labels else None, limit=limit, work=work)
+    publish(verified, store)
+    return verified
+
+
+def publish(verified: Verified, store: RunDirectory) -> Path:
+    """Write everything that a user reads into the run directory; returns the path of the report."""
+    analysis, planned = verified.analysis, verified.planned
+    store.publish("mixed.onnx", verified.mixed)
+    store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
+    for name, record in (
+        ("sensitivity.json", analysis.table),
+        ("plan.json", planned.plan),
+        ("cost.json", planned.cost),
+        ("units.json", analysis.units),
+        ("calibration.json", analysis.calibration),
+    ):
+        store.publish(name, _pretty(record))
+    store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
+    path = store.publish("report.html", render(verified))
+    store.publish("summary.json", _pretty(verified.summary))
+    return path
+
+
+def render(verified: Verified) -> str:
+    """The report as one HTML page."""
+    analysis = verified.analysis
+    return render_html(verified.summary, verified.planned.plan, analysis.table, analysis.units, verified.planned.cost)
+
+
+def _pretty(record: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=2)
+
+
+__all__ = ["Analysis", "publish", "render", "run"]

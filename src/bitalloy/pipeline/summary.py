@@ -1,0 +1,87 @@
+"""What a run says: the summary record and its headline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bitalloy.matrix import draws, estimate
+from bitalloy.pipeline.analyze import Analysis, part_of, versions
+from bitalloy.pipeline.records import TOLERANCE, Measured, Metrics, Planned, ratio_limit
+from bitalloy.records import Comparison, HeadComparison, Round, Summary, Triple
+
+
+def summarize(
+    analysis: Analysis,
+    planned: Planned,
+    sizes: Triple,
+    measured: Measured,
+    metrics: Metrics,
+    rounds: Sequence[Round],
+    seconds: Mapping[str, float],
+) -> Summary:
+    """Put predictions and measurements of a run side by side."""
+    matrix, units = analysis.matrix, analysis.units
+    weights = draws(matrix.samples, analysis.settings.seed)
+    everything = matrix.select(units.rounded(units.quantizable()))
+    predicted_int8 = estimate(matrix, everything, weights)
+    sqnr = {
+        head.head: HeadComparison(
+            int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_int8[i].value),
+            mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
+        )
+        for i, head in enumerate(planned.plan.heads)
+    }
+    latency = measured.latency
+    return Summary(
+        headline=_headline(planned, measured, sqnr, metrics),
+        model=analysis.graph.info.name,
+        model_sha256=analysis.graph.info.sha256,
+        target=analysis.target.name,
+        device=planned.cost.device,
+        threads=planned.cost.threads,
+        budget=planned.plan.budget,
+        latency_ms=Triple(
+            reference=latency.reference.median_ms, int8=latency.int8.median_ms, mixed=latency.mixed.median_ms
+        ),
+        latency_ratio=round(measured.ratio, 4),
+        predicted_latency_ratio=round(planned.predicted_ratio, 4),
+        latency_spread_ms=measured.latency,
+        size_bytes=sizes,
+        sqnr_db=sqnr,
+        sqnr_interval_db={h.head: e for h, e in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)},
+        metrics=metrics.metrics,
+        confidence_shift=metrics.confidence_shift,
+        units=len(units.quantizable()),
+        int8_units=len(planned.plan.int8_units()),
+        samples=matrix.samples,
+        probes=int(sum(r.shape[1] for r in matrix.rows)),
+        settled=analysis.table.settled,
+        flagged_units=tuple(sorted({r.id for r in analysis.table.rows if r.flagged and r.scope == "unit"})),
+        fp16_margin=analysis.calibration.abs_max_fp16_margin,
+        calibration=analysis.calibration.data,
+        analysis=part_of(analysis.data.info, matrix.samples),
+        seconds=dict(seconds),
+        rounds=tuple(rounds),
+        seed=analysis.settings.seed,
+        versions=versions(),
+        notes=analysis.notes,
+    )
+
+
+def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:
+    ratio = measured.ratio
+    parts = [
+        f"{measured.latency.mixed.median_ms:.1f} ms against {measured.latency.reference.median_ms:.1f} ms in float"
+    ]
+    parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
+    for name, metric in metrics.metrics.items():
+        parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
+    lead = (
+        f"The mixed model runs in {ratio:.2f}x of float's time"
+        if ratio < 1
+        else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
+    )
+    limit = ratio_limit(planned.plan.budget, planned)
+    if limit is not None and ratio > limit * TOLERANCE:
+        lead += f", which misses the budget of {limit:.2f}x"
+    return f"{lead}: {'; '.join(parts)}."

@@ -1,0 +1,77 @@
+"""Where the stages keep results and show progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bitalloy.store import RunDirectory
+
+
+class Progress(Protocol):
+    """Where long work reports to."""
+
+    def start(self, stage: str, total: int | None) -> None:
+        """A stage begins; `total` steps where known."""
+        ...
+
+    def advance(self, steps: int = 1) -> None:
+        """Some steps of the current stage are done."""
+        ...
+
+    def finish(self, note: str = "") -> None:
+        """The current stage is over."""
+        ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    def start(self, stage: str, total: int | None) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def finish(self, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where results are kept and progress is shown; both may be absent."""
+
+    store: RunDirectory | None = None
+    progress: Progress = field(default_factory=Silent)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
+        """The stored result of a stage, made now where it is missing."""
+        start = time.perf_counter()
+        found = self.store.get(stage, key) if self.store else None
+        if found is not None:
+            self.seconds[stage] = 0.0
+            return found
+        data = make()
+        if self.store:
+            self.store.put(stage, key, data)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        return data
+
+    def shard(self, stage: str, key: str, name: str, make: Callable[[], bytes]) -> bytes:
+        """One part of a sharded stage."""
+        found = self.store.get(stage, key, name) if self.store else None
+        if found is None:
+            found = make()
+            if self.store:
+                self.store.put(stage, key, found, name)
+        return found
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Progress]:
+        """Show a stage while it runs."""
+        self.progress.start(name, total)
+        try:
+            yield self.progress
+        finally:
+            self.progress.finish()

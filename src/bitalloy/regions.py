@@ -1,0 +1,64 @@
+"""The human view of a graph: a tree of regions read from where each node comes from in the model's source.
+
+Sources, in this order:
+
+1. `pkg.torch.onnx.name_scopes` metadata (torch.export exporter): module paths such as `model.4.m.0`.
+2. Node names with slashes (TorchScript exporter): `/model.4/m.0/cv1/conv/Conv`.
+3. Otherwise the node belongs to the root region.
+
+A path is a tuple of names; a region is any prefix of a path, so regions nest.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+ROOT = "(model)"
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def path_of(node: ir.Node) -> tuple[str, ...]:
+    """Path of the module that a node belongs to, outermost first; empty for the root.
+
+    >>> path_of(ir.node("Conv", [], name="/model.4/m.0/cv1/conv/Conv"))
+    ('model.4', 'm.0', 'cv1', 'conv')
+    """
+    scopes = _scopes(node.metadata_props.get(SCOPES, ""))
+    if scopes:
+        path: list[str] = []
+        previous = ""
+        for scope in scopes:
+            path.append(scope.removeprefix(previous + ".") if previous and scope.startswith(previous + ".") else scope)
+            previous = scope
+        return tuple(path)
+    name = node.name or ""
+    if "/" not in name:
+        return ()
+    return tuple(p for p in name.strip("/").split("/")[:-1] if p)
+
+
+def _scopes(text: str) -> list[str]:
+    """Module paths of the name-scope list, outermost first, without the node's own name at the end."""
+    try:
+        value = ast.literal_eval(text) if text else []
+    except (SyntaxError, ValueError):
+        return []
+    return [str(s) for s in value[:-1] if s] if isinstance(value, list) else []
+
+
+def region_id(path: Iterable[str]) -> str:
+    """Name of a region, e.g. `model.4/m.0/cv1`."""
+    return "/".join(path) or ROOT
+
+
+def ancestors(region: str) -> tuple[str, ...]:
+    """All regions that contain a region, itself first and the root last.
+
+    >>> ancestors("model.4/m.0")
+    ('model.4/m.0', 'model.4', '(model)')
+    """
+    parts = region.split("/") if region != ROOT else []
+    return (*(region_id(parts[:n]) for n in range(len(parts), 0, -1)), ROOT)

@@ -1,0 +1,229 @@
+"""The numbers to decide by: verdict, budget, cautions and the table of the three models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, Summary, UnitGraph
+from bitalloy.report import formats
+
+TOLERANCE = 1.02
+"""A measured latency up to 2 % above its limit counts as met: medians vary by that much."""
+WIDE_GAP_DB = 3.0
+"""Prediction and measurement that differ by more are shown as a problem."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of the budget and whether the shipped model keeps it."""
+
+    name: str
+    asked: str
+    measured: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with a smaller line beneath. `tone` is `good`, `warn`, `bad` or empty."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A quantity of the float, the all-INT8 and the mixed model."""
+
+    name: str
+    note: str
+    cells: tuple[Cell, Cell, Cell]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under one heading."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def limits(summary: Summary) -> tuple[Limit, ...]:
+    """The budget beside what was measured."""
+    budget, found = summary.budget, []
+    if budget.latency_ratio is not None:
+        met = summary.latency_ratio <= budget.latency_ratio * TOLERANCE
+        found.append(
+            Limit("latency", f"≤ {formats.ratio(budget.latency_ratio)}", formats.ratio(summary.latency_ratio), met)
+        )
+    if budget.latency_ms is not None:
+        measured = summary.latency_ms.mixed
+        asked = f"≤ {formats.milliseconds(budget.latency_ms)}"
+        found.append(
+            Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE)
+        )
+    if budget.size_bytes is not None:
+        size = summary.size_bytes.mixed
+        asked = f"≤ {formats.size(budget.size_bytes)}"
+        found.append(Limit("size", asked, formats.size(size), size <= budget.size_bytes))
+    if budget.min_sqnr_db is not None and summary.sqnr_db:
+        worst = min(pair.mixed.measured for pair in summary.sqnr_db.values())
+        asked = f"≥ {formats.decibel(budget.min_sqnr_db)}"
+        found.append(Limit("SQNR of every head", asked, formats.decibel(worst), worst >= budget.min_sqnr_db))
+    return tuple(found)
+
+
+def tone(summary: Summary) -> str:
+    """`bad` where the mixed model is not faster than float, `warn` where it misses a limit, else `good`."""
+    if summary.latency_ratio >= 1:
+        return "bad"
+    return "good" if all(limit.met for limit in limits(summary)) else "warn"
+
+
+def cautions(summary: Summary) -> tuple[str, ...]:
+    """What a reader must know before relying on the numbers."""
+    found = list(summary.notes)
+    wide = [h for h, pair in summary.sqnr_db.items() if _wide(pair.mixed.predicted, pair.mixed.measured)]
+    if wide:
+        found.append(
+            f"Predicted and measured SQNR of the mixed model differ by more than {WIDE_GAP_DB:g} dB on "
+            f"{', '.join(wide)}: rely on the measured value, and read the sensitivities as a ranking."
+        )
+    for name, metric in summary.metrics.items():
+        if metric.drop_mixed is not None and metric.drop_mixed.low > 0:
+            found.append(f"{name} drops by more than the noise of its {metric.mixed.n} samples.")
+    if not summary.settled:
+        found.append(
+            f"The ranking of units had not settled after {summary.samples} samples: neighbours in it may swap places "
+            "with other data."
+        )
+    if summary.fp16_margin < 1:
+        found.append(
+            f"Activations exceed the FP16 range by a factor of {1 / summary.fp16_margin:.2g}: do not run this model "
+            "in FP16 as a whole."
+        )
+    return tuple(found)
+
+
+def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Group, ...]:
+    """Float, all-INT8 and mixed model side by side, predictions beside measurements."""
+    groups = [
+        Group("Cost", (_latency(summary), _ratio(summary, predicted_int8_ratio(units, cost)), _size(summary))),
+        Group("Output error (SQNR, measured)", tuple(_sqnr(summary))),
+        Group("Task accuracy", tuple(_accuracy(summary))),
+    ]
+    return tuple(g for g in groups if g.rows)
+
+
+def predicted_int8_ratio(units: UnitGraph, cost: CostTable) -> float:
+    """Predicted latency of the all-INT8 model over float."""
+    return cost.latency_us(units, units.quantizable()) / cost.all_float_us
+
+
+def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the table of search rounds."""
+    header = (
+        "Round",
+        "Latency limit",
+        "SQNR limit",
+        "INT8 units",
+        "Predicted latency",
+        "Measured latency",
+        *(f"Measured {head}" for head in heads),
+    )
+    lines = [
+        (
+            str(number),
+            formats.NONE if r.latency_ratio_limit is None else formats.ratio(r.latency_ratio_limit),
+            formats.decibel(r.min_sqnr_db),
+            str(r.int8_units),
+            formats.ratio(r.predicted_ratio),
+            formats.ratio(r.measured_ratio),
+            *(formats.decibel(value) for value in r.sqnr_db),
+        )
+        for number, r in enumerate(summary.rounds, start=1)
+    ]
+    return header, lines
+
+
+def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
+    """Names of the heads, in the order in which plans list them."""
+    return tuple(h.head for h in plan.heads) or tuple(summary.sqnr_db)
+
+
+def _latency(summary: Summary) -> Row:
+    def cell(one: Latency) -> Cell:
+        spread = f"{formats.milliseconds(one.p10_ms).removesuffix(' ms')}–{formats.milliseconds(one.p90_ms)}"
+        return Cell(formats.milliseconds(one.median_ms), (f"p10–p90 {spread}", f"{one.count} runs"))
+
+    spread = summary.latency_spread_ms
+    cells = (cell(spread.reference), cell(spread.int8), cell(spread.mixed))
+    return Row("Latency, median", "interleaved runs", cells)
+
+
+def _ratio(summary: Summary, predicted_int8: float) -> Row:
+    def cell(measured: float, predicted: float) -> Cell:
+        return Cell(formats.ratio(measured), (f"predicted {formats.ratio(predicted)}",), "bad" if measured >= 1 else "")
+
+    latency = summary.latency_ms
+    int8 = cell(latency.int8 / latency.reference, predicted_int8)
+    mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio)
+    return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), int8, mixed))
+
+
+def _size(summary: Summary) -> Row:
+    size = summary.size_bytes
+
+    def cell(value: float) -> Cell:
+        return Cell(formats.size(value), (f"{formats.ratio(value / size.reference)} of float",))
+
+    return Row("File size", "", (Cell(formats.size(size.reference)), cell(size.int8), cell(size.mixed)))
+
+
+def _sqnr(summary: Summary) -> Iterable[Row]:
+    def cell(predicted: float | None, measured: float, interval: Estimate | None) -> Cell:
+        notes = [f"95 % {formats.between(interval, 1)}"] if interval is not None else []
+        if predicted is not None:
+            difference = formats.signed(measured - predicted, 1)
+            notes.append(f"predicted {formats.decibel(predicted)} ({difference})")
+        return Cell(formats.decibel(measured), tuple(notes), "bad" if _wide(predicted, measured) else "")
+
+    for head, pair in summary.sqnr_db.items():
+        int8 = cell(pair.int8.predicted, pair.int8.measured, None)
+        mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
+        yield Row(head, "higher is better", (Cell("reference"), int8, mixed))
+
+
+def _accuracy(summary: Summary) -> Iterable[Row]:
+    def value(one: MetricValue) -> Cell:
+        return Cell(f"{one.value:.4f}", (f"95 % {formats.between(one, 4)}", f"n = {one.n}"))
+
+    for name, metric in summary.metrics.items():
+        yield Row(name, "", (value(metric.reference), value(metric.int8), value(metric.mixed)))
+        if metric.drop_int8 is not None or metric.drop_mixed is not None:
+            drops = (_drop(metric.drop_int8), _drop(metric.drop_mixed))
+            yield Row(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
+    if summary.confidence_shift:
+        shifts = (_shift(summary.confidence_shift.get("int8")), _shift(summary.confidence_shift.get("mixed")))
+        yield Row("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
+
+
+def _drop(drop: Estimate | None) -> Cell:
+    if drop is None:
+        return Cell(formats.NONE)
+    beyond = drop.low > 0 or drop.high < 0
+    verdict = "beyond noise" if beyond else "within noise"
+    notes = (f"95 % {formats.between(drop, 4)}", verdict)
+    return Cell(formats.signed(drop.value, 4), notes, ("bad" if drop.value > 0 else "good") if beyond else "")
+
+
+def _shift(shift: Estimate | None) -> Cell:
+    if shift is None:
+        return Cell(formats.NONE)
+    return Cell(formats.signed(shift.value, 4), (f"95 % {formats.between(shift, 4)}",))
+
+
+def _wide(predicted: float | None, measured: float) -> bool:
+    return predicted is not None and abs(measured - predicted) > WIDE_GAP_DB

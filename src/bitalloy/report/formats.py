@@ -1,0 +1,92 @@
+"""How the report writes numbers, always with their unit.
+
+>>> decibel(24.06), ratio(0.684), size(10_734_221), milliseconds(38.84), microseconds(1234.5)
+('24.1 dB', '0.68×', '10.73 MB', '38.8 ms', '1,234 µs')
+"""
+
+from __future__ import annotations
+
+from bitalloy.matrix import CEILING_DB
+from bitalloy.records import DataInfo, Estimate, MetricValue
+
+NONE = "–"
+MINUS = "−"
+
+
+def signed(value: float, digits: int) -> str:
+    """With a sign in front, a true minus included; no sign where it rounds to zero.
+
+    >>> signed(0.34, 1), signed(-2.0, 1), signed(-0.01, 1)
+    ('+0.3', '−2.0', '0.0')
+    """
+    text = f"{abs(value):.{digits}f}"
+    if not float(text):
+        return text
+    return ("+" if value > 0 else MINUS) + text
+
+
+def plain(value: float, digits: int) -> str:
+    """Without a plus sign, but with a true minus."""
+    return signed(value, digits).removeprefix("+")
+
+
+def decibel(value: float | None) -> str:
+    """SQNR; the ceiling of the probe matrix stands for an error of zero."""
+    if value is None:
+        return NONE
+    return "no error" if value >= CEILING_DB else f"{plain(value, 1)} dB"
+
+
+def bare_decibel(value: float | None) -> str:
+    """SQNR for a column that has the unit in its head."""
+    return decibel(value).removesuffix(" dB")
+
+
+def between(estimate: Estimate | MetricValue, digits: int) -> str:
+    """Interval, e.g. `[23.1, 25.0]`."""
+    return f"[{plain(estimate.low, digits)}, {plain(estimate.high, digits)}]"
+
+
+def ratio(value: float) -> str:
+    """Of the float model's number."""
+    return f"{value:.2f}×"
+
+
+def milliseconds(value: float) -> str:
+    """Latency of a model: three significant digits, at most two decimals."""
+    return f"{value:,.{_decimals(value)}f} ms"
+
+
+def microseconds(value: float | None) -> str:
+    """Time of a part of a model."""
+    return NONE if value is None else f"{value:,.{0 if abs(value) >= 100 else 1}f} µs"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    if value < 1e6:
+        return f"{value / 1e3:,.1f} kB"
+    return f"{value / 1e6:,.{2 if value < 1e8 else 0}f} MB"
+
+
+def seconds(value: float) -> str:
+    """Wall time of a stage.
+
+    >>> seconds(0.0), seconds(12.34), seconds(125.0)
+    ('stored result', '12.3 s', '2 min 5 s')
+    """
+    if value == 0:
+        return "stored result"
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    return f"{whole // 60} min {whole % 60} s"
+
+
+def data(info: DataInfo) -> str:
+    """Which samples, in one line."""
+    return f"{info.name}: {info.count} samples, seed {info.seed}, {info.preprocessing}"
+
+
+def _decimals(value: float) -> int:
+    return 2 if value < 10 else 1 if value < 1000 else 0

@@ -1,0 +1,176 @@
+"""The report: one HTML file that needs nothing else, as a pure function of a run's records.
+
+Every name in it is foreign input. Three lines of defence: the template escapes by default; the data for the script is
+JSON without `<`, `>` and `&`; and a content security policy lets no other script, style or request through.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+
+import jinja2
+import msgspec
+from markupsafe import Markup
+
+from bitalloy.records import CostTable, ParetoPoint, Plan, SensitivityTable, Summary, UnitGraph
+from bitalloy.report import charts, figures, formats
+from bitalloy.report.breakdown import Tables, payload, region_tree
+
+OFF_SCALE_DB = 80.0
+"""Plans with less error than this are drawn at the edge of the plot: rounding is then no concern."""
+
+
+def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGraph, cost: CostTable) -> str:
+    """The report as one offline HTML page.
+
+    Args:
+        summary: result of the run.
+        plan: the shipped plan, with its Pareto front.
+        table: sensitivities of sites, units and regions.
+        units: the model on the plan's target.
+        cost: measured cost table.
+    """
+    heads = figures.heads_of(plan, summary)
+    tables = Tables(plan, table, units, cost, heads)
+    style, script = _asset("style.css"), _asset("script.js")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bitalloy.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(fmt=formats, key=charts.legend_marker)
+    round_header, round_lines = figures.rounds(summary, heads)
+    return environment.get_template("template.html").render(
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        data=embedded_json(payload(tables)),
+        summary=summary,
+        plan=plan,
+        table=table,
+        cost=cost,
+        heads=heads,
+        tone=figures.tone(summary),
+        limits=figures.limits(summary),
+        cautions=figures.cautions(summary),
+        groups=figures.key_figures(summary, units, cost),
+        pareto_chart=_pareto_chart(summary, plan, units, cost, heads),
+        latency_chart=_latency_chart(summary),
+        round_header=round_header,
+        round_lines=round_lines,
+        points=_points(plan, cost),
+        regions=region_tree(tables),
+    )
+
+
+def embedded_json(value: object) -> Markup:
+    """JSON that is safe inside a script element: no character of it can end the element or open another."""
+    text = msgspec.json.encode(value).decode()
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _asset(name: str) -> str:
+    return resources.files("bitalloy.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Content security policy: this style, this script, images inside the page, nothing else."""
+
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
+
+
+def _points(plan: Plan, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
+    """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
+    chosen = plan.int8_units()
+    found = [
+        (p, p.predicted_latency_us / cost.all_float_us, frozenset(p.int8_units) == chosen) for p in plan.pareto
+    ]
+    return sorted(found, key=lambda t: t[1])
+
+
+def _pareto_chart(
+    summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]
+) -> Markup:
+    budget = summary.budget
+    limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
+    if budget.latency_ms is not None:
+        limits.append(budget.latency_ms / summary.latency_ms.reference)
+    series = [_series(i, head, summary, plan, units, cost) for i, head in enumerate(heads)]
+    return charts.pareto(
+        series,
+        ceiling=OFF_SCALE_DB,
+        latency_limit=min(limits) if limits else None,
+        floor_db=budget.min_sqnr_db,
+    )
+
+
+def _series(
+    index: int, head: str, summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable
+) -> charts.Series:
+    def marker(what: str, x: float, y: float, shape: str, interval: tuple[float, float] | None = None) -> charts.Marker:
+        ends = f" (95 % {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+        tip = f"{head}: {formats.decibel(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"
+        return charts.Marker(x, y, tip, shape, interval)
+
+    line = tuple(
+        marker(f"plan with {len(point.int8_units)} INT8 units, predicted", x, point.sqnr_db[index], "dot")
+        for point, x, _ in _points(plan, cost)
+    )
+    pairs: list[tuple[charts.Marker, charts.Marker]] = []
+    marked: list[charts.Marker] = []
+    pair = summary.sqnr_db.get(head)
+    if pair is not None:
+        interval = summary.sqnr_interval_db.get(head)
+        ends = (interval.low, interval.high) if interval is not None else None
+        mixed = marker("mixed model, measured", summary.latency_ratio, pair.mixed.measured, "mixed", ends)
+        measured_ratio = summary.latency_ms.int8 / summary.latency_ms.reference
+        int8 = marker("all-INT8 model, measured", measured_ratio, pair.int8.measured, "int8")
+        if pair.mixed.predicted is None:
+            marked.append(mixed)
+        else:
+            x = summary.predicted_latency_ratio
+            pairs.append((marker("chosen plan, predicted", x, pair.mixed.predicted, "chosen"), mixed))
+        if pair.int8.predicted is None:
+            marked.append(int8)
+        else:
+            x = figures.predicted_int8_ratio(units, cost)
+            pairs.append((marker("all-INT8 model, predicted", x, pair.int8.predicted, "int8-predicted"), int8))
+    return charts.Series(head, line, tuple(pairs), tuple(marked))
+
+
+def _latency_chart(summary: Summary) -> Markup:
+    reference = summary.latency_spread_ms.reference.median_ms
+    budget = summary.budget
+    limits = [budget.latency_ms] if budget.latency_ms is not None else []
+    if budget.latency_ratio is not None:
+        limits.append(budget.latency_ratio * reference)
+    spread = summary.latency_spread_ms
+    bars = [
+        charts.Bar(
+            name=name,
+            median=one.median_ms,
+            low=one.p10_ms,
+            high=one.p90_ms,
+            label=f"{formats.milliseconds(one.median_ms)}  {formats.ratio(one.median_ms / reference)}",
+            tip=(
+                f"{name}: median {formats.milliseconds(one.median_ms)}\n"
+                f"p10 {formats.milliseconds(one.p10_ms)}, p90 {formats.milliseconds(one.p90_ms)}, {one.count} runs"
+            ),
+            style=style,
+        )
+        for name, style, one in (
+            ("float", "b-float", spread.reference),
+            ("all-INT8", "b-int8", spread.int8),
+            ("mixed", "b-mixed", spread.mixed),
+        )
+    ]
+    return charts.latency(bars, limit_ms=min(limits) if limits else None)

@@ -1,0 +1,32 @@
+"""The sensitivity table as files for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import msgspec
+
+from bitalloy.records import SensitivityTable
+
+COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged")
+
+
+def sensitivity_csv(table: SensitivityTable) -> str:
+    """One line per (thing, part, head); strings are quoted, so that any node name survives.
+
+    `low_db` and `high_db` bound the 95 % bootstrap interval of `sqnr_db`; `flagged` is `true` or `false`.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in table.rows:
+        value = row.sqnr_db
+        flagged = "true" if row.flagged else "false"
+        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, flagged))
+    return buffer.getvalue()
+
+
+def sensitivity_json(table: SensitivityTable) -> str:
+    """The record itself, indented; `msgspec.json.decode(..., type=SensitivityTable)` gives it back."""
+    return msgspec.json.format(msgspec.json.encode(table), indent=2).decode()

@@ -1,0 +1,6 @@
+"""Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
+
+from bitalloy.runtime.base import Session
+from bitalloy.runtime.ort import OrtSession
+
+__all__ = ["OrtSession", "Session"]

@@ -1,0 +1,182 @@
+"""The embedded sample `shapes`: coloured geometric shapes on textured backgrounds, with exact labels.
+
+The record of a scene is the map of instance ids with the class and colour of each instance; boxes, masks,
+semantic maps, prompts and captions all follow from it. A scene depends on (split, seed, index, size) alone:
+no global state, any order, any subset. Bits are equal for equal versions of numpy and Pillow; a change
+of the generator raises `VERSION`. How a scene is drawn: `bitalloy.samples.drawing`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from bitalloy.errors import DataError
+from bitalloy.samples.drawing import CLASSES, COLORS, draw
+
+__all__ = ["CLASSES", "COLORS", "SPLITS", "VERSION", "Scene", "scene", "write_coco"]
+
+VERSION = 1
+"""Raised whenever the same arguments would give another scene."""
+SPLITS: tuple[str, ...] = ("train", "val", "test", "calibration")
+"""Streams of scenes that share no random numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """One generated image and everything that is known about it; n is the number of instances."""
+
+    image: npt.NDArray[np.uint8]
+    """(H, W, 3) RGB."""
+    labels: npt.NDArray[np.int64]
+    """(n,) index into `CLASSES`; entry i belongs to id i + 1 of the instance map."""
+    colors: npt.NDArray[np.int64]
+    """(n,) index into `COLORS`."""
+    instance_map: npt.NDArray[np.uint8]
+    """(H, W): 0 is background, i + 1 is instance i; a higher id lies in front of a lower one."""
+
+    def masks(self) -> npt.NDArray[np.bool_]:
+        """(n, H, W): the visible pixels of each instance."""
+        ids = np.arange(1, len(self.labels) + 1, dtype=np.uint8)
+        return np.equal(self.instance_map[None], ids[:, None, None])
+
+    def areas(self) -> npt.NDArray[np.int64]:
+        """(n,): visible pixels of each instance."""
+        return np.bincount(self.instance_map.ravel(), minlength=len(self.labels) + 1)[1:].astype(np.int64)
+
+    def boxes(self) -> npt.NDArray[np.float32]:
+        """(n, 4): x1, y1, x2, y2 around the visible pixels; x2 and y2 lie one past the last pixel."""
+        out = np.zeros((len(self.labels), 4), np.float32)
+        for row, mask in zip(out, self.masks(), strict=True):
+            columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            row[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return out
+
+    def semantic(self) -> npt.NDArray[np.uint8]:
+        """(H, W): 0 is background, label + 1 elsewhere."""
+        table = np.concatenate([[0], self.labels + 1]).astype(np.uint8)
+        return table[self.instance_map]
+
+
+def scene(index: int, *, seed: int = 0, size: int = 320, split: str = "val") -> Scene:
+    """Draw one scene.
+
+    Args:
+        index: number of the scene in its split, from 0; there is no last one.
+        seed: chooses another endless stream.
+        size: side of the square image, in pixels.
+        split: one of `SPLITS`.
+
+    Raises:
+        DataError: unknown split, negative numbers, or a size below 32.
+    """
+    if split not in SPLITS:
+        raise DataError(f"Unknown split '{split}' of shapes. Use one of: {', '.join(SPLITS)}.")
+    if index < 0 or seed < 0:
+        raise DataError(f"A shapes scene needs index and seed from 0, got index {index} and seed {seed}.")
+    if size < 32:
+        raise DataError(f"A shapes scene needs a size of at least 32 pixels, got {size}.")
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SPLITS.index(split), seed, index])))
+    drawing = draw(rng, size)
+    return Scene(
+        image=drawing.image,
+        labels=np.asarray(drawing.labels, np.int64),
+        colors=np.asarray(drawing.colors, np.int64),
+        instance_map=drawing.instance_map,
+    )
+
+
+def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320, split: str = "val") -> Path:
+    """Write scenes 0..count-1 as `images/000000.png`... and `instances.json` in COCO format.
+
+    Category ids are label + 1, image ids index + 1. The folder appears complete or not at all; one that
+    already holds the same data is left as it is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: the folder exists and holds something else, or `scene` refuses the arguments.
+    """
+    folder = Path(folder)
+    info: dict[str, Any] = {"description": "shapes", "version": str(VERSION), "split": split}
+    info |= {"seed": seed, "size": size, "count": count}
+    if _holds(folder, info):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(work, info)
+        work.chmod(0o755)
+        try:
+            work.rename(folder)
+        except OSError:  # another process may have been faster
+            if not _holds(folder, info):
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _holds(folder: Path, info: dict[str, Any]) -> bool:
+    """True if the folder has this very data, False if it is absent or empty."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    remedy = "Choose another folder or remove it."
+    try:
+        found = json.loads((folder / "instances.json").read_text(encoding="utf-8"))["info"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataError(f"'{folder}' exists and is no shapes data set. {remedy}") from exc
+    if found != info:
+        raise DataError(f"'{folder}' holds other data ({found}), wanted {info}. {remedy}")
+    return True
+
+
+def _write(folder: Path, info: dict[str, Any]) -> None:
+    (folder / "images").mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(info["count"]):
+        drawn = scene(index, seed=info["seed"], size=info["size"], split=info["split"])
+        name = f"{index:06d}.png"
+        Image.fromarray(drawn.image).save(folder / "images" / name, compress_level=1)
+        images.append({"id": index + 1, "file_name": name, "width": info["size"], "height": info["size"]})
+        annotations += _annotations(drawn, image_id=index + 1, first_id=len(annotations) + 1)
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _annotations(drawn: Scene, *, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    rows = zip(drawn.labels.tolist(), drawn.boxes().tolist(), drawn.areas().tolist(), strict=True)
+    masks = drawn.masks()
+    return [
+        {
+            "id": first_id + i,
+            "image_id": image_id,
+            "category_id": label + 1,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": area,
+            "iscrowd": 0,
+            "segmentation": _rle(masks[i]),
+        }
+        for i, (label, (x1, y1, x2, y2), area) in enumerate(rows)
+    ]
+
+
+def _rle(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """COCO run lengths, column by column, starting with the zeros; e.g. [[0, 1], [0, 1]] -> [2, 2]."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    if flat[0]:
+        counts.insert(0, 0)
+    return {"size": list(mask.shape), "counts": counts}

@@ -1,0 +1,6 @@
+"""How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
+
+from bitalloy.sensitivity.probe import Prober
+from bitalloy.sensitivity.table import sensitivities, settled
+
+__all__ = ["Prober", "sensitivities", "settled"]

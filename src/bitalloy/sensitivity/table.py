@@ -1,0 +1,111 @@
+"""From the probe matrix to sensitivities of sites, units and regions, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from bitalloy.matrix import ProbeMatrix, draws, estimate
+from bitalloy.records import DataInfo, Sensitivity, SensitivityTable, UnitGraph
+from bitalloy.regions import ancestors
+
+SETTLED = 0.98
+
+
+def groups(units: UnitGraph) -> list[tuple[str, str, str, frozenset[str]]]:
+    """(scope, id, part, sites) of every site, unit and region that an INT8 plan could round."""
+    int8 = units.quantizable()
+    found: list[tuple[str, str, str, frozenset[str]]] = []
+    by_region: dict[str, set[str]] = defaultdict(set)
+    weights = {site.id for u in units.units for site in u.weights}
+    for unit in units.units:
+        if unit.id not in int8:
+            continue
+        found += _parts("unit", unit.id, units.rounded(frozenset({unit.id})), weights)
+        for region in ancestors(unit.region):
+            by_region[region].add(unit.id)
+    for region, members in sorted(by_region.items()):
+        found += _parts("region", region, units.rounded(frozenset(members)), weights)
+    found += [
+        ("site", s, "weights" if s in weights else "activations", frozenset({s})) for s in sorted(units.rounded(int8))
+    ]
+    return found
+
+
+def _parts(
+    scope: str, name: str, sites: Iterable[str], weights: set[str]
+) -> list[tuple[str, str, str, frozenset[str]]]:
+    everything = frozenset(sites)
+    rows = [(scope, name, "all", everything)]
+    if everything & weights:
+        rows += [
+            (scope, name, "weights", everything & weights),
+            (scope, name, "activations", everything - weights),
+        ]
+    return rows
+
+
+def sensitivities(
+    matrix: ProbeMatrix,
+    units: UnitGraph,
+    data: DataInfo,
+    *,
+    seed: int,
+    flagged: frozenset[str] = frozenset(),
+) -> SensitivityTable:
+    """All sensitivities of a probe matrix.
+
+    Args:
+        matrix: rows of all samples.
+        units: grouping of the sites.
+        data: where the samples come from.
+        seed: of the bootstrap.
+        flagged: ids of sites whose error leaves the linear regime; groups that hold one are marked.
+    """
+    weights = draws(matrix.samples, seed)
+    rows = []
+    for scope, name, part, sites in groups(units):
+        estimates = estimate(matrix, matrix.select(sites), weights)
+        mark = bool(sites & flagged)
+        rows += [
+            Sensitivity(id=name, scope=scope, part=part, head=head, sqnr_db=e, flagged=mark)
+            for head, e in zip(matrix.heads, estimates, strict=True)
+        ]
+    return SensitivityTable(
+        model_sha256=units.model_sha256,
+        data=data,
+        samples=matrix.samples,
+        probes=int(matrix.rows[0].shape[1]),
+        seed=seed,
+        settled=settled(matrix, units),
+        rows=tuple(rows),
+    )
+
+
+def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
+    """Whether the ranking of units would survive other samples.
+
+    The samples are split in two halves; the ranking has settled when the Spearman correlation of the two rankings,
+    corrected to the full length (Spearman-Brown), is at least 0.98 for every head.
+    """
+    if matrix.samples < 4:
+        return False
+    chosen = np.stack([matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())])
+    for rows in matrix.rows:
+        damage = np.square(rows @ chosen.T).mean(axis=1)
+        halves = [damage[start::2].mean(axis=0) for start in (0, 1)]
+        live = (halves[0] > 0) & (halves[1] > 0)
+        if live.sum() < 3:
+            continue
+        ranks = [np.argsort(np.argsort(h[live])) for h in halves]
+        r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+        if 2 * r / (1 + r) < SETTLED:
+            return False
+    return True
+
+
+def unit_sqnr(table: SensitivityTable) -> Mapping[tuple[str, str], float]:
+    """(unit, head) -> SQNR in dB of the unit alone."""
+    return {(r.id, r.head): r.sqnr_db.value for r in table.rows if r.scope == "unit" and r.part == "all"}

@@ -1,0 +1,21 @@
+"""What each device can do: units, allowed precisions, and where roundings happen."""
+
+from bitalloy.errors import BitalloyError
+from bitalloy.targets.base import Target
+from bitalloy.targets.ort_cpu import ORT_CPU
+
+TARGETS: dict[str, Target] = {ORT_CPU.name: ORT_CPU}
+
+
+def target(name: str) -> Target:
+    """Look a target up by name.
+
+    Raises:
+        BitalloyError: no such target.
+    """
+    if name not in TARGETS:
+        raise BitalloyError(f"Unknown target '{name}'. Available: {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+__all__ = ["TARGETS", "Target", "target"]

@@ -1,0 +1,239 @@
+"""A rig that compares an operator's adjoint with finite differences in ONNX Runtime and with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from bitalloy import graph
+from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.rules import RULES
+from bitalloy.graph import Graph
+from bitalloy.records import Edge
+from bitalloy.runtime.ort import OrtSession
+
+Array = np.ndarray[Any, Any]
+TorchFunction = Callable[..., Any]
+PROBES = 3
+
+
+def direction(edge: Edge, error: Array, name: str = "") -> Tap:
+    """A tap whose error is a fixed array."""
+    return Tap(name or edge.id, edge, lambda p, _: p.const(np.asarray(error, np.float32)))
+
+
+def onnx_model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Any],
+    constants: Mapping[str, Array] | None = None,
+    opset: int = 17,
+) -> onnx.ModelProto:
+    """Nodes as a model; `outputs` maps a name to its numpy dtype."""
+    helper = onnx.helper
+    model = helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "micro",
+            [
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+                for n, a in inputs.items()
+            ],
+            [
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(np.dtype(d)), None)
+                for n, d in outputs.items()
+            ],
+            [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in (constants or {}).items()],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+    return onnx.shape_inference.infer_shapes(model)
+
+
+class Rig:
+    """Loads models through the normal form, runs their adjoints, and checks them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names = count()
+
+    def load(self, model: onnx.ModelProto) -> Graph:
+        path = self._folder / f"{next(self._names)}.onnx"
+        path.write_bytes(model.SerializeToString())
+        try:
+            return graph.load(path)
+        finally:
+            path.unlink()
+
+    def run(
+        self,
+        net: Graph,
+        feeds: Mapping[str, Array],
+        taps: Sequence[Tap],
+        cotangents: Mapping[str, Array],
+        stops: frozenset[str] = frozenset(),
+    ) -> dict[str, dict[str, Array]]:
+        """Tensor of the head -> tap id -> (P,) inner products of gradient and error."""
+        adjoint = build(net, {t: t for t in cotangents}, taps, RULES, stops=stops)
+        primal = OrtSession(adjoint.primal, threads=1).run(feeds)
+        result = {}
+        for head in adjoint.heads:
+            session = OrtSession(head.model, threads=1)
+            given = {head.cotangent: cotangents[head.head], **{r: primal[r] for r in head.residuals}}
+            a = session.run(given)[head.output]
+            assert a.shape == (len(cotangents[head.head]), len(head.taps))
+            result[head.head] = {t: a[:, i] for i, t in enumerate(head.taps)}
+        for name, tensor in zip(adjoint.energies, cotangents, strict=True):
+            assert primal[name].shape == ()
+            if tensor in net.output_names:
+                y = OrtSession(net.to_bytes(), threads=1).run(feeds)[tensor]
+                np.testing.assert_allclose(primal[name], (y.astype(np.float64) ** 2).sum(), rtol=1e-4)
+        return result
+
+    def check(
+        self,
+        op: str,
+        *inputs: Array | None,
+        wanted: Sequence[int] = (0,),
+        live: Sequence[int] = (),
+        outputs: int = 1,
+        heads: Sequence[int] = (0,),
+        opset: int = 17,
+        linear: bool = False,
+        reference: bool = False,
+        torch: TorchFunction | None = None,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+        **attributes: Any,
+    ) -> None:
+        """Compare the gradient of every wanted input with both oracles.
+
+        Inputs that are `wanted` or `live` enter the model from outside, the others are constants. A linear
+        operator is differenced with a large step, which float32 represents well; `reference` takes the
+        differences in float64 through onnx.reference instead of ONNX Runtime. `torch` gets float64 tensors
+        for the wanted inputs, in order, and returns what the first of `heads` is.
+        """
+        rng = np.random.default_rng(seed)
+        names = ["" if a is None else f"i{n}" for n, a in enumerate(inputs)]
+        made = [f"y{n}" for n in range(outputs)]
+        given = {f"i{n}": a for n, a in enumerate(inputs) if a is not None}
+        feeds = {f"i{n}": given[f"i{n}"] for n in sorted({*wanted, *live})}
+        node = onnx.helper.make_node(op, names, made, name="node", **attributes)
+        constants = {n: a for n, a in given.items() if n not in feeds}
+        model = onnx_model([node], feeds, dict.fromkeys(made, np.float32), constants, opset)
+
+        def forward(values: Mapping[str, Array]) -> list[Array]:
+            if not reference:
+                return [np.asarray(a, np.float64) for a in session.run(made, dict(values))]
+            doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in {**given, **values}.items()}
+            double = onnx_model([node], doubled, dict.fromkeys(made, np.float64), {}, opset)
+            return list(ReferenceEvaluator(double).run(made, doubled))
+
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        shapes = [a.shape for a in forward(feeds)]
+        cotangents = {made[h]: rng.standard_normal((PROBES, *shapes[h])).astype(np.float32) for h in heads}
+        for slot in wanted:
+            name, x = f"i{slot}", given[f"i{slot}"]
+            error = (rng.choice([-1.0, 1.0], x.shape) * rng.uniform(0.5, 1, x.shape)).astype(np.float32)
+            at_edge = direction(Edge(tensor=name, node="node", slot=slot), error, "edge")
+            at_tensor = direction(Edge(tensor=name, node="", slot=0), error, "tensor")
+            # every wanted input is tapped, so that the rule has to give all gradients at once
+            others = [
+                direction(Edge(tensor=f"i{s}", node="", slot=0), np.zeros_like(given[f"i{s}"]), f"other{s}")
+                for s in wanted
+            ]
+            taps = [at_edge, at_tensor, *others]
+            result = self.run(self.load(model), feeds, taps, cotangents)
+            change = self._difference(forward, feeds, name, error, linear=linear, reference=reference)
+            for head in heads:
+                v = cotangents[made[head]].reshape(PROBES, -1).astype(np.float64)
+                expected = v @ change[head].reshape(-1)
+                scale = np.linalg.norm(v, axis=1) * (np.linalg.norm(change[head]) + 0.01 * np.linalg.norm(error))
+                got = result[made[head]]
+                if not got:
+                    assert np.abs(expected).max(initial=0) <= 1e-6
+                    continue
+                np.testing.assert_allclose(got["edge"], got["tensor"], rtol=1e-6)
+                worst = (np.abs(got["tensor"] - expected) / (scale + 1e-6)).max(initial=0)
+                assert worst < tolerance, f"{op} input {slot}: differs from finite differences by {worst:.2e}"
+        if torch is not None:
+            self._against_torch(torch, model, feeds, wanted, made[heads[0]], tolerance, rng)
+
+    @staticmethod
+    def _difference(
+        forward: Callable[[Mapping[str, Array]], list[Array]],
+        feeds: Mapping[str, Array],
+        name: str,
+        error: Array,
+        *,
+        linear: bool,
+        reference: bool,
+    ) -> list[Array]:
+        """J * error by central differences; Richardson's extrapolation where the operator is not linear."""
+
+        def central(step: float) -> list[Array]:
+            x = feeds[name].astype(np.float64)
+            kind = np.float64 if reference else np.float32
+            plus, minus = (forward({**feeds, name: np.asarray(x + s * error, kind)}) for s in (step, -step))
+            return [(p - m) / (2 * step) for p, m in zip(plus, minus, strict=True)]
+
+        if linear:
+            return central(0.5)
+        step = 1e-3 if reference else 0.02
+        return [(4 * a - b) / 3 for a, b in zip(central(step), central(2 * step), strict=True)]
+
+    def _against_torch(
+        self,
+        function: TorchFunction,
+        model: onnx.ModelProto,
+        feeds: Mapping[str, Array],
+        wanted: Sequence[int],
+        head: str,
+        tolerance: float,
+        rng: np.random.Generator,
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        xs = [torch.from_numpy(feeds[f"i{s}"].astype(np.float64)).requires_grad_() for s in wanted]
+        y = function(torch, *xs)
+        v = rng.standard_normal((1, *y.shape)).astype(np.float32)
+        gradients = torch.autograd.grad(y, xs, torch.from_numpy(np.asarray(v[0], np.float64)))
+        errors = [rng.standard_normal(x.shape).astype(np.float32) for x in xs]
+        taps = [
+            direction(Edge(tensor=f"i{s}", node="", slot=0), e, str(s)) for s, e in zip(wanted, errors, strict=True)
+        ]
+        result = self.run(self.load(model), feeds, taps, {head: v})[head]
+        for slot, gradient, error in zip(wanted, gradients, errors, strict=True):
+            expected = float((gradient.numpy() * error).sum())
+            scale = float(np.linalg.norm(gradient.numpy()) * np.linalg.norm(error)) + 1e-6
+            worst = abs(result[str(slot)][0] - expected) / scale
+            assert worst < tolerance, f"Input {slot}: differs from torch by {worst:.2e}"
+
+
+@pytest.fixture(scope="session")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    return Rig(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tap() -> Callable[..., Tap]:
+    """`tap(tensor, error, node="", slot=0, name="")`."""
+
+    def make(tensor: str, error: Array, node: str = "", slot: int = 0, name: str = "") -> Tap:
+        return direction(Edge(tensor=tensor, node=node, slot=slot), error, name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def micro() -> Callable[..., onnx.ModelProto]:
+    """The model builder of this file."""
+    return onnx_model
