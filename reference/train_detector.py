@@ -29,7 +29,7 @@ from detection_loss import detection_loss
 from detector_file import evaluate, export
 from yolo11 import STRIDES, Yolo11
 
-STAGES = ((192, 500), (256, 300), (320, 900))
+STAGES = ((192, 500), (256, 300), (320, 300))
 """(image side in pixels, steps) one after the other."""
 BATCH = 16
 LEARNING_RATE, FINAL_RATE = 2e-3, 2e-5
@@ -111,14 +111,16 @@ def train(work: Path, *, seed: int, stages: tuple[tuple[int, int], ...]) -> Path
     head: Any = model.model[-1]
     head.init_bias(IMAGE_SIZE)
     average, optimizer, first, spent = copy.deepcopy(model), optimizer_for(model), 0, 0.0
+    history: list[str] = []
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["step"], state["seconds"]
+        first, spent, history = state["step"], state["seconds"], state["history"]
     model.to(memory_format=torch.channels_last)
     steps = sum(count for _, count in stages)
+    schedule = ",".join(f"{side}:{count}" for side, count in stages)
     batches = Batches(seed=seed, start=first, stages=stages)
     loader = DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8)
     started, sums = time.perf_counter() - spent, torch.zeros(3)
@@ -144,6 +146,7 @@ def train(work: Path, *, seed: int, stages: tuple[tuple[int, int], ...]) -> Path
         if done % CHECKPOINT_EVERY == 0 or done == steps:
             state = {"step": done, "images": done * BATCH, "seconds": seconds, "seed": seed}
             state |= {"model": model.state_dict(), "average": average.state_dict()}
+            state["history"] = [*history, f"--seed {seed} --stages {schedule} (steps {first} to {done})"]
             save(path, state | {"optimizer": optimizer.state_dict()})
     return path
 
@@ -169,7 +172,7 @@ def main() -> None:
     state = torch.load(path, weights_only=True)
     model = Yolo11(len(shapes.CLASSES))
     model.load_state_dict(state["average"])
-    command = f"python reference/train_detector.py --seed {state['seed']} --stages {args.stages}"
+    command = "python reference/train_detector.py " + ", then ".join(state["history"])
     export(model, args.output, command=command, images=state["images"], seed=state["seed"])
     scores = evaluate(args.output, args.work / "val", count=200)
     record = {"file": args.output.name, "bytes": args.output.stat().st_size, "images": state["images"]}

@@ -2,7 +2,7 @@
 
 Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
 Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
-Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float consumers read the original.
+Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float ones read the original.
 Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight.
 
 Conditions verified on the way out: the ONNX checker passes; inputs and outputs keep names, types and shapes; the
@@ -22,7 +22,7 @@ import onnx_ir as ir
 from bitalloy.errors import BitalloyError, ModelError
 from bitalloy.graph import Graph, constant, consumers, name_of
 from bitalloy.numerics import QuantParams, activation_params, bias_int32, quantize
-from bitalloy.records import Unit, UnitGraph, WeightSite
+from bitalloy.records import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
 
@@ -73,13 +73,13 @@ def apply(
     for unit in units.units:
         for name in (*unit.core, *unit.tail):
             writer.nodes[name].metadata_props[TAG] = unit.id
-    inputs: dict[str, str] = {e.edge.node: e.root for e in units.edges if e.edge.slot == 0}
+    inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
         if unit.id in int8:
             writer.unit(unit, inputs)
     for edge in units.edges:
         if edge.consumer in int8 and edge.producer not in int8:
-            writer.enter(edge.edge.tensor, edge.edge.node, edge.edge.slot, edge.root)
+            writer.enter(edge)
     _verify(graph, model)
     return Mixed(model, units)
 
@@ -108,11 +108,12 @@ class _Writer:
             for value in list(self.nodes[name].outputs):
                 self._pair(str(value.name), self.params(unit.root), unit.id)
 
-    def enter(self, tensor: str, node: str, slot: int, root: str) -> None:
-        if tensor not in self._entries:
-            value = self._values[tensor]
-            self._entries[tensor] = self._round(value, self.params(root), BORDER, after=value.producer())
-        self.nodes[node].replace_input_with(slot, self._entries[tensor])
+    def enter(self, edge: UnitEdge) -> None:
+        if edge.tensor not in self._entries:
+            value = self._values[edge.tensor]
+            self._entries[edge.tensor] = self._round(value, self.params(edge.root), BORDER, after=value.producer())
+        for use in edge.uses:
+            self.nodes[use.node].replace_input_with(use.slot, self._entries[edge.tensor])
 
     def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams, unit: str) -> None:
         """INT8 weights; with a bias, their scale grows where the bias would leave int32 in steps of input * weight."""

@@ -76,7 +76,10 @@ def run(
     ] = None,
     size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
     evaluate: Annotated[
-        Path | None, typer.Option("--eval", help="COCO annotation file: measure box AP of float, INT8 and mixed.")
+        Path | None,
+        typer.Option(
+            "--eval", exists=True, dir_okay=False, help="COCO annotation file: measure box AP of float, INT8 and mixed."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
     shape: Annotated[
@@ -95,7 +98,7 @@ def run(
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
     ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "mse",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
 ) -> None:
     """Analyse, plan, apply, verify and report: everything, in one go.
@@ -104,7 +107,6 @@ def run(
     the probe matrix. A killed run goes on where it stopped when the same command is given again.
 
     Examples:
-
       bitalloy run                                   the embedded sample
 
       bitalloy run model.onnx --data images/ --latency 0.7x
@@ -122,7 +124,7 @@ def run(
         latency_ratio=ratio,
         latency_ms=milliseconds,
         size_bytes=options.size(size, len(loaded.to_bytes())),
-        min_sqnr_db=max_drop_db,
+        min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
     )
     settings = Settings(
         target=target,
@@ -134,11 +136,11 @@ def run(
         exclude=tuple(exclude or ()),
     )
     overrides = {
-        "scale": scale,
+        "scale": options.finite("--scale", scale, positive=True),
         "mean": options.numbers("--mean", mean),
         "std": options.numbers("--std", std),
-        "layout": layout,
-        "fit": fit,
+        "layout": options.choice("--layout", layout, ("NCHW", "NHWC")),
+        "fit": options.choice("--fit", fit, ("letterbox", "stretch", "crop")),
     }
     image = pipeline.image_spec(loaded, **{k: v for k, v in overrides.items() if v is not None})
     with Bars() as bars:

@@ -1,12 +1,4 @@
-"""Load an ONNX file, refuse what is unsafe or unsupported, and bring it to one normal form.
-
-The normal form that every later stage relies on:
-
-1. constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened);
-2. shapes are static, shape arithmetic is folded away;
-3. no Identity, Dropout or Constant nodes; BatchNormalization is folded into the Conv before it;
-4. every node has a unique name (the file's own where it has one), nodes are in topological order;
-5. inputs and outputs keep their names, types and order.
+"""Load an ONNX file: read it, refuse what is unsafe or unsupported, fix its shapes, bring it to normal form.
 
 The file itself is never changed.
 """
@@ -14,7 +6,7 @@ The file itself is never changed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,33 +14,37 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
-from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import (
-    IdentityEliminationPass,
-    LiftConstantsToInitializersPass,
-    RemoveInitializersFromInputsPass,
-    RemoveUnusedNodesPass,
-    TopologicalSortPass,
-)
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.errors import ModelError
+from bitalloy.normalize import normalize
 from bitalloy.records import ModelInfo, TensorSpec
+from bitalloy.values import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+
+__all__ = [
+    "Consumer",
+    "Graph",
+    "attribute",
+    "constant",
+    "consumers",
+    "is_float",
+    "load",
+    "name_of",
+    "static_shape",
+]
 
 OPSETS = range(13, 22)
-CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-MAX_FOLDED_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Consumer:
-    """One use of a tensor: input `slot` of `node`."""
-
-    node: ir.Node
-    slot: int
+QUANTIZED = frozenset({
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear",
+})  # fmt: skip
+DEFAULT_DOMAINS = ("", "ai.onnx")
+CHECKED_BYTES = 1 << 30
+"""Above this size the checker, which needs the model as one message, is left out."""
 
 
 @dataclass(frozen=True)
@@ -94,45 +90,7 @@ class Graph:
 
     def to_bytes(self) -> bytes:
         """The normal form as a serialized `ModelProto`."""
-        return ir.serde.serialize_model(self.model).SerializeToString()
-
-
-def name_of(node: ir.Node) -> str:
-    """Name of a node in normal form."""
-    assert node.name, "normal form gives every node a name"
-    return node.name
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer, or None where the value is computed or absent."""
-    if value is None or value.const_value is None or value.producer() is not None:
-        return None
-    return value.const_value.numpy()
-
-
-def static_shape(value: ir.Value) -> tuple[int, ...]:
-    """Shape of a tensor in normal form, as integers."""
-    assert value.shape is not None and value.shape.is_static(), f"{value.name} has no static shape"
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
-
-
-def is_float(value: ir.Value) -> bool:
-    """Whether a tensor carries float32 data."""
-    return value.dtype == ir.DataType.FLOAT
-
-
-def consumers(value: ir.Value) -> tuple[Consumer, ...]:
-    """All uses of a tensor by nodes, in graph order of the uses' registration."""
-    return tuple(Consumer(node, slot) for node, slot in value.uses())
-
-
-def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Value of a node attribute as plain Python (int, float, str, tuple), or `default`."""
-    attr = node.attributes.get(name)
-    if attr is None:
-        return default
-    value = attr.value
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+        return bytes(ir.serde.serialize_model(self.model).SerializeToString())
 
 
 def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
@@ -149,32 +107,41 @@ def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = Non
             quantized already.
     """
     source = Path(path)
+    try:
+        return _load(source, shapes or {})
+    except UnicodeDecodeError as error:  # names are decoded where they are first read
+        raise ModelError(
+            f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
+        ) from error
+
+
+def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     proto, digest, size = _read(source)
     _refuse(proto, source)
-    _bind(proto, dict(shapes or {}))
-    inputs = tuple(_spec(v) for v in proto.graph.input if v.name not in {i.name for i in proto.graph.initializer})
-    model = _normalise(ir.serde.deserialize_model(proto))
-    outputs = tuple(
-        TensorSpec(name=str(v.name), dtype=_dtype(v).name, shape=static_shape(v)) for v in model.graph.outputs
-    )
+    _bind(proto, shapes)
+    if size < CHECKED_BYTES:
+        _check(proto, source)
+    _forget_shapes(proto)
+    inputs = tuple(_spec(v) for v in _inputs(proto))
+    model = normalize(_parsed(proto, source))
     info = ModelInfo(
         name=source.stem,
         sha256=digest,
         size_bytes=size,
         opset=int(model.opset_imports[""]),
         nodes=len(model.graph),
-        parameters=sum(
-            int(np.prod(v.shape.numpy()))
-            for v in model.graph.initializers.values()
-            if is_float(v) and v.shape is not None
-        ),
+        parameters=sum(int(np.prod(static_shape(v))) for v in model.graph.initializers.values() if is_float(v)),
         inputs=inputs,
-        outputs=outputs,
+        outputs=tuple(
+            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=static_shape(v))
+            for v in model.graph.outputs
+        ),
     )
     return Graph(info, model, source, {p.key: p.value for p in proto.metadata_props})
 
 
 def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
+    """The model with its external data, the SHA-256 and the size of all bytes read."""
     if not source.is_file():
         raise ModelError(
             f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
@@ -234,41 +201,45 @@ def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     return tensors
 
 
+def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that must be fed: old files list their weights as inputs too."""
+    names = {i.name for i in proto.graph.initializer}
+    return [v for v in proto.graph.input if v.name not in names]
+
+
 def _refuse(proto: onnx.ModelProto, source: Path) -> None:
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    for item in [*proto.opset_import, *proto.graph.node]:
+        item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
+    opset = next((o.version for o in proto.opset_import if not o.domain), None)
     if opset not in OPSETS:
         raise ModelError(
             f"'{source}' uses opset {opset}; supported are {OPSETS[0]} to {OPSETS[-1]}. Export it again with opset 17, "
             "or convert it with onnx.version_converter."
         )
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"'{source}' has sparse weights, which are not supported. Export it with dense weights.")
     for node in proto.graph.node:
-        label = f"node '{node.name or node.output[0]}' ({node.op_type})"
+        label = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
         if node.op_type in CONTROL_FLOW:
             raise ModelError(
                 f"Control flow is not supported: {label}. Export with fixed shapes so that it is traced away."
             )
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain:
             raise ModelError(
                 f"Operator domain '{node.domain}' is not supported: {label}. Export with standard ONNX operators."
             )
-        if node.op_type in {
-            "QuantizeLinear",
-            "DequantizeLinear",
-            "QLinearConv",
-            "QLinearMatMul",
-            "ConvInteger",
-        }:
+        if node.op_type in QUANTIZED:
             raise ModelError(f"The model is quantized already: {label}. Give the float model.")
         if node.op_type in RANDOM:
             raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
-    try:
-        if proto.ByteSize() < 1 << 30:
-            onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"'{source}' is not valid ONNX: {str(error).strip()}") from error
-    names = {i.name for i in proto.graph.initializer}
-    for value in [v for v in proto.graph.input if v.name not in names] + list(proto.graph.output):
+        if any(a.name == "training_mode" and a.i for a in node.attribute):
+            raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")
+    for value in [*_inputs(proto), *proto.graph.output]:
+        if value.type.WhichOneof("value") not in (None, "tensor_type"):
+            raise ModelError(f"'{value.name}' is not a tensor; sequences, maps and optionals are not supported.")
         kind = value.type.tensor_type.elem_type
+        if kind not in onnx.TensorProto.DataType.values():
+            raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
         if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE):
             raise ModelError(
                 f"'{value.name}' is {onnx.TensorProto.DataType.Name(kind)}; bitalloy analyses the float32 model. "
@@ -276,36 +247,90 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
             )
 
 
-def _bind(proto: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> None:
-    names = {i.name for i in proto.graph.initializer}
-    values = [v for v in proto.graph.input if v.name not in names]
+def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give every input a static shape: its own, the one asked for, or 1 for a leading symbolic dimension."""
+    values = _inputs(proto)
     unknown = sorted(set(shapes) - {v.name for v in values})
     if unknown:
         raise ModelError(f"No input called {unknown}; the model's inputs are {[v.name for v in values]}.")
-    symbolic: dict[str, int] = {}
+    for name, sizes in shapes.items():
+        if any(size < 1 for size in sizes):
+            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: every size must be at least 1.")
+    for value in values:
+        kind = value.type.tensor_type
+        if not kind.HasField("shape"):
+            for _ in shapes.get(value.name, ()):
+                kind.shape.dim.add()
+            if value.name not in shapes:
+                raise ModelError(
+                    f"Input '{value.name}' has no shape. Add --shape {value.name}=1x3x640x640 (with your sizes)."
+                )
+        dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
+        if len(shapes.get(value.name, dims)) != len(dims):
+            raise ModelError(
+                f"Input '{value.name}' has {len(dims)} dimensions, but the shape {list(shapes[value.name])} was given."
+            )
+    symbols = _symbols(values, shapes)
     for value in values:
         dims = value.type.tensor_type.shape.dim
-        given = shapes.get(value.name)
-        if given is not None and len(given) != len(dims):
-            raise ModelError(f"Input '{value.name}' has {len(dims)} dimensions, but the shape {list(given)} was given.")
-        for axis, dim in enumerate(dims):
-            fixed = dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None
-            wanted = given[axis] if given is not None else None
-            if fixed is not None and wanted not in (None, fixed):
-                raise ModelError(f"Input '{value.name}' is fixed to {fixed} on axis {axis}, but {wanted} was given.")
-            size = fixed or wanted or symbolic.get(dim.dim_param) or (1 if axis == 0 else None)
+        given: Sequence[int | None] = shapes.get(value.name) or [None] * len(dims)
+        text = "x".join(str(d.dim_value or d.dim_param or "?") for d in dims)
+        for axis, (dim, wanted) in enumerate(zip(dims, given, strict=True)):
+            if dim.dim_value > 0 and wanted not in (None, dim.dim_value):
+                raise ModelError(
+                    f"Input '{value.name}' is fixed to {dim.dim_value} on axis {axis}, but {wanted} was given."
+                )
+            size = dim.dim_value or wanted or symbols.get(dim.dim_param) or (1 if axis == 0 else None)
             if size is None:
-                text = [d.dim_value or d.dim_param or "?" for d in dims]
                 raise ModelError(
                     f"Input '{value.name}' has symbolic shape {text} and no size was given. "
-                    f"Add --shape {value.name}=1x3x640x640 (with your sizes)."
+                    f"Add --shape {value.name}={text} with numbers in place of the names."
                 )
-            if dim.dim_param:
-                symbolic[dim.dim_param] = size
             dim.dim_value = size
+
+
+def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes of named dimensions: those given, then 1 for names that lead a shape."""
+    sizes: dict[str, int] = {}
+    leading: dict[str, int] = {}
+    for value in values:
+        dims = value.type.tensor_type.shape.dim
+        for axis, dim in enumerate(dims):
+            if not dim.dim_param:
+                continue
+            if axis == 0:
+                leading[dim.dim_param] = 1
+            if value.name in shapes:
+                size = shapes[value.name][axis]
+                if sizes.setdefault(dim.dim_param, size) != size:
+                    raise ModelError(
+                        f"Dimension '{dim.dim_param}' was given as {sizes[dim.dim_param]} and as {size} (input "
+                        f"'{value.name}'). Give it the same size everywhere."
+                    )
+    return {**leading, **sizes}
+
+
+def _check(proto: onnx.ModelProto, source: Path) -> None:
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"'{source}' is not valid ONNX: {str(error).strip()}") from error
+
+
+def _forget_shapes(proto: onnx.ModelProto) -> None:
+    """Drop the shapes that the exporter wrote: they may be symbolic or stale. Inference finds them again."""
     del proto.graph.value_info[:]
     for output in proto.graph.output:
         output.type.tensor_type.ClearField("shape")
+
+
+def _parsed(proto: onnx.ModelProto, source: Path) -> ir.Model:
+    try:
+        return ir.serde.deserialize_model(proto)
+    except Exception as error:  # onnx_ir wraps whatever it stumbles over in its own error type
+        raise ModelError(f"'{source}' cannot be read: {error}") from error
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -315,217 +340,3 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         dtype=onnx.TensorProto.DataType.Name(kind.elem_type),
         shape=tuple(d.dim_value for d in kind.shape.dim),
     )
-
-
-def _normalise(model: ir.Model) -> ir.Model:
-    for step in (
-        RemoveInitializersFromInputsPass(),
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        _drop_dropout,
-        IdentityEliminationPass(),
-        RemoveUnusedNodesPass(),
-        TopologicalSortPass(),
-    ):
-        step(model)
-    _name_nodes(model)
-    for _ in range(4):
-        model = _infer(model)
-        if not _fold_constants(model):
-            break
-    _fill_missing_shapes(model)
-    if _fold_batch_norm(model):
-        RemoveUnusedNodesPass()(model)
-    for name, value in model.graph.initializers.items():
-        array = constant(value)
-        if array is not None and array.dtype == np.float32 and not np.isfinite(array).all():
-            raise ModelError(
-                f"Weight '{name}' holds NaN or infinite values. The checkpoint is damaged; export it again."
-            )
-    return model
-
-
-def _drop_dropout(model: ir.Model) -> None:
-    for node in list(model.graph):
-        if node.op_type == "Dropout":
-            ir.convenience.replace_all_uses_with(node.outputs[0], _required(node.inputs[0]), replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
-
-
-def _name_nodes(model: ir.Model) -> None:
-    taken: set[str] = set()
-    for node in model.graph:
-        base = node.name or node.outputs[0].name or node.op_type
-        name, suffix = base, 1
-        while name in taken:
-            name, suffix = f"{base}_{suffix}", suffix + 1
-        node.name = name
-        taken.add(name)
-
-
-def _infer(model: ir.Model) -> ir.Model:
-    try:
-        proto = ir.serde.serialize_model(model)
-        if proto.ByteSize() < 1 << 30:
-            proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
-            return ir.serde.deserialize_model(proto)
-    except onnx.shape_inference.InferenceError as error:
-        raise ModelError(f"Shape inference fails: {error}") from error
-    return model
-
-
-def _fold_constants(model: ir.Model) -> bool:
-    """Evaluate, in ONNX Runtime, every node whose inputs are all known; True where anything changed."""
-    graph = model.graph
-    known: set[ir.Value] = set(graph.initializers.values())
-    folded: list[ir.Node] = []
-    for node in graph:
-        shape_known = node.op_type == "Shape" and (s := _required(node.inputs[0]).shape) is not None and s.is_static()
-        inputs_known = all(v is None or v in known for v in node.inputs)
-        if (shape_known or inputs_known) and node.op_type not in RANDOM and _small(node):
-            folded.append(node)
-            known.update(node.outputs)
-    if not folded:
-        return False
-    inside = set(folded)
-    outputs = set(graph.outputs)
-    wanted = [v for n in folded for v in n.outputs if v in outputs or any(c.node not in inside for c in consumers(v))]
-    arrays = _evaluate(model, folded, [str(v.name) for v in wanted])
-    for value, array in zip(wanted, arrays, strict=True):
-        new = ir.Value(name=f"{value.name}", shape=ir.Shape(array.shape), type=ir.TensorType(_dtype(value)))
-        new.const_value = ir.tensor(array, name=new.name)
-        if value in outputs:
-            raise ModelError(f"Output '{value.name}' does not depend on any input.")
-        ir.convenience.replace_all_uses_with(value, new)
-        value.name = f"{value.name}/folded"
-        graph.register_initializer(new)
-    for node in reversed(folded):
-        graph.remove(node, safe=True)
-    RemoveUnusedNodesPass()(model)
-    return True
-
-
-def _small(node: ir.Node) -> bool:
-    sizes = [int(np.prod(v.shape.numpy())) for v in node.outputs if v.shape is not None and v.shape.is_static()]
-    return node.op_type == "Cast" or all(s <= MAX_FOLDED_ELEMENTS for s in sizes)
-
-
-def _evaluate(model: ir.Model, nodes: list[ir.Node], outputs: list[str]) -> list[np.ndarray]:
-    """Run a closed set of nodes; Shape nodes read a zero-size stand-in only where their input is not constant."""
-    proto = onnx.ModelProto(ir_version=min(model.ir_version, 10))
-    for domain, version in model.opset_imports.items():
-        proto.opset_import.add(domain=domain, version=version)
-    proto.graph.name = "constants"
-    initializers: dict[str, ir.Value] = {}
-    for node in nodes:
-        if node.op_type == "Shape":
-            dims = np.array(static_shape(_required(node.inputs[0])), dtype=np.int64)
-            start, end = attribute(node, "start", 0), attribute(node, "end", None)
-            array = dims[start:end]  # type: ignore[misc]
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, str(node.outputs[0].name)))
-            continue
-        proto.graph.node.append(ir.serde.serialize_node(node))
-        initializers.update({str(v.name): v for v in node.inputs if v is not None and v.producer() is None})
-    for value in initializers.values():
-        proto.graph.initializer.append(ir.serde.serialize_tensor(value.const_value))  # type: ignore[arg-type]
-    made = {o for n in proto.graph.node for o in n.output}
-    direct = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
-    asked = [o for o in outputs if o in made]
-    for name in asked:
-        proto.graph.output.add(name=name)
-    results: dict[str, np.ndarray] = {}
-    if asked:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        try:
-            session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            results = dict(zip(asked, session.run(asked, {}), strict=True))
-        except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
-            raise ModelError(f"The constant part of the model cannot be evaluated: {error}") from error
-    return [results[o] if o in results else direct[o] for o in outputs]
-
-
-def _fill_missing_shapes(model: ir.Model) -> None:
-    """Ask the runtime, on zeros, for shapes that static inference left open."""
-    missing = [
-        v
-        for n in model.graph
-        for v in n.outputs
-        if v.name and (v.shape is None or not v.shape.is_static() or v.dtype is None)
-    ]
-    if not missing:
-        return
-    proto = ir.serde.serialize_model(model)
-    del proto.graph.output[:]
-    for value in missing:
-        proto.graph.output.add(name=str(value.name))
-    feeds = {str(v.name): np.zeros(static_shape(v), _dtype(v).numpy()) for v in model.graph.inputs}
-    try:
-        session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        arrays = session.run(None, feeds)
-    except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
-        raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
-    for value, array in zip(missing, arrays, strict=True):
-        value.shape = ir.Shape(array.shape)
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-
-
-def _fold_batch_norm(model: ir.Model) -> bool:
-    """Case 1: Conv whose only consumer is BatchNormalization in inference form; weights and bias absorb it."""
-    changed = False
-    for node in list(model.graph):
-        if node.op_type != "BatchNormalization" or len(node.outputs) > 1 and any(o.uses() for o in node.outputs[1:]):
-            continue
-        source = _required(node.inputs[0])
-        conv = source.producer()
-        if conv is None or conv.op_type != "Conv" or len(source.uses()) != 1 or source in model.graph.outputs:
-            continue
-        weight = constant(conv.inputs[1])
-        bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else np.float32(0)
-        terms = [constant(v) for v in node.inputs[1:5]]
-        if weight is None or bias is None or any(t is None for t in terms):
-            continue
-        gamma, beta, mean, variance = (np.asarray(t, np.float64) for t in terms)
-        factor = gamma / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
-        new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
-        new_bias = (beta + (bias - mean) * factor).astype(np.float32)
-        values = [
-            _initializer(model, f"{conv.name}/{kind}", a) for kind, a in (("weight", new_weight), ("bias", new_bias))
-        ]
-        fused = ir.Node(
-            "",
-            "Conv",
-            [conv.inputs[0], *values],
-            attributes=list(conv.attributes.values()),
-            name=conv.name,
-            metadata_props=dict(conv.metadata_props),
-        )
-        fused.outputs[0].shape, fused.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-        name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
-        )
-        fused.outputs[0].name = name
-        model.graph.remove(conv, safe=True)
-        changed = True
-    return changed
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    while name in model.graph.initializers:
-        name += "'"
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.tensor(array, name=name)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _required(value: ir.Value | None) -> ir.Value:
-    assert value is not None, "the checker has made sure that this input exists"
-    return value
-
-
-def _dtype(value: ir.Value) -> ir.DataType:
-    return value.dtype if value.dtype is not None else ir.DataType.FLOAT
-
-
-Pass = Callable[[ir.Model], object]

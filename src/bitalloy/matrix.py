@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy.records import Estimate
+from bitalloy.records import Estimate, Secant
 
 BOOTSTRAPS = 400
 FLOOR_DB, CEILING_DB = -60.0, 160.0
@@ -95,10 +95,42 @@ def draws(samples: int, seed: int) -> np.ndarray:
     return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
 
 
-def estimate(matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray) -> tuple[Estimate, ...]:
-    """SQNR of rounding the chosen sites together, per head, with a 95 % percentile bootstrap over samples."""
+def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
+    """Factor from linear to true damage, for a linear damage of shape (..., heads).
+
+    A plan whose linear damage is t^2 times that of the all-INT8 network is taken to bend like the all-INT8 network
+    with all errors scaled by t. Between the measured fractions the factor is linear in t; at t = 0 it is 1.
+    """
+    linear = np.maximum(np.array(secant.linear), 1e-30)
+    t = np.sqrt(np.maximum(damage, 0.0) / linear)
+    points = [0.0, *secant.fractions]
+    factors: np.ndarray = np.ones_like(t)
+    for head in range(len(secant.heads)):
+        known = [1.0] + [secant.damage[i][head] / (f * f * linear[head]) for i, f in enumerate(secant.fractions)]
+        factors[..., head] = np.interp(t[..., head], points, known)
+    return factors
+
+
+def straight(secant: Secant, damage: float) -> np.ndarray:
+    """Largest linear damage (heads,) whose true damage stays within `damage`; the inverse of `bend`."""
+    linear = np.maximum(np.array(secant.linear), 1e-30)
+    grid = np.square(np.linspace(0.0, 2.0, 20001))[:, None] * linear
+    true = np.maximum.accumulate(grid * bend(secant, grid), axis=0)
+    inside = true <= damage
+    return np.array([grid[inside[:, h], h].max(initial=0.0) for h in range(len(secant.heads))])
+
+
+def estimate(
+    matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray, secant: Secant | None = None
+) -> tuple[Estimate, ...]:
+    """SQNR of rounding the chosen sites together, per head, with a 95 % percentile bootstrap over samples.
+
+    With a secant the linear numbers are corrected by `bend`, interval and all.
+    """
     energy = matrix.energy / matrix.energy.mean(axis=0)
     damage = matrix.damage(chosen)
+    if secant is not None:
+        damage = damage * bend(secant, damage.mean(axis=0))
     return tuple(interval(damage[:, h], energy[:, h], weights) for h in range(len(matrix.heads)))
 
 

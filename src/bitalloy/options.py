@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 from bitalloy.errors import BitalloyError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+MOST_BYTES = 2**62
 
 
 def latency(text: str | None) -> tuple[float | None, float | None]:
@@ -31,7 +33,7 @@ def size(text: str | None, float_bytes: int) -> int | None:
     if text is None:
         return None
     number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *UNITS))
-    return int(number * (float_bytes if unit == "x" else UNITS[unit]))
+    return int(min(number * (float_bytes if unit == "x" else UNITS[unit]), MOST_BYTES))
 
 
 def samples(text: str) -> int | None:
@@ -74,6 +76,28 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(t) for t in text.split(","))
     except ValueError:
         raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.") from None
+
+
+def choice(option: str, text: str | None, among: Sequence[str]) -> str | None:
+    """One of a few words.
+
+    >>> choice("--layout", "NHWC", ("NCHW", "NHWC"))
+    'NHWC'
+    """
+    if text is None or text in among:
+        return text
+    raise BitalloyError(f"{option} is '{text}'; expected one of: {', '.join(among)}.")
+
+
+def finite(option: str, value: float | None, *, positive: bool = False) -> float | None:
+    """A number, neither NaN nor infinite.
+
+    >>> finite("--scale", 0.5, positive=True)
+    0.5
+    """
+    if value is None or (math.isfinite(value) and (value > 0 or not positive)):
+        return value
+    raise BitalloyError(f"{option} is {value}; expected a finite number{' above 0' * positive}.")
 
 
 def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:

@@ -11,6 +11,10 @@ from enum import StrEnum
 import msgspec
 
 
+AGAIN = " again"
+"""Suffix of the site where values that were rounded already are rounded once more."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records: immutable, keyword-only, strict on decoding."""
 
@@ -133,21 +137,37 @@ class Unit(Record, frozen=True, kw_only=True):
 
 
 class UnitEdge(Record, frozen=True, kw_only=True):
-    """An activation edge between units: where a border between precisions may lie.
+    """A tensor on its way from one unit into another: where a border between precisions may lie.
 
-    The edge is rounded when the producer is INT8 (`rooted`) or the consumer is.
+    It is rounded when the producer is INT8 (`rooted`) or the consumer is.
     """
 
-    edge: Edge
+    tensor: str
+    uses: tuple[Edge, ...]
+    """All inputs of the consumer that read the tensor; they are rounded together."""
     producer: str | None
-    """Unit id; None for a graph input or a node that always stays in float."""
+    """Unit id; None for a graph input."""
     consumer: str | None
-    """Unit id; None for a graph output or a node that always stays in float."""
+    """Unit id; None for a graph output."""
     root: str
     """Tensor whose scale the edge uses."""
     rooted: bool
     """True when the edge starts at the producer's root, so that an INT8 producer rounds it."""
     elements: int
+    passed_on: bool = False
+    """True where the producer only passes on values of its inputs (Concat): in INT8 these are rounded already, and
+    rounding them once more does little or nothing. Such an edge has a second site for that case."""
+
+    @property
+    def id(self) -> str:
+        """`tensor->unit`, unique in a graph."""
+        return f"{self.tensor}->{self.consumer or '(output)'}"
+
+    def site(self, int8: frozenset[str]) -> str | None:
+        """Id of the site that a plan rounds here, or None."""
+        if self.rooted and self.producer in int8:
+            return self.id + AGAIN if self.passed_on else self.id
+        return self.id if self.consumer in int8 and self.producer not in int8 else None
 
 
 class UnitGraph(Record, frozen=True, kw_only=True):
@@ -166,11 +186,7 @@ class UnitGraph(Record, frozen=True, kw_only=True):
         """Ids of the sites at which a plan rounds: weights and inner edges of INT8 units, and edges beside them."""
         inside = [u for u in self.units if u.id in int8]
         sites = {w.id for u in inside for w in u.weights} | {e.id for u in inside for e in u.inner}
-        sites.update(
-            e.edge.id
-            for e in self.edges
-            if (e.rooted and e.producer in int8) or (e.consumer in int8 and e.producer not in int8)
-        )
+        sites.update(site for e in self.edges if (site := e.site(int8)) is not None)
         return frozenset(sites)
 
     def borders(self, int8: frozenset[str]) -> tuple[float, float]:
@@ -179,7 +195,7 @@ class UnitGraph(Record, frozen=True, kw_only=True):
         for edge in self.edges:
             source, sink = edge.producer in int8, edge.consumer in int8
             if source != sink:
-                crossing[edge.edge.tensor, source] = edge.elements
+                crossing[edge.tensor, source] = edge.elements
         return float(sum(crossing.values())), float(len(crossing))
 
 
@@ -237,6 +253,23 @@ class SensitivityTable(Record, frozen=True, kw_only=True):
     settled: bool
     """Whether the ranking of units was stable when sampling stopped."""
     rows: tuple[Sensitivity, ...]
+
+
+class Secant(Record, frozen=True, kw_only=True):
+    """How the outputs really move on the way from the float to the all-INT8 network.
+
+    The probe matrix is a tangent. Where errors are large (a saturating sigmoid, an outlier range) the network bends;
+    the secant tells by how much, from a few executions with all errors scaled by a fraction.
+    """
+
+    heads: tuple[str, ...]
+    fractions: tuple[float, ...]
+    """Of every rounding error, e.g. (0.5, 1.0)."""
+    damage: tuple[tuple[float, ...], ...]
+    """Measured relative error energy, [fraction][head]."""
+    linear: tuple[float, ...]
+    """Relative error energy of the all-INT8 network that the probe matrix predicts on the same samples, per head."""
+    samples: int
 
 
 class UnitCost(Record, frozen=True, kw_only=True):

@@ -26,8 +26,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
 from bitalloy.errors import BudgetError
-from bitalloy.matrix import ProbeMatrix, decibel, draws, estimate
-from bitalloy.records import Budget, Choice, CostTable, HeadDamage, ParetoPoint, Plan, Precision, UnitGraph
+from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
+from bitalloy.records import AGAIN, Budget, Choice, CostTable, HeadDamage, ParetoPoint, Plan, Precision, Secant, UnitGraph
 
 SHRINK = 0.5
 FRONT_BUDGETS = 24
@@ -51,6 +51,7 @@ class Problem:
 
     units: UnitGraph
     matrix: ProbeMatrix
+    secant: Secant
     cost: CostTable
     float_bytes: int
 
@@ -66,10 +67,11 @@ class Problem:
         return np.asarray(self.matrix.site_damage().mean(axis=0))
 
     def damage(self, int8: frozenset[str]) -> np.ndarray:
-        """(heads,): relative error energy of a plan, interactions shrunk by `SHRINK`."""
+        """(heads,): relative error energy of a plan, interactions shrunk by `SHRINK`, corrected by the secant."""
         chosen = self.matrix.select(self.units.rounded(int8))
         together = self.matrix.damage(chosen).mean(axis=0)
-        return np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
+        linear = np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
+        return np.asarray(linear * bend(self.secant, linear))
 
     def latency_us(self, int8: frozenset[str]) -> float:
         """Predicted latency of a plan."""
@@ -107,7 +109,7 @@ def search(problem: Problem, budget: Budget, *, seed: int = 0, progress: Callabl
     int8 = polish(problem, int8, limits, fastest=fastest)
     front = _front(problem, program, int8, progress)
     weights = draws(problem.matrix.samples, seed)
-    estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(int8)), weights)
+    estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(int8)), weights, problem.secant)
     return Plan(
         model_sha256=problem.units.model_sha256,
         target=problem.units.target,
@@ -143,10 +145,12 @@ class Program:
         borders: dict[tuple[str, int], int] = {}
         for edge in units.edges:
             a, b = self._index.get(edge.producer or ""), self._index.get(edge.consumer or "")
-            if edge.edge.id in column and (a is not None or b is not None):
+            if a is not None and edge.rooted and edge.passed_on and edge.id + AGAIN in column:
+                damage.append((a, table[:, column[edge.id + AGAIN]]))
+            if edge.id in column and (a is not None or b is not None):
                 y, count = count, count + 1
-                damage.append((y, table[:, column[edge.edge.id]]))
-                if edge.rooted and a is not None:
+                damage.append((y, table[:, column[edge.id]]))
+                if edge.rooted and a is not None and not edge.passed_on:
                     rows.append(({y: 1.0, a: -1.0}, 0.0))
                     if b is not None and b != a:
                         rows.append(({y: 1.0, b: -1.0}, 0.0))
@@ -158,7 +162,7 @@ class Program:
             for direction, (up, down) in enumerate(((a, b), (b, a))):
                 if up is None:
                     continue
-                key = (edge.edge.tensor, direction)
+                key = (edge.tensor, direction)
                 if key not in borders:
                     borders[key], count = count, count + 1
                     latency[borders[key]] = price
@@ -184,7 +188,7 @@ class Program:
         bounds = [
             (self._latency, limits.latency_us - self._float_us),
             (self._size, limits.size_bytes - self._problem.float_bytes),
-            *((row / s, limits.damage / s) for row, s in zip(self._damage, scale, strict=True)),
+            *((row / s, d / s) for row, s, d in zip(self._damage, scale, self._allowed(limits), strict=True)),
         ]
         constraints = [LinearConstraint(self._rows, self._lower, np.inf)] if self._lower.size else []
         constraints += [LinearConstraint(row[None, :], -np.inf, bound) for row, bound in bounds if np.isfinite(bound)]
@@ -204,6 +208,12 @@ class Program:
             return None
         gap = float(result.mip_gap) if result.mip_gap is not None and np.isfinite(result.mip_gap) else 0.0
         return frozenset(u for u, i in self._index.items() if result.x[i] > 0.5), gap
+
+    def _allowed(self, limits: Limits) -> np.ndarray:
+        """Linear damage per head that the limit leaves room for."""
+        if not np.isfinite(limits.damage):
+            return np.full(len(self._damage), np.inf)
+        return straight(self._problem.secant, limits.damage)
 
     def _matrix(self, rows: list[tuple[dict[int, float], float]]) -> coo_array:
         at = [(r, c, v) for r, (terms, _) in enumerate(rows) for c, v in terms.items()]

@@ -1,9 +1,9 @@
 """The run directory: results under the hash of what they were made from, written whole or not at all.
 
     run/
-      summary.json, report.html, mixed.onnx, plan.json, sensitivity.json, ...   what the user reads
-      cache/<stage>-<key>                                                         one result per stage and inputs
-      cache/<stage>-<key>.d/<shard>                                               parts of an unfinished or sharded stage
+      summary.json, report.html, mixed.onnx, plan.json, ...   what the user reads
+      cache/<stage>-<key>                                     one result per stage and inputs
+      cache/<stage>-<key>.d/<shard>                           parts of a sharded stage
 
 A key is the SHA-256 of everything that decides the result (model, data, settings, version of bitalloy), so a changed
 input can never meet an old result, and the same command again finds all of them.
@@ -87,6 +87,7 @@ class RunDirectory:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         except OSError as error:
             if temporary is not None:
@@ -94,6 +95,12 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"'{path}' cannot be written: {error}. Free space or give another --out."
             ) from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def key_of(**parts: object) -> str:

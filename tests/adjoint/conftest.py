@@ -27,7 +27,7 @@ PROBES = 3
 
 def direction(edge: Edge, error: Array, name: str = "") -> Tap:
     """A tap whose error is a fixed array."""
-    return Tap(name or edge.id, edge, lambda p, _: p.const(np.asarray(error, np.float32)))
+    return Tap(name or edge.id, (edge,), lambda p, _: p.const(np.asarray(error, np.float32)))
 
 
 def onnx_model(

@@ -147,7 +147,9 @@ def test_extremum_shares_ties(rig: Any, micro: Any, tap: Any) -> None:
     helper = pytest.importorskip("onnx").helper
     x = np.array([1.0, 2.0], np.float32)
     model = micro([helper.make_node("Max", ["x", "z"], ["y"], name="max")], {"x": x, "z": x}, {"y": np.float32})
-    a = rig.run(rig.load(model), {"x": x, "z": x}, [tap("x", np.eye(2)[0], name="0")], {"y": np.eye(2, dtype=np.float32)})
+    a = rig.run(
+        rig.load(model), {"x": x, "z": x}, [tap("x", np.eye(2)[0], name="0")], {"y": np.eye(2, dtype=np.float32)}
+    )
     np.testing.assert_allclose(a["y"]["0"], [0.5, 0.0])
 
 
@@ -175,7 +177,9 @@ def test_pow_with_a_computed_exponent_is_refused(rig: Any) -> None:
         rig.check("Pow", spread(3, low=0.5), spread(3, seed=2), live=(1,))
 
 
-@pytest.mark.parametrize(("c", "a", "b"), [((2, 3), (2, 3), (2, 3)), ((3,), (2, 1), (2, 3)), ((2, 1), (3,), ())], ids=str)
+@pytest.mark.parametrize(
+    ("c", "a", "b"), [((2, 3), (2, 3), (2, 3)), ((3,), (2, 1), (2, 3)), ((2, 1), (3,), ())], ids=str
+)
 def test_where(rig: Any, c: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> None:
     condition = spread(*c, seed=3) > 0
 

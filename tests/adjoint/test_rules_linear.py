@@ -65,7 +65,7 @@ def test_conv_with_weights_from_outside(rig: Any, stride: int) -> None:
 
 @pytest.mark.parametrize("slot", [1, 2])
 def test_conv_with_measured_weights_or_bias_is_refused(rig: Any, slot: int) -> None:
-    with pytest.raises(UnsupportedOpError, match="'node' .Conv.*--exclude 'node'"):
+    with pytest.raises(UnsupportedOpError, match=r"'node' .Conv.*--exclude 'node'"):
         rig.check("Conv", normal(1, 2, 6, 6), normal(3, 2, 3, 3), normal(3), wanted=(0, slot), linear=True)
 
 

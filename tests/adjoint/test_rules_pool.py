@@ -166,7 +166,9 @@ def test_resize_axes_and_other_ranks(rig: Any) -> None:
     scales = np.array([1.5, 0.6], np.float32)
     rig.check("Resize", normal(1, 2, 4, 5), None, scales, mode="cubic", axes=[-2, -1], opset=18, linear=True)
     rig.check("Resize", normal(1, 2, 5), None, None, np.array([1, 2, 8], np.int64), mode="linear", linear=True)
-    rig.check("Resize", normal(1, 2, 3, 4, 2), None, np.array([1, 1, 2, 1.5, 2], np.float32), mode="linear", linear=True)
+    rig.check(
+        "Resize", normal(1, 2, 3, 4, 2), None, np.array([1, 1, 2, 1.5, 2], np.float32), mode="linear", linear=True
+    )
     rig.check("Resize", normal(4, 3), None, np.array([2, 2], np.float32), mode="nearest", linear=True)
     rig.check("Resize", normal(1, 2, 3, 4), None, np.array([2, 2, 2, 2], np.float32), mode="nearest", linear=True)
 
@@ -215,5 +217,5 @@ def test_pad_axes_and_value(rig: Any) -> None:
     ends, value = np.array([1, 0, 2, 1], np.int64), np.array(3.5, np.float32)
     rig.check("Pad", normal(2, 3, 4), ends, value, np.array([-1, 0], np.int64), opset=18, linear=True)
     rig.check("Pad", normal(2, 3, 4), ends, None, np.array([-1, 1], np.int64), mode="reflect", opset=18, linear=True)
-    with pytest.raises(UnsupportedOpError, match="computed input 1|computed input 2"):
+    with pytest.raises(UnsupportedOpError, match="computed input 2"):
         rig.check("Pad", normal(2, 3), ends, value, wanted=(0, 2), linear=True)

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.errors import UnsupportedOpError
-from bitalloy.graph import Graph, constant, is_float, name_of, static_shape
+from bitalloy.graph import Graph, constant, consumers, is_float, name_of, static_shape
 from bitalloy.records import Edge
 
 REVERSE_OPSET = 17
@@ -55,13 +55,13 @@ class Cotangent:
 class Tap:
     """A local error whose effect on the heads is asked for.
 
-    `edge` names where the error is added: into one consumer of a tensor; an edge with an empty node adds
+    `edges` names where the error is added: into some consumers of one tensor; an edge with an empty node adds
     it to the tensor itself, ahead of all consumers. `error` writes the error, of the tensor's shape,
     into the primal graph.
     """
 
     id: str
-    edge: Edge
+    edges: tuple[Edge, ...]
     error: Callable[[Builder, Mapping[str, ir.Value]], ir.Value]
 
 
@@ -190,7 +190,7 @@ def build(
     values: dict[str, ir.Value] = {str(v.name): v for v in [*model.graph.inputs, *model.graph.initializers.values()]}
     values.update({str(v.name): v for n in nodes for v in n.outputs})
     prefix = "adjoint/"
-    while any(name.startswith(prefix) for name in values):
+    while any(name.startswith(prefix) for name in (*values, *map(name_of, nodes))):
         prefix = f"_{prefix}"
     primal = Builder(model.graph, f"{prefix}p/")
     errors = {tap.id: tap.error(primal, values) for tap in taps}
@@ -216,7 +216,7 @@ def _wanted(
     nodes: list[ir.Node], values: Mapping[str, ir.Value], taps: Sequence[Tap], stops: frozenset[str]
 ) -> set[ir.Value]:
     """Tensors whose gradient is needed: tapped ones, and all floating-point tensors that vary with them."""
-    wanted = {values[t.edge.tensor] for t in taps}
+    wanted = {values[t.edges[0].tensor] for t in taps}
     for node in nodes:
         if not _blocks(node, stops) and any(v in wanted for v in node.inputs):
             wanted.update(v for v in node.outputs if v.dtype in FLOATING)
@@ -248,20 +248,28 @@ def _reverse(
     context = Context(primal, builder, wanted, probes)
     incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
     incoming[tensor].append(Cotangent(cotangent))
+    # a head that is joined with others by the last Concat is tapped on its way into it
+    last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
+    collected = {(name_of(c.node), c.slot): Cotangent(cotangent) for c in last}
     columns: list[tuple[str, ir.Value]] = []
-    by_edge: dict[tuple[str, int], list[Tap]] = defaultdict(list)
-    by_tensor: dict[ir.Value, list[Tap]] = defaultdict(list)
+    tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
     for tap in taps:
-        if tap.edge.node:
-            by_edge[tap.edge.node, tap.edge.slot].append(tap)
-        else:
-            by_tensor[values[tap.edge.tensor]].append(tap)
+        tapped[values[tap.edges[0].tensor]].append(tap)
+    used = {(e.node, e.slot) for t in taps for e in t.edges}
+
+    def close(value: ir.Value) -> Cotangent | None:
+        """All gradients of a tensor are known: add them up, and read its taps."""
+        total = _sum(context, value, incoming.pop(value, []))
+        for tap in tapped[value]:
+            found = [total if not e.node else collected.get((e.node, e.slot)) for e in tap.edges]
+            terms = _merge(context, [c for c in found if c is not None])
+            products = [_inner(context, value, term, errors[tap.id]) for term in terms]
+            if products:
+                columns.append((tap.id, products[0] if len(products) == 1 else builder.op("Sum", *products)))
+        return total
 
     for node in reversed(nodes):
-        outputs = [_sum(context, v, incoming.pop(v, [])) for v in node.outputs]
-        for value, cot in zip(node.outputs, outputs, strict=True):
-            if cot is not None:
-                columns += [(t.id, _inner(context, value, cot, errors[t.id])) for t in by_tensor[value]]
+        outputs = [close(v) for v in node.outputs]
         if all(c is None for c in outputs) or not any(context.wants(v) for v in node.inputs):
             continue
         if _blocks(node, stops):
@@ -269,14 +277,15 @@ def _reverse(
         for slot, cot in _gradients(context, rules, node, outputs).items():
             source = node.inputs[slot]
             assert source is not None
-            columns += [(t.id, _inner(context, source, cot, errors[t.id])) for t in by_edge[name_of(node), slot]]
+            if (name_of(node), slot) in used:
+                collected[name_of(node), slot] = cot
             incoming[source].append(cot)
     for value in list(incoming):
-        cot = _sum(context, value, incoming[value])
-        if cot is not None:
-            columns += [(t.id, _inner(context, value, cot, errors[t.id])) for t in by_tensor[value]]
+        close(value)
 
-    result = builder.op("Concat", *(c for _, c in columns), axis=1) if columns else context.zeros((0,))
+    result = context.zeros((0,))
+    if columns:
+        result = builder.op("Transpose", builder.op("Concat", *(c for _, c in columns), axis=0), perm=[1, 0])
     result.name = f"{prefix}a"
     target.outputs.append(result)
     reverse = ReverseGraph(
@@ -335,15 +344,7 @@ def _sum(context: Context, value: ir.Value, cots: list[Cotangent]) -> Cotangent 
     """
     if not cots:
         return None
-    merged: dict[tuple[ir.Value, tuple[int, int, int] | None], ir.Value | None] = {}
-    for cot in cots:
-        key = (cot.base, cot.window)
-        if key not in merged:
-            merged[key] = cot.diagonal
-            continue
-        one = context.p.const(np.ones((), np.float32))
-        merged[key] = context.p.add(merged[key] or one, cot.diagonal or one)
-    terms = [Cotangent(base, diagonal, window) for (base, window), diagonal in merged.items()]
+    terms = _merge(context, cots)
     if len(terms) == 1 and terms[0].window is None:
         return terms[0]
     shape = static_shape(value)
@@ -363,8 +364,21 @@ def _sum(context: Context, value: ir.Value, cots: list[Cotangent]) -> Cotangent 
     return Cotangent(total)
 
 
+def _merge(context: Context, cots: Sequence[Cotangent]) -> list[Cotangent]:
+    """Gradients with the same base and window as one: their diagonals are added in the primal graph."""
+    merged: dict[tuple[ir.Value, tuple[int, int, int] | None], ir.Value | None] = {}
+    for cot in cots:
+        key = (cot.base, cot.window)
+        if key not in merged:
+            merged[key] = cot.diagonal
+            continue
+        one = context.p.const(np.ones((), np.float32))
+        merged[key] = context.p.add(merged[key] or one, cot.diagonal or one)
+    return [Cotangent(base, diagonal, window) for (base, window), diagonal in merged.items()]
+
+
 def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -> ir.Value:
-    """<gradient, error> for every probe, (P, 1): a matrix product of two flat views, nothing in between."""
+    """<gradient, error> for every probe, (1, P): a matrix product of two flat views, nothing in between."""
     if cot.window is not None:
         axis, start, stop = cot.window
         shape = list(static_shape(value))
@@ -373,8 +387,9 @@ def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -
         error = context.p.op("Slice", error, *bounds, shape=shape)
     if cot.diagonal is not None:
         error = context.p.mul(error, cot.diagonal)
-    flat = context.r.op("Reshape", cot.base, context.r.op("Concat", context.probes, context.r.const([-1]), axis=0))
-    return context.r.op("Gemm", flat, context.residual(context.p.flat(error)), transB=1)
+    rows = context.r.op("Reshape", cot.base, context.r.op("Concat", context.probes, context.r.const([-1]), axis=0))
+    row = context.r.op("Reshape", context.residual(error), context.r.const([1, -1]))
+    return context.r.op("Gemm", row, rows, transB=1)
 
 
 def _drop_unused(model: ir.Model) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -82,7 +83,7 @@ class Statistics:
         return dict(zip(self.tensors, share.tolist(), strict=True))
 
     def ranges(self, method: str, *, percentile: float = 99.999) -> dict[str, tuple[float, float]]:
-        """Low and high per tensor; the clipping methods never leave what was seen, widened to 0.
+        """Low and high per tensor, never outside what was seen; `entropy` and `mse` include 0.
 
         Args:
             method: `minmax`: all that was seen. `moving`: moving average of the samples' extremes. `percentile`: what
@@ -154,7 +155,7 @@ class Statistics:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 tensors, samples = msgspec.json.decode(file["header"].tobytes(), type=tuple[tuple[str, ...], int])
                 arrays = {f: file[f] for f in ARRAYS}
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, msgspec.DecodeError) as error:
+        except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile, msgspec.DecodeError) as error:
             raise DataError(f"Not a file of calibration statistics: {error}. Calibrate again.") from error
         shapes = {f: (len(tensors), BINS) if f == "histogram" else (len(tensors),) for f in ARRAYS}
         if any(arrays[f].shape != shapes[f] for f in ARRAYS):

@@ -1,7 +1,7 @@
 """The pass over the data: a copy of the float model that measures itself.
 
 The copy has extra outputs that are computed inside the graph, so that per tensor and sample only the minimum,
-the maximum and at most 4096 values leave the session. To stay near the cost of the plain model:
+the maximum and at most 2048 values leave the session. To stay near the cost of the plain model:
 
 1. a tensor that only rearranges another (Reshape, Transpose ...) shares that one's statistics;
 2. a tensor y = f(x) with a rising f (Sigmoid, Relu ...) has f applied to the few numbers taken from x: its extremes
@@ -23,12 +23,12 @@ from bitalloy.calibrate.statistics import ARRAYS, Statistics, observe
 from bitalloy.errors import DataError, ModelError
 from bitalloy.runtime.ort import OrtSession
 
-VALUES = 4096
+VALUES = 2048
 """Most values of one tensor that leave the session per sample."""
 
 _SAME = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _RISING = frozenset({"Sigmoid", "Relu", "Tanh", "Softplus", "Erf", "Exp", "Log", "Sqrt"})
-_CARRIES_NAN = frozenset({"Add", "Sub", "Mul", "Div", "Concat"})
+_CARRIES_NAN = frozenset({"Add", "Sub", "Mul", "Div", "Concat", "MatMul"})
 _PREFIX = "bitalloy.calibrate/"
 
 
@@ -52,8 +52,7 @@ def collect(
             the first such tensor in graph order, and the sample.
         DataError: `feeds` is empty.
     """
-    source = onnx.ModelProto()
-    source.CopyFrom(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
+    source = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model
     plan = _plan(source, tensors)
     session = OrtSession(_instrumented(source, plan))
     total: Statistics | None = None
@@ -62,13 +61,13 @@ def collect(
             found = session.run(sample)
             vectors = [found[_vector(i)] for i in range(len(plan.measured))]
             ends = np.array([v[:2] for v in vectors], np.float64)
-            finite = np.isfinite(ends).all()
-            if not finite or not all(np.isfinite(found[_sum(i)]) for i in plan.checked):
-                bad = _first_bad(source, plan, sample)
-                if bad is not None or not finite:  # else only the sum overflowed
+            suspects = [t for t, e in zip(plan.measured, ends, strict=True) if not np.isfinite(e).all()]
+            if suspects or not all(np.isfinite(found[_sum(i)]) for i in plan.checked):
+                bad = [*_not_finite(source, plan, sample), *suspects]
+                if bad:  # else only a sum overflowed
                     raise ModelError(
-                        f"Tensor '{bad or plan.measured[int(np.argmin(np.isfinite(ends).all(axis=1)))]}' has NaN or "
-                        f"infinite values in sample {number} (counted from 0). Check that input and the weights."
+                        f"Tensor '{bad[0]}' has NaN or infinite values in sample {number}, counted from 0. "
+                        "Check that sample, and whether the model needs inputs of another scale."
                     )
             seen = observe(plan.measured, ends, [v[2:] for v in vectors], total)
             total = seen if total is None else total.merge(seen)
@@ -126,13 +125,21 @@ def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
         for t in measured
         if t in producer and producer[t].op_type in _RISING and (argument := root(producer[t].input[0])) in measured
     }
-    carried = {i for n in graph.node if n.op_type in _CARRIES_NAN and n.output[0] in measured for i in n.input}
+    carried = {root(i) for n in graph.node if n.output and n.output[0] in measured for i in _carried(n)}
     return _Plan(
         roots=roots,
         sizes={t: sizes[t] for t in measured},
         derived=derived,
         checked=tuple(i for i, t in enumerate(measured) if t not in derived and t not in carried),
     )
+
+
+def _carried(node: onnx.NodeProto) -> Sequence[str]:
+    """Inputs of which every element enters the sums or products of some output element, so that NaN cannot hide."""
+    if node.op_type == "Conv":
+        steps = [v for a in node.attribute if a.name in ("strides", "dilations") for v in a.ints]
+        return node.input[:1] if all(v == 1 for v in steps) else ()
+    return node.input if node.op_type in _CARRIES_NAN else ()
 
 
 def _sizes(graph: onnx.GraphProto) -> dict[str, int]:
@@ -147,10 +154,10 @@ def _sizes(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def _stride(size: int) -> int:
-    """Smallest odd prime that leaves at most 4096 of `size` values and divides no dimension; 1 where all fit.
+    """Smallest odd prime that leaves at most 2048 of `size` values and divides no dimension; 1 where all fit.
 
-    >>> _stride(4096), _stride(5000), _stride(16 * 320 * 320), _stride(5 * 4100)
-    (1, 3, 401, 7)
+    >>> _stride(2048), _stride(2500), _stride(16 * 320 * 320), _stride(5 * 2040)
+    (1, 3, 809, 7)
     """
     if size <= VALUES:
         return 1
@@ -206,8 +213,8 @@ def _instrumented(model: onnx.ModelProto, plan: _Plan) -> bytes:
     return _with_outputs(result, [*map(_vector, range(len(plan.measured))), *map(_sum, plan.checked)])
 
 
-def _first_bad(model: onnx.ModelProto, plan: _Plan, sample: Mapping[str, np.ndarray]) -> str | None:
-    """First requested tensor in graph order that is not finite, looking at every value."""
+def _not_finite(model: onnx.ModelProto, plan: _Plan, sample: Mapping[str, np.ndarray]) -> list[str]:
+    """Requested tensors that are not finite, looking at every value; in graph order."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     names = {t: _vector(i) for i, t in enumerate(plan.measured)}
@@ -215,7 +222,7 @@ def _first_bad(model: onnx.ModelProto, plan: _Plan, sample: Mapping[str, np.ndar
     session = OrtSession(_with_outputs(copy, list(names.values())))
     found = session.run(sample)
     session.close()
-    return next((t for t, root in plan.roots.items() if not np.isfinite(found[names[root]]).all()), None)
+    return [t for t, root in plan.roots.items() if not np.isfinite(found[names[root]]).all()]
 
 
 def _with_outputs(model: onnx.ModelProto, outputs: list[str]) -> bytes:

@@ -22,10 +22,11 @@ from bitalloy.graph import Graph
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import Calibration, DataInfo, Head, SensitivityTable, Settings, TensorRange, UnitGraph
+from bitalloy.records import Calibration, DataInfo, Head, Secant, SensitivityTable, Settings, TensorRange, UnitGraph
 from bitalloy.regions import ancestors, path_of, region_id
 from bitalloy.samples import shapes
-from bitalloy.sensitivity import Prober, sensitivities, settled
+from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled
+from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
@@ -33,6 +34,7 @@ from bitalloy.tasks.detection import looks_like_yolo
 
 CALIBRATION_SHARD = 16
 MIN_SAMPLES, MAX_SAMPLES = 8, 24
+SECANT_SAMPLES = 8
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
 
@@ -47,8 +49,11 @@ class Analysis:
     heads: tuple[Head, ...]
     settings: Settings
     data: Dataset
+    info: DataInfo
+    """Of all of `data`."""
     calibration: Calibration
     matrix: ProbeMatrix
+    secant: Secant
     table: SensitivityTable
     key: str
     """Of model, data and settings."""
@@ -135,8 +140,33 @@ def analyze(
     calibration = _calibrate(model, units, data, info, settings, key, work)
     units = _restrict(units, calibration)
     matrix = _probe(model, device, units, heads, data, calibration, settings, excluded, key, work)
-    table = sensitivities(matrix, units, part_of(info, matrix.samples), seed=settings.seed)
-    return Analysis(model, device, units, heads, settings, data, calibration, matrix, table, key, notes)
+    bent = _secant(model, device, units, heads, data, calibration, matrix, key, work)
+    table = sensitivities(matrix, units, part_of(info, matrix.samples), bent, seed=settings.seed)
+    return Analysis(model, device, units, heads, settings, data, info, calibration, matrix, bent, table, key, notes)
+
+
+def _secant(
+    model: Graph,
+    device: Target,
+    units: UnitGraph,
+    heads: tuple[Head, ...],
+    data: Dataset,
+    calibration: Calibration,
+    matrix: ProbeMatrix,
+    key: str,
+    work: Workspace,
+) -> Secant:
+    count = min(SECANT_SAMPLES, matrix.samples)
+
+    def make() -> bytes:
+        ranges = {r.tensor: (r.low, r.high) for r in calibration.ranges}
+        with work.stage("secant", count * len(FRACTIONS)) as progress:
+            board = Switchboard(model, units, ranges, device)
+            feeds = [data.feeds(i) for i in range(count)]
+            sites = units.rounded(units.quantizable())
+            return msgspec.json.encode(secant(board, matrix, sites, heads, feeds, progress=progress.advance))
+
+    return msgspec.json.decode(work.cached("secant", key, make), type=Secant)
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:

@@ -88,7 +88,7 @@ def plan(
     """
     work = work or Workspace()
     table = table or measure_cost(analysis, work=work)
-    problem = Problem(analysis.units, analysis.matrix, table, len(analysis.graph.to_bytes()))
+    problem = Problem(analysis.units, analysis.matrix, analysis.secant, table, len(analysis.graph.to_bytes()))
 
     def make() -> bytes:
         with work.stage("search", FRONT_BUDGETS) as progress:
@@ -162,20 +162,20 @@ def verify(
 
 
 def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
-    count = min(VERIFY_SAMPLES, len(analysis.data))
+    samples = _verification_samples(analysis)
 
     def make() -> bytes:
         models = {"float": analysis.graph.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
         sessions = {name: OrtSession(model) for name, model in models.items()}
         with work.stage("benchmark", BENCH_REPEATS) as progress:
             times = bench.interleave(sessions, analysis.data.feeds(0), repeats=BENCH_REPEATS, progress=progress.advance)
-        with work.stage("verify", count) as progress:
+        with work.stage("verify", len(samples)) as progress:
             reference = sessions.pop("float")
             sqnr = output_sqnr(
                 reference,
                 sessions,
                 analysis.heads,
-                (analysis.data.feeds(i) for i in range(count)),
+                (analysis.data.feeds(i) for i in samples),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
@@ -188,6 +188,13 @@ def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
 
     key = key_of(analysis=analysis.key, mixed=digest(mixed), threads=available_cores())
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+
+
+def _verification_samples(analysis: Analysis) -> list[int]:
+    """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
+    total = len(analysis.data)
+    unseen = list(range(analysis.matrix.samples, total))[:VERIFY_SAMPLES]
+    return unseen if len(unseen) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
 def all_int8(analysis: Analysis) -> bytes:
@@ -223,7 +230,7 @@ def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:
 
 def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int | None, work: Workspace) -> Metrics:
     if labels is None:
-        return Metrics()
+        return Metrics(metrics={}, confidence_shift={})
     model = analysis.graph
     spec = image_spec(model)
     if spec is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
@@ -248,9 +255,7 @@ def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int |
                 )
         return msgspec.json.encode(_compare(found["float"], found["int8"], found["mixed"]))
 
-    key = key_of(
-        analysis=analysis.key, mixed=digest(mixed), labels=digest(labels.read_bytes()), limit=limit
-    )
+    key = key_of(analysis=analysis.key, mixed=digest(mixed), labels=digest(labels.read_bytes()), limit=limit)
     return msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics)
 
 

@@ -39,8 +39,8 @@ class Measured(Record, frozen=True, kw_only=True):
 class Metrics(Record, frozen=True, kw_only=True):
     """Task metrics of the three models."""
 
-    metrics: dict[str, MetricComparison] = {}
-    confidence_shift: dict[str, Estimate] = {}
+    metrics: dict[str, MetricComparison]
+    confidence_shift: dict[str, Estimate]
 
 
 def ratio_limit(budget: Budget, planned: Planned) -> float | None:

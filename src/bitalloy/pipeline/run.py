@@ -64,7 +64,7 @@ def run(
     dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=folder)
     if data is None and labels is None and source.sample:
         size = int(loaded.info.inputs[0].shape[-1])
-        labels = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size)
+        labels = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size) / "instances.json"
     analysis = analyze(loaded, dataset, settings, work=work, notes=(SAMPLE_NOTE,) if data is None else ())
     planned = plan(analysis, budget, work=work)
     verified = verify(analysis, planned, labels=Path(labels) if labels else None, limit=limit, work=work)

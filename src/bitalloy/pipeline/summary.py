@@ -23,7 +23,7 @@ def summarize(
     matrix, units = analysis.matrix, analysis.units
     weights = draws(matrix.samples, analysis.settings.seed)
     everything = matrix.select(units.rounded(units.quantizable()))
-    predicted_int8 = estimate(matrix, everything, weights)
+    predicted_int8 = estimate(matrix, everything, weights, analysis.secant)
     sqnr = {
         head.head: HeadComparison(
             int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_int8[i].value),
@@ -59,7 +59,7 @@ def summarize(
         flagged_units=tuple(sorted({r.id for r in analysis.table.rows if r.flagged and r.scope == "unit"})),
         fp16_margin=analysis.calibration.abs_max_fp16_margin,
         calibration=analysis.calibration.data,
-        analysis=part_of(analysis.data.info, matrix.samples),
+        analysis=part_of(analysis.info, matrix.samples),
         seconds=dict(seconds),
         rounds=tuple(rounds),
         seed=analysis.settings.seed,

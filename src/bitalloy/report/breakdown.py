@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import mean
+from typing import TypeAlias
 
 import msgspec
 from markupsafe import Markup
@@ -43,12 +45,15 @@ class Tables:
 
     @cached_property
     def members(self) -> Mapping[str, tuple[Unit, ...]]:
-        """Region -> all units inside, in graph order; regions in order of first appearance."""
+        """Region -> all units inside, in graph order; regions in order of the mean position of their units."""
         found: dict[str, list[Unit]] = {ROOT: []}
-        for unit in self.units.units:
-            for region in reversed(ancestors(unit.region)):
+        positions: dict[str, list[int]] = {ROOT: [0]}
+        for position, unit in enumerate(self.units.units):
+            for region in ancestors(unit.region):
                 found.setdefault(region, []).append(unit)
-        return {region: tuple(units) for region, units in found.items()}
+                positions.setdefault(region, []).append(position)
+        order = sorted(found, key=lambda region: (region != ROOT, mean(positions[region]), region))
+        return {region: tuple(found[region]) for region in order}
 
     def decibels(self, scope: str, name: str, part: str) -> tuple[float | None, ...]:
         """SQNR per head; None where the table has no such row."""
@@ -82,7 +87,7 @@ class RegionLine:
 
 
 def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
-    """All regions, parents before children, in graph order.
+    """All regions, parents before children, siblings in graph order.
 
     A region that holds nothing but one other region is shown joined to it, as `model.0/conv`.
     """
@@ -91,7 +96,8 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
     for region in tables.members:
         if region != ROOT:
             below[ancestors(region)[1]].append(region)
-    whole = tables.decibels("region", ROOT, "all")
+    shares = {region: _shares(tables, region) for region in tables.members}
+    largest = max((s for region, row in shares.items() if region != ROOT for s in row), default=0.0)
     lines: list[RegionLine] = []
 
     def add(region: str, start: str, parent: int | None, level: int) -> None:
@@ -117,7 +123,7 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
                     (formats.bare_decibel(a), formats.bare_decibel(w), formats.bare_decibel(x))
                     for a, w, x in zip(*parts, strict=True)
                 ),
-                shares=_shares(tables.heads, parts[0], whole),
+                shares=Markup("") if region == ROOT else _share_bars(tables.heads, shares[region], largest),
             )
         )
         for child in below[region]:
@@ -127,13 +133,19 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
     return tuple(lines)
 
 
-def _shares(heads: Iterable[str], region: Iterable[float | None], whole: Iterable[float | None]) -> Markup:
-    values = [
-        0.0 if r is None or w is None or r >= CEILING_DB else 10 ** ((w - r) / 10)
-        for r, w in zip(region, whole, strict=True)
-    ]
+def _shares(tables: Tables, region: str) -> tuple[float, ...]:
+    """Error energy of a region over that of the all-INT8 model, per head."""
+    pairs = zip(tables.decibels("region", region, "all"), tables.decibels("region", ROOT, "all"), strict=True)
+    return tuple(0.0 if r is None or w is None or r >= CEILING_DB else 10 ** ((w - r) / 10) for r, w in pairs)
+
+
+def _share_bars(heads: Iterable[str], values: Iterable[float], largest: float) -> Markup:
     lines = [f"{head}: {value:.1%} of the error energy of all-INT8" for head, value in zip(heads, values, strict=True)]
-    return charts.shares(values, "\n".join(lines))
+    return charts.shares([value / largest if largest else 0.0 for value in values], "\n".join(lines))
+
+
+Numbers: TypeAlias = tuple[float, float, float, float | None, float | None]
+"""SQNR in dB: value, low, high, weights only, activations only."""
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,8 +159,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     int8_us: float | None
     flagged: bool
     reason: str
-    sqnr: tuple[tuple[float, float, float, float | None, float | None] | None, ...]
-    """Per head: value, low, high, weights only, activations only; None where nothing can be rounded."""
+    sqnr: tuple[Numbers | None, ...]
+    """Per head; None where nothing can be rounded."""
 
 
 class Payload(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +174,11 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
 
 def payload(tables: Tables) -> Payload:
     """The rows of the sortable table for each scope."""
-    scopes = {"unit": list(_unit_lines(tables)), "region": list(_region_lines(tables)), "site": list(_site_lines(tables))}
+    scopes = {
+        "unit": list(_unit_lines(tables)),
+        "region": list(_region_lines(tables)),
+        "site": list(_site_lines(tables)),
+    }
     return Payload(root=ROOT, ceiling=CEILING_DB, heads=tables.heads, scopes=scopes)
 
 
@@ -227,7 +243,7 @@ def _site_owners(units: UnitGraph) -> dict[str, str]:
     for edge in units.edges:
         unit = edge.producer if edge.rooted and edge.producer is not None else edge.consumer
         if unit is not None:
-            found.setdefault(edge.edge.id, unit)
+            found.setdefault(edge.id, unit)
     return found
 
 
@@ -236,12 +252,10 @@ def _flagged(tables: Tables, scope: str, name: str, part: str) -> bool:
     return any(r.flagged for r in found if r is not None)
 
 
-def _sqnr(
-    tables: Tables, scope: str, name: str, part: str
-) -> tuple[tuple[float, float, float, float | None, float | None] | None, ...]:
+def _sqnr(tables: Tables, scope: str, name: str, part: str) -> tuple[Numbers | None, ...]:
     weights = tables.decibels(scope, name, "weights") if part == "all" else (None,) * len(tables.heads)
     activations = tables.decibels(scope, name, "activations") if part == "all" else (None,) * len(tables.heads)
-    found = []
+    found: list[Numbers | None] = []
     for i, head in enumerate(tables.heads):
         row = tables.rows.get((scope, name, part, head))
         if row is None:

@@ -147,7 +147,7 @@ def pareto(
 
 def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
     """Median latency as bars from zero, with a whisker from the 10th to the 90th percentile."""
-    left, right, top, pitch, bottom = 92, 150, 8, 44, 46
+    left, right, top, pitch, bottom = 92, 140, 26, 44, 48
     height = top + pitch * len(bars) + bottom
     most = max([b.high for b in bars] + ([limit_ms] if limit_ms is not None else []))
     x_ticks = ticks(0.0, most * 1.02, 8)
@@ -160,7 +160,7 @@ def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
         parts.append(
             Markup(
                 '<g data-tip="{}"><rect class="bar {}" x="{}" y="{}" width="{}" height="24" rx="3"/>'
-                '<path class="whisker" d="M{} {}H{}M{} {}v10M{} {}v10"/></g>'
+                '<path class="spread" d="M{} {}H{}M{} {}v10M{} {}v10"/></g>'
             ).format(
                 bar.tip,
                 bar.style,
@@ -171,10 +171,10 @@ def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
                 *(_px(x(bar.low)), _px(middle - 5), _px(x(bar.high)), _px(middle - 5)),
             )
         )
-        parts.append(_text(x(max(bar.high, bar.median)) + 10, middle + 4.5, bar.label, "value"))
+        parts.append(_text(WIDTH - right + 12, middle + 4.5, bar.label, "value"))
     if limit_ms is not None:
         parts.append(_line(x(limit_ms), y.start, x(limit_ms), y.stop, "limit"))
-        parts.append(_text(x(limit_ms), y.start + 32, f"budget {limit_ms:.4g} ms", "limit-text middle"))
+        parts.append(_text(x(limit_ms), top - 8, f"budget {limit_ms:.4g} ms", "limit-text middle"))
     names = "; ".join(f"{b.name} {b.median:.4g} ms" for b in bars)
     return _svg(height, f"Bar chart of median latency: {names}.", parts)
 
@@ -196,9 +196,9 @@ def shares(values: Iterable[float], tip: str) -> Markup:
 
 def legend_marker(shape: str) -> Markup:
     """A shape alone, for a legend."""
-    return Markup('<svg class="key m-{0}" width="18" height="18" viewBox="-9 -9 18 18" aria-hidden="true">{1}</svg>').format(
-        shape, SHAPES[shape]
-    )
+    return Markup(
+        '<svg class="key m-{0}" width="18" height="18" viewBox="-9 -9 18 18" aria-hidden="true">{1}</svg>'
+    ).format(shape, SHAPES[shape])
 
 
 def _series(series: Series, index: int, x: Scale, y: Scale, ceiling: float) -> Markup:

@@ -25,11 +25,19 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A number with a smaller line beneath. `tone` is `good`, `warn`, `bad` or empty."""
+class Note:
+    """A smaller line beneath a number. `tone` is `good`, `bad` or empty."""
 
     text: str
-    notes: tuple[str, ...] = ()
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number. `tone` as for notes."""
+
+    text: str
+    notes: tuple[Note, ...] = ()
     tone: str = ""
 
 
@@ -61,9 +69,7 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
     if budget.latency_ms is not None:
         measured = summary.latency_ms.mixed
         asked = f"≤ {formats.milliseconds(budget.latency_ms)}"
-        found.append(
-            Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE)
-        )
+        found.append(Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE))
     if budget.size_bytes is not None:
         size = summary.size_bytes.mixed
         asked = f"≤ {formats.size(budget.size_bytes)}"
@@ -156,7 +162,7 @@ def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
 def _latency(summary: Summary) -> Row:
     def cell(one: Latency) -> Cell:
         spread = f"{formats.milliseconds(one.p10_ms).removesuffix(' ms')}–{formats.milliseconds(one.p90_ms)}"
-        return Cell(formats.milliseconds(one.median_ms), (f"p10–p90 {spread}", f"{one.count} runs"))
+        return Cell(formats.milliseconds(one.median_ms), (Note(f"p10–p90 {spread}"), Note(f"{one.count} runs")))
 
     spread = summary.latency_spread_ms
     cells = (cell(spread.reference), cell(spread.int8), cell(spread.mixed))
@@ -165,7 +171,8 @@ def _latency(summary: Summary) -> Row:
 
 def _ratio(summary: Summary, predicted_int8: float) -> Row:
     def cell(measured: float, predicted: float) -> Cell:
-        return Cell(formats.ratio(measured), (f"predicted {formats.ratio(predicted)}",), "bad" if measured >= 1 else "")
+        note = Note(f"predicted {formats.ratio(predicted)}")
+        return Cell(formats.ratio(measured), (note,), "bad" if measured >= 1 else "")
 
     latency = summary.latency_ms
     int8 = cell(latency.int8 / latency.reference, predicted_int8)
@@ -177,18 +184,19 @@ def _size(summary: Summary) -> Row:
     size = summary.size_bytes
 
     def cell(value: float) -> Cell:
-        return Cell(formats.size(value), (f"{formats.ratio(value / size.reference)} of float",))
+        return Cell(formats.size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
 
     return Row("File size", "", (Cell(formats.size(size.reference)), cell(size.int8), cell(size.mixed)))
 
 
 def _sqnr(summary: Summary) -> Iterable[Row]:
     def cell(predicted: float | None, measured: float, interval: Estimate | None) -> Cell:
-        notes = [f"95 % {formats.between(interval, 1)}"] if interval is not None else []
+        notes = [Note(f"95 % {formats.between(interval, 1)}")] if interval is not None else []
         if predicted is not None:
             difference = formats.signed(measured - predicted, 1)
-            notes.append(f"predicted {formats.decibel(predicted)} ({difference})")
-        return Cell(formats.decibel(measured), tuple(notes), "bad" if _wide(predicted, measured) else "")
+            text = f"predicted {formats.decibel(predicted)} ({difference})"
+            notes.append(Note(text, "bad" if _wide(predicted, measured) else ""))
+        return Cell(formats.decibel(measured), tuple(notes))
 
     for head, pair in summary.sqnr_db.items():
         int8 = cell(pair.int8.predicted, pair.int8.measured, None)
@@ -198,7 +206,7 @@ def _sqnr(summary: Summary) -> Iterable[Row]:
 
 def _accuracy(summary: Summary) -> Iterable[Row]:
     def value(one: MetricValue) -> Cell:
-        return Cell(f"{one.value:.4f}", (f"95 % {formats.between(one, 4)}", f"n = {one.n}"))
+        return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.between(one, 4)}"), Note(f"n = {one.n}")))
 
     for name, metric in summary.metrics.items():
         yield Row(name, "", (value(metric.reference), value(metric.int8), value(metric.mixed)))
@@ -215,14 +223,14 @@ def _drop(drop: Estimate | None) -> Cell:
         return Cell(formats.NONE)
     beyond = drop.low > 0 or drop.high < 0
     verdict = "beyond noise" if beyond else "within noise"
-    notes = (f"95 % {formats.between(drop, 4)}", verdict)
+    notes = (Note(f"95 % {formats.between(drop, 4)}"), Note(verdict))
     return Cell(formats.signed(drop.value, 4), notes, ("bad" if drop.value > 0 else "good") if beyond else "")
 
 
 def _shift(shift: Estimate | None) -> Cell:
     if shift is None:
         return Cell(formats.NONE)
-    return Cell(formats.signed(shift.value, 4), (f"95 % {formats.between(shift, 4)}",))
+    return Cell(formats.signed(shift.value, 4), (Note(f"95 % {formats.between(shift, 4)}"),))
 
 
 def _wide(predicted: float | None, measured: float) -> bool:

@@ -85,21 +85,19 @@ def _policy(style: str, script: str) -> str:
     def digest(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
+    )
 
 
 def _points(plan: Plan, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
     """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
     chosen = plan.int8_units()
-    found = [
-        (p, p.predicted_latency_us / cost.all_float_us, frozenset(p.int8_units) == chosen) for p in plan.pareto
-    ]
+    found = [(p, p.predicted_latency_us / cost.all_float_us, frozenset(p.int8_units) == chosen) for p in plan.pareto]
     return sorted(found, key=lambda t: t[1])
 
 
-def _pareto_chart(
-    summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]
-) -> Markup:
+def _pareto_chart(summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]) -> Markup:
     budget = summary.budget
     limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
     if budget.latency_ms is not None:
@@ -113,9 +111,7 @@ def _pareto_chart(
     )
 
 
-def _series(
-    index: int, head: str, summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable
-) -> charts.Series:
+def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable) -> charts.Series:
     def marker(what: str, x: float, y: float, shape: str, interval: tuple[float, float] | None = None) -> charts.Marker:
         ends = f" (95 % {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         tip = f"{head}: {formats.decibel(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"

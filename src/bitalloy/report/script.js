@@ -94,6 +94,8 @@
       make("td", "", numbers ? decibel(numbers[3]) : "–"), make("td", "", numbers ? decibel(numbers[4]) : "–"),
       make("td", "", time(row.float_us)), make("td", "", time(row.int8_us)), flag, make("td", "text reason", row.reason),
     );
+    tr.setAttribute("role", "row");
+    for (const cell of tr.cells) cell.setAttribute("role", "cell");
     return tr;
   }
 

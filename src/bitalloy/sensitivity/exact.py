@@ -14,12 +14,14 @@ import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant
 from bitalloy.heads import head_of
+from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params, fake_quantize
-from bitalloy.records import Edge, Head, UnitGraph, WeightSite
+from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
 
 GATES = "bitalloy/gates"
+FRACTIONS = (0.5, 1.0)
 
 
 class Switchboard:
@@ -41,15 +43,17 @@ class Switchboard:
         int8 = units.quantizable()
         chosen = [u for u in units.units if u.id in int8]
         for unit in chosen:
-            for site in unit.weights:
-                params = weight_params(target, graph.node[site.node], site)
-                board.weight(site, params)
-        for unit in chosen:
             for edge in unit.inner:
-                board.edge(edge, activation_params(*ranges[edge.tensor], signed=target.activation_signed))
+                params = activation_params(*ranges[edge.tensor], signed=target.activation_signed)
+                board.edge(edge.id, (edge,), params)
         for entry in units.edges:
             if (entry.rooted and entry.producer in int8) or entry.consumer in int8:
-                board.edge(entry.edge, activation_params(*ranges[entry.root], signed=target.activation_signed))
+                params = activation_params(*ranges[entry.root], signed=target.activation_signed)
+                board.edge(entry.id, entry.uses, params)
+        # after the edges: the error of a weight is seen on the rounded input
+        for unit in chosen:
+            for site in unit.weights:
+                board.weight(site, weight_params(target, graph.node[site.node], site))
         self.sites = tuple(board.sites)
         self._column = {s: i for i, s in enumerate(self.sites)}
         gates.shape = ir.Shape((len(self.sites),))
@@ -59,7 +63,7 @@ class Switchboard:
     def gates(self, sites: Iterable[str], scale: float = 1.0) -> np.ndarray:
         """Gate vector (sites,) float32 with `scale` at the given sites."""
         vector = np.zeros(len(self.sites), np.float32)
-        vector[[self._column[s] for s in sites if s in self._column]] = scale
+        vector[[self._column[s.removesuffix(AGAIN)] for s in sites]] = scale
         return vector
 
     def run(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,6 +107,39 @@ def damage(
     return np.stack(rows) / np.maximum(total.mean(axis=0), 1e-30)[None, :, None], total
 
 
+def secant(
+    board: Switchboard,
+    matrix: ProbeMatrix,
+    sites: frozenset[str],
+    heads: Sequence[Head],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Secant:
+    """Measure how the outputs bend when all errors grow together.
+
+    Args:
+        board: the switchable model.
+        matrix: whose first samples are those of `feeds`.
+        sites: that the all-INT8 plan rounds.
+        heads: parts of the outputs.
+        feeds: samples.
+        progress: called with 1 after every execution.
+    """
+    sets = [board.gates(sites, fraction) for fraction in FRACTIONS]
+    measured, _ = damage(board, sets, heads, feeds, progress=progress)
+    count = len(feeds)
+    part = ProbeMatrix(matrix.heads, matrix.sites, tuple(r[:count] for r in matrix.rows), matrix.energy[:count])
+    linear = part.damage(part.select(sites)).mean(axis=0)
+    return Secant(
+        heads=matrix.heads,
+        fractions=FRACTIONS,
+        damage=tuple(tuple(float(d) for d in row) for row in measured.mean(axis=0).T),
+        linear=tuple(float(d) for d in linear),
+        samples=count,
+    )
+
+
 class _Board:
     """Writes the gates into a model."""
 
@@ -111,7 +148,6 @@ class _Board:
         self._gates = gates
         self._nodes = {str(n.name): n for n in model.graph}
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
-        self._current: dict[str, ir.Value] = {}
         self.sites: list[str] = []
 
     def weight(self, site: WeightSite, params: QuantParams) -> None:
@@ -129,25 +165,23 @@ class _Board:
         result = self._gated(site.id, y, error, after=node)
         for user, slot in uses:
             user.replace_input_with(slot, result)
-        self._current[str(y.name)] = result
-        if y.is_graph_output():
-            self._rename_output(y, result)
 
-    def edge(self, edge: Edge, params: QuantParams) -> None:
-        x = self._current.get(edge.tensor, self._values[edge.tensor])
-        scale = self._constant(f"{edge.id}/scale", params.scale)
-        zero = self._constant(f"{edge.id}/zero_point", params.zero_point)
+    def edge(self, site: str, uses: Sequence[Edge], params: QuantParams) -> None:
+        x = self._values[uses[0].tensor]
+        scale = self._constant(f"{site}/scale", params.scale)
+        zero = self._constant(f"{site}/zero_point", params.zero_point)
 
         def error() -> list[ir.Node]:
             q = ir.node("QuantizeLinear", [x, scale, zero])
             dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
             return [q, dq, ir.node("Sub", [dq.outputs[0], x])]
 
-        result = self._gated(edge.id, x, error, after=x.producer())
-        if edge.node:
-            self._nodes[edge.node].replace_input_with(edge.slot, result)
-        else:
-            self._rename_output(x, result)
+        result = self._gated(site, x, error, after=x.producer())
+        for use in uses:
+            if use.node:
+                self._nodes[use.node].replace_input_with(use.slot, result)
+            else:
+                self._rename_output(x, result)
 
     def _gated(self, site: str, x: ir.Value, error: Callable[[], list[ir.Node]], *, after: ir.Node | None) -> ir.Value:
         """`x + gate * error` where the gate is open, `x` where it is shut."""
@@ -169,7 +203,7 @@ class _Board:
             output = nodes[-1].outputs[0]
             output.type = ir.TensorType(ir.DataType.FLOAT)
             branches[name] = ir.Graph([], [output], nodes=nodes, name=name)
-        choice = ir.node("If", [open_.outputs[0]], attributes=branches)  # type: ignore[arg-type]
+        choice = ir.node("If", [open_.outputs[0]], attributes=branches)
         choice.name = f"gate/{number}/If"
         choice.outputs[0].name = f"{x.name}/gate{number}"
         choice.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)

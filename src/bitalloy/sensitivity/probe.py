@@ -21,8 +21,8 @@ from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import DataError
 from bitalloy.graph import Graph, attribute, constant, static_shape
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import activation_params, fake_quantize
-from bitalloy.records import Edge, Head, UnitGraph, WeightSite
+from bitalloy.numerics import QuantParams, activation_params, fake_quantize
+from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
 
@@ -90,27 +90,59 @@ def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, floa
     for unit in units.units:
         if unit.id not in int8:
             continue
-        taps += [_edge_tap(e, e.tensor, ranges, target) for e in unit.inner]
+        taps += [_edge_tap(e.id, (e,), e.tensor, ranges, target) for e in unit.inner]
         taps += [_weight_tap(graph, site, target) for site in unit.weights]
+    roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
     for edge in units.edges:
-        if (edge.rooted and edge.producer in int8) or edge.consumer in int8:
-            taps.append(_edge_tap(edge.edge, edge.root, ranges, target))
+        if edge.consumer in int8 or (edge.rooted and edge.producer in int8 and not edge.passed_on):
+            taps.append(_edge_tap(edge.id, edge.uses, edge.root, ranges, target))
+        if edge.passed_on and edge.producer in int8:
+            taps.append(_again_tap(graph, edge, roots, ranges, target))
     return taps
 
 
-def _edge_tap(edge: Edge, root: str, ranges: Mapping[str, tuple[float, float]], target: Target) -> Tap:
-    """Error of rounding a tensor: dequantize(quantize(x)) - x, by the runtime's own operators."""
+def _again_tap(
+    graph: Graph,
+    edge: UnitEdge,
+    roots: Mapping[tuple[str, int], str],
+    ranges: Mapping[str, tuple[float, float]],
+    target: Target,
+) -> Tap:
+    """Error of rounding a Concat's output when its operands are rounded already, each on its own scale."""
+    node = graph.node[str(edge.producer)]
+    out = activation_params(*ranges[edge.root], signed=target.activation_signed)
+
+    def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
+        operands = []
+        for slot, operand in enumerate(node.inputs):
+            assert operand is not None, "a Concat has no absent operands"
+            params = activation_params(*ranges[roots[str(node.name), slot]], signed=target.activation_signed)
+            operands.append(_rounded(p, values[str(operand.name)], params))
+        shape = static_shape(values[edge.tensor])
+        joined = p.op("Concat", *operands, axis=int(attribute(node, "axis", 0)), shape=shape)  # type: ignore[call-overload]
+        return p.like("Sub", _rounded(p, joined, out), joined)
+
+    return Tap(edge.id + AGAIN, edge.uses, error)
+
+
+def _rounded(p: Builder, x: ir.Value, params: QuantParams) -> ir.Value:
+    """dequantize(quantize(x)), by the runtime's own operators."""
+    scale, zero = p.const(params.scale), p.const(params.zero_point)
+    q = p.op("QuantizeLinear", x, scale, zero, shape=static_shape(x))
+    return p.op("DequantizeLinear", q, scale, zero, shape=static_shape(x))
+
+
+def _edge_tap(
+    site: str, uses: tuple[Edge, ...], root: str, ranges: Mapping[str, tuple[float, float]], target: Target
+) -> Tap:
+    """Error of rounding a tensor: dequantize(quantize(x)) - x."""
     params = activation_params(*ranges[root], signed=target.activation_signed)
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
-        x = values[edge.tensor]
-        shape = static_shape(x)
-        scale, zero = p.const(params.scale), p.const(params.zero_point)
-        q = p.op("QuantizeLinear", x, scale, zero, shape=shape)
-        return p.like("Sub", p.op("DequantizeLinear", q, scale, zero, shape=shape), x)
+        x = values[uses[0].tensor]
+        return p.like("Sub", _rounded(p, x, params), x)
 
-    at_output = Edge(tensor=edge.tensor, node="", slot=0)
-    return Tap(edge.id, edge if edge.node else at_output, error)
+    return Tap(site, uses, error)
 
 
 def _weight_tap(graph: Graph, site: WeightSite, target: Target) -> Tap:
@@ -126,4 +158,4 @@ def _weight_tap(graph: Graph, site: WeightSite, target: Target) -> Tap:
         x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
         return p.op(node.op_type, x, p.const(delta), shape=static_shape(output), **kept)  # type: ignore[arg-type]
 
-    return Tap(site.id, Edge(tensor=str(output.name), node="", slot=0), error)
+    return Tap(site.id, (Edge(tensor=str(output.name), node="", slot=0),), error)

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix, draws, estimate
-from bitalloy.records import DataInfo, Sensitivity, SensitivityTable, UnitGraph
+from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate
+from bitalloy.records import DataInfo, Secant, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
 
 SETTLED = 0.98
+FLAG_DB = 1.0
 
 
 def groups(units: UnitGraph) -> list[tuple[str, str, str, frozenset[str]]]:
@@ -51,9 +52,9 @@ def sensitivities(
     matrix: ProbeMatrix,
     units: UnitGraph,
     data: DataInfo,
+    secant: Secant,
     *,
     seed: int,
-    flagged: frozenset[str] = frozenset(),
 ) -> SensitivityTable:
     """All sensitivities of a probe matrix.
 
@@ -61,17 +62,18 @@ def sensitivities(
         matrix: rows of all samples.
         units: grouping of the sites.
         data: where the samples come from.
+        secant: by which the numbers are corrected; rows that it moves by more than 1 dB are flagged.
         seed: of the bootstrap.
-        flagged: ids of sites whose error leaves the linear regime; groups that hold one are marked.
     """
     weights = draws(matrix.samples, seed)
     rows = []
     for scope, name, part, sites in groups(units):
-        estimates = estimate(matrix, matrix.select(sites), weights)
-        mark = bool(sites & flagged)
+        chosen = matrix.select(sites)
+        estimates = estimate(matrix, chosen, weights, secant)
+        moved = np.abs(decibel(bend(secant, matrix.damage(chosen).mean(axis=0)))) > FLAG_DB
         rows += [
-            Sensitivity(id=name, scope=scope, part=part, head=head, sqnr_db=e, flagged=mark)
-            for head, e in zip(matrix.heads, estimates, strict=True)
+            Sensitivity(id=name, scope=scope, part=part, head=head, sqnr_db=e, flagged=bool(flag))
+            for head, e, flag in zip(matrix.heads, estimates, moved, strict=True)
         ]
     return SensitivityTable(
         model_sha256=units.model_sha256,

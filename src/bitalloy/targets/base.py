@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.records import Edge, Head, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.numerics import QuantParams, symmetric_params
+from bitalloy.records import Edge, Head, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.regions import path_of, region_id
 
 
@@ -114,20 +114,25 @@ def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[
         inside = source is not None and tensor not in roots and name_of(producer) in units[source].core  # type: ignore[arg-type]
         root = units[source].root if source is not None and not inside else tensor
         elements = int(np.prod(static_shape(value)))
-        uses = [(name_of(c.node), c.slot, owner[name_of(c.node)]) for c in consumers(value)]
+        entering: dict[str, list[Edge]] = {}
+        for use in consumers(value):
+            edge = Edge(tensor=tensor, node=name_of(use.node), slot=use.slot)
+            entering.setdefault(owner[edge.node], []).append(edge)
         if tensor in outputs:
-            uses.append(("", outputs[tensor], ""))
-        for node, slot, consumer in sorted(uses):
+            entering[""] = [Edge(tensor=tensor, node="", slot=outputs[tensor])]
+        for consumer, edges in sorted(entering.items()):
             if inside and consumer == source:
                 continue
             found.append(
                 UnitEdge(
-                    edge=Edge(tensor=tensor, node=node, slot=slot),
+                    tensor=tensor,
+                    uses=tuple(sorted(edges, key=lambda e: (e.node, e.slot))),
                     producer=source,
                     consumer=consumer or None,
                     root=root,
                     rooted=tensor in roots,
                     elements=elements,
+                    passed_on=tensor in roots and source is not None and units[source].kind == "Concat",
                 )
             )
     return found

@@ -143,7 +143,7 @@ def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     matrices = {}
     for axis, (first, last) in around.items():
         if first or last:
-            inputs = [np.eye(shape[axis], dtype=np.float32), np.array([0, first, 0, last], np.int64)]
+            inputs: list[np.ndarray] = [np.eye(shape[axis], dtype=np.float32), np.array([0, first, 0, last])]
             matrices[axis] = np.ascontiguousarray(evaluate_node("Pad", inputs, {"mode": mode}, opset=ctx.opset)[0].T)
     return _separable(ctx, node, cots, matrices)
 

@@ -1,0 +1,129 @@
+"""Predicted against exactly measured sensitivity of every convolution, side by side on the same images.
+
+The prediction is the probe matrix. The measurement executes the network once per convolution and image with the
+rounding of that convolution alone switched on (its weights, its input, its output). Besides, all convolutions at once:
+predicted from the matrix, measured on the rewritten model in ONNX Runtime with its fused INT8 kernels.
+
+    python benchmarks/fidelity.py --model yolo11n.onnx --images coco128-calib/images
+
+The last line is JSON. `spearman`, `mean_abs_db` and `max_abs_db` are over the SQNR of the whole output (all elements
+of all outputs together); `heads` has the same per head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from scipy.stats import spearmanr
+
+from bitalloy import load, open_data
+from bitalloy.apply import apply
+from bitalloy.bench import interleave
+from bitalloy.calibrate import collect
+from bitalloy.heads import find_heads
+from bitalloy.matrix import ProbeMatrix, bend, decibel
+from bitalloy.runtime import OrtSession
+from bitalloy.sensitivity import Prober, Switchboard, damage, secant
+from bitalloy.targets import target
+from bitalloy.targets.base import split
+from bitalloy.verify import output_sqnr
+
+
+def agreement(exact_db: np.ndarray, predicted_db: np.ndarray) -> dict[str, float]:
+    """Rank correlation and errors in dB of the units that reach the head at all."""
+    reached = exact_db < 120
+    gap = np.abs(exact_db - predicted_db)[reached]
+    return {
+        "spearman": round(float(spearmanr(exact_db[reached], predicted_db[reached])[0]), 4),
+        "mean_abs_db": round(float(gap.mean()), 3),
+        "max_abs_db": round(float(gap.max()), 3),
+        "units": int(reached.sum()),
+    }
+
+
+def main() -> None:
+    """Run the comparison and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="an .onnx file or a name of the zoo")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, or .npz feeds")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--probes", type=int, default=8, help="reverse passes per image, shared by the heads")
+    parser.add_argument("--ranges", default="mse", help="range method of the calibration")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    console = Console(stderr=True)
+
+    model = load(options.model)
+    device, heads = target("ort-cpu"), find_heads(model)
+    units = split(model, device, heads)
+    data = open_data(model, options.images, limit=options.samples, seed=options.seed)
+    feeds = [data.feeds(i) for i in range(len(data))]
+    tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
+    statistics = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter(feeds))
+    ranges = statistics.ranges(options.ranges)
+
+    start = time.perf_counter()
+    prober = Prober(model, units, heads, ranges, device)
+    built = time.perf_counter()
+    each = max(2, -(-options.probes // len(heads)))
+    shards = [prober.measure(f, sample=i, probes=each, seed=options.seed) for i, f in enumerate(feeds)]
+    matrix = ProbeMatrix.concatenate(shards)
+    probed = time.perf_counter()
+    del prober
+    reference = OrtSession(model.to_bytes())
+    float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
+
+    convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
+    board = Switchboard(model, units, ranges, device)
+    with Progress(console=console) as progress:
+        task = progress.add_task("exact", total=len(convolutions) * len(feeds))
+        sets = [board.gates(units.rounded(frozenset({u.id}))) for u in convolutions]
+        exact, energy = damage(board, sets, heads, feeds, progress=lambda n: progress.advance(task, n))
+    started = time.perf_counter()
+    bent = secant(board, matrix, units.rounded(units.quantizable()), heads, feeds)
+    secant_s = time.perf_counter() - started
+    chosen = np.stack([matrix.select(units.rounded(frozenset({u.id}))) for u in convolutions])
+    linear = np.stack([matrix.damage(c).mean(axis=0) for c in chosen])  # (units, heads)
+    predicted = (linear * bend(bent, linear)).T
+    measured = exact.mean(axis=0)  # (heads, units)
+    share = energy.mean(axis=0) / energy.mean(axis=0).sum()
+
+    together = frozenset(u.id for u in convolutions)
+    rewritten = OrtSession(apply(model, units, together, ranges, device).to_bytes())
+    found = output_sqnr(reference, {"int8": rewritten}, heads, iter(feeds), seed=options.seed)["int8"]
+    all_linear = matrix.damage(matrix.select(units.rounded(together))).mean(axis=0)
+    all_predicted = decibel(all_linear * bend(bent, all_linear))
+
+    result = {
+        "benchmark": "fidelity",
+        "model": model.info.name,
+        "model_sha256": model.info.sha256[:16],
+        "samples": len(feeds),
+        "probes": each * len(heads),
+        "seed": options.seed,
+        **agreement(decibel(share @ measured), decibel(share @ predicted)),
+        "heads": {h.name: agreement(decibel(measured[i]), decibel(predicted[i])) for i, h in enumerate(heads)},
+        "probe_seconds": round(probed - start, 3),
+        "probe_build_seconds": round(built - start, 3),
+        "secant_seconds": round(secant_s, 3),
+        "float_pass_seconds": round(float_s, 5),
+        "float_passes_per_image": round((probed - built) / len(feeds) / float_s, 2),
+        "all_int8_db": {
+            "predicted": {h.name: round(float(d), 2) for h, d in zip(heads, all_predicted, strict=True)},
+            "measured": {h.name: round(e.value, 2) for h, e in zip(heads, found, strict=True)},
+        },
+    }
+    rows = sorted(zip(measured.T, predicted.T, convolutions, strict=True), key=lambda r: -float(r[0].max()))
+    for true, guess, unit in rows[:15]:
+        console.print(f"{unit.id:<50} exact {decibel(true).round(1)} dB, predicted {decibel(guess).round(1)} dB")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Read nodes and tensors of an `onnx_ir` graph as plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """One use of a tensor: input `slot` of `node`."""
+
+    node: ir.Node
+    slot: int
+
+
+def name_of(node: ir.Node) -> str:
+    """Name of a node in normal form."""
+    assert node.name, "normal form gives every node a name"
+    return node.name
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The array of an initializer, or None where the value is computed or absent."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    return value.const_value.numpy()
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...]:
+    """Shape of a tensor in normal form, as integers."""
+    assert value.shape is not None and value.shape.is_static(), f"{value.name} has no static shape"
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def is_float(value: ir.Value) -> bool:
+    """Whether a tensor carries float32 data."""
+    return value.dtype == ir.DataType.FLOAT
+
+
+def consumers(value: ir.Value) -> tuple[Consumer, ...]:
+    """All uses of a tensor by nodes, in graph order of the uses' registration."""
+    return tuple(Consumer(node, slot) for node, slot in value.uses())
+
+
+def attribute(node: ir.Node, name: str, default: object) -> object:
+    """Value of a node attribute as plain Python (int, float, str, tuple), or `default`."""
+    attr = node.attributes.get(name)
+    if attr is None:
+        return default
+    value = attr.value
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,243 @@
+"""Tiny models and data for everything that runs the whole pipeline, and the command line in a subprocess."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from bitalloy.samples import shapes
+
+QUICK = ("--samples", "8", "--probes", "2", "--calibration-samples", "8")
+"""Options that make a run as small as it can be."""
+REACHABLE = ("--size", "0.6x")
+"""A budget that needs some INT8 and does not depend on how busy the machine is."""
+
+
+class Network:
+    """A growing ONNX graph: each method adds a node and gives the name of its result."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+        name = f"{kind.lower()}{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=f"/{name}/{kind}", **attributes))
+        return name
+
+    def constant(self, array: np.ndarray) -> str:
+        name = f"constant{len(self._constants)}"
+        self._constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        spread = np.sqrt(2 / np.prod(shape[1:]))
+        return self.constant((self._random.standard_normal(shape) * spread).astype(np.float32))
+
+    def conv(self, x: str, inside: int, outside: int, kernel: int = 3, stride: int = 1) -> str:
+        pad = kernel // 2
+        weight, bias = self.weight(outside, inside, kernel, kernel), self.weight(outside)
+        return self.op("Conv", x, weight, bias, strides=[stride] * 2, pads=[pad] * 4, kernel_shape=[kernel] * 2)
+
+    def silu(self, x: str) -> str:
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def gemm(self, x: str, inside: int, outside: int) -> str:
+        return self.op("Gemm", x, self.weight(outside, inside), self.weight(outside), transB=1)
+
+    def model(
+        self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]
+    ) -> onnx.ModelProto:
+        """The network with the results in `outputs` renamed: result -> shape."""
+        specs = [
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in values.items()]
+            for values in (inputs, outputs)
+        ]
+        graph = helper.make_graph(self._nodes, "tiny", *specs, self._constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.checker.check_model(model)
+        return model
+
+
+def classifier(*, sides: Sequence[int | str] = (32, 32)) -> onnx.ModelProto:
+    """Images 1x3x32x32 -> 10 logits; Conv, SiLU, Add, Concat, Relu, pooling, Gemm."""
+    net = Network()
+    x = net.silu(net.conv("images", 3, 8, stride=2))
+    y = net.op("Add", x, net.silu(net.conv(x, 8, 8)))
+    z = net.op("Relu", net.conv(net.op("Concat", x, y, axis=1), 16, 16, stride=2))
+    pooled = net.op("Flatten", net.op("GlobalAveragePool", z), axis=1)
+    logits = net.op("Identity", net.gemm(pooled, 16, 10))
+    return net.model({"images": (1, 3, *sides)}, {logits: (1, 10)})
+
+
+def two_inputs() -> onnx.ModelProto:
+    """`left` (1, 16) and `right` (1, 16) -> (1, 4)."""
+    net = Network(1)
+    total = net.op("Add", net.gemm("left", 16, 32), net.gemm("right", 16, 32))
+    result = net.gemm(net.op("Relu", total), 32, 4)
+    return net.model({"left": (1, 16), "right": (1, 16)}, {result: (1, 4)})
+
+
+def channels_last() -> onnx.ModelProto:
+    """Images 1x24x32x3, as TensorFlow stores them -> a map (1, 24, 32, 4)."""
+    net = Network(2)
+    x = net.op("Transpose", "pixels", perm=[0, 3, 1, 2])
+    x = net.conv(net.op("Relu", net.conv(x, 3, 8)), 8, 4)
+    return net.model({"pixels": (1, 24, 32, 3)}, {net.op("Transpose", x, perm=[0, 2, 3, 1]): (1, 24, 32, 4)})
+
+
+def detector() -> onnx.ModelProto:
+    """Images 1x3x64x64 -> (1, 4 + classes, 256) as a YOLO writes it: boxes in pixels, scores in 0..1."""
+    net = Network(3)
+    x = net.silu(net.conv("images", 3, 8, stride=2))
+    x = net.silu(net.conv(x, 8, 16, stride=2))
+    heads = []
+    for rows, factor in ((4, 64.0), (len(shapes.CLASSES), 1.0)):
+        y = net.op("Sigmoid", net.conv(x, 16, rows, kernel=1))
+        y = net.op("Reshape", y, net.constant(np.array([1, rows, 256])))
+        heads.append(net.op("Mul", y, net.constant(np.array(factor, np.float32))))
+    return net.model({"images": (1, 3, 64, 64)}, {net.op("Concat", *heads, axis=1): (1, 4 + len(shapes.CLASSES), 256)})
+
+
+def save_images(folder: Path, *, count: int = 8, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Path:
+    """PNG images of smooth noise; `size` is (width, height)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(7)
+    for index in range(count):
+        coarse = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR).convert(mode).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def save_feeds(folder: Path, *, count: int = 8, **shapes_: tuple[int, ...]) -> Path:
+    """A .npz per sample with normally distributed arrays of the given shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(8)
+    for index in range(count):
+        arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes_.items()}
+        np.savez(folder / f"{index:03d}.npz", **arrays)  # type: ignore[arg-type]
+    return folder
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models and data on disk, shared by all tests: never write into them."""
+
+    folder: Path
+    classifier: Path
+    images: Path
+    two_inputs: Path
+    feeds: Path
+    channels_last: Path
+    detector: Path
+    scenes: Path
+    """Images that fit the detector."""
+    labels: Path
+    """COCO annotations of `scenes`."""
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    for make in (classifier, two_inputs, channels_last, detector):
+        onnx.save(make(), folder / f"{make.__name__}.onnx")
+    scenes = shapes.write_coco(folder / "scenes", count=8, seed=0, size=64)
+    return Inputs(
+        folder=folder,
+        classifier=folder / "classifier.onnx",
+        images=save_images(folder / "images"),
+        two_inputs=folder / "two_inputs.onnx",
+        feeds=save_feeds(folder / "feeds", left=(1, 16), right=(1, 16)),
+        channels_last=folder / "channels_last.onnx",
+        detector=folder / "detector.onnx",
+        scenes=scenes / "images",
+        labels=scenes / "instances.json",
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a finished command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def succeeded(self) -> Command:
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+    def refused(self) -> str:
+        """The message of a command that the user must correct: exit code 2, one message, no traceback."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.out + self.err
+        assert self.out == ""
+        message = " ".join(line.strip("│ ") for line in self.err.splitlines() if not _is_progress(line))
+        assert message.count("Error") == 1, self.err
+        return message
+
+
+def _is_progress(line: str) -> bool:
+    return "\u2501" in line or not line.strip()
+
+
+class CommandLine:
+    """The real command line in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """Where it runs."""
+
+    def __call__(self, *arguments: object, code: str = "from bitalloy.cli import main; main()") -> Command:
+        """Run with the arguments; `code` is the Python that starts it."""
+        environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "PYTHONWARNINGS": "error"}
+        words = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(
+            words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        return Command(done.returncode, done.stdout, done.stderr)
+
+    def run(
+        self, model: object, out: Path, *options: object, code: str = "from bitalloy.cli import main; main()"
+    ) -> Command:
+        """`bitalloy run` with settings that make it quick."""
+        return self("run", model, *QUICK, *options, "--out", out, code=code)
+
+
+@pytest.fixture
+def bitalloy(tmp_path: Path) -> CommandLine:
+    """The command line in an empty folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return CommandLine(folder)
+
+
+def files_of(folder: Path) -> set[str]:
+    """All files below a folder, as relative paths; empty where there is none."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def results_of(run: Path) -> set[str]:
+    """The files of a run directory that a user reads. Fails on a file that was not written to its end."""
+    files = files_of(run)
+    assert not [f for f in files if "partial" in f]
+    return {f for f in files if "/" not in f} - {".bitalloy-run"}
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """summary.json of a run directory."""
+    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return content

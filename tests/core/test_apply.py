@@ -1,0 +1,114 @@
+"""The rewritten model against an independent simulation and ONNX Runtime's own fusion."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from bitalloy.apply import TAG, apply
+from bitalloy.errors import BitalloyError
+from bitalloy.runtime import OrtSession
+from bitalloy.sensitivity import Switchboard
+from bitalloy.targets import ORT_CPU
+
+
+def rewritten(case, int8) -> bytes:
+    return apply(case.graph, case.units, frozenset(int8), case.ranges, ORT_CPU).to_bytes()
+
+
+def test_nothing_in_int8_is_the_identity(case) -> None:
+    before = case.graph.to_bytes()
+    y = OrtSession(rewritten(case, ())).run(case.feeds[0])["y"]
+    assert np.array_equal(y, OrtSession(before).run(case.feeds[0])["y"])
+    assert case.graph.to_bytes() == before
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(st.data())
+def test_any_plan_keeps_the_interface_and_equals_the_switched_network(case, board, data) -> None:
+    """The artefact, executed without fusion, must round exactly the sites that the plan names and no others."""
+    plan = frozenset(data.draw(st.sets(st.sampled_from(sorted(case.units.quantizable())))))
+    model = onnx.load_model_from_string(rewritten(case, plan))
+    onnx.checker.check_model(model)
+    assert [i.name for i in model.graph.input] == ["x"]
+    assert [o.name for o in model.graph.output] == ["y"]
+    found = OrtSession(model.SerializeToString(), optimize=False).run(case.feeds[0])["y"]
+    expected = board.run(case.feeds[0], board.gates(case.units.rounded(plan)))["y"]
+    exact = OrtSession(case.graph.to_bytes()).run(case.feeds[0])["y"]
+    error = np.square(found - exact).sum()
+    # biases are int32 in the artefact and float on the board: a few roundings at half a step fall the other way
+    assert np.square(found - expected).sum() <= 0.06 * error + 1e-10 * np.square(exact).sum()
+
+
+def test_runtime_fuses_all_int8_units_into_integer_kernels(case, tmp_path) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(rewritten(case, case.units.quantizable()), options, providers=["CPUExecutionProvider"])
+    kernels = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kernels.count("QLinearConv") == 5
+    assert "Conv" not in kernels and "FusedConv" not in kernels
+    assert {"QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearConcat"} <= set(kernels)
+    assert "Relu" not in kernels
+
+
+def test_fused_kernels_do_not_saturate(case) -> None:
+    """Extreme weights: the fused model must equal the unfused one, which has no 16-bit sums."""
+    model = onnx.load(case.path)
+    for weight in model.graph.initializer:
+        if weight.name == "w1":
+            extreme = np.where(numpy_helper.to_array(weight) > 0, 0.4, -0.4).astype(np.float32)
+            weight.CopyFrom(numpy_helper.from_array(extreme, "w1"))
+    from bitalloy.graph import Graph  # the same graph with other weights
+    from bitalloy.values import constant
+
+    graph: Graph = case.graph
+    changed = graph.clone()
+    value = changed.graph.initializers["w1"]
+    import onnx_ir as ir
+
+    value.const_value = ir.tensor(
+        numpy_helper.to_array(next(w for w in model.graph.initializer if w.name == "w1")), name="w1"
+    )
+    assert constant(value) is not None
+    extreme_graph = Graph(graph.info, changed, graph.source)
+    ranges = {**case.ranges, "r1": (0.0, 30.0), "c1": (-30.0, 30.0)}
+    data = apply(extreme_graph, case.units, frozenset({"/body/cv1/Conv"}), ranges, ORT_CPU).to_bytes()
+    fused = OrtSession(data).run(case.feeds[0])["y"]
+    plain = OrtSession(data, optimize=False).run(case.feeds[0])["y"]
+    exact = OrtSession(extreme_graph.to_bytes()).run(case.feeds[0])["y"]
+    assert np.square(fused - plain).sum() < 0.05 * np.square(plain - exact).sum()
+
+
+def test_quantized_weights_respect_the_pair_limit(case) -> None:
+    if ORT_CPU.pair_limit is None:
+        pytest.skip("this CPU's kernels do not saturate")
+    model = onnx.load_model_from_string(rewritten(case, case.units.quantizable()))
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("weight_int8") and "/dw/" not in tensor.name:
+            rows = np.abs(numpy_helper.to_array(tensor).astype(int)).reshape(tensor.dims[0], -1)
+            assert (rows[:, 1:] + rows[:, :-1]).max(initial=0) <= ORT_CPU.pair_limit
+
+
+def test_nodes_carry_their_unit(case) -> None:
+    model = apply(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
+    units = {u.id for u in case.units.units}
+    assert all(n.metadata_props.get(TAG) in units | {"bitalloy.border"} for n in model.graph)
+
+
+def test_unknown_and_forbidden_units_are_refused(case) -> None:
+    with pytest.raises(BitalloyError, match="does not have"):
+        rewritten(case, {"nothing"})
+    with pytest.raises(BitalloyError, match="must stay float"):
+        rewritten(case, {"/head/Concat"})
+
+
+@pytest.fixture(scope="module")
+def board(case) -> Switchboard:
+    return Switchboard(case.graph, case.units, case.ranges, ORT_CPU)

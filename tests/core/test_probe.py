@@ -1,0 +1,110 @@
+"""The probe matrix against exact re-execution, and the statistics around it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
+from bitalloy.records import DataInfo, Secant
+from bitalloy.sensitivity import Prober, Switchboard, damage, secant, sensitivities
+from bitalloy.targets import ORT_CPU
+
+
+@pytest.fixture(scope="module")
+def board(case) -> Switchboard:
+    return Switchboard(case.graph, case.units, case.ranges, ORT_CPU)
+
+
+@pytest.fixture(scope="module")
+def matrix(case) -> ProbeMatrix:
+    prober = Prober(case.graph, case.units, case.heads, case.ranges, ORT_CPU)
+    return ProbeMatrix.concatenate(
+        [prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
+    )
+
+
+def test_every_unit_agrees_with_exact_execution(case, board, matrix) -> None:
+    free = sorted(case.units.quantizable())
+    sets = [case.units.rounded(frozenset({u})) for u in free]
+    exact, _ = damage(board, [board.gates(s) for s in sets], case.heads, case.feeds)
+    exact_db = decibel(exact.mean(axis=0))
+    predicted_db = decibel(np.stack([matrix.damage(matrix.select(s)).mean(axis=0) for s in sets], axis=1))
+    for head in range(len(case.heads)):
+        reached = exact_db[head] < 120
+        assert np.abs(exact_db[head] - predicted_db[head])[reached].max() < 1.5
+
+
+def test_whole_plans_agree_with_exact_execution(case, board, matrix) -> None:
+    """Interactions included: random plans, measured by switching their sites on together."""
+    rng = np.random.default_rng(5)
+    free = sorted(case.units.quantizable())
+    plans = [frozenset(u for u in free if rng.random() < p) for p in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    sets = [case.units.rounded(p) for p in plans]
+    exact, _ = damage(board, [board.gates(s) for s in sets], case.heads, case.feeds)
+    for i, sites in enumerate(sets):
+        predicted = decibel(matrix.damage(matrix.select(sites)).mean(axis=0))
+        assert np.abs(predicted - decibel(exact.mean(axis=0)[:, i])).max() < 2.0
+
+
+def test_a_closed_board_is_the_float_network(case, board) -> None:
+    from bitalloy.runtime import OrtSession
+
+    y = board.run(case.feeds[0], board.gates(()))["y"]
+    np.testing.assert_allclose(y, OrtSession(case.graph.to_bytes()).run(case.feeds[0])["y"], rtol=1e-5, atol=1e-4)
+
+
+def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
+    prober = Prober(case.graph, case.units, case.heads, case.ranges, ORT_CPU)
+    forward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (0, 1)]
+    backward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (1, 0)]
+    for a, b in zip(forward[0].rows, backward[1].rows, strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = ProbeMatrix.from_bytes(forward[0].to_bytes())
+    assert again.sites == forward[0].sites and again.heads == forward[0].heads
+    np.testing.assert_array_equal(again.rows[1], forward[0].rows[1])
+
+
+def test_intervals_contain_the_value_of_more_samples(case, matrix) -> None:
+    part = ProbeMatrix(matrix.heads, matrix.sites, tuple(r[:4] for r in matrix.rows), matrix.energy[:4])
+    chosen = matrix.select(case.units.rounded(case.units.quantizable()))
+    for small, large in zip(
+        estimate(part, chosen, draws(4, 0)), estimate(matrix, chosen, draws(8, 0)), strict=True
+    ):
+        assert small.low <= small.value <= small.high
+        assert small.low - 1.0 <= large.value <= small.high + 1.0
+
+
+def test_secant_corrects_towards_the_measured_path(case, board, matrix) -> None:
+    sites = case.units.rounded(case.units.quantizable())
+    bent = secant(board, matrix, sites, case.heads, case.feeds)
+    linear = matrix.damage(matrix.select(sites)).mean(axis=0)
+    exact, _ = damage(board, [board.gates(sites)], case.heads, case.feeds)
+    np.testing.assert_allclose(linear * bend(bent, linear), exact.mean(axis=0)[:, 0], rtol=1e-6)
+
+
+def test_bend_and_straight_are_inverse() -> None:
+    bent = Secant(
+        heads=("a", "b"), fractions=(0.5, 1.0), damage=((0.02, 0.002), (0.04, 0.01)), linear=(0.1, 0.008), samples=4
+    )
+    np.testing.assert_allclose(bend(bent, np.array([0.0, 0.0])), 1.0)
+    np.testing.assert_allclose(bend(bent, np.array([0.1, 0.008])), [0.4, 1.25])
+    for limit in (1e-4, 1e-3, 5e-3):
+        linear = straight(bent, limit)
+        assert (linear * bend(bent, linear) <= limit * (1 + 1e-9)).all()
+        assert (linear * 1.02 * bend(bent, linear * 1.02) >= limit * 0.99).all()
+
+
+def test_table_splits_weights_from_activations(case, matrix) -> None:
+    sites = case.units.rounded(case.units.quantizable())
+    linear = tuple(float(d) for d in matrix.damage(matrix.select(sites)).mean(axis=0))
+    flat = Secant(heads=matrix.heads, fractions=(1.0,), damage=(linear,), linear=linear, samples=8)
+    info = DataInfo(name="random", count=8, seed=0, sha256="0" * 64, preprocessing="none")
+    table = sensitivities(matrix, case.units, info, flat, seed=0)
+    rows = {(r.scope, r.id, r.part, r.head): r for r in table.rows}
+    for head in matrix.heads:
+        whole = rows["unit", "/body/cv1/Conv", "all", head].sqnr_db.value
+        parts = [rows["unit", "/body/cv1/Conv", p, head].sqnr_db.value for p in ("weights", "activations")]
+        assert whole <= max(parts) + 3
+        assert rows["region", "(model)", "all", head].sqnr_db.value <= whole
+    assert not any(r.flagged for r in table.rows)

@@ -1,0 +1,513 @@
+"""The report: complete, deterministic, safe against hostile names, and alive in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from bitalloy.records import Budget, SensitivityTable
+from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
+from bitalloy.report.breakdown import Tables, region_tree
+from bitalloy.report.render import embedded_json
+
+EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
+Make = Callable[..., Any]
+
+
+class Page(HTMLParser):
+    """Elements and attributes of a page, as a browser's tokenizer would split it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.scripts[-1] += data
+
+    def payload(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+class TestPage:
+    def test_is_one_file_without_any_reference_outside(self, make_run: Make) -> None:
+        page = Page(make_run().render())
+        for tag, attributes in page.tags:
+            assert tag not in {"iframe", "object", "embed", "img", "base", "form"}
+            for name in ("src", "href", "action", "style", "xlink:href"):
+                value = attributes.get(name)
+                assert value is None or value.startswith(("#", "data:")), (tag, name, value)
+            assert not any(name.startswith("on") for name in attributes)
+        assert "url(" not in make_run().render()
+
+    def test_has_all_sections_in_order(self, make_run: Make) -> None:
+        ids = [a["id"] for t, a in Page(make_run().render()).tags if t in {"header", "section"} and "id" in a]
+        assert ids == ["result", "figures", "tradeoff", "latency", "regions", "sensitivity", "method"]
+
+    def test_is_the_same_for_the_same_records(self, make_run: Make) -> None:
+        assert make_run().render() == make_run().render()
+
+    def test_does_not_depend_on_the_hash_seed(self) -> None:
+        code = (
+            "import importlib.util, sys\n"
+            "spec = importlib.util.spec_from_file_location('factory', sys.argv[1])\n"
+            "factory = importlib.util.module_from_spec(spec)\n"
+            "sys.modules['factory'] = factory\n"
+            "spec.loader.exec_module(factory)\n"
+            "sys.stdout.buffer.write(factory.make_run(blocks=4).render().encode())\n"
+        )
+        pages = [
+            subprocess.run(
+                [sys.executable, "-c", code, str(Path(__file__).with_name("conftest.py"))],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                check=True,
+            ).stdout
+            for seed in ("1", "2")
+        ]
+        assert pages[0] == pages[1]
+        assert len(pages[0]) > 10_000
+
+    def test_is_small_for_a_detector_of_usual_size(self, make_run: Make) -> None:
+        run = make_run(blocks=60)
+        assert len(run.units.units) >= 212
+        assert len({r.id for r in run.table.rows if r.scope == "site"}) >= 537
+        assert len(run.render().encode()) < 2_000_000
+
+    def test_holds_every_unit_region_and_site(self, make_run: Make) -> None:
+        run = make_run()
+        scopes = Page(run.render()).payload()["scopes"]
+        assert [r["name"] for r in scopes["unit"]] == [u.id for u in run.units.units]
+        for scope in ("region", "site"):
+            assert {r["name"] for r in scopes[scope]} >= {r.id for r in run.table.rows if r.scope == scope}
+
+    def test_unit_without_int8_shows_why(self, make_run: Make) -> None:
+        last = Page(make_run().render()).payload()["scopes"]["unit"][-1]
+        assert last["precision"] == "fp32"
+        assert "too much for one scale" in last["reason"]
+        assert last["sqnr"] == [None, None]
+
+
+class TestForeignNames:
+    def test_hostile_names_add_no_element(self, make_run: Make) -> None:
+        clean = Page(make_run().render())
+        dirty = Page(hostile(make_run).render())
+        assert [t for t, _ in dirty.tags] == [t for t, _ in clean.tags]
+        assert [set(a) for _, a in dirty.tags] == [set(a) for _, a in clean.tags]
+
+    def test_hostile_names_arrive_unchanged_in_the_data(self, make_run: Make) -> None:
+        names = [u["name"] for u in Page(hostile(make_run).render()).payload()["scopes"]["unit"]]
+        assert any(n.startswith(EVIL) for n in names)
+
+    def test_json_cannot_end_its_script(self) -> None:
+        text = embedded_json([EVIL, "\u2029"])
+        assert not set("<>&\u2028\u2029") & set(text)
+        assert json.loads(text) == [EVIL, "\u2029"]
+
+    def test_policy_forbids_everything_but_the_page_itself(self, make_run: Make) -> None:
+        policy = next(a["content"] for t, a in Page(make_run().render()).tags if "http-equiv" in a)
+        assert policy is not None
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+
+
+class TestVerdict:
+    def test_good_when_faster_and_within_budget(self, make_run: Make) -> None:
+        assert figures.tone(make_run().with_summary(budget=Budget()).summary) == "good"
+
+    def test_bad_when_not_faster_than_float(self, make_run: Make) -> None:
+        run = make_run().with_summary(latency_ratio=1.0, headline="The mixed model is NOT faster than float")
+        assert '<header id="result" class="bad">' in run.render()
+
+    @pytest.mark.parametrize(
+        "budget",
+        [Budget(latency_ratio=0.1), Budget(latency_ms=0.01), Budget(size_bytes=10), Budget(min_sqnr_db=90.0)],
+        ids=["ratio", "ms", "size", "sqnr"],
+    )
+    def test_warns_when_a_limit_is_missed(self, make_run: Make, budget: Budget) -> None:
+        run = make_run().with_summary(budget=budget)
+        assert '<header id="result" class="warn">' in run.render()
+        assert [limit.met for limit in figures.limits(run.summary)] == [False]
+
+    def test_latency_within_two_percent_counts_as_met(self, make_run: Make) -> None:
+        run = make_run()
+        budget = Budget(latency_ratio=run.summary.latency_ratio / 1.015)
+        assert [limit.met for limit in figures.limits(run.with_summary(budget=budget).summary)] == [True]
+
+    def test_wide_gap_between_prediction_and_measurement_is_coloured(self, make_run: Make) -> None:
+        run = make_run()
+        assert 'class="bad">predicted' not in run.render()
+        pair = run.summary.sqnr_db["scores"]
+        far = msgspec.structs.replace(pair.mixed, measured=(pair.mixed.predicted or 0) - 3.2)
+        wide = run.with_summary(sqnr_db={**run.summary.sqnr_db, "scores": msgspec.structs.replace(pair, mixed=far)})
+        assert 'class="bad">predicted' in wide.render()
+        assert any("differ by more than 3 dB on scores" in line for line in figures.cautions(wide.summary))
+
+    def test_cautions_name_what_is_unsafe(self, make_run: Make) -> None:
+        summary = make_run().with_summary(settled=False, fp16_margin=0.25).summary
+        text = "\n".join(figures.cautions(summary))
+        assert "embedded sample" in text
+        assert "had not settled after 24 samples" in text
+        assert "exceed the FP16 range by a factor of 4" in text
+
+
+class TestVariants:
+    def test_without_metrics(self, make_run: Make) -> None:
+        page = make_run(metrics=False).render()
+        assert "Task accuracy" not in page
+        assert "No task metric" in page
+
+    def test_with_a_metric_without_paired_drop(self, make_run: Make) -> None:
+        page = make_run().render()
+        assert "Drop of AP50-95" in page
+        assert "Drop of AP50<" not in page
+
+    def test_with_one_head(self, make_run: Make) -> None:
+        page = make_run(heads=("logits",)).render()
+        assert re.search(r"<fieldset hidden>\s*<legend>Head", page)
+
+    def test_with_more_heads_than_colours(self, make_run: Make) -> None:
+        heads = tuple(f"out{i}" for i in range(charts.PALETTE + 2))
+        assert all(head in make_run(heads=heads, blocks=2).render() for head in heads)
+
+    def test_with_an_empty_front(self, make_run: Make) -> None:
+        page = make_run().with_plan(pareto=()).render()
+        assert "without a Pareto front" in page
+        assert "plans as a table" not in page
+
+    def test_with_a_single_model_without_regions(self, make_run: Make) -> None:
+        run = make_run(blocks=2)
+        units = tuple(msgspec.structs.replace(u, region="(model)") for u in run.units.units)
+        tables = Tables(
+            run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost, ("boxes", "scores")
+        )
+        assert [line.id for line in region_tree(tables)] == ["(model)"]
+
+    def test_with_no_sensitivity_at_all(self, make_run: Make) -> None:
+        run = make_run()
+        empty = msgspec.structs.replace(run.table, rows=())
+        Page(type(run)(run.summary, run.plan, empty, run.units, run.cost).render()).payload()
+
+
+class TestRegionTree:
+    def test_parents_come_first_and_hold_their_children(self, make_run: Make) -> None:
+        run = make_run()
+        lines = region_tree(Tables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
+        assert lines[0].units == len(run.units.units)
+        for line in lines[1:]:
+            assert line.parent is not None and line.parent < line.index
+            assert line.units <= lines[line.parent].units
+            assert line.level == lines[line.parent].level + 1
+
+    def test_chains_of_single_regions_are_joined(self, make_run: Make) -> None:
+        run = make_run()
+        lines = region_tree(Tables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
+        found = {line.id: line for line in lines}
+        assert "model.1/m.0/cv1" in found
+        assert found["model.1/m.0"].label == "m.0"
+        units = tuple(u for u in run.units.units if u.region.startswith("model.1/"))
+        only = Tables(run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost, ("boxes",))
+        assert [line.label for line in region_tree(only)][:2] == ["(model)", "model.1/m.0"]
+
+
+class TestFiles:
+    def test_csv_round_trips(self, make_run: Make) -> None:
+        table: SensitivityTable = hostile(make_run).table
+        lines = list(csv.DictReader(io.StringIO(sensitivity_csv(table), newline="")))
+        assert len(lines) == len(table.rows)
+        for line, row in zip(lines, table.rows, strict=True):
+            assert (line["scope"], line["id"], line["part"], line["head"]) == (row.scope, row.id, row.part, row.head)
+            assert (float(line["sqnr_db"]), float(line["low_db"]), float(line["high_db"])) == (
+                row.sqnr_db.value,
+                row.sqnr_db.low,
+                row.sqnr_db.high,
+            )
+            assert line["flagged"] == ("true" if row.flagged else "false")
+
+    def test_csv_keeps_names_with_line_breaks_and_quotes(self, make_run: Make) -> None:
+        table = make_run(blocks=2, name=lambda s: f'a"b,c\r\nd\re\n{s}').table
+        lines = list(csv.DictReader(io.StringIO(sensitivity_csv(table), newline="")))
+        assert [line["id"] for line in lines] == [row.id for row in table.rows]
+
+    def test_json_round_trips(self, make_run: Make) -> None:
+        table = make_run().table
+        text = sensitivity_json(table)
+        assert text.startswith("{\n")
+        assert msgspec.json.decode(text, type=SensitivityTable) == table
+
+
+class TestCharts:
+    def test_ticks_cover_the_range(self) -> None:
+        for low, high in ((0.0, 1.0), (0.613, 0.617), (-37.0, 4100.0), (5.0, 5.0), (0.0, 0.0)):
+            found = charts.ticks(low, high, 6)
+            assert found[0] <= low and found[-1] >= high
+            assert 2 <= len(found) <= 14
+
+    def test_points_without_error_leave_the_scale_alone(self) -> None:
+        line = (charts.Marker(0.5, 20.0, "a"), charts.Marker(1.0, 160.0, "float"))
+        picture = charts.pareto([charts.Series("boxes", line)], ceiling=80.0)
+        assert "m-off" in picture
+        assert ">160<" not in picture
+
+    def test_tooltips_are_escaped(self) -> None:
+        picture = charts.pareto([charts.Series(EVIL, (charts.Marker(0.5, 20.0, EVIL),))], ceiling=80.0)
+        assert "<img" not in picture
+
+    def test_formats_mark_zero_error(self) -> None:
+        assert formats.decibel(160.0) == "no error"
+        assert formats.decibel(-3.25) == "−3.2 dB"
+
+
+def hostile(make_run: Make) -> Any:
+    """A run in which every foreign string tries to break out."""
+    run = make_run(heads=(EVIL + "boxes", EVIL + "scores"), name=lambda s: EVIL + s)
+    units = tuple(
+        msgspec.structs.replace(u, region=EVIL.replace("/", "") + u.region, kind=EVIL, reason=EVIL)
+        for u in run.units.units
+    )
+    summary = run.summary
+    metrics = {EVIL + k: v for k, v in summary.metrics.items()}
+    data = msgspec.structs.replace(summary.analysis, name=EVIL, preprocessing=EVIL)
+    changed = run.with_summary(
+        headline=EVIL, model=EVIL, device=EVIL, target=EVIL, notes=(EVIL,), metrics=metrics, calibration=data,
+        versions={**summary.versions, EVIL: EVIL}, seconds={EVIL: 1.0},
+    )  # fmt: skip
+    return type(run)(changed.summary, run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost)
+
+
+# --- in a real browser -----------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1366,768",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium with its console and network logs."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    service = pytest.importorskip("selenium.webdriver.chrome.service")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=service.Service(executable_path=DRIVER))
+    driver.set_script_timeout(30)
+    driver.get("about:blank")
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def visit(browser: Any, tmp_path: Path) -> Callable[[Any], Any]:
+    """Open the report of a run from a file and return the browser."""
+
+    def opened(run: Any) -> Any:
+        path = tmp_path / "report.html"
+        path.write_text(run.render(), encoding="utf-8")
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        browser.get(path.as_uri())
+        return browser
+
+    return opened
+
+
+def column(browser: Any, number: int) -> list[str]:
+    """Texts of one column of the sensitivity table."""
+    script = "return [...document.querySelectorAll('#table tbody tr')].map(r => r.cells[arguments[0]].textContent)"
+    return [str(text) for text in browser.execute_script(script, number)]
+
+
+def leading_number(text: str) -> float:
+    """The SQNR at the start of a cell such as `30.1[29.0, 31.2]`; the worst possible place for cells without one."""
+    match = re.match(r"[−0-9.]+", text)
+    return float(match.group().replace("−", "-")) if match else float("inf")
+
+
+def click(browser: Any, selector: str) -> None:
+    """Click as a user does: at the element's place, which must not be covered."""
+    element = browser.find_element("css selector", selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    element.click()
+
+
+class TestBrowser:
+    def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+        assert page.get_log("browser") == []
+        events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        own = [s for s in sent if not s["documentURL"].startswith("chrome://")]  # the browser's own start page
+        assert [s["request"]["url"] for s in own if not s["request"]["url"].startswith("data:")] == [page.current_url]
+
+    def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run()
+        page = visit(run)
+        rows = [r for r in run.table.rows if r.scope == "unit" and r.part == "all" and r.head == "boxes"]
+        assert column(page, 0)[0] == min(rows, key=lambda r: r.sqnr_db.value).id
+        assert len(column(page, 0)) == len(run.units.units)
+
+    def test_click_on_a_header_sorts_and_a_second_one_reverses(
+        self, make_run: Make, visit: Callable[[Any], Any]
+    ) -> None:
+        run = make_run()
+        page = visit(run)
+        times = sorted(round(c.fp32_us, 3) for c in run.cost.units)
+        shown = [f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in times]
+        header = page.find_element("css selector", 'th[data-key="float_us"]')
+        click(page, 'th[data-key="float_us"] button')
+        assert [float(t) for t in column(page, 7)] == sorted(float(t) for t in shown)
+        assert header.get_attribute("aria-sort") == "ascending"
+        click(page, 'th[data-key="float_us"] button')
+        assert [float(t) for t in column(page, 7)] == sorted((float(t) for t in shown), reverse=True)
+        assert header.get_attribute("aria-sort") == "descending"
+        assert len(page.find_elements("css selector", "#table th[aria-sort]")) == 1
+
+    def test_rows_without_a_number_stay_last(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run()
+        page = visit(run)
+        for _ in range(2):
+            assert column(page, 0)[-1] == run.units.units[-1].id
+            click(page, 'th[data-key="sqnr"] button')
+
+    def test_headers_work_from_the_keyboard(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+        page.find_element("css selector", 'th[data-key="name"] button').send_keys("\ue007")
+        names = column(page, 0)
+        assert names.index("/model.2/Add") < names.index("/model.3/Add")
+        assert page.find_element("css selector", 'th[data-key="name"]').get_attribute("aria-sort") == "ascending"
+
+    def test_filter_keeps_the_rows_with_all_words(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+        page.find_element("id", "filter").send_keys("MODEL.3 silu")
+        assert set(column(page, 0)) == {"/model.3/cv1/act/Mul", "/model.3/cv2/act/Mul"}
+        assert set(column(page, 1)) == {"SiLU"}
+        assert page.find_element("id", "count").text.startswith(f"{len(column(page, 0))} of ")
+
+    def test_scope_and_head_switch(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run()
+        page = visit(run)
+        before = column(page, 4)
+        click(page, 'input[name="head"][value="1"] + span')
+        assert column(page, 4) != before
+        assert [leading_number(t) for t in column(page, 4)] == sorted(leading_number(t) for t in column(page, 4))
+        click(page, 'input[name="scope"][value="site"] + span')
+        assert len(column(page, 0)) == len({r.id for r in run.table.rows if r.scope == "site"})
+
+    def test_region_opens_step_by_step(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+
+        def shown() -> list[str]:
+            rows = page.find_elements("css selector", "#tree tbody tr")
+            return [r.find_element("css selector", "th").get_attribute("title") for r in rows if r.is_displayed()]
+
+        assert "model.1" in shown() and "model.1/m.0" not in shown()
+        click(page, '#tree th[title="model.1"] button')
+        assert "model.1/m.0" in shown() and "model.1/m.0/cv1" not in shown()
+        click(page, '#tree th[title="model.1/m.0"] button')
+        assert "model.1/m.0/cv1" in shown()
+        click(page, '#tree th[title="model.1"] button')
+        assert not any(region.startswith("model.1/") for region in shown())
+        click(page, "#expand")
+        assert len(shown()) == len(page.find_elements("css selector", "#tree tbody tr"))
+
+    def test_region_lists_its_units(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run(blocks=12)
+        page = visit(run)
+        click(page, 'button[data-region="model.1"]')
+        assert sorted(column(page, 0)) == sorted(u.id for u in run.units.units if f"{u.region}/".startswith("model.1/"))
+        click(page, "#region-filter")
+        assert len(column(page, 0)) == len(run.units.units)
+
+    def test_hundreds_of_rows_sort_at_once(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run(blocks=60))
+        click(page, 'input[name="scope"][value="site"] + span')
+        assert len(column(page, 0)) >= 537
+        script = (
+            "const start = performance.now();"
+            "document.querySelector('th[data-key=name] button').click();"
+            "document.body.getBoundingClientRect();"
+            "return performance.now() - start;"
+        )
+        assert min(page.execute_script(script) for _ in range(3)) < 500
+
+    def test_hostile_names_are_shown_and_do_not_run(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(hostile(make_run))
+        page.execute_script("document.querySelectorAll('.toggle, .link').forEach(e => e.click())")
+        for scope in ("region", "site", "unit"):
+            click(page, f'input[name="scope"][value="{scope}"] + span')
+        click(page, "#region-filter")
+        assert page.get_log("browser") == []
+        assert page.find_elements("css selector", "img") == []
+        assert len(page.find_elements("css selector", "script")) == 2
+        assert column(page, 0)[0].startswith(EVIL)
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_text_stands_out_from_its_ground(
+        self, make_run: Make, visit: Callable[[Any], Any], browser: Any, scheme: str
+    ) -> None:
+        feature = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+        page = visit(make_run())
+        script = (
+            "const style = getComputedStyle(document.documentElement);"
+            "return [...arguments].map(name => style.getPropertyValue(name).trim());"
+        )
+        *inks, ground = page.execute_script(script, "--text", "--muted", "--bad", "--accent", "--panel")
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        assert all(contrast(ink, ground) >= 4.5 for ink in inks)
+
+    def test_no_horizontal_overflow_on_a_laptop(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+        assert page.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG contrast ratio of two `#rrggbb` colours."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
