@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images, or .npz feeds")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--probes", type=int, default=8, help="reverse passes per image, shared by the heads")
-    parser.add_argument("--ranges", default="mse", help="range method of the calibration")
+    parser.add_argument("--ranges", default="minmax", help="range method of the calibration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     console = Console(stderr=True)

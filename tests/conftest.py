@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from bitalloy.cli import main
 from bitalloy.samples import shapes
 
 QUICK = ("--samples", "8", "--probes", "2", "--calibration-samples", "8")
 """Options that make a run as small as it can be."""
-REACHABLE = ("--size", "0.6x")
-"""A budget that needs some INT8 and does not depend on how busy the machine is."""
 
 
 class Network:
@@ -148,6 +149,10 @@ class Inputs:
     labels: Path
     """COCO annotations of `scenes`."""
 
+    def command_line(self, folder: Path) -> Process:
+        """The command line in another folder, for fixtures that serve several tests."""
+        return Process(folder)
+
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
@@ -186,7 +191,7 @@ class Command:
         assert "Traceback" not in self.out + self.err
         assert self.out == ""
         message = " ".join(line.strip("│ ") for line in self.err.splitlines() if not _is_progress(line))
-        assert message.count("Error") == 1, self.err
+        assert len(re.findall("^Error: |─ Error ─", self.err, re.MULTILINE)) == 1, self.err
         return message
 
 
@@ -194,50 +199,99 @@ def _is_progress(line: str) -> bool:
     return "\u2501" in line or not line.strip()
 
 
-class CommandLine:
-    """The real command line in a process of its own."""
+class CommandLine(ABC):
+    """The command line in an empty folder of its own."""
+
+    REACHABLE = ("--size", "0.6x")
+    """A budget that needs some INT8 and does not depend on how busy the machine is."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         """Where it runs."""
 
-    def __call__(self, *arguments: object, code: str = "from bitalloy.cli import main; main()") -> Command:
-        """Run with the arguments; `code` is the Python that starts it."""
+    @abstractmethod
+    def __call__(self, *arguments: object) -> Command:
+        """Run with the arguments."""
+
+    def run(self, model: object, *options: object, out: str = "run") -> Command:
+        """`bitalloy run` with settings that make it quick."""
+        return self("run", model, *QUICK, *options, "--out", out)
+
+    def files(self, out: str = "run") -> set[str]:
+        """All files of a run directory, as relative paths; empty where there is none."""
+        root = self.folder / out
+        return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+
+    def results(self, out: str = "run") -> set[str]:
+        """The files that a user reads. Fails where a file is left that was not written to its end."""
+        files = self.files(out)
+        assert not [f for f in files if "partial" in f]
+        return {f for f in files if "/" not in f} - {".bitalloy-run"}
+
+    def contents(self, out: str = "run") -> dict[str, bytes]:
+        """The same files with what they hold."""
+        return {name: (self.folder / out / name).read_bytes() for name in self.results(out)}
+
+    def summary(self, out: str = "run") -> dict[str, Any]:
+        """summary.json of a run directory."""
+        content: dict[str, Any] = json.loads((self.folder / out / "summary.json").read_text())
+        return content
+
+
+class Process(CommandLine):
+    """As a user runs it: in a process of its own. `start` is the Python that begins it."""
+
+    def __init__(self, folder: Path, start: str = "from bitalloy.cli import main; main()") -> None:
+        super().__init__(folder)
+        self._start = start
+
+    def starting(self, start: str) -> Process:
+        """The same folder with another beginning."""
+        return Process(self.folder, start)
+
+    def __call__(self, *arguments: object) -> Command:
         environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "PYTHONWARNINGS": "error"}
-        words = [sys.executable, "-c", code, *map(str, arguments)]
+        words = [sys.executable, "-c", self._start, *map(str, arguments)]
         done = subprocess.run(
             words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         return Command(done.returncode, done.stdout, done.stderr)
 
-    def run(
-        self, model: object, out: Path, *options: object, code: str = "from bitalloy.cli import main; main()"
-    ) -> Command:
-        """`bitalloy run` with settings that make it quick."""
-        return self("run", model, *QUICK, *options, "--out", out, code=code)
+
+class Inside(CommandLine):
+    """In this process: the same entry point without the seconds that a new interpreter takes. For long tables."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        super().__init__(folder)
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> Command:
+        with self._monkeypatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("COLUMNS", "200")
+            patch.setattr(sys, "argv", ["bitalloy", *map(str, arguments)])
+            code = 0
+            try:
+                main()
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+        shown = self._capsys.readouterr()
+        return Command(code, shown.out, shown.err)
 
 
 @pytest.fixture
-def bitalloy(tmp_path: Path) -> CommandLine:
-    """The command line in an empty folder."""
+def here(tmp_path: Path) -> Path:
+    """An empty folder."""
     folder = tmp_path / "here"
     folder.mkdir()
-    return CommandLine(folder)
+    return folder
 
 
-def files_of(folder: Path) -> set[str]:
-    """All files below a folder, as relative paths; empty where there is none."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture
+def bitalloy(here: Path) -> Process:
+    return Process(here)
 
 
-def results_of(run: Path) -> set[str]:
-    """The files of a run directory that a user reads. Fails on a file that was not written to its end."""
-    files = files_of(run)
-    assert not [f for f in files if "partial" in f]
-    return {f for f in files if "/" not in f} - {".bitalloy-run"}
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    """summary.json of a run directory."""
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return content
+@pytest.fixture
+def inside(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
+    return Inside(here, monkeypatch, capsys)

@@ -628,6 +628,25 @@ def test_ceil_mode_agrees_with_the_runtime(save: Save, op: str, size: int) -> No
     same(path, net, feeds)
 
 
+@pytest.mark.parametrize("broken", [{"pads": [0, 0]}, {"strides": [0, 1]}, {"kernel_shape": [2]}])
+def test_broken_pools_are_refused(save: Save, broken: dict[str, list[int]]) -> None:
+    given = {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1, **broken}
+    with pytest.raises(ModelError):
+        graph.load(save(build([node("MaxPool", ["x"], ["y"], **given)], {"x": [1, 1, 6, 6]}, ranks=4)))
+
+
+def test_broken_norms_are_refused(save: Save) -> None:
+    model = norm_model()
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(normal(3, 3, 3, 3), "w"))
+    with pytest.raises(ModelError):
+        graph.load(save(model))
+    model = norm_model()
+    wrong = next(t for t in model.graph.initializer if t.name == "var")
+    wrong.CopyFrom(numpy_helper.from_array(np.full(4, -1, np.float32), "var"))
+    with pytest.raises(ModelError, match="holds NaN"):
+        graph.load(save(model))
+
+
 UNARY = ["Relu", "Sigmoid", "Tanh", "Identity", "Dropout", "Neg"]
 
 

@@ -18,7 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.",
+    help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
+    "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
 )
 out_console = Console()
 error_console = Console(stderr=True)
@@ -96,7 +97,7 @@ def run(
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
-    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "mse",
+    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
@@ -129,7 +130,7 @@ def run(
     settings = Settings(
         target=target,
         calibration_samples=calibration_samples,
-        range_method=ranges,
+        range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
         samples=options.samples(samples),
         probes=probes,
         seed=seed,
@@ -179,7 +180,10 @@ def run(
 
 @app.command()
 def models() -> None:
-    """List the models that are known by name."""
+    """List the models that are known by name.
+
+    Example: bitalloy run yolo11n-shapes
+    """
     from bitalloy import zoo
 
     for name, file in zoo.NAMES.items():
@@ -188,7 +192,10 @@ def models() -> None:
 
 @app.command()
 def targets() -> None:
-    """List devices and runtimes."""
+    """List devices and runtimes.
+
+    Example: bitalloy run model.onnx --data images/ --target ort-cpu
+    """
     from bitalloy.targets import TARGETS
 
     for entry in TARGETS.values():

@@ -47,10 +47,17 @@ class ProbeMatrix:
     def damage(self, chosen: np.ndarray) -> np.ndarray:
         """Relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
 
-        `chosen` is (sites,), 1 where the plan rounds. The denominator is the mean over all samples, so that the
-        mean over samples is the ratio of total energies.
+        `chosen` is (sites,), 1 where the plan rounds. The square of the sum splits into the sites' own energies and
+        the products of different sites. Roundings are nearly independent, so the products are mostly noise around
+        zero; their sum is shrunk towards zero by how uncertain its mean is (`shrink`), which leaves real interactions
+        in and takes most of the noise out. The denominator is the mean over all samples, so that the mean over samples
+        is the ratio of total energies.
         """
-        columns = [np.square(rows @ chosen).mean(axis=1) for rows in self.rows]
+        columns = []
+        for rows in self.rows:
+            own = np.square(rows) @ chosen
+            products = np.square(rows @ chosen) - own
+            columns.append((own + shrink(products) * products).mean(axis=1))
         return np.asarray(np.stack(columns, axis=1) / self.energy.mean(axis=0))
 
     def site_damage(self) -> np.ndarray:
@@ -93,6 +100,14 @@ def draws(samples: int, seed: int) -> np.ndarray:
     """Bootstrap weights (draws, samples): how often each sample is drawn, divided by the number of samples."""
     generator = np.random.default_rng([seed, 17])
     return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
+
+
+def shrink(values: np.ndarray) -> float:
+    """Positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2."""
+    mean = float(values.mean())
+    if values.size < 2 or mean == 0.0:
+        return 0.0
+    return max(0.0, 1.0 - float(values.var(ddof=1)) / values.size / mean**2)
 
 
 def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:

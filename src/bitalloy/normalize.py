@@ -78,7 +78,7 @@ def _drop_identities(model: ir.Model) -> None:
             continue
         if node.op_type == "Dropout":
             _refuse_training(node)
-        source, result = _required(node.inputs[0]), node.outputs[0]
+        source, result = _first_input(node), node.outputs[0]
         is_output = result in graph.outputs
         if is_output and (source.producer() is None or source in graph.outputs):
             node.op_type = "Identity"
@@ -149,7 +149,7 @@ def _asks_shape(node: ir.Node) -> bool:
     """Whether a node only reads the shape of a tensor whose shape is known."""
     if node.op_type not in ("Shape", "Size"):
         return False
-    shape = _required(node.inputs[0]).shape
+    shape = _first_input(node).shape
     return shape is not None and shape.is_static()
 
 
@@ -167,7 +167,7 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> Mapping[str, np.ndarray]
     proto.graph.name = "constants"
     for node in nodes:
         if _asks_shape(node):
-            shape = np.array(static_shape(_required(node.inputs[0])), np.int64)
+            shape = np.array(static_shape(_first_input(node)), np.int64)
             start, end = attribute(node, "start", 0), attribute(node, "end", None)
             asked = shape[start:end] if node.op_type == "Shape" else np.prod(shape, dtype=np.int64)
             known[str(node.outputs[0].name)] = np.asarray(asked, np.int64)
@@ -205,7 +205,7 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
     for node in model.graph:
         if node.op_type not in ("AveragePool", "MaxPool") or not attribute(node, "ceil_mode", 0):
             continue
-        shape = _required(node.inputs[0]).shape
+        shape = _first_input(node).shape
         if shape is None or not shape.is_static() or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
             continue
         size = [int(d) for d in shape.numpy()[2:]]
@@ -219,6 +219,8 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
                 ("pads", (0,) * 2 * rank),
             )
         )
+        if [len(kernel), len(strides), len(dilations), len(pads)] != [rank, rank, rank, 2 * rank] or 0 in strides:
+            continue  # the runtime will say what is wrong
         room = [size[i] + pads[i] + pads[rank + i] - (kernel[i] - 1) * dilations[i] - 1 for i in range(rank)]
         down = [r // s for r, s in zip(room, strides, strict=True)]
         up = [-(-r // s) for r, s in zip(room, strides, strict=True)]
@@ -271,7 +273,7 @@ def _fold_batch_norm(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type != "BatchNormalization" or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             continue
-        source = _required(node.inputs[0])
+        source = _first_input(node)
         conv = source.producer()
         if conv is None or conv.op_type != "Conv" or len(source.uses()) != 1 or source in model.graph.outputs:
             continue
@@ -281,9 +283,12 @@ def _fold_batch_norm(model: ir.Model) -> None:
         if weight is None or bias is None or any(t is None for t in terms):
             continue
         gamma, beta, mean, variance = (np.asarray(t, np.float64) for t in terms)
-        factor = gamma / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
-        new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
-        new_bias = (beta + (bias - mean) * factor).astype(np.float32)
+        if {t.shape for t in (gamma, beta, mean, variance)} != {weight.shape[:1]}:
+            continue  # the runtime will say what is wrong
+        with np.errstate(all="ignore"):  # a damaged checkpoint is told by its NaN
+            factor = gamma / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
+            new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+            new_bias = (beta + (bias - mean) * factor).astype(np.float32)
         values = [
             _initializer(model, f"{conv.name}/{kind}", a) for kind, a in (("weight", new_weight), ("bias", new_bias))
         ]
@@ -330,6 +335,8 @@ def _refuse_numbers(model: ir.Model) -> None:
                 )
 
 
-def _required(value: ir.Value | None) -> ir.Value:
-    assert value is not None, "the checker has made sure that this input exists"
+def _first_input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0] if node.inputs else None
+    if value is None:
+        raise ModelError(f"Node '{node.name}' ({node.op_type}) has no first input. The file is damaged.")
     return value

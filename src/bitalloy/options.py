@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from bitalloy.errors import BitalloyError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
+Text = TypeVar("Text", str, str | None)
 
 
 def latency(text: str | None) -> tuple[float | None, float | None]:
@@ -78,7 +80,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.") from None
 
 
-def choice(option: str, text: str | None, among: Sequence[str]) -> str | None:
+def choice(option: str, text: Text, among: Sequence[str]) -> Text:
     """One of a few words.
 
     >>> choice("--layout", "NHWC", ("NCHW", "NHWC"))

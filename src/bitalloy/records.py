@@ -397,7 +397,7 @@ class Settings(Record, frozen=True, kw_only=True):
 
     target: str = "ort-cpu"
     calibration_samples: int = 64
-    range_method: str = "mse"
+    range_method: str = "minmax"
     """`minmax`, `moving`, `percentile`, `entropy` or `mse`."""
     samples: int | None = None
     """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 24."""

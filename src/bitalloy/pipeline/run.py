@@ -64,7 +64,9 @@ def run(
     dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=folder)
     if data is None and labels is None and source.sample:
         size = int(loaded.info.inputs[0].shape[-1])
-        labels = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size) / "instances.json"
+        labels = (
+            write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size) / "instances.json"
+        )
     analysis = analyze(loaded, dataset, settings, work=work, notes=(SAMPLE_NOTE,) if data is None else ())
     planned = plan(analysis, budget, work=work)
     verified = verify(analysis, planned, labels=Path(labels) if labels else None, limit=limit, work=work)
@@ -75,6 +77,7 @@ def run(
 def publish(verified: Verified, store: RunDirectory) -> Path:
     """Write everything that a user reads into the run directory; returns the path of the report."""
     analysis, planned = verified.analysis, verified.planned
+    (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
     store.publish("mixed.onnx", verified.mixed)
     store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
     for name, record in (

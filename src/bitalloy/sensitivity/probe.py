@@ -10,6 +10,7 @@ influence matrix", 1990). One reverse pass gives a for every site at once. Rows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +26,10 @@ from bitalloy.numerics import QuantParams, activation_params, fake_quantize
 from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
+
+
+AT_ONCE = 2
+"""Probes per reverse execution: they share the reading of the errors; more of them leave the cache."""
 
 
 class Prober:
@@ -57,8 +62,8 @@ class Prober:
         self.sites = tuple(t.id for t in taps)
         adjoint = build(graph, {h.name: h.tensor for h in heads}, taps, RULES, stops=stops)
         self._adjoint: Adjoint = adjoint
-        self._primal = OrtSession(adjoint.primal)
-        self._reverse = [OrtSession(h.model) for h in adjoint.heads]
+        with ThreadPoolExecutor() as pool:
+            self._primal, *self._reverse = pool.map(OrtSession, [adjoint.primal, *(h.model for h in adjoint.heads)])
         column = {s: i for i, s in enumerate(self.sites)}
         self._columns = [np.array([column[t] for t in h.taps], np.int64) for h in adjoint.heads]
 
@@ -76,10 +81,12 @@ class Prober:
             generator = np.random.default_rng([seed, sample, index])
             residuals = {name: state[name] for name in head.residuals}
             block = np.zeros((1, probes, len(self.sites)), np.float32)
-            for probe in range(probes):
-                signs = generator.integers(0, 2, (1, *head.shape), dtype=np.int8).astype(np.float32) * 2 - 1
+            for start in range(0, probes, AT_ONCE):
+                count = min(AT_ONCE, probes - start)
+                signs = generator.integers(0, 2, (count, *head.shape), dtype=np.int8).astype(np.float32) * 2 - 1
                 feed = {**residuals, head.cotangent: ort.OrtValue.ortvalue_from_numpy(signs)}
-                block[0, probe, columns] = session.run_values(feed, [head.output])[head.output].numpy()[0]
+                found = session.run_values(feed, [head.output])[head.output].numpy()
+                block[0, start : start + count, columns] = found.T
             rows.append(block)
         return ProbeMatrix(self._heads, self.sites, tuple(rows), energy)
 
@@ -95,10 +102,25 @@ def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, floa
     roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
     for edge in units.edges:
         if edge.consumer in int8 or (edge.rooted and edge.producer in int8 and not edge.passed_on):
-            taps.append(_edge_tap(edge.id, edge.uses, edge.root, ranges, target))
+            tap = _edge_tap(edge.id, edge.uses, edge.root, ranges, target)
+            taps.append(_forwarded(graph, edge, tap) or tap)
         if edge.passed_on and edge.producer in int8:
             taps.append(_again_tap(graph, edge, roots, ranges, target))
     return taps
+
+
+def _forwarded(graph: Graph, edge: UnitEdge, tap: Tap) -> Tap | None:
+    """The same error behind the one Conv that reads a graph input: nothing upstream needs the gradient there."""
+    node = graph.node.get(edge.uses[0].node)
+    if edge.producer is not None or len(edge.uses) != 1 or node is None or node.op_type != "Conv":
+        return None
+    kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
+    output, weight = node.outputs[0], str(node.inputs[1].name)  # type: ignore[union-attr]
+
+    def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
+        return p.op("Conv", tap.error(p, values), values[weight], shape=static_shape(output), **kept)  # type: ignore[arg-type]
+
+    return Tap(tap.id, (Edge(tensor=str(output.name), node="", slot=0),), error)
 
 
 def _again_tap(

@@ -50,11 +50,12 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         graph: the model in normal form.
         target: whose rules decide.
         heads: parts of the outputs; a Concat that joins heads stays in float, because one scale would have to
-            serve parts of different meaning.
+            serve parts of different meaning, and so do units that make a head's last tensor.
         exclude: node names that must stay in float.
     """
     order = {name_of(n): i for i, n in enumerate(graph.nodes)}
     joined = {h.output for h in heads if h.axis is not None}
+    final = {h.tensor for h in heads}
     owner: dict[str, str] = {}
     cores: dict[str, Core] = {}
     tails: dict[str, list[ir.Node]] = {}
@@ -80,6 +81,8 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         reason, int8 = core.reason, core.int8
         if root in joined:
             int8, reason = False, "joins outputs of different meaning, which one scale cannot serve"
+        elif root in final:
+            int8, reason = False, "makes an output: 256 levels would flatten small values, such as low scores, to zero"
         if exclude & {name_of(n) for n in (*core.nodes, *tails[name])}:
             int8, reason = False, "excluded by the user"
         units.append(
