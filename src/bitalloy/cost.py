@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 from scipy.optimize import nnls
@@ -26,6 +27,8 @@ from bitalloy.runtime import OrtSession
 from bitalloy.runtime.ort import available_cores
 
 PROFILE_RUNS = 8
+SWITCH = (0.05, 0.15, 0.4)
+"""From long stretches of one precision to a border nearly everywhere, so that borders get a price of their own."""
 TOKEN = re.compile(r"u(\d+)~")
 
 
@@ -50,7 +53,7 @@ def measure(
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
-    mixtures: int = 4,
+    mixtures: int = 6,
     repeats: int = 12,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -69,7 +72,7 @@ def measure(
     quantizable = units.quantizable()
     generator = np.random.default_rng([seed, 23])
     plans = [frozenset[str](), quantizable]
-    plans += [_mixture(units, generator) for _ in range(mixtures)]
+    plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures)]
     models = [_tokenized(variant(plan), units, tag) for plan in plans]
     profiles = []
     for model in models:
@@ -82,13 +85,12 @@ def measure(
 
     kernel = _unit_times(units, plans, profiles)
     counts = np.array([units.borders(plan) for plan in plans])
-    # borders: what a mixed profile spends outside units, beyond the share that float and INT8 models spend too
-    base = profiles[0].borders
-    (per_element, each), _ = nnls(counts[2:], np.array([max(p.borders - base, 0.0) for p in profiles[2:]]))
-    inside = np.array([sum(kernel[u.id][1 if u.id in plan else 0] for u in units.units) for plan in plans])
-    design = np.stack([inside + counts @ np.array([per_element, each]), np.ones(len(plans))], axis=1)
-    (factor, fixed), _ = nnls(design, wall)
-    predicted = design @ np.array([factor, fixed])
+    inside = np.array([sum(kernel[u.id][u.id in plan] for u in units.units) for plan in plans])
+    # wall time = factor * kernels inside units + price of borders + what no plan changes
+    design = np.stack([inside, counts[:, 0], counts[:, 1], np.ones(len(plans))], axis=1)
+    weight = 1 / wall[:, None]
+    (factor, per_element, each, fixed), _ = nnls(design * weight, np.ones(len(plans)))
+    predicted = design @ np.array([factor, per_element, each, fixed])
     rows = []
     for unit in units.units:
         low = unit.id in quantizable
@@ -106,8 +108,8 @@ def measure(
         device=_device(),
         threads=available_cores(),
         units=tuple(rows),
-        border_us_per_element=float(per_element * factor),
-        border_us=float(each * factor),
+        border_us_per_element=float(per_element),
+        border_us=float(each),
         fixed_us=float(fixed),
         float_us=float(wall[0]),
         int8_us=float(wall[1]),
@@ -115,12 +117,35 @@ def measure(
     )
 
 
-def _mixture(units: UnitGraph, generator: np.random.Generator) -> frozenset[str]:
-    """Random runs of neighbouring units: real plans have long stretches of one precision."""
+def corrected(table: CostTable, units: UnitGraph, int8: frozenset[str], measured_ratio: float) -> CostTable:
+    """The table that reproduces a measured plan: the price of borders, which is the least certain, is scaled.
+
+    Args:
+        table: that predicted the plan.
+        units: of the model.
+        int8: the plan.
+        measured_ratio: its measured latency over that of the float model.
+    """
+    elements, count = units.borders(int8)
+    borders = elements * table.border_us_per_element + count * table.border_us
+    inside = table.latency_us(units, int8) - borders
+    missing = measured_ratio * table.all_float_us - inside
+    if missing <= 0 or count == 0:
+        return table
+    if borders <= 0:
+        return msgspec.structs.replace(table, border_us=missing / count)
+    scale = missing / borders
+    return msgspec.structs.replace(
+        table, border_us=table.border_us * scale, border_us_per_element=table.border_us_per_element * scale
+    )
+
+
+def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> frozenset[str]:
+    """Random runs of neighbouring units that change precision with probability `switch`."""
     chosen: set[str] = set()
     state = bool(generator.integers(2))
     for unit in units.units:
-        if generator.random() < 0.15:
+        if generator.random() < switch:
             state = not state
         if state and unit.id in units.quantizable():
             chosen.add(unit.id)

@@ -114,15 +114,17 @@ def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
     """Factor from linear to true damage, for a linear damage of shape (..., heads).
 
     A plan whose linear damage is t^2 times that of the all-INT8 network is taken to bend like the all-INT8 network
-    with all errors scaled by t. Between the measured fractions the factor is linear in t; at t = 0 it is 1.
+    with all errors scaled by t. Between the measured fractions the logarithm of the factor is linear in t; at t = 0
+    the factor is 1.
     """
     linear = np.maximum(np.array(secant.linear), 1e-30)
     t = np.sqrt(np.maximum(damage, 0.0) / linear)
     points = [0.0, *secant.fractions]
     factors: np.ndarray = np.ones_like(t)
     for head in range(len(secant.heads)):
-        known = [1.0] + [secant.damage[i][head] / (f * f * linear[head]) for i, f in enumerate(secant.fractions)]
-        factors[..., head] = np.interp(t[..., head], points, known)
+        known = [secant.damage[i][head] / (f * f * linear[head]) for i, f in enumerate(secant.fractions)]
+        logs = np.log(np.clip([1.0, *known], 1e-6, 1e6))
+        factors[..., head] = np.exp(np.interp(t[..., head], points, logs))
     return factors
 
 

@@ -58,6 +58,25 @@ def test_probes_do_not_influence_each_other(rig: Any, micro: Any, tap: Any) -> N
             np.testing.assert_allclose(alone[name][0], together[name][row], rtol=1e-5)
 
 
+@pytest.mark.parametrize("opset", [13, 15, 18, 19, 21])
+def test_the_opset_of_the_model_does_not_matter(rig: Any, micro: Any, tap: Any, opset: int) -> None:
+    x, w, v = normal(1, 3, 6, 6), normal(4, 3, 3, 3, seed=2), normal(2, 1, 4, 1, 1, seed=3)
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        node("HardSigmoid", ["c"], ["s"]),
+        node("Mul", ["c", "s"], ["m"]),
+        node("AveragePool", ["m"], ["a"], kernel_shape=[2, 2]),
+        node("MaxPool", ["a"], ["p"], kernel_shape=[2, 2]),
+        node("Softmax", ["p"], ["f"], axis=1),
+        node("GlobalMaxPool", ["f"], ["y"]),
+    ]
+    rows = []
+    for version in (17, opset):
+        net = rig.load(micro(nodes, {"x": x}, {"y": np.float32}, {"w": w}, version))
+        rows.append(rig.run(net, {"x": x}, [tap("x", x, name="x")], {"y": v})["y"]["x"])
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-5)
+
+
 def test_silu(rig: Any, micro: Any, tap: Any) -> None:
     x, v = normal(2, 5), normal(3, 2, 5, seed=2)
     model = micro([node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"])], {"x": x}, {"y": np.float32})

@@ -132,7 +132,7 @@ def test_small_detector(rig: Any, tap: Any, seed: int) -> None:
     np.testing.assert_allclose(a, (v * change).sum((1, 2, 3)), rtol=1e-3)
 
 
-def test_small_detector_against_torch_at_every_tensor(rig: Any, tap: Any) -> None:
+def test_small_detector_at_tensors_inside(rig: Any, tap: Any) -> None:
     """The gradient at each tensor inside: perturb it through an input that is added there."""
     rng = np.random.default_rng(3)
     model = Net(3).detector()

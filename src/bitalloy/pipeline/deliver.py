@@ -12,6 +12,7 @@ import numpy as np
 
 from bitalloy import bench
 from bitalloy.apply import TAG, digest
+from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.pipeline.analyze import Analysis, image_spec
@@ -114,8 +115,9 @@ def verify(
 ) -> Verified:
     """Run the float, the all-INT8 and the mixed model side by side; correct the plan where it misses its budget.
 
-    Where the measured latency or SQNR misses the budget, the search is repeated with a limit that is tighter by the
-    gap, at most three rounds in all. The plan that is kept is the best measured one.
+    Where the measured latency misses the budget, the cost table is corrected by what was measured; where the SQNR
+    does, the floor is raised by the gap. Then the search is repeated, at most three rounds in all. The plan that is
+    kept is the best measured one.
 
     Args:
         analysis: of the model.
@@ -146,11 +148,12 @@ def verify(
                 int8_units=len(planned.plan.int8_units()),
             )
         )
-        tighter = _tightened(asked, budget, planned, measured)
-        if tighter is None:
+        following = _following(analysis, asked, budget, planned, measured)
+        if following is None:
             break
+        asked, table = following
         try:
-            asked, planned = tighter, plan(analysis, tighter, table=planned.cost, work=work)
+            planned = plan(analysis, asked, table=table, work=work)
         except BudgetError:
             break
     planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[2]))
@@ -165,8 +168,11 @@ def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
     samples = _verification_samples(analysis)
 
     def make() -> bytes:
-        models = {"float": analysis.graph.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
-        sessions = {name: OrtSession(model) for name, model in models.items()}
+        sessions = {
+            "float": OrtSession(analysis.graph.source),
+            "int8": OrtSession(all_int8(analysis)),
+            "mixed": OrtSession(mixed),
+        }
         with work.stage("benchmark", BENCH_REPEATS) as progress:
             times = bench.interleave(sessions, analysis.data.feeds(0), repeats=BENCH_REPEATS, progress=progress.advance)
         with work.stage("verify", len(samples)) as progress:
@@ -202,17 +208,24 @@ def all_int8(analysis: Analysis) -> bytes:
     return analysis.variant(analysis.units.quantizable()).to_bytes()
 
 
-def _tightened(asked: Budget, budget: Budget, planned: Planned, measured: Measured) -> Budget | None:
-    """The next budget to search with, or None where the measurement meets the user's."""
-    changes: dict[str, float] = {}
+def _following(
+    analysis: Analysis, asked: Budget, budget: Budget, planned: Planned, measured: Measured
+) -> tuple[Budget, CostTable] | None:
+    """What to search with next, or None where the measurement meets the user's budget.
+
+    Case 1. Too slow: the cost table is corrected by the measured plan.
+    Case 2. Too much damage: the floor is raised by the gap.
+    """
+    before, table = asked, planned.cost
     limit = ratio_limit(budget, planned)
     if limit is not None and measured.ratio > limit * TOLERANCE:
-        changes["latency_ratio"] = round((asked.latency_ratio or limit) * limit / measured.ratio, 4)
+        table = corrected(table, analysis.units, planned.plan.int8_units(), measured.ratio)
     if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:
         gap = budget.min_sqnr_db - min(e.value for e in measured.sqnr_mixed)
         if gap > 0:
-            changes["min_sqnr_db"] = round(asked.min_sqnr_db + gap + 0.2, 3)
-    return msgspec.structs.replace(asked, **changes) if changes else None
+            asked = msgspec.structs.replace(asked, min_sqnr_db=round(asked.min_sqnr_db + gap + 0.2, 3))
+    changed = asked is not before or table is not planned.cost
+    return (asked, table) if changed else None
 
 
 def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:

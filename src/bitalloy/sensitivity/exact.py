@@ -21,7 +21,7 @@ from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
 
 GATES = "bitalloy/gates"
-FRACTIONS = (0.5, 1.0)
+FRACTIONS = (0.125, 0.35, 1.0)
 
 
 class Switchboard:

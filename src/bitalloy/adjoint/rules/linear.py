@@ -38,7 +38,11 @@ def _merged(ctx: Context, grad: ir.Value, shape: Sequence[int]) -> ir.Value:
 
 
 def _conv(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """Case 1: stride 1 and constant weights: a Conv with flipped kernels. Case 2: otherwise a ConvTranspose."""
+    """Case 1: stride 1 and constant weights: a Conv with flipped kernels. Case 2: otherwise a ConvTranspose.
+
+    A strided Conv could also go back as a stride-1 Conv with stride^2 times the channels and a DepthToSpace.
+    On ONNX Runtime's CPU kernels (1.32, 2 threads) that takes 1.2 to 3 times as long.
+    """
     x, w = data(node), data(node, 1)
     size, out = static_shape(x)[2:], static_shape(node.outputs[0])[2:]
     weight, kernel = constant(w), static_shape(w)[2:]
