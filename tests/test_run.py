@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,12 +68,18 @@ main()
 
 LIMITED = """
 import resource
-from bitalloy.cli import main
+from bitalloy import cli
 
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-main()
+class Limiter(cli.Bars):
+    def start(self, stage, total):
+        super().start(stage, total)
+        if stage == "verify":
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+
+cli.Bars = Limiter
+cli.main()
 """
-"""The command line that can write no file larger than a limit: what a quota does."""
+"""The command line that can write no file larger than a limit from a stage on: what a quota does."""
 
 
 @pytest.fixture(scope="module")
@@ -346,11 +350,20 @@ def test_full_disk_is_said_and_the_run_goes_on_with_more_space(bitalloy: Any, in
 
 
 def test_quota_is_said(bitalloy: Any, inputs: Any) -> None:
-    """The report is the largest file: with a limit below its size, it is the one that fails."""
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    """The model fits below the limit and the report does not: it is the one that fails."""
     arguments = (inputs.classifier, "--data", inputs.images, *bitalloy.REACHABLE)
-    limited = bitalloy.starting(LIMITED.format(size=48_000))
-    text = limited.run(*arguments).refused()
-    assert "cannot be written" in text and re.search("report.html|mixed.onnx", text)
+    text = bitalloy.starting(LIMITED.format(size=60_000)).run(*arguments).refused()
+    assert "cannot be written" in text and "report.html" in text
     assert "summary.json" not in bitalloy.results()
     bitalloy.run(*arguments).succeeded()
+    assert bitalloy.results() == RESULTS
+
+
+def test_full_temporary_folder_is_said(
+    bitalloy: Any, inputs: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime's profiles are written there."""
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    arguments = (inputs.classifier, "--data", inputs.images, *bitalloy.REACHABLE)
+    assert str(small_disk) in bitalloy.run(*arguments).refused()
+    assert bitalloy.results() == set()

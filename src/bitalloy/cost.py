@@ -2,8 +2,8 @@
 
 A few variants of the model (float, all INT8, and random halves) are profiled and timed side by side. Kernel times
 are mapped to units by the names that the variants carry; what a profile spends on rounding and layout changes
-between precisions is fitted to the number and size of the borders; and the table is scaled so that it reproduces
-the wall time of the float and the all-INT8 model.
+between precisions is fitted to the number and size of the borders; and the kernels of each precision are scaled so
+that the table reproduces the wall time of the float and the all-INT8 model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from bitalloy.runtime import OrtSession
 from bitalloy.runtime.ort import available_cores
 
 PROFILE_RUNS = 8
+QUIET = 25
+"""Percentile of repeated times that stands for a variant: other work on the machine only ever adds time."""
 SWITCH = (0.05, 0.15, 0.4)
 """From long stretches of one precision to a border nearly everywhere, so that borders get a price of their own."""
 TOKEN = re.compile(r"u(\d+)~")
@@ -81,24 +83,29 @@ def measure(
             progress(1)
     sessions = {str(i): OrtSession(m) for i, m in enumerate(models)}
     times = bench.interleave(sessions, feeds, repeats=repeats, progress=progress)
-    wall = np.array([float(np.median(times[str(i)])) * 1e3 for i in range(len(plans))])
+    wall = np.array([float(np.percentile(times[str(i)], QUIET)) * 1e3 for i in range(len(plans))])
 
     kernel = _unit_times(units, plans, profiles)
     counts = np.array([units.borders(plan) for plan in plans])
-    inside = np.array([sum(kernel[u.id][u.id in plan] for u in units.units) for plan in plans])
-    # wall time = factor * kernels inside units + price of borders + what no plan changes
-    design = np.stack([inside, counts[:, 0], counts[:, 1], np.ones(len(plans))], axis=1)
-    weight = 1 / wall[:, None]
-    (factor, per_element, each, fixed), _ = nnls(design * weight, np.ones(len(plans)))
-    predicted = design @ np.array([factor, per_element, each, fixed])
+    inside = np.array(
+        [
+            [sum(kernel[u.id][low] for u in units.units if (u.id in plan) == low) for low in (False, True)]
+            for plan in plans
+        ]
+    )
+    # wall time = kernels of float units * a + of INT8 units * b + price of borders; the two pure variants weigh most
+    design = np.concatenate([inside, counts], axis=1)
+    weight = np.where(np.arange(len(plans)) < 2, 10.0, 1.0) / wall
+    (high, low, per_element, each), _ = nnls(design * weight[:, None], wall * weight)
+    predicted = design @ np.array([high, low, per_element, each])
     rows = []
     for unit in units.units:
-        low = unit.id in quantizable
+        free = unit.id in quantizable
         rows.append(
             UnitCost(
                 unit=unit.id,
-                fp32_us=round(float(kernel[unit.id][0] * factor), 3),
-                int8_us=round(float(kernel[unit.id][1] * factor), 3) if low else None,
+                fp32_us=round(float(kernel[unit.id][0] * high), 3),
+                int8_us=round(float(kernel[unit.id][1] * low), 3) if free else None,
                 fp32_bytes=4 * sum(w.elements for w in unit.weights),
                 int8_bytes=sum(w.elements for w in unit.weights),
             )
@@ -110,7 +117,7 @@ def measure(
         units=tuple(rows),
         border_us_per_element=float(per_element),
         border_us=float(each),
-        fixed_us=float(fixed),
+        fixed_us=0.0,
         float_us=float(wall[0]),
         int8_us=float(wall[1]),
         residual_percent=round(float(np.mean(np.abs(predicted / wall - 1))) * 100, 2),
@@ -181,7 +188,7 @@ def _profile(model: bytes, feeds: Mapping[str, np.ndarray]) -> Profile:
     borders = 0.0
     for name, durations in kernels.items():
         # a node that runs several times under one name shares it; warm-up runs come first
-        per_run = float(np.median(durations)) * max(1, round(len(durations) / (PROFILE_RUNS + 2)))
+        per_run = float(np.percentile(durations, QUIET)) * max(1, round(len(durations) / (PROFILE_RUNS + 2)))
         match = TOKEN.search(name)
         if match:
             units[int(match.group(1))] += per_run

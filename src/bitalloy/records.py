@@ -10,7 +10,6 @@ from enum import StrEnum
 
 import msgspec
 
-
 AGAIN = " again"
 """Suffix of the site where values that were rounded already are rounded once more."""
 

@@ -102,7 +102,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     probe.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names)
     session = OrtSession(probe.SerializeToString())
     seen = [{**session.run(f), **f} for f in feeds]
-    ranges = {t: (min(float(s[t].min()) for s in seen), max(float(s[t].max()) for s in seen)) for t in tensors_of(units)}
+    ranges = {
+        t: (min(float(s[t].min()) for s in seen), max(float(s[t].max()) for s in seen)) for t in tensors_of(units)
+    }
     return Case(path, graph, heads, units, ranges, feeds)
 
 

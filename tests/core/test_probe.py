@@ -19,9 +19,7 @@ def board(case) -> Switchboard:
 @pytest.fixture(scope="module")
 def matrix(case) -> ProbeMatrix:
     prober = Prober(case.graph, case.units, case.heads, case.ranges, ORT_CPU)
-    return ProbeMatrix.concatenate(
-        [prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
-    )
+    return ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)])
 
 
 def test_every_unit_agrees_with_exact_execution(case, board, matrix) -> None:
@@ -68,9 +66,7 @@ def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
 def test_intervals_contain_the_value_of_more_samples(case, matrix) -> None:
     part = ProbeMatrix(matrix.heads, matrix.sites, tuple(r[:4] for r in matrix.rows), matrix.energy[:4])
     chosen = matrix.select(case.units.rounded(case.units.quantizable()))
-    for small, large in zip(
-        estimate(part, chosen, draws(4, 0)), estimate(matrix, chosen, draws(8, 0)), strict=True
-    ):
+    for small, large in zip(estimate(part, chosen, draws(4, 0)), estimate(matrix, chosen, draws(8, 0)), strict=True):
         assert small.low <= small.value <= small.high
         assert small.low - 1.0 <= large.value <= small.high + 1.0
 

@@ -27,7 +27,6 @@ from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
 
-
 AT_ONCE = 2
 """Probes per reverse execution: they share the reading of the errors; more of them leave the cache."""
 

@@ -1,0 +1,47 @@
+# make demo    core environment in .venv, complete run on the embedded sample
+# make test    development environment in .venv-dev, all tests
+# make check   formatting, lint, types, import layers, examples in docstrings
+# make clean   remove environments, runs and caches
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+PYTEST_OPTIONS ?= -n auto --maxprocesses 4
+
+CORE := .venv/bin
+DEV := .venv-dev/bin
+
+.PHONY: demo test check clean
+
+# Without byte code the core environment stays small; start-up then takes a little longer.
+demo: export PYTHONDONTWRITEBYTECODE = 1
+demo: .venv/installed
+	$(CORE)/bitalloy run --out runs/demo
+	@echo "Report: $(CURDIR)/runs/demo/report.html"
+	@echo "Size of .venv: $$(du -sm .venv | cut -f1) MB"
+
+test: .venv-dev/installed
+	$(DEV)/python -m pytest $(PYTEST_OPTIONS)
+
+check: .venv-dev/installed
+	$(DEV)/ruff check .
+	$(DEV)/ruff format --check .
+	$(DEV)/mypy
+	$(DEV)/lint-imports
+	$(DEV)/python -m pytest --doctest-modules src/bitalloy
+
+.venv/installed: pyproject.toml
+	rm -rf .venv
+	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m venv .venv
+	PYTHONDONTWRITEBYTECODE=1 $(CORE)/python -m pip install --quiet --no-compile --editable .
+	touch $@
+
+# pip reads dependency groups from version 25.1 on.
+.venv-dev/installed: pyproject.toml
+	test -x $(DEV)/python || $(PYTHON) -m venv .venv-dev
+	$(DEV)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DEV)/python -m pip install --quiet --editable . --group dev "$(TORCH)"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-dev runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

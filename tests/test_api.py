@@ -1,0 +1,115 @@
+"""The public Python interface: its names, what importing it costs, and that its examples run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bitalloy
+
+ROOT = Path(__file__).parents[1]
+NAMES = [
+    # stages
+    "load", "open_data", "analyze", "measure_cost", "plan", "apply", "verify", "report", "publish", "run",
+    # what they take and give
+    "Analysis", "Budget", "Planned", "Precision", "RunDirectory", "Settings", "Summary", "Verified", "Workspace",
+    # errors
+    "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
+    "UnsupportedOpError",
+]  # fmt: skip
+
+
+def test_public_names_are_these() -> None:
+    assert bitalloy.__all__ == NAMES
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in bitalloy.__all__:
+        assert getattr(bitalloy, name).__doc__, name
+
+
+def test_errors_have_one_root() -> None:
+    errors = [getattr(bitalloy, name) for name in NAMES if name.endswith("Error")]
+    assert all(issubclass(error, bitalloy.BitalloyError) for error in errors)
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert bitalloy.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """Top-level packages that are loaded after an import, by what was imported."""
+    code = "import json, sys, {}; print(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    found = {}
+    for module in ("bitalloy", "bitalloy.cli"):
+        shown = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True)
+        found[module] = json.loads(shown.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["torch", "openvino", "tensorrt", "matplotlib", "pandas", "cv2", "ray", "ultralytics", "selenium", "pytest"],
+)
+def test_import_is_light(imported: dict[str, list[str]], package: str) -> None:
+    """None of these is needed to start, even where it is installed."""
+    for found in imported.values():
+        assert package not in found
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    """The core environment holds what the core needs: no package is found by the luck of another one's needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[<>=~! \\[]", d)[0].lower().replace("-", "_") for d in project["dependencies"]}
+    used: set[str] = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            used |= {name.partition(".")[0] for name in names}
+    belong = {"PIL": "pillow", "google": "onnx", "markupsafe": "jinja2"}
+    assert {belong.get(n, n) for n in used - set(sys.stdlib_module_names) - {"bitalloy"}} <= declared
+
+
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
+    shown = capsys.readouterr().out
+    assert "dB on" in shown and "float" in shown
+    assert (tmp_path / "mixed.onnx").stat().st_size > 1_000_000
+
+
+def test_readme_commands_have_the_options_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    source = (ROOT / "src" / "bitalloy" / "cli.py").read_text()
+    parameters = set(re.findall(r"^    (\w+): Annotated", source, re.MULTILINE))
+    options = {f"--{name.replace('_', '-')}" for name in parameters} | {"--eval", "--json"}
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", text)) <= options
+
+
+def test_documents_do_not_name_this_machine() -> None:
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "Makefile", ".ci/run"):
+        assert not re.search(r"/(root|home|work|tmp)/", (ROOT / name).read_text()), name
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text())
+        assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
+
+
+def test_files_named_in_contributing_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [p for p in re.findall(r"`((?:src|tests|benchmarks)/[\w./]+)`", text)]
+    assert len(paths) > 8 and [p for p in paths if not (ROOT / p).exists()] == []
