@@ -399,7 +399,7 @@ class Settings(Record, frozen=True, kw_only=True):
     range_method: str = "minmax"
     """`minmax`, `moving`, `percentile`, `entropy` or `mse`."""
     samples: int | None = None
-    """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 24."""
+    """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 16."""
     probes: int = 8
     """Reverse passes per sample, shared out evenly among the heads, at least two for each."""
     seed: int = 0

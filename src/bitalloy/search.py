@@ -358,7 +358,8 @@ def _choices(problem: Problem, int8: frozenset[str]) -> list[Choice]:
         gain = entry.fp32_us - (entry.int8_us or 0.0)
         head = problem.matrix.heads[worst]
         if unit.id in int8:
-            reason = f"saves {gain:.0f} us; alone it leaves {sqnr:.1f} dB on {head}"
+            why = f"saves {gain:.0f} us" if gain > 0 else "avoids borders between INT8 neighbours"
+            reason = f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
         elif gain <= 0:
             reason = f"INT8 is not faster here ({-gain:.0f} us slower)"
         else:

@@ -33,7 +33,7 @@ from bitalloy.targets.base import split
 from bitalloy.tasks.detection import looks_like_yolo
 
 CALIBRATION_SHARD = 16
-MIN_SAMPLES, MAX_SAMPLES = 8, 24
+MIN_SAMPLES, MAX_SAMPLES = 8, 16
 SECANT_SAMPLES = 8
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
