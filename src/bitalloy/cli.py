@@ -119,8 +119,7 @@ def run(
 
     loaded = pipeline.load(model, shapes=options.shapes(shape or []))
     ratio, milliseconds = options.latency(latency)
-    if latency is None and max_drop_db is None and size is None:
-        ratio = 0.7
+    given = latency is not None or max_drop_db is not None or size is not None
     budget = Budget(
         latency_ratio=ratio,
         latency_ms=milliseconds,
@@ -150,7 +149,7 @@ def run(
             out=out,
             data=data,
             labels=evaluate,
-            budget=budget,
+            budget=budget if given else None,
             settings=settings,
             shapes=options.shapes(shape or []),
             image=image,

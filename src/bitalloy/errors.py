@@ -39,7 +39,11 @@ class DataError(BitalloyError):
 
 
 class BudgetError(BitalloyError):
-    """No plan satisfies the requested budget."""
+    """No plan satisfies the requested budget; `reachable_ratio` is the lowest latency over float's, where known."""
+
+    def __init__(self, message: str, reachable_ratio: float | None = None) -> None:
+        super().__init__(message)
+        self.reachable_ratio = reachable_ratio
 
 
 class RunDirectoryError(BitalloyError):

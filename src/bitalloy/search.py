@@ -118,7 +118,7 @@ def search(problem: Problem, budget: Budget, *, seed: int = 0, progress: Callabl
         limits = _nearest(problem, program, limits)
         result = program.solve(limits, minimize="latency" if fastest else "damage")
     if result is None:
-        raise BudgetError(_unreachable(problem, program, budget, limits))
+        raise _unreachable(problem, program, budget, limits)
     int8, gap = result
     int8 = polish(problem, int8, limits, fastest=fastest)
     front = _front(problem, program, int8, progress)
@@ -319,13 +319,14 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
     return replace(limits, latency_us=least * 1.005) if least * (1 - slack) <= limits.latency_us else limits
 
 
-def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> str:
+def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
     start = problem.latency_us(frozenset())
     fastest = program.solve(Limits(damage=limits.damage), minimize="latency")
     smallest = problem.size_bytes(frozenset(problem.free))
-    parts = []
+    parts, ratio = [], None
     if fastest is not None:
         least = problem.latency_us(fastest[0])
+        ratio = least / start
         parts.append(f"the lowest latency in reach is {least / start:.2f}x of float ({least / 1e3:.2f} ms)")
     parts.append(f"the smallest size is {smallest / 1e6:.2f} MB")
     asked = ", ".join(
@@ -338,7 +339,8 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
         )
         if value is not None
     )
-    return f"No plan meets the budget ({asked}): {'; '.join(parts)}. Relax the budget to that or beyond."
+    message = f"No plan meets the budget ({asked}): {'; '.join(parts)}. Relax the budget to that or beyond."
+    return BudgetError(message, ratio)
 
 
 def _choices(problem: Problem, int8: frozenset[str]) -> list[Choice]:

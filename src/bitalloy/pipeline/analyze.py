@@ -96,10 +96,10 @@ def open_data(
         raise DataError(
             "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
         )
-    annotations = shapes.write_coco(
+    folder = shapes.write_coco(
         sample_folder / "calibration", count=limit or 64, seed=seed, size=max(spec.height, 64), split="train"
     )
-    return open_dataset(annotations.parent / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
+    return open_dataset(folder / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
 
 
 def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:

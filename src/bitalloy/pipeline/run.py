@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from bitalloy import graph, zoo
 from bitalloy.data import ImageSpec
+from bitalloy.errors import BudgetError
 from bitalloy.pipeline.analyze import Analysis, analyze, open_data
-from bitalloy.pipeline.deliver import Verified, plan, verify
+from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
+from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Silent, Workspace
 from bitalloy.records import Budget, Settings
 from bitalloy.report import render as render_html
@@ -23,6 +27,7 @@ SAMPLE_NOTE = (
     "something for your deployment."
 )
 SAMPLE_IMAGES = 100
+DEFAULT_RATIO = 0.7
 
 
 def run(
@@ -45,7 +50,7 @@ def run(
         out: run directory; what is stored there already is used again.
         data: images or feeds that look like the real ones; the embedded sample without it.
         labels: COCO annotation file for box AP.
-        budget: limits on latency, size or damage; 0.7x of float's latency without it.
+        budget: limits on latency, size or damage; without it 0.7x of float's latency, or the nearest in reach.
         settings: of the analysis.
         shapes: input name -> shape, where the model leaves dimensions open.
         image: preprocessing of images, inferred where absent.
@@ -55,7 +60,7 @@ def run(
     Raises:
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
-    settings, budget = settings or Settings(), budget or Budget(latency_ratio=0.7)
+    settings = settings or Settings()
     source = zoo.resolve(model)
     loaded = graph.load(source.path, shapes=shapes)
     store = RunDirectory(out)
@@ -68,10 +73,27 @@ def run(
             write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size) / "instances.json"
         )
     analysis = analyze(loaded, dataset, settings, work=work, notes=(SAMPLE_NOTE,) if data is None else ())
-    planned = plan(analysis, budget, work=work)
+    if budget is not None:
+        planned = plan(analysis, budget, work=work)
+    else:
+        analysis, planned = _plan_by_default(analysis, work)
     verified = verify(analysis, planned, labels=Path(labels) if labels else None, limit=limit, work=work)
     publish(verified, store)
     return verified
+
+
+def _plan_by_default(analysis: Analysis, work: Workspace) -> tuple[Analysis, Planned]:
+    """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
+    table = measure_cost(analysis, work=work)
+    try:
+        return analysis, plan(analysis, Budget(latency_ratio=DEFAULT_RATIO), table=table, work=work)
+    except BudgetError as error:
+        if error.reachable_ratio is None:
+            raise
+        ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
+        note = f"The default budget of {DEFAULT_RATIO}x is out of reach on this machine; {ratio}x was used instead."
+        planned = plan(analysis, Budget(latency_ratio=ratio), table=table, work=work)
+        return replace(analysis, notes=(*analysis.notes, note)), planned
 
 
 def publish(verified: Verified, store: RunDirectory) -> Path:
