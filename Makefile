@@ -33,6 +33,7 @@ check: .venv-dev/installed
 	rm -rf .venv
 	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m venv .venv
 	PYTHONDONTWRITEBYTECODE=1 $(CORE)/python -m pip install --quiet --no-compile --editable .
+	PYTHONDONTWRITEBYTECODE=1 $(CORE)/python -m pip uninstall --quiet --yes setuptools
 	touch $@
 
 # pip reads dependency groups from version 25.1 on.

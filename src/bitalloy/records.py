@@ -27,13 +27,12 @@ class Precision(StrEnum):
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
-    """A graph input or output."""
+    """A graph input or output; symbolic dimensions are strings."""
 
     name: str
     dtype: str
     """ONNX name, e.g. `FLOAT`."""
     shape: tuple[int | str, ...]
-    """Symbolic dimensions are strings."""
 
 
 class ModelInfo(Record, frozen=True, kw_only=True):
@@ -154,8 +153,7 @@ class UnitEdge(Record, frozen=True, kw_only=True):
     """True when the edge starts at the producer's root, so that an INT8 producer rounds it."""
     elements: int
     passed_on: bool = False
-    """True where the producer only passes on values of its inputs (Concat): in INT8 these are rounded already, and
-    rounding them once more does little or nothing. Such an edge has a second site for that case."""
+    """True where an INT8 producer (Concat) rounds values that are rounded already: a second site for that case."""
 
     @property
     def id(self) -> str:
