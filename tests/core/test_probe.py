@@ -42,7 +42,7 @@ def test_whole_plans_agree_with_exact_execution(case, board, matrix) -> None:
     exact, _ = damage(board, [board.gates(s) for s in sets], case.heads, case.feeds)
     for i, sites in enumerate(sets):
         predicted = decibel(matrix.damage(matrix.select(sites)).mean(axis=0))
-        assert np.abs(predicted - decibel(exact.mean(axis=0)[:, i])).max() < 2.0
+        assert np.abs(predicted - decibel(exact.mean(axis=0)[:, i])).max() < 2.5
 
 
 def test_a_closed_board_is_the_float_network(case, board) -> None:

@@ -135,6 +135,9 @@ def analyze(
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
     units = split(model, device, heads, exclude=excluded)
+    if not units.quantizable():
+        left = " after --exclude" if excluded else ""
+        raise BitalloyError(f"No unit of the model can run in INT8 on {device.name}{left}: there is nothing to plan.")
     info = data.info
     key = key_of(model=model.info.sha256, data=info, settings=settings, versions=versions(), shapes=model.info.inputs)
     calibration = _calibrate(model, units, data, info, settings, key, work)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from bitalloy.errors import ModelError
+from bitalloy.errors import BitalloyError, ModelError
 
 ort.set_default_logger_severity(3)
 
@@ -81,7 +81,10 @@ class OrtSession:
     def end_profile(self) -> list[dict[str, object]]:
         """Stop profiling; returns the trace events and removes the file."""
         path = Path(self._session.end_profiling())
-        events: list[dict[str, object]] = json.loads(path.read_text())
+        try:
+            events: list[dict[str, object]] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BitalloyError(f"The runtime's profile '{path}' is incomplete. Free space in that folder.") from error
         path.unlink()
         return events
 
