@@ -20,12 +20,14 @@ FLOOR_DB, CEILING_DB = -60.0, 160.0
 class ProbeMatrix:
     """Rows of the probe matrix for a set of samples.
 
-    `rows[h]` is (samples, probes of head h, sites); `energy` is (samples, heads): ||y||^2 of each head.
+    `rows[h]` is (samples, probes of head h, sites). `own[h]`, of the same shape, is the sum of the squares of the parts
+    (blocks of channels) that add up to a row's entry. `energy` is (samples, heads): ||y||^2 of each head.
     """
 
     heads: tuple[str, ...]
     sites: tuple[str, ...]
     rows: tuple[np.ndarray, ...]
+    own: tuple[np.ndarray, ...]
     energy: np.ndarray
 
     @property
@@ -47,28 +49,35 @@ class ProbeMatrix:
     def damage(self, chosen: np.ndarray) -> np.ndarray:
         """Relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
 
-        `chosen` is (sites,), 1 where the plan rounds. The square of the sum splits into the sites' own energies and
-        the products of different sites. Roundings are nearly independent, so the products are mostly noise around
-        zero; their sum is shrunk towards zero by how uncertain its mean is (`shrink`), which leaves real interactions
-        in and takes most of the noise out. The denominator is the mean over all samples, so that the mean over samples
-        is the ratio of total energies.
+        `chosen` is (sites,), 1 where the plan rounds. The square of the sum splits into the squares of all parts of all
+        sites, and the products of different parts. Roundings are nearly independent, so the products are mostly noise
+        around zero; their sum is shrunk towards zero by how uncertain its mean is (`shrink`), which leaves real
+        interactions in and takes most of the noise out. The denominator is the mean over all samples, so that the mean
+        over samples is the ratio of total energies.
         """
-        columns = []
-        for rows in self.rows:
-            own = np.square(rows) @ chosen
-            products = np.square(rows @ chosen) - own
-            columns.append((own + shrink(products) * products).mean(axis=1))
-        return np.asarray(np.stack(columns, axis=1) / self.energy.mean(axis=0))
+        return self._energies((rows @ chosen, own @ chosen) for rows, own in zip(self.rows, self.own, strict=True))
 
     def site_damage(self) -> np.ndarray:
         """Relative error energy of every site alone, (samples, heads, sites)."""
-        columns = [np.square(rows).mean(axis=1) for rows in self.rows]
-        return np.asarray(np.stack(columns, axis=1) / self.energy.mean(axis=0)[None, :, None])
+        return self._energies(zip(self.rows, self.own, strict=True))
+
+    def _energies(self, heads: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        columns = []
+        for (total, own), energy in zip(heads, self.energy.mean(axis=0), strict=True):
+            products = np.square(total) - own
+            columns.append((own + shrink(products) * products).mean(axis=1) / energy)
+        return np.stack(columns, axis=1)
+
+    def subset(self, samples: slice) -> ProbeMatrix:
+        """The rows of some of the samples."""
+        rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))
+        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy[samples])
 
     def to_bytes(self) -> bytes:
         """The matrix as a compressed .npz without pickled objects."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
+        arrays |= {f"own_{i}": r for i, r in enumerate(self.own)}
         np.savez_compressed(
             buffer, heads=np.array(self.heads), sites=np.array(self.sites), energy=self.energy, **arrays
         )
@@ -79,15 +88,18 @@ class ProbeMatrix:
         """Read what `to_bytes` wrote."""
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             heads = tuple(str(h) for h in file["heads"])
-            rows = tuple(file[f"rows_{i}"] for i in range(len(heads)))
-            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, file["energy"])
+            rows, own = (tuple(file[f"{part}_{i}"] for i in range(len(heads))) for part in ("rows", "own"))
+            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"])
 
     @staticmethod
     def concatenate(parts: Sequence[ProbeMatrix]) -> ProbeMatrix:
         """Stack shards of different samples."""
         first = parts[0]
-        rows = tuple(np.concatenate([p.rows[h] for p in parts]) for h in range(len(first.heads)))
-        return ProbeMatrix(first.heads, first.sites, rows, np.concatenate([p.energy for p in parts]))
+        rows, own = (
+            tuple(np.concatenate([getattr(p, name)[h] for p in parts]) for h in range(len(first.heads)))
+            for name in ("rows", "own")
+        )
+        return ProbeMatrix(first.heads, first.sites, rows, own, np.concatenate([p.energy for p in parts]))
 
 
 def decibel(damage: np.ndarray) -> np.ndarray:
@@ -102,12 +114,18 @@ def draws(samples: int, seed: int) -> np.ndarray:
     return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
 
 
-def shrink(values: np.ndarray) -> float:
-    """Positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2."""
-    mean = float(values.mean())
-    if values.size < 2 or mean == 0.0:
-        return 0.0
-    return max(0.0, 1.0 - float(values.var(ddof=1)) / values.size / mean**2)
+def shrink(values: np.ndarray) -> np.ndarray:
+    """Positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2.
+
+    The mean is over the first two axes (samples, probes); the result has the shape of the others.
+    """
+    count = values.shape[0] * values.shape[1]
+    mean = values.mean(axis=(0, 1))
+    if count < 2:
+        return np.zeros_like(mean)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = 1.0 - values.var(axis=(0, 1), ddof=1) / count / np.square(mean)
+    return np.where(mean == 0.0, 0.0, np.maximum(factor, 0.0))
 
 
 def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ class Rig:
         for head in adjoint.heads:
             session = OrtSession(head.model, threads=1)
             given = {head.cotangent: cotangents[head.head], **{r: primal[r] for r in head.residuals}}
-            a = session.run(given)[head.output]
+            a, _ = head.by_tap(session.run(given)[head.output])
             assert a.shape == (len(cotangents[head.head]), len(head.taps))
             result[head.head] = {t: a[:, i] for i, t in enumerate(head.taps)}
         return result

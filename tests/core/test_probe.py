@@ -64,7 +64,7 @@ def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
 
 
 def test_intervals_contain_the_value_of_more_samples(case, matrix) -> None:
-    part = ProbeMatrix(matrix.heads, matrix.sites, tuple(r[:4] for r in matrix.rows), matrix.energy[:4])
+    part = matrix.subset(slice(4))
     chosen = matrix.select(case.units.rounded(case.units.quantizable()))
     for small, large in zip(estimate(part, chosen, draws(4, 0)), estimate(matrix, chosen, draws(8, 0)), strict=True):
         assert small.low <= small.value <= small.high

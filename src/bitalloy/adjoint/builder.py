@@ -10,6 +10,8 @@ import onnx_ir as ir
 from bitalloy.graph import static_shape
 
 SHARED_ELEMENTS = 4096
+DOMAINS = {"FusedMatMul": "com.microsoft"}
+"""Operators beyond the standard that ONNX Runtime has on all its providers."""
 COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
 
@@ -57,7 +59,12 @@ class Builder:
         if key not in self._expressions:
             values: Mapping[str, AttributeValue] = attributes
             node = ir.node(
-                op_type, list(inputs), attributes=dict(values), num_outputs=outputs, name=self._name(op_type)
+                op_type,
+                list(inputs),
+                attributes=dict(values),
+                domain=DOMAINS.get(op_type, ""),
+                num_outputs=outputs,
+                name=self._name(op_type),
             )
             for value in node.outputs:
                 value.name = self._name(op_type)

@@ -28,6 +28,9 @@ from bitalloy.graph import Graph, constant, consumers, is_float, name_of, static
 from bitalloy.records import Edge
 
 REVERSE_OPSET = 17
+PARTS = 16
+"""Most parts into which the error of a tap is cut. Roundings in different parts are nearly independent, so that the
+squares of the parts together tell the energy of the tap with far less noise than the square of their sum."""
 NO_GRADIENT = frozenset({
     "And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual",
     "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape", "Sign",
@@ -77,9 +80,19 @@ class ReverseGraph:
     """Outputs of the primal graph that are inputs here."""
     taps: tuple[str, ...]
     """Tap ids in the order of the output's columns; taps that cannot reach the head are left out."""
+    parts: tuple[int, ...]
+    """How many neighbouring columns each tap has: its error is cut into so many parts (blocks of channels)."""
     model: bytes
     output: str
-    """Name of the output (P, taps): the inner products of cotangent and error."""
+    """Name of the output (P, sum of parts): the inner products of cotangent and error, part by part."""
+
+    def by_tap(self, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inner product of each tap's whole error, and the sum of the squares of its parts; both (P, taps)."""
+        starts = np.cumsum((0, *self.parts))[:-1]
+        if not len(starts):
+            return products, products
+        sums, squares = (np.add.reduceat(p, starts, axis=1) for p in (products, np.square(products)))
+        return sums, squares
 
 
 @dataclass(frozen=True)
@@ -242,7 +255,7 @@ def _reverse(
 ) -> tuple[ReverseGraph, Context]:
     shape = static_shape(tensor)
     cotangent = ir.Value(name=f"{prefix}v", shape=ir.Shape(("P", *shape)), type=ir.TensorType(ir.DataType.FLOAT))
-    target = ir.Graph([cotangent], [], nodes=[], opset_imports={"": REVERSE_OPSET}, name="reverse")
+    target = ir.Graph([cotangent], [], nodes=[], opset_imports={"": REVERSE_OPSET, "com.microsoft": 1}, name="reverse")
     builder = Builder(target, f"{prefix}r/")
     probes = builder.op("Shape", cotangent, start=0, end=1)
     context = Context(primal, builder, wanted, probes)
@@ -251,7 +264,7 @@ def _reverse(
     # a head that is joined with others by the last Concat is tapped on its way into it
     last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
     collected = {(name_of(c.node), c.slot): Cotangent(cotangent) for c in last}
-    columns: list[tuple[str, ir.Value]] = []
+    columns: list[tuple[str, ir.Value, int]] = []
     tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
     for tap in taps:
         tapped[values[tap.edges[0].tensor]].append(tap)
@@ -262,10 +275,12 @@ def _reverse(
         total = _sum(context, value, incoming.pop(value, []))
         for tap in tapped[value]:
             found = [total if not e.node else collected.get((e.node, e.slot)) for e in tap.edges]
-            terms = _merge(context, [c for c in found if c is not None])
-            products = [_inner(context, value, term, errors[tap.id]) for term in terms]
-            if products:
-                columns.append((tap.id, products[0] if len(products) == 1 else builder.op("Sum", *products)))
+            products: dict[tuple[int, int, int] | None, list[tuple[ir.Value, int]]] = defaultdict(list)
+            for term in _merge(context, [c for c in found if c is not None]):
+                products[term.window].append(_inner(context, value, term, errors[tap.id]))
+            for same in products.values():
+                (first, count), rest = same[0], [p for p, _ in same[1:]]
+                columns.append((tap.id, builder.op("Sum", first, *rest) if rest else first, count))
         return total
 
     for node in reversed(nodes):
@@ -285,7 +300,11 @@ def _reverse(
 
     result = context.zeros((0,))
     if columns:
-        result = builder.op("Transpose", builder.op("Concat", *(c for _, c in columns), axis=0), perm=[1, 0])
+        joined = builder.op("Concat", *(c for _, c, _ in columns), axis=1)
+        result = context.reshape(joined, [sum(n for _, _, n in columns)])
+    parts: dict[str, int] = defaultdict(int)
+    for tap_id, _, count in columns:
+        parts[tap_id] += count
     result.name = f"{prefix}a"
     target.outputs.append(result)
     reverse = ReverseGraph(
@@ -293,7 +312,8 @@ def _reverse(
         cotangent=str(cotangent.name),
         shape=shape,
         residuals=tuple(str(v.name) for v in context.residuals if constant(v) is None),
-        taps=tuple(i for i, _ in columns),
+        taps=tuple(parts),
+        parts=tuple(parts.values()),
         model=_serialize(ir.Model(target, ir_version=8)),
         output=result.name,
     )
@@ -377,19 +397,26 @@ def _merge(context: Context, cots: Sequence[Cotangent]) -> list[Cotangent]:
     return [Cotangent(base, diagonal, window) for (base, window), diagonal in merged.items()]
 
 
-def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -> ir.Value:
-    """<gradient, error> for every probe, (1, P): a matrix product of two flat views, nothing in between."""
+def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -> tuple[ir.Value, int]:
+    """<gradient, error> for every probe and part of the error, (P, parts, 1, 1), and the number of parts.
+
+    The first axis longer than one (the channels of an image) is cut into equal blocks.
+    """
+    shape = list(static_shape(value))
     if cot.window is not None:
         axis, start, stop = cot.window
-        shape = list(static_shape(value))
         shape[axis] = stop - start
         bounds = [context.p.const([x]) for x in (start, stop, axis)]
         error = context.p.op("Slice", error, *bounds, shape=shape)
     if cot.diagonal is not None:
         error = context.p.mul(error, cot.diagonal)
-    rows = context.r.op("Reshape", cot.base, context.r.op("Concat", context.probes, context.r.const([-1]), axis=0))
-    row = context.r.op("Reshape", context.residual(error), context.r.const([1, -1]))
-    return context.r.op("Gemm", row, rows, transB=1)
+    channels = next((d for d in shape if d > 1), 1)
+    parts = next(n for n in range(min(PARTS, channels), 0, -1) if channels % n == 0)
+    view = [parts, 1, int(np.prod(shape)) // parts]
+    flat = context.p.op("Reshape", error, context.p.const([1, *view]), shape=(1, *view))
+    # a batch of dot products of contiguous memory, which MatMul without its transposed form does slowly
+    rows = context.reshape(cot.base, view)
+    return context.r.op("FusedMatMul", context.residual(flat), rows, transB=1), parts
 
 
 def _drop_unused(model: ir.Model) -> None:

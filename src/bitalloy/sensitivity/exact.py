@@ -129,7 +129,7 @@ def secant(
     sets = [board.gates(sites, fraction) for fraction in FRACTIONS]
     measured, _ = damage(board, sets, heads, feeds, progress=progress)
     count = len(feeds)
-    part = ProbeMatrix(matrix.heads, matrix.sites, tuple(r[:count] for r in matrix.rows), matrix.energy[:count])
+    part = matrix.subset(slice(count))
     linear = part.damage(part.select(sites)).mean(axis=0)
     return Secant(
         heads=matrix.heads,

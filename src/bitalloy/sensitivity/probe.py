@@ -73,21 +73,24 @@ class Prober:
         energy = np.array([[float(state[e].numpy()) for e in self._adjoint.energies]])
         if not np.isfinite(energy).all():
             raise DataError(f"The float model's output is NaN or infinite on sample {sample}.")
-        rows = []
+        rows, own = [], []
         for index, (head, session, columns) in enumerate(
             zip(self._adjoint.heads, self._reverse, self._columns, strict=True)
         ):
             generator = np.random.default_rng([seed, sample, index])
             residuals = {name: state[name] for name in head.residuals}
-            block = np.zeros((1, probes, len(self.sites)), np.float32)
+            sums, squares = np.zeros((2, 1, probes, len(self.sites)), np.float32)
             for start in range(0, probes, AT_ONCE):
                 count = min(AT_ONCE, probes - start)
                 signs = generator.integers(0, 2, (count, *head.shape), dtype=np.int8).astype(np.float32) * 2 - 1
                 feed = {**residuals, head.cotangent: ort.OrtValue.ortvalue_from_numpy(signs)}
                 found = session.run_values(feed, [head.output])[head.output].numpy()
-                block[0, start : start + count, columns] = found.T
-            rows.append(block)
-        return ProbeMatrix(self._heads, self.sites, tuple(rows), energy)
+                total, parts = head.by_tap(found)
+                sums[0, start : start + count, columns] = total.T
+                squares[0, start : start + count, columns] = parts.T
+            rows.append(sums)
+            own.append(squares)
+        return ProbeMatrix(self._heads, self.sites, tuple(rows), tuple(own), energy)
 
 
 def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, float]], target: Target) -> list[Tap]:

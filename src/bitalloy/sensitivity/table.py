@@ -94,10 +94,11 @@ def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     """
     if matrix.samples < 4:
         return False
-    chosen = np.stack([matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())])
-    for rows in matrix.rows:
-        damage = np.square(rows @ chosen.T).mean(axis=1)
-        halves = [damage[start::2].mean(axis=0) for start in (0, 1)]
+    chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())]
+    parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
+    damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
+    for head in range(len(matrix.heads)):
+        halves = damage[:, :, head]
         live = (halves[0] > 0) & (halves[1] > 0)
         if live.sum() < 3:
             continue
