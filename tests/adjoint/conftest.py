@@ -102,6 +102,7 @@ class Rig:
         live: Sequence[int] = (),
         outputs: int = 1,
         heads: Sequence[int] = (0,),
+        integers: Sequence[int] = (),
         opset: int = 17,
         linear: bool = False,
         reference: bool = False,
@@ -115,7 +116,7 @@ class Rig:
         Inputs that are `wanted` or `live` enter the model from outside, the others are constants. A linear
         operator is differenced with a large step, which float32 represents well; `reference` takes the
         differences in float64 through onnx.reference instead of ONNX Runtime. `torch` gets float64 tensors
-        for the wanted inputs, in order, and returns what the first of `heads` is.
+        for the wanted inputs, in order, and returns what the first of `heads` is. Outputs in `integers` are int64.
         """
         rng = np.random.default_rng(seed)
         names = ["" if a is None else f"i{n}" for n, a in enumerate(inputs)]
@@ -124,7 +125,8 @@ class Rig:
         feeds = {f"i{n}": given[f"i{n}"] for n in sorted({*wanted, *live})}
         node = onnx.helper.make_node(op, names, made, name="node", **attributes)
         constants = {n: a for n, a in given.items() if n not in feeds}
-        model = onnx_model([node], feeds, dict.fromkeys(made, np.float32), constants, opset)
+        kinds = {n: np.int64 if i in integers else np.float32 for i, n in enumerate(made)}
+        model = onnx_model([node], feeds, kinds, constants, opset)
 
         def forward(values: Mapping[str, Array]) -> list[Array]:
             if not reference:

@@ -30,8 +30,8 @@ from bitalloy.records import Edge
 REVERSE_OPSET = 17
 NO_GRADIENT = frozenset({
     "And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual",
-    "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape", "Sign",
-    "Size", "Xor",
+    "Hardmax", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape",
+    "Sign", "Size", "Xor",
 })  # fmt: skip
 """Operators whose result is piecewise constant in their inputs: nothing flows back through them."""
 SEVERAL_OUTPUTS = frozenset({"Split"})
