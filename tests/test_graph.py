@@ -110,7 +110,7 @@ def ops(net: Graph) -> list[str]:
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", range(13, 22))
+@pytest.mark.parametrize("opset", range(13, 24))
 def test_supported_opsets(save: Save, opset: int) -> None:
     path = save(relu(opset=opset, ranks=2))
     net = graph.load(path)
@@ -118,9 +118,9 @@ def test_supported_opsets(save: Save, opset: int) -> None:
     same(path, net, {"x": normal(1, 3)})
 
 
-@pytest.mark.parametrize("opset", [9, 12, 22, 25])
+@pytest.mark.parametrize("opset", [9, 12, 24, 25])
 def test_other_opsets_are_refused(save: Save, opset: int) -> None:
-    with pytest.raises(ModelError, match=f"opset {opset}; supported are 13 to 21.*version_converter"):
+    with pytest.raises(ModelError, match=f"opset {opset}; supported are 13 to 23.*version_converter"):
         graph.load(save(relu(opset=opset)))
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "static_shape",
 ]
 
-OPSETS = range(13, 22)
+OPSETS = range(13, 24)
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}

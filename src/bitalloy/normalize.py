@@ -2,7 +2,7 @@
 
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
-3. No Constant or Dropout nodes, and Identity only where an output would otherwise have no node of its own;
+3. No Constant, Dropout or CastLike nodes, and Identity only where an output would otherwise have no node of its own;
    BatchNormalization is folded into the Conv before it.
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
 5. Inputs and outputs keep their names, types and order.
@@ -31,7 +31,7 @@ from bitalloy.values import attribute, constant, consumers, static_shape
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
 MAX_FOLDED_ELEMENTS = 1 << 24
-IR_VERSIONS = range(8, 11)
+IR_VERSIONS = range(8, 12)
 """What ONNX Runtime reads and the supported opsets need."""
 MAY_BE_INFINITE = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})
 """Operators with a use for an infinite constant: masks and open bounds."""
@@ -56,7 +56,7 @@ def normalize(model: ir.Model) -> ir.Model:
     _name_nodes(model)
     while True:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        if not (_fold_constants(model) or _resolve_ceil_mode(model)):
+        if not (_resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)):
             break
     _fill_missing_shapes(model)
     _fold_batch_norm(model)
@@ -193,6 +193,18 @@ def _session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _resolve_cast_like(model: ir.Model) -> bool:
+    """Write CastLike, which only reads the type of its second input, as Cast."""
+    found = [n for n in model.graph if n.op_type == "CastLike" and n.inputs[1] is not None and n.inputs[1].dtype]
+    for node in found:
+        like = node.inputs[1]
+        assert like is not None and like.dtype is not None
+        node.op_type = "Cast"
+        node.resize_inputs(1)
+        node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
+    return bool(found)
 
 
 def _resolve_ceil_mode(model: ir.Model) -> bool:

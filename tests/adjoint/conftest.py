@@ -102,6 +102,7 @@ class Rig:
         live: Sequence[int] = (),
         outputs: int = 1,
         heads: Sequence[int] = (0,),
+        integers: Sequence[int] = (),
         opset: int = 17,
         linear: bool = False,
         reference: bool = False,
@@ -115,7 +116,7 @@ class Rig:
         Inputs that are `wanted` or `live` enter the model from outside, the others are constants. A linear
         operator is differenced with a large step, which float32 represents well; `reference` takes the
         differences in float64 through onnx.reference instead of ONNX Runtime. `torch` gets float64 tensors
-        for the wanted inputs, in order, and returns what the first of `heads` is.
+        for the wanted inputs, in order, and returns what the first of `heads` is. Outputs in `integers` are int64.
         """
         rng = np.random.default_rng(seed)
         names = ["" if a is None else f"i{n}" for n, a in enumerate(inputs)]
@@ -124,7 +125,8 @@ class Rig:
         feeds = {f"i{n}": given[f"i{n}"] for n in sorted({*wanted, *live})}
         node = onnx.helper.make_node(op, names, made, name="node", **attributes)
         constants = {n: a for n, a in given.items() if n not in feeds}
-        model = onnx_model([node], feeds, dict.fromkeys(made, np.float32), constants, opset)
+        kinds = {n: np.int64 if i in integers else np.float32 for i, n in enumerate(made)}
+        model = onnx_model([node], feeds, kinds, constants, opset)
 
         def forward(values: Mapping[str, Array]) -> list[Array]:
             if not reference:
@@ -218,3 +220,72 @@ def tap() -> Callable[..., Tap]:
 def micro() -> Callable[..., onnx.ModelProto]:
     """The model builder of this file."""
     return onnx_model
+
+
+def worst_error(
+    rig: Rig,
+    net: Any,
+    inputs: Sequence[Any],
+    dialect: str,
+    folder: Path,
+    skip: Sequence[int] = (),
+    step: float = 1e-4,
+) -> float:
+    """The largest relative error of the directional derivatives of an exported torch module.
+
+    Every floating-point input not in `skip` gets a random direction, every output `PROBES` random cotangents. The
+    oracle differences the module in float64; a module that computes parts in float32 all the same needs a larger
+    step. The error is relative to the root mean square over the cotangents.
+    """
+    torch = pytest.importorskip("torch")
+    if dialect == "export":
+        pytest.importorskip("onnxscript")
+    names = [f"in{i}" for i in range(len(inputs))]
+    with torch.no_grad():
+        count = len(result) if isinstance(result := net(*inputs), tuple) else 1
+    options: dict[str, Any] = {"dynamo": True, "opset_version": 18, "external_data": False, "verbose": False}
+    if dialect == "script":
+        options = {"dynamo": False, "opset_version": 17}
+    made = [f"out{i}" for i in range(count)]
+    torch.onnx.export(net, tuple(inputs), folder / "net.onnx", input_names=names, output_names=made, **options)
+    loaded = graph.load(folder / "net.onnx")
+    feeds = {n: x.numpy() for n, x in zip(names, inputs, strict=True) if n in loaded.input_names}
+    rng = np.random.default_rng(0)
+    varied = [i for i, x in enumerate(inputs) if x.is_floating_point() and names[i] in feeds and i not in skip]
+    errors = {i: rng.standard_normal(feeds[names[i]].shape) for i in varied}
+    shapes = {o: tuple(loaded.value[o].shape.numpy()) for o in made}  # type: ignore[union-attr]
+    cotangents = {o: rng.standard_normal((PROBES, *s)).astype(np.float32) for o, s in shapes.items()}
+    taps = [direction(Edge(tensor=names[i], node="", slot=0), e, names[i]) for i, e in errors.items()]
+    found = rig.run(loaded, feeds, taps, cotangents)
+    double = net.double()
+    doubled = [x.double() if x.is_floating_point() else x for x in inputs]
+
+    def moved(slot: int, error: Array, by: float) -> list[Any]:
+        with torch.no_grad():
+            result = double(*(x + by * torch.from_numpy(error) if j == slot else x for j, x in enumerate(doubled)))
+        return [y.numpy().reshape(-1) for y in (result if isinstance(result, tuple) else (result,))]
+
+    worst = 0.0
+    for i, error in errors.items():
+        sides = [moved(i, error, by) for by in (step, -step, 2 * step, -2 * step)]
+        for o, *y in zip(made, *sides, strict=True):
+            change = (8 * (y[0] - y[1]) - (y[2] - y[3])) / (12 * step)
+            expected = cotangents[o].reshape(PROBES, -1).astype(np.float64) @ change
+            if not np.any(change):
+                assert not np.any(found[o].get(names[i], 0.0)), f"{o} does not depend on input {i}"
+                continue
+            size = np.sqrt(np.mean(expected**2))
+            worst = max(worst, float(np.abs(found[o][names[i]] - expected).max() / size))
+    return worst
+
+
+@pytest.fixture
+def exported(rig: Rig, tmp_path: Path) -> Callable[..., None]:
+    """`exported(module, inputs, dialect)`: the adjoint of a torch module in one of two exporters' dialects is right."""
+
+    def check(net: Any, inputs: Sequence[Any], dialect: str, skip: Sequence[int] = ()) -> None:
+        worst = worst_error(rig, net, inputs, dialect, tmp_path, skip)
+        print(f"largest relative error {worst:.1e}")
+        assert worst < 1e-3
+
+    return check

@@ -36,7 +36,12 @@ def plain(name: str) -> Any:
 
 UNARY: list[tuple[str, dict[str, Any], Any]] = [
     ("Abs", {}, plain("abs")),
+    ("Asinh", {}, plain("asinh")),
+    ("Atan", {}, plain("atan")),
+    ("Celu", {}, functional("celu")),
+    ("Celu", {"alpha": 0.6}, functional("celu", alpha=0.6)),
     ("Cos", {}, plain("cos")),
+    ("Cosh", {}, plain("cosh")),
     ("Elu", {}, functional("elu")),
     ("Elu", {"alpha": 0.5}, functional("elu", alpha=0.5)),
     ("Erf", {}, plain("erf")),
@@ -53,13 +58,24 @@ UNARY: list[tuple[str, dict[str, Any], Any]] = [
     ("Relu", {}, plain("relu")),
     ("Selu", {}, functional("selu")),
     ("Selu", {"alpha": 1.5, "gamma": 0.8}, lambda torch, x: 0.8 * torch.nn.functional.elu(x, alpha=1.5)),
+    ("Shrink", {"lambd": 1.01}, functional("hardshrink", lambd=1.01)),
+    ("Shrink", {"lambd": 1.01, "bias": 1.01}, functional("softshrink", lambd=1.01)),
     ("Sigmoid", {}, plain("sigmoid")),
     ("Sin", {}, plain("sin")),
+    ("Sinh", {}, plain("sinh")),
     ("Softplus", {}, functional("softplus")),
     ("Softsign", {}, functional("softsign")),
     ("Tanh", {}, plain("tanh")),
+    ("ThresholdedRelu", {"alpha": 1.01}, functional("threshold", threshold=1.01, value=0.0)),
 ]
 POSITIVE = [("Log", plain("log")), ("Sqrt", plain("sqrt")), ("Reciprocal", plain("reciprocal"))]
+BOUNDED = [
+    ("Acos", plain("acos"), -0.8, 0.8),
+    ("Acosh", plain("acosh"), 1.5, 4.0),
+    ("Asin", plain("asin"), -0.8, 0.8),
+    ("Atanh", plain("atanh"), -0.8, 0.8),
+    ("Tan", plain("tan"), -1.1, 1.1),
+]
 
 
 @pytest.mark.parametrize(("op", "attributes", "torch"), UNARY, ids=lambda v: str(v) if isinstance(v, str) else "")
@@ -74,6 +90,11 @@ def test_unary(rig: Any, op: str, attributes: dict[str, Any], torch: Any, shape:
 def test_unary_of_positive_numbers(rig: Any, op: str, torch: Any) -> None:
     rig.check(op, spread(2, 5, low=0.5), torch=torch)
     rig.check(op, spread(2, 5, low=0.1, high=0.5), reference=True)
+
+
+@pytest.mark.parametrize(("op", "torch", "low", "high"), BOUNDED)
+def test_unary_on_its_domain(rig: Any, op: str, torch: Any, low: float, high: float) -> None:
+    rig.check(op, spread(2, 9, low=low, high=high), torch=torch)
 
 
 @pytest.mark.parametrize("op", ["Sigmoid", "Tanh", "Softplus", "Mish", "Gelu", "Erf", "Elu", "Selu", "HardSwish"])
@@ -172,9 +193,25 @@ def test_pow_at_zero_is_finite(rig: Any) -> None:
         rig.check("Pow", np.zeros(3, np.float32), np.array(exponent, np.float32), linear=exponent < 2)
 
 
-def test_pow_with_a_computed_exponent_is_refused(rig: Any) -> None:
-    with pytest.raises(UnsupportedOpError, match="constant exponents"):
-        rig.check("Pow", spread(3, low=0.5), spread(3, seed=2), live=(1,))
+@pytest.mark.parametrize(("x", "e"), [((3, 4), (3, 4)), ((3, 1), (2, 1, 4)), ((3, 4), ())], ids=str)
+def test_pow_with_a_computed_exponent(rig: Any, x: tuple[int, ...], e: tuple[int, ...]) -> None:
+    base, exponent = spread(*x, low=0.5), spread(*e, low=-2, high=2, seed=2)
+    rig.check("Pow", base, exponent, wanted=(0, 1), torch=lambda torch, a, b: torch.pow(a, b))
+    rig.check("Pow", base, exponent, wanted=(0,), live=(1,))
+    rig.check("Pow", base, np.array([0, 3, -1, 1]), wanted=(0,), live=(1,)) if x == (3, 4) else None
+
+
+def test_pow_of_zero_and_of_negative_numbers(rig: Any, micro: Any, tap: Any) -> None:
+    """As in torch: 0 for the base of x^0 and for the exponent of 0^e."""
+    helper, torch = pytest.importorskip("onnx").helper, pytest.importorskip("torch")
+    x, e = np.array([0.0, 0.0, 0.0, 2.0], np.float32), np.array([0.0, 1.0, 2.0, 2.0], np.float32)
+    model = micro([helper.make_node("Pow", ["x", "e"], ["y"])], {"x": x, "e": e}, {"y": np.float32})
+    taps = [tap("x", np.ones(4), name="x"), tap("e", np.ones(4), name="e")]
+    a = rig.run(rig.load(model), {"x": x, "e": e}, taps, {"y": np.eye(4, dtype=np.float32)})["y"]
+    given = [torch.from_numpy(v).requires_grad_() for v in (x, e)]
+    for name, gradient in zip("xe", torch.autograd.grad((given[0] ** given[1]).sum(), given), strict=True):
+        np.testing.assert_allclose(a[name], gradient.numpy(), rtol=1e-6)
+    rig.check("Pow", np.array([-2.0, -0.5], np.float32), np.full(2, 3.0, np.float32), live=(1,))
 
 
 @pytest.mark.parametrize(
@@ -194,12 +231,33 @@ def test_where(rig: Any, c: tuple[int, ...], a: tuple[int, ...], b: tuple[int, .
 def test_prelu(rig: Any, slope: tuple[int, ...]) -> None:
     s = spread(*slope, seed=2)
     rig.check("PRelu", spread(1, 3, 2, 2), s, torch=lambda torch, x: torch.where(x > 0, x, x * constant(torch, s)))
+    rig.check("PRelu", spread(1, 3, 2, 2), s, wanted=(0, 1), torch=lambda torch, x, a: torch.where(x > 0, x, x * a))
 
 
 @pytest.mark.parametrize("shapes", [((2, 3),), ((2, 3), (3,)), ((2, 3), (3,), (2, 1))], ids=str)
 def test_sum(rig: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
     xs = [spread(*s, seed=i) for i, s in enumerate(shapes)]
     rig.check("Sum", *xs, wanted=range(len(xs)), linear=True, torch=lambda _, *given: sum(given[1:], given[0] * 1.0))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3),), ((2, 3), (3,)), ((2, 3), (3,), (2, 1))], ids=str)
+def test_mean(rig: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    xs = [spread(*s, seed=i) for i, s in enumerate(shapes)]
+    rig.check("Mean", *xs, wanted=range(len(xs)), linear=True, torch=lambda _, *given: sum(given) / len(given))
+
+
+@pytest.mark.parametrize(("a", "b"), [((3, 4), (3, 4)), ((4,), (3, 1)), ((3, 4), ())], ids=str)
+def test_mod(rig: Any, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(5)
+    divisor = np.asarray(rng.uniform(1.0, 1.4, b), np.float32)
+    # a lies between the multiples of b, so that no finite difference crosses one
+    times = rng.choice([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.broadcast_shapes(a, b))
+    dividend = np.asarray((times * np.broadcast_to(divisor, times.shape)), np.float32)
+    dividend = dividend if dividend.shape == a else dividend[0]
+    if a == (4,):
+        divisor = np.full((3, 1), 1.2, np.float32)
+        dividend = (times[0] * 1.2).astype(np.float32)
+    rig.check("Mod", dividend, divisor, wanted=(0, 1), fmod=1, torch=lambda torch, x, y: torch.fmod(x, y))
 
 
 def test_cast_to_float_is_the_identity(rig: Any) -> None:

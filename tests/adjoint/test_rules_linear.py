@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitalloy.adjoint import build
+from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import UnsupportedOpError
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
@@ -160,3 +163,56 @@ def test_matmul(rig: Any, a: tuple[int, ...], b: tuple[int, ...], wanted: tuple[
     rig.check("MatMul", x, y, wanted=wanted, linear=True, torch=run)
     if len(wanted) == 1:
         rig.check("MatMul", x, y, wanted=wanted, live=(0, 1), linear=True)
+
+
+def test_constant_matrices_are_not_copied_transposed(rig: Any, micro: Any, tap: Any) -> None:
+    helper, x, w = onnx.helper, normal(1, 3, 90), normal(90, 80, seed=2)
+    for op, shape in (("MatMul", (1, 3, 90)), ("Gemm", (3, 90))):
+        model = micro([helper.make_node(op, ["x", "w"], ["y"])], {"x": x.reshape(shape)}, {"y": np.float32}, {"w": w})
+        (head,) = build(rig.load(model), {"y": "y"}, [tap("x", x.reshape(shape))], RULES).heads
+        stored = [onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(head.model).graph.initializer]
+        (large,) = (a for a in stored if a.size > 4096)
+        np.testing.assert_array_equal(large, w)
+
+
+EQUATIONS = [
+    ("bij,bjk->bik", (2, 3, 4), (2, 4, 5)),
+    ("bhwc,hkc->bhwk", (2, 3, 2, 4), (3, 5, 4)),
+    ("bhwc,wkc->bhwk", (2, 3, 2, 4), (2, 5, 4)),
+    ("i,i", (4,), (4,)),
+    ("i,j->ij", (3,), (4,)),
+    ("ij,k->i", (2, 3), (4,)),
+    ("ij,jk", (2, 3), (3, 2)),
+    ("bqc,bchw->bqhw", (2, 3, 4), (2, 4, 2, 3)),
+    ("ab c,c -> a", (2, 3, 4), (4,)),
+]
+
+
+@pytest.mark.parametrize(("equation", "a", "b"), EQUATIONS, ids=str)
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
+def test_einsum(rig: Any, equation: str, a: tuple[int, ...], b: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    x, y = normal(*a), normal(*b, seed=2)
+
+    def run(torch: Any, *given: Any) -> Any:
+        both = {0: double(torch, x), 1: double(torch, y), **dict(zip(wanted, given, strict=True))}
+        return torch.einsum(equation, both[0], both[1])
+
+    rig.check("Einsum", x, y, wanted=wanted, equation=equation, linear=True, torch=run)
+
+
+@pytest.mark.parametrize("equation", ["ij->ji", "ij->i", "ij->", "ij->ij", "ji"])
+def test_einsum_of_one_operand(rig: Any, equation: str) -> None:
+    rig.check("Einsum", normal(3, 4), equation=equation, linear=True,
+              torch=lambda torch, x: torch.einsum(equation, x))  # fmt: skip
+
+
+def test_einsum_of_other_forms_is_refused(rig: Any) -> None:
+    for equation, *inputs in (
+        ("...ij->...ji", normal(2, 3, 4)),
+        ("ii->i", normal(3, 3)),
+        ("ij,jk,kl->il", normal(2, 3), normal(3, 4), normal(4, 2)),
+    ):
+        with pytest.raises(UnsupportedOpError, match=r"'node'.*equation"):
+            rig.check("Einsum", *inputs, equation=equation, linear=True)
+    with pytest.raises(UnsupportedOpError, match=r"'node'.*broadcasts"):
+        rig.check("Einsum", normal(2, 3), normal(1, 3), equation="ij,ij->ij", linear=True)

@@ -109,50 +109,58 @@ def test_instance_normalization(rig: Any, shape: tuple[int, ...]) -> None:
         rig.check("InstanceNormalization", normal(*shape), scale, bias, live=(1,))
 
 
-REDUCTIONS: dict[str, Any] = {
-    "ReduceL2": lambda torch, x, axes, keep: torch.sqrt((x * x).sum(axes, keepdim=keep)),
-    "ReduceMax": lambda _, x, axes, keep: x.amax(axes, keepdim=keep),
-    "ReduceMean": lambda _, x, axes, keep: x.mean(axes, keepdim=keep),
-    "ReduceMin": lambda _, x, axes, keep: x.amin(axes, keepdim=keep),
-    "ReduceSum": lambda _, x, axes, keep: x.sum(axes, keepdim=keep),
-    "ReduceSumSquare": lambda _, x, axes, keep: (x * x).sum(axes, keepdim=keep),
-}
+@pytest.mark.parametrize("shape", [(2, 6, 4), (1, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_group_normalization(rig: Any, shape: tuple[int, ...], groups: int) -> None:
+    scale, bias = normal(shape[1]), normal(shape[1], seed=2)
+
+    def run(torch: Any, x: Any) -> Any:
+        return torch.nn.functional.group_norm(x, groups, double(torch, scale), double(torch, bias), eps=1e-2)
+
+    given = {"num_groups": groups, "opset": 21}
+    rig.check("GroupNormalization", normal(*shape), scale, bias, epsilon=1e-2, torch=run, **given)
+    with pytest.raises(UnsupportedOpError, match="run time"):
+        rig.check("GroupNormalization", normal(*shape), scale, bias, live=(1,), **given)
 
 
-@pytest.mark.parametrize("op", REDUCTIONS)
-@pytest.mark.parametrize("axes", [None, (0,), (1,), (-1,), (0, 2), (-2, -1), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("opset", [13, 18])
-def test_reductions(rig: Any, op: str, axes: tuple[int, ...] | None, opset: int) -> None:
-    x = apart(2, 3, 4)
-    by_input = opset == 18 or op == "ReduceSum"
-    inputs = [] if axes is None or not by_input else [np.array(axes, np.int64)]
-    given: dict[str, Any] = {} if axes is None or by_input else {"axes": axes}
-    for keep in (True, False):
-        rig.check(op, x, *inputs, keepdims=int(keep), opset=opset, **given,
-                  torch=lambda torch, x, keep=keep: REDUCTIONS[op](torch, x, axes or (0, 1, 2), keep))  # fmt: skip
+@pytest.mark.parametrize("axis", [None, -1, 1, 0])
+def test_rms_normalization(rig: Any, axis: int | None) -> None:
+    shape = (2, 3, 4)
+    inner = shape[-1 if axis is None else axis :]
+    scale = normal(*inner)
+
+    def run(torch: Any, x: Any) -> Any:
+        return torch.nn.functional.rms_norm(x, inner, double(torch, scale), 1e-3)
+
+    given = {"epsilon": 1e-3, **({} if axis is None else {"axis": axis})}
+    rig.check("RMSNormalization", normal(*shape), scale, opset=23, torch=run, **given)
+    with pytest.raises(UnsupportedOpError, match="computed input 1"):
+        rig.check("RMSNormalization", normal(2, 4), normal(4), wanted=(0, 1), opset=23)
 
 
-@pytest.mark.parametrize("op", REDUCTIONS)
-def test_reductions_over_nothing(rig: Any, op: str) -> None:
-    none = np.zeros(0, np.int64)
-    rig.check(op, apart(2, 3), none, noop_with_empty_axes=1, opset=18)
-    rig.check(op, apart(2, 3), noop_with_empty_axes=1, opset=18)
-    rig.check(op, apart(2, 3), none, opset=18)
+@pytest.mark.parametrize("axes", [None, (0, 2, 3), (1,), (-1, -2)], ids=str)
+def test_mean_variance_normalization(rig: Any, axes: tuple[int, ...] | None) -> None:
+    def run(torch: Any, x: Any) -> Any:
+        over = axes or (0, 2, 3)
+        return (x - x.mean(over, keepdim=True)) / x.std(over, keepdim=True, correction=0)
+
+    given = {} if axes is None else {"axes": axes}
+    rig.check("MeanVarianceNormalization", normal(2, 3, 3, 4), torch=run, **given)
 
 
-def test_reduce_l2_at_zero_is_finite(rig: Any, micro: Any, tap: Any) -> None:
-    helper = pytest.importorskip("onnx").helper
-    x = np.zeros((2, 3), np.float32)
-    model = micro([helper.make_node("ReduceL2", ["x"], ["y"], axes=[1])], {"x": x}, {"y": np.float32})
-    a = rig.run(rig.load(model), {"x": x}, [tap("x", np.ones_like(x), name="0")], {"y": np.ones((1, 2, 1), np.float32)})
-    np.testing.assert_array_equal(a["y"]["0"], [0.0])
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_lp_normalization(rig: Any, p: int, axis: int) -> None:
+    rig.check("LpNormalization", apart(2, 3, 4) + np.float32(0.1), p=p, axis=axis,
+              torch=lambda torch, x: torch.nn.functional.normalize(x, p=float(p), dim=axis))  # fmt: skip
 
 
-@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
-def test_reduced_extrema_share_ties(rig: Any, micro: Any, tap: Any, op: str) -> None:
-    helper = pytest.importorskip("onnx").helper
-    x = np.array([1.0, 1.0], np.float32)
-    model = micro([helper.make_node(op, ["x"], ["y"], keepdims=0)], {"x": x}, {"y": np.float32})
-    taps = [tap("x", np.eye(2)[i], name=str(i)) for i in range(2)]
-    a = rig.run(rig.load(model), {"x": x}, taps, {"y": np.ones((1,), np.float32)})
-    assert a["y"]["0"] == a["y"]["1"] == [0.5]
+@pytest.mark.parametrize("size", [1, 3, 9])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2), (1, 4, 2, 2)], ids=str)
+def test_local_response_normalization(rig: Any, size: int, shape: tuple[int, ...]) -> None:
+    given = {"size": size, "alpha": 0.5, "beta": 0.6, "bias": 1.5}
+
+    def run(torch: Any, x: Any) -> Any:
+        return torch.nn.functional.local_response_norm(x, size, 0.5, 0.6, 1.5)
+
+    rig.check("LRN", normal(*shape), torch=run, **given)

@@ -141,26 +141,6 @@ def test_squeeze_and_unsqueeze(rig: Any) -> None:
     rig.check("Unsqueeze", normal(3, 2), ints(0, -1), linear=True, torch=lambda _, x: x.reshape(1, 3, 2, 1))
 
 
-INDEX: list[Any] = [2, -1, [1], [0, 2], [2, 2, 0], [-1, 0], [[1]], [[0, 1], [1, 1]], [[[2]], [[0]]]]
-
-
-@pytest.mark.parametrize("index", INDEX, ids=str)
-@pytest.mark.parametrize("axis", [0, 1, -1])
-@pytest.mark.parametrize("live", [(), (1,)], ids=["constant", "computed"])
-def test_gather(rig: Any, index: Any, axis: int, live: tuple[int, ...]) -> None:
-    positions = np.array(index, np.int64)
-
-    def run(torch: Any, x: Any) -> Any:
-        return x[(slice(None),) * (axis % 3) + (torch.from_numpy(np.asarray(positions % 3)),)]
-
-    rig.check("Gather", normal(3, 3, 3), positions, live=live, axis=axis, linear=True, torch=run)
-
-
-def test_gather_with_short_indices(rig: Any) -> None:
-    for live in ((), (1,)):
-        rig.check("Gather", normal(4, 2), np.array([1, 3, -1], np.int32), live=live, linear=True)
-
-
 @pytest.mark.parametrize(
     ("shape", "to"),
     [((3, 1), (3, 4)), ((3, 1), (2, 3, 4)), ((1,), (5,)), ((2, 3), (1, 1)), ((3,), (2, 2, 3)), ((), (2, 2))],
@@ -187,3 +167,12 @@ def test_space_to_depth(rig: Any) -> None:
     rig.check("SpaceToDepth", normal(2, 3, 4, 6), blocksize=2, linear=True)
     rig.check("SpaceToDepth", normal(1, 1, 6, 3), blocksize=3, linear=True,
               torch=lambda torch, x: torch.nn.functional.pixel_unshuffle(x, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("k", [None, 0, 1, -1, 5, -5])
+@pytest.mark.parametrize("upper", [0, 1])
+def test_trilu(rig: Any, shape: tuple[int, ...], k: int | None, upper: int) -> None:
+    offset = [] if k is None else [np.array(k, np.int64)]
+    rig.check("Trilu", normal(*shape), *offset, upper=upper, linear=True,
+              torch=lambda torch, x: (torch.triu if upper else torch.tril)(x, k or 0))  # fmt: skip

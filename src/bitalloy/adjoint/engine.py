@@ -33,8 +33,8 @@ PARTS = 16
 squares of the parts together tell the energy of the tap with far less noise than the square of their sum."""
 NO_GRADIENT = frozenset({
     "And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual",
-    "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape", "Sign",
-    "Size", "Xor",
+    "Hardmax", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape",
+    "Sign", "Size", "Xor",
 })  # fmt: skip
 """Operators whose result is piecewise constant in their inputs: nothing flows back through them."""
 SEVERAL_OUTPUTS = frozenset({"Split"})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule
+from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
 from bitalloy.adjoint.rules.shape import data, dense
 from bitalloy.graph import attribute, constant, static_shape
 
@@ -103,6 +103,7 @@ def _conv_transpose(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 
 def _matmul(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Case 1: a two-dimensional right operand: Gemm, which reads it transposed in place. Case 2: batches: MatMul."""
     a, b = data(node), data(node, 1)
     sa, sb, out = static_shape(a), static_shape(b), static_shape(node.outputs[0])
     full_a = (1, *sa) if len(sa) == 1 else sa
@@ -113,13 +114,21 @@ def _matmul(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     if out != (*batch, m, n):
         grad = ctx.reshape(grad, (*batch, m, n))
     result: list[Cotangent | None] = [None, None]
-    if ctx.wants(a):
+    if ctx.wants(a) and len(sb) == 2:
+        result[0] = Cotangent(_by_rows(ctx, grad, n, b, sa, trans=1))
+    elif ctx.wants(a):
         right = ctx.r.op("MatMul", grad, _transposed(ctx, b, full_b))
         result[0] = Cotangent(_view(ctx, ctx.unbroadcast(right, (*batch, m, k), full_a), full_a, sa))
     if ctx.wants(b):
         left = ctx.r.op("MatMul", _transposed(ctx, a, full_a), grad)
         result[1] = Cotangent(_view(ctx, ctx.unbroadcast(left, (*batch, k, n), full_b), full_b, sb))
     return result
+
+
+def _by_rows(ctx: Context, grad: ir.Value, columns: int, b: ir.Value, shape: tuple[int, ...], trans: int) -> ir.Value:
+    """Rows of the gradient (..., columns) times `b`, or its transpose, as (P, *shape). No copy of `b` is turned."""
+    rows = ctx.r.op("Reshape", grad, ctx.r.const([-1, columns]))
+    return ctx.reshape(ctx.r.op("Gemm", rows, ctx.residual(b), transB=trans), shape)
 
 
 def _view(ctx: Context, value: ir.Value, shape: tuple[int, ...], to: tuple[int, ...]) -> ir.Value:
@@ -142,6 +151,7 @@ def _gemm(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     a, b = data(node), data(node, 1)
     alpha, beta = (float(attribute(node, k, 1.0)) for k in ("alpha", "beta"))  # type: ignore[arg-type]
     trans_a, trans_b = (bool(attribute(node, k, 0)) for k in ("transA", "transB"))
+    (m, n), k = static_shape(node.outputs[0]), static_shape(a)[0 if trans_a else 1]
     grad = dense(ctx, cots)
     result: list[Cotangent | None] = [None] * len(node.inputs)
 
@@ -149,8 +159,7 @@ def _gemm(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
         return value if factor == 1.0 else ctx.r.op("Mul", value, ctx.r.const(np.array(factor, np.float32)))
 
     if ctx.wants(a):
-        right = ctx.residual(b) if trans_b else _transposed(ctx, b, static_shape(b))
-        product = ctx.r.op("MatMul", grad, right)
+        product = _by_rows(ctx, grad, n, b, (m, k), trans=0 if trans_b else 1)
         result[0] = Cotangent(times(alpha, ctx.r.op("Transpose", product, perm=[0, 2, 1]) if trans_a else product))
     if ctx.wants(b):
         left = ctx.residual(a) if trans_a else _transposed(ctx, a, static_shape(a))
@@ -162,4 +171,55 @@ def _gemm(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-RULES: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
+def _einsum(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The gradient of an operand is the Einsum of the result's gradient and the other operand, with its own letters.
+
+    A letter of one operand alone that the result lacks is summed over; the gradient is the same along it.
+    """
+    terms, result = _letters(node)
+    shapes = [static_shape(v) for v in node.inputs if v is not None]
+    sizes: dict[str, set[int]] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, size in zip(term, shape, strict=True):
+            sizes.setdefault(letter, set()).add(size)
+    if any(len(s) > 1 for s in sizes.values()):
+        raise unsupported(node, "broadcasts an axis of its equation")
+    probe = next(c for c in "PABCDEFGHIJKLMNOQRSTUVWXYZ" if c not in sizes)
+    grad = dense(ctx, cots)
+    gradients: list[Cotangent | None] = []
+    for slot, (term, shape) in enumerate(zip(terms, shapes, strict=True)):
+        if not ctx.wants(node.inputs[slot]):
+            gradients.append(None)
+            continue
+        others = [i for i in range(len(terms)) if i != slot]
+        known = set(result).union(*(terms[i] for i in others))
+        given = ",".join([probe + result, *(terms[i] for i in others)])
+        values = [ctx.residual(data(node, i)) for i in others]
+        kept = "".join(c for c in term if c in known)
+        product = ctx.r.op("Einsum", grad, *values, equation=f"{given}->{probe}{kept}")
+        if kept != term:
+            lined = ctx.reshape(product, [d if c in known else 1 for c, d in zip(term, shape, strict=True)])
+            product = ctx.r.op("Expand", lined, ctx.r.const([1, *shape]))
+        gradients.append(Cotangent(product))
+    return gradients
+
+
+def _letters(node: ir.Node) -> tuple[list[str], str]:
+    """Terms of the operands and of the result of an Einsum; what the rule does not cover is refused."""
+    equation = str(attribute(node, "equation", "")).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    if len(terms) > 2 or "." in equation or any(len(set(t)) < len(t) for t in terms):
+        raise unsupported(
+            node,
+            f"has the equation '{equation}', and the adjoint rule covers one or two operands, without '...' or "
+            "a letter twice in an operand",
+        )
+    return terms, right
+
+
+RULES: dict[str, Rule] = {
+    "Conv": _conv, "ConvTranspose": _conv_transpose, "Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Softmax, normalisations and reductions: operators that mix the elements of an axis."""
+"""Softmax and normalisations: operators that bring the elements of some axes to a common measure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
-from bitalloy.adjoint.rules.elementwise import single
-from bitalloy.adjoint.rules.shape import data, dense, integers
+from bitalloy.adjoint.rules.elementwise import number, scalar, select, single
+from bitalloy.adjoint.rules.shape import data, dense
 from bitalloy.graph import attribute, constant, static_shape
 
 Cots = Sequence[Cotangent | None]
@@ -71,120 +71,105 @@ def _standardized(
     return ctx.r.op("Mul", result, inverse)
 
 
-def _layer_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+def _layer_normalization(ctx: Context, node: ir.Node, cots: Cots, *, center: bool = True) -> Cots:
+    """LayerNormalization, and RMSNormalization, which does not subtract the mean."""
     x = data(node)
     rank = len(static_shape(x))
     axis = int(attribute(node, "axis", -1)) % rank  # type: ignore[call-overload]
     grad = ctx.dense(ctx.scaled(single(cots), data(node, 1)))
-    epsilon = float(attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
-    return [Cotangent(_standardized(ctx, x, grad, range(axis, rank), epsilon)), None, None]
+    return [Cotangent(_standardized(ctx, x, grad, range(axis, rank), _epsilon(node), center=center)), None, None]
+
+
+def _rms_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    return _layer_normalization(ctx, node, cots, center=False)
+
+
+def _epsilon(node: ir.Node) -> float:
+    return float(attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
+
+
+def _scale(ctx: Context, node: ir.Node) -> ir.Value:
+    """The scale per channel in the shape (C, 1, ...), which broadcasts to the input's."""
+    scale = constant(node.inputs[1])
+    if scale is None:
+        raise unsupported(node, "computes its scale at run time")
+    return ctx.p.const(scale.reshape(-1, *[1] * (len(static_shape(data(node))) - 2)))
 
 
 def _instance_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    x, scale = data(node), constant(node.inputs[1])
-    if scale is None:
-        raise unsupported(node, "computes its scale at run time")
-    rank = len(static_shape(x))
-    lined = ctx.p.const(scale.reshape(-1, *[1] * (rank - 2)))
-    grad = ctx.dense(ctx.scaled(single(cots), lined))
-    epsilon = float(attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
-    return [Cotangent(_standardized(ctx, x, grad, range(2, rank), epsilon)), None, None]
-
-
-def _axes(node: ir.Node) -> list[int]:
-    """Reduced axes, from the attribute (older opsets) or the second input; none given means all."""
-    rank = len(static_shape(data(node)))
-    given = attribute(node, "axes", None)
-    found: Sequence[int] | None = given if given is not None else integers(node, 1)  # type: ignore[assignment]
-    if not found:
-        return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
-    return sorted(a % rank for a in found)
-
-
-def _kept(ctx: Context, node: ir.Node, cots: Cots, axes: Sequence[int]) -> tuple[ir.Value, list[int]]:
-    """The gradient (P, *kept) with reduced axes of size 1, and `kept`."""
-    shape = static_shape(data(node))
-    kept = [1 if i in axes else d for i, d in enumerate(shape)]
-    return ctx.reshape(dense(ctx, cots), kept), kept
-
-
-def _spread(ctx: Context, node: ir.Node, grad: ir.Value, factor: float) -> Cotangent:
-    """Broadcast a gradient (P, *kept) over the input's shape, times a number."""
-    scaled = grad if factor == 1.0 else ctx.r.op("Mul", grad, ctx.r.const(factor))
-    return Cotangent(ctx.r.op("Expand", scaled, ctx.r.const([1, *static_shape(data(node))])))
-
-
-def _reduce_sum(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    grad, _ = _kept(ctx, node, cots, _axes(node))
-    return [_spread(ctx, node, grad, 1.0), None]
-
-
-def _reduce_mean(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    axes = _axes(node)
-    grad, _ = _kept(ctx, node, cots, axes)
-    count = np.prod([static_shape(data(node))[a] for a in axes]) if axes else 1
-    return [_spread(ctx, node, grad, 1.0 / float(count)), None]
-
-
-def _global_average_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    return [_spread(ctx, node, dense(ctx, cots), 1.0 / float(np.prod(static_shape(data(node))[2:])))]
-
-
-def _reduce_scaled(ctx: Context, node: ir.Node, cots: Cots, slope: ir.Value) -> Cots:
-    """Reduction whose derivative is a primal value of the input's shape."""
-    grad, _ = _kept(ctx, node, cots, _axes(node))
-    return [Cotangent(ctx.r.op("Mul", grad, ctx.residual(slope))), None]
-
-
-def _reduce_l2(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """d||x|| = x / ||x||."""
-    x, norm = _with_kept(ctx, node)
-    positive = ctx.p.like("Max", norm, ctx.p.const(float(np.finfo(np.float32).tiny)))  # 0 at x = 0, as in torch
-    return _reduce_scaled(ctx, node, cots, ctx.p.like("Div", x, positive))
-
-
-def _reduce_extremum(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """ReduceMax, ReduceMin: the elements that attain the result share the gradient."""
-    x, best = _with_kept(ctx, node)
-    p = ctx.p
-    hits = p.op("Cast", p.op("Equal", x, best), to=int(ir.DataType.FLOAT), shape=static_shape(x))
-    if axes := _axes(node):
-        count = p.op("ReduceSum", hits, p.const(axes), keepdims=1, shape=static_shape(best))
-        hits = p.like("Div", hits, count)
-    return _reduce_scaled(ctx, node, cots, hits)
-
-
-def _global_max_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    x, best, p = data(node), node.outputs[0], ctx.p
-    hits = p.op("Cast", p.op("Equal", x, best), to=int(ir.DataType.FLOAT), shape=static_shape(x))
-    axes = p.const(list(range(2, len(static_shape(x)))))
-    share = p.like("Div", hits, p.op("ReduceSum", hits, axes, keepdims=1, shape=static_shape(best)))
-    return [Cotangent(ctx.r.op("Mul", dense(ctx, cots), ctx.residual(share)))]
-
-
-def _with_kept(ctx: Context, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    x, axes = data(node), _axes(node)
-    kept = [1 if i in axes else d for i, d in enumerate(static_shape(x))]
-    return x, ctx.p.op("Reshape", node.outputs[0], ctx.p.const(kept), shape=kept)
-
-
-def _reduce_sum_square(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     x = data(node)
-    return _reduce_scaled(ctx, node, cots, ctx.p.like("Mul", x, ctx.p.const(2.0)))
+    grad = ctx.dense(ctx.scaled(single(cots), _scale(ctx, node)))
+    axes = range(2, len(static_shape(x)))
+    return [Cotangent(_standardized(ctx, x, grad, axes, _epsilon(node))), None, None]
+
+
+def _group_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    x = data(node)
+    shape, groups = static_shape(x), int(attribute(node, "num_groups", 1))  # type: ignore[call-overload]
+    grouped = (shape[0], groups, int(np.prod(shape[1:])) // groups)
+    grad = ctx.dense(ctx.scaled(single(cots), _scale(ctx, node)))
+    lined = ctx.p.op("Reshape", x, ctx.p.const(list(grouped)), shape=grouped)
+    result = _standardized(ctx, lined, ctx.reshape(grad, grouped), [2], _epsilon(node))
+    return [Cotangent(ctx.reshape(result, shape)), None, None]
+
+
+def _mean_variance_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """(x - mean) / (deviation + 1e-9): the square of that number stands in for epsilon."""
+    x = data(node)
+    axes: Sequence[int] = attribute(node, "axes", (0, 2, 3))  # type: ignore[assignment]
+    return [Cotangent(_standardized(ctx, x, dense(ctx, cots), [a % len(static_shape(x)) for a in axes], 1e-18))]
+
+
+def _lp_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Divided by a norm n: (g - d * sum(g * y)) / n, with the norm's derivative d, which is y or sign(x)."""
+    x, y, p = data(node), node.outputs[0], ctx.p
+    shape = static_shape(x)
+    axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
+    small = [1 if i == axis else d for i, d in enumerate(shape)]
+    euclidean = attribute(node, "p", 2) == 2
+    powers = p.mul(x, x) if euclidean else p.like("Abs", x)
+    norm = p.op("ReduceSum", powers, p.const([axis]), keepdims=1, shape=small)
+    norm = p.like("Sqrt", norm) if euclidean else norm
+    positive = p.op("Greater", norm, scalar(p, 0.0))  # where all elements are 0, so is the result
+    inverse = ctx.residual(select(p, positive, p.like("Reciprocal", norm), scalar(p, 0.0), norm))
+    scaled = ctx.dense(ctx.scaled(single(cots), y))
+    total = ctx.r.op("ReduceSum", scaled, ctx.r.const([axis + 1]), keepdims=1)
+    slope = ctx.residual(y if euclidean else p.like("Sign", x))
+    rest = ctx.r.op("Sub", dense(ctx, cots), ctx.r.op("Mul", slope, total))
+    return [Cotangent(ctx.r.op("Mul", rest, inverse))]
+
+
+def _local_response_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The result is x * s^-beta, s = bias + alpha / size * sum(x^2) over a window of channels.
+
+    The window of channel i reaches from i - (size - 1) // 2 to i + size // 2.
+    """
+    x, y, p = data(node), node.outputs[0], ctx.p
+    n, c, *space = static_shape(x)
+    size = int(attribute(node, "size", 1))  # type: ignore[call-overload]
+    alpha, beta, bias = (number(node, k, d) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    distance = np.arange(c) - np.arange(c)[:, None]
+    window = ((distance >= -((size - 1) // 2)) & (distance <= size // 2)).astype(np.float32)  # (out, in)
+    flat = (n, c, int(np.prod(space)))
+    lined = p.op("Reshape", x, p.const(list(flat)), shape=flat)
+    sums = p.op("MatMul", p.const(window * np.float32(alpha / size)), p.mul(lined, lined), shape=flat)
+    base = p.op("Reshape", p.like("Add", sums, scalar(p, bias)), p.const([n, c, *space]), shape=[n, c, *space])
+    direct = ctx.dense(ctx.scaled(single(cots), p.like("Pow", base, scalar(p, -beta))))
+    inner = ctx.reshape(ctx.dense(ctx.scaled(single(cots), p.like("Div", y, base))), flat)
+    spread = ctx.reshape(ctx.r.op("MatMul", ctx.r.const(window.T.copy()), inner), (n, c, *space))
+    slope = ctx.residual(p.like("Mul", x, scalar(p, 2 * alpha * beta / size)))
+    return [Cotangent(ctx.r.op("Sub", direct, ctx.r.op("Mul", spread, slope)))]
 
 
 RULES: dict[str, Rule] = {
     "BatchNormalization": _batch_normalization,
-    "GlobalAveragePool": _global_average_pool,
-    "GlobalMaxPool": _global_max_pool,
+    "GroupNormalization": _group_normalization,
     "InstanceNormalization": _instance_normalization,
+    "LRN": _local_response_normalization,
     "LayerNormalization": _layer_normalization,
     "LogSoftmax": _log_softmax,
-    "ReduceL2": _reduce_l2,
-    "ReduceMax": _reduce_extremum,
-    "ReduceMean": _reduce_mean,
-    "ReduceMin": _reduce_extremum,
-    "ReduceSum": _reduce_sum,
-    "ReduceSumSquare": _reduce_sum_square,
+    "LpNormalization": _lp_normalization,
+    "MeanVarianceNormalization": _mean_variance_normalization,
+    "RMSNormalization": _rms_normalization,
     "Softmax": _softmax,
 }

@@ -100,31 +100,6 @@ def slice_of(start: int, end: int, step: int) -> slice:
     return slice(start, None if step < 0 and end < -(1 << 30) else end, step)
 
 
-def _gather(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """Case 1: one constant position: a window. Case 2: constant positions. Case 3: computed positions; both scatter."""
-    shape = static_shape(data(node))
-    axis = int(attribute(node, "axis", 0)) % len(shape)  # type: ignore[call-overload]
-    positions = data(node, 1)
-    index = constant(positions)
-    count = int(np.prod(static_shape(positions)))
-    picked = (*shape[:axis], count, *shape[axis + 1 :])
-    cot = single(cots)
-    if index is not None and index.size == 1 and (cot.diagonal is None or index.ndim == 1):
-        start = int(index.reshape(-1)[0]) % shape[axis]
-        base = cot.base if index.ndim == 1 else ctx.reshape(cot.base, picked)
-        return [Cotangent(base, cot.diagonal, (axis, start, start + 1)), None]
-    grad = ctx.reshape(dense(ctx, cots), picked)
-    if index is not None:
-        return [Cotangent(scatter_add(ctx, grad, shape, axis, index.reshape(-1) % shape[axis])), None]
-    flat = ctx.p.op("Reshape", positions, ctx.p.const([-1, *[1] * (len(shape) - axis - 1)]))
-    flat.type = ir.TensorType(positions.dtype or ir.DataType.INT64)
-    expanded = ctx.r.op("Expand", ctx.residual(flat), ctx.r.op("Shape", grad))
-    return [
-        Cotangent(ctx.r.op("ScatterElements", ctx.zeros(shape), expanded, grad, axis=axis + 1, reduction="add")),
-        None,
-    ]
-
-
 def _expand(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     shape, to = static_shape(node.outputs[0]), static_shape(data(node))
     return [Cotangent(ctx.unbroadcast(dense(ctx, cots), shape, to)), None]
@@ -154,12 +129,18 @@ def _space_to_depth(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [Cotangent(ctx.reshape(ctx.r.op("Transpose", grad, perm=[0, 1, 4, 5, 2, 6, 3]), (n, c, h, w)))]
 
 
+def _trilu(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The same half of the gradient."""
+    (k,) = integers(node, 1) or (0,)
+    upper = int(attribute(node, "upper", 1))  # type: ignore[call-overload]
+    return [Cotangent(ctx.r.op("Trilu", dense(ctx, cots), ctx.r.const(np.array(k, np.int64)), upper=upper)), None]
+
+
 RULES: dict[str, Rule] = {
     "Concat": _concat,
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,
     "Flatten": _reshape,
-    "Gather": _gather,
     "Reshape": _reshape,
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
@@ -167,5 +148,6 @@ RULES: dict[str, Rule] = {
     "Squeeze": _reshape,
     "Tile": _tile,
     "Transpose": _transpose,
+    "Trilu": _trilu,
     "Unsqueeze": _reshape,
 }
