@@ -26,6 +26,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.errors import UnsupportedOpError
 from bitalloy.graph import Graph, constant, consumers, is_float, name_of, static_shape
 from bitalloy.records import Edge
+from bitalloy.weights import Packed, pack
 
 REVERSE_OPSET = 17
 NO_GRADIENT = frozenset({
@@ -77,7 +78,7 @@ class ReverseGraph:
     """Outputs of the primal graph that are inputs here."""
     taps: tuple[str, ...]
     """Tap ids in the order of the output's columns; taps that cannot reach the head are left out."""
-    model: bytes
+    model: Packed
     output: str
     """Name of the output (P, taps): the inner products of cotangent and error."""
 
@@ -86,7 +87,7 @@ class ReverseGraph:
 class Adjoint:
     """A primal graph and one reverse graph per head."""
 
-    primal: bytes
+    primal: Packed
     energies: tuple[str, ...]
     """Primal outputs, scalars: sum of squares of each head's tensor, in the order of the heads."""
     heads: tuple[ReverseGraph, ...]
@@ -110,7 +111,7 @@ class Context:
         return value in self._wanted
 
     def residual(self, value: ir.Value) -> ir.Value:
-        """Bring a primal value into the reverse graph: constants by copy, others through the session border."""
+        """Bring a primal value into the reverse graph: constants with their memory, others through the session border."""
         if value not in self.residuals:
             array = constant(value)
             if array is not None:
@@ -209,7 +210,7 @@ def build(
     del model.graph.outputs[:]
     model.graph.outputs.extend(exported)
     _drop_unused(model)
-    return Adjoint(_serialize(model), tuple(str(e.name) for e in energies), tuple(reverses))
+    return Adjoint(pack(model), tuple(str(e.name) for e in energies), tuple(reverses))
 
 
 def _wanted(
@@ -294,7 +295,7 @@ def _reverse(
         shape=shape,
         residuals=tuple(str(v.name) for v in context.residuals if constant(v) is None),
         taps=tuple(i for i, _ in columns),
-        model=_serialize(ir.Model(target, ir_version=8)),
+        model=pack(ir.Model(target, ir_version=8)),
         output=result.name,
     )
     return reverse, context
@@ -402,7 +403,3 @@ def _drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if value not in used:
             model.graph.initializers.pop(name)
-
-
-def _serialize(model: ir.Model) -> bytes:
-    return bytes(ir.serde.serialize_model(model).SerializeToString())

@@ -114,7 +114,10 @@ def _matmul(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
         grad = ctx.reshape(grad, (*batch, m, n))
     result: list[Cotangent | None] = [None, None]
     if ctx.wants(a):
-        right = ctx.r.op("MatMul", grad, _transposed(ctx, b, full_b))
+        if len(sb) == 2 and constant(b) is not None:
+            right = _by_transposed(ctx, grad, b, (*batch, m, k))
+        else:
+            right = ctx.r.op("MatMul", grad, _transposed(ctx, b, full_b))
         result[0] = Cotangent(_view(ctx, ctx.unbroadcast(right, (*batch, m, k), full_a), full_a, sa))
     if ctx.wants(b):
         left = ctx.r.op("MatMul", _transposed(ctx, a, full_a), grad)
@@ -124,6 +127,15 @@ def _matmul(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 def _view(ctx: Context, value: ir.Value, shape: tuple[int, ...], to: tuple[int, ...]) -> ir.Value:
     return value if shape == to else ctx.reshape(value, to)
+
+
+def _by_transposed(ctx: Context, grad: ir.Value, w: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """Gradient (P, ..., n) times the transpose of a constant (k, n) as (P, *shape).
+
+    Gemm reads the constant as it lies, so that no transposed copy is made; as fast as a MatMul by such a copy.
+    """
+    rows = ctx.r.op("Reshape", grad, ctx.r.const([-1, static_shape(w)[1]]))
+    return ctx.reshape(ctx.r.op("Gemm", rows, ctx.residual(w), transB=1), shape)
 
 
 def _transposed(ctx: Context, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
@@ -149,8 +161,12 @@ def _gemm(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
         return value if factor == 1.0 else ctx.r.op("Mul", value, ctx.r.const(np.array(factor, np.float32)))
 
     if ctx.wants(a):
-        right = ctx.residual(b) if trans_b else _transposed(ctx, b, static_shape(b))
-        product = ctx.r.op("MatMul", grad, right)
+        if constant(b) is not None and not trans_b:
+            shape = (static_shape(node.outputs[0])[0], static_shape(b)[0])
+            product = _by_transposed(ctx, grad, b, shape)
+        else:
+            right = ctx.residual(b) if trans_b else _transposed(ctx, b, static_shape(b))
+            product = ctx.r.op("MatMul", grad, right)
         result[0] = Cotangent(times(alpha, ctx.r.op("Transpose", product, perm=[0, 2, 1]) if trans_a else product))
     if ctx.wants(b):
         left = ctx.residual(a) if trans_a else _transposed(ctx, a, static_shape(a))
