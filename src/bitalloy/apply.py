@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ from bitalloy.numerics import QuantParams, activation_params, bias_int32, quanti
 from bitalloy.records import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
+from bitalloy.weights import pack, save, to_bytes
 
 TAG = "bitalloy.unit"
 BORDER = "bitalloy.border"
@@ -41,8 +43,16 @@ class Mixed:
     units: UnitGraph
 
     def to_bytes(self) -> bytes:
-        """The model as a serialized `ModelProto`."""
-        return bytes(ir.serde.serialize_model(self.model).SerializeToString())
+        """The model as a serialized `ModelProto`.
+
+        Raises:
+            ModelError: it does not fit into the 2 GB of one message: see `save`.
+        """
+        return to_bytes(self.model)
+
+    def save(self, path: str | Path) -> tuple[Path, ...]:
+        """Write the model, whole or not at all; from 2 GB on with its weights in `<name>.data` beside it."""
+        return save(self.model, path)
 
 
 def apply(
@@ -217,10 +227,8 @@ def _verify(graph: Graph, model: ir.Model) -> None:
     for value in [v for node in model.graph for v in node.outputs]:
         if value.dtype is None:
             value.shape = None
-    proto = ir.serde.serialize_model(model)
     try:
-        if proto.ByteSize() < 1 << 30:
-            onnx.checker.check_model(proto)
+        onnx.checker.check_model(pack(model).data)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
     before = [(v.name, v.dtype, v.shape) for v in (*graph.model.graph.inputs, *graph.model.graph.outputs)]
