@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -181,7 +182,7 @@ def shapes(size: Size, tokens: int, past: int = 0) -> dict[str, tuple[int, ...]]
 
 
 def export(model: Decoder, path: Path) -> None:
-    """Write the decoder with open S and P; above 2 GB its weights become files in the same folder."""
+    """Write the decoder with open S and P into an empty folder; its weights become files beside it."""
     names = input_names(model.size)
     outputs = ["logits", *(name.replace("past", "present") for name in names[3:])]
     axes = {"inputs_embeds": {1: "new"}, "attention_mask": {1: "total"}, "position_ids": {1: "new"}, "logits": {1: "new"}}
@@ -194,6 +195,9 @@ def export(model: Decoder, path: Path) -> None:
             model, example, str(path), input_names=names, output_names=outputs, dynamic_axes=axes, opset_version=17,
             dynamo=False,
         )  # fmt: skip
+    if len(list(path.parent.iterdir())) == 1 and path.stat().st_size > 1 << 20:  # below 2 GB the exporter keeps one file
+        data = path.with_name(path.name + ".data").name
+        onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=data)
 
 
 def main() -> None:

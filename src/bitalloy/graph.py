@@ -20,7 +20,7 @@ from bitalloy.errors import ModelError
 from bitalloy.normalize import normalize
 from bitalloy.records import ModelInfo, TensorSpec
 from bitalloy.values import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, pack, to_bytes
+from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, pack, release, to_bytes
 
 __all__ = [
     "Consumer",
@@ -145,6 +145,8 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     metadata = {p.key: p.value for p in proto.metadata_props}
     del proto
     model = normalize(parsed)
+    if size >= LARGE_BYTES:
+        release(model)
     info = ModelInfo(
         name=source.stem,
         sha256=digest,

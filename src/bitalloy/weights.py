@@ -143,6 +143,14 @@ def hold(model: ir.Model, folder: Path) -> None:
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, shape=ir.Shape(array.shape), name=name)
 
 
+def release(model: ir.Model) -> None:
+    """Give all other weights their own memory, in place: views of a message keep the whole of it alive."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and not isinstance(tensor, ir.Tensor) and tensor.dtype.is_integer() | tensor.dtype.is_floating_point():
+            value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
+
+
 def _view(file: np.ndarray, tensor: ir.ExternalTensor) -> np.ndarray:
     shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
     size, offset = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, tensor.offset or 0
