@@ -141,9 +141,7 @@ def main() -> None:
     with step("build"):
         prober = Prober(model, units, heads, ranges, device)
     with step("probe"):
-        parts = [
-            prober.measure(f, sample=i, probes=options.probes, seed=options.seed) for i, f in enumerate(samples)
-        ]
+        parts = [prober.measure(f, sample=i, probes=options.probes, seed=options.seed) for i, f in enumerate(samples)]
     matrix = ProbeMatrix.concatenate(parts)
     del prober
     analysis = status_gb("VmHWM")

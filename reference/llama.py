@@ -1,8 +1,8 @@
 """The Llama decoder in plain PyTorch with a KV cache, and its export to ONNX; the language part of MobileVLM V2.
 
-Parameter names are those of the published checkpoints without the leading `model.` of everything but `lm_head`
-(`layers.0.self_attn.q_proj.weight`, `norm.weight`, `lm_head.weight`): `checkpoint_keys` translates. Token embeddings are
-not part of it: the graph starts at `inputs_embeds`, where image tokens have their place among the others.
+Parameter names are those of the published checkpoints without `model.` in front (`layers.0.self_attn.q_proj.weight`,
+`norm.weight`, `lm_head.weight`): `checkpoint_keys` translates. Token embeddings are not part of it: the graph starts
+at `inputs_embeds`, where image tokens have their place among the others.
 
     python reference/llama.py --size 1.7b --layers 24 --out decoder.onnx      random weights
 
@@ -73,7 +73,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         k = torch.cat((past[0], rotate(k, cos, sin)), dim=2)
         v = torch.cat((past[1], v), dim=2)
         scores = rotate(q, cos, sin) @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias
@@ -185,7 +187,12 @@ def export(model: Decoder, path: Path) -> None:
     """Write the decoder with open S and P into an empty folder; its weights become files beside it."""
     names = input_names(model.size)
     outputs = ["logits", *(name.replace("past", "present") for name in names[3:])]
-    axes = {"inputs_embeds": {1: "new"}, "attention_mask": {1: "total"}, "position_ids": {1: "new"}, "logits": {1: "new"}}
+    axes = {
+        "inputs_embeds": {1: "new"},
+        "attention_mask": {1: "total"},
+        "position_ids": {1: "new"},
+        "logits": {1: "new"},
+    }
     axes |= {name: {2: "past"} for name in names[3:]} | {name: {2: "total"} for name in outputs[1:]}
     sizes = shapes(model.size, 5, 3)
     kinds = {name: torch.int64 for name in ("attention_mask", "position_ids")}
@@ -195,7 +202,9 @@ def export(model: Decoder, path: Path) -> None:
             model, example, str(path), input_names=names, output_names=outputs, dynamic_axes=axes, opset_version=17,
             dynamo=False,
         )  # fmt: skip
-    if len(list(path.parent.iterdir())) == 1 and path.stat().st_size > 1 << 20:  # below 2 GB the exporter keeps one file
+    if (
+        len(list(path.parent.iterdir())) == 1 and path.stat().st_size > 1 << 20
+    ):  # below 2 GB the exporter keeps one file
         data = path.with_name(path.name + ".data").name
         onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=data)
 

@@ -29,10 +29,9 @@ from bitalloy.numerics import QuantParams, activation_params, bias_int32, quanti
 from bitalloy.records import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
+from bitalloy.values import BORDER
+from bitalloy.values import TAG as TAG
 from bitalloy.weights import pack, save, to_bytes
-
-TAG = "bitalloy.unit"
-BORDER = "bitalloy.border"
 
 
 @dataclass(frozen=True)
@@ -214,6 +213,7 @@ def _softmax_last(graph: ir.Graph, node: ir.Node, unit: str) -> None:
     graph.insert_before(node, [first, middle, last])
     ir.convenience.replace_all_uses_with(y, last.outputs[0])
     graph.remove(node, safe=True)
+    last.outputs[0].name, y.name = y.name, None
 
 
 def digest(model: bytes) -> str:

@@ -147,7 +147,11 @@ def release(model: ir.Model) -> None:
     """Give all other weights their own memory, in place: views of a message keep the whole of it alive."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and not isinstance(tensor, ir.Tensor) and tensor.dtype.is_integer() | tensor.dtype.is_floating_point():
+        if (
+            tensor is not None
+            and not isinstance(tensor, ir.Tensor)
+            and tensor.dtype.is_integer() | tensor.dtype.is_floating_point()
+        ):
             value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
 
 

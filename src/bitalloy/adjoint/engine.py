@@ -111,7 +111,7 @@ class Context:
         return value in self._wanted
 
     def residual(self, value: ir.Value) -> ir.Value:
-        """Bring a primal value into the reverse graph: constants with their memory, others through the session border."""
+        """Bring a primal value into the reverse graph: constants share memory, others cross the session border."""
         if value not in self.residuals:
             array = constant(value)
             if array is not None:
