@@ -20,7 +20,7 @@ from bitalloy.errors import ModelError
 from bitalloy.normalize import normalize
 from bitalloy.records import ModelInfo, TensorSpec
 from bitalloy.values import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, pack, release, to_bytes
+from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
 __all__ = [
     "Consumer",
@@ -131,16 +131,11 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     _bind(proto, shapes)
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
-    if size < LARGE_BYTES:
-        _check(proto, source)
-        _forget_shapes(proto)
-        parsed = _parsed(proto, source)
-    else:
-        parsed = _parsed(proto, source)
+    _check(proto, source)
+    _forget_shapes(proto)
+    parsed = _parsed(proto, source)
+    if size >= LARGE_BYTES:
         hold(parsed, source.parent)
-        _check(pack(parsed).data, source)
-        for value in (*parsed.graph.outputs, *(v for n in parsed.graph for v in n.outputs)):
-            value.shape = None
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
     del proto
@@ -344,7 +339,20 @@ def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[i
     return {**leading, **sizes}
 
 
-def _check(proto: onnx.ModelProto | bytes, source: Path) -> None:
+def _check(proto: onnx.ModelProto, source: Path) -> None:
+    """Run the ONNX checker; what is not in the message (see `_read`) is an input to it."""
+    outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        inputs = {i.name for i in proto.graph.input}
+        light = onnx.ModelProto()
+        light.CopyFrom(proto)
+        del light.graph.initializer[:]
+        light.graph.initializer.extend(inside)
+        light.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside if t.name not in inputs
+        )
+        proto = light
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
