@@ -299,6 +299,12 @@ def test_a_file_that_does_not_hold_a_weight(large: Graph, key: str, value: str) 
         load(large.source)
 
 
+def test_an_empty_file_of_weights(large: Graph) -> None:
+    (large.source.parent / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"'model.onnx.data' of 0 bytes does not|external data .* cannot be read"):
+        load(large.source)
+
+
 def test_weights_at_odd_places(large: Graph) -> None:
     """ONNX asks for no alignment."""
     data = large.source.parent / "model.onnx.data"

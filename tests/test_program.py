@@ -293,6 +293,10 @@ def test_one_output_feeds_several_graphs(tmp_path: Path) -> None:
 def test_open_sizes_come_through_the_wire_or_are_given(tmp_path: Path) -> None:
     program = load_program(folder(tmp_path))
     assert program.graphs["decoder"].info.inputs[0].shape == (1, 8, 6, 6)
+    with pytest.raises(
+        ModelError, match=r"'decoder:image' was given as \[1, 8, 2, 2\], but its wire brings \[1, 8, 6, 6\]"
+    ):
+        load_program(tmp_path, shapes={"decoder:image": (1, 8, 2, 2)})
     alone = folder(tmp_path, wires=[])
     with pytest.raises(ModelError, match=r"Graph 'decoder' of .*'image' has symbolic shape"):
         load_program(alone)

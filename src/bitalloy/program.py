@@ -137,7 +137,8 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
             sizes[wire.input] = tuple(int(d) for d in brought.shape)
         own = _own_shapes(name, given)
         for key, entry in own.items():
-            sizes.setdefault(entry, given[key])
+            if sizes.setdefault(entry, given[key]) != given[key]:
+                raise ModelError(f"'{key}' was given as {list(given[key])}, but its wire brings {list(sizes[entry])}.")
         try:
             loaded[name] = graphs.load(files[name], shapes=sizes)
         except ModelError as error:

@@ -78,12 +78,6 @@ def to_bytes(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
-def size_of(model: ir.Model) -> int:
-    """Bytes of the model on disk, near enough: the graph and all weights."""
-    packed = pack(model)
-    return len(packed.data) + sum(w.nbytes for w in packed.weights.values())
-
-
 def save(model: ir.Model, path: str | Path) -> tuple[Path, ...]:
     """Write a model, whole or not at all; from 2 GB on its weights go to `<name>.data` beside it.
 
@@ -138,7 +132,8 @@ def hold(model: ir.Model, folder: Path) -> None:
         else:
             location = str(tensor.location)
             if location not in files:
-                files[location] = np.memmap(folder / location, np.uint8, "r")
+                empty = not (folder / location).stat().st_size
+                files[location] = np.zeros(0, np.uint8) if empty else np.memmap(folder / location, np.uint8, "r")
             array = _view(files[location], tensor)
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, shape=ir.Shape(array.shape), name=name)
 
