@@ -32,6 +32,7 @@ from bitalloy.errors import ModelError
 from bitalloy.graph import Graph, constant, load
 from bitalloy.heads import find_heads
 from bitalloy.numerics import fake_quantize
+from bitalloy.program import Program, Wire, divide, join
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober, Switchboard
 from bitalloy.targets import ORT_CPU
@@ -238,6 +239,19 @@ def test_half_precision_weights_are_widened(tmp_path: Path, monkeypatch: pytest.
     net = load(tmp_path / "m.onnx")
     np.testing.assert_array_equal(constant(net.nodes[-1].inputs[1]), w.astype(np.float32))
     assert [n.op_type for n in net.nodes] == ["MatMul"]
+
+
+def test_programs_share_them(large: Graph) -> None:
+    program = Program({"first": large, "second": large}, (Wire("first", "y", "second", "x"),))
+    whole = join(program)
+    parts = divide(whole.model, program)
+    for graph, name in ((whole.model, "second/w0"), (parts["first"], "w0")):
+        array = constant(graph.graph.initializers[name])
+        assert np.shares_memory(array, constant(large.value["w0"]))  # type: ignore[arg-type]
+    feeds = inputs(1)[0]
+    y = OrtSession(large.model).run(feeds)["y"]
+    expected = OrtSession(large.model).run({"x": y})["y"]
+    np.testing.assert_array_equal(OrtSession(whole.model).run(feeds)["y"], expected)
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def join(program: Program, *, inner: bool = False) -> Graph:
         name="program",
     )
     model = ir.Model(joined, ir_version=max(g.model.ir_version for g in program.graphs.values()))
-    return Graph(_info(program, model), model, program.graphs[program.order[0]].source)
+    return Graph(_info(program, model), model, program.graphs[program.order[0]].source.parent)
 
 
 def divide(model: ir.Model, program: Program) -> dict[str, ir.Model]:

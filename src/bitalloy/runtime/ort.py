@@ -57,6 +57,8 @@ class OrtSession:
         self._lent: dict[str, np.ndarray] = {}
         if isinstance(source, Packed):
             self._lent, source = dict(source.weights), source.data
+            # from its second run on a session would take a planned block beside what the first run left in its arena
+            options.enable_mem_pattern = not self._lent
         # both forms of a lent weight are views of the same memory
         self._lent_values = {name: ort.OrtValue.ortvalue_from_numpy(w) for name, w in self._lent.items()}
         try:

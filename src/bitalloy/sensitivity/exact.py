@@ -153,32 +153,34 @@ class _Board:
 
     def weight(self, site: WeightSite, params: QuantParams) -> None:
         node = self._nodes[site.node]
-        weight = constant(node.inputs[site.slot])
-        assert weight is not None, "weight sites are constants"
-        stored = quantize(weight, params)
-        if self._large:  # only the integers are kept, the change is computed while its gate is open
-            constants = [
-                self._constant(f"{site.id}/{name}", array)
-                for name, array in (("int8", stored), ("scale", params.scale), ("zero_point", params.zero_point))
-            ]
-        else:
-            delta = self._constant(f"{site.id}/delta", dequantize(stored, params) - weight)
+        before, delta = self._change(site, node, params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
         y = node.outputs[0]
         uses = list(y.uses())
 
         def error() -> list[ir.Node]:
-            change = []
-            if self._large:
-                axis = {} if params.axis is None else {"axis": params.axis}
-                dq = ir.node("DequantizeLinear", constants, axis)
-                change = [dq, ir.node("Sub", [dq.outputs[0], node.inputs[site.slot]])]
-            result = change[-1].outputs[0] if change else delta
-            return [*change, ir.node(node.op_type, [node.inputs[0], result], attributes=kept)]  # type: ignore[arg-type]
+            return [*before, ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
 
         result = self._gated(site.id, y, error, after=node)
         for user, slot in uses:
             user.replace_input_with(slot, result)
+
+    def _change(self, site: WeightSite, node: ir.Node, params: QuantParams) -> tuple[list[ir.Node], ir.Value]:
+        """What rounding changes in a weight: a constant.
+
+        Of a large model only the integers are kept, and nodes that compute the change while its gate is open.
+        """
+        value = node.inputs[site.slot]
+        weight = constant(value)
+        assert weight is not None, "weight sites are constants"
+        stored = quantize(weight, params)
+        if not self._large:
+            return [], self._constant(f"{site.id}/delta", dequantize(stored, params) - weight)
+        parts = {"int8": stored, "scale": params.scale, "zero_point": params.zero_point}
+        constants = [self._constant(f"{site.id}/{name}", array) for name, array in parts.items()]
+        dq = ir.node("DequantizeLinear", constants, {} if params.axis is None else {"axis": params.axis})
+        change = ir.node("Sub", [dq.outputs[0], value])
+        return [dq, change], change.outputs[0]
 
     def edge(self, site: str, uses: Sequence[Edge], params: QuantParams) -> None:
         x = self._values[uses[0].tensor]
