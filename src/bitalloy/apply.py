@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -28,9 +29,9 @@ from bitalloy.numerics import QuantParams, activation_params, bias_int32, quanti
 from bitalloy.records import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
-
-TAG = "bitalloy.unit"
-BORDER = "bitalloy.border"
+from bitalloy.values import BORDER
+from bitalloy.values import TAG as TAG
+from bitalloy.weights import pack, save, to_bytes
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,16 @@ class Mixed:
     units: UnitGraph
 
     def to_bytes(self) -> bytes:
-        """The model as a serialized `ModelProto`."""
-        return bytes(ir.serde.serialize_model(self.model).SerializeToString())
+        """The model as a serialized `ModelProto`.
+
+        Raises:
+            ModelError: it does not fit into the 2 GB of one message: see `save`.
+        """
+        return to_bytes(self.model)
+
+    def save(self, path: str | Path) -> tuple[Path, ...]:
+        """Write the model, whole or not at all; from 2 GB on with its weights in `<name>.data` beside it."""
+        return save(self.model, path)
 
 
 def apply(
@@ -204,6 +213,7 @@ def _softmax_last(graph: ir.Graph, node: ir.Node, unit: str) -> None:
     graph.insert_before(node, [first, middle, last])
     ir.convenience.replace_all_uses_with(y, last.outputs[0])
     graph.remove(node, safe=True)
+    last.outputs[0].name, y.name = y.name, None
 
 
 def digest(model: bytes) -> str:
@@ -217,10 +227,8 @@ def _verify(graph: Graph, model: ir.Model) -> None:
     for value in [v for node in model.graph for v in node.outputs]:
         if value.dtype is None:
             value.shape = None
-    proto = ir.serde.serialize_model(model)
     try:
-        if proto.ByteSize() < 1 << 30:
-            onnx.checker.check_model(proto)
+        onnx.checker.check_model(pack(model).data)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
     before = [(v.name, v.dtype, v.shape) for v in (*graph.model.graph.inputs, *graph.model.graph.outputs)]

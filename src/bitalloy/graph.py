@@ -20,6 +20,7 @@ from bitalloy.errors import ModelError
 from bitalloy.normalize import normalize
 from bitalloy.records import ModelInfo, TensorSpec
 from bitalloy.values import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
 __all__ = [
     "Consumer",
@@ -43,8 +44,7 @@ QUANTIZED = frozenset({
     "QuantizeLinear",
 })  # fmt: skip
 DEFAULT_DOMAINS = ("", "ai.onnx")
-CHECKED_BYTES = 1 << 30
-"""Above this size the checker, which needs the model as one message, is left out."""
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,28 @@ class Graph:
         """A deep copy that may be rewritten; the tensors' memory is shared."""
         return self.model.clone()
 
+    @cached_property
+    def large(self) -> bool:
+        """Whether its weights are shared by all that works with them, because copies would not fit."""
+        return is_large(self.model)
+
     def to_bytes(self) -> bytes:
-        """The normal form as a serialized `ModelProto`."""
-        return bytes(ir.serde.serialize_model(self.model).SerializeToString())
+        """The normal form as a serialized `ModelProto`.
+
+        Raises:
+            ModelError: it does not fit into the 2 GB of one message.
+        """
+        return to_bytes(self.model)
 
 
 def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:
-        path: an .onnx file; external data must lie in its folder or below.
+        path: an .onnx file; external data must lie in its folder or below. Of a large model the weights there are
+            mapped, not read: the file must stay as it is while the model is in use.
         shapes: input name -> static shape, for inputs with symbolic dimensions. A leading symbolic
-            dimension (the batch) is bound to 1 without being asked.
+            dimension (the batch) is bound to 1 without being asked. A size may be 0, as of an empty cache.
 
     Raises:
         ModelError: the file is missing, not ONNX, fails the checker, has unsafe or missing external
@@ -119,11 +129,19 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     proto, digest, size = _read(source)
     _refuse(proto, source)
     _bind(proto, shapes)
-    if size < CHECKED_BYTES:
-        _check(proto, source)
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
+    _check(proto, source)
     _forget_shapes(proto)
+    parsed = _parsed(proto, source)
+    if size >= LARGE_BYTES:
+        hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
-    model = normalize(_parsed(proto, source))
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    del proto
+    model = normalize(parsed)
+    if size >= LARGE_BYTES:
+        release(model)
     info = ModelInfo(
         name=source.stem,
         sha256=digest,
@@ -137,11 +155,14 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, {p.key: p.value for p in proto.metadata_props})
+    return Graph(info, model, source, metadata)
 
 
 def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
-    """The model with its external data, the SHA-256 and the size of all bytes read."""
+    """The model, the SHA-256 and the size of its bytes and those of its external data.
+
+    External data is read into the model, except for the big weights of a large one.
+    """
     if not source.is_file():
         raise ModelError(
             f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
@@ -158,11 +179,17 @@ def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"'{source}' holds no ONNX graph: it is empty, truncated, or another kind of file.")
     for file in _external_files(proto, source):
-        content = file.read_bytes()
-        digest.update(content)
-        size += len(content)
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    mappable = len(proto.graph.initializer) if size >= LARGE_BYTES else 0
     try:
-        onnx.load_external_data_for_model(proto, str(source.parent))
+        for index, tensor in enumerate(_all_tensors(proto.graph)):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL and not (index < mappable and is_mapped(tensor)):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
     except Exception as error:  # the onnx package raises ValueError, its own checker error, or OSError
         raise ModelError(f"The external data of '{source}' cannot be read: {error}") from error
     return proto, digest.hexdigest(), size
@@ -191,6 +218,7 @@ def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
 
 
 def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Tensors of a graph and its subgraphs, the graph's own initializers first."""
     tensors = list(graph.initializer)
     for node in graph.node:
         for attr in node.attribute:
@@ -254,8 +282,8 @@ def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None
     if unknown:
         raise ModelError(f"No input called {unknown}; the model's inputs are {[v.name for v in values]}.")
     for name, sizes in shapes.items():
-        if any(size < 1 for size in sizes):
-            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: every size must be at least 1.")
+        if any(size < 0 for size in sizes):
+            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: no size may be negative.")
     for value in values:
         kind = value.type.tensor_type
         if not kind.HasField("shape"):
@@ -273,14 +301,15 @@ def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None
     symbols = _symbols(values, shapes)
     for value in values:
         dims = value.type.tensor_type.shape.dim
-        given: Sequence[int | None] = shapes.get(value.name) or [None] * len(dims)
+        given: Sequence[int | None] = shapes.get(value.name, [None] * len(dims))
         text = "x".join(str(d.dim_value or d.dim_param or "?") for d in dims)
         for axis, (dim, wanted) in enumerate(zip(dims, given, strict=True)):
             if dim.dim_value > 0 and wanted not in (None, dim.dim_value):
                 raise ModelError(
                     f"Input '{value.name}' is fixed to {dim.dim_value} on axis {axis}, but {wanted} was given."
                 )
-            size = dim.dim_value or wanted or symbols.get(dim.dim_param) or (1 if axis == 0 else None)
+            found = (dim.dim_value or None, wanted, symbols.get(dim.dim_param), 1 if axis == 0 else None)
+            size = next((s for s in found if s is not None), None)
             if size is None:
                 raise ModelError(
                     f"Input '{value.name}' has symbolic shape {text} and no size was given. "
@@ -311,8 +340,19 @@ def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[i
 
 
 def _check(proto: onnx.ModelProto, source: Path) -> None:
-    for output in proto.graph.output:
-        output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
+    """Run the ONNX checker; what is not in the message (see `_read`) is an input to it."""
+    outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        inputs = {i.name for i in proto.graph.input}
+        light = onnx.ModelProto()
+        light.CopyFrom(proto)
+        del light.graph.initializer[:]
+        light.graph.initializer.extend(inside)
+        light.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside if t.name not in inputs
+        )
+        proto = light
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:

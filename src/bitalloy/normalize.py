@@ -3,7 +3,7 @@
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
 3. No Constant, Dropout or CastLike nodes, and Identity only where an output would otherwise have no node of its own;
-   BatchNormalization is folded into the Conv before it.
+   BatchNormalization is folded into the Conv before it, and a Concat has no empty operands (an empty cache).
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
 5. Inputs and outputs keep their names, types and order.
 """
@@ -27,6 +27,7 @@ from onnx_ir.passes.common import (
 
 from bitalloy.errors import ModelError
 from bitalloy.values import attribute, constant, consumers, static_shape
+from bitalloy.weights import LENT_BYTES, pack
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
@@ -59,6 +60,7 @@ def normalize(model: ir.Model) -> ir.Model:
         if not (_resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)):
             break
     _fill_missing_shapes(model)
+    _drop_empty_operands(model)
     _fold_batch_norm(model)
     RemoveUnusedNodesPass()(model)
     _refuse_numbers(model)
@@ -178,12 +180,19 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> Mapping[str, np.ndarray]
     if not proto.graph.node:
         return known
     used = {name for node in proto.graph.node for name in node.input}
+    fed = {name: array for name, array in known.items() if name in used and array.nbytes >= LENT_BYTES}
     proto.graph.initializer.extend(
-        ir.serde.serialize_tensor(ir.tensor(array, name=name)) for name, array in known.items() if name in used
+        ir.serde.serialize_tensor(ir.tensor(array, name=name))
+        for name, array in known.items()
+        if name in used and name not in fed
+    )
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), array.shape)
+        for name, array in fed.items()
     )
     names = [o.name for o in proto.graph.output]
     try:
-        results = _session(proto).run(names, {})
+        results = _session(proto).run(names, fed)
     except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
         raise ModelError(f"The constant part of the model cannot be evaluated: {error}") from error
     return {**known, **dict(zip(names, (np.asarray(r) for r in results), strict=True))}
@@ -205,6 +214,26 @@ def _resolve_cast_like(model: ir.Model) -> bool:
         node.resize_inputs(1)
         node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
     return bool(found)
+
+
+def _drop_empty_operands(model: ir.Model) -> None:
+    """Leave operands without elements out of a Concat; one with a single operand left is the identity."""
+    single = False
+    for node in model.graph:
+        if node.op_type != "Concat" or not np.prod(static_shape(node.outputs[0])):
+            continue
+        kept = [v for v in node.inputs if v is not None and np.prod(static_shape(v))]
+        if len(kept) == len(node.inputs):
+            continue
+        node.resize_inputs(len(kept))
+        for slot, value in enumerate(kept):
+            node.replace_input_with(slot, value)
+        if len(kept) == 1:
+            node.op_type = "Identity"
+            node.attributes.clear()
+            single = True
+    if single:
+        _drop_identities(model)
 
 
 def _resolve_ceil_mode(model: ir.Model) -> bool:
@@ -264,11 +293,13 @@ def _fill_missing_shapes(model: ir.Model) -> None:
     if not missing:
         return
     try:
-        proto = ir.serde.serialize_model(model)
+        packed = pack(model)
+        proto = onnx.ModelProto.FromString(packed.data)
         del proto.graph.output[:]
         proto.graph.output.extend(onnx.ValueInfoProto(name=str(v.name)) for v in missing)
         feeds = {str(v.name): np.zeros(static_shape(v), _numpy_type(v)) for v in model.graph.inputs}
-        arrays = _session(proto).run(None, feeds)
+        session = _session(proto)
+        arrays = session.run(None, {**feeds, **packed.weights})
     except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
         raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
     for value, array in zip(missing, arrays, strict=True):

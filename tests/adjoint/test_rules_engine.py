@@ -95,7 +95,7 @@ def test_elementwise_chains_cost_the_reverse_pass_one_product_per_tap(rig: Any, 
     ]
     net = rig.load(micro(nodes, {"x": x}, {"y": np.float32}))
     (head,) = build(net, {"y": "y"}, [tap("x", x), tap("t", x)], RULES).heads
-    ops = [n.op_type for n in onnx.load_from_string(head.model).graph.node]
+    ops = [n.op_type for n in onnx.load_from_string(head.model.data).graph.node]
     assert ops.count("FusedMatMul") == 2
     assert not {"Mul", "Add", "Sub"} & set(ops)
 
@@ -178,7 +178,7 @@ def test_windows_that_tile_are_concatenated(rig: Any, micro: Any, tap: Any, boun
     nodes.append(node("Concat", [f"p{i}" for i in range(len(spans))], ["y"], axis=1))
     net = rig.load(micro(nodes, {"x": x}, {"y": np.float32}, constants))
     (head,) = build(net, {"y": "y"}, [tap("x", x)], RULES).heads
-    found = {n.op_type for n in onnx.load_from_string(head.model).graph.node}
+    found = {n.op_type for n in onnx.load_from_string(head.model.data).graph.node}
     assert (found & {"Pad", "ScatterElements"}) == ops - {"Concat"}
     v = normal(2, 2, bounds[-1], seed=3)
     a = rig.run(net, {"x": x}, [tap("x", x, name="t")], {"y": v})["y"]["t"]

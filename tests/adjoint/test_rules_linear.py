@@ -170,7 +170,7 @@ def test_constant_matrices_are_not_copied_transposed(rig: Any, micro: Any, tap: 
     for op, shape in (("MatMul", (1, 3, 90)), ("Gemm", (3, 90))):
         model = micro([helper.make_node(op, ["x", "w"], ["y"])], {"x": x.reshape(shape)}, {"y": np.float32}, {"w": w})
         (head,) = build(rig.load(model), {"y": "y"}, [tap("x", x.reshape(shape))], RULES).heads
-        stored = [onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(head.model).graph.initializer]
+        stored = [onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(head.model.data).graph.initializer]
         (large,) = (a for a in stored if a.size > 4096)
         np.testing.assert_array_equal(large, w)
 

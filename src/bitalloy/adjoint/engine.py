@@ -26,6 +26,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.errors import UnsupportedOpError
 from bitalloy.graph import Graph, constant, consumers, is_float, name_of, static_shape
 from bitalloy.records import Edge
+from bitalloy.weights import Packed, pack
 
 REVERSE_OPSET = 17
 PARTS = 16
@@ -82,7 +83,7 @@ class ReverseGraph:
     """Tap ids in the order of the output's columns; taps that cannot reach the head are left out."""
     parts: tuple[int, ...]
     """How many neighbouring columns each tap has: its error is cut into so many parts (blocks of channels)."""
-    model: bytes
+    model: Packed
     output: str
     """Name of the output (P, sum of parts): the inner products of cotangent and error, part by part."""
 
@@ -99,7 +100,7 @@ class ReverseGraph:
 class Adjoint:
     """A primal graph and one reverse graph per head."""
 
-    primal: bytes
+    primal: Packed
     energies: tuple[str, ...]
     """Primal outputs, scalars: sum of squares of each head's tensor, in the order of the heads."""
     heads: tuple[ReverseGraph, ...]
@@ -123,7 +124,7 @@ class Context:
         return value in self._wanted
 
     def residual(self, value: ir.Value) -> ir.Value:
-        """Bring a primal value into the reverse graph: constants by copy, others through the session border."""
+        """Bring a primal value into the reverse graph: constants share memory, others cross the session border."""
         if value not in self.residuals:
             array = constant(value)
             if array is not None:
@@ -222,7 +223,7 @@ def build(
     del model.graph.outputs[:]
     model.graph.outputs.extend(exported)
     _drop_unused(model)
-    return Adjoint(_serialize(model), tuple(str(e.name) for e in energies), tuple(reverses))
+    return Adjoint(pack(model), tuple(str(e.name) for e in energies), tuple(reverses))
 
 
 def _wanted(
@@ -314,7 +315,7 @@ def _reverse(
         residuals=tuple(str(v.name) for v in context.residuals if constant(v) is None),
         taps=tuple(parts),
         parts=tuple(parts.values()),
-        model=_serialize(ir.Model(target, ir_version=8)),
+        model=pack(ir.Model(target, ir_version=8)),
         output=result.name,
     )
     return reverse, context
@@ -429,7 +430,3 @@ def _drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if value not in used:
             model.graph.initializers.pop(name)
-
-
-def _serialize(model: ir.Model) -> bytes:
-    return bytes(ir.serde.serialize_model(model).SerializeToString())

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from bitalloy.calibrate.statistics import ARRAYS, Statistics, observe
 from bitalloy.errors import DataError, ModelError
 from bitalloy.runtime.ort import OrtSession
+from bitalloy.weights import Packed, pack
 
 VALUES = 2048
 """Most values of one tensor that leave the session per sample."""
@@ -33,7 +35,7 @@ _PREFIX = "bitalloy.calibrate/"
 
 
 def collect(
-    model: onnx.ModelProto | bytes,
+    model: ir.Model | onnx.ModelProto | bytes,
     tensors: Sequence[str],
     feeds: Iterable[Mapping[str, np.ndarray]],
     *,
@@ -42,7 +44,8 @@ def collect(
     """Run the float model once per sample and gather statistics of `tensors`.
 
     Args:
-        model: float32 model, weights inside, opset 10 or later; never changed.
+        model: float32 model, opset 10 or later; never changed. Of a large `ir.Model` the weights are lent, not copied;
+            a `ModelProto` has them inside.
         tensors: float32 tensors with static shapes known to the graph.
         feeds: input name -> array, per sample; consumed one by one.
         progress: called with 1 after each sample.
@@ -52,9 +55,13 @@ def collect(
             the first such tensor in graph order, and the sample.
         DataError: `feeds` is empty.
     """
+    weights: Mapping[str, np.ndarray] = {}
+    if isinstance(model, ir.Model):
+        packed = pack(model)
+        model, weights = packed.data, packed.weights
     source = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model
     plan = _plan(source, tensors)
-    session = OrtSession(_instrumented(source, plan))
+    session = OrtSession(Packed(_instrumented(source, plan), weights))
     total: Statistics | None = None
     try:
         for number, sample in enumerate(feeds):
@@ -63,7 +70,7 @@ def collect(
             ends = np.array([v[:2] for v in vectors], np.float64)
             suspects = [t for t, e in zip(plan.measured, ends, strict=True) if not np.isfinite(e).all()]
             if suspects or not all(np.isfinite(found[_sum(i)]) for i in plan.checked):
-                bad = [*_not_finite(source, plan, sample), *suspects]
+                bad = [*_not_finite(source, plan, sample, weights), *suspects]
                 if bad:  # else only a sum overflowed
                     raise ModelError(
                         f"Tensor '{bad[0]}' has NaN or infinite values in sample {number}, counted from 0. "
@@ -213,13 +220,15 @@ def _instrumented(model: onnx.ModelProto, plan: _Plan) -> bytes:
     return _with_outputs(result, [*map(_vector, range(len(plan.measured))), *map(_sum, plan.checked)])
 
 
-def _not_finite(model: onnx.ModelProto, plan: _Plan, sample: Mapping[str, np.ndarray]) -> list[str]:
+def _not_finite(
+    model: onnx.ModelProto, plan: _Plan, sample: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]
+) -> list[str]:
     """Requested tensors that are not finite, looking at every value; in graph order."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     names = {t: _vector(i) for i, t in enumerate(plan.measured)}
     copy.graph.node.extend(helper.make_node("Identity", [t], [o]) for t, o in names.items())
-    session = OrtSession(_with_outputs(copy, list(names.values())))
+    session = OrtSession(Packed(_with_outputs(copy, list(names.values())), weights))
     found = session.run(sample)
     session.close()
     return [t for t, root in plan.roots.items() if not np.isfinite(found[names[root]]).all()]

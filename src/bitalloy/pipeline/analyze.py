@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import onnx
 import onnx_ir as ir
 
 from bitalloy import graph, zoo
@@ -203,7 +202,6 @@ def _calibrate(
 
     def make() -> bytes:
         statistics: Statistics | None = None
-        proto = onnx.ModelProto.FromString(model.to_bytes())
         with work.stage("calibrate", count) as progress:
             for start in range(0, count, CALIBRATION_SHARD):
                 indices = range(start, min(start + CALIBRATION_SHARD, count))
@@ -212,7 +210,7 @@ def _calibrate(
                     key,
                     f"{start:06d}",
                     lambda i=indices: collect(  # type: ignore[misc]
-                        proto, order, (data.feeds(n) for n in i), progress=progress.advance
+                        model.model, order, (data.feeds(n) for n in i), progress=progress.advance
                     ).to_bytes(),
                 )
                 part = Statistics.from_bytes(raw)

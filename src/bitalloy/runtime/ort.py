@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.weights import Packed, pack
 
 ort.set_default_logger_severity(3)
 
@@ -21,7 +23,8 @@ class OrtSession:
     """A model loaded into ONNX Runtime's CPU provider.
 
     Args:
-        model: serialized `ModelProto`, or the path of an .onnx file (needed for external data).
+        model: a model, one that is packed or serialized already, or the path of an .onnx file. The weights of a large
+            model are lent to the session and stay where they are; from a file the runtime reads and repacks its own.
         threads: intra-op threads; None takes one per available core.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `end_profile` reads it back.
@@ -34,7 +37,7 @@ class OrtSession:
 
     def __init__(
         self,
-        model: bytes | str | Path,
+        model: bytes | str | Path | ir.Model | Packed,
         *,
         threads: int | None = None,
         optimize: bool = True,
@@ -49,7 +52,15 @@ class OrtSession:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        source = model if isinstance(model, bytes) else str(model)
+        packed = pack(model) if isinstance(model, ir.Model) else model
+        source = str(packed) if isinstance(packed, (str, Path)) else packed
+        self._lent: dict[str, np.ndarray] = {}
+        if isinstance(source, Packed):
+            self._lent, source = dict(source.weights), source.data
+            # from its second run on a session would take a planned block beside what the first run left in its arena
+            options.enable_mem_pattern = not self._lent
+        # both forms of a lent weight are views of the same memory
+        self._lent_values = {name: ort.OrtValue.ortvalue_from_numpy(w) for name, w in self._lent.items()}
         try:
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
@@ -57,7 +68,7 @@ class OrtSession:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        return tuple(i.name for i in self._session.get_inputs())
+        return tuple(i.name for i in self._session.get_inputs() if i.name not in self._lent)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -65,7 +76,7 @@ class OrtSession:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            values = self._session.run(None, dict(feeds))
+            values = self._session.run(None, {**feeds, **self._lent})
         except Exception as error:  # as above
             raise ModelError(f"ONNX Runtime failed while running the model: {error}") from error
         return dict(zip(self.output_names, values, strict=True))
@@ -73,7 +84,7 @@ class OrtSession:
     def run_values(self, feeds: Mapping[str, ort.OrtValue], outputs: Sequence[str]) -> dict[str, ort.OrtValue]:
         """Execute without copying: feeds and results stay in the runtime's own memory."""
         try:
-            values = self._session.run_with_ort_values(list(outputs), dict(feeds))
+            values = self._session.run_with_ort_values(list(outputs), {**feeds, **self._lent_values})
         except Exception as error:  # as above
             raise ModelError(f"ONNX Runtime failed while running the model: {error}") from error
         return dict(zip(outputs, values, strict=True))
@@ -89,7 +100,7 @@ class OrtSession:
         return events
 
     def close(self) -> None:
-        del self._session
+        del self._session, self._lent, self._lent_values
 
 
 def available_cores() -> int:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from bitalloy.graph import Graph, attribute, constant
 from bitalloy.heads import head_of
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import QuantParams, activation_params, fake_quantize
+from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
@@ -39,7 +39,7 @@ class Switchboard:
     ) -> None:
         model = graph.clone()
         gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
-        board = _Board(model, gates)
+        board = _Board(model, gates, large=graph.large)
         int8 = units.quantizable()
         chosen = [u for u in units.units if u.id in int8]
         for unit in chosen:
@@ -58,7 +58,7 @@ class Switchboard:
         self._column = {s: i for i, s in enumerate(self.sites)}
         gates.shape = ir.Shape((len(self.sites),))
         model.graph.inputs.append(gates)
-        self._session = OrtSession(bytes(ir.serde.serialize_model(model).SerializeToString()))
+        self._session = OrtSession(model)
 
     def gates(self, sites: Iterable[str], scale: float = 1.0) -> np.ndarray:
         """Gate vector (sites,) float32 with `scale` at the given sites."""
@@ -143,8 +143,9 @@ def secant(
 class _Board:
     """Writes the gates into a model."""
 
-    def __init__(self, model: ir.Model, gates: ir.Value) -> None:
+    def __init__(self, model: ir.Model, gates: ir.Value, *, large: bool) -> None:
         self._graph = model.graph
+        self._large = large
         self._gates = gates
         self._nodes = {str(n.name): n for n in model.graph}
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
@@ -152,19 +153,34 @@ class _Board:
 
     def weight(self, site: WeightSite, params: QuantParams) -> None:
         node = self._nodes[site.node]
-        weight = constant(node.inputs[site.slot])
-        assert weight is not None, "weight sites are constants"
-        delta = self._constant(f"{site.id}/delta", fake_quantize(weight, params) - weight)
+        before, delta = self._change(site, node, params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
         y = node.outputs[0]
         uses = list(y.uses())
 
         def error() -> list[ir.Node]:
-            return [ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
+            return [*before, ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
 
         result = self._gated(site.id, y, error, after=node)
         for user, slot in uses:
             user.replace_input_with(slot, result)
+
+    def _change(self, site: WeightSite, node: ir.Node, params: QuantParams) -> tuple[list[ir.Node], ir.Value]:
+        """What rounding changes in a weight: a constant.
+
+        Of a large model only the integers are kept, and nodes that compute the change while its gate is open.
+        """
+        value = node.inputs[site.slot]
+        weight = constant(value)
+        assert weight is not None, "weight sites are constants"
+        stored = quantize(weight, params)
+        if not self._large:
+            return [], self._constant(f"{site.id}/delta", dequantize(stored, params) - weight)
+        parts = {"int8": stored, "scale": params.scale, "zero_point": params.zero_point}
+        constants = [self._constant(f"{site.id}/{name}", array) for name, array in parts.items()]
+        dq = ir.node("DequantizeLinear", constants, {} if params.axis is None else {"axis": params.axis})
+        change = ir.node("Sub", [dq.outputs[0], value])
+        return [dq, change], change.outputs[0]
 
     def edge(self, site: str, uses: Sequence[Edge], params: QuantParams) -> None:
         x = self._values[uses[0].tensor]

@@ -22,7 +22,7 @@ from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import DataError
 from bitalloy.graph import Graph, attribute, constant, static_shape
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import QuantParams, activation_params, fake_quantize
+from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
 from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.targets.base import Target, weight_params
@@ -170,16 +170,30 @@ def _edge_tap(
 
 
 def _weight_tap(graph: Graph, site: WeightSite, target: Target) -> Tap:
-    """Error of rounding a weight, seen at the node's output: the node applied to the weight's error, without bias."""
+    """Error of rounding a weight, seen at the node's output: the node applied to the weight's error, without bias.
+
+    The error is a constant. Of a large model it is computed at every run instead, so that only the integers are kept
+    beside the weight.
+    """
     node = graph.node[site.node]
     weight = constant(node.inputs[site.slot])
     assert weight is not None
-    delta = fake_quantize(weight, weight_params(target, node, site)) - weight
+    params = weight_params(target, node, site)
+    rounded = quantize(weight, params)
+    delta = None if graph.large else dequantize(rounded, params) - weight
     kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
     output = node.outputs[0]
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
-        return p.op(node.op_type, x, p.const(delta), shape=static_shape(output), **kept)  # type: ignore[arg-type]
+        change = p.const(delta) if delta is not None else _change(p, values[site.tensor], rounded, params)
+        return p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
 
     return Tap(site.id, (Edge(tensor=str(output.name), node="", slot=0),), error)
+
+
+def _change(p: Builder, weight: ir.Value, rounded: np.ndarray, params: QuantParams) -> ir.Value:
+    """dequantize(integers) - weight."""
+    axis = {} if params.axis is None else {"axis": params.axis}
+    scale, zero = p.const(params.scale), p.const(params.zero_point)
+    return p.like("Sub", p.like("DequantizeLinear", p.const(rounded), scale, zero, **axis), weight)

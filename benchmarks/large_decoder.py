@@ -1,0 +1,182 @@
+"""Memory and time of the analysis of a large language-model decoder: MobileVLM V2's, with random weights.
+
+The decoder is exported once by a process of its own, then loaded, calibrated and probed here. All weights stay in the
+mapped files, so resident memory has two parts: pages of those files, which the system may drop at any time, and the
+anonymous rest.
+
+    python benchmarks/large_decoder.py --folder /tmp/decoder                  24 layers: 5.1 GiB on disk
+    python benchmarks/large_decoder.py --folder /tmp/small --layers 2
+
+The last line is JSON. `float_passes` is the time of one sample (its forward, and all probes back) over that of an
+inference; `float_passes_cpu` is the same in processor time, which holds on a busy machine too. `anonymous_gb` is
+the peak of anonymous memory, `peak_rss_gb` that of everything resident, pages of the mapped weights included.
+Token embeddings are a graph of their own in these models, and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bitalloy import graph
+from bitalloy.calibrate import collect
+from bitalloy.graph import Graph
+from bitalloy.heads import find_heads
+from bitalloy.matrix import ProbeMatrix
+from bitalloy.runtime import OrtSession
+from bitalloy.sensitivity import Prober
+from bitalloy.targets import target
+from bitalloy.targets.base import split
+
+FLOAT_RUNS = 3
+LLAMA = Path(__file__).resolve().parents[1] / "reference" / "llama.py"
+
+
+def status_gb(field: str) -> float:
+    """A memory figure of this process from /proc/self/status, in GB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return float("nan")
+
+
+@contextmanager
+def peak_of(field: str, every_s: float = 0.05) -> Iterator[list[float]]:
+    """The largest value of a memory figure while the block runs, in a list of one."""
+    peak, done = [status_gb(field)], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            peak[0] = max(peak[0], status_gb(field))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def feeds_of(model: Graph, seed: int) -> dict[str, np.ndarray]:
+    """Random embeddings, all positions attended, an empty cache."""
+    generator = np.random.default_rng(seed)
+    feeds = {}
+    for spec in model.info.inputs:
+        shape = tuple(int(d) for d in spec.shape)
+        if spec.name == "attention_mask":
+            feeds[spec.name] = np.ones(shape, np.int64)
+        elif spec.name == "position_ids":
+            feeds[spec.name] = np.arange(shape[1])[None]
+        else:
+            feeds[spec.name] = (0.02 * generator.standard_normal(shape)).astype(np.float32)
+    return feeds
+
+
+def sizes_of(path: Path, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Input shapes for `tokens` tokens and an empty cache."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    known = {"new": tokens, "total": tokens, "past": 0}
+    return {
+        i.name: tuple(d.dim_value or known[d.dim_param] for d in i.type.tensor_type.shape.dim)
+        for i in inputs
+    }  # fmt: skip
+
+
+def only(model: Graph, output: str) -> Graph:
+    """The same graph with one output: the caches that it also returns are not measured."""
+    copy = model.clone()
+    kept = [v for v in copy.graph.outputs if v.name == output]
+    del copy.graph.outputs[:]
+    copy.graph.outputs.extend(kept)
+    return Graph(model.info, copy, model.source)
+
+
+def main() -> None:
+    """Run the analysis and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds the exported decoder; filled where empty")
+    parser.add_argument("--size", default="1.7b", help="see reference/llama.py")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--probes", type=int, default=2, help="reverse passes per sample")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    path = options.folder / "decoder.onnx"
+    seconds: dict[str, float] = {}
+    processor: dict[str, float] = {}
+    memory: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        start, used = time.perf_counter(), time.process_time()
+        with peak_of("RssAnon") as peak:
+            yield
+        seconds[name], processor[name] = time.perf_counter() - start, time.process_time() - used
+        memory[name] = (peak[0], status_gb("RssFile"))
+        print(f"{name:<12} {seconds[name]:8.1f} s   anonymous {peak[0]:6.2f} GB   mapped {memory[name][1]:6.2f} GB")
+
+    with step("export"):
+        if not path.is_file():
+            arguments = ["--size", options.size, "--layers", str(options.layers), "--seed", str(options.seed)]
+            subprocess.run([sys.executable, str(LLAMA), *arguments, "--out", str(path)], check=True)
+    with step("load"):
+        model = only(graph.load(path, shapes=sizes_of(path, options.tokens)), "logits")
+    samples = [feeds_of(model, options.seed + i) for i in range(options.samples)]
+    heads = find_heads(model)
+    device = target("ort-cpu")
+    units = split(model, device, heads)
+    with step("calibrate"):
+        tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
+        ranges = collect(model.model, [t for t in model.value if t in tensors], iter(samples)).ranges("minmax")
+    with step("build"):
+        prober = Prober(model, units, heads, ranges, device)
+    with step("probe"):
+        parts = [prober.measure(f, sample=i, probes=options.probes, seed=options.seed) for i, f in enumerate(samples)]
+    matrix = ProbeMatrix.concatenate(parts)
+    del prober
+    analysis = status_gb("VmHWM")
+    session = OrtSession(model.model)
+    session.run(samples[0])
+    with step("float pass"):
+        for _ in range(FLOAT_RUNS):
+            session.run(samples[0])
+    each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS
+    busy, plainly = processor["probe"] / len(samples), processor["float pass"] / FLOAT_RUNS
+    weights = sum(v.const_value.nbytes for v in model.model.graph.initializers.values() if v.const_value is not None)
+    result = {
+        "benchmark": "large_decoder",
+        "layers": options.layers,
+        "params": model.info.parameters,
+        "weights_gb": round(weights / 1e9, 3),
+        "tokens": options.tokens,
+        "samples": len(samples),
+        "probes": options.probes,
+        "sites": len(matrix.sites),
+        "seconds_per_sample": round(each, 2),
+        "float_pass_seconds": round(plain, 3),
+        "float_passes": round(each / plain, 2),
+        "float_passes_cpu": round(busy / plainly, 2),
+        "cpu_seconds_per_sample": round(busy, 2),
+        "peak_rss_gb": round(analysis, 2),
+        "anonymous_gb": round(max(a for a, _ in memory.values()), 2),
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "finite": bool(all(np.isfinite(r).all() for r in matrix.rows)),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
