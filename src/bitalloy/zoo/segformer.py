@@ -1,0 +1,1 @@
+from bitalloy.zoo.yolo11 import FAMILY
