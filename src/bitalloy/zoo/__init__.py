@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from bitalloy.errors import ModelError
+from bitalloy.errors import MissingExtraError, ModelError
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [
@@ -107,10 +108,15 @@ def export(
         MissingExtraError: the family's library is not installed.
     """
     family, variant = find(name)
-    if checkpoint is not None and str(checkpoint) != RANDOM and not Path(checkpoint).exists():
-        raise ModelError(f"No checkpoint at '{checkpoint}'. Give a file, a folder, or `{RANDOM}` for random weights.")
+    options = options or Options()
+    if options.open_size and not family.open_size:
+        raise ModelError(f"Height and width of '{name}' cannot stay open: its graph is made for one size.")
+    if not str(checkpoint).endswith(".onnx"):
+        missing = [p for p in family.packages if importlib.util.find_spec(p) is None]
+        if missing:
+            raise MissingExtraError("', '".join(missing), family.extra, f"Exporting '{name}'")
     folder.mkdir(parents=True, exist_ok=True)
-    return family.export(variant, checkpoint, options or Options(), folder)
+    return family.export(variant, checkpoint, options, folder)
 
 
 def _variant_names() -> list[str]:

@@ -89,6 +89,8 @@ class Options:
 
     size: tuple[int, int] | None = None
     """Height and width of the image; None takes the variant's."""
+    open_size: bool = False
+    """Whether height and width stay open, for protocols that keep the aspect ratio of each image."""
     seed: int = 0
     """Of random weights and of the inputs on which an export is compared with torch."""
     trust_checkpoint: bool = False
@@ -121,6 +123,8 @@ class Family:
     """Extra of the package that exporting needs: `pip install 'bitalloy[EXTRA]'`."""
     packages: tuple[str, ...]
     """Packages of that extra."""
+    open_size: bool = False
+    """Whether its graphs can be exported with open height and width."""
     variants: Mapping[str, Variant]
     export: Export
     relevance: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]

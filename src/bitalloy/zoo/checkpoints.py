@@ -1,6 +1,6 @@
 """Read weights: tensors only, unless the user trusts the file; say which keys differ.
 
-1. `.safetensors`: read directly.
+1. `.safetensors`: read directly. A folder as the hub keeps it: all shards, `.safetensors` before `.bin`.
 2. A torch file of tensors: `torch.load(weights_only=True)`.
 3. A torch file of pickled objects, as ultralytics writes them: only with `trust_checkpoint`, by `unpickle` in a process
    of its own.
@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,14 @@ WRAPPERS = ("state_dict", "model", "ema")
 
 
 def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Tensor]:
-    """Tensor name -> tensor of a checkpoint file.
+    """Tensor name -> tensor of a checkpoint file or folder.
 
     Raises:
         ModelError: no such file, damaged, no tensors inside, or pickled objects without permission.
         MissingExtraError: a library that reads the format is not installed.
     """
+    if path.is_dir():
+        return {k: v for shard in _shards(path) for k, v in read(shard, trust=trust, extra=extra).items()}
     if not path.is_file():
         raise ModelError(f"No checkpoint file at '{path}'.")
     if path.suffix == ".safetensors":
@@ -43,7 +47,7 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error):
             raise _damaged(path, error) from error
@@ -73,14 +77,42 @@ def load(module: nn.Module, state: Mapping[str, Tensor], *, source: Path, name: 
         for k, v in expected.items()
         if k in state and tuple(state[k].shape) != v
     ]
-    if missing or unexpected or other:
-        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
-        found = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in kinds if keys]
-        raise ModelError(
-            f"'{source}' is no checkpoint of {name}. Of {len(expected)} tensors, {'; '.join(found)}. "
-            "Check the model's name and size."
-        )
+    refuse(missing, unexpected, other, source=source, name=name)
     module.load_state_dict(dict(state), strict=True)
+
+
+def refuse(
+    missing: Collection[str], unexpected: Collection[str], other: Collection[str], *, source: Path, name: str
+) -> None:
+    """Say which keys of a checkpoint do not fit, if any.
+
+    Raises:
+        ModelError: any of the collections has a key.
+    """
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
+    found = [f"{len(keys)} {kind} ({_some(list(keys))})" for kind, keys in kinds if keys]
+    if found:
+        raise ModelError(
+            f"'{source}' is no checkpoint of {name}: its tensors differ, {'; '.join(found)}. Check the model's name and size."
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The weight files of a folder, checked against its index."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth"):
+        files = sorted(folder.glob(pattern))
+        if not files:
+            continue
+        for index in folder.glob("*.index.json"):
+            try:
+                named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            except (ValueError, KeyError, AttributeError) as error:
+                raise _damaged(index, error) from error
+            lost = sorted(f.name for f in named - set(files))
+            if lost and any(f.suffix == files[0].suffix for f in named):
+                raise ModelError(f"'{folder}' is incomplete: {_some(lost)} of '{index.name}' are missing.")
+        return files
+    raise ModelError(f"'{folder}' holds no weights: no .safetensors, .bin or .pt file.")
 
 
 def _some(keys: list[str]) -> str:

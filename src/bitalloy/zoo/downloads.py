@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
 from bitalloy.errors import MissingExtraError, ModelError
-from bitalloy.zoo.base import Remote
+from bitalloy.zoo.base import RANDOM, Remote
 
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
+
+
+def locate(checkpoint: str | Path | None, remote: Remote, *, extra: str) -> Path:
+    """The file or folder of a checkpoint: a path, another hub repository such as `owner/name`, or None for `remote`.
+
+    Raises:
+        ModelError: no such path, or the download failed.
+        MissingExtraError: the library that downloads it is not installed.
+    """
+    if checkpoint is None:
+        return fetch(remote, extra=extra)
+    path = Path(checkpoint)
+    if path.exists():
+        return path
+    if remote.hub and isinstance(checkpoint, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        return fetch(replace(remote, hub=checkpoint, revision=None), extra=extra)
+    hub = " a repository on the Hugging Face hub," if remote.hub else ""
+    raise ModelError(f"No checkpoint at '{checkpoint}'. Give a file, a folder,{hub} or `{RANDOM}` for random weights.")
 
 
 def fetch(remote: Remote, *, extra: str) -> Path:

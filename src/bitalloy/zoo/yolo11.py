@@ -81,7 +81,8 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
                 f"The published {variant.remote.file} holds pickled Python objects. Add --trust-checkpoint to download "
                 "it and open it in a process of its own, or give a state dict or an ONNX file with --checkpoint."
             )
-        checkpoint = downloads.fetch(variant.remote, extra=EXTRA)
+    if checkpoint != RANDOM:
+        checkpoint = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
     if Path(checkpoint).suffix == ".onnx":
         note = _adopt(Path(checkpoint), path, variant, options, facts)
     else:
