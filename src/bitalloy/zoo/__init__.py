@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [
@@ -106,6 +106,7 @@ def export(
     Raises:
         ModelError: unknown name, an unusable checkpoint, or an export that differs from torch.
         MissingExtraError: the family's library is not installed.
+        BitalloyError: the folder cannot be written.
     """
     family, variant = find(name)
     options = options or Options()
@@ -115,8 +116,11 @@ def export(
         missing = [p for p in family.packages if importlib.util.find_spec(p) is None]
         if missing:
             raise MissingExtraError("', '".join(missing), family.extra, f"Exporting '{name}'")
-    folder.mkdir(parents=True, exist_ok=True)
-    return family.export(variant, checkpoint, options, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return family.export(variant, checkpoint, options, folder)
+    except OSError as error:
+        raise BitalloyError(f"'{name}' cannot be written to '{folder}': {error}. Choose another folder.") from error
 
 
 def _variant_names() -> list[str]:

@@ -93,7 +93,7 @@ def refuse(
     found = [f"{len(keys)} {kind} ({_some(list(keys))})" for kind, keys in kinds if keys]
     if found:
         raise ModelError(
-            f"'{source}' is no checkpoint of {name}: its tensors differ, {'; '.join(found)}. Check the model's name and size."
+            f"'{source}' is no checkpoint of {name}: of its tensors, {'; '.join(found)}. Check the name and size."
         )
 
 

@@ -94,7 +94,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     from bitalloy.zoo.networks.mobilesam import Decoder, Encoder
 
     if options.size not in (None, variant.size):
-        raise ModelError("MobileSAM is made for images padded to 1024x1024; leave --size out.")
+        raise ModelError("MobileSAM is made for images padded to 1024x1024; leave --image-size out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         sam = Sam.from_name("mobile_sam").eval()
@@ -147,7 +147,7 @@ def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 VARIANTS = (
     Variant(
         name="mobilesam",
-        parameters_m=9.808,
+        parameters_m=9.804,
         flops_b=81.159,
         work="image and one box",
         size=(SIDE, SIDE),

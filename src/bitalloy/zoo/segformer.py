@@ -91,9 +91,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
         images = [((random_image(s) - mean) / deviation,) for s in sizes]
     axes = {"pixel_values": {2: "height", 3: "width"}, "logits": {2: "rows", 3: "columns"}}
-    signature = Signature(
-        inputs=("pixel_values",), outputs=("logits",), open_axes=axes if options.open_size else {}
-    )
+    signature = Signature(inputs=("pixel_values",), outputs=("logits",), open_axes=axes if options.open_size else {})
     path = folder / f"{variant.name}.onnx"
     facts = Facts(
         family="segformer",
@@ -163,7 +161,11 @@ def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _variant(
-    size: str, measured: tuple[float, float], published: tuple[float, float, float], depths: tuple[int, ...], decoder: int
+    size: str,
+    measured: tuple[float, float],
+    published: tuple[float, float, float],
+    depths: tuple[int, ...],
+    decoder: int,
 ) -> Variant:
     side = 640 if size == "b5" else 512
     widths = (32, 64, 160, 256) if size == "b0" else (64, 128, 320, 512)
@@ -189,12 +191,12 @@ def _variant(
 
 
 VARIANTS = (
-    _variant("b0", (0, 0), (3.8, 8.4, 37.4), (2, 2, 2, 2), 256),
-    _variant("b1", (0, 0), (13.7, 15.9, 42.2), (2, 2, 2, 2), 256),
-    _variant("b2", (0, 0), (27.5, 62.4, 46.5), (3, 4, 6, 3), 768),
-    _variant("b3", (0, 0), (47.3, 79.0, 49.4), (3, 4, 18, 3), 768),
-    _variant("b4", (0, 0), (64.1, 95.7, 50.3), (3, 8, 27, 3), 768),
-    _variant("b5", (0, 0), (84.7, 183.3, 51.0), (3, 6, 40, 3), 768),
+    _variant("b0", (3.753, 16.776), (3.8, 8.4, 37.4), (2, 2, 2, 2), 256),
+    _variant("b1", (13.716, 31.756), (13.7, 15.9, 42.2), (2, 2, 2, 2), 256),
+    _variant("b2", (27.462, 124.676), (27.5, 62.4, 46.5), (3, 4, 6, 3), 768),
+    _variant("b3", (47.338, 157.926), (47.3, 79.0, 49.4), (3, 4, 18, 3), 768),
+    _variant("b4", (64.108, 191.135), (64.1, 95.7, 50.3), (3, 8, 27, 3), 768),
+    _variant("b5", (84.709, 366.282), (84.7, 183.3, 51.0), (3, 6, 40, 3), 768),
 )
 FAMILY = Family(
     name="segformer",

@@ -73,14 +73,12 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         raise ModelError(f"YOLO11 takes images whose sides are multiples of 32, but the size is {height}x{width}.")
     masks = variant.architecture["task"] == "segment"
     path = folder / f"{variant.name}.onnx"
-    protect = PROTECT
-    facts = Facts(family="yolo11", variant=variant.name, regions=REGIONS, protect=protect)
-    if checkpoint is None:
-        if not options.trust_checkpoint:
-            raise ModelError(
-                f"The published {variant.remote.file} holds pickled Python objects. Add --trust-checkpoint to download "
-                "it and open it in a process of its own, or give a state dict or an ONNX file with --checkpoint."
-            )
+    facts = Facts(family="yolo11", variant=variant.name, regions=REGIONS, protect=PROTECT)
+    if checkpoint is None and not options.trust_checkpoint:
+        raise ModelError(
+            f"The published {variant.remote.file} holds pickled Python objects. Add --trust-checkpoint to download it "
+            "and open it in a process of its own, or give a state dict or an ONNX file with --checkpoint."
+        )
     if checkpoint != RANDOM:
         checkpoint = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
     if Path(checkpoint).suffix == ".onnx":
@@ -93,7 +91,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         f"{outputs}: centre x, y, width, height in pixels, then scores.",
         f"Weights: {variant.remote.licence}.",
     )
-    return Exported(graphs={variant.name: path}, protect=protect, notes=notes)
+    return Exported(graphs={variant.name: path}, protect=PROTECT, notes=notes)
 
 
 def _convert(
@@ -228,7 +226,7 @@ FAMILY = Family(
     name="yolo11",
     task="object detection, instance segmentation",
     extra=EXTRA,
-    packages=("torch", "safetensors"),
+    packages=("torch",),
     variants={v.name: v for v in VARIANTS},
     export=export,
     relevance=relevance,

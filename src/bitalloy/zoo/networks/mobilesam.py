@@ -20,7 +20,10 @@ class Encoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points with labels -> (1, N, 256) tokens, written without assignments to selected elements, which do not trace."""
+    """Points with labels -> (1, N, 256) tokens, without assignments to selected elements, which do not trace."""
+
+    table: Tensor
+    """(5, 256): what each label -1 to 3 adds."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -28,7 +31,6 @@ class PromptEncoder(nn.Module):
         self.size = original.input_image_size
         tables = [original.not_a_point_embed, *original.point_embeddings]
         self.register_buffer("table", torch.cat([t.weight.detach() for t in tables]))
-        """(5, 256): what each label -1 to 3 adds."""
 
     def forward(self, coords: Tensor, labels: Tensor) -> Tensor:
         where = self.pe_layer.forward_with_coords(coords + 0.5, self.size)  # centres of pixels
