@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
+        if not re.search(r"[Uu]nsupported (global: )?GLOBAL", str(error)):
             raise _damaged(path, error) from error
         if not trust:
             raise ModelError(
@@ -134,7 +135,8 @@ def _safetensors(path: Path, extra: str) -> dict[str, Tensor]:
 def _unpickled(path: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(prefix="bitalloy-") as folder:
         tensors = Path(folder) / "tensors.pt"
-        command = [sys.executable, "-m", "bitalloy.zoo.unpickle", str(path), str(tensors)]
+        script = Path(__file__).with_name("unpickle.py")  # alone: it needs nothing of this package
+        command = [sys.executable, "-I", str(script), str(path), str(tensors)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired as error:

@@ -50,10 +50,11 @@ def tables() -> Iterator[Table | str]:
         variants = tuple(family.variants.values())
         yield f"\n{family.name}: {family.task}"
         table = Table(box=None, pad_edge=False)
-        for column in ("name", "input", "parameters, M", "FLOPs, B", "accuracy", "ms, CPU | GPU"):
+        timed = any(v.published.gpu_ms for v in variants)
+        for column in ("name", "input", "params, M", "FLOPs, B", "accuracy", *(["ms, CPU | GPU"] if timed else [])):
             table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
         for variant in variants:
-            table.add_row(*_cells(variant))
+            table.add_row(*_cells(variant)[: len(table.columns)])
         yield table
         yield from _notes(variants)
         yield f"Export: {state}"
@@ -67,13 +68,15 @@ def _cells(variant: Variant) -> tuple[str, ...]:
         f"{variant.size[0]}x{variant.size[1]}",
         f"{_number(published.parameters_m)} | {_number(variant.parameters_m)}",
         f"{_number(published.flops_b)} | {_number(flops)}",
-        " | ".join(_number(v) for v in published.accuracy.values()),
-        "" if published.gpu_ms is None else f"{_number(published.cpu_ms)} | {_number(published.gpu_ms)}",
+        " ".join(_number(v) for v in published.accuracy.values()),
+        f"{_number(published.cpu_ms)} | {_number(published.gpu_ms)}",
     )
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _notes(variants: tuple[Variant, ...]) -> Iterator[str]:
@@ -83,7 +86,7 @@ def _notes(variants: tuple[Variant, ...]) -> Iterator[str]:
     yield f"FLOPs per {variants[0].work}, a multiply-add as {counted}."
     lines: dict[str, None] = {}
     for line in (
-        *(f"Accuracy: {' | '.join(v.published.accuracy)}" for v in variants),
+        *(f"Accuracy: {', '.join(v.published.accuracy)}" for v in variants),
         *(f"Times: {v.published.setup}" for v in variants if v.published.setup),
         *(f"Published: {v.published.source}" for v in variants),
         *(f"Weights: {v.remote.licence}" for v in variants),

@@ -1,4 +1,4 @@
-"""Take the tensors out of a pickled torch module without its classes: `python -m bitalloy.zoo.unpickle FILE TENSORS`.
+"""Take the tensors out of a pickled torch module without its classes: `python unpickle.py FILE TENSORS`.
 
 Runs in a process of its own. Only what rebuilds tensors is imported; every other class or function that the pickle
 names becomes an empty shell, so the library that wrote the file is not needed and its code does not run.
