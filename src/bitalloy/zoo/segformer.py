@@ -125,7 +125,7 @@ def _network(variant: Variant, checkpoint: str | Path | None) -> Any:
     state = checkpoints.read(source, extra=EXTRA)
     if (source / "config.json").is_file():
         config = SegformerConfig.from_pretrained(source)
-        other = [f"{k} is {getattr(config, k)} in place of {v}" for k, v in sizes.items() if list_of(config, k) != v]
+        other = [f"{k} is {getattr(config, k)} in place of {v}" for k, v in sizes.items() if _list_of(config, k) != v]
         if other:
             raise ModelError(f"'{source}' is no checkpoint of {variant.name}: {'; '.join(other)}. Check the size.")
     else:
@@ -149,7 +149,7 @@ def _network(variant: Variant, checkpoint: str | Path | None) -> Any:
     return network
 
 
-def list_of(config: Any, name: str) -> object:
+def _list_of(config: Any, name: str) -> object:
     """A field of a configuration, tuples as lists."""
     value = getattr(config, name)
     return list(value) if isinstance(value, tuple) else value
