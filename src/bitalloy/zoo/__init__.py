@@ -17,17 +17,20 @@ from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [
+    # lookup
     "FAMILIES",
     "NAMES",
-    "RANDOM",
     "SAMPLE",
-    "Exported",
-    "Options",
     "Source",
-    "export",
     "families",
     "find",
     "resolve",
+    # export
+    "RANDOM",
+    "Exported",
+    "Family",
+    "Options",
+    "export",
 ]
 
 SAMPLE = "yolo11n-shapes"
