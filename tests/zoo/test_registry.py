@@ -68,12 +68,13 @@ def test_name_that_must_be_exported_first_says_how() -> None:
         zoo.resolve("segformer-b0")
 
 
-def test_missing_package_gives_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["no_such_package", "numpy"], ids=["absent", "too old"])
+def test_missing_package_gives_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     family, variant = zoo.find("mobilesam")
     monkeypatch.setattr(
-        zoo, "find", lambda name: (Family(**{**fields(family), "packages": ("no_such_package",)}), variant)
+        zoo, "find", lambda name: (Family(**{**fields(family), "packages": {package: (999, 1)}}), variant)
     )
-    with pytest.raises(MissingExtraError, match=r"no_such_package.*pip install 'bitalloy\[mobilesam\]'"):
+    with pytest.raises(MissingExtraError, match=rf"{package}>=999\.1.*pip install 'bitalloy\[mobilesam\]'"):
         zoo.export("mobilesam", checkpoint="random", folder=tmp_path)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -116,9 +115,8 @@ def export(
     if options.open_size and not family.open_size:
         raise ModelError(f"Height and width of '{name}' cannot stay open: its graph is made for one size.")
     if not str(checkpoint).endswith(".onnx"):
-        missing = [p for p in family.packages if importlib.util.find_spec(p) is None]
-        if missing:
-            raise MissingExtraError("', '".join(missing), family.extra, f"Exporting '{name}'")
+        if family.missing:
+            raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return family.export(variant, checkpoint, options, folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +123,8 @@ class Family:
     task: str
     extra: str
     """Extra of the package that exporting needs: `pip install 'bitalloy[EXTRA]'`."""
-    packages: tuple[str, ...]
-    """Packages of that extra."""
+    packages: Mapping[str, tuple[int, int]]
+    """Packages of that extra -> lowest version (major, minor)."""
     open_size: bool = False
     """Whether its graphs can be exported with open height and width."""
     variants: Mapping[str, Variant]
@@ -130,3 +132,16 @@ class Family:
     relevance: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
     """Outputs of one sample -> a weight for every element that matters, broadcastable to its output; the mean of
     the weights of an output is 1. Outputs that it leaves out are not heads (a cache, for example)."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages that are not installed or too old, such as `transformers>=5.0`."""
+        return tuple(f"{p}>={low[0]}.{low[1]}" for p, low in self.packages.items() if _version(p) < low)
+
+
+def _version(package: str) -> tuple[int, ...]:
+    """(major, minor) of an installed package; empty, which is below every version, where there is none."""
+    try:
+        return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
+    except PackageNotFoundError:
+        return ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -10,11 +9,6 @@ from rich.table import Table
 
 from bitalloy.zoo import NAMES, families
 from bitalloy.zoo.base import Family, Variant
-
-
-def missing(family: Family) -> tuple[str, ...]:
-    """Packages of a family's extra that are not installed."""
-    return tuple(p for p in family.packages if importlib.util.find_spec(p) is None)
 
 
 def install_line(family: Family) -> str:
@@ -30,8 +24,8 @@ def as_json() -> dict[str, object]:
             {
                 "name": family.name,
                 "task": family.task,
-                "installed": not missing(family),
-                "missing": list(missing(family)),
+                "installed": not family.missing,
+                "missing": list(family.missing),
                 "install": install_line(family),
                 "variants": [asdict(v) for v in family.variants.values()],
             }
@@ -45,7 +39,7 @@ def tables() -> Iterator[Table | str]:
     for name, file in NAMES.items():
         yield f"{name}  embedded sample ({file}), ready to run"
     for family in families():
-        lacking = missing(family)
+        lacking = family.missing
         state = f"not installed ({', '.join(lacking)}): {install_line(family)}" if lacking else "installed"
         variants = tuple(family.variants.values())
         yield f"\n{family.name}: {family.task}"
