@@ -87,6 +87,11 @@ def test_open_size_is_refused_where_a_graph_has_one_size(tmp_path: Path) -> None
         zoo.export("yolo11n", checkpoint="random", folder=tmp_path, options=zoo.Options(open_size=True))
 
 
+def test_onnx_file_is_no_checkpoint_of_other_families(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="give it to `bitalloy run`"):
+        zoo.export("segformer-b0", checkpoint="model.onnx", folder=tmp_path)
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "file").write_text("")

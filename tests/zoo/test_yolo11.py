@@ -118,6 +118,13 @@ def test_file_of_the_user_is_annotated_and_otherwise_unchanged(real: Path, tmp_p
     assert np.array_equal(got, want)
 
 
+def test_own_file_is_adopted_in_place_without_double_annotations(small: dict[str, Exported]) -> None:
+    path = small["yolo11n"].graphs["yolo11n"]
+    before = onnx.load(path)
+    zoo.export("yolo11n", checkpoint=path, folder=path.parent)
+    assert onnx.load(path) == before
+
+
 def test_state_dict_with_other_classes_before_and_after_folding(tmp_path: Path, onnx_run: Any) -> None:
     from bitalloy.zoo.networks.yolo11 import Yolo11, fuse
 

@@ -114,9 +114,11 @@ def export(
     options = options or Options()
     if options.open_size and not family.open_size:
         raise ModelError(f"Height and width of '{name}' cannot stay open: its graph is made for one size.")
-    if not str(checkpoint).endswith(".onnx"):
-        if family.missing:
-            raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
+    is_onnx = Path(str(checkpoint)).suffix == ".onnx"
+    if is_onnx and not family.adopts_onnx:
+        raise ModelError(f"'{checkpoint}' is an ONNX file already: give it to `bitalloy run`.")
+    if not is_onnx and family.missing:
+        raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return family.export(variant, checkpoint, options, folder)

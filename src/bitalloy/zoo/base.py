@@ -127,6 +127,8 @@ class Family:
     """Packages of that extra -> lowest version (major, minor)."""
     open_size: bool = False
     """Whether its graphs can be exported with open height and width."""
+    adopts_onnx: bool = False
+    """Whether an ONNX file of the user's serves as a checkpoint."""
     variants: Mapping[str, Variant]
     export: Export
     relevance: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]

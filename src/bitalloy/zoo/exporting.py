@@ -9,7 +9,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,15 +134,24 @@ def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
             [{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]
         ),
     }
+    _forget(proto.metadata_props, texts)
     for key, text in texts.items():
         proto.metadata_props.add(key=key, value=text)
     for node in proto.graph.node:
+        _forget(node.metadata_props, {REGION})
         module = "/".join(p for p in node.name.split("/")[:-1] if p)
         for pattern, words in facts.regions:
             found = re.match(f"(?:{pattern})(?=/|$)", module)
             if found:
                 node.metadata_props.add(key=REGION, value=f"{found.expand(words)}{module[found.end() :]}")
                 break
+
+
+def _forget(props: Any, keys: Collection[str]) -> None:
+    """Remove the entries that an earlier export wrote."""
+    kept = [p for p in props if p.key not in keys]
+    del props[:]
+    props.extend(kept)
 
 
 def write_program(folder: Path, graphs: Mapping[str, Path], wires: Sequence[str]) -> None:

@@ -227,6 +227,7 @@ FAMILY = Family(
     task="object detection, instance segmentation",
     extra=EXTRA,
     packages={"torch": (2, 6)},
+    adopts_onnx=True,
     variants={v.name: v for v in VARIANTS},
     export=export,
     relevance=relevance,
