@@ -178,15 +178,63 @@ def run(
 
 
 @app.command()
-def models() -> None:
-    """List the models that are known by name.
+def models(
+    json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
+) -> None:
+    """List the models that are known by name, with published and measured figures.
 
-    Example: bitalloy run yolo11n-shapes
+    Example: bitalloy export yolo11n --checkpoint yolo11n.pt --trust-checkpoint
     """
-    from bitalloy import zoo
+    import json
 
-    for name, file in zoo.NAMES.items():
-        out_console.print(f"{name:<20} {zoo.resolve(name).path} ({file}, embedded sample)", soft_wrap=True)
+    from bitalloy.zoo import listing
+
+    if json_output:
+        sys.stdout.write(json.dumps(listing.as_json(), indent=2) + "\n")
+        return
+    for part in listing.tables():
+        out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="File, folder or hub repository; `random` for random weights.  [default: the published one]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the ONNX files.  [default: models/NAME]")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Height and width of the image: `480x640`.")] = None,
+    open_size: Annotated[bool, typer.Option(help="Keep height and width open (SegFormer).")] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights and inputs.")] = 0,
+) -> None:
+    """Write a known model as ONNX and compare the files with torch.
+
+    Examples:
+      bitalloy export yolo11n --checkpoint yolo11n.pt --trust-checkpoint
+
+      bitalloy export segformer-b0
+
+      bitalloy export mobilesam --checkpoint mobile_sam.pt --out sam/
+    """
+    from bitalloy import options, zoo
+
+    chosen = zoo.Options(
+        size=options.image_size(image_size), open_size=open_size, seed=seed, trust_checkpoint=trust_checkpoint
+    )
+    exported = zoo.export(name, checkpoint=checkpoint, folder=out or Path("models") / name, options=chosen)
+    for graph, path in exported.graphs.items():
+        out_console.print(f"{graph:<12} {path}", soft_wrap=True, markup=False, highlight=False)
+    for wire in exported.wires:
+        out_console.print(f"wire         {wire}", soft_wrap=True, markup=False, highlight=False)
+    for kept in exported.protect:
+        text = f"in float     {kept.pattern}: {kept.reason} ({kept.source})"
+        out_console.print(text, soft_wrap=True, markup=False, highlight=False)
+    for note in exported.notes:
+        out_console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

@@ -38,6 +38,20 @@ def size(text: str | None, float_bytes: int) -> int | None:
     return int(min(number * (float_bytes if unit == "x" else UNITS[unit]), MOST_BYTES))
 
 
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width in pixels.
+
+    >>> image_size("480x640")
+    (480, 640)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip())
+    if not found:
+        raise BitalloyError(f"--image-size is '{text}'; expected height and width, such as 480x640.")
+    return int(found[1]), int(found[2])
+
+
 def samples(text: str) -> int | None:
     """A number of samples, or None for `auto`.
 

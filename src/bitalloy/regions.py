@@ -2,9 +2,10 @@
 
 Sources, in this order:
 
-1. `pkg.torch.onnx.name_scopes` metadata (torch.export exporter): module paths such as `model.4.m.0`.
-2. Node names with slashes (TorchScript exporter): `/model.4/m.0/cv1/conv/Conv`.
-3. Otherwise the node belongs to the root region.
+1. `bitalloy.region` metadata, which the model zoo writes in the words of the model's family: `neck/model.13/cv1`.
+2. `pkg.torch.onnx.name_scopes` metadata (torch.export exporter): module paths such as `model.4.m.0`.
+3. Node names with slashes (TorchScript exporter): `/model.4/m.0/cv1/conv/Conv`.
+4. Otherwise the node belongs to the root region.
 
 A path is a tuple of names; a region is any prefix of a path, so regions nest.
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 ROOT = "(model)"
+REGION = "bitalloy.region"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -26,6 +28,8 @@ def path_of(node: ir.Node) -> tuple[str, ...]:
     >>> path_of(ir.node("Conv", [], name="/model.4/m.0/cv1/conv/Conv"))
     ('model.4', 'm.0', 'cv1', 'conv')
     """
+    if REGION in node.metadata_props:
+        return tuple(node.metadata_props[REGION].split("/"))
     scopes = _scopes(node.metadata_props.get(SCOPES, ""))
     if scopes:
         path: list[str] = []

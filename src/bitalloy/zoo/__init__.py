@@ -1,17 +1,47 @@
-"""Models that bitalloy knows by name."""
+"""Models that bitalloy knows by name: the embedded sample, and families that are exported from PyTorch.
+
+A family is one file beside this one and one line in `FAMILIES`; networks that no library provides are in `networks`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from bitalloy.errors import ModelError
+from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
+
+__all__ = [
+    # lookup
+    "FAMILIES",
+    "NAMES",
+    "SAMPLE",
+    "Source",
+    "families",
+    "find",
+    "resolve",
+    # export
+    "RANDOM",
+    "Exported",
+    "Family",
+    "Options",
+    "export",
+]
 
 SAMPLE = "yolo11n-shapes"
 NAMES = {SAMPLE: "yolo11n-shapes.onnx"}
 """Name -> file among the packaged samples."""
+FAMILIES = {
+    "yolo11": "bitalloy.zoo.yolo11",
+    "segformer": "bitalloy.zoo.segformer",
+    "mobilesam": "bitalloy.zoo.mobilesam",
+    "mobilevlm": "bitalloy.zoo.mobilevlm",
+}
+"""Family -> module that holds its `FAMILY`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +58,7 @@ def resolve(model: str | Path) -> Source:
     """The file behind a name of the zoo or a path.
 
     Raises:
-        ModelError: neither a known name nor a file.
+        ModelError: neither a known name nor a file, or a name that must be exported first.
     """
     text = str(model)
     if text in NAMES:
@@ -36,7 +66,70 @@ def resolve(model: str | Path) -> Source:
         return Source(name=text, path=path, sample=True)
     path = Path(model)
     if not path.is_file() and path.suffix != ".onnx":
-        near = difflib.get_close_matches(text, NAMES, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(NAMES)}).{hint}")
+        names = _variant_names()
+        if text in names:
+            raise ModelError(
+                f"'{text}' is not exported yet. Run `bitalloy export {text}`, then give the .onnx file that it writes."
+            )
+        known = [*NAMES, *names]
+        raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(known)}).{_hint(text, known)}")
     return Source(name=path.stem, path=path, sample=False)
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in order. None of their libraries is imported."""
+    return tuple(importlib.import_module(module).FAMILY for module in FAMILIES.values())
+
+
+def find(name: str) -> tuple[Family, Variant]:
+    """The family and variant of a name.
+
+    Raises:
+        ModelError: unknown name; the message suggests the nearest.
+    """
+    for family in families():
+        if name in family.variants:
+            return family, family.variants[name]
+    known = _variant_names()
+    raise ModelError(f"No model family knows '{name}'. Known are {', '.join(known)}.{_hint(name, known)}")
+
+
+def export(
+    name: str, *, checkpoint: str | Path | None = None, folder: Path, options: Options | None = None
+) -> Exported:
+    """Write a model of the zoo as ONNX and compare the files with torch.
+
+    Args:
+        name: a variant, e.g. `yolo11n-seg`.
+        checkpoint: a file or folder, `"random"` for seeded random weights, or None for the published weights.
+        folder: where the files go.
+        options: size, seed and trust.
+
+    Raises:
+        ModelError: unknown name, an unusable checkpoint, or an export that differs from torch.
+        MissingExtraError: the family's library is not installed.
+        BitalloyError: the folder cannot be written.
+    """
+    family, variant = find(name)
+    options = options or Options()
+    if options.open_size and not family.open_size:
+        raise ModelError(f"Height and width of '{name}' cannot stay open: its graph is made for one size.")
+    is_onnx = Path(str(checkpoint)).suffix == ".onnx"
+    if is_onnx and not family.adopts_onnx:
+        raise ModelError(f"'{checkpoint}' is an ONNX file already: give it to `bitalloy run`.")
+    if not is_onnx and family.missing:
+        raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return family.export(variant, checkpoint, options, folder)
+    except OSError as error:
+        raise BitalloyError(f"'{name}' cannot be written to '{folder}': {error}. Choose another folder.") from error
+
+
+def _variant_names() -> list[str]:
+    return [name for family in families() for name in family.variants]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

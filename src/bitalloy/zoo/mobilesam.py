@@ -1,0 +1,177 @@
+"""MobileSAM for promptable segmentation: TinyViT image encoder, and prompt encoder with mask decoder, from kornia.
+
+Two graphs, because one image is encoded once and then asked many prompts. The published `mobile_sam.pt` is a plain
+state dict with the tensor names of the official package, which are also kornia's.
+
+Images are resized so that the long side is 1024, normalised on the 0-255 scale by mean (123.675, 116.28, 103.53) and
+deviation (58.395, 57.12, 57.375), and padded with zeros at the right and the bottom. Masks are resized bilinearly to
+1024, cropped to the resized image, resized to the original and cut at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bitalloy.errors import ModelError
+from bitalloy.zoo import checkpoints, downloads
+from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
+from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image, write_program
+
+EXTRA = "mobilesam"
+SIDE = 1024
+"""Pixels of the padded image."""
+MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+OBJECT, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1.0, 0.0, 2.0, 3.0, -1.0
+"""Labels of points."""
+REGIONS = (
+    (r"image_encoder/patch_embed", "image encoder/stem"),
+    (r"image_encoder/layers/layers\.(\d)/blocks\.(\d+)", r"image encoder/stage \1/block \2"),
+    (r"image_encoder/layers/layers\.(\d)", r"image encoder/stage \1"),
+    (r"image_encoder", "image encoder"),
+    (r"prompt_encoder", "prompt encoder"),
+    (r"mask_decoder/transformer/layers\.(\d)", r"mask decoder/two-way layer \1"),
+    (r"mask_decoder/output_upscaling", "mask decoder/upscaling"),
+    (r"mask_decoder/output_hypernetworks_mlps\.(\d)", r"mask decoder/mask \1"),
+    (r"mask_decoder/iou_prediction_head", "mask decoder/IoU head"),
+    (r"mask_decoder", "mask decoder"),
+)
+PROTECT = (
+    Protection(
+        pattern="*/mask_decoder/*",
+        reason="Activations of the decoder's attention have extreme outliers and two modes; it takes 5 % of the time.",
+        source="https://arxiv.org/abs/2405.03144, https://arxiv.org/abs/2503.06515",
+    ),
+    Protection(
+        pattern="*/prompt_encoder/*",
+        reason="Coordinates are encoded by sines of large phases.",
+        source="https://arxiv.org/abs/2304.02643, appendix A",
+    ),
+)
+WIRES = ("encoder:image_embeddings -> decoder:image_embeddings",)
+
+
+def prompts(
+    size: tuple[int, int],
+    *,
+    points: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    box: tuple[float, float, float, float] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The decoder's inputs for points, a box, or both.
+
+    Args:
+        size: height and width of the original image in pixels.
+        points: (N, 2) x, y in pixels of the original image.
+        labels: (N,) 1 for a point on the object, 0 for one on the background.
+        box: x1, y1, x2, y2 in pixels of the original image.
+
+    Returns:
+        `point_coords` (1, M, 2) and `point_labels` (1, M). A prompt without a box ends with a padding point.
+    """
+    coords = np.zeros((0, 2)) if points is None else np.asarray(points, np.float64).reshape(-1, 2)
+    kinds = list(np.full(len(coords), OBJECT) if labels is None else np.asarray(labels, np.float64))
+    if box is not None:
+        coords = np.concatenate((coords, np.reshape(box, (2, 2))))
+        kinds += [TOP_LEFT, BOTTOM_RIGHT]
+    coords = coords * (SIDE / max(size))
+    if box is None:
+        coords, kinds = np.concatenate((coords, np.zeros((1, 2)))), [*kinds, PADDING]
+    return coords[None].astype(np.float32), np.array([kinds], np.float32)
+
+
+def export(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
+    """Write `encoder.onnx`, `decoder.onnx` and `program.json`.
+
+    Raises:
+        ModelError: another size than 1024 x 1024, or the checkpoint is not of MobileSAM.
+    """
+    import torch
+    from kornia.models.sam import Sam
+
+    from bitalloy.zoo.networks.mobilesam import Decoder, Encoder
+
+    if options.size not in (None, variant.size):
+        raise ModelError("MobileSAM is made for images padded to 1024x1024; leave --image-size out.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        sam = Sam.from_name("mobile_sam").eval()
+        if checkpoint != RANDOM:
+            source = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
+            state = checkpoints.read(source, trust=options.trust_checkpoint, extra=EXTRA)
+            checkpoints.load(sam, state, source=source, name=variant.name)
+        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
+        image = (255 * random_image((SIDE, SIDE)) - mean) / deviation
+        encoder, decoder = Encoder(sam).eval(), Decoder(sam).eval()
+        embeddings = torch.randn(1, 256, SIDE // 16, SIDE // 16)  # the encoder ends with a norm
+        given = [
+            prompts((SIDE, SIDE), box=(100, 200, 600, 700)),
+            prompts((SIDE, SIDE), points=np.array([[300, 400], [800, 50]]), labels=np.array([1, 0])),
+            prompts((SIDE, SIDE), points=np.array([[300, 400]]), box=(100, 200, 600, 700)),
+        ]
+    asked = [(embeddings, torch.from_numpy(coords), torch.from_numpy(labels)) for coords, labels in given]
+    graphs = {name: folder / f"{name}.onnx" for name in ("encoder", "decoder")}
+    first = Signature(inputs=("image",), outputs=("image_embeddings",))
+    second = Signature(
+        inputs=("image_embeddings", "point_coords", "point_labels"),
+        outputs=("low_res_masks", "iou_predictions"),
+        open_axes={"point_coords": {1: "points"}, "point_labels": {1: "points"}},
+    )
+    shapes = {"point_coords": (1, 2, 2), "point_labels": (1, 2)}
+    facts = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT)
+    prompted = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT, shapes=shapes)
+    notes = (
+        export_graph(encoder, [(image,)], graphs["encoder"], first, facts),
+        export_graph(decoder, asked, graphs["decoder"], second, prompted),
+        variant.note,
+        f"Weights: {variant.remote.licence}.",
+    )
+    write_program(folder, graphs, WIRES)
+    return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=notes)
+
+
+def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Pixels near a mask's border count more: logits near 0 decide the mask. Predicted IoUs count evenly."""
+    masks = outputs["low_res_masks"]
+    spread = np.sqrt(np.mean(np.square(masks), axis=(-2, -1), keepdims=True)) + np.finfo(np.float32).tiny
+    weights = 1 / (1 + np.square(masks / spread))
+    return {
+        "low_res_masks": weights / weights.mean(),
+        "iou_predictions": np.ones_like(outputs["iou_predictions"]),
+    }
+
+
+VARIANTS = (
+    Variant(
+        name="mobilesam",
+        parameters_m=9.804,
+        flops_b=81.159,
+        work="image and one box",
+        size=(SIDE, SIDE),
+        published=Published(
+            parameters_m=9.66,
+            accuracy={"mIoU with SAM ViT-H, two points": 0.73},
+            gpu_ms=12.0,
+            setup="one GPU: 8 ms encoder, 4 ms decoder",
+            source="https://github.com/ChaoningZhang/MobileSAM",
+        ),
+        remote=Remote(
+            file="mobile_sam.pt",
+            url="https://github.com/ChaoningZhang/MobileSAM/raw/a509aac54fdd7af59f843135f2f7cee307283c88/weights/mobile_sam.pt",
+            licence="Apache-2.0",
+        ),
+        note="The published 9.66 M parameters are not reproducible: the official package has 10,130,092, of which "
+        "321,640 belong to a classification head that is never used and is not exported.",
+    ),
+)
+FAMILY = Family(
+    name="mobilesam",
+    task="promptable segmentation",
+    extra=EXTRA,
+    packages={"torch": (2, 6), "kornia": (0, 9)},
+    variants={v.name: v for v in VARIANTS},
+    export=export,
+    relevance=relevance,
+)

@@ -1,0 +1,365 @@
+"""The YOLO11 networks for detection and instance segmentation in plain PyTorch, written from their architecture.
+
+Names of modules and parameters are those of the published checkpoints, so their state dicts load with
+`strict=True` and exported graphs carry the usual node names (`/model.23/cv2.0/cv2.0.2/Conv`).
+Shapes in the docstrings: B batch, C channels, H and W the size of a feature map, A anchors of all levels.
+
+The network, with the width and depth of scale n:
+
+    backbone  0 Conv/2  1 Conv/2  2 C3k2  3 Conv/2  4 C3k2 (P3)  5 Conv/2  6 C3k2 (P4)  7 Conv/2  8 C3k2
+              9 SPPF  10 C2PSA (P5)
+    neck      11 up  12 cat 6  13 C3k2  14 up  15 cat 4  16 C3k2 (out P3)  17 Conv/2  18 cat 13
+              19 C3k2 (out P4)  20 Conv/2  21 cat 10  22 C3k2 (out P5)
+    head      23 Detect or Segment on 16, 19, 22
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "Detect", "Scale", "Segment", "Yolo11", "fuse"]
+
+
+class Scale(NamedTuple):
+    """Multipliers of one published size."""
+
+    depth: float
+    width: float
+    max_channels: int
+
+
+SCALES = {
+    "n": Scale(0.50, 0.25, 1024),
+    "s": Scale(0.50, 0.50, 1024),
+    "m": Scale(0.50, 1.00, 512),
+    "l": Scale(1.00, 1.00, 512),
+    "x": Scale(1.00, 1.50, 512),
+}
+STRIDES = (8, 16, 32)
+"""Pixels per cell on the levels P3, P4, P5."""
+COEFFICIENTS = 32
+"""Prototypes of the segmentation head, and coefficients per anchor that combine them to a mask."""
+PROTOTYPE_CHANNELS = 256
+"""Width of the layers before the prototypes, at width multiplier 1."""
+REG_MAX = 16
+"""Bins of the distribution over each box side's distance, in strides."""
+
+
+class Conv(nn.Module):
+    """Convolution, batch normalisation, SiLU."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, *, groups: int = 1, act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, k // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
+        self.act = nn.SiLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Bottleneck(nn.Module):
+    """Two 3x3 convolutions and, if the widths agree, a shortcut."""
+
+    def __init__(self, c1: int, c2: int, *, expansion: float = 0.5) -> None:
+        super().__init__()
+        hidden = int(c2 * expansion)
+        self.cv1 = Conv(c1, hidden, 3)
+        self.cv2 = Conv(hidden, c2, 3)
+        self.add = c1 == c2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+class C3k(nn.Module):
+    """Two branches of half width, one of them through two bottlenecks, joined by a 1x1 convolution."""
+
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        hidden = c2 // 2
+        self.cv1 = Conv(c1, hidden)
+        self.cv2 = Conv(c1, hidden)
+        self.cv3 = Conv(2 * hidden, c2)
+        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, expansion=1.0) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+
+
+class C3k2(nn.Module):
+    """Splits the channels, sends one half through n blocks in a row and joins everything seen on the way."""
+
+    def __init__(self, c1: int, c2: int, n: int, *, c3k: bool, expansion: float = 0.5) -> None:
+        super().__init__()
+        hidden = int(c2 * expansion)
+        self.cv1 = Conv(c1, 2 * hidden)
+        self.cv2 = Conv((2 + n) * hidden, c2)
+        self.m = nn.ModuleList(C3k(hidden, hidden) if c3k else Bottleneck(hidden, hidden) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.cv1(x).chunk(2, 1))
+        for block in self.m:
+            parts.append(block(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class SPPF(nn.Module):
+    """Three 5x5 max-poolings in a row: windows of 5, 9 and 13."""
+
+    def __init__(self, c1: int, c2: int) -> None:
+        super().__init__()
+        hidden = c1 // 2
+        self.cv1 = Conv(c1, hidden)
+        self.cv2 = Conv(hidden * 4, c2)
+        self.m = nn.MaxPool2d(5, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.cv1(x)]
+        for _ in range(3):
+            parts.append(self.m(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with keys of half the head's width and a depthwise position code."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.key_dim = self.head_dim // 2
+        self.scale = self.key_dim**-0.5
+        self.qkv = Conv(dim, dim + 2 * self.key_dim * heads, act=False)
+        self.proj = Conv(dim, dim, act=False)
+        self.pe = Conv(dim, dim, 3, groups=dim, act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        per_head = self.qkv(x).view(b, self.heads, self.key_dim * 2 + self.head_dim, h * w)
+        q, k, v = per_head.split([self.key_dim, self.key_dim, self.head_dim], 2)
+        weights = ((q * self.scale).transpose(-2, -1) @ k).softmax(-1)
+        y = (v @ weights.transpose(-2, -1)).view(b, c, h, w) + self.pe(v.reshape(b, c, h, w))
+        return self.proj(y)
+
+
+class PSABlock(nn.Module):
+    """Attention and a two-layer feed-forward network, both with shortcuts."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, dim // 64)
+        self.ffn = nn.Sequential(Conv(dim, dim * 2), Conv(dim * 2, dim, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.ffn(x)
+
+
+class C2PSA(nn.Module):
+    """Half of the channels goes through n attention blocks."""
+
+    def __init__(self, c: int, n: int) -> None:
+        super().__init__()
+        self.hidden = c // 2
+        self.cv1 = Conv(c, 2 * self.hidden)
+        self.cv2 = Conv(2 * self.hidden, c)
+        self.m = nn.Sequential(*(PSABlock(self.hidden) for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cv1(x).split((self.hidden, self.hidden), 1)
+        return self.cv2(torch.cat((a, self.m(b)), 1))
+
+
+class DFL(nn.Module):
+    """Mean of a distribution over `REG_MAX` bins, as a fixed 1x1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(REG_MAX, 1, 1, bias=False).requires_grad_(False)
+        self.conv.weight.data[:] = torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 4 * REG_MAX, A) logits -> (B, 4, A) distances in strides."""
+        b, _, a = x.shape
+        return self.conv(x.view(b, 4, REG_MAX, a).transpose(2, 1).softmax(1)).view(b, 4, a)
+
+
+class Detect(nn.Module):
+    """Box and class branches on three levels, decoded to pixels."""
+
+    def __init__(self, classes: int, channels: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.classes = classes
+        box = max(16, channels[0] // 4, REG_MAX * 4)
+        cls = max(channels[0], min(classes, 100))
+        self.cv2 = nn.ModuleList(
+            nn.Sequential(Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * REG_MAX, 1)) for c in channels
+        )
+        self.cv3 = nn.ModuleList(
+            nn.Sequential(
+                nn.Sequential(Conv(c, c, 3, groups=c), Conv(c, cls)),
+                nn.Sequential(Conv(cls, cls, 3, groups=cls), Conv(cls, cls)),
+                nn.Conv2d(cls, classes, 1),
+            )
+            for c in channels
+        )
+        self.dfl = DFL()
+        self._cached: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
+
+    def forward(self, levels: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Three feature maps -> raw (box logits, class logits) in training, decoded predictions otherwise."""
+        parts = self.parts(levels)
+        return parts if self.training else torch.cat(parts, 1)
+
+    def parts(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Boxes and scores: logits in training, (B, 4, A) pixels and (B, classes, A) probabilities otherwise."""
+        b = levels[0].shape[0]
+        boxes = torch.cat([f(x).view(b, 4 * REG_MAX, -1) for f, x in zip(self.cv2, levels, strict=True)], -1)
+        scores = torch.cat([f(x).view(b, self.classes, -1) for f, x in zip(self.cv3, levels, strict=True)], -1)
+        if self.training:
+            return boxes, scores
+        anchors, strides = self.anchors([(int(x.shape[2]), int(x.shape[3])) for x in levels])
+        return self.decode(boxes, anchors) * strides, scores.sigmoid()
+
+    def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """(B, 4 * REG_MAX, A) box logits -> (B, 4, A) centre x, y, width, height in strides."""
+        near, far = self.dfl(boxes).chunk(2, 1)
+        top_left, bottom_right = anchors - near, anchors + far
+        return torch.cat(((top_left + bottom_right) / 2, bottom_right - top_left), 1)
+
+    def anchors(self, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """(height, width) of each level -> (1, 2, A) cell centres in strides and (1, A) strides in pixels."""
+        if self._cached is None or self._cached[0] != sizes:
+            points, strides = [], []
+            for stride, (h, w) in zip(STRIDES, sizes, strict=True):
+                y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+                points.append(torch.stack((x, y)).view(2, -1))
+                strides.append(torch.full((h * w,), float(stride)))
+            self._cached = sizes, torch.cat(points, 1)[None], torch.cat(strides)[None]
+        return self._cached[1], self._cached[2]
+
+    def init_bias(self, image_size: int) -> None:
+        """Start with wide boxes and with few, equally likely objects per cell."""
+        for stride, box, cls in zip(STRIDES, self.cv2, self.cv3, strict=True):
+            assert isinstance(box, nn.Sequential) and isinstance(cls, nn.Sequential)
+            nn.init.constant_(box[-1].bias, 1.0)  # type: ignore[arg-type]
+            value = math.log(5 / self.classes / (image_size / stride) ** 2)
+            nn.init.constant_(cls[-1].bias, value)  # type: ignore[arg-type]
+
+
+class Proto(nn.Module):
+    """Mask prototypes at twice the resolution of P3: upsampling is learned."""
+
+    def __init__(self, c1: int, hidden: int) -> None:
+        super().__init__()
+        self.cv1 = Conv(c1, hidden, 3)
+        self.upsample = nn.ConvTranspose2d(hidden, hidden, 2, 2)
+        self.cv2 = Conv(hidden, hidden, 3)
+        self.cv3 = Conv(hidden, COEFFICIENTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(self.cv2(self.upsample(self.cv1(x))))
+
+
+class Segment(Detect):
+    """Detection, and for every anchor the coefficients that combine the prototypes to its mask."""
+
+    def __init__(self, classes: int, channels: tuple[int, int, int], prototype_channels: int) -> None:
+        super().__init__(classes, channels)
+        hidden = max(channels[0] // 4, COEFFICIENTS)
+        self.proto = Proto(channels[0], prototype_channels)
+        self.cv4 = nn.ModuleList(
+            nn.Sequential(Conv(c, hidden, 3), Conv(hidden, hidden, 3), nn.Conv2d(hidden, COEFFICIENTS, 1))
+            for c in channels
+        )
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        """Three feature maps -> what `Detect` gives (boxes, scores), the coefficients joined to it, and prototypes.
+
+        In training mode: box logits, class logits, (B, 32, A) coefficients, (B, 32, H/4, W/4) prototypes.
+        """
+        b = levels[0].shape[0]
+        found = [f(x).view(b, COEFFICIENTS, -1) for f, x in zip(self.cv4, levels, strict=True)]
+        coefficients, prototypes = torch.cat(found, -1), self.proto(levels[0])
+        boxes, scores = self.parts(levels)
+        if self.training:
+            return boxes, scores, coefficients, prototypes
+        return torch.cat((boxes, scores, coefficients), 1), prototypes
+
+
+class Concat(nn.Module):
+    """Joins feature maps along the channels."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, 1)
+
+
+class Yolo11(nn.Module):
+    """(B, 3, H, W) RGB in 0..1, H and W multiples of 32 -> (B, 4 + classes, A).
+
+    The first four rows are centre x, centre y, width, height in pixels, the others sigmoid scores.
+    With `masks` there are 32 more rows of coefficients, and a second output (B, 32, H/4, W/4) of prototypes.
+    In training mode the raw logits of `Detect` or `Segment` are returned.
+    """
+
+    def __init__(self, classes: int = 80, *, scale: str = "n", masks: bool = False) -> None:
+        super().__init__()
+        depth, width, limit = SCALES[scale]
+        deep = scale in "mlx"  # the larger sizes use C3k blocks everywhere
+
+        def ch(c: int) -> int:
+            return math.ceil(min(c, limit) * width / 8) * 8
+
+        n = max(round(2 * depth), 1)
+        c64, c128, c256, c512, c1024 = (ch(c) for c in (64, 128, 256, 512, 1024))
+        levels = (c256, c512, c1024)
+        self.model = nn.Sequential(
+            Conv(3, c64, 3, 2),
+            Conv(c64, c128, 3, 2),
+            C3k2(c128, c256, n, c3k=deep, expansion=0.25),
+            Conv(c256, c256, 3, 2),
+            C3k2(c256, c512, n, c3k=deep, expansion=0.25),
+            Conv(c512, c512, 3, 2),
+            C3k2(c512, c512, n, c3k=True),
+            Conv(c512, c1024, 3, 2),
+            C3k2(c1024, c1024, n, c3k=True),
+            SPPF(c1024, c1024),
+            C2PSA(c1024, n),
+            nn.Upsample(scale_factor=2.0, mode="nearest"),
+            Concat(),
+            C3k2(c1024 + c512, c512, n, c3k=deep),
+            nn.Upsample(scale_factor=2.0, mode="nearest"),
+            Concat(),
+            C3k2(c512 + c512, c256, n, c3k=deep),
+            Conv(c256, c256, 3, 2),
+            Concat(),
+            C3k2(c256 + c512, c512, n, c3k=deep),
+            Conv(c512, c512, 3, 2),
+            Concat(),
+            C3k2(c512 + c1024, c1024, n, c3k=True),
+            Segment(classes, levels, ch(PROTOTYPE_CHANNELS)) if masks else Detect(classes, levels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        m, seen = self.model, {}
+        for i in range(11):
+            seen[i] = x = m[i](x)
+        for i, other in ((12, 6), (15, 4), (18, 13), (21, 10)):
+            x = m[i + 1](m[i]([m[i - 1](x), seen[other]]))
+            seen[i + 1] = x
+        return m[23]([seen[16], seen[19], seen[22]])
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold every batch normalisation into its convolution, in place; the model must be in eval mode."""
+    for module in model.modules():
+        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()  # type: ignore[assignment]
+    return model
