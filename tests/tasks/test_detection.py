@@ -19,14 +19,8 @@ from bitalloy.data import ImageSpec, infer_image_spec, letterbox, open_image
 from bitalloy.errors import DataError
 from bitalloy.records import MetricValue, TensorSpec
 from bitalloy.runtime import OrtSession
-from bitalloy.tasks.coco import (
-    BoxMatches,
-    Detections,
-    average_precision,
-    match_boxes,
-    read_coco,
-    resampled_weights,
-)
+from bitalloy.tasks.bootstrap import resampled_weights
+from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
     DetectionResult,
     class_names,
@@ -36,6 +30,12 @@ from bitalloy.tasks.detection import (
     looks_like_yolo,
     paired_difference,
     suppress,
+)
+from bitalloy.tasks.precision import (
+    Detections,
+    Matches,
+    average_precision,
+    match_boxes,
 )
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 4, "name": "bird"}]
@@ -139,7 +139,7 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
     return folder / "instances.json"
 
 
-def matched(folder: Path, content: dict[str, Any], found: list[Detections]) -> BoxMatches:
+def matched(folder: Path, content: dict[str, Any], found: list[Detections]) -> Matches:
     labels = read_coco(save(folder, content))
     return match_boxes(labels, labels.images, found, labels.category_ids(3, None))
 
@@ -433,7 +433,15 @@ def test_counterparts_need_class_and_overlap_and_are_used_once() -> None:
     def result(boxes: list[list[float]], scores: list[float], classes: list[int]) -> DetectionResult:
         found = Detections(np.array(boxes), np.array(scores), np.array(classes))
         value = MetricValue(value=0.0, low=0.0, high=0.0, n=1)
-        return DetectionResult(ap=value, ap50=value, images=("a",), detections=(found,), seed=0, resampled=np.zeros(9))
+        return DetectionResult(
+            ap=value,
+            ap50=value,
+            images=("a",),
+            detections=(found,),
+            seed=0,
+            resampled=np.zeros(9),
+            resampled50=np.zeros(9),
+        )
 
     box, near, far = [0.0, 0, 10, 10], [0.0, 0, 10, 9], [20.0, 20, 30, 30]
     a = result([box, box, far, box], [0.9, 0.8, 0.7, 0.1], [0, 0, 0, 0])
