@@ -110,6 +110,8 @@ def open_semantic(
     classes = model.outputs[0].shape[1]
     if not isinstance(classes, int):
         raise DataError(f"The number of classes of output '{model.outputs[0].name}' is open ({classes}). Fix it.")
+    if classes > IGNORED:
+        raise DataError(f"The model has {classes} classes; label maps hold at most {IGNORED}, and 255 for unlabelled.")
     return SemanticData(
         files=find_pairs(folder),
         image=image,
