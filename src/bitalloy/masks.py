@@ -65,7 +65,9 @@ def from_coco(segmentation: bytes, height: int, width: int) -> Rle:
         raise ValueError(f"its run lengths are for {found.size[1]}x{found.size[0]} pixels")
     if isinstance(found.counts, str):
         return {"size": [height, width], "counts": found.counts.encode()}
-    if min(found.counts, default=0) < 0 or sum(found.counts) != height * width:
+    if min(found.counts, default=0) < 0:
+        raise ValueError("one of its run lengths is negative")
+    if sum(found.counts) != height * width:
         raise ValueError(f"its run lengths cover {sum(found.counts)} of {height * width} pixels")
     return dict(coco.frPyObjects({"size": [height, width], "counts": found.counts}, height, width))
 

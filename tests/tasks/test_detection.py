@@ -22,11 +22,13 @@ from bitalloy.runtime import OrtSession
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
+    DetectionData,
     DetectionResult,
     class_names,
     confidence_shift,
     decode,
     evaluate_detection,
+    evaluate_detectors,
     looks_like_yolo,
     paired_difference,
     suppress,
@@ -451,6 +453,48 @@ def test_counterparts_need_class_and_overlap_and_are_used_once() -> None:
     assert [shift.mean_a, shift.mean_b] == pytest.approx([0.9, 0.6])
 
 
+def test_several_models_side_by_side(tmp_path: Path) -> None:
+    content = separate_content(9)
+    data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
+    kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "float": lambda rows: rows,
+        "int8": shifted,
+        "mixed": lower_scores,
+    }
+    order: list[str] = []
+
+    def named(name: str, run: Oracle) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        def call(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            order.append(name)
+            return run(feeds)
+
+        return call
+
+    models = {name: named(name, Oracle(content, wrong)) for name, wrong in kinds.items()}
+    told: list[int] = []
+    result = evaluate_detectors(models, data, seed=4, progress=told.append)
+    assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
+    alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
+    first, second = result.metrics
+    assert (first.name, second.name) == ("AP50-95", "AP50")
+    for name, one in alone.items():
+        assert first.values[name] == one.ap and second.values[name] == one.ap50
+    assert first.drops == {name: paired_difference(alone["float"], alone[name]) for name in ("int8", "mixed")}
+    assert first.drops["int8"].value > 0.05 and second.drops["mixed"].value == 0
+    assert result.confidence_shift["mixed"].value == pytest.approx(-0.45)
+    assert result.notes == ("Intervals rest on 9 images only and are rough.",)
+
+
+def test_collapsed_model_is_measured(tmp_path: Path) -> None:
+    content = separate_content()
+    data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
+    broken = Oracle(content, lambda rows: np.full_like(rows, np.nan))
+    result = evaluate_detectors({"float": Oracle(content), "int8": broken}, data)
+    assert result.metrics[0].values["int8"].value == 0 and result.confidence_shift == {}
+    with pytest.raises(DataError, match="No model"):
+        evaluate_detectors({}, data)
+
+
 # -- labels that do not fit -------------------------------------------------------------------------
 
 
@@ -552,15 +596,9 @@ def test_images_beside_the_file_or_in_a_named_folder(tmp_path: Path) -> None:
 # -- real data --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def real() -> Path:
-    folder = Path(__file__).parents[3] / "shared/data"
-    if not (folder / "coco-val-94/instances.json").is_file() or not (folder / "models/yolo11n.onnx").is_file():
-        pytest.skip(f"{folder} is not there")
-    return folder
-
-
 def test_yolo11n_on_coco_equals_an_independent_evaluation(real: Path) -> None:
+    if not (real / "models/yolo11n.onnx").is_file():
+        pytest.skip("the model is not here")
     annotations = real / "coco-val-94/instances.json"
     inputs = (TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 640, 640)),)
     spec = infer_image_spec(inputs, task="detection")
