@@ -324,7 +324,6 @@ def test_real_ade20k(real: Path, protocol: str) -> None:
     """Ground truth at a quarter of 512 pixels, as SegFormer's outputs are, keeps most of its mIoU."""
     data = open_semantic(real / "ade20k-val-3", interface(None, 150), protocol=protocol)  # type: ignore[arg-type]
     assert len(data.files) == 3
-    result = evaluate_semantic({"float": Oracle(data), "small": Oracle(data, 128)}, data)
-    assert by_name(result) == pytest.approx({"mIoU": 1, "pixel accuracy": 1, "pixel agreement": 1}, abs=2e-3)
+    result = evaluate_semantic({"small": Oracle(data, 128)}, data)
     assert by_name(result, "small")["mIoU"] > 0.75 and by_name(result, "small")["pixel accuracy"] > 0.97
     assert result.notes[0] == f"Protocol: {protocol}."

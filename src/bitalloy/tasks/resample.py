@@ -23,7 +23,7 @@ def sample(maps: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarra
     outermost pixel centres the border's value.
     """
     maps = np.asarray(maps, np.float32)
-    return _along(_along(maps, rows, maps.ndim - 2), columns, maps.ndim - 1)
+    return _along(_along(maps, columns, maps.ndim - 1), rows, maps.ndim - 2)  # rows are copied fast, columns are not
 
 
 def resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:

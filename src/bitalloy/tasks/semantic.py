@@ -38,7 +38,7 @@ from bitalloy.tasks.base import (
     nothing,
 )
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
-from bitalloy.tasks.resample import centres, resize, sample
+from bitalloy.tasks.resample import resize
 
 __all__ = [
     "TASK",
@@ -54,8 +54,6 @@ __all__ = [
 Protocol = Literal["squash", "official"]
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
 """Of the official protocol, in pixels."""
-_BAND = 64
-"""Image rows whose logits are enlarged at once: bounds memory to some 100 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +143,15 @@ def prepare(image: Image.Image, data: SemanticData) -> tuple[np.ndarray, list[tu
 
 
 def best_classes(logits: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Enlarge logits (classes, h, w) through `sizes` (height, width) and take the best class: (height, width) int."""
-    for height, width in sizes[:-1]:
-        logits = resize(logits, height, width)
-    height, width = sizes[-1]
-    rows, columns = centres(logits.shape[1], height), centres(logits.shape[2], width)
-    bands = [sample(logits, rows[start : start + _BAND], columns).argmax(axis=0) for start in range(0, height, _BAND)]
-    return np.concatenate(bands)
+    """Enlarge logits (classes, h, w) through `sizes` (height, width) and take the best class: (height, width) uint8."""
+    best = np.full(sizes[-1], -np.inf, np.float32)
+    chosen = np.zeros(sizes[-1], np.uint8)
+    for number, one in enumerate(logits):  # one class at a time: all of them at image size would take a gigabyte
+        for height, width in sizes:
+            one = resize(one, height, width)
+        np.copyto(chosen, number, where=one > best)
+        np.fmax(best, one, out=best)
+    return chosen
 
 
 def confusion(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
