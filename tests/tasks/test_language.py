@@ -20,7 +20,7 @@ from bitalloy.errors import DataError
 from bitalloy.records import TensorSpec
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.captions import QUESTION, CaptionData, evaluate_captions
-from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, log_probabilities, open_chat
+from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join, log_probabilities, open_chat
 from bitalloy.tasks.language import TASK, evaluate_language
 from bitalloy.tasks.questions import LETTER, SHORT, Question, QuestionData, evaluate_questions, read_answer
 
@@ -140,6 +140,97 @@ def test_log_probabilities(rng: np.random.Generator) -> None:
     assert found[0].argmax() == 3 and np.isfinite(found).all()
     with pytest.raises(DataError, match=r"\[1, 7, 11\]; expected logits .* at least 8 positions"):
         log_probabilities({"y": logits}, 8)
+
+
+# -- three graphs as one ----------------------------------------------------------------------------
+
+
+class ThreeGraphs:
+    """A tiny decoder whose logits depend on all embeddings so far, kept as keys; counts what it is asked."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.table, self.head = rng.normal(size=(64, 6)), rng.normal(size=(6, 64))
+        self.seen: list[tuple[str, int]] = []
+
+    def vision(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.seen.append(("vision", 1))
+        return {"image_features": np.full((1, IMAGE_ROWS, 6), feeds["pixel_values"].mean())}
+
+    def embed(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        parts = [self.table[feeds["before"]], feeds["image_features"], self.table[feeds["after"]]]
+        return {"inputs_embeds": np.concatenate(parts, axis=1)}
+
+    def decode(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        new = feeds["inputs_embeds"]
+        past, count = feeds["past.0.key"].shape[2], new.shape[1]
+        assert feeds["attention_mask"].shape == (1, past + count) and (feeds["attention_mask"] == 1).all()
+        assert feeds["position_ids"].tolist() == [list(range(past, past + count))]
+        self.seen.append(("decode", count))
+        every = np.concatenate([feeds["past.0.key"], new.reshape(1, count, 2, 3).transpose(0, 2, 1, 3)], axis=2)
+        rows = every.transpose(0, 2, 1, 3).reshape(1, -1, 6)
+        states = np.tanh(rows.cumsum(axis=1)) + np.arange(rows.shape[1])[:, None] / 50
+        return {
+            "logits": (states @ self.head)[:, past:],
+            "present.0.key": every,
+            "present.0.value": feeds["past.0.value"],
+        }
+
+    def run(self) -> Any:
+        return join(self.vision, self.embed, self.decode, (1, 2, 3))
+
+
+def test_joined_graphs_use_what_they_know_and_give_the_same(rng: np.random.Generator) -> None:
+    graphs = ThreeGraphs(rng)
+    kept = graphs.run()
+    first, second = rng.normal(size=(2, 1, 3, 32, 32))
+    start = [1, 7, IMAGE_TOKEN, 9, 8]
+    asked = [
+        (first, start),
+        (first, [*start, 11]),  # goes on
+        (first, [*start, 11, 12, 13]),
+        (first, [*start, 20]),  # another end
+        (first, [*start, 20]),  # nothing new
+        (second, [*start, 20, 21]),  # another image
+        (first, [*start, 20, 21]),
+    ]
+    for image, ids in asked:
+        feeds = {"pixel_values": image, "input_ids": np.array([ids])}
+        found = kept(dict(feeds))["logits"]
+        fresh = ThreeGraphs(np.random.default_rng(0)).run()
+        assert found.shape == (1, len(ids) - 1 + IMAGE_ROWS, 64)
+        np.testing.assert_allclose(found, fresh(dict(feeds))["logits"])
+    counts = [count for graph, count in graphs.seen if graph == "decode"]
+    whole = len(start) - 1 + IMAGE_ROWS
+    assert counts == [whole, 1, 2, whole + 1, whole + 1, whole + 2, whole + 2]
+    assert sum(graph == "vision" for graph, _ in graphs.seen) == 3
+
+
+def test_an_answer_costs_one_step_a_token(rng: np.random.Generator) -> None:
+    graphs = ThreeGraphs(rng)
+    letters = Letters()
+    chat = Chat(letters, ImageSpec(input="pixel_values", height=32, width=32), "x<image>{question}")
+    image = chat.feed(Image.new("RGB", (8, 8)))
+    graphs.table, graphs.head = rng.normal(size=(200, 6)), rng.normal(size=(6, 200))
+    slow = ThreeGraphs(rng)
+    slow.table, slow.head = graphs.table, graphs.head
+    answer = chat.answer(graphs.run(), image, "Q", limit=6)
+    assert answer == chat.answer(lambda feeds: slow.run()(feeds), image, "Q", limit=6)
+    assert [c for g, c in graphs.seen if g == "decode"][1:] == [1] * 5
+
+
+def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("a red star and a blue ring\nASSISTANT: USER: what is in the image?\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, bos_id=1, eos_id=2, unk_id=0
+    )
+    pieces = SentencePieces(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")))
+    assert (pieces.bos, pieces.eos) == (1, 2)
+    chat = open_chat(interface(pieces))
+    turn = chat.turn("what is in the image?", "a red star")
+    assert turn.prompt == chat.prompt("what is in the image?")
+    assert pieces.decode(turn.answer[:-1]) == "a red star" and turn.answer[-1] == 2
 
 
 # -- captions ---------------------------------------------------------------------------------------

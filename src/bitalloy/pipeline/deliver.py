@@ -262,6 +262,7 @@ def _metrics_of(result: TaskResult) -> Metrics:
     return Metrics(
         metrics={metric.name: _comparison(metric) for metric in result.metrics},
         confidence_shift=result.confidence_shift,
+        notes=result.notes,
     )
 
 

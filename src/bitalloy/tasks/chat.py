@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,7 +20,7 @@ from bitalloy.data import ImageSpec, image_feed, infer_image_spec
 from bitalloy.errors import DataError
 from bitalloy.tasks.base import Interface, Run, Tokenizer
 
-__all__ = ["IDS", "IMAGE_TOKEN", "TEMPLATE", "Chat", "Turn", "log_probabilities", "open_chat"]
+__all__ = ["IDS", "IMAGE_TOKEN", "TEMPLATE", "Chat", "SentencePieces", "Turn", "join", "log_probabilities", "open_chat"]
 
 IDS = "input_ids"
 IMAGE_TOKEN = -200
@@ -34,6 +35,32 @@ NEW_TOKENS = 16
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's image processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePieces:
+    """A `sentencepiece.SentencePieceProcessor` as a tokenizer."""
+
+    processor: Any
+
+    @property
+    def bos(self) -> int | None:
+        """Id of `<s>`; None where the model has none."""
+        found = int(self.processor.bos_id())
+        return found if found >= 0 else None
+
+    @property
+    def eos(self) -> int:
+        """Id of `</s>`."""
+        return int(self.processor.eos_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return [int(i) for i in self.processor.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return str(self.processor.decode(list(ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +157,67 @@ def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarr
     rows = np.nan_to_num(logits[0, logits.shape[1] - count :].astype(np.float64), posinf=1e4, neginf=-1e4)
     rows -= rows.max(axis=1, keepdims=True)
     return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
+
+
+def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> Run:
+    """One function of the three graphs of MobileVLM; what one call has computed serves the next that goes on from it.
+
+    A call goes on from the one before if its image is the very same array and its ids start with the former ids. The
+    logits returned are always those of all positions.
+
+    Args:
+        vision: `pixel_values` -> `image_features` (1, t, d).
+        embed: `before` (1, a) ids, `image_features`, `after` (1, b) ids -> `inputs_embeds` (1, a + t + b, d).
+        decode: `inputs_embeds`, `attention_mask`, `position_ids` and `past.0.key` ... -> `logits`, `present.0.key` ...
+        cache: layers, heads and width per head of the keys and values.
+
+    Returns:
+        `pixel_values` and `input_ids` with one `IMAGE_TOKEN` -> `logits` (1, a + t + b, vocabulary).
+    """
+    layers, heads, width = cache
+    names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    kept: list[_Kept] = []
+
+    def run(feeds: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        image = next(value for name, value in feeds.items() if name != IDS)
+        ids = tuple(feeds[IDS][0].tolist())
+        known = kept[0] if kept and kept[0].image is image else None
+        if known is None or ids[: len(known.ids)] != known.ids or len(ids) == len(known.ids):
+            at = ids.index(IMAGE_TOKEN)
+            features = known.features if known else vision({"pixel_values": image})["image_features"]
+            before, shown, after = ids[:at], features, ids[at + 1 :]
+            past = {f"past.{name}": np.zeros((1, heads, 0, width), np.float32) for name in names}
+            logits: list[np.ndarray] = []
+        else:
+            features, past, logits = known.features, known.past, [known.logits]
+            before, shown, after = (), features[:, :0], ids[len(known.ids) :]
+        tokens = {"before": np.array([before], np.int64), "after": np.array([after], np.int64)}
+        embeds = embed({**tokens, "image_features": shown})["inputs_embeds"]
+        done, count = sum(part.shape[1] for part in logits), embeds.shape[1]
+        step = decode(
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, done + count), np.int64),
+                "position_ids": np.arange(done, done + count, dtype=np.int64)[None],
+                **past,
+            }
+        )
+        every = np.concatenate([*logits, step["logits"]], axis=1)
+        kept[:] = [_Kept(image, ids, features, {f"past.{name}": step[f"present.{name}"] for name in names}, every)]
+        return {"logits": every}
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a call leaves for the next."""
+
+    image: np.ndarray
+    ids: tuple[int, ...]
+    features: np.ndarray
+    past: dict[str, np.ndarray]
+    logits: np.ndarray
 
 
 def _colour(image: ImageSpec) -> tuple[int, int, int]:
