@@ -223,7 +223,13 @@ def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a red star and a blue ring\nASSISTANT: USER: what is in the image?\n" * 30)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, bos_id=1, eos_id=2, unk_id=0
+        input=str(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
     )
     pieces = SentencePieces(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")))
     assert (pieces.bos, pieces.eos) == (1, 2)
