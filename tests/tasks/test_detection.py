@@ -593,6 +593,19 @@ def test_images_beside_the_file_or_in_a_named_folder(tmp_path: Path) -> None:
     assert read_coco(path).folder == tmp_path
 
 
+def test_images_in_cocos_own_layout(tmp_path: Path) -> None:
+    source = save(tmp_path / "flat", make_content(3, 0))
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    path = source.rename(tmp_path / "coco/annotations/instances_val2017.json")
+    for folder in ("images/val2017", "val2017"):
+        (tmp_path / "coco" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "flat/images").rename(tmp_path / "coco" / folder)
+        assert read_coco(path).folder == tmp_path / "coco" / folder
+        (tmp_path / "coco" / folder).rename(tmp_path / "flat/images")
+    with pytest.raises(DataError, match=r"None of the 3 images .*coco/images/val2017"):
+        read_coco(path)
+
+
 # -- real data --------------------------------------------------------------------------------------
 
 

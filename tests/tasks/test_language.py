@@ -236,7 +236,7 @@ def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
     chat = open_chat(interface(pieces))
     turn = chat.turn("what is in the image?", "a red star")
     assert turn.prompt == chat.prompt("what is in the image?")
-    assert pieces.decode(turn.answer[:-1]) == "a red star" and turn.answer[-1] == 2
+    assert pieces.decode((*turn.answer[:-1], 31999)) == "a red star" and turn.answer[-1] == 2
 
 
 # -- captions ---------------------------------------------------------------------------------------
@@ -287,6 +287,15 @@ def test_perplexity_and_agreement_equal_a_count_by_hand(tmp_path: Path, rng: np.
     assert not result.metrics[0].higher_is_better
     worse = result.metrics[2].drops["int8"]
     assert worse.value == pytest.approx(np.mean(divergence)) and worse.low > 0
+
+
+def test_captions_in_cocos_own_layout(tmp_path: Path) -> None:
+    source = caption_folder(tmp_path / "flat", {"a.png": ["one star"]})
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    source.rename(tmp_path / "coco/annotations/captions_val2017.json")
+    (tmp_path / "flat/images").rename(tmp_path / "coco/val2017")
+    data = TASK.open(tmp_path / "coco/annotations/captions_val2017.json", interface())
+    assert isinstance(data, CaptionData) and data.folder == tmp_path / "coco/val2017"
 
 
 def test_no_knowledge_has_the_perplexity_of_the_vocabulary(real: Path) -> None:
@@ -475,6 +484,12 @@ def test_broken_lines_have_their_number(tmp_path: Path, line: Any, message: str)
     path = question_file(tmp_path, [*LINES[:3], line, LINES[4]])
     with pytest.raises(DataError, match=f"Line 4 of .*questions.jsonl.*{message}"):
         TASK.open(path, interface())
+
+
+def test_popes_own_files_are_lines_whatever_their_name(tmp_path: Path) -> None:
+    path = question_file(tmp_path, [LINES[0], LINES[0]]).rename(tmp_path / "coco_pope_random.json")
+    data = TASK.open(path, interface())
+    assert isinstance(data, QuestionData) and [q.text for q in data.questions] == ["Is there a dog?"] * 2
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def verify(
     Args:
         analysis: of the model.
         planned: the first plan.
-        labels: COCO annotation file; box AP of the three models is measured where given.
+        labels: for the model's task (`bitalloy.tasks`), e.g. a COCO annotation file for a detector; its metrics are
+            measured on the three models where given.
         limit: evaluate at most so many images.
         work: where to keep and show results.
 

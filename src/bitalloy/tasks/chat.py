@@ -59,8 +59,9 @@ class SentencePieces:
         return [int(i) for i in self.processor.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        return str(self.processor.decode(list(ids)))
+        """Text of token ids; ids beyond the vocabulary, to which padded models may come, are left out."""
+        size = int(self.processor.vocab_size())
+        return str(self.processor.decode([i for i in ids if i < size]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
 
     Args:
         annotations: e.g. `instances_val2017.json`.
-        images: folder of the images; by default `images` beside the file, or the file's own folder.
+        images: folder of the images; by default looked for as in `find_images`.
 
     Raises:
         DataError: the file is missing, broken or contradicts itself, or images that it lists are missing.
@@ -177,7 +177,11 @@ def _check_references(path: Path, content: _File) -> None:
 
 
 def find_images(path: Path, names: Sequence[str], images: Path | None = None) -> Path:
-    """The folder that holds the images which a label file lists: `images` beside the file, or the file's own folder.
+    """The folder that holds the images which a label file lists.
+
+    1. `images` beside the file, or the file's own folder.
+    2. COCO's own layout: for `annotations/instances_val2017.json`, `val2017` beside `annotations`, or `images/val2017`
+       there.
 
     Args:
         path: label file.
@@ -187,7 +191,9 @@ def find_images(path: Path, names: Sequence[str], images: Path | None = None) ->
     Raises:
         DataError: images are missing.
     """
-    folders = [images] if images is not None else [path.parent / "images", path.parent]
+    above, split = path.parent.parent, path.stem.rpartition("_")[2]
+    usual = [path.parent / "images", path.parent, above / split, above / "images" / split]
+    folders = [images] if images is not None else usual
     for folder in folders:
         missing = [name for name in names if not (folder / name).is_file()]
         if not missing:

@@ -131,7 +131,7 @@ def evaluate_detection(
         run: feeds of one image -> outputs in graph order.
         image: how images are prepared.
         annotations: COCO annotation file; only its images are used.
-        images: their folder; by default `images` beside the file, or the file's own folder.
+        images: their folder; by default looked for as in `find_images`.
         limit: largest number of images; None takes all.
         seed: of the choice of images and of the bootstrap.
         names: class names of the model, where known.

@@ -1,4 +1,4 @@
-"""Vision-language models: captions (`.json` in COCO format) and questions (`.jsonl`)."""
+"""Vision-language models: captions (`.json` in COCO format) and questions (JSON lines)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from bitalloy.tasks.base import Interface, Progress, Run, Task, TaskResult, image_input, nothing
 from bitalloy.tasks.captions import CaptionData, evaluate_captions, read_captions
 from bitalloy.tasks.chat import IDS, open_chat
-from bitalloy.tasks.questions import QuestionData, evaluate_questions, read_questions
+from bitalloy.tasks.questions import QuestionData, evaluate_questions, is_lines, read_questions
 
 __all__ = ["TASK", "LanguageData", "evaluate_language", "open_language"]
 
@@ -16,13 +16,13 @@ LanguageData = CaptionData | QuestionData
 
 
 def open_language(path: Path, model: Interface) -> LanguageData:
-    """Read questions from a `.jsonl`, captions from any other file.
+    """Read questions from a file of JSON lines, captions from any other.
 
     Raises:
         DataError: the file is broken, or the model comes without a tokenizer.
     """
     chat = open_chat(model)
-    return read_questions(path, chat) if path.suffix == ".jsonl" else read_captions(path, chat)
+    return read_questions(path, chat) if is_lines(path) else read_captions(path, chat)
 
 
 def evaluate_language(
@@ -47,7 +47,7 @@ def _matches(model: Interface) -> bool:
 
 TASK: Task[LanguageData] = Task(
     name="language",
-    labels="a COCO caption file, or a .jsonl file of questions",
+    labels="a COCO caption file, or a file of questions as JSON lines",
     matches=_matches,
     open=open_language,
     evaluate=evaluate_language,

@@ -24,7 +24,7 @@ from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weight
 from bitalloy.tasks.chat import Chat
 from bitalloy.tasks.coco import find_images
 
-__all__ = ["Kind", "Question", "QuestionData", "evaluate_questions", "read_answer", "read_questions"]
+__all__ = ["Kind", "Question", "QuestionData", "evaluate_questions", "is_lines", "read_answer", "read_questions"]
 
 Kind = Literal["yes/no", "choice", "open"]
 SHORT = "Answer the question using a single word or phrase."
@@ -75,6 +75,18 @@ class QuestionData:
     def fingerprint(self) -> str:
         """SHA-256 of questions, preprocessing and prompt."""
         return hashlib.sha256(f"{self.chat.describe()}\0{self.questions}".encode()).hexdigest()
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file holds questions line by line: a `.jsonl`, or one whose first line is a question, as POPE's are."""
+    if path.suffix == ".jsonl":
+        return True
+    try:
+        with path.open("rb") as file:
+            msgspec.json.decode(file.readline(), type=_Line)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_questions(path: Path, chat: Chat) -> QuestionData:
