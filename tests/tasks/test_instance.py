@@ -189,7 +189,7 @@ def test_masks_equal_a_pixel_by_pixel_definition(size: tuple[int, int], rng: np.
     _, place = letterbox(_image(np.zeros((size[1], size[0]), np.uint8)), 64, 64)
     coefficients, prototypes = rng.standard_normal((3, 5)), rng.standard_normal((5, 16, 16)).astype(np.float32)
     boxes = np.array([[0.0, 0.0, *size], [3.3, 4.6, size[0] - 2.2, size[1] - 3.5], [5.0, 5.0, 5.2, 9.0]])
-    found = draw_masks(coefficients, prototypes, boxes, place, (64, 64), size)
+    found = list(draw_masks(coefficients, prototypes, boxes, place, (64, 64), size))
     expected = slow_masks(coefficients, prototypes, boxes, place, 64, size)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == (size[1], size[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Oracle:
     ) -> None:
         self.side, self.low, self.change = side, low, change
         self.known: dict[bytes, list[np.ndarray]] = {}
+        assert data.labels is not None
         objects = data.labels.objects()
         for entry in data.labels.images:
             image = data.labels.open_image(entry)
@@ -191,23 +193,48 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
 
 def test_real_coco(real: Path) -> None:
     data = TASK.open(real / "coco-val-94/instances.json", interface(1024))
-    chosen = PromptData(_only(data, 5), data.image)
+    chosen = _only(data, 5)
     result = evaluate_prompts({"float": Oracle(chosen, 1024, 256)}, chosen)
     found = by_name(result)
     assert found["mIoU, box prompts"] > 0.85 and found["agreement, box prompts"] == 1
 
 
-def _only(data: PromptData, count: int) -> Any:
+def _only(data: PromptData, count: int) -> PromptData:
     """The first images with at most six objects."""
+    assert data.labels is not None
     objects = data.labels.objects()
-    kept = [i for i in data.labels.images if 0 < len(objects[i.id]) <= 6][:count]
-    return type(data.labels)(
-        path=data.labels.path,
-        folder=data.labels.folder,
-        images=tuple(kept),
-        boxes=tuple(b for i in kept for b in objects[i.id]),
-        categories=data.labels.categories,
-    )
+    kept = tuple(i for i in data.labels.images if 0 < len(objects[i.id]) <= 6)[:count]
+    labels = replace(data.labels, images=kept, boxes=tuple(b for i in kept for b in objects[i.id]))
+    return PromptData(tuple(labels.folder / i.file_name for i in kept), labels, data.image)
+
+
+def test_agreement_needs_no_labels(shapes: Path, tmp_path: Path) -> None:
+    data = TASK.open(shapes / "images", interface(160))
+    asked: list[list[float]] = []
+
+    def half(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Everything right of the prompt's first point."""
+        asked.append(feeds["point_coords"][0].ravel().tolist())
+        masks = np.where(np.arange(160) > feeds["point_coords"][0, 0, 0], 1.0, -1.0)
+        return {"masks": np.broadcast_to(masks, (1, 1, 160, 160)).astype(np.float32), "iou": np.ones((1, 1))}
+
+    def nothing_found(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"masks": -np.ones((1, 1, 160, 160), np.float32), "iou": np.ones((1, 1))}
+
+    result = evaluate_prompts({"float": half, "same": half, "int8": nothing_found}, data)
+    assert [m.name for m in result.metrics] == ["agreement, box prompts", "agreement, point prompts"]
+    assert set(by_name(result, "same").values()) == {1.0} and set(by_name(result, "int8").values()) == {0.0}
+    assert result.notes[0] == "54 cells of a grid on 6 images."
+    third = 160 / 3
+    boxes = {tuple(np.round(row, 2)) for row in asked[::4]}
+    assert boxes == {
+        tuple(np.round([x * third, y * third, (x + 1) * third, (y + 1) * third], 2)) for x in range(3) for y in range(3)
+    }
+    assert [round(third / 2, 2)] * 2 + [0, 0] in [np.round(row, 2).tolist() for row in asked]
+    assert data.fingerprint() != TASK.open(shapes / "instances.json", interface(160)).fingerprint()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="No images in"):
+        TASK.open(tmp_path / "empty", interface(160))
 
 
 # -- labels that do not fit -------------------------------------------------------------------------
@@ -260,6 +287,7 @@ def test_crowds_empty_masks_and_empty_images_are_left_out(shapes: Path, tmp_path
 
     data = opened(shapes, tmp_path, change)
     result = evaluate_prompts({"float": silent}, data)
+    assert data.labels is not None
     left = len(data.labels.boxes) - 2
     assert result.notes[:2] == (
         f"{left} objects on 3 images.",

@@ -8,7 +8,7 @@ at the box before they are enlarged, end at multiples of a prototype's pixel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -38,8 +38,8 @@ def draw_masks(
     geometry: Geometry,
     canvas: tuple[int, int],
     size: tuple[int, int],
-) -> list[np.ndarray]:
-    """Masks in image pixels.
+) -> Iterator[np.ndarray]:
+    """Masks in image pixels, one after the other: three hundred of a large photograph would not fit in memory.
 
     Image pixel (i, j) has its centre at (j + 1/2, i + 1/2); its logit is read at that place of the prototypes, so the
     canvas's padding needs no rounding. Pixels whose centre lies outside the box are not in the mask.
@@ -52,20 +52,19 @@ def draw_masks(
         canvas: (height, width) of the model's input.
         size: (width, height) of the image.
 
-    Returns:
+    Yields:
         k masks, bool (height, width).
     """
     rows = ((np.arange(size[1]) + 0.5) * geometry.ratio_y + geometry.top) * prototypes.shape[1] / canvas[0] - 0.5
     columns = ((np.arange(size[0]) + 0.5) * geometry.ratio_x + geometry.left) * prototypes.shape[2] / canvas[1] - 0.5
     with np.errstate(invalid="ignore", over="ignore"):  # a broken model's coefficients give an empty mask
         logits = np.tensordot(coefficients, prototypes, 1)
-        drawn = []
-        for one, box in zip(logits, boxes, strict=True):
-            left, top, right, bottom = np.ceil(box - 0.5).astype(int)
-            mask = np.zeros((size[1], size[0]), np.bool_)
+    for one, box in zip(logits, boxes, strict=True):
+        left, top, right, bottom = np.ceil(box - 0.5).astype(int)
+        mask = np.zeros((size[1], size[0]), np.bool_)
+        with np.errstate(invalid="ignore", over="ignore"):
             mask[top:bottom, left:right] = sample(one, rows[top:bottom], columns[left:right]) > 0
-            drawn.append(mask)
-    return drawn
+        yield mask
 
 
 def find_instances(

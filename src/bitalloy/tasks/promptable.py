@@ -8,13 +8,16 @@ Labels of prompt points: 1 inside, 0 outside, 2 and 3 the corners of a box, -1 p
 with the point (0, 0) labelled -1. Of the four masks, a box takes the first, which SAM trained for prompts that leave no
 doubt; a single point takes the best of the other three by predicted IoU.
 
+With labels, every object gives a box and a point. Without, agreement with the first model can still be measured: the
+prompts are the nine cells of a 3 by 3 grid over the image, and their centres.
+
 A model is one function that takes all three inputs; `join` makes it of an encoder and a decoder.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from bitalloy import masks
-from bitalloy.data import ImageSpec, choose, image_feed, infer_image_spec
+from bitalloy.data import ImageFolder, ImageSpec, choose, image_feed, infer_image_spec, open_image
 from bitalloy.errors import DataError
 from bitalloy.masks import Mask, interior_point, overlap
 from bitalloy.tasks.base import (
@@ -47,6 +50,7 @@ __all__ = [
     "Prompt",
     "PromptData",
     "evaluate_prompts",
+    "grid",
     "join",
     "open_prompts",
     "prepare",
@@ -59,6 +63,8 @@ COORDINATES, LABELS = "point_coords", "point_labels"
 """Names of the inputs, as in SAM's own export."""
 _SLACK = 1.0
 """Pixels that a box may reach over the image's border: labels are rounded."""
+_CELLS = 3
+"""Of the grid, along each side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,39 +89,65 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptData:
-    """COCO masks whose boxes and inner points are the prompts, opened for one model."""
+    """Images, perhaps with COCO masks whose boxes and inner points are the prompts, opened for one model."""
 
-    labels: CocoLabels
+    files: tuple[Path, ...]
+    labels: CocoLabels | None
+    """Of the same images in the same order; None for images without labels."""
     image: ImageSpec
     """Its height and width are the canvas."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of labels and preprocessing."""
-        return hashlib.sha256(f"{self.labels.fingerprint()}\0{self.image.describe()}".encode()).hexdigest()
+        """SHA-256 of the labels, or else of the images, and the preprocessing."""
+        digest = hashlib.sha256(self.image.describe().encode())
+        if self.labels is not None:
+            digest.update(self.labels.fingerprint().encode())
+        else:
+            for file in self.files:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
 
 
-def open_prompts(annotations: Path, model: Interface) -> PromptData:
-    """Read COCO masks for a promptable model.
+def open_prompts(path: Path, model: Interface) -> PromptData:
+    """Read COCO masks, or take a folder of images without labels.
+
+    Args:
+        path: COCO annotation file, or a folder.
+        model: promptable.
 
     Raises:
         DataError: labels or images are broken or missing, or no object has a mask.
     """
+    spec = image_input(model)
     image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch")
-    assert image is not None, "a promptable model without an image input is refused"
-    labels = read_coco(annotations)
+    assert image is not None and spec is not None, "a promptable model without an image input is refused"
+    if path.is_dir():
+        found = ImageFolder(path, (spec,), image)
+        return PromptData(tuple(path / found.name(i) for i in range(len(found))), None, image)
+    labels = read_coco(path)
     if not labels.has_masks():
-        raise DataError(f"'{annotations}' has no masks to compare with. Give a file with `segmentation`.")
-    return PromptData(labels, image)
+        raise DataError(f"'{path}' has no masks to compare with. Give a file with `segmentation`, or only the images.")
+    return PromptData(tuple(labels.folder / entry.file_name for entry in labels.images), labels, image)
 
 
-def prompts_of(data: PromptData, entry: LabelledImage, box: LabelledBox, mask: Mask) -> dict[str, Prompt]:
+def grid(size: tuple[int, int]) -> list[dict[str, Prompt]]:
+    """Prompts, by kind, over an image of `size` (width, height): cells and their centres, row by row."""
+    width, height = size[0] / _CELLS, size[1] / _CELLS
+    corners = [(column * width, row * height) for row in range(_CELLS) for column in range(_CELLS)]
+    return [
+        {"box": Prompt.box(x, y, x + width, y + height), "point": Prompt.point(x + width / 2, y + height / 2)}
+        for x, y in corners
+    ]
+
+
+def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask: Mask) -> dict[str, Prompt]:
     """Ground-truth prompts of an object, by kind: its box, and its own point or the one deepest inside its mask.
 
     Raises:
         DataError: the box or the point lies outside the image.
     """
     height, width = mask.shape
-    where = f"annotation {box.id} of '{data.labels.path}' on '{entry.file_name}' ({width}x{height})"
+    where = f"annotation {box.id} of '{labels.path}' on '{entry.file_name}' ({width}x{height})"
     x, y, w, h = box.bbox
     if min(w, h) <= 0 or min(x, y) < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
         raise DataError(
@@ -212,37 +244,53 @@ def evaluate_prompts(
 ) -> TaskResult:
     """Mean IoU with the labels, and agreement with the first model, for box and point prompts, side by side.
 
-    Both are means over objects. Crowds and objects without a pixel are left out.
+    Both are means over objects; without labels there is agreement only. Crowds and objects without a pixel are left
+    out.
 
     Raises:
         DataError: prompts or masks are broken, models do not fit, or no object is left.
     """
     check_models(models)
-    entries, objects = data.labels.images, data.labels.objects()
-    chosen = [entries[i] for i in choose([e.file_name for e in entries], limit=limit, seed=seed)]
+    chosen = choose([file.name for file in data.files], limit=limit, seed=seed)
     totals = {(name, kind): np.zeros((len(chosen), 2)) for name in models for kind in KINDS}
     counts = np.zeros(len(chosen))
-    for i, entry in enumerate(chosen):
-        labelled = [box for box in objects[entry.id] if not box.iscrowd]
-        if not labelled:
-            continue
-        opened = data.labels.open_image(entry, data.image.channels)
+    objects = data.labels.objects() if data.labels else {}
+    for i, index in enumerate(chosen):
+        opened = _open(data, index)
         canvas, covered = prepare(opened, data.image)
-        for box in labelled:
-            truth = masks.decode(data.labels.mask(box, opened.size))
-            if not truth.any():
-                continue
+        for prompts, truth in _asked(data, index, objects, opened.size):
             counts[i] += 1
-            for kind, prompt in prompts_of(data, entry, box, truth).items():
+            for kind, prompt in prompts.items():
                 feeds = {data.image.input: canvas, **feeds_of(prompt, opened.size, covered)}
                 reference: Mask | None = None
                 for name, run in models.items():
                     found = to_mask(run(dict(feeds)), kind, canvas.shape[-1], covered, opened.size)
                     reference = found if reference is None else reference
-                    totals[name, kind][i] += overlap(truth, found), overlap(reference, found)
+                    quality = overlap(truth, found) if truth is not None else 0.0
+                    totals[name, kind][i] += quality, overlap(reference, found)
         for _ in models:
             progress(1)
     return _result(models, totals, counts, seed, data)
+
+
+def _open(data: PromptData, index: int) -> Image.Image:
+    if data.labels is None:
+        return open_image(data.files[index], data.image.channels)
+    return data.labels.open_image(data.labels.images[index], data.image.channels)
+
+
+def _asked(
+    data: PromptData, index: int, objects: Mapping[int, list[LabelledBox]], size: tuple[int, int]
+) -> Iterator[tuple[dict[str, Prompt], Mask | None]]:
+    """Prompts of every object on an image, and its mask; `objects` by image id."""
+    if data.labels is None:
+        yield from ((prompts, None) for prompts in grid(size))
+        return
+    entry = data.labels.images[index]
+    for box in objects[entry.id]:
+        truth = None if box.iscrowd else masks.decode(data.labels.mask(box, size))
+        if truth is not None and truth.any():
+            yield prompts_of(data.labels, entry, box, truth), truth
 
 
 def _result(
@@ -254,22 +302,24 @@ def _result(
 ) -> TaskResult:
     used = counts > 0
     if not used.any():
-        raise DataError(f"The {len(counts)} evaluated images have no labelled object in '{data.labels.path}'.")
-    n, counts = int(used.sum()), counts[used]
+        where = data.labels.path if data.labels else data.files[0].parent
+        raise DataError(f"The {len(counts)} evaluated images have no labelled object in '{where}'. Take more images.")
+    n, objects = int(used.sum()), counts[used]
     weights = resampled_weights(n, RESAMPLES, seed)
+    columns = {"mIoU": 0, "agreement": 1} if data.labels else {"agreement": 1}
     metrics = tuple(
         compare(
             f"{what}, {kind} prompts",
-            {name: ratio(totals[name, kind][used, column], counts, weights) for name in models},
+            {name: ratio(totals[name, kind][used, column], objects, weights) for name in models},
             n,
         )
-        for column, what in enumerate(("mIoU", "agreement"))
+        for what, column in columns.items()
         for kind in KINDS
     )
-    without = len(used) - n
-    notes = [f"{int(counts.sum())} objects on {n} images."]
-    if without:
-        notes.append(f"{without} images without a labelled object were left out.")
+    asked = "objects" if data.labels else "cells of a grid"
+    notes = [f"{int(objects.sum())} {asked} on {n} images."]
+    if n < len(used):
+        notes.append(f"{len(used) - n} images without a labelled object were left out.")
     return TaskResult(task="promptable", metrics=metrics, notes=(*notes, *few_images(n)))
 
 
@@ -281,7 +331,7 @@ def _matches(model: Interface) -> bool:
 
 TASK: Task[PromptData] = Task(
     name="promptable",
-    labels="a COCO annotation file with masks",
+    labels="a COCO annotation file with masks, or a folder of images",
     matches=_matches,
     open=open_prompts,
     evaluate=evaluate_prompts,
