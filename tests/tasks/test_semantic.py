@@ -179,6 +179,12 @@ def test_logits_are_enlarged_before_the_best_class_is_taken(rng: np.random.Gener
     assert (direct != twice).mean() > 1e-3  # the protocols do differ
 
 
+def test_of_equal_classes_the_first_is_taken_and_what_is_no_number_never_wins() -> None:
+    logits = np.array([[[np.nan, 1, -5]], [[-3, 1, np.nan]], [[-7, 1, -5]], [[np.nan, 0, -9]]])
+    assert best_classes(logits, [(1, 3)]).tolist() == [[1, 0, 0]]
+    assert best_classes(np.full((3, 2, 2), np.nan), [(2, 2)]).tolist() == [[0, 0], [0, 0]]
+
+
 # -- protocols --------------------------------------------------------------------------------------
 
 
