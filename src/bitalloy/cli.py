@@ -79,7 +79,9 @@ def run(
     evaluate: Annotated[
         Path | None,
         typer.Option(
-            "--eval", exists=True, dir_okay=False, help="COCO annotation file: measure box AP of float, INT8 and mixed."
+            "--eval",
+            exists=True,
+            help="COCO annotation file, or a folder of images and label maps: measure float, INT8 and mixed on it.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bitalloy.errors import DataError
-from bitalloy.samples import drawing, shapes
+from bitalloy.samples import drawing, shapes, words
 from bitalloy.samples.shapes import CLASSES, Scene, scene, write_coco
 
 
@@ -174,6 +174,74 @@ def test_coco_file_holds_the_scenes(coco_folder: Path) -> None:
             assert int(coco_mask.area(packed)) == area
             np.testing.assert_array_equal(coco_mask.toBbox(packed), annotation["bbox"])
             np.testing.assert_array_equal(annotation["bbox"], [*box[:2], *(box[2:] - box[:2])])
+
+
+def test_points_lie_inside_what_is_visible(scenes: list[Scene], coco_folder: Path) -> None:
+    for s in scenes:
+        assert s.points().shape == (len(s.labels), 2)
+        for number, (x, y) in enumerate(s.points().tolist(), start=1):
+            assert s.instance_map[int(y), int(x)] == number
+    content = json.loads((coco_folder / "instances.json").read_text())
+    found = [a["point"] for a in content["annotations"] if a["image_id"] == 4]
+    np.testing.assert_array_equal(found, scene(3, size=160).points())
+
+
+def test_semantic_maps_are_written_as_ade20k_does(coco_folder: Path) -> None:
+    assert len(list((coco_folder / "annotations").iterdir())) == 12
+    for index in range(12):
+        with Image.open(coco_folder / "annotations" / f"{index:06d}.png") as image:
+            assert image.mode == "L"
+            values = np.asarray(image)
+        want = scene(index, size=160)
+        for label, mask in zip(want.labels, want.masks(), strict=True):
+            assert (values[mask] == label + 2).all()
+        assert (values[want.instance_map == 0] == 1).all() and values.min() == 1
+
+
+def test_captions_count_what_is_there(scenes: list[Scene], coco_folder: Path) -> None:
+    numbers = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+    for s in scenes:
+        text = s.caption()
+        assert text[0].isupper() and text.endswith(".")
+        counts: dict[tuple[str, str], int] = {}
+        for part in text[:-1].lower().replace(" and ", ", ").split(", "):
+            number, color, name = part.split()
+            name = name if name in CLASSES else name.removesuffix("es") if name.endswith("sses") else name[:-1]
+            counts[color, name] = numbers[number]
+            assert (part.split()[2] == name) == (numbers[number] == 1)
+        want: dict[tuple[str, str], int] = {}
+        for color, label in zip(s.colors, s.labels, strict=True):
+            pair = (shapes.COLORS[color], CLASSES[label])
+            want[pair] = want.get(pair, 0) + 1
+        assert counts == want
+    assert words.caption([], []) == "An empty background."
+    assert words.caption([5, 3, 5], [2, 0, 2]) == "Two yellow crosses and one red star."
+    content = json.loads((coco_folder / "captions.json").read_text())
+    assert [a["caption"] for a in content["annotations"]] == [scene(i, size=160).caption() for i in range(12)]
+
+
+def test_questions_have_the_right_answers(scenes: list[Scene], coco_folder: Path) -> None:
+    answers: list[str] = []
+    for s in scenes:
+        names = [CLASSES[label] for label in s.labels]
+        for row in s.questions():
+            text, answer = row["question"], row["answer"]
+            answers.append(answer)
+            if text.startswith("Is there a "):
+                asked = text.removeprefix("Is there a ").removesuffix(" in the image?")
+                assert asked in CLASSES and answer == ("yes" if asked in names else "no")
+            elif text.startswith("How many"):
+                assert answer == str(len(names))
+            else:
+                asked = text.removeprefix("Which colour is the ").removesuffix("?")
+                assert names.count(asked) == 1 and len(set(row["choices"])) == 4
+                right = shapes.COLORS[s.colors[names.index(asked)]]
+                assert row["choices"]["ABCD".index(answer)] == right
+    assert answers.count("yes") == answers.count("no") == len(scenes)
+    assert all(answers.count(letter) > 3 for letter in "ABCD")
+    lines = (coco_folder / "questions.jsonl").read_text().splitlines()
+    want = [{"image": f"{i:06d}.png", **q} for i in range(12) for q in scene(i, size=160).questions()]
+    assert [json.loads(line) for line in lines] == want
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])

@@ -19,23 +19,25 @@ from bitalloy.data import ImageSpec, infer_image_spec, letterbox, open_image
 from bitalloy.errors import DataError
 from bitalloy.records import MetricValue, TensorSpec
 from bitalloy.runtime import OrtSession
-from bitalloy.tasks.coco import (
-    BoxMatches,
-    Detections,
-    average_precision,
-    match_boxes,
-    read_coco,
-    resampled_weights,
-)
+from bitalloy.tasks.bootstrap import resampled_weights
+from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
+    DetectionData,
     DetectionResult,
     class_names,
     confidence_shift,
     decode,
     evaluate_detection,
+    evaluate_detectors,
     looks_like_yolo,
     paired_difference,
     suppress,
+)
+from bitalloy.tasks.precision import (
+    Detections,
+    Matches,
+    average_precision,
+    match_boxes,
 )
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 4, "name": "bird"}]
@@ -139,7 +141,7 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
     return folder / "instances.json"
 
 
-def matched(folder: Path, content: dict[str, Any], found: list[Detections]) -> BoxMatches:
+def matched(folder: Path, content: dict[str, Any], found: list[Detections]) -> Matches:
     labels = read_coco(save(folder, content))
     return match_boxes(labels, labels.images, found, labels.category_ids(3, None))
 
@@ -433,7 +435,15 @@ def test_counterparts_need_class_and_overlap_and_are_used_once() -> None:
     def result(boxes: list[list[float]], scores: list[float], classes: list[int]) -> DetectionResult:
         found = Detections(np.array(boxes), np.array(scores), np.array(classes))
         value = MetricValue(value=0.0, low=0.0, high=0.0, n=1)
-        return DetectionResult(ap=value, ap50=value, images=("a",), detections=(found,), seed=0, resampled=np.zeros(9))
+        return DetectionResult(
+            ap=value,
+            ap50=value,
+            images=("a",),
+            detections=(found,),
+            seed=0,
+            resampled=np.zeros(9),
+            resampled50=np.zeros(9),
+        )
 
     box, near, far = [0.0, 0, 10, 10], [0.0, 0, 10, 9], [20.0, 20, 30, 30]
     a = result([box, box, far, box], [0.9, 0.8, 0.7, 0.1], [0, 0, 0, 0])
@@ -441,6 +451,48 @@ def test_counterparts_need_class_and_overlap_and_are_used_once() -> None:
     shift = confidence_shift(a, b)
     assert (shift.matched, shift.lost) == (1, 2)
     assert [shift.mean_a, shift.mean_b] == pytest.approx([0.9, 0.6])
+
+
+def test_several_models_side_by_side(tmp_path: Path) -> None:
+    content = separate_content(9)
+    data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
+    kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "float": lambda rows: rows,
+        "int8": shifted,
+        "mixed": lower_scores,
+    }
+    order: list[str] = []
+
+    def named(name: str, run: Oracle) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        def call(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            order.append(name)
+            return run(feeds)
+
+        return call
+
+    models = {name: named(name, Oracle(content, wrong)) for name, wrong in kinds.items()}
+    told: list[int] = []
+    result = evaluate_detectors(models, data, seed=4, progress=told.append)
+    assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
+    alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
+    first, second = result.metrics
+    assert (first.name, second.name) == ("AP50-95", "AP50")
+    for name, one in alone.items():
+        assert first.values[name] == one.ap and second.values[name] == one.ap50
+    assert first.drops == {name: paired_difference(alone["float"], alone[name]) for name in ("int8", "mixed")}
+    assert first.drops["int8"].value > 0.05 and second.drops["mixed"].value == 0
+    assert result.confidence_shift["mixed"].value == pytest.approx(-0.45)
+    assert result.notes == ("Intervals rest on 9 images only and are rough.",)
+
+
+def test_collapsed_model_is_measured(tmp_path: Path) -> None:
+    content = separate_content()
+    data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
+    broken = Oracle(content, lambda rows: np.full_like(rows, np.nan))
+    result = evaluate_detectors({"float": Oracle(content), "int8": broken}, data)
+    assert result.metrics[0].values["int8"].value == 0 and result.confidence_shift == {}
+    with pytest.raises(DataError, match="No model"):
+        evaluate_detectors({}, data)
 
 
 # -- labels that do not fit -------------------------------------------------------------------------
@@ -541,18 +593,25 @@ def test_images_beside_the_file_or_in_a_named_folder(tmp_path: Path) -> None:
     assert read_coco(path).folder == tmp_path
 
 
+def test_images_in_cocos_own_layout(tmp_path: Path) -> None:
+    source = save(tmp_path / "flat", make_content(3, 0))
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    path = source.rename(tmp_path / "coco/annotations/instances_val2017.json")
+    for folder in ("images/val2017", "val2017"):
+        (tmp_path / "coco" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "flat/images").rename(tmp_path / "coco" / folder)
+        assert read_coco(path).folder == tmp_path / "coco" / folder
+        (tmp_path / "coco" / folder).rename(tmp_path / "flat/images")
+    with pytest.raises(DataError, match=r"None of the 3 images .*coco/images/val2017"):
+        read_coco(path)
+
+
 # -- real data --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def real() -> Path:
-    folder = Path(__file__).parents[3] / "shared/data"
-    if not (folder / "coco-val-94/instances.json").is_file() or not (folder / "models/yolo11n.onnx").is_file():
-        pytest.skip(f"{folder} is not there")
-    return folder
-
-
 def test_yolo11n_on_coco_equals_an_independent_evaluation(real: Path) -> None:
+    if not (real / "models/yolo11n.onnx").is_file():
+        pytest.skip("the model is not here")
     annotations = real / "coco-val-94/instances.json"
     inputs = (TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 640, 640)),)
     spec = infer_image_spec(inputs, task="detection")

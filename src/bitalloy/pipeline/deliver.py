@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from bitalloy.apply import TAG, digest
 from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
-from bitalloy.pipeline.analyze import Analysis, image_spec
+from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.records import TOLERANCE, Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
@@ -33,14 +31,8 @@ from bitalloy.runtime import OrtSession
 from bitalloy.runtime.ort import available_cores
 from bitalloy.search import FRONT_BUDGETS, Problem, search
 from bitalloy.store import key_of
-from bitalloy.tasks.detection import (
-    DetectionResult,
-    class_names,
-    confidence_shift,
-    evaluate_detection,
-    looks_like_yolo,
-    paired_difference,
-)
+from bitalloy.tasks import TASKS, find_task
+from bitalloy.tasks.base import Interface, TaskMetric, TaskResult
 from bitalloy.verify import output_sqnr
 
 VERIFY_SAMPLES = 16
@@ -122,7 +114,8 @@ def verify(
     Args:
         analysis: of the model.
         planned: the first plan.
-        labels: COCO annotation file; box AP of the three models is measured where given.
+        labels: for the model's task (`bitalloy.tasks`), e.g. a COCO annotation file for a detector; its metrics are
+            measured on the three models where given.
         limit: evaluate at most so many images.
         work: where to keep and show results.
 
@@ -244,51 +237,43 @@ def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:
 def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int | None, work: Workspace) -> Metrics:
     if labels is None:
         return Metrics(metrics={}, confidence_shift={})
-    model = analysis.graph
-    spec = image_spec(model)
-    if spec is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
+    graph = analysis.graph
+    interface = Interface(inputs=graph.info.inputs, outputs=graph.info.outputs, metadata=graph.metadata)
+    task = find_task(interface)
+    if task is None:
         raise DataError(
-            f"Box AP needs a detector with output (1, 4 + classes, n); this model's outputs are "
-            f"{[list(o.shape) for o in model.info.outputs]}. Leave out --eval."
+            f"No task metric fits this model with outputs {[list(o.shape) for o in graph.info.outputs]}. Box AP needs "
+            f"a detector with output (1, 4 + classes, n); the tasks are {', '.join(t.name for t in TASKS)}. "
+            "Leave out --eval."
         )
+    data = task.open(labels, interface)
 
     def make() -> bytes:
-        models = {"float": model.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
-        found = {}
+        contents = {"float": graph.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
+        models = {name: OrtSession(contents[name]).run for name in MODELS}
         with work.stage("evaluate", None) as progress:
-            for name in MODELS:
-                session = OrtSession(models[name])
+            result = task.evaluate(models, data, limit=limit, seed=analysis.settings.seed, progress=progress.advance)
+        return msgspec.json.encode(_metrics_of(result))
 
-                def run(feeds: Mapping[str, np.ndarray], session: OrtSession = session) -> dict[str, np.ndarray]:
-                    progress.advance(1)
-                    return session.run(feeds)
-
-                found[name] = evaluate_detection(
-                    run, spec, labels, limit=limit, seed=analysis.settings.seed, names=class_names(model.metadata)
-                )
-        return msgspec.json.encode(_compare(found["float"], found["int8"], found["mixed"]))
-
-    key = key_of(analysis=analysis.key, mixed=digest(mixed), labels=digest(labels.read_bytes()), limit=limit)
+    key = key_of(analysis=analysis.key, mixed=digest(mixed), labels=data.fingerprint(), limit=limit)
     return msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics)
 
 
-def _compare(reference: DetectionResult, int8: DetectionResult, mixed: DetectionResult) -> Metrics:
-    shifts = {}
-    for name, result in (("int8", int8), ("mixed", mixed)):
-        with suppress(DataError):  # nothing matches: a collapsed model has no scores to compare
-            shifts[name] = confidence_shift(reference, result).shift
+def _metrics_of(result: TaskResult) -> Metrics:
     return Metrics(
-        metrics={
-            "AP50-95": MetricComparison(
-                reference=reference.ap,
-                int8=int8.ap,
-                mixed=mixed.ap,
-                drop_int8=paired_difference(reference, int8),
-                drop_mixed=paired_difference(reference, mixed),
-            ),
-            "AP50": MetricComparison(reference=reference.ap50, int8=int8.ap50, mixed=mixed.ap50),
-        },
-        confidence_shift=shifts,
+        metrics={metric.name: _comparison(metric) for metric in result.metrics},
+        confidence_shift=result.confidence_shift,
+        notes=result.notes,
+    )
+
+
+def _comparison(metric: TaskMetric) -> MetricComparison:
+    return MetricComparison(
+        reference=metric.values["float"],
+        int8=metric.values["int8"],
+        mixed=metric.values["mixed"],
+        drop_int8=metric.drops["int8"],
+        drop_mixed=metric.drops["mixed"],
     )
 
 

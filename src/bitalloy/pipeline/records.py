@@ -41,6 +41,7 @@ class Metrics(Record, frozen=True, kw_only=True):
 
     metrics: dict[str, MetricComparison]
     confidence_shift: dict[str, Estimate]
+    notes: tuple[str, ...] = ()
 
 
 def ratio_limit(budget: Budget, planned: Planned) -> float | None:

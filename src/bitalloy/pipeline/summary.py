@@ -64,7 +64,7 @@ def summarize(
         rounds=tuple(rounds),
         seed=analysis.settings.seed,
         versions=versions(),
-        notes=analysis.notes,
+        notes=(*analysis.notes, *metrics.notes),
     )
 
 

@@ -1,7 +1,7 @@
 """The embedded sample `shapes`: coloured geometric shapes on textured backgrounds, with exact labels.
 
 The record of a scene is the map of instance ids with the class and colour of each instance; boxes, masks,
-semantic maps, prompts and captions all follow from it. A scene depends on (split, seed, index, size) alone:
+semantic maps, prompts, captions and questions all follow from it. A scene depends on (split, seed, index, size) alone:
 no global state, any order, any subset. Bits are equal for equal versions of numpy and Pillow; a change
 of the generator raises `VERSION`. How a scene is drawn: `bitalloy.samples.drawing`.
 """
@@ -20,12 +20,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from bitalloy.errors import DataError
+from bitalloy.masks import interior_point, run_lengths
+from bitalloy.samples import words
 from bitalloy.samples.drawing import CLASSES, COLORS, draw
 
 __all__ = ["CLASSES", "COLORS", "SPLITS", "VERSION", "Scene", "scene", "write_coco"]
 
 VERSION = 1
 """Raised whenever the same arguments would give another scene."""
+_LAYOUT = 2
+"""Raised whenever `write_coco` writes other files for the same scenes."""
 SPLITS: tuple[str, ...] = ("train", "val", "test", "calibration")
 """Streams of scenes that share no random numbers."""
 
@@ -65,6 +69,19 @@ class Scene:
         table = np.concatenate([[0], self.labels + 1]).astype(np.uint8)
         return table[self.instance_map]
 
+    def points(self) -> npt.NDArray[np.float32]:
+        """(n, 2): x, y of a point prompt for each instance, deep inside its visible pixels."""
+        found = [interior_point(mask) for mask in self.masks()]
+        return np.array(found, np.float32).reshape(-1, 2)
+
+    def caption(self) -> str:
+        """One sentence that names and counts every shape."""
+        return words.caption(self.labels.tolist(), self.colors.tolist())
+
+    def questions(self) -> list[dict[str, Any]]:
+        """Questions with answers: yes or no, a number, multiple choice; see `words.questions`."""
+        return words.questions(self.labels.tolist(), self.colors.tolist())
+
 
 def scene(index: int, *, seed: int = 0, size: int = 320, split: str = "val") -> Scene:
     """Draw one scene.
@@ -95,10 +112,16 @@ def scene(index: int, *, seed: int = 0, size: int = 320, split: str = "val") -> 
 
 
 def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320, split: str = "val") -> Path:
-    """Write scenes 0..count-1 as `images/000000.png`... and `instances.json` in COCO format.
+    """Write scenes 0..count-1 as `images/000000.png`... with labels for all tasks.
 
-    Category ids are label + 1, image ids index + 1. The folder appears complete or not at all; one that
-    already holds the same data is left as it is.
+    1. `instances.json` in COCO format: boxes, masks, and a `point` inside each object as a prompt. Category ids are
+       label + 1, image ids index + 1.
+    2. `annotations/000000.png`...: semantic maps as in ADE20K, where 0 would mean unlabelled and does not occur: 1 is
+       background, label + 2 elsewhere.
+    3. `captions.json` in COCO format.
+    4. `questions.jsonl`, one object a line.
+
+    The folder appears complete or not at all; one that already holds the same data is left as it is.
 
     Returns:
         The folder.
@@ -108,7 +131,7 @@ def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320
     """
     folder = Path(folder)
     info: dict[str, Any] = {"description": "shapes", "version": str(VERSION), "split": split}
-    info |= {"seed": seed, "size": size, "count": count}
+    info |= {"layout": _LAYOUT, "seed": seed, "size": size, "count": count}
     if _holds(folder, info):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,42 +164,45 @@ def _holds(folder: Path, info: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, info: dict[str, Any]) -> None:
-    (folder / "images").mkdir()
+    for part in ("images", "annotations"):
+        (folder / part).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    questions: list[str] = []
     for index in range(info["count"]):
         drawn = scene(index, seed=info["seed"], size=info["size"], split=info["split"])
         name = f"{index:06d}.png"
         Image.fromarray(drawn.image).save(folder / "images" / name, compress_level=1)
+        Image.fromarray(drawn.semantic() + np.uint8(1)).save(folder / "annotations" / name, compress_level=1)
         images.append({"id": index + 1, "file_name": name, "width": info["size"], "height": info["size"]})
         annotations += _annotations(drawn, image_id=index + 1, first_id=len(annotations) + 1)
+        captions.append({"id": index + 1, "image_id": index + 1, "caption": drawn.caption()})
+        questions += [json.dumps({"image": name, **question}) for question in drawn.questions()]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
-    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    common = {"info": info, "images": images}
+    contents = {
+        "instances.json": json.dumps(common | {"annotations": annotations, "categories": categories}),
+        "captions.json": json.dumps(common | {"annotations": captions}),
+        "questions.jsonl": "\n".join([*questions, ""]),
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _annotations(drawn: Scene, *, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    rows = zip(drawn.labels.tolist(), drawn.boxes().tolist(), drawn.areas().tolist(), strict=True)
-    masks = drawn.masks()
+    masks, areas = drawn.masks(), drawn.areas().tolist()
+    rows = zip(drawn.labels.tolist(), drawn.boxes().tolist(), drawn.points().tolist(), strict=True)
     return [
         {
             "id": first_id + i,
             "image_id": image_id,
             "category_id": label + 1,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "area": area,
+            "area": areas[i],
             "iscrowd": 0,
-            "segmentation": _rle(masks[i]),
+            "segmentation": run_lengths(masks[i]),
+            "point": point,
         }
-        for i, (label, (x1, y1, x2, y2), area) in enumerate(rows)
+        for i, (label, (x1, y1, x2, y2), point) in enumerate(rows)
     ]
-
-
-def _rle(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO run lengths, column by column, starting with the zeros; e.g. [[0, 1], [0, 1]] -> [2, 2]."""
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    if flat[0]:
-        counts.insert(0, 0)
-    return {"size": list(mask.shape), "counts": counts}

@@ -1,56 +1,21 @@
-"""COCO labels and average precision, with the spread over images.
-
-The value is pycocotools' own. Its spread comes from a bootstrap over images: the matches that pycocotools
-found are accumulated again with a weight per image (how often a resample drew it).
-"""
+"""Labels in COCO format: boxes, masks and the images they belong to."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
+from PIL import Image
 
+from bitalloy import masks
+from bitalloy.data import open_image
 from bitalloy.errors import DataError
 
-__all__ = [
-    "BoxMatches",
-    "Category",
-    "CategoryMatches",
-    "CocoLabels",
-    "Detections",
-    "LabelledBox",
-    "LabelledImage",
-    "average_precision",
-    "match_boxes",
-    "read_coco",
-    "resampled_weights",
-]
-
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0.0, 1.0, 101)
-MAX_DETECTIONS = 100
-"""Per image and class, as COCO counts them."""
-
-_CHUNK_ELEMENTS = 4_000_000
-"""Resamples x detections that are accumulated at once: bounds memory to some 100 MB."""
-
-
-@dataclass(frozen=True, slots=True)
-class Detections:
-    """What was found in one image: k boxes, best first."""
-
-    boxes: np.ndarray
-    """(k, 4) float, corners x1, y1, x2, y2 in pixels."""
-    scores: np.ndarray
-    """(k,) float, 0..1."""
-    classes: np.ndarray
-    """(k,) int, class index of the model."""
+__all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco"]
 
 
 class LabelledImage(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,11 +30,16 @@ class LabelledImage(msgspec.Struct, frozen=True, kw_only=True):
 class LabelledBox(msgspec.Struct, frozen=True, kw_only=True):
     """An object of an annotation file."""
 
+    id: int | None = None
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
     """Left, top, width, height in pixels."""
     iscrowd: int | bool = 0
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+    """The mask as JSON, read by `CocoLabels.mask`; a detection file may have none."""
+    point: tuple[float, float] | None = None
+    """x, y of a prompt inside the object, which COCO does not have; the embedded sample does."""
 
 
 class Category(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +68,49 @@ class CocoLabels:
     categories: tuple[Category, ...]
     """In the order of their ids."""
 
+    def objects(self) -> dict[int, list[LabelledBox]]:
+        """Image id -> its objects, in the order of the file; an image without any has an empty list."""
+        found: dict[int, list[LabelledBox]] = {image.id: [] for image in self.images}
+        for box in self.boxes:
+            found[box.image_id].append(box)
+        return found
+
+    def has_masks(self) -> bool:
+        """Whether any object has a mask."""
+        return any(bytes(box.segmentation) not in (b"null", b"[]") for box in self.boxes)
+
+    def open_image(self, entry: LabelledImage, channels: int = 3) -> Image.Image:
+        """Read an image of the file.
+
+        Raises:
+            DataError: it is damaged, or its size is not the one that the file says.
+        """
+        opened = open_image(self.folder / entry.file_name, channels)
+        if (entry.width or opened.width, entry.height or opened.height) != opened.size:
+            raise DataError(
+                f"'{entry.file_name}' is {opened.width}x{opened.height}, but '{self.path}' says "
+                f"{entry.width}x{entry.height}. The labels belong to other images."
+            )
+        return opened
+
+    def mask(self, box: LabelledBox, size: tuple[int, int]) -> masks.Rle:
+        """The mask of an object on its image of `size` (width, height).
+
+        Raises:
+            DataError: the object has none, or a broken one.
+        """
+        try:
+            return masks.from_coco(bytes(box.segmentation), size[1], size[0])
+        except ValueError as error:
+            raise DataError(
+                f"Annotation {box.id} of '{self.path}' (image {box.image_id}) has no usable mask: {error}. "
+                "Repair `segmentation`, or take the annotation out."
+            ) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotation file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
     def category_ids(self, classes: int, names: Sequence[str] | None) -> np.ndarray:
         """Category id per class index of the model, -1 for a class that the labels do not know.
 
@@ -124,7 +137,7 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
 
     Args:
         annotations: e.g. `instances_val2017.json`.
-        images: folder of the images; by default `images` beside the file, or the file's own folder.
+        images: folder of the images; by default looked for as in `find_images`.
 
     Raises:
         DataError: the file is missing, broken or contradicts itself, or images that it lists are missing.
@@ -140,16 +153,9 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
             f"'{annotations}' is no COCO annotation file: {error}. Give one with bounding boxes."
         ) from error
     _check_references(annotations, content)
-    folder, found = _find_images(annotations, content, images)
-    missing = [i.file_name for i in content.images if i.file_name not in found]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(content.images)} images that '{annotations}' lists are missing in '{folder}', "
-            f"the first is '{missing[0]}'. Add them, or take them out of the annotation file."
-        )
     return CocoLabels(
         path=annotations,
-        folder=folder,
+        folder=find_images(annotations, [i.file_name for i in content.images], images),
         images=tuple(sorted(content.images, key=lambda i: i.id)),
         boxes=content.annotations,
         categories=tuple(sorted(content.categories, key=lambda c: c.id)),
@@ -170,200 +176,34 @@ def _check_references(path: Path, content: _File) -> None:
             )
 
 
-def _find_images(path: Path, content: _File, images: Path | None) -> tuple[Path, set[str]]:
-    names = [i.file_name for i in content.images]
-    folders = [images] if images is not None else [path.parent / "images", path.parent]
+def find_images(path: Path, names: Sequence[str], images: Path | None = None) -> Path:
+    """The folder that holds the images which a label file lists.
+
+    1. `images` beside the file, or the file's own folder.
+    2. COCO's own layout: for `annotations/instances_val2017.json`, `val2017` beside `annotations`, or `images/val2017`
+       there.
+
+    Args:
+        path: label file.
+        names: of the images.
+        images: the only folder to look in, where given.
+
+    Raises:
+        DataError: images are missing.
+    """
+    above, split = path.parent.parent, path.stem.rpartition("_")[2]
+    usual = [path.parent / "images", path.parent, above / split, above / "images" / split]
+    folders = [images] if images is not None else usual
     for folder in folders:
-        found = {name for name in names if (folder / name).is_file()}
-        if found:
-            return folder, found
+        missing = [name for name in names if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        if len(missing) < len(names):
+            raise DataError(
+                f"{len(missing)} of {len(names)} images that '{path}' lists are missing in '{folder}', "
+                f"the first is '{missing[0]}'. Add them, or take them out of the annotation file."
+            )
     raise DataError(
         f"None of the {len(names)} images that '{path}' lists, such as '{names[0]}', lies in "
         f"{' or '.join(repr(str(f)) for f in folders)}. Name the folder that holds them."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CategoryMatches:
-    """D detections of one category, best score first, matched to labels at T IoU thresholds."""
-
-    image: np.ndarray
-    """(D,) int, position of the detection's image."""
-    hit: np.ndarray
-    """(T, D) bool: matched to a label that counts."""
-    ignored: np.ndarray
-    """(T, D) bool: counts neither as hit nor as miss, e.g. inside a crowd."""
-    positives: np.ndarray
-    """(I,) int, labels that count, per image."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoxMatches:
-    """What pycocotools found on I images."""
-
-    ap: float
-    """Average precision as pycocotools gives it: mean over IoU thresholds and categories with labels."""
-    ap50: float
-    """At IoU threshold 0.5."""
-    categories: tuple[CategoryMatches, ...]
-    """Those with at least one label that counts."""
-    images: int
-
-
-def match_boxes(
-    labels: CocoLabels, images: Sequence[LabelledImage], detections: Sequence[Detections], category_ids: np.ndarray
-) -> BoxMatches:
-    """Match detections to labels with pycocotools' `COCOeval` (all areas, 100 detections per class and image).
-
-    Args:
-        labels: whose boxes count.
-        images: those that were evaluated, in the order of their ids.
-        detections: one per image.
-        category_ids: (nc,) category id per class index, -1 for none.
-
-    Raises:
-        DataError: the images have no labels that count.
-    """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    chosen = {image.id for image in images}
-    truth, found = COCO(), COCO()
-    truth.dataset = {
-        "images": [{"id": image.id} for image in images],
-        "categories": [{"id": category.id} for category in labels.categories],
-        "annotations": _numbered(_label(box) for box in labels.boxes if box.image_id in chosen),
-    }
-    found.dataset = truth.dataset | {
-        "annotations": _numbered(
-            row
-            for image, detection in zip(images, detections, strict=True)
-            for row in _results(image.id, detection, category_ids)
-        )
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found.createIndex()
-        run = COCOeval(truth, found, "bbox")
-        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], run.params.areaRngLbl[:1]
-        run.params.maxDets = [MAX_DETECTIONS]
-        run.evaluate()
-        run.accumulate()
-    precision = run.eval["precision"][..., 0, 0]  # (thresholds, recalls, categories), -1 where nothing counts
-    counted = precision[0, 0] > -1
-    if not counted.any():
-        raise DataError(f"The {len(images)} evaluated images have no labels in '{labels.path}'. Take more images.")
-    per_image = np.array(run.evalImgs, dtype=object).reshape(len(labels.categories), len(images))
-    return BoxMatches(
-        ap=float(precision[precision > -1].mean()),
-        ap50=float(precision[0][precision[0] > -1].mean()),
-        categories=tuple(_category(row) for row in per_image[counted]),
-        images=len(images),
-    )
-
-
-def _numbered(rows: Any) -> list[dict[str, Any]]:
-    """With ids from 1: pycocotools takes a match to the label with id 0 for no match."""
-    return [{"id": number, **row} for number, row in enumerate(rows, start=1)]
-
-
-def _label(box: LabelledBox) -> dict[str, Any]:
-    return {
-        "image_id": box.image_id,
-        "category_id": box.category_id,
-        "bbox": list(box.bbox),
-        "area": box.bbox[2] * box.bbox[3],
-        "iscrowd": int(box.iscrowd != 0),
-    }
-
-
-def _results(image_id: int, found: Detections, category_ids: np.ndarray) -> list[dict[str, Any]]:
-    corners = found.boxes.astype(np.float64)
-    sizes = corners[:, 2:] - corners[:, :2]
-    rows = zip(corners[:, :2], sizes, found.scores.tolist(), category_ids[found.classes].tolist(), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category,
-            "bbox": [*start.tolist(), *size.tolist()],
-            "area": float(size[0] * size[1]),
-            "iscrowd": 0,
-            "score": score,
-        }
-        for start, size, score, category in rows
-        if category >= 0
-    ]
-
-
-def _category(row: np.ndarray) -> CategoryMatches:
-    """Join one category's images: `row` holds what `COCOeval.evaluateImg` returned for each (None: nothing there)."""
-    positives = np.zeros(len(row), np.int64)
-    image, score = [np.zeros(0, np.intp)], [np.zeros(0)]
-    matched, ignored = ([np.zeros((len(IOU_THRESHOLDS), 0), bool)] for _ in range(2))
-    for position, entry in enumerate(row):
-        if entry is None:
-            continue
-        positives[position] = np.count_nonzero(entry["gtIgnore"] == 0)
-        score.append(np.asarray(entry["dtScores"], dtype=np.float64))
-        image.append(np.full(len(entry["dtScores"]), position))
-        matched.append(entry["dtMatches"] != 0)
-        ignored.append(entry["dtIgnore"].astype(bool))
-    order = np.argsort(-np.concatenate(score), kind="stable")
-    unused = np.concatenate(ignored, axis=1)[:, order]
-    return CategoryMatches(
-        image=np.concatenate(image)[order],
-        hit=np.concatenate(matched, axis=1)[:, order] & ~unused,
-        ignored=unused,
-        positives=positives,
-    )
-
-
-def resampled_weights(images: int, count: int, seed: int) -> np.ndarray:
-    """(count, images) int: how often each image is drawn when `images` are drawn with replacement."""
-    draws = np.random.default_rng(seed).integers(0, images, (count, images))
-    return np.stack([np.bincount(draw, minlength=images) for draw in draws])
-
-
-def average_precision(matches: BoxMatches, weights: np.ndarray) -> np.ndarray:
-    """Average precision as if image i occurred `weights[:, i]` times.
-
-    A repeated detection only repeats a step of the precision-recall curve, so the best precision at every recall is
-    that of the curve through the ends of the steps: equal to pycocotools' value on repeated images, but for the
-    order of equal scores within an image.
-
-    Args:
-        matches: on I images.
-        weights: (B, I) non-negative int.
-
-    Returns:
-        (B, T), mean over the categories with labels in the resample; NaN where there are none.
-    """
-    total = np.zeros((len(weights), len(IOU_THRESHOLDS)))
-    present = np.zeros((len(weights), 1))
-    for category in matches.categories:
-        rows = max(1, _CHUNK_ELEMENTS // max(1, len(category.image)))
-        for start in range(0, len(weights), rows):
-            chunk = weights[start : start + rows]
-            positives = (chunk @ category.positives)[:, None]
-            present[start : start + rows] += positives > 0
-            total[start : start + rows] += _category_precision(category, chunk, positives)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(total / present)
-
-
-def _category_precision(category: CategoryMatches, weights: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """(B, T) average precision of one category, 0 where a resample has none of its labels (`positives`, (B, 1))."""
-    result = np.zeros((len(weights), len(IOU_THRESHOLDS)))
-    drawn = weights[:, category.image]
-    ranked = drawn.cumsum(axis=1)
-    for threshold, (hit, ignored) in enumerate(zip(category.hit, category.ignored, strict=True)):
-        at, skipped = np.flatnonzero(hit), np.flatnonzero(ignored)
-        true = drawn[:, at].cumsum(axis=1)
-        before = np.pad(drawn[:, skipped].cumsum(axis=1), ((0, 0), (1, 0)))
-        counted = ranked[:, at] - before[:, np.searchsorted(skipped, at)]
-        precision = true / (counted + np.spacing(1))
-        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        reached = np.searchsorted(RECALLS, true / np.maximum(positives, 1), side="right")
-        steps = np.diff(reached, axis=1, prepend=0)
-        result[:, threshold] = np.where(positives > 0, best * steps, 0).sum(axis=1) / len(RECALLS)
-    return result

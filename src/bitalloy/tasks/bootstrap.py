@@ -1,0 +1,103 @@
+"""Intervals of task metrics: a bootstrap over images, with the same draws for every model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitalloy.records import Estimate, MetricValue
+from bitalloy.tasks.base import TaskMetric
+
+__all__ = ["RESAMPLES", "Measured", "compare", "estimate", "metric_value", "ratio", "resampled_weights"]
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A metric of one model, and what it would have been on other draws of the images."""
+
+    value: float
+    resampled: np.ndarray
+    """(B,); row b rests on the same images for every model. NaN where a draw leaves the metric undefined."""
+
+
+def resampled_weights(images: int, count: int, seed: int) -> np.ndarray:
+    """(count, images) int: how often each image is drawn when `images` are drawn with replacement."""
+    draws = np.random.default_rng(seed).integers(0, images, (count, images))
+    return np.stack([np.bincount(draw, minlength=images) for draw in draws])
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray) -> Measured:
+    """Sum over sum: a mean over all objects, pixels or tokens of the set, not a mean of the images' means.
+
+    Args:
+        numerators: (I,) per image.
+        denominators: (I,) per image, not negative; the sum over all is positive.
+        weights: (B, I) from `resampled_weights`.
+    """
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        resampled = (weights @ above) / (weights @ below)
+    resampled[~np.isfinite(resampled)] = np.nan
+    return Measured(float(above.sum() / below.sum()), resampled)
+
+
+def estimate(value: float, resampled: np.ndarray) -> Estimate:
+    """With the basic (reflected) bootstrap interval of nominally 95 %.
+
+    Average precision on few images is too high, and on a resample higher still; a mean over the classes that occur
+    is biased in the same way. Reflecting the percentiles at the value takes that out: for box AP on 94 COCO images
+    (150 simulated samples) the interval held the truth in 89 % of cases, the plain percentile interval in 73 %.
+    """
+    known = resampled[~np.isnan(resampled)]
+    if not len(known):
+        return Estimate(value=value, low=value, high=value)
+    low, high = np.percentile(known, (2.5, 97.5))
+    return Estimate(value=value, low=2 * value - float(high), high=2 * value - float(low))
+
+
+def metric_value(
+    value: float, resampled: np.ndarray, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
+) -> MetricValue:
+    """A value with its interval, cut at what the metric can reach; `n` images."""
+    spread = estimate(value, resampled)
+    return MetricValue(value=value, low=max(bounds[0], spread.low), high=min(bounds[1], spread.high), n=n)
+
+
+def compare(
+    name: str,
+    measured: Mapping[str, Measured],
+    n: int,
+    *,
+    higher_is_better: bool = True,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> TaskMetric:
+    """One metric of all models side by side; the first model is the reference of the paired drops.
+
+    Args:
+        name: of the metric.
+        measured: by model, on the same images with the same weights.
+        n: number of images.
+        higher_is_better: decides the sign of the drops.
+        bounds: what the metric can reach; (0, inf) for one without an upper end.
+    """
+    reference, *others = measured
+    sign = 1.0 if higher_is_better else -1.0
+    first = measured[reference]
+    drops = {
+        model: estimate(
+            sign * (first.value - measured[model].value), sign * (first.resampled - measured[model].resampled)
+        )
+        for model in others
+    }
+    assert all(math.isfinite(m.value) for m in measured.values()), f"{name} is not a number"
+    return TaskMetric(
+        name=name,
+        values={model: metric_value(m.value, m.resampled, n, bounds=bounds) for model, m in measured.items()},
+        drops=drops,
+        higher_is_better=higher_is_better,
+    )

@@ -1,0 +1,147 @@
+"""Captions: how surprised a vision-language model is by what people wrote, and how close it stays to the first model.
+
+Every caption is fed after the prompt, so that one run gives the probabilities of all its tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bitalloy.data import choose, open_image
+from bitalloy.errors import DataError
+from bitalloy.tasks.base import Progress, Run, TaskResult, check_models, few_images, nothing
+from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
+from bitalloy.tasks.chat import Chat, log_probabilities
+from bitalloy.tasks.coco import LabelledImage, find_images
+
+__all__ = ["QUESTION", "CaptionData", "evaluate_captions", "read_captions"]
+
+QUESTION = "Provide a one-sentence caption for the provided image."
+_WORST = 100.0
+"""Nats per token at which the loss of a broken model is cut, so that its perplexity is still a number."""
+
+
+class _Caption(msgspec.Struct, frozen=True, kw_only=True):
+    image_id: int
+    caption: str
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True):
+    images: tuple[LabelledImage, ...]
+    annotations: tuple[_Caption, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionData:
+    """Images with captions, opened for one model."""
+
+    path: Path
+    folder: Path
+    """Where the images lie."""
+    captions: tuple[tuple[str, tuple[str, ...]], ...]
+    """File name of the image and its captions, in the order of the image ids."""
+    chat: Chat
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, captions, preprocessing and prompt."""
+        return hashlib.sha256(f"{self.chat.describe()}\0{QUESTION}\0{self.captions}".encode()).hexdigest()
+
+
+def read_captions(path: Path, chat: Chat) -> CaptionData:
+    """Read captions in COCO format, e.g. `captions_val2017.json`, and find their images.
+
+    Images without a caption are left out.
+
+    Raises:
+        DataError: the file or its images are missing or broken, or it has no captions.
+    """
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=_File)
+    except OSError as error:
+        raise DataError(f"Cannot read the captions '{path}': {error.strerror}. Give a COCO caption file.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"'{path}' is no COCO caption file: {error}. Give one with images and captions.") from error
+    texts: dict[int, list[str]] = {image.id: [] for image in content.images}
+    for caption in content.annotations:
+        if caption.image_id not in texts or not caption.caption.strip():
+            raise DataError(
+                f"'{path}' has the caption {caption.caption[:40]!r} for image {caption.image_id}; expected some text "
+                "for an image that the file lists. Repair the file."
+            )
+        texts[caption.image_id].append(" ".join(caption.caption.split()))
+    used = [image for image in sorted(content.images, key=lambda i: i.id) if texts[image.id]]
+    if not used:
+        raise DataError(f"'{path}' has {len(content.images)} images and no caption. Give a COCO caption file.")
+    names = [image.file_name for image in used]
+    return CaptionData(
+        path=path,
+        folder=find_images(path, names),
+        captions=tuple((image.file_name, tuple(texts[image.id])) for image in used),
+        chat=chat,
+    )
+
+
+def evaluate_captions(
+    models: Mapping[str, Run],
+    data: CaptionData,
+    /,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress = nothing,
+) -> TaskResult:
+    """Perplexity, and agreement with the first model, over the tokens of the captions and their ends.
+
+    `perplexity` is exp of the mean loss per token. `top-1 agreement` is the part of positions at which a model's best
+    token is the first model's. `KL divergence` is the mean over positions of KL(first || model), in nats.
+
+    Raises:
+        DataError: images are damaged, or a model's outputs are not logits.
+    """
+    check_models(models)
+    chosen = choose([name for name, _ in data.captions], limit=limit, seed=seed)
+    sums = {name: np.zeros((len(chosen), 3)) for name in models}
+    tokens = np.zeros(len(chosen))
+    for i, index in enumerate(chosen):
+        file, captions = data.captions[index]
+        image = data.chat.feed(open_image(data.folder / file))
+        for caption in captions:
+            turn = data.chat.turn(QUESTION, caption)
+            feeds = data.chat.feeds(image, (*turn.prompt, *turn.answer[:-1]))
+            tokens[i] += len(turn.answer)
+            reference: np.ndarray | None = None
+            for name, run in models.items():
+                found = log_probabilities(run(dict(feeds)), len(turn.answer))
+                reference = found if reference is None else reference
+                sums[name][i] += _sums(reference, found, np.array(turn.answer))
+        for _ in models:
+            progress(1)
+    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    loss, agreed, divergence = (
+        {name: ratio(total[:, column], tokens, weights) for name, total in sums.items()} for column in range(3)
+    )
+    perplexity = {name: Measured(float(np.exp(m.value)), np.exp(m.resampled)) for name, m in loss.items()}
+    endless = (0.0, float("inf"))
+    return TaskResult(
+        task="language",
+        metrics=(
+            compare("perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf"))),
+            compare("top-1 agreement", agreed, n),
+            compare("KL divergence", divergence, n, higher_is_better=False, bounds=endless),
+        ),
+        notes=(f"{int(tokens.sum())} tokens of captions on {n} images.", *few_images(n)),
+    )
+
+
+def _sums(reference: np.ndarray, found: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """Loss, agreements and divergence, each summed over the positions; both are log-probabilities (a, vocabulary)."""
+    loss = np.minimum(-found[np.arange(len(answer)), answer], _WORST)
+    same = reference.argmax(axis=1) == found.argmax(axis=1)
+    divergence = (np.exp(reference) * (reference - found)).sum(axis=1)
+    return np.array([loss.sum(), same.sum(), divergence.sum()])

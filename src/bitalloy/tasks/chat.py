@@ -1,0 +1,227 @@
+"""Talking to a vision-language model: the prompt's tokens, the image, log-probabilities of an answer, greedy answers.
+
+A model is one function from `input_ids` (1, s) and an image to logits (1, s', vocabulary). One id, `IMAGE_TOKEN`,
+stands for the image; the model puts as many embeddings in its place as it likes, so rows of logits are counted from the
+end. While an answer is generated, ids grow at the end and the image is the very same array: a model that keeps its keys
+and values recognises what it has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from bitalloy.data import ImageSpec, image_feed, infer_image_spec
+from bitalloy.errors import DataError
+from bitalloy.tasks.base import Interface, Run, Tokenizer
+
+__all__ = ["IDS", "IMAGE_TOKEN", "TEMPLATE", "Chat", "SentencePieces", "Turn", "join", "log_probabilities", "open_chat"]
+
+IDS = "input_ids"
+IMAGE_TOKEN = -200
+"""In the ids, where the image belongs; the number that LLaVA and MobileVLM use."""
+TEMPLATE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
+)
+"""MobileVLM's prompt (conversation `v1`)."""
+NEW_TOKENS = 16
+"""Longest answer to a question."""
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's image processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePieces:
+    """A `sentencepiece.SentencePieceProcessor` as a tokenizer."""
+
+    processor: Any
+
+    @property
+    def bos(self) -> int | None:
+        """Id of `<s>`; None where the model has none."""
+        found = int(self.processor.bos_id())
+        return found if found >= 0 else None
+
+    @property
+    def eos(self) -> int:
+        """Id of `</s>`."""
+        return int(self.processor.eos_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return [int(i) for i in self.processor.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; ids beyond the vocabulary, to which padded models may come, are left out."""
+        size = int(self.processor.vocab_size())
+        return str(self.processor.decode([i for i in ids if i < size]))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question with an answer, as ids."""
+
+    prompt: tuple[int, ...]
+    """With the image's placeholder."""
+    answer: tuple[int, ...]
+    """Ends with the tokenizer's `eos`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How to talk to one model."""
+
+    tokenizer: Tokenizer
+    image: ImageSpec
+    template: str = TEMPLATE
+    """With `<image>` and `{question}`."""
+
+    def describe(self) -> str:
+        """In words."""
+        return f"padded to a square with the mean colour, {self.image.describe()}, prompt {self.template!r}"
+
+    def feed(self, image: Image.Image) -> np.ndarray:
+        """Pad an image to a square with the mean colour, resize it (bicubic) and normalise it: (1, 3, h, w)."""
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), _colour(self.image))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        resized = square.resize((self.image.width, self.image.height), Image.Resampling.BICUBIC)
+        return image_feed(resized, self.image)[0]
+
+    def prompt(self, question: str) -> tuple[int, ...]:
+        """Ids of a question; the two sides of the image are tokenised apart, as the model was trained."""
+        before, after = self.template.split("<image>")
+        return self._lead(before) + tuple(self.tokenizer.encode(after.replace("{question}", question)))
+
+    def turn(self, question: str, answer: str) -> Turn:
+        """Ids of a question and its answer, tokenised as one text: what both share is the prompt."""
+        before, after = self.template.split("<image>")
+        asked = after.replace("{question}", question)
+        alone, both = self.tokenizer.encode(asked), self.tokenizer.encode(f"{asked} {answer}")
+        shared = next((i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone))
+        return Turn(self._lead(before) + tuple(both[:shared]), (*both[shared:], self.tokenizer.eos))
+
+    def _lead(self, before: str) -> tuple[int, ...]:
+        start = () if self.tokenizer.bos is None else (self.tokenizer.bos,)
+        return (*start, *self.tokenizer.encode(before), IMAGE_TOKEN)
+
+    def feeds(self, image: np.ndarray, ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """Inputs of the model."""
+        return {self.image.input: image, IDS: np.array([ids], np.int64)}
+
+    def answer(self, run: Run, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
+        """The most probable token, again and again, until `eos` or `limit` tokens."""
+        prompt = self.prompt(question)
+        new: list[int] = []
+        while len(new) < limit:
+            token = int(log_probabilities(run(self.feeds(image, (*prompt, *new))), 1)[0].argmax())
+            if token == self.tokenizer.eos:
+                break
+            new.append(token)
+        return self.tokenizer.decode(new).strip()
+
+
+def open_chat(model: Interface) -> Chat:
+    """How to talk to a model: its tokenizer, and CLIP's image preparation.
+
+    Raises:
+        DataError: the model comes without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise DataError("A language task needs the model's tokenizer. Give its folder, or load the model by its name.")
+    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch", mean=_MEAN, std=_STD)
+    assert image is not None, "a vision-language model without an image input is refused"
+    return Chat(model.tokenizer, msgspec.structs.replace(image, fit="stretch"))
+
+
+def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """Log-probabilities (count, vocabulary) float64 of the token after each of the last `count` positions.
+
+    Logits that are not numbers count as 0, infinite ones as the largest numbers: a broken model is a bad model.
+
+    Raises:
+        DataError: the first output is not (1, s, vocabulary) with at least `count` positions.
+    """
+    logits = next(iter(outputs.values()))
+    if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] < count:
+        raise DataError(
+            f"The first output has shape {list(logits.shape)}; expected logits [1, positions, vocabulary] with at "
+            f"least {count} positions."
+        )
+    rows = np.nan_to_num(logits[0, logits.shape[1] - count :].astype(np.float64), posinf=1e4, neginf=-1e4)
+    rows -= rows.max(axis=1, keepdims=True)
+    return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
+
+
+def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> Run:
+    """One function of the three graphs of MobileVLM; what one call has computed serves the next that goes on from it.
+
+    A call goes on from the one before if its image is the very same array and its ids start with the former ids. The
+    logits returned are always those of all positions.
+
+    Args:
+        vision: `pixel_values` -> `image_features` (1, t, d).
+        embed: `before` (1, a) ids, `image_features`, `after` (1, b) ids -> `inputs_embeds` (1, a + t + b, d).
+        decode: `inputs_embeds`, `attention_mask`, `position_ids` and `past.0.key` ... -> `logits`, `present.0.key` ...
+        cache: layers, heads and width per head of the keys and values.
+
+    Returns:
+        `pixel_values` and `input_ids` with one `IMAGE_TOKEN` -> `logits` (1, a + t + b, vocabulary).
+    """
+    layers, heads, width = cache
+    names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    kept: list[_Kept] = []
+
+    def run(feeds: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        image = next(value for name, value in feeds.items() if name != IDS)
+        ids = tuple(feeds[IDS][0].tolist())
+        known = kept[0] if kept and kept[0].image is image else None
+        if known is None or ids[: len(known.ids)] != known.ids or len(ids) == len(known.ids):
+            at = ids.index(IMAGE_TOKEN)
+            features = known.features if known else vision({"pixel_values": image})["image_features"]
+            before, shown, after = ids[:at], features, ids[at + 1 :]
+            past = {f"past.{name}": np.zeros((1, heads, 0, width), np.float32) for name in names}
+            logits: list[np.ndarray] = []
+        else:
+            features, past, logits = known.features, known.past, [known.logits]
+            before, shown, after = (), features[:, :0], ids[len(known.ids) :]
+        tokens = {"before": np.array([before], np.int64), "after": np.array([after], np.int64)}
+        embeds = embed({**tokens, "image_features": shown})["inputs_embeds"]
+        done, count = sum(part.shape[1] for part in logits), embeds.shape[1]
+        step = decode(
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": np.ones((1, done + count), np.int64),
+                "position_ids": np.arange(done, done + count, dtype=np.int64)[None],
+                **past,
+            }
+        )
+        every = np.concatenate([*logits, step["logits"]], axis=1)
+        kept[:] = [_Kept(image, ids, features, {f"past.{name}": step[f"present.{name}"] for name in names}, every)]
+        return {"logits": every}
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a call leaves for the next."""
+
+    image: np.ndarray
+    ids: tuple[int, ...]
+    features: np.ndarray
+    past: dict[str, np.ndarray]
+    logits: np.ndarray
+
+
+def _colour(image: ImageSpec) -> tuple[int, int, int]:
+    """The mean as a colour; e.g. CLIP's is (122, 116, 104)."""
+    red, green, blue = (int(part * 255) for part in (image.mean or (0.0, 0.0, 0.0)))
+    return red, green, blue

@@ -1,0 +1,338 @@
+"""Promptable segmentation as SAM does it: a mask for a box or a point.
+
+image -> longest side 1024, padded right and below -> encoder -> embedding, once for an image
+prompt -> coordinates on that canvas, with labels -> decoder -> 4 masks of low resolution, each with a predicted IoU
+mask -> bilinear to the canvas -> cut to the image -> bilinear to the image's size -> > 0
+
+Labels of prompt points: 1 inside, 0 outside, 2 and 3 the corners of a box, -1 padding. A prompt without a box ends
+with the point (0, 0) labelled -1. Of the four masks, a box takes the first, which SAM trained for prompts that leave no
+doubt; a single point takes the best of the other three by predicted IoU.
+
+With labels, every object gives a box and a point. Without, agreement with the first model can still be measured: the
+prompts are the nine cells of a 3 by 3 grid over the image, and their centres.
+
+A model is one function that takes all three inputs; `join` makes it of an encoder and a decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from bitalloy import masks
+from bitalloy.data import ImageFolder, ImageSpec, choose, image_feed, infer_image_spec, open_image
+from bitalloy.errors import DataError
+from bitalloy.masks import Mask, interior_point, overlap
+from bitalloy.tasks.base import (
+    Interface,
+    Progress,
+    Run,
+    Task,
+    TaskResult,
+    check_models,
+    few_images,
+    image_input,
+    nothing,
+)
+from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
+from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco
+from bitalloy.tasks.resample import resize
+
+__all__ = [
+    "KINDS",
+    "TASK",
+    "Prompt",
+    "PromptData",
+    "evaluate_prompts",
+    "grid",
+    "join",
+    "open_prompts",
+    "prepare",
+    "prompts_of",
+    "to_mask",
+]
+
+KINDS = ("box", "point")
+COORDINATES, LABELS = "point_coords", "point_labels"
+"""Names of the inputs, as in SAM's own export."""
+_SLACK = 1.0
+"""Pixels that a box may reach over the image's border: labels are rounded."""
+_CELLS = 3
+"""Of the grid, along each side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model is asked, in image pixels."""
+
+    points: np.ndarray
+    """(p, 2) float: x, y."""
+    labels: np.ndarray
+    """(p,) float: 1 inside, 0 outside, 2 and 3 box corners, -1 padding."""
+
+    @staticmethod
+    def box(x1: float, y1: float, x2: float, y2: float) -> Prompt:
+        """A box by its corners."""
+        return Prompt(np.array([[x1, y1], [x2, y2]]), np.array([2.0, 3.0]))
+
+    @staticmethod
+    def point(x: float, y: float) -> Prompt:
+        """A point inside, with the padding that a prompt without a box needs."""
+        return Prompt(np.array([[x, y], [0.0, 0.0]]), np.array([1.0, -1.0]))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptData:
+    """Images, perhaps with COCO masks whose boxes and inner points are the prompts, opened for one model."""
+
+    files: tuple[Path, ...]
+    labels: CocoLabels | None
+    """Of the same images in the same order; None for images without labels."""
+    image: ImageSpec
+    """Its height and width are the canvas."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the labels, or else of the images, and the preprocessing."""
+        digest = hashlib.sha256(self.image.describe().encode())
+        if self.labels is not None:
+            digest.update(self.labels.fingerprint().encode())
+        else:
+            for file in self.files:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def open_prompts(path: Path, model: Interface) -> PromptData:
+    """Read COCO masks, or take a folder of images without labels.
+
+    Args:
+        path: COCO annotation file, or a folder.
+        model: promptable.
+
+    Raises:
+        DataError: labels or images are broken or missing, or no object has a mask.
+    """
+    spec = image_input(model)
+    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch")
+    assert image is not None and spec is not None, "a promptable model without an image input is refused"
+    if path.is_dir():
+        found = ImageFolder(path, (spec,), image)
+        return PromptData(tuple(path / found.name(i) for i in range(len(found))), None, image)
+    labels = read_coco(path)
+    if not labels.has_masks():
+        raise DataError(f"'{path}' has no masks to compare with. Give a file with `segmentation`, or only the images.")
+    return PromptData(tuple(labels.folder / entry.file_name for entry in labels.images), labels, image)
+
+
+def grid(size: tuple[int, int]) -> list[dict[str, Prompt]]:
+    """Prompts, by kind, over an image of `size` (width, height): cells and their centres, row by row."""
+    width, height = size[0] / _CELLS, size[1] / _CELLS
+    corners = [(column * width, row * height) for row in range(_CELLS) for column in range(_CELLS)]
+    return [
+        {"box": Prompt.box(x, y, x + width, y + height), "point": Prompt.point(x + width / 2, y + height / 2)}
+        for x, y in corners
+    ]
+
+
+def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask: Mask) -> dict[str, Prompt]:
+    """Ground-truth prompts of an object, by kind: its box, and its own point or the one deepest inside its mask.
+
+    Raises:
+        DataError: the box or the point lies outside the image.
+    """
+    height, width = mask.shape
+    where = f"annotation {box.id} of '{labels.path}' on '{entry.file_name}' ({width}x{height})"
+    x, y, w, h = box.bbox
+    if min(w, h) <= 0 or min(x, y) < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
+        raise DataError(
+            f"The box {list(box.bbox)} (left, top, width, height) of {where} has no area or lies outside the image. "
+            "Repair or remove it."
+        )
+    point = box.point or interior_point(mask)
+    if not (0 <= point[0] < width and 0 <= point[1] < height):
+        raise DataError(f"The point {list(point)} of {where} lies outside the image. Repair or remove it.")
+    corners = np.clip([x, y, x + w, y + h], 0, [width, height, width, height])
+    return {"box": Prompt.box(*corners.tolist()), "point": Prompt.point(*point)}
+
+
+def prepare(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
+    """The feed (1, 3, h, w), and (height, width) of the part of the canvas that the image covers.
+
+    The longest side gets the canvas's length, pixels are normalised, and the rest is zero, as SAM does.
+    """
+    side = max(spec.height, spec.width)
+    scale = side / max(image.size)
+    height, width = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
+    fitted = msgspec.structs.replace(spec, fit="stretch", height=height, width=width, layout="NCHW")
+    feed, _ = image_feed(image, fitted)
+    canvas = np.zeros((1, spec.channels, side, side), feed.dtype)
+    canvas[:, :, :height, :width] = feed
+    return canvas, (height, width)
+
+
+def feeds_of(prompt: Prompt, size: tuple[int, int], covered: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Decoder inputs (1, p, 2) and (1, p) of a prompt on an image of `size` (width, height); see `prepare`."""
+    ratio_xy = np.array([covered[1] / size[0], covered[0] / size[1]])
+    points = np.where(prompt.labels[:, None] == -1, 0.0, prompt.points * ratio_xy)
+    return {
+        COORDINATES: points[None].astype(np.float32),
+        LABELS: prompt.labels[None].astype(np.float32),
+    }
+
+
+def to_mask(
+    outputs: Mapping[str, np.ndarray], kind: str, side: int, covered: tuple[int, int], size: tuple[int, int]
+) -> Mask:
+    """The mask of a prompt in image pixels.
+
+    Args:
+        outputs: masks (1, c, h, w) and predicted IoU (1, c), in this order.
+        kind: `box` or `point`.
+        side: of the square canvas.
+        covered: (height, width) of the canvas that the image covers.
+        size: (width, height) of the image.
+
+    Raises:
+        DataError: the outputs have other shapes.
+    """
+    low, *others = outputs.values()
+    if low.ndim != 4 or low.shape[0] != 1 or not others or others[0].shape != low.shape[:2]:
+        raise DataError(
+            f"The outputs have shapes {[list(o.shape) for o in outputs.values()]}; expected masks [1, c, height, "
+            "width] and their predicted IoU [1, c], as exported from SAM."
+        )
+    several = kind == "point" and low.shape[1] > 1
+    channel = 1 + int(np.nan_to_num(others[0][0, 1:], nan=-np.inf).argmax()) if several else 0
+    logits = resize(low[0, channel], side, side)[: covered[0], : covered[1]]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(resize(logits, size[1], size[0]) > 0)
+
+
+def join(encode: Run, decode: Run) -> Run:
+    """One function of an encoder and a decoder; what the encoder gives is kept for the prompts of the same image.
+
+    The encoder gets the feeds without the prompt, the decoder the encoder's outputs by name, and the prompt. An image
+    is the same as before if its array is the very same object.
+    """
+    kept: list[tuple[np.ndarray, Mapping[str, np.ndarray]]] = []
+
+    def run(feeds: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        prompt = {name: feeds[name] for name in (COORDINATES, LABELS)}
+        image = {name: value for name, value in feeds.items() if name not in prompt}
+        (array,) = image.values()
+        if not kept or kept[0][0] is not array:
+            kept[:] = [(array, encode(image))]
+        return decode({**kept[0][1], **prompt})
+
+    return run
+
+
+def evaluate_prompts(
+    models: Mapping[str, Run],
+    data: PromptData,
+    /,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress = nothing,
+) -> TaskResult:
+    """Mean IoU with the labels, and agreement with the first model, for box and point prompts, side by side.
+
+    Both are means over objects; without labels there is agreement only. Crowds and objects without a pixel are left
+    out.
+
+    Raises:
+        DataError: prompts or masks are broken, models do not fit, or no object is left.
+    """
+    check_models(models)
+    chosen = choose([file.name for file in data.files], limit=limit, seed=seed)
+    totals = {(name, kind): np.zeros((len(chosen), 2)) for name in models for kind in KINDS}
+    counts = np.zeros(len(chosen))
+    objects = data.labels.objects() if data.labels else {}
+    for i, index in enumerate(chosen):
+        opened = _open(data, index)
+        canvas, covered = prepare(opened, data.image)
+        for prompts, truth in _asked(data, index, objects, opened.size):
+            counts[i] += 1
+            for kind, prompt in prompts.items():
+                feeds = {data.image.input: canvas, **feeds_of(prompt, opened.size, covered)}
+                reference: Mask | None = None
+                for name, run in models.items():
+                    found = to_mask(run(dict(feeds)), kind, canvas.shape[-1], covered, opened.size)
+                    reference = found if reference is None else reference
+                    quality = overlap(truth, found) if truth is not None else 0.0
+                    totals[name, kind][i] += quality, overlap(reference, found)
+        for _ in models:
+            progress(1)
+    return _result(models, totals, counts, seed, data)
+
+
+def _open(data: PromptData, index: int) -> Image.Image:
+    if data.labels is None:
+        return open_image(data.files[index], data.image.channels)
+    return data.labels.open_image(data.labels.images[index], data.image.channels)
+
+
+def _asked(
+    data: PromptData, index: int, objects: Mapping[int, list[LabelledBox]], size: tuple[int, int]
+) -> Iterator[tuple[dict[str, Prompt], Mask | None]]:
+    """Prompts of every object on an image, and its mask; `objects` by image id."""
+    if data.labels is None:
+        yield from ((prompts, None) for prompts in grid(size))
+        return
+    entry = data.labels.images[index]
+    for box in objects[entry.id]:
+        truth = None if box.iscrowd else masks.decode(data.labels.mask(box, size))
+        if truth is not None and truth.any():
+            yield prompts_of(data.labels, entry, box, truth), truth
+
+
+def _result(
+    models: Mapping[str, Run],
+    totals: Mapping[tuple[str, str], np.ndarray],
+    counts: np.ndarray,
+    seed: int,
+    data: PromptData,
+) -> TaskResult:
+    used = counts > 0
+    if not used.any():
+        where = data.labels.path if data.labels else data.files[0].parent
+        raise DataError(f"The {len(counts)} evaluated images have no labelled object in '{where}'. Take more images.")
+    n, objects = int(used.sum()), counts[used]
+    weights = resampled_weights(n, RESAMPLES, seed)
+    columns = {"mIoU": 0, "agreement": 1} if data.labels else {"agreement": 1}
+    metrics = tuple(
+        compare(
+            f"{what}, {kind} prompts",
+            {name: ratio(totals[name, kind][used, column], objects, weights) for name in models},
+            n,
+        )
+        for what, column in columns.items()
+        for kind in KINDS
+    )
+    asked = "objects" if data.labels else "cells of a grid"
+    notes = [f"{int(objects.sum())} {asked} on {n} images."]
+    if n < len(used):
+        notes.append(f"{len(used) - n} images without a labelled object were left out.")
+    return TaskResult(task="promptable", metrics=metrics, notes=(*notes, *few_images(n)))
+
+
+def _matches(model: Interface) -> bool:
+    """An image, points and their labels come in."""
+    names = {i.name for i in model.inputs}
+    return image_input(model) is not None and {COORDINATES, LABELS} <= names
+
+
+TASK: Task[PromptData] = Task(
+    name="promptable",
+    labels="a COCO annotation file with masks, or a folder of images",
+    matches=_matches,
+    open=open_prompts,
+    evaluate=evaluate_prompts,
+)

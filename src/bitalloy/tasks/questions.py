@@ -1,0 +1,250 @@
+"""Questions about images: yes/no as in POPE, multiple choice as in ScienceQA and MMBench, short answers as in GQA.
+
+A file has one JSON object a line: `{"image": "0.jpg", "question": "Is there a dog?", "answer": "yes"}`. POPE's own
+files, which say `text` and `label`, are read as they are. `choices` makes a question multiple choice; its answer is a
+letter, a number from 0, or the text of a choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from bitalloy.data import choose, open_image
+from bitalloy.errors import DataError
+from bitalloy.tasks.base import Progress, Run, TaskMetric, TaskResult, check_models, few_images, nothing
+from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
+from bitalloy.tasks.chat import Chat
+from bitalloy.tasks.coco import find_images
+
+__all__ = ["Kind", "Question", "QuestionData", "evaluate_questions", "is_lines", "read_answer", "read_questions"]
+
+Kind = Literal["yes/no", "choice", "open"]
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+"""What is added to a question, as LLaVA's and MobileVLM's evaluations do."""
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about an image."""
+
+    image: str
+    """File name."""
+    text: str
+    answer: str
+    """Lower case, or a letter for multiple choice."""
+    kind: Kind
+    choices: tuple[str, ...] = ()
+
+    def prompt(self) -> str:
+        """As it is put to the model."""
+        if self.kind != "choice":
+            return f"{self.text}\n{SHORT}"
+        options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
+        return "\n".join([self.text, *options, LETTER])
+
+
+class _Line(msgspec.Struct, frozen=True, kw_only=True):
+    image: str
+    question: str | None = None
+    text: str | None = None
+    answer: str | int | None = None
+    label: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionData:
+    """Questions about images, opened for one model."""
+
+    path: Path
+    folder: Path
+    """Where the images lie."""
+    questions: tuple[Question, ...]
+    chat: Chat
+
+    def fingerprint(self) -> str:
+        """SHA-256 of questions, preprocessing and prompt."""
+        return hashlib.sha256(f"{self.chat.describe()}\0{self.questions}".encode()).hexdigest()
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file holds questions line by line: a `.jsonl`, or one whose first line is a question, as POPE's are."""
+    if path.suffix == ".jsonl":
+        return True
+    try:
+        with path.open("rb") as file:
+            msgspec.json.decode(file.readline(), type=_Line)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def read_questions(path: Path, chat: Chat) -> QuestionData:
+    """Read a file of questions, one JSON object a line, and find its images.
+
+    Raises:
+        DataError: a line is broken (the message has its number), or images are missing.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"Cannot read the questions '{path}': {error.strerror}. Give a .jsonl file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is no UTF-8 text: {error}. Give a .jsonl file.") from error
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(msgspec.json.decode(line, type=_Line)))
+        except ValueError as error:  # msgspec's errors are of this type
+            raise DataError(
+                f"Line {number} of '{path}' is no question: {error}. Expected "
+                '{"image": "0.jpg", "question": "Is there a dog?", "answer": "yes"}.'
+            ) from error
+    if not questions:
+        raise DataError(f"'{path}' has no questions. Write one JSON object a line.")
+    folder = find_images(path, sorted({question.image for question in questions}))
+    return QuestionData(path, folder, tuple(questions), chat)
+
+
+def _question(line: _Line) -> Question:
+    text = line.question if line.question is not None else line.text
+    answer = line.answer if line.answer is not None else line.label
+    if not text or not text.strip() or answer is None or not str(answer).strip():
+        raise ValueError("it needs a `question` (or `text`) and an `answer` (or `label`)")
+    if line.choices:
+        return Question(line.image, text, _letter(answer, line.choices), "choice", line.choices)
+    plain = _plain(str(answer))
+    return Question(line.image, text, plain, "yes/no" if plain in ("yes", "no") else "open")
+
+
+def _letter(answer: str | int, choices: Sequence[str]) -> str:
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"it has {len(choices)} choices; expected 2 to {len(LETTERS)}")
+    letters = LETTERS[: len(choices)]
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return letters[answer]
+    if isinstance(answer, str) and answer in choices:
+        return letters[choices.index(answer)]
+    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
+        return answer
+    raise ValueError(f"the answer {answer!r} is none of {letters} and none of the choices")
+
+
+def _plain(text: str) -> str:
+    """Lower case without the full stop, with single spaces."""
+    return " ".join(text.lower().split()).rstrip(".").strip()
+
+
+def read_answer(text: str, question: Question) -> str:
+    """What a generated text answers: `yes` or `no`, a letter (`?` for none), or the text itself in plain form.
+
+    1. Yes or no as in POPE's evaluation: `no` if the first sentence has the word no or not, else `yes`.
+    2. Multiple choice: a letter at the start, alone or before a mark; a letter after `answer is`; the text of a choice.
+    3. Else lower case, without a full stop.
+    """
+    if question.kind == "yes/no":
+        words = text.split(".")[0].replace(",", "").split()
+        return "no" if {"No", "no", "not"} & set(words) else "yes"
+    if question.kind == "choice":
+        letters = LETTERS[: len(question.choices)]
+        found = re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", text) or re.search(rf"answer is \(?([{letters}])\b", text)
+        if found:
+            return found.group(1)
+        texts = [_plain(choice) for choice in question.choices]
+        return letters[texts.index(_plain(text))] if _plain(text) in texts else "?"
+    return _plain(text)
+
+
+def evaluate_questions(
+    models: Mapping[str, Run],
+    data: QuestionData,
+    /,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress = nothing,
+) -> TaskResult:
+    """Part of right answers by kind of question, and agreement of the answers with the first model's.
+
+    Answers are generated greedily. `yes/no F1` counts yes as positive. Intervals draw images with all their questions.
+
+    Raises:
+        DataError: images are damaged, or a model's outputs are not logits.
+    """
+    check_models(models)
+    by_image: dict[str, list[Question]] = {}
+    for question in data.questions:
+        by_image.setdefault(question.image, []).append(question)
+    names = sorted(by_image)
+    chosen = [names[i] for i in choose(names, limit=limit, seed=seed)]
+    answers: dict[str, list[list[str]]] = {name: [] for name in models}
+    for file in chosen:
+        image = data.chat.feed(open_image(data.folder / file))
+        for name, run in models.items():
+            answers[name].append([read_answer(data.chat.answer(run, image, q.prompt()), q) for q in by_image[file]])
+            progress(1)
+    asked = [by_image[file] for file in chosen]
+    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    total = sum(map(len, asked))
+    return TaskResult(
+        task="language",
+        metrics=_metrics(asked, answers, weights),
+        notes=(f"{total} questions on {n} images.", *few_images(n)),
+    )
+
+
+def _metrics(
+    asked: Sequence[Sequence[Question]], answers: Mapping[str, Sequence[Sequence[str]]], weights: np.ndarray
+) -> tuple[TaskMetric, ...]:
+    n, metrics = len(asked), []
+    labels: tuple[tuple[Kind, str], ...] = (
+        ("yes/no", "yes/no accuracy"),
+        ("choice", "choice accuracy"),
+        ("open", "exact match"),
+    )
+    for kind, label in labels:
+        count = np.array([sum(q.kind == kind for q in questions) for questions in asked])
+        if not count.any():
+            continue
+        right = {
+            name: [
+                sum(q.kind == kind and q.answer == a for q, a in zip(questions, given, strict=True))
+                for questions, given in zip(asked, found, strict=True)
+            ]
+            for name, found in answers.items()
+        }
+        metrics.append(compare(label, {name: ratio(np.array(r), count, weights) for name, r in right.items()}, n))
+        if kind == "yes/no":
+            f1 = {name: _yes(asked, found) for name, found in answers.items()}
+            if all(table[:, 1].any() for table in f1.values()):
+                measured = {name: ratio(2 * table[:, 0], table[:, 1], weights) for name, table in f1.items()}
+                metrics.append(compare("yes/no F1", measured, n))
+    reference = next(iter(answers.values()))
+    same = {
+        name: np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(reference, found, strict=True)])
+        for name, found in answers.items()
+    }
+    count = np.array([len(questions) for questions in asked])
+    metrics.append(compare("answer agreement", {name: ratio(s, count, weights) for name, s in same.items()}, n))
+    return tuple(metrics)
+
+
+def _yes(asked: Sequence[Sequence[Question]], found: Sequence[Sequence[str]]) -> np.ndarray:
+    """(I, 2) per image: yes rightly said; yes said plus yes expected. F1 is twice the first over the second."""
+    rows = []
+    for questions, given in zip(asked, found, strict=True):
+        pairs = [(q.answer == "yes", a == "yes") for q, a in zip(questions, given, strict=True) if q.kind == "yes/no"]
+        rows.append((sum(a and b for a, b in pairs), sum(a + b for a, b in pairs)))
+    return np.array(rows)

@@ -1,0 +1,260 @@
+"""Semantic segmentation: a class for every pixel, measured as mean intersection over union.
+
+image -> canvas -> logits (1, classes, h, w) -> bilinear to the image's size -> best class -> one confusion matrix
+
+Two protocols, whose numbers differ; a result says which one it used.
+
+1. `squash`: the image is stretched to the model's input, e.g. 512x512, as the image processors of published
+   checkpoints do. Logits go to the image's size in one step.
+2. `official`: the ratio is kept, at most 2048 by 512 pixels, sides rounded up to multiples of 32, as in SegFormer's
+   own evaluation (mmsegmentation's AlignedResize, mode `whole`). Logits go to the canvas's size, then to the
+   image's. The model must take any height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from bitalloy.data import ImageSpec, choose, image_feed, infer_image_spec, open_image
+from bitalloy.errors import DataError
+from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
+from bitalloy.tasks.base import (
+    Interface,
+    Progress,
+    Run,
+    Task,
+    TaskResult,
+    check_models,
+    few_images,
+    image_input,
+    nothing,
+)
+from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
+from bitalloy.tasks.resample import resize
+
+__all__ = [
+    "TASK",
+    "SemanticData",
+    "best_classes",
+    "confusion",
+    "evaluate_semantic",
+    "mean_iou",
+    "official_size",
+    "open_semantic",
+]
+
+Protocol = Literal["squash", "official"]
+LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
+"""Of the official protocol, in pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SemanticData:
+    """Images with label maps, opened for one model."""
+
+    files: tuple[LabelledFile, ...]
+    image: ImageSpec
+    """How images are prepared; its size is not used by the official protocol."""
+    classes: int
+    """Of the model."""
+    reduce_zero_label: bool = True
+    """ADE20K's way: 0 in a label map means unlabelled, k means class k - 1."""
+    protocol: Protocol = "squash"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names and label maps, preprocessing and protocol."""
+        digest = hashlib.sha256(
+            f"{self.image.describe()}\0{self.classes} {self.reduce_zero_label} {self.protocol}".encode()
+        )
+        for file in self.files:
+            digest.update(f"\0{file.name}\0".encode())
+            digest.update(file.label.read_bytes())
+        return digest.hexdigest()
+
+
+def open_semantic(
+    folder: Path, model: Interface, *, reduce_zero_label: bool = True, protocol: Protocol = "squash"
+) -> SemanticData:
+    """Find images and label maps for a model; see `find_pairs` for the layouts.
+
+    Args:
+        folder: of a data set.
+        model: whose output says how many classes there are.
+        reduce_zero_label: whether 0 means unlabelled and k class k - 1; else labels are class numbers.
+        protocol: how images are prepared.
+
+    Raises:
+        DataError: files are missing, or the protocol does not fit the model.
+    """
+    spec = image_input(model)
+    open_sides = spec is not None and all(isinstance(side, str) for side in spec.shape[2:])
+    if protocol == "official" and not open_sides:
+        shape = list(spec.shape) if spec is not None else "none"
+        raise DataError(
+            f"The official protocol keeps each image's ratio, so the model's image input {shape} must have open "
+            "height and width. Export it with dynamic axes, or use the protocol 'squash'."
+        )
+    size = SHORT_SIDE if open_sides else None
+    image = model.image or infer_image_spec(model.inputs, task="semantic", size=size)
+    assert image is not None, "a semantic model without an image input is refused"
+    classes = model.outputs[0].shape[1]
+    if not isinstance(classes, int):
+        raise DataError(f"The number of classes of output '{model.outputs[0].name}' is open ({classes}). Fix it.")
+    if classes > IGNORED:
+        raise DataError(f"The model has {classes} classes; label maps hold at most {IGNORED}, and 255 for unlabelled.")
+    return SemanticData(
+        files=find_pairs(folder),
+        image=image,
+        classes=classes,
+        reduce_zero_label=reduce_zero_label,
+        protocol=protocol,
+    )
+
+
+def official_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of the canvas in the official protocol; e.g. 683x512 -> 704x512, 2000x500 -> 2048x512."""
+    scale = min(LONG_SIDE / max(width, height), SHORT_SIDE / min(width, height))
+    scaled = int(width * scale + 0.5), int(height * scale + 0.5)
+    return -(-scaled[0] // MULTIPLE) * MULTIPLE, -(-scaled[1] // MULTIPLE) * MULTIPLE
+
+
+def prepare(image: Image.Image, data: SemanticData) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The feed of an image, and the sizes (height, width) that its logits pass through on their way back."""
+    original = (image.height, image.width)
+    if data.protocol == "squash":
+        spec = msgspec.structs.replace(data.image, fit="stretch")
+        return image_feed(image, spec)[0], [original]
+    scale = min(LONG_SIDE / max(image.size), SHORT_SIDE / min(image.size))
+    width, height = official_size(image.width, image.height)
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)
+    for size in ((int(image.height * scale + 0.5), int(image.width * scale + 0.5)), (height, width)):
+        pixels = np.rint(resize(pixels, *size))
+    canvas = Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0))
+    spec = msgspec.structs.replace(data.image, fit="stretch", height=height, width=width)
+    return image_feed(canvas, spec)[0], [(height, width), original]
+
+
+def best_classes(logits: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Enlarge logits (classes, h, w) through `sizes` (height, width) and take the best class: (height, width) uint8."""
+    best = np.full(sizes[-1], -np.inf, np.float32)
+    chosen = np.zeros(sizes[-1], np.uint8)
+    for number, one in enumerate(logits):  # one class at a time: all of them at image size would take a gigabyte
+        for height, width in sizes:
+            one = resize(one, height, width)
+        np.copyto(chosen, number, where=one > best)
+        np.fmax(best, one, out=best)
+    return chosen
+
+
+def confusion(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """(classes, classes) int: pixels of class [row] that were taken for class [column]; ignored labels are left out."""
+    counted = label != IGNORED
+    pairs = label[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Mean over classes of intersection / (labelled + predicted - intersection), in 0..1.
+
+    A class that is neither labelled nor predicted does not count; one that is predicted only counts as 0, as in
+    mmsegmentation. NaN where no class occurs.
+
+    Args:
+        counts: (..., 3, classes): pixels in the intersection, labelled and predicted.
+    """
+    shared, labelled, predicted = counts[..., 0, :], counts[..., 1, :], counts[..., 2, :]
+    union = labelled + predicted - shared
+    occurs = union > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.where(occurs, shared / union, 0.0)
+        return np.asarray(each.sum(axis=-1) / occurs.sum(axis=-1))
+
+
+def evaluate_semantic(
+    models: Mapping[str, Run],
+    data: SemanticData,
+    /,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress = nothing,
+) -> TaskResult:
+    """mIoU, pixel accuracy, and agreement with the first model, on the same images side by side.
+
+    mIoU and accuracy come from one confusion matrix over the set. `pixel agreement` is the part of all pixels,
+    labelled or not, to which a model gives the class that the first model gives.
+
+    Raises:
+        DataError: a label map is broken or does not fit image or model, or nothing is labelled.
+    """
+    check_models(models)
+    chosen = [data.files[i] for i in choose([f.name for f in data.files], limit=limit, seed=seed)]
+    counts = {name: np.zeros((len(chosen), 3, data.classes)) for name in models}
+    agreed = {name: np.zeros(len(chosen)) for name in models}
+    pixels = np.zeros(len(chosen))
+    for i, file in enumerate(chosen):
+        opened = open_image(file.image, data.image.channels)
+        label = read_label(file, opened.size, data.classes, reduce_zero_label=data.reduce_zero_label)
+        feed, sizes = prepare(opened, data)
+        pixels[i] = label.size
+        reference: np.ndarray | None = None
+        for name, run in models.items():
+            predicted = best_classes(_logits(run({data.image.input: feed}), data.classes), sizes)
+            matrix = confusion(label, predicted, data.classes)
+            counts[name][i] = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+            reference = predicted if reference is None else reference
+            agreed[name][i] = np.count_nonzero(predicted == reference)
+            progress(1)
+    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    if not any(c[:, 1].any() for c in counts.values()):
+        raise DataError(f"The {n} evaluated label maps have no labelled pixel. Take more images.")
+    quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
+    accuracy = {name: ratio(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
+    agreement = {name: ratio(a, pixels, weights) for name, a in agreed.items()}
+    return TaskResult(
+        task="semantic",
+        metrics=(
+            compare("mIoU", quality, n),
+            compare("pixel accuracy", accuracy, n),
+            compare("pixel agreement", agreement, n),
+        ),
+        notes=(f"Protocol: {data.protocol}.", *few_images(n)),
+    )
+
+
+def _mean_iou(counts: np.ndarray, weights: np.ndarray) -> Measured:
+    """From counts (I, 3, classes) per image; sums come before the quotient."""
+    drawn = (weights.astype(np.float64) @ counts.reshape(len(counts), -1)).reshape(len(weights), 3, -1)
+    return Measured(float(mean_iou(counts.sum(axis=0))), mean_iou(drawn))
+
+
+def _logits(outputs: Mapping[str, np.ndarray], classes: int) -> np.ndarray:
+    first = next(iter(outputs.values()))
+    if first.ndim != 4 or first.shape[:2] != (1, classes):
+        raise DataError(f"The first output has shape {list(first.shape)}; expected [1, {classes}, height, width].")
+    return np.asarray(first[0])
+
+
+def _matches(model: Interface) -> bool:
+    """One image input, and a first output (batch, classes, h, w) with at least two classes."""
+    if len(model.inputs) != 1 or image_input(model) is None or not model.outputs:
+        return False
+    shape = model.outputs[0].shape
+    return len(shape) == 4 and isinstance(shape[1], int) and shape[1] > 1
+
+
+TASK: Task[SemanticData] = Task(
+    name="semantic",
+    labels="a folder of images and label maps",
+    matches=_matches,
+    open=open_semantic,
+    evaluate=evaluate_semantic,
+)
