@@ -177,13 +177,43 @@ def _session(model: ir.Model) -> OrtSession:
     return OrtSession(bytes(ir.serde.serialize_model(model).SerializeToString()))
 
 
+class Measurement:
+    """Exact errors of one sample.
+
+    Args:
+        board: the switchable model.
+        heads: parts of the outputs.
+        feeds: the sample.
+        around: gates from which those to be measured differ little, where that is not the float network.
+    """
+
+    def __init__(
+        self,
+        board: Switchboard,
+        heads: Sequence[Head],
+        feeds: Mapping[str, np.ndarray],
+        around: np.ndarray | None = None,
+    ) -> None:
+        self._heads = heads
+        walk = board.walk(feeds, board.gates(()))
+        self._exact = [head_of(walk.outputs, h) for h in heads]
+        self._walk = walk if around is None else board.walk(feeds, around)
+        self.energy = np.array([float(np.square(y).sum()) for y in self._exact])
+        """||y||^2 of the float network, (heads,)."""
+
+    def error(self, gates: np.ndarray) -> np.ndarray:
+        """||y_rounded - y||^2, (heads,)."""
+        found = self._walk.run(gates)
+        pairs = zip(self._heads, self._exact, strict=True)
+        return np.array([float(np.square(head_of(found, h) - y).sum()) for h, y in pairs])
+
+
 def damage(
     board: Switchboard,
     sets: Sequence[np.ndarray],
     heads: Sequence[Head],
     feeds: Iterable[Mapping[str, np.ndarray]],
     *,
-    around: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measured error energies of sets of sites.
@@ -193,24 +223,18 @@ def damage(
         sets: one gate vector per measurement.
         heads: parts of the outputs.
         feeds: samples.
-        around: gates from which most of the sets differ little, where that is not the float network: makes it faster.
         progress: called with 1 after every execution.
 
     Returns:
         (samples, heads, sets): ||y_rounded - y||^2 / mean ||y||^2, and (samples, heads): ||y||^2.
     """
     rows, energy = [], []
-    silent = board.gates(())
     for sample in feeds:
-        walk = board.walk(sample, silent)
-        exact = [head_of(walk.outputs, h) for h in heads]
-        if around is not None:
-            walk = board.walk(sample, around)
-        energy.append([float(np.square(y).sum()) for y in exact])
+        measurement = Measurement(board, heads, sample)
+        energy.append(measurement.energy)
         errors = []
         for gates in sets:
-            found = walk.run(gates)
-            errors.append([float(np.square(head_of(found, h) - y).sum()) for h, y in zip(heads, exact, strict=True)])
+            errors.append(measurement.error(gates))
             if progress is not None:
                 progress(1)
         rows.append(np.array(errors).T)

@@ -98,14 +98,19 @@ def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     for rows in matrix.rows:
         damage = np.square(rows @ chosen.T).mean(axis=1)
         halves = [damage[start::2].mean(axis=0) for start in (0, 1)]
-        live = (halves[0] > 0) & (halves[1] > 0)
-        if live.sum() < 3:
-            continue
-        ranks = [np.argsort(np.argsort(h[live])) for h in halves]
-        r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-        if 2 * r / (1 + r) < SETTLED:
+        if not alike(*halves):
             return False
     return True
+
+
+def alike(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two halves of the samples rank things so alike that the whole ranking can be trusted."""
+    live = (first > 0) & (second > 0)
+    if live.sum() < 3:
+        return True
+    ranks = [np.argsort(np.argsort(h[live])) for h in (first, second)]
+    r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return 2 * r / (1 + r) >= SETTLED
 
 
 def unit_sqnr(table: SensitivityTable) -> Mapping[tuple[str, str], float]:
