@@ -18,6 +18,7 @@ of the drop of AP with measured and predicted damage of each head, of the whole 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +95,10 @@ class Bench:
             return json.dumps(evaluate_detection(session.run, spec, labels, limit=limit, names=names).ap.value).encode()
 
         key = key_of(
-            analysis=self._analysis.calibration, plan=sorted(plan), labels=labels.read_text()[:10000], limit=limit
+            analysis=self._analysis.calibration,
+            plan=sorted(plan),
+            labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
+            limit=limit,
         )
         return float(json.loads(self._store.cached("plan-ap", key, make)))
 
@@ -130,7 +134,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many labelled images")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
 
     model = load(options.model)
     data = open_data(model, options.images, seed=options.seed)

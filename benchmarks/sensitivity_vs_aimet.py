@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--operators", type=int, help="only so many operators, evenly chosen")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
 
     model = load(options.model)
     heads = find_heads(model)

@@ -265,7 +265,9 @@ def sensitivity(
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n")
         return
     columns, lines = pipeline.readable(table)
-    shown = Table(*columns)
+    shown = Table()
+    for column in columns:
+        shown.add_column(column, overflow="fold")
     for line in lines[:SHOWN_LINES]:
         shown.add_row(*line)
     out_console.print(shown)

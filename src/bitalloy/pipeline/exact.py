@@ -198,7 +198,7 @@ def measured(
 
 
 def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) -> Analysis:
-    """Measure the worst units and everything flagged exactly; correct the table, and the matrix that plans rest on.
+    """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
     scaled so that it gives the measured damage for each of these things alone (`sensitivity.correct`), so that plans
@@ -227,8 +227,7 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
         predicted = linear * bend(analysis.secant, linear)
         exact = damage[:, :, t].mean(axis=0)
         reached = (predicted > 0) & (exact > 0)
-        if thing.scope != "region":
-            factors[thing.sites] = np.where(reached, exact / np.where(reached, predicted, 1), 1)
+        factors[thing.sites] = np.where(reached, exact / np.where(reached, predicted, 1), 1)
     fixed = corrected(matrix, site_factors(factors))
     bent = realigned(analysis.secant, matrix, fixed, units.rounded(units.quantizable()))
     weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
@@ -248,12 +247,12 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
 
 
 def _doubtful(table: SensitivityTable, worst: int) -> set[tuple[str, str, str]]:
-    """(scope, id, part) of the worst units and of every flagged row."""
+    """(scope, id, part) of the worst units and of all flagged units and sites; regions follow from their units."""
     lowest: dict[str, float] = {}
     for row in table.rows:
         if row.scope == "unit" and row.part == "all":
             lowest[row.id] = min(lowest.get(row.id, np.inf), row.sqnr_db.value)
-    flagged = {(r.scope, r.id, r.part) for r in table.rows if r.flagged}
+    flagged = {(r.scope, r.id, r.part) for r in table.rows if r.flagged and r.scope != "region"}
     return flagged | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}
 
 

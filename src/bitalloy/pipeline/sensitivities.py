@@ -48,7 +48,7 @@ def sensitivity(
         selection: what to return and, where exact, to measure; all units without it.
         exact: measure by execution in place of the probe matrix.
         mode: of exact measurement, see `measure_exact`.
-        confirmed: measure so many of the worst units and everything flagged exactly.
+        confirmed: measure so many of the worst units, and what is flagged, exactly.
         labels: COCO annotation file: measure the drop of box AP, not SQNR.
         limit: evaluate at most so many labelled images.
         shapes: input name -> shape, where the model leaves dimensions open.
@@ -94,7 +94,9 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
     if isinstance(table, MetricTable):
         best_first = table.method == ALL_BUT_ONE
         order = sorted(table.rows, key=lambda r: r.drop.value if best_first else -r.drop.value)
-        cells = [(r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order]
+        cells: list[tuple[str, ...]] = [
+            (r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order
+        ]
         return ("", "", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
     found: dict[tuple[str, str], list[Sensitivity]] = {}
     for row in table.rows:
