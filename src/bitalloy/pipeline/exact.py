@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 
 from bitalloy.errors import BitalloyError, DataError
-from bitalloy.matrix import bend, draws, interval
+from bitalloy.matrix import draws, interval
 from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, versions
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
-from bitalloy.sensitivity import Measurement, Switchboard, alike, corrected, groups, realigned, site_factors
+from bitalloy.sensitivity import Finding, Measurement, Switchboard, alike, correct, groups
 from bitalloy.sensitivity import sensitivities as table_of
 from bitalloy.store import key_of
 
@@ -201,8 +201,8 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
     """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
-    scaled so that it gives the measured damage for each of these things alone (`sensitivity.correct`), so that plans
-    made from the result, and the other rows of the table, rest on the corrected numbers.
+    fitted to what was measured (`sensitivity.correct`), so that plans made from the result, and the other rows of the
+    table, rest on it too.
 
     Args:
         analysis: whose table is doubtful.
@@ -220,16 +220,14 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
         return analysis
     count = min(SAMPLES, matrix.samples)
     damage, energy = measured(analysis, [t.sites for t in things], count, work=work)
-    factors = {}
+    findings = []
     for t, thing in enumerate(things):
-        linear = matrix.damage(matrix.select(thing.sites))[:count].mean(axis=0) * matrix.energy.mean(axis=0)
-        linear /= energy.mean(axis=0)  # of the same samples
-        predicted = linear * bend(analysis.secant, linear)
-        exact = damage[:, :, t].mean(axis=0)
-        reached = (predicted > 0) & (exact > 0)
-        factors[thing.sites] = np.where(reached, exact / np.where(reached, predicted, 1), 1)
-    fixed = corrected(matrix, site_factors(factors))
-    bent = realigned(analysis.secant, matrix, fixed, units.rounded(units.quantizable()))
+        predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
+        part = predicted[:count].mean(axis=0) / energy.mean(axis=0)
+        # measured over predicted on the same samples, times the prediction on all of them
+        ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
+        findings.append(Finding(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
+    fixed, bent = correct(matrix, analysis.secant, findings, units.rounded(units.quantizable()))
     weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
     estimates = {
         (thing.scope, thing.id, thing.part, head.name): interval(damage[:, h, t], share[:, h], weights)

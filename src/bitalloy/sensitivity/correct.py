@@ -1,57 +1,82 @@
-"""Put what was measured exactly into the probe matrix, so that every plan's prediction gains from it.
+"""Put what was measured exactly into the probe matrix, so that the prediction of every plan gains from it.
 
-A thing (unit or site) that was measured alone has a factor per head: measured over predicted damage. The columns of
-its sites are scaled by the square root of that factor, which multiplies its own damage by the factor and keeps its
-correlations with all other columns. A site that several measured things round gets the geometric mean of their
-factors; one that was measured itself, its own.
+Things (units and sites) were measured alone at the full size of their errors; the matrix predicts something else for
+them. The columns of a site are scaled by a factor per head, the geometric mean of measured over predicted damage of
+the things that round it, and the fit is repeated until the prediction of the things is as measured. Scaling a column
+keeps its correlations with the others.
+
+The secant tells how the network bends as all errors grow together. The measured things are at full size already, so
+of the secant only the full size of everything is kept: between the float and the all-INT8 network the logarithm of
+the remaining factor is linear in the size of the plan's error (`matrix.bend`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix
+from bitalloy.matrix import ProbeMatrix, bend
 from bitalloy.records import Secant
 
+ROUNDS = 10
+STEP = 0.7
 LARGEST_FACTOR = 100.0
-"""And its inverse the smallest: beyond 20 dB the prediction is wrong in kind, not in size."""
+"""On the damage of a site, and its inverse the smallest: beyond 20 dB a prediction is wrong in kind, not in size."""
 
 
-def site_factors(measured: Mapping[frozenset[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """Factors (heads,) of sites, from those of sets of sites."""
-    logs: dict[str, list[np.ndarray]] = defaultdict(list)
-    for sites, factor in measured.items():
-        for site in sites:
-            logs[site].append(np.log(np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)))
-    found = {site: np.exp(np.mean(values, axis=0)) for site, values in logs.items()}
-    single = {next(iter(sites)): factor for sites, factor in measured.items() if len(sites) == 1}
-    return {**found, **{s: np.clip(f, 1 / LARGEST_FACTOR, LARGEST_FACTOR) for s, f in single.items()}}
+@dataclass(frozen=True)
+class Finding:
+    """A set of sites and the damage (heads,) that rounding them together was measured to do."""
+
+    sites: frozenset[str]
+    damage: np.ndarray
 
 
-def corrected(matrix: ProbeMatrix, factors: Mapping[str, np.ndarray]) -> ProbeMatrix:
-    """The matrix with the columns of some sites scaled: site -> factor (heads,) on its damage."""
-    scale = np.ones((len(matrix.heads), len(matrix.sites)))
-    for site, factor in factors.items():
-        if site in matrix.column:
-            scale[:, matrix.column[site]] = np.sqrt(factor)
-    rows = tuple((block * s).astype(block.dtype) for block, s in zip(matrix.rows, scale, strict=True))
-    return replace(matrix, rows=rows)
-
-
-def realigned(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:
-    """The secant for a corrected matrix: what was measured stays, the linear prediction is that of the new matrix.
+def correct(
+    matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]
+) -> tuple[ProbeMatrix, Secant]:
+    """A matrix and a secant that predict what was found.
 
     Args:
-        secant: of the matrix `before`.
-        before: matrix without corrections.
-        after: matrix with them.
-        sites: that the all-INT8 plan rounds.
+        matrix: of the probe.
+        secant: measured with it.
+        findings: exact measurements, relative to the energy of the matrix' samples.
+        everything: sites that the all-INT8 plan rounds.
     """
+    logs = np.zeros((len(matrix.heads), len(matrix.sites)))
+    columns = [np.array([matrix.column[s] for s in f.sites if s in matrix.column], np.int64) for f in findings]
+    limit = np.log(LARGEST_FACTOR)
+    fixed, bent = matrix, _at_full_size(secant, matrix, matrix, everything)
+    for _ in range(ROUNDS):
+        total, count = np.zeros_like(logs), np.zeros(logs.shape[1])
+        for finding, inside in zip(findings, columns, strict=True):
+            linear = fixed.damage(fixed.select(finding.sites)).mean(axis=0)
+            predicted = linear * bend(bent, linear)
+            reached = (predicted > 0) & (finding.damage > 0)
+            step = np.log(np.where(reached, finding.damage, 1) / np.where(reached, predicted, 1))
+            total[:, inside] += step[:, None]
+            count[inside] += 1
+        logs = np.clip(logs + STEP * total / np.maximum(count, 1), -limit, limit)
+        fixed = _scaled(matrix, np.exp(logs / 2))
+        bent = _at_full_size(secant, matrix, fixed, everything)
+    return fixed, bent
+
+
+def _scaled(matrix: ProbeMatrix, factors: np.ndarray) -> ProbeMatrix:
+    """With every column times its factor; factors are (heads, sites)."""
+    return replace(matrix, rows=tuple((r * f).astype(r.dtype) for r, f in zip(matrix.rows, factors, strict=True)))
+
+
+def _at_full_size(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:
+    """Only the last point of the secant, against the linear prediction of another matrix on the secant's samples."""
     old, new = (m.damage(m.select(sites))[: secant.samples].mean(axis=0) for m in (before, after))
     linear = np.array(secant.linear) * new / np.maximum(old, 1e-30)
-    return msgspec.structs.replace(secant, linear=tuple(float(d) for d in linear))
+    return msgspec.structs.replace(
+        secant,
+        fractions=secant.fractions[-1:],
+        damage=secant.damage[-1:],
+        linear=tuple(float(d) for d in linear),
+    )
