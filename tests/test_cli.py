@@ -244,13 +244,15 @@ def test_operator_without_adjoint_names_the_way_out(inside: Any, inputs: Any) ->
     """The message's own command must work."""
     path = broken(inputs, inside.folder, ends_with("Det", 1.0))
     model = onnx.load(path)
-    model.graph.node[-1].op_type = "CumSum"
-    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "axis"))
-    model.graph.node[-1].input.append("axis")
+    model.graph.node[-1].op_type = "ReverseSequence"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2], np.int64), "lengths"))
+    model.graph.node[-1].input.append("lengths")
+    axes = {"batch_axis": 0, "time_axis": 1}
+    model.graph.node[-1].attribute.extend(helper.make_attribute(k, v) for k, v in axes.items())
     onnx.save(model, path)
     text = inside.run(path, "--data", inputs.images).refused()
     found = re.search("--exclude '([^']+)'", text)
-    assert found and "CumSum" in text
+    assert found and "ReverseSequence" in text
     # everything lies before it: nothing is left to be measured, and that too is said in words
     assert "Traceback" not in inside.run(path, "--data", inputs.images, "--exclude", found[1]).err
 

@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 out_console = Console()
 error_console = Console(stderr=True)
+SHOWN_LINES = 40
 
 
 class Bars:
@@ -137,14 +138,7 @@ def run(
         seed=seed,
         exclude=tuple(exclude or ()),
     )
-    overrides = {
-        "scale": options.finite("--scale", scale, positive=True),
-        "mean": options.numbers("--mean", mean),
-        "std": options.numbers("--std", std),
-        "layout": options.choice("--layout", layout, ("NCHW", "NHWC")),
-        "fit": options.choice("--fit", fit, ("letterbox", "stretch", "crop")),
-    }
-    image = pipeline.image_spec(loaded, **{k: v for k, v in overrides.items() if v is not None})
+    image = pipeline.image_spec(loaded, **options.image(scale, mean, std, layout, fit))
     with Bars() as bars:
         verified = pipeline.run(
             model,
@@ -180,12 +174,118 @@ def run(
 
 
 @app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Of exact: `one-at-a-time`, or `leave-one-out` of the all-INT8 model.  [default: the first]"),
+    ] = None,
+    units: Annotated[list[str] | None, typer.Option(help="Glob over units.  [default: all of them]")] = None,
+    regions: Annotated[list[str] | None, typer.Option(help="Glob over regions, such as 'model.22*'.")] = None,
+    sites: Annotated[list[str] | None, typer.Option(help="Glob over rounding sites, 'tensor->node#slot'.")] = None,
+    confirm: Annotated[
+        int | None, typer.Option(min=0, help="Measure so many of the worst units, and everything flagged, exactly.")
+    ] = None,
+    metric: Annotated[bool, typer.Option("--metric", help="Drop of box AP in place of SQNR; needs --eval.")] = False,
+    evaluate: Annotated[
+        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
+    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
+    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
+    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+    ] = None,
+    samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
+    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
+    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """What rounding each unit, region or site does to every output, worst first.
+
+    Leaves in the run directory: sensitivity.json/.csv, with --method exact sensitivity_exact.json/.csv, with --metric
+    sensitivity_metric.json. A killed command goes on where it stopped when the same command is given again.
+
+    Examples:
+      bitalloy sensitivity model.onnx --data images/
+
+      bitalloy sensitivity model.onnx --data images/ --confirm 10
+
+      bitalloy sensitivity model.onnx --data images/ --method exact --regions 'model.22*' --samples 4
+
+      bitalloy sensitivity model.onnx --data images/ --method exact --mode leave-one-out --units '*/cv1/*'
+
+      bitalloy sensitivity yolo11n.onnx --data images/ --metric --eval instances.json --units '/model.23/*/Sigmoid'
+    """
+    from bitalloy import options, pipeline
+    from bitalloy.records import Settings
+
+    exact = options.choice("--method", method, ("probe", "exact")) == "exact"
+    options.together(exact=exact, mode=mode, confirm=confirm, metric=metric, evaluate=evaluate is not None)
+    loaded = pipeline.load(model, shapes=options.shapes(shape or []))
+    with Bars() as bars:
+        table = pipeline.sensitivity(
+            model,
+            out=out,
+            data=data,
+            settings=Settings(
+                target=target,
+                calibration_samples=calibration_samples,
+                range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
+                samples=options.samples(samples),
+                probes=probes,
+                seed=seed,
+                exclude=tuple(exclude or ()),
+            ),
+            selection=pipeline.Selection(tuple(units or ()), tuple(regions or ()), tuple(sites or ())),
+            exact=exact,
+            mode=options.choice("--mode", mode, pipeline.MODES) or pipeline.MODES[0],
+            confirmed=confirm,
+            labels=evaluate,
+            limit=limit,
+            shapes=options.shapes(shape or []),
+            image=pipeline.image_spec(loaded, **options.image(scale, mean, std, layout, fit)),
+            progress=bars,
+        )
+    if json_output:
+        import msgspec
+
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n")
+        return
+    columns, lines = pipeline.readable(table)
+    shown = Table()
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for line in lines[:SHOWN_LINES]:
+        shown.add_row(*line)
+    out_console.print(shown)
+    if len(lines) > SHOWN_LINES:
+        out_console.print(f"{len(lines) - SHOWN_LINES} more in {out}, or with --json.")
+    if data is None:
+        out_console.print(pipeline.SAMPLE_NOTE, style="yellow", soft_wrap=True)
+
+
+@app.command()
 def models(
     json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
 ) -> None:
     """List the models that are known by name, with published and measured figures.
 
-    Example: bitalloy export yolo11n --checkpoint yolo11n.pt --trust-checkpoint
+    Example: bitalloy models --json
     """
     import json
 

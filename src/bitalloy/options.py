@@ -116,6 +116,35 @@ def finite(option: str, value: float | None, *, positive: bool = False) -> float
     raise BitalloyError(f"{option} is {value}; expected a finite number{' above 0' * positive}.")
 
 
+def image(
+    scale: float | None, mean: str | None, std: str | None, layout: str | None, fit: str | None
+) -> dict[str, object]:
+    """What was said about the preprocessing of images; the rest is inferred.
+
+    >>> image(None, "0.5", None, "NHWC", None)
+    {'mean': (0.5,), 'layout': 'NHWC'}
+    """
+    given = {
+        "scale": finite("--scale", scale, positive=True),
+        "mean": numbers("--mean", mean),
+        "std": numbers("--std", std),
+        "layout": choice("--layout", layout, ("NCHW", "NHWC")),
+        "fit": choice("--fit", fit, ("letterbox", "stretch", "crop")),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool, evaluate: bool) -> None:
+    """Refuse options of `sensitivity` that mean nothing together."""
+    if metric != evaluate:
+        missing = "--eval with a COCO annotation file" if metric else "--metric"
+        raise BitalloyError(f"{'--metric' if metric else '--eval'} needs {missing} beside it.")
+    if mode is not None and not exact and not metric:
+        raise BitalloyError(f"--mode {mode} is a way to measure. Add --method exact, or leave it out.")
+    if confirm is not None and (exact or metric):
+        raise BitalloyError("--confirm measures what --method probe predicted; here everything is measured already.")
+
+
 def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     known = {u.lower(): u for u in units}

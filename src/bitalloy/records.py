@@ -144,9 +144,8 @@ class UnitEdge(Record, frozen=True, kw_only=True):
     uses: tuple[Edge, ...]
     """All inputs of the consumer that read the tensor; they are rounded together."""
     producer: str | None
-    """Unit id; None for a graph input."""
     consumer: str | None
-    """Unit id; None for a graph output."""
+    """Unit ids; None for a graph input and a graph output."""
     root: str
     """Tensor whose scale the edge uses."""
     rooted: bool
@@ -237,10 +236,12 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     """10 log10(||y||^2 / ||J e||^2), higher is better."""
     flagged: bool = False
     """True where the error left the linear regime in the local check, so the number may be off."""
+    exact: bool = False
+    """True where the number was measured by execution, False where the probe matrix predicts it."""
 
 
 class SensitivityTable(Record, frozen=True, kw_only=True):
-    """All sensitivities of one probe matrix."""
+    """Sensitivities of one probe matrix, or of one series of exact measurements."""
 
     model_sha256: str
     data: DataInfo
@@ -250,13 +251,14 @@ class SensitivityTable(Record, frozen=True, kw_only=True):
     settled: bool
     """Whether the ranking of units was stable when sampling stopped."""
     rows: tuple[Sensitivity, ...]
+    method: str = "probe"
+    """`probe`, `one-at-a-time` or `leave-one-out`; with the last, SQNR is of all that is rounded without `id`."""
 
 
 class Secant(Record, frozen=True, kw_only=True):
     """How the outputs really move on the way from the float to the all-INT8 network.
 
-    The probe matrix is a tangent. Where errors are large (a saturating sigmoid, an outlier range) the network bends;
-    the secant tells by how much, from a few executions with all errors scaled by a fraction.
+    The probe matrix is a tangent; where errors are large the network bends. Measured with all errors scaled alike.
     """
 
     heads: tuple[str, ...]
@@ -454,7 +456,6 @@ class Round(Record, frozen=True, kw_only=True):
     predicted_ratio: float
     measured_ratio: float
     sqnr_db: tuple[float, ...]
-    """Measured, per head."""
     int8_units: int
 
 
@@ -471,7 +472,6 @@ class Summary(Record, frozen=True, kw_only=True):
     threads: int
     budget: Budget
     latency_ms: Triple
-    """Medians of interleaved runs."""
     latency_ratio: float
     """mixed / float, from the medians of `latency_ms`."""
     predicted_latency_ratio: float

@@ -1,27 +1,41 @@
 """The stages in their order. The only package that knows it."""
 
-from bitalloy.pipeline.analyze import Analysis, analyze, image_spec, load, open_data
+from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate, image_spec, load, open_data
 from bitalloy.pipeline.deliver import Verified, apply, measure_cost, plan, verify
+from bitalloy.pipeline.exact import MODES, Selection, confirm, measure_exact
+from bitalloy.pipeline.metric import MetricTable, measure_metric
 from bitalloy.pipeline.records import Planned
-from bitalloy.pipeline.run import publish, render, run
+from bitalloy.pipeline.run import SAMPLE_NOTE, publish, render, run
+from bitalloy.pipeline.sensitivities import readable, sensitivity
 from bitalloy.pipeline.work import Progress, Silent, Workspace
 
 __all__ = [
+    "MODES",
+    "SAMPLE_NOTE",
     "Analysis",
+    "Calibrated",
+    "MetricTable",
     "Planned",
     "Progress",
+    "Selection",
     "Silent",
     "Verified",
     "Workspace",
     "analyze",
     "apply",
+    "calibrate",
+    "confirm",
     "image_spec",
     "load",
     "measure_cost",
+    "measure_exact",
+    "measure_metric",
     "open_data",
     "plan",
     "publish",
+    "readable",
     "render",
     "run",
+    "sensitivity",
     "verify",
 ]

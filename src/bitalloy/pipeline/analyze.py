@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -38,9 +38,9 @@ RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """Everything that is known about a model before a budget is given."""
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A model that is ready to be rounded."""
 
     graph: Graph
     target: Target
@@ -50,10 +50,9 @@ class Analysis:
     data: Dataset
     info: DataInfo
     """Of all of `data`."""
+    excluded: frozenset[str]
+    """Nodes that the user keeps in float."""
     calibration: Calibration
-    matrix: ProbeMatrix
-    secant: Secant
-    table: SensitivityTable
     key: str
     """Of model, data and settings."""
     notes: tuple[str, ...] = ()
@@ -67,6 +66,15 @@ class Analysis:
     def variant(self, int8: frozenset[str]) -> Mixed:
         """The model in which the given units run in INT8."""
         return rewrite(self.graph, self.units, int8, self.ranges, self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis(Calibrated):
+    """Everything that is known about a model before a budget is given."""
+
+    matrix: ProbeMatrix
+    secant: Secant
+    table: SensitivityTable
 
 
 def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
@@ -129,6 +137,28 @@ def analyze(
         UnsupportedOpError: an operator without adjoint rule; the message says how to exclude it.
         DataError: the data is empty or does not fit.
     """
+    work = work or Workspace()
+    ready = calibrate(model, data, settings, notes=notes, work=work)
+    matrix = _probe(ready, work)
+    bent = _secant(ready, matrix, work)
+    table = sensitivities(matrix, ready.units, part_of(ready.info, matrix.samples), bent, seed=ready.settings.seed)
+    return Analysis(**{f.name: getattr(ready, f.name) for f in fields(ready)}, matrix=matrix, secant=bent, table=table)
+
+
+def calibrate(
+    model: Graph,
+    data: Dataset,
+    settings: Settings | None = None,
+    *,
+    notes: tuple[str, ...] = (),
+    work: Workspace | None = None,
+) -> Calibrated:
+    """Find what can be rounded, and the ranges: all that exact measurement needs. Arguments as for `analyze`.
+
+    Raises:
+        ModelError: NaN or infinite values inside the model.
+        DataError: the data is empty or does not fit.
+    """
     settings, work = settings or Settings(), work or Workspace()
     device = target(settings.target)
     heads = find_heads(model)
@@ -140,35 +170,32 @@ def analyze(
     info = data.info
     key = key_of(model=model.info.sha256, data=info, settings=settings, versions=versions(), shapes=model.info.inputs)
     calibration = _calibrate(model, units, data, info, settings, key, work)
-    units = _restrict(units, calibration)
-    matrix = _probe(model, device, units, heads, data, calibration, settings, excluded, key, work)
-    bent = _secant(model, device, units, heads, data, calibration, matrix, key, work)
-    table = sensitivities(matrix, units, part_of(info, matrix.samples), bent, seed=settings.seed)
-    return Analysis(model, device, units, heads, settings, data, info, calibration, matrix, bent, table, key, notes)
+    return Calibrated(
+        graph=model,
+        target=device,
+        units=_restrict(units, calibration),
+        heads=heads,
+        settings=settings,
+        data=data,
+        info=info,
+        excluded=excluded,
+        calibration=calibration,
+        key=key,
+        notes=notes,
+    )
 
 
-def _secant(
-    model: Graph,
-    device: Target,
-    units: UnitGraph,
-    heads: tuple[Head, ...],
-    data: Dataset,
-    calibration: Calibration,
-    matrix: ProbeMatrix,
-    key: str,
-    work: Workspace,
-) -> Secant:
+def _secant(ready: Calibrated, matrix: ProbeMatrix, work: Workspace) -> Secant:
     count = min(SECANT_SAMPLES, matrix.samples)
 
     def make() -> bytes:
-        ranges = {r.tensor: (r.low, r.high) for r in calibration.ranges}
         with work.stage("secant", count * len(FRACTIONS)) as progress:
-            board = Switchboard(model, units, ranges, device)
-            feeds = [data.feeds(i) for i in range(count)]
-            sites = units.rounded(units.quantizable())
-            return msgspec.json.encode(secant(board, matrix, sites, heads, feeds, progress=progress.advance))
+            board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target)
+            feeds = [ready.data.feeds(i) for i in range(count)]
+            sites = ready.units.rounded(ready.units.quantizable())
+            return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 
-    return msgspec.json.decode(work.cached("secant", key, make), type=Secant)
+    return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:
@@ -250,21 +277,10 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
     return msgspec.structs.replace(units, units=tuple(changed))
 
 
-def _probe(
-    model: Graph,
-    device: Target,
-    units: UnitGraph,
-    heads: tuple[Head, ...],
-    data: Dataset,
-    calibration: Calibration,
-    settings: Settings,
-    excluded: frozenset[str],
-    key: str,
-    work: Workspace,
-) -> ProbeMatrix:
-    ranges = {r.tensor: (r.low, r.high) for r in calibration.ranges}
+def _probe(ready: Calibrated, work: Workspace) -> ProbeMatrix:
+    settings, data, key = ready.settings, ready.data, ready.key
     most = min(len(data), settings.samples or MAX_SAMPLES)
-    probes = max(2, -(-settings.probes // len(heads)))
+    probes = max(2, -(-settings.probes // len(ready.heads)))
 
     def make() -> bytes:
         prober: Prober | None = None
@@ -274,13 +290,15 @@ def _probe(
 
                 def shard(n: int = index) -> bytes:
                     nonlocal prober
-                    prober = prober or Prober(model, units, heads, ranges, device, stops=excluded)
+                    prober = prober or Prober(
+                        ready.graph, ready.units, ready.heads, ready.ranges, ready.target, stops=ready.excluded
+                    )
                     return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
 
                 parts.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
                 progress.advance(1)
                 enough = settings.samples is None and len(parts) >= MIN_SAMPLES and len(parts) % 4 == 0
-                if enough and settled(ProbeMatrix.concatenate(parts), units):
+                if enough and settled(ProbeMatrix.concatenate(parts), ready.units):
                     break
         return ProbeMatrix.concatenate(parts).to_bytes()
 

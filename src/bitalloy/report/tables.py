@@ -9,21 +9,21 @@ import msgspec
 
 from bitalloy.records import SensitivityTable
 
-COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged")
+COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact")
 
 
 def sensitivity_csv(table: SensitivityTable) -> str:
     """One line per (thing, part, head); strings are quoted, so that any node name survives.
 
-    `low_db` and `high_db` bound the 95 % bootstrap interval of `sqnr_db`; `flagged` is `true` or `false`.
+    `low_db` and `high_db` bound the 95 % bootstrap interval of `sqnr_db`; `flagged` and `exact` are `true` or `false`.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in table.rows:
         value = row.sqnr_db
-        flagged = "true" if row.flagged else "false"
-        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, flagged))
+        marks = ("true" if mark else "false" for mark in (row.flagged, row.exact))
+        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, *marks))
     return buffer.getvalue()
 
 

@@ -1,7 +1,20 @@
 """How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
 
-from bitalloy.sensitivity.exact import Switchboard, damage, secant
+from bitalloy.sensitivity.correct import Finding, correct
+from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.sensitivity.table import sensitivities, settled
+from bitalloy.sensitivity.table import alike, groups, sensitivities, settled
 
-__all__ = ["Prober", "Switchboard", "damage", "secant", "sensitivities", "settled"]
+__all__ = [
+    "Finding",
+    "Measurement",
+    "Prober",
+    "Switchboard",
+    "alike",
+    "correct",
+    "damage",
+    "groups",
+    "secant",
+    "sensitivities",
+    "settled",
+]

@@ -1,27 +1,36 @@
-"""Exact measurement: the network executed with chosen sites rounded, all in one session.
+"""Exact measurement: the network executed with chosen sites rounded.
 
-Every site gets a gate between 0 and 1. Behind an `If` on that gate lies `x + gate * (round(x) - x)`; with the gate at
-0 nothing is computed. So a set of sites is a vector of gates, and a fraction of an error (a point on the path from the
-float to the rounded network) is a fractional gate. No session per site, no rewriting between measurements.
+Every site has a gate (`gates`), the network runs in segments (`segments`), and each segment has two sessions: as it
+is, and with its gates. No session per site, no rewriting between measurements. A `Walk` keeps what every segment of a
+first execution handed on; another vector of gates then runs only the segments in which a gate changed, and those that
+read something changed. Which session runs depends on the gates of the segment alone, so the numbers are the same, bit
+by bit, as in an execution from the start.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
-from bitalloy.graph import Graph, attribute, constant
+from bitalloy.graph import Graph, name_of
 from bitalloy.heads import head_of
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
+from bitalloy.numerics import QuantParams, activation_params
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
+from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
+from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.base import Target, weight_params
 
-GATES = "bitalloy/gates"
 FRACTIONS = (0.125, 0.35, 1.0)
+SEGMENTS = 24
+"""More of them save little: the runtime cannot optimize across a cut."""
 
 
 class Switchboard:
@@ -32,33 +41,48 @@ class Switchboard:
         units: its units on the target.
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
+        segments: number of parts that can run again by themselves.
     """
 
     def __init__(
-        self, graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, float]], target: Target
+        self,
+        graph: Graph,
+        units: UnitGraph,
+        ranges: Mapping[str, tuple[float, float]],
+        target: Target,
+        *,
+        segments: int = SEGMENTS,
     ) -> None:
-        model = graph.clone()
-        gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
-        board = _Board(model, gates, large=graph.large)
+        parts = cut(graph, segments)
+        place = {name_of(n): i for i, nodes in enumerate(parts) for n in nodes}
+        self._segments = [Segment(graph, nodes, target) for nodes in parts]
+        self._outputs = {name: name for name in graph.output_names}
+        self._column: dict[str, int] = {}
+
+        def column(site: str) -> int:
+            return self._column.setdefault(site, len(self._column))
+
+        def edge(site: str, uses: Sequence[Edge], root: str) -> None:
+            params = activation_params(*ranges[root], signed=target.activation_signed)
+            split: dict[int, list[Edge]] = defaultdict(list)
+            for use in uses:
+                if not use.node:
+                    self._outputs[use.tensor] = LEAVING + use.tensor
+                split[place[use.node or name_of(graph.value[use.tensor].producer())]].append(use)  # type: ignore[arg-type]
+            for index, group in split.items():
+                self._segments[index].edges.append((column(site), group, params))
+
         int8 = units.quantizable()
-        chosen = [u for u in units.units if u.id in int8]
-        for unit in chosen:
-            for edge in unit.inner:
-                params = activation_params(*ranges[edge.tensor], signed=target.activation_signed)
-                board.edge(edge.id, (edge,), params)
+        for unit in units.units:
+            if unit.id in int8:
+                for inner in unit.inner:
+                    edge(inner.id, (inner,), inner.tensor)
+                for weight in unit.weights:
+                    self._segments[place[weight.node]].weights.append((column(weight.id), weight))
         for entry in units.edges:
             if (entry.rooted and entry.producer in int8) or entry.consumer in int8:
-                params = activation_params(*ranges[entry.root], signed=target.activation_signed)
-                board.edge(entry.id, entry.uses, params)
-        # after the edges: the error of a weight is seen on the rounded input
-        for unit in chosen:
-            for site in unit.weights:
-                board.weight(site, weight_params(target, graph.node[site.node], site))
-        self.sites = tuple(board.sites)
-        self._column = {s: i for i, s in enumerate(self.sites)}
-        gates.shape = ir.Shape((len(self.sites),))
-        model.graph.inputs.append(gates)
-        self._session = OrtSession(model)
+                edge(entry.id, entry.uses, entry.root)
+        self.sites = tuple(self._column)
 
     def gates(self, sites: Iterable[str], scale: float = 1.0) -> np.ndarray:
         """Gate vector (sites,) float32 with `scale` at the given sites."""
@@ -66,9 +90,118 @@ class Switchboard:
         vector[[self._column[s.removesuffix(AGAIN)] for s in sites]] = scale
         return vector
 
+    def walk(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> Walk:
+        """Execute a sample and keep what the segments hand on."""
+        values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
+        for segment in self._segments:
+            values.update(segment.run(values, gates[segment.columns]))
+        return Walk(self._segments, self._outputs, gates, values)
+
     def run(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs with the gated roundings in place."""
-        return self._session.run({**feeds, GATES: gates})
+        return self.walk(feeds, gates).outputs
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One execution of a sample, from which others branch off."""
+
+    _segments: Sequence[Segment]
+    _names: Mapping[str, str]
+    """Output -> tensor that carries it."""
+    gates: np.ndarray
+    _values: Mapping[str, ort.OrtValue]
+
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Outputs of this execution."""
+        return {output: self._values[name].numpy() for output, name in self._names.items()}
+
+    def run(self, gates: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs with other gates; only what they change is executed."""
+        values = dict(self._values)
+        changed: set[str] = set()
+        for segment in self._segments:
+            own = gates[segment.columns]
+            if changed.isdisjoint(segment.inputs) and np.array_equal(own, self.gates[segment.columns]):
+                continue
+            found = segment.run(values, own)
+            values.update(found)
+            changed.update(found)
+        return {output: values[name].numpy() for output, name in self._names.items()}
+
+
+class Segment:
+    """Some nodes of a graph, with and without gates; a session is built when it is first needed."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target) -> None:
+        self._graph, self._nodes, self._target = graph, nodes, target
+        self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
+        self.weights: list[tuple[int, WeightSite]] = []
+        """Gates with their columns."""
+        self.inputs = reads(nodes)
+        """Tensors that it reads."""
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """Columns of the gates, in the order of the session's vector."""
+        return np.array([column for column, *_ in (*self.edges, *self.weights)], np.int64)
+
+    def run(self, values: Mapping[str, ort.OrtValue], gates: np.ndarray) -> dict[str, ort.OrtValue]:
+        """Tensors that it hands on, for all tensors handed on before."""
+        feeds = {name: values[name] for name in self.inputs}
+        if gates.any():
+            feeds[GATES] = ort.OrtValue.ortvalue_from_numpy(gates)
+            return self._gated.run_values(feeds, self._gated.output_names)
+        found = self._plain.run_values(feeds, self._plain.output_names)
+        leaving = [use.tensor for _, uses, _ in self.edges for use in uses if not use.node]
+        return {**found, **{LEAVING + tensor: found[tensor] for tensor in leaving}}
+
+    @cached_property
+    def _plain(self) -> OrtSession:
+        return OrtSession(extract(self._graph, self._nodes))
+
+    @cached_property
+    def _gated(self) -> OrtSession:
+        model = extract(self._graph, self._nodes)
+        keeper = Gatekeeper(model, large=self._graph.large)
+        for _, uses, params in self.edges:
+            keeper.edge(uses, params)
+        for _, site in self.weights:
+            keeper.weight(site, weight_params(self._target, self._graph.node[site.node], site))
+        keeper.close()
+        return OrtSession(model)
+
+
+class Measurement:
+    """Exact errors of one sample.
+
+    Args:
+        board: the switchable model.
+        heads: parts of the outputs.
+        feeds: the sample.
+        around: gates from which those to be measured differ little, where that is not the float network.
+    """
+
+    def __init__(
+        self,
+        board: Switchboard,
+        heads: Sequence[Head],
+        feeds: Mapping[str, np.ndarray],
+        around: np.ndarray | None = None,
+    ) -> None:
+        self._heads = heads
+        walk = board.walk(feeds, board.gates(()))
+        self._exact = [head_of(walk.outputs, h) for h in heads]
+        self._walk = walk if around is None else board.walk(feeds, around)
+        self.energy = np.array([float(np.square(y).sum()) for y in self._exact])
+        """||y||^2 of the float network, (heads,)."""
+
+    def error(self, gates: np.ndarray) -> np.ndarray:
+        """||y_rounded - y||^2, (heads,)."""
+        found = self._walk.run(gates)
+        pairs = zip(self._heads, self._exact, strict=True)
+        return np.array([float(np.square(head_of(found, h) - y).sum()) for h, y in pairs])
 
 
 def damage(
@@ -92,14 +225,12 @@ def damage(
         (samples, heads, sets): ||y_rounded - y||^2 / mean ||y||^2, and (samples, heads): ||y||^2.
     """
     rows, energy = [], []
-    silent = np.zeros(len(board.sites), np.float32)
     for sample in feeds:
-        exact = [head_of(y, h) for y in [board.run(sample, silent)] for h in heads]
-        energy.append([float(np.square(y).sum()) for y in exact])
+        measurement = Measurement(board, heads, sample)
+        energy.append(measurement.energy)
         errors = []
         for gates in sets:
-            found = board.run(sample, gates)
-            errors.append([float(np.square(head_of(found, h) - y).sum()) for h, y in zip(heads, exact, strict=True)])
+            errors.append(measurement.error(gates))
             if progress is not None:
                 progress(1)
         rows.append(np.array(errors).T)
@@ -138,106 +269,3 @@ def secant(
         linear=tuple(float(d) for d in linear),
         samples=count,
     )
-
-
-class _Board:
-    """Writes the gates into a model."""
-
-    def __init__(self, model: ir.Model, gates: ir.Value, *, large: bool) -> None:
-        self._graph = model.graph
-        self._large = large
-        self._gates = gates
-        self._nodes = {str(n.name): n for n in model.graph}
-        self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
-        self.sites: list[str] = []
-
-    def weight(self, site: WeightSite, params: QuantParams) -> None:
-        node = self._nodes[site.node]
-        before, delta = self._change(site, node, params)
-        kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
-        y = node.outputs[0]
-        uses = list(y.uses())
-
-        def error() -> list[ir.Node]:
-            return [*before, ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
-
-        result = self._gated(site.id, y, error, after=node)
-        for user, slot in uses:
-            user.replace_input_with(slot, result)
-
-    def _change(self, site: WeightSite, node: ir.Node, params: QuantParams) -> tuple[list[ir.Node], ir.Value]:
-        """What rounding changes in a weight: a constant.
-
-        Of a large model only the integers are kept, and nodes that compute the change while its gate is open.
-        """
-        value = node.inputs[site.slot]
-        weight = constant(value)
-        assert weight is not None, "weight sites are constants"
-        stored = quantize(weight, params)
-        if not self._large:
-            return [], self._constant(f"{site.id}/delta", dequantize(stored, params) - weight)
-        parts = {"int8": stored, "scale": params.scale, "zero_point": params.zero_point}
-        constants = [self._constant(f"{site.id}/{name}", array) for name, array in parts.items()]
-        dq = ir.node("DequantizeLinear", constants, {} if params.axis is None else {"axis": params.axis})
-        change = ir.node("Sub", [dq.outputs[0], value])
-        return [dq, change], change.outputs[0]
-
-    def edge(self, site: str, uses: Sequence[Edge], params: QuantParams) -> None:
-        x = self._values[uses[0].tensor]
-        scale = self._constant(f"{site}/scale", params.scale)
-        zero = self._constant(f"{site}/zero_point", params.zero_point)
-
-        def error() -> list[ir.Node]:
-            q = ir.node("QuantizeLinear", [x, scale, zero])
-            dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
-            return [q, dq, ir.node("Sub", [dq.outputs[0], x])]
-
-        result = self._gated(site, x, error, after=x.producer())
-        for use in uses:
-            if use.node:
-                self._nodes[use.node].replace_input_with(use.slot, result)
-            else:
-                self._rename_output(x, result)
-
-    def _gated(self, site: str, x: ir.Value, error: Callable[[], list[ir.Node]], *, after: ir.Node | None) -> ir.Value:
-        """`x + gate * error` where the gate is open, `x` where it is shut."""
-        number = len(self.sites)
-        self.sites.append(site)
-        index = self._constant(f"gate/{number}", np.array(number, np.int64))
-        gate = ir.node("Gather", [self._gates, index])
-        open_ = ir.node("Cast", [gate.outputs[0]], {"to": int(ir.DataType.BOOL)})
-        body = error()
-        scaled = ir.node("Mul", [body[-1].outputs[0], gate.outputs[0]])
-        total = ir.node("Add", [x, scaled.outputs[0]])
-        same = ir.node("Identity", [x])
-        for position, node in enumerate((gate, open_, *body, scaled, total, same)):
-            node.name = f"gate/{number}/{position}"
-            for value in node.outputs:
-                value.name = f"gate/{number}/{position}/{node.op_type}"
-        branches = {}
-        for name, nodes in (("then_branch", [*body, scaled, total]), ("else_branch", [same])):
-            output = nodes[-1].outputs[0]
-            output.type = ir.TensorType(ir.DataType.FLOAT)
-            branches[name] = ir.Graph([], [output], nodes=nodes, name=name)
-        choice = ir.node("If", [open_.outputs[0]], attributes=branches)
-        choice.name = f"gate/{number}/If"
-        choice.outputs[0].name = f"{x.name}/gate{number}"
-        choice.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        if after is None:
-            self._graph.insert_before(self._graph[0], [gate, open_, choice])
-        else:
-            self._graph.insert_after(after, [gate, open_, choice])
-        return choice.outputs[0]
-
-    def _rename_output(self, old: ir.Value, new: ir.Value) -> None:
-        index = list(self._graph.outputs).index(old)
-        name = old.name
-        old.name, new.name = f"{name}/float", name
-        new.shape, new.type = old.shape, old.type
-        self._graph.outputs[index] = new
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self._graph.register_initializer(value)
-        return value

@@ -97,16 +97,17 @@ def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())]
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
-    for head in range(len(matrix.heads)):
-        halves = damage[:, :, head]
-        live = (halves[0] > 0) & (halves[1] > 0)
-        if live.sum() < 3:
-            continue
-        ranks = [np.argsort(np.argsort(h[live])) for h in halves]
-        r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-        if 2 * r / (1 + r) < SETTLED:
-            return False
-    return True
+    return all(alike(*damage[:, :, head]) for head in range(len(matrix.heads)))
+
+
+def alike(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two halves of the samples rank things so alike that the whole ranking can be trusted."""
+    live = (first > 0) & (second > 0)
+    if live.sum() < 3:
+        return True
+    ranks = [np.argsort(np.argsort(h[live])) for h in (first, second)]
+    r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return 2 * r / (1 + r) >= SETTLED
 
 
 def unit_sqnr(table: SensitivityTable) -> Mapping[tuple[str, str], float]:

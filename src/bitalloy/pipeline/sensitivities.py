@@ -1,0 +1,130 @@
+"""The command `sensitivity`: one table, predicted or measured, in the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bitalloy import graph, zoo
+from bitalloy.data import ImageSpec
+from bitalloy.pipeline.analyze import analyze, calibrate, open_data
+from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, chosen, confirm, measure_exact
+from bitalloy.pipeline.metric import MetricTable, measure_metric
+from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.records import Estimate, Sensitivity, SensitivityTable, Settings
+from bitalloy.report import sensitivity_csv
+from bitalloy.store import RunDirectory
+
+FILES = {"probe": "sensitivity", "exact": "sensitivity_exact", "metric": "sensitivity_metric"}
+"""Names of the files of each kind of table, without their ending."""
+
+
+def sensitivity(
+    model: str | Path,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    settings: Settings | None = None,
+    selection: Selection | None = None,
+    exact: bool = False,
+    mode: str = ONE,
+    confirmed: int | None = None,
+    labels: Path | None = None,
+    limit: int | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    image: ImageSpec | None = None,
+    progress: Progress | None = None,
+) -> SensitivityTable | MetricTable:
+    """Sensitivities of a model, also written into the run directory.
+
+    Args:
+        model: an .onnx file or a name of the zoo.
+        out: run directory; what is stored there already is used again.
+        data: images or feeds that look like the real ones; the embedded sample without it.
+        settings: of the analysis; `samples` also counts for exact measurement.
+        selection: what to return and, where exact, to measure; all units without it.
+        exact: measure by execution in place of the probe matrix.
+        mode: of exact measurement, see `measure_exact`.
+        confirmed: measure so many of the worst units, and what is flagged, exactly.
+        labels: COCO annotation file: measure the drop of box AP, not SQNR.
+        limit: evaluate at most so many labelled images.
+        shapes: input name -> shape, where the model leaves dimensions open.
+        image: preprocessing of images, inferred where absent.
+        progress: where to show what goes on.
+
+    Returns:
+        The table, with the rows that were asked for.
+
+    Raises:
+        BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
+    """
+    settings, selection = settings or Settings(), selection or Selection()
+    loaded = graph.load(zoo.resolve(model).path, shapes=shapes)
+    store = RunDirectory(out)
+    work = Workspace(store, progress or Silent())
+    dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=store.path / "sample")
+    if labels is not None:
+        found = measure_metric(
+            calibrate(loaded, dataset, settings, work=work), labels, selection, mode=mode, limit=limit, work=work
+        )
+        store.publish(f"{FILES['metric']}.json", _pretty(found))
+        return found
+    if exact:
+        ready = calibrate(loaded, dataset, settings, work=work)
+        table = measure_exact(ready, selection, mode=mode, samples=settings.samples, work=work)
+        _publish(store, FILES["exact"], table)
+        return table
+    analysis = analyze(loaded, dataset, settings, work=work)
+    wanted = {(t.scope, t.id) for t in chosen(analysis.units, selection)}
+    if confirmed is not None:
+        analysis = confirm(analysis, confirmed, work=work)
+    _publish(store, FILES["probe"], analysis.table)
+    rows = tuple(r for r in analysis.table.rows if (r.scope, r.id) in wanted and (r.part == "all" or r.scope == "site"))
+    return msgspec.structs.replace(analysis.table, rows=rows)
+
+
+def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line of cells for each thing, worst first.
+
+    With leave-one-out the worst is what gains most when it alone stays in float.
+    """
+    if isinstance(table, MetricTable):
+        best_first = table.method == ALL_BUT_ONE
+        order = sorted(table.rows, key=lambda r: r.drop.value if best_first else -r.drop.value)
+        cells: list[tuple[str, ...]] = [
+            (r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order
+        ]
+        return ("", "", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
+    found: dict[tuple[str, str], list[Sensitivity]] = {}
+    for row in table.rows:
+        found.setdefault((row.scope, row.id), []).append(row)
+    whole = {r.head: r.sqnr_db.value for r in found.get(("all", EVERYTHING), [])}
+
+    def badness(rows: list[Sensitivity]) -> float:
+        if table.method == ALL_BUT_ONE:
+            return -np.inf if rows[0].scope == "all" else -max(r.sqnr_db.value - whole[r.head] for r in rows)
+        return min(r.sqnr_db.value for r in rows)
+
+    lines = []
+    for (scope, name), rows in sorted(found.items(), key=lambda item: (badness(item[1]), item[0])):
+        mark = "exact" if rows[0].exact else "flagged" if any(r.flagged for r in rows) else ""
+        lines.append((scope, name, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
+    heads = [r.head for r in next(iter(found.values()))] if found else []
+    without = " without it" if table.method == ALL_BUT_ONE else ""
+    return ("", "", *(f"{head}, dB{without}" for head in heads), ""), lines
+
+
+def _interval(value: Estimate, form: str) -> str:
+    return f"{value.value:{form}} ({value.low:{form}} to {value.high:{form}})"
+
+
+def _publish(store: RunDirectory, name: str, table: SensitivityTable) -> None:
+    store.publish(f"{name}.json", _pretty(table))
+    store.publish(f"{name}.csv", sensitivity_csv(table))
+
+
+def _pretty(record: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=2)

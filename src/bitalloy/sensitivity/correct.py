@@ -1,0 +1,84 @@
+"""Put what was measured exactly into the probe matrix, so that the prediction of every plan gains from it.
+
+Things (units and sites) were measured alone at the full size of their errors; the matrix predicts something else for
+them. The columns of a site are scaled by a factor per head, the geometric mean of measured over predicted damage of
+the things that round it, and the fit is repeated until the prediction of the things is as measured. Scaling a column
+keeps its correlations with the others.
+
+The secant tells how the network bends as all errors grow together. The measured things are at full size already, so
+of the secant only the full size of everything is kept: between the float and the all-INT8 network the logarithm of
+the remaining factor is linear in the size of the plan's error (`matrix.bend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from bitalloy.matrix import ProbeMatrix, bend
+from bitalloy.records import Secant
+
+ROUNDS = 10
+STEP = 0.7
+LARGEST_FACTOR = 100.0
+"""On the damage of a site, and its inverse the smallest: beyond 20 dB a prediction is wrong in kind, not in size."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A set of sites and the damage (heads,) that rounding them together was measured to do."""
+
+    sites: frozenset[str]
+    damage: np.ndarray
+
+
+def correct(
+    matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]
+) -> tuple[ProbeMatrix, Secant]:
+    """A matrix and a secant that predict what was found.
+
+    Args:
+        matrix: of the probe.
+        secant: measured with it.
+        findings: exact measurements, relative to the energy of the matrix' samples.
+        everything: sites that the all-INT8 plan rounds.
+    """
+    logs = np.zeros((len(matrix.heads), len(matrix.sites)))
+    columns = [np.array([matrix.column[s] for s in f.sites if s in matrix.column], np.int64) for f in findings]
+    limit = np.log(LARGEST_FACTOR)
+    fixed, bent = matrix, _at_full_size(secant, matrix, matrix, everything)
+    for _ in range(ROUNDS):
+        total, count = np.zeros_like(logs), np.zeros(logs.shape[1])
+        for finding, inside in zip(findings, columns, strict=True):
+            linear = fixed.damage(fixed.select(finding.sites)).mean(axis=0)
+            predicted = linear * bend(bent, linear)
+            reached = (predicted > 0) & (finding.damage > 0)
+            step = np.log(np.where(reached, finding.damage, 1) / np.where(reached, predicted, 1))
+            total[:, inside] += step[:, None]
+            count[inside] += 1
+        logs = np.clip(logs + STEP * total / np.maximum(count, 1), -limit, limit)
+        fixed = _scaled(matrix, np.exp(logs / 2))
+        bent = _at_full_size(secant, matrix, fixed, everything)
+    return fixed, bent
+
+
+def _scaled(matrix: ProbeMatrix, factors: np.ndarray) -> ProbeMatrix:
+    """With every column times its factor; factors are (heads, sites)."""
+    rows = tuple((r * f).astype(r.dtype) for r, f in zip(matrix.rows, factors, strict=True))
+    own = tuple((o * f * f).astype(o.dtype) for o, f in zip(matrix.own, factors, strict=True))
+    return replace(matrix, rows=rows, own=own)
+
+
+def _at_full_size(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:
+    """Only the last point of the secant, against the linear prediction of another matrix on the secant's samples."""
+    old, new = (m.damage(m.select(sites))[: secant.samples].mean(axis=0) for m in (before, after))
+    linear = np.array(secant.linear) * new / np.maximum(old, 1e-30)
+    return msgspec.structs.replace(
+        secant,
+        fractions=secant.fractions[-1:],
+        damage=secant.damage[-1:],
+        linear=tuple(float(d) for d in linear),
+    )

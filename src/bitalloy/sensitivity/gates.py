@@ -1,0 +1,131 @@
+"""Gates: roundings that are switched at run time.
+
+Every site gets a gate between 0 and 1. Behind an `If` on that gate lies `x + gate * (round(x) - x)`; with the gate at
+0 nothing is computed. So a set of sites is a vector of gates, and a fraction of an error (a point on the path from the
+float to the rounded network) is a fractional gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.graph import attribute, constant
+from bitalloy.numerics import QuantParams, dequantize, quantize
+from bitalloy.records import Edge, WeightSite
+
+GATES = "bitalloy/gates"
+LEAVING = "bitalloy/rounded/"
+"""Before the name of a graph output: the same tensor as it leaves, apart from what other nodes read."""
+
+
+class Gatekeeper:
+    """Writes gates into a model. Call `edge` before `weight`: the error of a weight is seen on the rounded input.
+
+    Args:
+        model: to be changed.
+        large: keep of rounded weights the integers only, and compute the change of a weight while its gate is open.
+    """
+
+    def __init__(self, model: ir.Model, *, large: bool) -> None:
+        self._graph = model.graph
+        self._large = large
+        self._gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
+        self._nodes = {str(n.name): n for n in model.graph}
+        self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
+        self._count = 0
+
+    def close(self) -> None:
+        """Add the vector of gates to the model's inputs."""
+        self._gates.shape = ir.Shape((self._count,))
+        self._graph.inputs.append(self._gates)
+
+    def weight(self, site: WeightSite, params: QuantParams) -> None:
+        """A gate on the error of a weight, added to the output of its node."""
+        node = self._nodes[site.node]
+        before, delta = self._change(node.inputs[site.slot], params)
+        kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
+        y = node.outputs[0]
+        uses = list(y.uses())
+
+        def error() -> list[ir.Node]:
+            return [*before, ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
+
+        result = self._gated(y, error, after=node)
+        for user, slot in uses:
+            user.replace_input_with(slot, result)
+        if y in self._graph.outputs:
+            self._graph.outputs[list(self._graph.outputs).index(y)] = result
+            name = y.name
+            y.name, result.name = f"{name}/float", name
+            result.shape = y.shape
+
+    def _change(self, value: ir.Value | None, params: QuantParams) -> tuple[list[ir.Node], ir.Value]:
+        """What rounding changes in a weight, and the nodes that compute it."""
+        weight = constant(value)
+        assert weight is not None, "weight sites are constants"
+        stored = quantize(weight, params)
+        name = f"gate/{self._count}"
+        if not self._large:
+            return [], self._constant(f"{name}/delta", dequantize(stored, params) - weight)
+        parts = {"int8": stored, "scale": params.scale, "zero_point": params.zero_point}
+        constants = [self._constant(f"{name}/{part}", array) for part, array in parts.items()]
+        dq = ir.node("DequantizeLinear", constants, {} if params.axis is None else {"axis": params.axis})
+        change = ir.node("Sub", [dq.outputs[0], value])
+        return [dq, change], change.outputs[0]
+
+    def edge(self, uses: Sequence[Edge], params: QuantParams) -> None:
+        """A gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
+        x = self._values[uses[0].tensor]
+        scale = self._constant(f"gate/{self._count}/scale", params.scale)
+        zero = self._constant(f"gate/{self._count}/zero_point", params.zero_point)
+
+        def error() -> list[ir.Node]:
+            q = ir.node("QuantizeLinear", [x, scale, zero])
+            dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
+            return [q, dq, ir.node("Sub", [dq.outputs[0], x])]
+
+        result = self._gated(x, error, after=x.producer())
+        for use in uses:
+            if use.node:
+                self._nodes[use.node].replace_input_with(use.slot, result)
+            else:
+                result.name, result.shape = LEAVING + use.tensor, x.shape
+                self._graph.outputs.append(result)
+
+    def _gated(self, x: ir.Value, error: Callable[[], list[ir.Node]], *, after: ir.Node | None) -> ir.Value:
+        """`x + gate * error` where the gate is open, `x` where it is shut."""
+        number, self._count = self._count, self._count + 1
+        index = self._constant(f"gate/{number}", np.array(number, np.int64))
+        gate = ir.node("Gather", [self._gates, index])
+        open_ = ir.node("Cast", [gate.outputs[0]], {"to": int(ir.DataType.BOOL)})
+        body = error()
+        scaled = ir.node("Mul", [body[-1].outputs[0], gate.outputs[0]])
+        total = ir.node("Add", [x, scaled.outputs[0]])
+        same = ir.node("Identity", [x])
+        for position, node in enumerate((gate, open_, *body, scaled, total, same)):
+            node.name = f"gate/{number}/{position}"
+            for value in node.outputs:
+                value.name = f"gate/{number}/{position}/{node.op_type}"
+        branches = {}
+        for name, nodes in (("then_branch", [*body, scaled, total]), ("else_branch", [same])):
+            output = nodes[-1].outputs[0]
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+            branches[name] = ir.Graph([], [output], nodes=nodes, name=name)
+        choice = ir.node("If", [open_.outputs[0]], attributes=branches)
+        choice.name = f"gate/{number}/If"
+        choice.outputs[0].name = f"{x.name}/gate{number}"
+        choice.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        if after is None:
+            self._graph.insert_before(self._graph[0], [gate, open_, choice])
+        else:
+            self._graph.insert_after(after, [gate, open_, choice])
+        return choice.outputs[0]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        self._graph.register_initializer(value)
+        return value
