@@ -60,7 +60,8 @@ def main() -> None:
     console = Console(stderr=True)
 
     model = load(options.model)
-    device, heads = target("ort-cpu"), find_heads(model)
+    device = target("ort-cpu")
+    heads = tuple(h for h in find_heads(model) if h.scores is None)
     units = split(model, device, heads)
     data = open_data(model, options.images, limit=options.samples, seed=options.seed)
     feeds = [data.feeds(i) for i in range(len(data))]
@@ -90,7 +91,7 @@ def main() -> None:
     secant_s = time.perf_counter() - started
     chosen = np.stack([matrix.select(units.rounded(frozenset({u.id}))) for u in convolutions])
     linear = np.stack([matrix.damage(c).mean(axis=0) for c in chosen])  # (units, heads)
-    predicted = (linear * bend(bent, linear)).T
+    predicted = linear.T
     measured = exact.mean(axis=0)  # (heads, units)
     share = energy.mean(axis=0) / energy.mean(axis=0).sum()
 

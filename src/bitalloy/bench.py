@@ -10,6 +10,10 @@ import numpy as np
 from bitalloy.records import Latency
 from bitalloy.runtime import Session
 
+SITTINGS = 3
+TOLERANCE = 1.05
+"""A measured latency up to 5 % above its limit counts as met; medians of two runs differ by as much."""
+
 
 def interleave(
     sessions: Mapping[str, Session],
@@ -34,6 +38,25 @@ def interleave(
         if progress is not None and turn >= warmup:
             progress(1)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def sittings(
+    models: Mapping[str, Callable[[], Session]],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    repeats: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """`interleave` with sessions that are made anew a few times.
+
+    Where its memory lies makes the same model faster or slower.
+    """
+    parts = []
+    for turn in range(SITTINGS):
+        share = repeats * (turn + 1) // SITTINGS - repeats * turn // SITTINGS
+        sessions = {name: make() for name, make in models.items()}
+        parts.append(interleave(sessions, feeds, repeats=share, progress=progress))
+    return {name: np.concatenate([p[name] for p in parts]) for name in models}
 
 
 def summarize(times_ms: np.ndarray) -> Latency:

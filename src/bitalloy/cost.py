@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -56,7 +57,7 @@ def measure(
     *,
     seed: int = 0,
     mixtures: int = 6,
-    repeats: int = 12,
+    repeats: int = 15,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
     """Measure the cost table of a target that runs on this machine.
@@ -81,9 +82,12 @@ def measure(
         profiles.append(_profile(model, feeds))
         if progress is not None:
             progress(1)
-    sessions = {str(i): OrtSession(m) for i, m in enumerate(models)}
-    times = bench.interleave(sessions, feeds, repeats=repeats, progress=progress)
-    wall = np.array([float(np.percentile(times[str(i)], QUIET)) * 1e3 for i in range(len(plans))])
+    times = bench.sittings(
+        {str(i): partial(OrtSession, m) for i, m in enumerate(models)}, feeds, repeats=repeats, progress=progress
+    )
+    rounds = np.stack([times[str(i)] for i in range(len(plans))]) * 1e3
+    # what disturbs a round disturbs all models in it
+    wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
 
     kernel = _unit_times(units, plans, profiles)
     counts = np.array([units.borders(plan) for plan in plans])

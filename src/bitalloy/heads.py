@@ -4,13 +4,16 @@ Case 1. An output made by a Concat of a few computed tensors: each operand is a 
         let boxes in pixels (0 to 640) drown scores (0 to 1).
 Case 2. Any other float output is one head.
 
-The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names.
+The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names. Its boxes make a second
+head, `detections`: errors relative to the size of the box, weighed by the squared score of the anchor, because average
+precision sees small boxes of confident anchors and hardly any of the other thousands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -20,6 +23,9 @@ from bitalloy.records import Head
 
 MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
+DETECTIONS = "detections"
+LEAST_SIZE = 1.0
+"""Pixels; smaller boxes count as this large."""
 
 
 def find_heads(graph: Graph) -> tuple[Head, ...]:
@@ -61,12 +67,43 @@ def _parts(output: ir.Value) -> list[Head]:
             )
         )
         start += size
+    if yolo:
+        heads.append(msgspec.structs.replace(heads[0], name=DETECTIONS, scores=(heads[1].start, heads[1].stop)))
     return heads
 
 
 def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
     """The part of the outputs that belongs to a head, in float64."""
     value = outputs[head.output].astype(np.float64)
-    if head.axis is None:
-        return value
-    return value[(slice(None),) * head.axis + (slice(head.start, head.stop),)]
+    return value if head.axis is None else _along(value, head.axis, head.start, head.stop)
+
+
+def relevance(exact: Mapping[str, np.ndarray], head: Head) -> np.ndarray | None:
+    """Factors on the errors of a head's elements, of its shape, from the float outputs; None where all count alike."""
+    if head.scores is None or head.axis is None:
+        return None
+    boxes = head_of(exact, head)
+    scores = _along(exact[head.output].astype(np.float64), head.axis, *head.scores)
+    confidence = np.clip(scores.max(axis=head.axis, keepdims=True), 0.0, 1.0)
+    size = np.maximum(_along(boxes, head.axis, 2, 4), LEAST_SIZE)
+    return np.asarray(np.square(confidence) / np.concatenate([size, size], axis=head.axis))
+
+
+def energy(exact: Mapping[str, np.ndarray], head: Head) -> float:
+    """||y||^2 of a head. Of boxes weighed by relevance the sizes stand for y: an error as large as the box is 0 dB."""
+    y, factors = head_of(exact, head), relevance(exact, head)
+    if factors is None:
+        return float(np.square(y).sum())
+    assert head.axis is not None, "weighed boxes are part of an output"
+    size = np.maximum(_along(y, head.axis, 2, 4), LEAST_SIZE)
+    return float(np.square(factors * np.concatenate([size, size], axis=head.axis)).sum())
+
+
+def error(exact: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], head: Head) -> float:
+    """||y_found - y||^2 of a head, weighed by its relevance."""
+    change, factors = head_of(found, head) - head_of(exact, head), relevance(exact, head)
+    return float(np.square(change if factors is None else factors * change).sum())
+
+
+def _along(value: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray:
+    return value[(slice(None),) * axis + (slice(start, stop),)]

@@ -64,8 +64,7 @@ class DataInfo(Record, frozen=True, kw_only=True):
 class Head(Record, frozen=True, kw_only=True):
     """One part of the outputs with a meaning of its own, e.g. boxes or class scores.
 
-    `tensor` is the tensor inside the graph that carries it: the output itself, or one operand of the
-    `Concat` that makes the output.
+    `tensor` carries it inside the graph: the output itself, or one operand of the `Concat` that makes it.
     """
 
     name: str
@@ -75,6 +74,8 @@ class Head(Record, frozen=True, kw_only=True):
     start: int = 0
     stop: int | None = None
     """`output[start:stop]` along `axis`; the whole output where `axis` is None."""
+    scores: tuple[int, int] | None = None
+    """Of boxes weighed by relevance: where the class scores lie along `axis`."""
 
 
 class Edge(Record, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bitalloy.heads import head_of
+from bitalloy.heads import energy as energy_of
+from bitalloy.heads import error
 from bitalloy.matrix import draws, interval
 from bitalloy.records import Estimate, Head
 from bitalloy.runtime import Session
@@ -30,10 +31,10 @@ def output_sqnr(
     damage: dict[str, list[list[float]]] = {name: [] for name in models}
     for sample in feeds:
         exact = reference.run(sample)
-        energy.append([float(np.square(head_of(exact, h)).sum()) for h in heads])
+        energy.append([energy_of(exact, h) for h in heads])
         for name, session in models.items():
             found = session.run(sample)
-            damage[name].append([float(np.square(head_of(found, h) - head_of(exact, h)).sum()) for h in heads])
+            damage[name].append([error(exact, found, h) for h in heads])
         if progress is not None:
             progress(1)
     total = np.array(energy)

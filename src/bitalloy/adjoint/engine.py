@@ -186,6 +186,7 @@ def build(
     rules: Mapping[str, Rule],
     *,
     stops: frozenset[str] = frozenset(),
+    keep: Sequence[str] = (),
 ) -> Adjoint:
     """Write the primal graph and a reverse graph for every head.
 
@@ -195,6 +196,7 @@ def build(
         taps: the local errors to be carried to the heads.
         rules: operator -> rule.
         stops: node names through which no gradient flows; what lies before them is not measured.
+        keep: tensors that the primal graph hands out besides.
 
     Raises:
         UnsupportedOpError: an operator between a tap and a head has no rule, or not for what it is asked.
@@ -213,7 +215,7 @@ def build(
         primal.op("ReduceSumSquare", primal.flat(values[tensor]), keepdims=0, shape=()) for tensor in heads.values()
     ]
     reverses = []
-    exported = dict.fromkeys(energies)
+    exported = dict.fromkeys([*energies, *(values[name] for name in keep)])
     for head, tensor in heads.items():
         reverse, context = _reverse(
             nodes, values, head, values[tensor], taps, errors, wanted, primal, rules, stops, prefix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -10,11 +11,12 @@ import numpy as np
 
 from bitalloy import bench
 from bitalloy.apply import TAG, digest
+from bitalloy.bench import TOLERANCE
 from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.records import TOLERANCE, Measured, Metrics, Planned, ratio_limit
+from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import (
@@ -161,14 +163,16 @@ def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
     samples = _verification_samples(analysis)
 
     def make() -> bytes:
-        sessions = {
-            "float": OrtSession(analysis.graph.source),
-            "int8": OrtSession(all_int8(analysis)),
-            "mixed": OrtSession(mixed),
-        }
+        models: dict[str, bytes | Path] = {"float": analysis.graph.source, "int8": all_int8(analysis), "mixed": mixed}
         with work.stage("benchmark", BENCH_REPEATS) as progress:
-            times = bench.interleave(sessions, analysis.data.feeds(0), repeats=BENCH_REPEATS, progress=progress.advance)
+            times = bench.sittings(
+                {name: partial(OrtSession, model) for name, model in models.items()},
+                analysis.data.feeds(0),
+                repeats=BENCH_REPEATS,
+                progress=progress.advance,
+            )
         with work.stage("verify", len(samples)) as progress:
+            sessions = {name: OrtSession(model) for name, model in models.items()}
             reference = sessions.pop("float")
             sqnr = output_sqnr(
                 reference,

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from bitalloy.records import Budget, CostTable, Estimate, LatencySpread, MetricComparison, Plan, Record
 
-TOLERANCE = 1.02
-"""A measured latency up to 2 % above its limit counts as met; the spread of medians is of that size."""
-
 
 @dataclass(frozen=True)
 class Planned:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bitalloy.bench import TOLERANCE
 from bitalloy.matrix import draws, estimate
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
-from bitalloy.pipeline.records import TOLERANCE, Measured, Metrics, Planned, ratio_limit
+from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.records import Comparison, HeadComparison, Round, Summary, Triple
 
 

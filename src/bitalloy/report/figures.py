@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bitalloy.bench import TOLERANCE
 from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, Summary, UnitGraph
 from bitalloy.report import formats
 
-TOLERANCE = 1.02
-"""A measured latency up to 2 % above its limit counts as met: medians vary by that much."""
 WIDE_GAP_DB = 3.0
 """Prediction and measurement that differ by more are shown as a problem."""
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitalloy.graph import Graph, name_of
-from bitalloy.heads import head_of
+from bitalloy.heads import energy, error
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
@@ -192,16 +192,15 @@ class Measurement:
     ) -> None:
         self._heads = heads
         walk = board.walk(feeds, board.gates(()))
-        self._exact = [head_of(walk.outputs, h) for h in heads]
+        self._exact = walk.outputs
         self._walk = walk if around is None else board.walk(feeds, around)
-        self.energy = np.array([float(np.square(y).sum()) for y in self._exact])
+        self.energy = np.array([energy(self._exact, h) for h in heads])
         """||y||^2 of the float network, (heads,)."""
 
     def error(self, gates: np.ndarray) -> np.ndarray:
         """||y_rounded - y||^2, (heads,)."""
         found = self._walk.run(gates)
-        pairs = zip(self._heads, self._exact, strict=True)
-        return np.array([float(np.square(head_of(found, h) - y).sum()) for h, y in pairs])
+        return np.array([error(self._exact, found, h) for h in self._heads])
 
 
 def damage(

@@ -21,6 +21,8 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import DataError
 from bitalloy.graph import Graph, attribute, constant, static_shape
+from bitalloy.heads import energy as energy_of
+from bitalloy.heads import relevance
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
 from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
@@ -56,41 +58,53 @@ class Prober:
         *,
         stops: frozenset[str] = frozenset(),
     ) -> None:
-        self._heads = tuple(h.name for h in heads)
-        taps = _taps(graph, units, ranges, target)
+        self._heads = tuple(heads)
+        taps, tensors = _taps(graph, units, ranges, target), tuple(dict.fromkeys(h.tensor for h in heads))
         self.sites = tuple(t.id for t in taps)
-        adjoint = build(graph, {h.name: h.tensor for h in heads}, taps, RULES, stops=stops)
+        adjoint = build(
+            graph, {t: t for t in tensors}, taps, RULES, stops=stops, keep=[h.output for h in heads if h.scores]
+        )
         self._adjoint: Adjoint = adjoint
         with ThreadPoolExecutor() as pool:
             self._primal, *self._reverse = pool.map(OrtSession, [adjoint.primal, *(h.model for h in adjoint.heads)])
         column = {s: i for i, s in enumerate(self.sites)}
         self._columns = [np.array([column[t] for t in h.taps], np.int64) for h in adjoint.heads]
+        self._of = [tensors.index(h.tensor) for h in heads]
+        """Reverse pass of each head."""
 
     def measure(self, feeds: Mapping[str, np.ndarray], *, sample: int, probes: int, seed: int) -> ProbeMatrix:
         """Rows of one sample: `probes` per head, with signs drawn from (seed, sample, head)."""
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
         state = self._primal.run_values(values, self._primal.output_names)
-        energy = np.array([[float(state[e].numpy()) for e in self._adjoint.energies]])
+        kept = {h.output: state[h.output].numpy() for h in self._heads if h.scores}
+        energy = np.array([[self._energy(state, kept, i) for i in range(len(self._heads))]])
         if not np.isfinite(energy).all():
             raise DataError(f"The float model's output is NaN or infinite on sample {sample}.")
         rows, own = [], []
-        for index, (head, session, columns) in enumerate(
-            zip(self._adjoint.heads, self._reverse, self._columns, strict=True)
-        ):
-            generator = np.random.default_rng([seed, sample, index])
-            residuals = {name: state[name] for name in head.residuals}
+        for index, head in enumerate(self._heads):
+            reverse, columns = self._adjoint.heads[self._of[index]], self._columns[self._of[index]]
+            generator, factors = np.random.default_rng([seed, sample, index]), relevance(kept, head)
+            residuals = {name: state[name] for name in reverse.residuals}
             sums, squares = np.zeros((2, 1, probes, len(self.sites)), np.float32)
             for start in range(0, probes, AT_ONCE):
                 count = min(AT_ONCE, probes - start)
-                signs = generator.integers(0, 2, (count, *head.shape), dtype=np.int8).astype(np.float32) * 2 - 1
-                feed = {**residuals, head.cotangent: ort.OrtValue.ortvalue_from_numpy(signs)}
-                found = session.run_values(feed, [head.output])[head.output].numpy()
-                total, parts = head.by_tap(found)
+                v = generator.integers(0, 2, (count, *reverse.shape), dtype=np.int8).astype(np.float32) * 2 - 1
+                if factors is not None:
+                    v *= factors.astype(np.float32)
+                feed = {**residuals, reverse.cotangent: ort.OrtValue.ortvalue_from_numpy(v)}
+                found = self._reverse[self._of[index]].run_values(feed, [reverse.output])[reverse.output].numpy()
+                total, parts = reverse.by_tap(found)
                 sums[0, start : start + count, columns] = total.T
                 squares[0, start : start + count, columns] = parts.T
             rows.append(sums)
             own.append(squares)
-        return ProbeMatrix(self._heads, self.sites, tuple(rows), tuple(own), energy)
+        return ProbeMatrix(tuple(h.name for h in self._heads), self.sites, tuple(rows), tuple(own), energy)
+
+    def _energy(self, state: Mapping[str, ort.OrtValue], kept: Mapping[str, np.ndarray], index: int) -> float:
+        head = self._heads[index]
+        if head.scores:
+            return energy_of(kept, head)
+        return float(state[self._adjoint.energies[self._of[index]]].numpy())
 
 
 def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, float]], target: Target) -> list[Tap]:

@@ -62,14 +62,16 @@ def sensitivities(
         matrix: rows of all samples.
         units: grouping of the sites.
         data: where the samples come from.
-        secant: by which the numbers are corrected; rows that it moves by more than 1 dB are flagged.
+        secant: by which the numbers of regions are corrected; rows that it moves by more than 1 dB, and units and
+            sites that it would move so far, are flagged.
         seed: of the bootstrap.
     """
     weights = draws(matrix.samples, seed)
     rows = []
     for scope, name, part, sites in groups(units):
         chosen = matrix.select(sites)
-        estimates = estimate(matrix, chosen, weights, secant)
+        # the secant is measured on everything together, and one thing alone bends in its own way
+        estimates = estimate(matrix, chosen, weights, secant if scope == "region" else None)
         moved = np.abs(decibel(bend(secant, matrix.damage(chosen).mean(axis=0)))) > FLAG_DB
         rows += [
             Sensitivity(id=name, scope=scope, part=part, head=head, sqnr_db=e, flagged=bool(flag))
