@@ -135,7 +135,8 @@ class Segment:
     """Some nodes of a graph, with and without gates; a session is built when it is first needed."""
 
     def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target) -> None:
-        self._graph, self._nodes, self._target = graph, nodes, target
+        self.nodes = nodes
+        self._graph, self._target = graph, target
         self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
         self.weights: list[tuple[int, WeightSite]] = []
         """Gates with their columns."""
@@ -159,11 +160,11 @@ class Segment:
 
     @cached_property
     def _plain(self) -> OrtSession:
-        return _session(extract(self._graph, self._nodes))
+        return _session(extract(self._graph, self.nodes))
 
     @cached_property
     def _gated(self) -> OrtSession:
-        model = extract(self._graph, self._nodes)
+        model = extract(self._graph, self.nodes)
         keeper = Gatekeeper(model)
         for _, uses, params in self.edges:
             keeper.edge(uses, params)
