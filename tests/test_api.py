@@ -18,11 +18,9 @@ import bitalloy
 ROOT = Path(__file__).parents[1]
 NAMES = [
     # stages
-    "load", "open_data", "calibrate", "analyze", "confirm", "measure_exact", "measure_metric", "measure_cost", "plan",
-    "apply", "verify", "report", "publish", "run",
+    "load", "open_data", "analyze", "measure_cost", "plan", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Planned", "Precision", "RunDirectory", "Selection", "Settings", "Summary",
-    "Verified", "Workspace",
+    "Analysis", "Budget", "Planned", "Precision", "RunDirectory", "Settings", "Summary", "Verified", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnsupportedOpError",

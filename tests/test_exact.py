@@ -110,7 +110,7 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
     original = Segment.run
 
     def run(self: Segment, values: Any, gates: np.ndarray) -> Any:
-        ran.append(next(i for i, names in enumerate(parts) if name_of(self.nodes[0]) in names))
+        ran.append(next(i for i, names in enumerate(parts) if name_of(self._nodes[0]) in names))
         return original(self, values, gates)
 
     walk = place.board.walk(place.ready.data.feeds(0), place.board.gates(()))

@@ -48,9 +48,9 @@ __all__ = [
     # stages
     "load",
     "open_data",
-    "calibrate",
     "analyze",
     "confirm",
+    "calibrate",
     "measure_exact",
     "measure_metric",
     "measure_cost",

@@ -135,8 +135,7 @@ class Segment:
     """Some nodes of a graph, with and without gates; a session is built when it is first needed."""
 
     def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target) -> None:
-        self.nodes = nodes
-        self._graph, self._target = graph, target
+        self._graph, self._nodes, self._target = graph, nodes, target
         self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
         self.weights: list[tuple[int, WeightSite]] = []
         """Gates with their columns."""
@@ -160,11 +159,11 @@ class Segment:
 
     @cached_property
     def _plain(self) -> OrtSession:
-        return _session(extract(self._graph, self.nodes))
+        return _session(extract(self._graph, self._nodes))
 
     @cached_property
     def _gated(self) -> OrtSession:
-        model = extract(self._graph, self.nodes)
+        model = extract(self._graph, self._nodes)
         keeper = Gatekeeper(model)
         for _, uses, params in self.edges:
             keeper.edge(uses, params)
