@@ -211,7 +211,7 @@ def test_one_at_a_time_is_what_the_outputs_say(places: dict[str, Place]) -> None
     reference = OrtSession(ready.graph.to_bytes())
     for unit in sorted(ready.units.quantizable())[::3]:
         gates = place.board.gates(ready.units.rounded(frozenset({unit})))
-        for head in ready.heads:
+        for head in (h for h in ready.heads if h.scores is None):
             error = energy = 0.0
             for index in range(3):
                 feeds = ready.data.feeds(index)

@@ -59,7 +59,8 @@ class ProbeMatrix:
 
     def site_damage(self) -> np.ndarray:
         """Relative error energy of every site alone, (samples, heads, sites)."""
-        return self._energies(zip(self.rows, self.own, strict=True))
+        pairs = zip(self.rows, self.own, strict=True)
+        return self._energies((rows.astype(np.float64), own.astype(np.float64)) for rows, own in pairs)
 
     def _energies(self, heads: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         columns = []
@@ -123,9 +124,9 @@ def shrink(values: np.ndarray) -> np.ndarray:
     mean = values.mean(axis=(0, 1))
     if count < 2:
         return np.zeros_like(mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = 1.0 - values.var(axis=(0, 1), ddof=1) / count / np.square(mean)
-    return np.where(mean == 0.0, 0.0, np.maximum(factor, 0.0))
+    squared = np.square(mean)
+    noise = values.var(axis=(0, 1), ddof=1) / count
+    return np.asarray(np.maximum(1.0 - noise / np.where(squared > 0, squared, 1.0), 0.0) * (squared > 0))
 
 
 def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
+from bitalloy.bench import TOLERANCE
 from bitalloy.errors import BudgetError
 from bitalloy.heads import DETECTIONS
 from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
@@ -333,8 +334,9 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
     if found is None:
         return limits
     least = problem.latency_us(found[0])
-    slack = max(0.05, 2 * problem.cost.residual_percent / 100)
-    return replace(limits, latency_us=least * 1.005) if least * (1 - slack) <= limits.latency_us else limits
+    slack = max(TOLERANCE - 1, 2 * problem.cost.residual_percent / 100)
+    within = max(least * 1.005, limits.latency_us * TOLERANCE)
+    return replace(limits, latency_us=within) if least * (1 - slack) <= limits.latency_us else limits
 
 
 def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:

@@ -104,3 +104,18 @@ def test_table_splits_weights_from_activations(case, matrix) -> None:
         assert whole <= max(parts) + 3
         assert rows["region", "(model)", "all", head].sqnr_db.value <= whole
     assert not any(r.flagged for r in table.rows)
+
+
+def test_relevance_weighs_boxes_by_confidence_and_size() -> None:
+    from bitalloy.heads import energy, error
+    from bitalloy.records import Head
+
+    head = Head(name="detections", output="y", tensor="t", axis=1, start=0, stop=4, scores=(4, 6))
+    y = np.zeros((1, 6, 2))
+    y[0, :, 0] = [100, 50, 20, 10, 0.1, 0.5]
+    y[0, :, 1] = [300, 200, 0.5, 80, 0.2, 0.1]
+    found = y + np.array([2.0, 1.0, 4.0, 1.0, 0.3, 0.3])[None, :, None]
+    first = 0.5**4 * (0.1**2 + 0.1**2 + 0.2**2 + 0.1**2)
+    second = 0.2**4 * (2.0**2 + (1 / 80) ** 2 + 4.0**2 + (1 / 80) ** 2)  # half a pixel wide counts as one
+    assert error({"y": y}, {"y": found}, head) == pytest.approx(first + second)
+    assert energy({"y": y}, head) == pytest.approx(4 * (0.5**4 + 0.2**4))

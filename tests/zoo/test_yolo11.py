@@ -69,7 +69,7 @@ def test_outputs_and_heads(loaded: dict[str, graph.Graph], name: str) -> None:
     want = [("output0", (1, 116, 8400)), ("output1", (1, 32, 160, 160))] if masks else [("output0", (1, 84, 8400))]
     assert [(o.name, o.shape) for o in info.outputs] == want
     heads = [h.name for h in find_heads(loaded[name])]
-    assert heads == (["boxes", "scores", "coefficients", "output1"] if masks else ["boxes", "scores"])
+    assert heads == (["boxes", "scores", *["coefficients"] * masks, "detections", *["output1"] * masks])
 
 
 def test_regions_are_the_parts_of_a_detector(loaded: dict[str, graph.Graph]) -> None:
