@@ -96,7 +96,9 @@ def _drop_identities(model: ir.Model) -> None:
 def _refuse_training(node: ir.Node) -> None:
     training = node.inputs[2] if len(node.inputs) > 2 else None
     switch = constant(training)
-    if (training is not None and (switch is None or switch.any())) or any(o.uses() for o in node.outputs[1:]):
+    if (training is not None and (switch is None or switch.any())) or any(
+        o.uses() or o.is_graph_output() for o in node.outputs[1:]
+    ):
         raise ModelError(f"The model is in training mode: node '{node.name}' (Dropout). Export it in evaluation mode.")
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from bitalloy.graph import static_shape
 
 SHARED_ELEMENTS = 4096
-COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual"})
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
 
 
