@@ -174,7 +174,7 @@ def gradient(net: Graph, feeds: Feeds, tap: Tap, cotangents: Feeds) -> dict[str,
 
 
 def compare(model: onnx.ModelProto, folder: Path, feeds: Feeds, varied: str, expected: Feeds) -> None:
-    """Check the gradient of one input; raises BitalloyError where it is refused, WrongGradientError where it differs."""
+    """Check the gradient of one input: BitalloyError where it is refused, WrongGradientError where it differs."""
     fixed = with_constants(model, feeds, varied)
     path = folder / "case.onnx"
     path.write_bytes(fixed.SerializeToString())
