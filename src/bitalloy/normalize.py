@@ -219,6 +219,8 @@ def _expand_functions(model: ir.Model) -> bool:
         proto.graph.node.append(ir.serde.serialize_node(node))
         given = {str(v.name): v for v in node.inputs if v is not None}
         proto.graph.input.extend(ir.serde.serialize_value(v) for v in given.values())
+        if None in node.inputs:  # the inliner asks for the type of an input that is left out as well
+            proto.graph.value_info.append(onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None))
         proto.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name)
         body = onnx.inliner.inline_selected_functions(proto, [("", node.op_type)], inline_schema_functions=True)
         inner = ir.serde.deserialize_model(body).graph
