@@ -232,6 +232,18 @@ def test_random_numbers_and_training_mode(save: Save) -> None:
                  constants={"r": np.float32(0.5), "t": np.array(True)})  # fmt: skip
     with pytest.raises(ModelError, match=r"training mode.*'drop'"):
         graph.load(save(drop))
+    masked = build([node("Dropout", ["x"], ["y", "mask"], name="masked")], {"x": [1, 3]}, ranks=2)
+    masked.graph.output.add().CopyFrom(onnx.helper.make_tensor_value_info("mask", TensorProto.BOOL, [1, 3]))
+    with pytest.raises(ModelError, match=r"training mode.*'masked'"):
+        graph.load(save(masked))
+
+
+def test_a_cast_like_another_tensor_is_a_cast(save: Save) -> None:
+    nodes = [node("CastLike", ["x", "i"], ["c"]), node("CastLike", ["c", "x"], ["y"])]
+    path = save(build(nodes, {"x": [1, 3]}, ranks=2, constants={"i": np.array(0, np.int32)}))
+    net = graph.load(path)
+    assert [(n.op_type, graph.attribute(n, "to", None)) for n in net.nodes] == [("Cast", 6), ("Cast", 1)]
+    same(path, net, {"x": normal(1, 3) * 5})
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16])

@@ -119,7 +119,7 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["size_bytes"]["mixed"] == (finished.folder / "run" / "mixed.onnx").stat().st_size
     ratio = summary["latency_ms"]["mixed"] / summary["latency_ms"]["float"]
     assert summary["latency_ratio"] == pytest.approx(ratio, abs=1e-3)
-    assert set(summary["sqnr_db"]) == set(summary["sqnr_interval_db"]) == {"boxes", "scores"}
+    assert set(summary["sqnr_db"]) == set(summary["sqnr_interval_db"]) == {"boxes", "scores", "detections"}
     for pair in summary["sqnr_db"].values():
         assert set(pair) == {"int8", "mixed"} and set(pair["mixed"]) == {"predicted", "measured"}
     assert set(summary["metrics"]) == {"AP50-95", "AP50"}

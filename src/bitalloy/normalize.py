@@ -2,8 +2,9 @@
 
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
-3. No Constant, Dropout or CastLike nodes, and Identity only where an output would otherwise have no node of its own;
-   BatchNormalization is folded into the Conv before it, and a Concat has no empty operands (an empty cache).
+3. No Constant, Dropout or CastLike nodes, none of the operators in `EXPANDED`, and Identity only where an output
+   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, and a Concat has no
+   empty operands (an empty cache).
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
 5. Inputs and outputs keep their names, types and order.
 """
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import (
@@ -34,6 +36,8 @@ logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 MAX_FOLDED_ELEMENTS = 1 << 24
 IR_VERSIONS = range(8, 12)
 """What ONNX Runtime reads and the supported opsets need."""
+EXPANDED = frozenset({"Attention", "RotaryEmbedding"})
+"""Operators that ONNX defines by others: these take their place, so that the products inside can be analysed."""
 MAY_BE_INFINITE = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})
 """Operators with a use for an infinite constant: masks and open bounds."""
 
@@ -57,7 +61,9 @@ def normalize(model: ir.Model) -> ir.Model:
     _name_nodes(model)
     while True:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        if not (_resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)):
+        if not (
+            _expand_functions(model) or _resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)
+        ):
             break
     _fill_missing_shapes(model)
     _drop_empty_operands(model)
@@ -98,7 +104,9 @@ def _drop_identities(model: ir.Model) -> None:
 def _refuse_training(node: ir.Node) -> None:
     training = node.inputs[2] if len(node.inputs) > 2 else None
     switch = constant(training)
-    if (training is not None and (switch is None or switch.any())) or any(o.uses() for o in node.outputs[1:]):
+    if (training is not None and (switch is None or switch.any())) or any(
+        o.uses() or o.is_graph_output() for o in node.outputs[1:]
+    ):
         raise ModelError(f"The model is in training mode: node '{node.name}' (Dropout). Export it in evaluation mode.")
 
 
@@ -202,6 +210,50 @@ def _session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _expand_functions(model: ir.Model) -> bool:
+    """Put the body by which ONNX defines an operator in its place; True where anything changed.
+
+    The body depends on the ranks of the inputs: a node waits until these are known.
+    """
+    found = [
+        n for n in model.graph
+        if n.op_type in EXPANDED and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
+    ]  # fmt: skip
+    for node in found:
+        proto = onnx.ModelProto(ir_version=model.ir_version)
+        for domain, version in model.opset_imports.items():
+            proto.opset_import.add(domain=domain, version=version)
+        proto.graph.name = "call"
+        proto.graph.node.append(ir.serde.serialize_node(node))
+        given = {str(v.name): v for v in node.inputs if v is not None}
+        proto.graph.input.extend(ir.serde.serialize_value(v) for v in given.values())
+        if None in node.inputs:  # the inliner asks for the type of an input that is left out as well
+            proto.graph.value_info.append(onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None))
+        proto.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name)
+        body = onnx.inliner.inline_selected_functions(proto, [("", node.op_type)], inline_schema_functions=True)
+        inner = ir.serde.deserialize_model(body).graph
+        results = dict(zip((o for o in node.outputs if o.name), list(inner.outputs), strict=True))
+        for value in inner.inputs:
+            ir.convenience.replace_all_uses_with(value, given[str(value.name)])
+        parts = list(inner)
+        for part in parts:
+            part.name = f"{node.name}/{(part.outputs[0].name or part.op_type).removesuffix('__1')}"
+            for value in part.outputs:
+                value.name = f"{node.name}/{value.name}" if value.name else value.name
+        inner.outputs.clear()
+        inner.remove(parts)
+        model.graph.insert_before(node, parts)
+        for old, new in results.items():
+            name = old.name
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            old.name, new.name = f"{name}/expanded", name
+        model.graph.remove(node, safe=True)
+    if found:
+        _drop_identities(model)
+        _name_nodes(model)
+    return bool(found)
 
 
 def _resolve_cast_like(model: ir.Model) -> bool:

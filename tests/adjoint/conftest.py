@@ -229,7 +229,7 @@ def worst_error(
     dialect: str,
     folder: Path,
     skip: Sequence[int] = (),
-    step: float = 1e-4,
+    step: float = 1e-6,
 ) -> float:
     """The largest relative error of the directional derivatives of an exported torch module.
 

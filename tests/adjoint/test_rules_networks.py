@@ -161,6 +161,55 @@ def test_small_detector_at_tensors_inside(rig: Any, tap: Any) -> None:
         np.testing.assert_allclose(a[name][0], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_rows_of_a_softmax_that_are_masked_as_a_whole(rig: Any, tap: Any, micro: Any) -> None:
+    """Such a row is NaN in the softmax and 0 behind the Where that exporters add; its gradient is 0."""
+    x, v = np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32)
+    mask = np.array([[0, 0, -np.inf], [-np.inf] * 3], np.float32)
+    nodes = [
+        node("Add", ["x", "mask"], ["masked"]),
+        node("Softmax", ["masked"], ["s"]),
+        node("IsNaN", ["s"], ["nan"]),
+        node("Where", ["nan", "zero", "s"], ["y"]),
+    ]
+    model = micro(nodes, {"x": x}, {"y": np.float32}, {"mask": mask, "zero": np.float32(0)})
+    taps = [tap("x", np.eye(6)[i].reshape(2, 3), name=str(i)) for i in range(6)]
+    a = rig.run(rig.load(model), {"x": x}, taps, {"y": v[None]})["y"]
+    y = np.exp(x[0, :2]) / np.exp(x[0, :2]).sum()
+    expected = [*(y * (v[0, :2] - (y * v[0, :2]).sum())), 0, 0, 0, 0]
+    np.testing.assert_allclose([a[str(i)][0] for i in range(6)], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [1, 2])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_attention_is_taken_apart(rig: Any, tap: Any, micro: Any, grouped: int, causal: int) -> None:
+    """Attention of opset 23, after rotary positions, with products of its own in the normal form."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, h, 3, 4)).astype(np.float32) for h in (2, 2 // grouped, 2 // grouped))
+    cos, sin = rng.standard_normal((2, 1, 3, 2)).astype(np.float32)
+    nodes = [
+        node("RotaryEmbedding", ["q", "cos", "sin"], ["r"], name="rope"),
+        node("Attention", ["r", "k", "v"], ["y"], name="attention", is_causal=causal),
+    ]
+    net = rig.load(micro(nodes, {"q": q, "k": k, "v": v}, {"y": np.float32}, {"cos": cos, "sin": sin}, 23))
+    products = [n.name for n in net.nodes if n.op_type == "MatMul"]
+    assert len(products) == 2
+    assert all(str(n).startswith("attention/") for n in products)
+    errors = {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in (("q", q), ("k", k), ("v", v))}
+    cotangent = rng.standard_normal((1, 1, 2, 3, 4)).astype(np.float32)
+    a = rig.run(net, {"q": q, "k": k, "v": v}, [tap(n, e, name=n) for n, e in errors.items()], {"y": cotangent})["y"]
+    tensors = [torch.from_numpy(x.astype(np.float64)).requires_grad_() for x in (q, k, v)]
+    c, s = (torch.from_numpy(x.astype(np.float64))[:, None] for x in (cos, sin))
+    first, second = tensors[0].split(2, -1)
+    turned = torch.cat([first * c - second * s, first * s + second * c], -1)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        turned, tensors[1], tensors[2], is_causal=bool(causal), enable_gqa=grouped == 2
+    )
+    gradients = torch.autograd.grad(y, tensors, torch.from_numpy(cotangent[0].astype(np.float64)))
+    for (name, error), gradient in zip(errors.items(), gradients, strict=True):
+        np.testing.assert_allclose(a[name][0], (gradient.numpy() * error).sum(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.skipif(not YOLO.is_file(), reason="no real checkpoint beside the repository")
 def test_yolo11n() -> None:
     """Directions in the input and in two weights.

@@ -108,6 +108,28 @@ def test_global_pools(rig: Any, shape: tuple[int, ...]) -> None:
     rig.check("GlobalMaxPool", apart(*shape), torch=lambda _, x: x.amax(axes, keepdim=True))
 
 
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [2, 3]},
+        {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 0, 1, 1]},
+        {"kernel_shape": [2, 2], "strides": [2, 2], "dilations": [2, 1], "ceil_mode": 1},
+        {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"},
+    ],
+    ids=str,
+)
+def test_lp_pool(rig: Any, p: int, attributes: dict[str, Any]) -> None:
+    x = apart(1, 2, 5, 6) + np.float32(0.1)
+
+    def run(torch: Any, x: Any) -> Any:
+        windows = torch.nn.functional.unfold(x.abs() ** p, (2, 3)).reshape(1, 2, 6, 4, 4)
+        return windows.sum(2) ** (1 / p)
+
+    rig.check("LpPool", x, p=p, opset=18, torch=run if len(attributes) == 1 else None, **attributes)
+    rig.check("GlobalLpPool", x, p=p, torch=lambda _, x: (x.abs() ** p).sum((2, 3), keepdim=True) ** (1 / p))
+
+
 COORDINATES = ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"]
 SIZES = [((4, 5), (8, 10)), ((4, 5), (7, 3)), ((6, 4), (3, 8)), ((3, 4), (3, 9)), ((4, 4), (1, 1))]
 

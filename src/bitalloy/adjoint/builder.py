@@ -12,7 +12,7 @@ from bitalloy.graph import static_shape
 SHARED_ELEMENTS = 4096
 DOMAINS = {"FusedMatMul": "com.microsoft"}
 """Operators beyond the standard that ONNX Runtime has on all its providers."""
-COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual"})
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
 
 

@@ -10,14 +10,20 @@ import onnx_ir as ir
 from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import number, scalar, select, single
 from bitalloy.adjoint.rules.shape import data, dense
-from bitalloy.graph import attribute, constant, static_shape
+from bitalloy.graph import attribute, constant, consumers, static_shape
 
 Cots = Sequence[Cotangent | None]
 
 
 def _softmax(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """Gradient y * g - y * sum(y * g)."""
+    """Gradient y * g - y * sum(y * g).
+
+    A row that is masked as a whole comes out as NaN. Exporters put Where behind such a softmax, which stops the
+    gradient, but not a factor NaN: it is cleared here.
+    """
     y = node.outputs[0]
+    if any(c.node.op_type in ("Cast", "IsNaN", "Where") for c in consumers(y)):
+        y = select(ctx.p, ctx.p.op("IsNaN", y), scalar(ctx.p, 0.0), y, y)
     axis = int(attribute(node, "axis", -1)) % len(static_shape(y))  # type: ignore[call-overload]
     scaled = ctx.dense(ctx.scaled(single(cots), y))
     total = ctx.r.op("ReduceSum", scaled, ctx.r.const([axis + 1]), keepdims=1)

@@ -8,12 +8,14 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.rules.elementwise import scalar, select, single
 from bitalloy.adjoint.rules.linear import geometry
 from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.graph import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
 
 Cots = Sequence[Cotangent | None]
+Ints = Sequence[int]
 
 
 def _max_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
@@ -38,9 +40,7 @@ def _average_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     attributes = {k: attribute(node, k, None) for k in node.attributes}
     kernel = [int(k) for k in attributes["kernel_shape"]]  # type: ignore[attr-defined]
     strides, dilations, before, _ = geometry(node, size, out, kernel)
-    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
-    after = [max(0, e - n - b) for e, n, b in zip(ends, size, before, strict=True)]
-    rest = [n + b + a - e for n, b, a, e in zip(size, before, after, ends, strict=True)]
+    after = _after(size, out, kernel, strides, dilations, before)
     # the pool itself, applied to ones, tells by how much it divides the elements that a window has inside
     ones, window = np.ones((1, 1, *size), np.float32), np.ones((1, 1, *kernel), np.float32)
     shape = {"strides": strides, "dilations": dilations, "pads": [*before, *after]}
@@ -48,9 +48,39 @@ def _average_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     mean = evaluate_node("AveragePool", [ones], attributes, opset=ctx.opset)[0]
     factor = np.divide(mean, inside, out=np.zeros_like(mean), where=inside > 0)
     divided = ctx.r.op("Mul", dense(ctx, cots), ctx.r.const(factor))
-    grad = ctx.r.op("Reshape", divided, ctx.r.const([-1, 1, *out]))
-    spread = ctx.r.op("ConvTranspose", grad, ctx.r.const(window), output_padding=rest, **shape)
-    return [Cotangent(ctx.reshape(spread, x))]
+    return [Cotangent(ctx.reshape(_spread(ctx, divided, size, out, kernel, strides, dilations, before), x))]
+
+
+def _after(size: Ints, out: Ints, kernel: Ints, strides: Ints, dilations: Ints, before: Ints) -> list[int]:
+    """Padding behind the input that the last window reaches."""
+    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
+    return [max(0, e - n - b) for e, n, b in zip(ends, size, before, strict=True)]
+
+
+def _spread(
+    ctx: Context, grad: ir.Value, size: Ints, out: Ints, kernel: Ints, strides: Ints, dilations: Ints, before: Ints
+) -> ir.Value:
+    """Every element of the gradient (P, ..., *out) added to all places (P * ..., 1, *size) of its window."""
+    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
+    after = _after(size, out, kernel, strides, dilations, before)
+    rest = [n + b + a - e for n, b, a, e in zip(size, before, after, ends, strict=True)]
+    lined = ctx.r.op("Reshape", grad, ctx.r.const([-1, 1, *out]))
+    window = ctx.r.const(np.ones((1, 1, *kernel), np.float32))
+    return ctx.r.op("ConvTranspose", lined, window, output_padding=rest, strides=strides, dilations=dilations,
+                    pads=[*before, *after])  # fmt: skip
+
+
+def _lp_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Result (sum |x|^p)^(1/p) over a window, or over all of space: g * y^(1-p), spread, times |x|^(p-1) * sign(x)."""
+    x, y, p = data(node), node.outputs[0], ctx.p
+    size, out, power = static_shape(x)[2:], static_shape(y)[2:], int(attribute(node, "p", 2))  # type: ignore[call-overload]
+    kernel = [int(k) for k in attribute(node, "kernel_shape", size)]  # type: ignore[attr-defined]
+    strides, dilations, before, _ = geometry(node, size, out, kernel)
+    positive = p.op("Greater", y, scalar(p, 0.0))
+    outer = select(p, positive, p.like("Pow", y, scalar(p, 1.0 - power)), scalar(p, 0.0), y)
+    inner = p.mul(p.like("Pow", p.like("Abs", x), scalar(p, power - 1.0)), p.like("Sign", x))
+    spread = _spread(ctx, ctx.dense(ctx.scaled(single(cots), outer)), size, out, kernel, strides, dilations, before)
+    return [Cotangent(ctx.r.op("Mul", ctx.reshape(spread, static_shape(x)), ctx.residual(inner)))]
 
 
 def _separable(ctx: Context, node: ir.Node, cots: Cots, matrices: dict[int, np.ndarray]) -> Cots:
@@ -148,4 +178,11 @@ def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return _separable(ctx, node, cots, matrices)
 
 
-RULES: dict[str, Rule] = {"AveragePool": _average_pool, "MaxPool": _max_pool, "Pad": _pad, "Resize": _resize}
+RULES: dict[str, Rule] = {
+    "AveragePool": _average_pool,
+    "GlobalLpPool": _lp_pool,
+    "LpPool": _lp_pool,
+    "MaxPool": _max_pool,
+    "Pad": _pad,
+    "Resize": _resize,
+}
