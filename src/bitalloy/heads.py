@@ -11,7 +11,7 @@ precision sees small boxes of confident anchors and hardly any of the other thou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -89,20 +89,35 @@ def relevance(exact: Mapping[str, np.ndarray], head: Head) -> np.ndarray | None:
     return np.asarray(np.square(confidence) / np.concatenate([size, size], axis=head.axis))
 
 
-def energy(exact: Mapping[str, np.ndarray], head: Head) -> float:
-    """||y||^2 of a head. Of boxes weighed by relevance the sizes stand for y: an error as large as the box is 0 dB."""
-    y, factors = head_of(exact, head), relevance(exact, head)
+class Reference:
+    """The float outputs of one sample, against which other outputs are measured, head by head.
+
+    Args:
+        exact: float outputs.
+        heads: parts of the outputs.
+    """
+
+    def __init__(self, exact: Mapping[str, np.ndarray], heads: Sequence[Head]) -> None:
+        self._heads = tuple(heads)
+        self._exact = [(head_of(exact, h), relevance(exact, h)) for h in heads]
+
+    @property
+    def energy(self) -> np.ndarray:
+        """(heads,): ||y||^2. Of weighed boxes the sizes stand for y: an error as large as the box is 0 dB."""
+        return np.array([_energy(y, f, h) for h, (y, f) in zip(self._heads, self._exact, strict=True)])
+
+    def error(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(heads,): ||y_found - y||^2, weighed by relevance."""
+        changes = ((head_of(found, h) - y, f) for h, (y, f) in zip(self._heads, self._exact, strict=True))
+        return np.array([float(np.square(c if f is None else f * c).sum()) for c, f in changes])
+
+
+def _energy(y: np.ndarray, factors: np.ndarray | None, head: Head) -> float:
     if factors is None:
         return float(np.square(y).sum())
     assert head.axis is not None, "weighed boxes are part of an output"
     size = np.maximum(_along(y, head.axis, 2, 4), LEAST_SIZE)
     return float(np.square(factors * np.concatenate([size, size], axis=head.axis)).sum())
-
-
-def error(exact: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], head: Head) -> float:
-    """||y_found - y||^2 of a head, weighed by its relevance."""
-    change, factors = head_of(found, head) - head_of(exact, head), relevance(exact, head)
-    return float(np.square(change if factors is None else factors * change).sum())
 
 
 def _along(value: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray:

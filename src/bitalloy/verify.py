@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bitalloy.heads import energy as energy_of
-from bitalloy.heads import error
+from bitalloy.heads import Reference
 from bitalloy.matrix import draws, interval
 from bitalloy.records import Estimate, Head
 from bitalloy.runtime import Session
@@ -30,11 +29,10 @@ def output_sqnr(
     energy: list[list[float]] = []
     damage: dict[str, list[list[float]]] = {name: [] for name in models}
     for sample in feeds:
-        exact = reference.run(sample)
-        energy.append([energy_of(exact, h) for h in heads])
+        exact = Reference(reference.run(sample), heads)
+        energy.append(exact.energy.tolist())
         for name, session in models.items():
-            found = session.run(sample)
-            damage[name].append([error(exact, found, h) for h in heads])
+            damage[name].append(exact.error(session.run(sample)).tolist())
         if progress is not None:
             progress(1)
     total = np.array(energy)

@@ -107,7 +107,7 @@ def test_table_splits_weights_from_activations(case, matrix) -> None:
 
 
 def test_relevance_weighs_boxes_by_confidence_and_size() -> None:
-    from bitalloy.heads import energy, error
+    from bitalloy.heads import Reference
     from bitalloy.records import Head
 
     head = Head(name="detections", output="y", tensor="t", axis=1, start=0, stop=4, scores=(4, 6))
@@ -117,5 +117,6 @@ def test_relevance_weighs_boxes_by_confidence_and_size() -> None:
     found = y + np.array([2.0, 1.0, 4.0, 1.0, 0.3, 0.3])[None, :, None]
     first = 0.5**4 * (0.1**2 + 0.1**2 + 0.2**2 + 0.1**2)
     second = 0.2**4 * (2.0**2 + (1 / 80) ** 2 + 4.0**2 + (1 / 80) ** 2)  # half a pixel wide counts as one
-    assert error({"y": y}, {"y": found}, head) == pytest.approx(first + second)
-    assert energy({"y": y}, head) == pytest.approx(4 * (0.5**4 + 0.2**4))
+    exact = Reference({"y": y}, [head])
+    assert exact.error({"y": found})[0] == pytest.approx(first + second)
+    assert exact.energy[0] == pytest.approx(4 * (0.5**4 + 0.2**4))

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitalloy.graph import Graph, name_of
-from bitalloy.heads import energy, error
+from bitalloy.heads import Reference
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
@@ -190,17 +190,15 @@ class Measurement:
         feeds: Mapping[str, np.ndarray],
         around: np.ndarray | None = None,
     ) -> None:
-        self._heads = heads
         walk = board.walk(feeds, board.gates(()))
-        self._exact = walk.outputs
+        self._exact = Reference(walk.outputs, heads)
         self._walk = walk if around is None else board.walk(feeds, around)
-        self.energy = np.array([energy(self._exact, h) for h in heads])
+        self.energy = self._exact.energy
         """||y||^2 of the float network, (heads,)."""
 
     def error(self, gates: np.ndarray) -> np.ndarray:
         """||y_rounded - y||^2, (heads,)."""
-        found = self._walk.run(gates)
-        return np.array([error(self._exact, found, h) for h in self._heads])
+        return self._exact.error(self._walk.run(gates))
 
 
 def damage(

@@ -21,8 +21,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import DataError
 from bitalloy.graph import Graph, attribute, constant, static_shape
-from bitalloy.heads import energy as energy_of
-from bitalloy.heads import relevance
+from bitalloy.heads import Reference, relevance
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
 from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
@@ -103,7 +102,7 @@ class Prober:
     def _energy(self, state: Mapping[str, ort.OrtValue], kept: Mapping[str, np.ndarray], index: int) -> float:
         head = self._heads[index]
         if head.scores:
-            return energy_of(kept, head)
+            return float(Reference(kept, [head]).energy[0])
         return float(state[self._adjoint.energies[self._of[index]]].numpy())
 
 
