@@ -63,34 +63,13 @@ class Bars:
             self._progress.update(self._task, total=done, completed=done)
 
 
-# options of more than one command
-Data = Annotated[
-    Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
-]
-Model = Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")]
-TargetName = Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")]
-Out = Annotated[Path, typer.Option(help="Run directory; results in it are used again.")]
-Shapes = Annotated[list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")]
-Scale = Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")]
-Mean = Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")]
-Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")]
-Layout = Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")]
-Fit = Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
-]
-Probes = Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")]
-CalibrationSamples = Annotated[int, typer.Option(min=1, help="Samples for the ranges.")]
-Ranges = Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
-
-
 @app.command()
 def run(
-    model: Model = "yolo11n-shapes",
-    data: Data = None,
-    target: TargetName = "ort-cpu",
+    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
     latency: Annotated[
         str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
     ] = None,
@@ -106,20 +85,24 @@ def run(
             help="COCO annotation file, or a folder of images and label maps: measure float, INT8 and mixed on it.",
         ),
     ] = None,
-    out: Out = Path("runs/last"),
-    shape: Shapes = None,
-    scale: Scale = None,
-    mean: Mean = None,
-    std: Std = None,
-    layout: Layout = None,
-    fit: Fit = None,
-    exclude: Exclude = None,
+    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
+    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
+    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+    ] = None,
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
-    probes: Probes = 8,
-    calibration_samples: CalibrationSamples = 64,
-    ranges: Ranges = "minmax",
-    limit: Limit = None,
-    seed: Seed = 0,
+    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
+    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
 ) -> None:
     """Analyse, plan, apply, verify and report: everything, in one go.
@@ -192,8 +175,10 @@ def run(
 
 @app.command()
 def sensitivity(
-    model: Model = "yolo11n-shapes",
-    data: Data = None,
+    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+    ] = None,
     method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe",
     mode: Annotated[
         str | None,
@@ -209,21 +194,25 @@ def sensitivity(
     evaluate: Annotated[
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
     ] = None,
-    limit: Limit = None,
-    target: TargetName = "ort-cpu",
-    out: Out = Path("runs/last"),
-    shape: Shapes = None,
-    scale: Scale = None,
-    mean: Mean = None,
-    std: Std = None,
-    layout: Layout = None,
-    fit: Fit = None,
-    exclude: Exclude = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
+    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
+    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
+    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+    ] = None,
     samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
-    probes: Probes = 8,
-    calibration_samples: CalibrationSamples = 64,
-    ranges: Ranges = "minmax",
-    seed: Seed = 0,
+    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
+    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """What rounding each unit, region or site does to every output, worst first.
