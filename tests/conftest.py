@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from bitalloy.cli import main
+from bitalloy.cli import main, out_console
 from bitalloy.samples import shapes
 
 QUICK = ("--samples", "8", "--probes", "2", "--calibration-samples", "8")
@@ -268,7 +268,7 @@ class Inside(CommandLine):
     def __call__(self, *arguments: object) -> Command:
         with self._monkeypatch.context() as patch:
             patch.chdir(self.folder)
-            patch.setenv("COLUMNS", "200")
+            patch.setattr(out_console, "width", 200)
             patch.setattr(sys, "argv", ["bitalloy", *map(str, arguments)])
             code = 0
             try:

@@ -416,10 +416,11 @@ def _inner(context: Context, value: ir.Value, cot: Cotangent, error: ir.Value) -
     channels = next((d for d in shape if d > 1), 1)
     parts = next(n for n in range(min(PARTS, channels), 0, -1) if channels % n == 0)
     view = [parts, 1, int(np.prod(shape)) // parts]
-    flat = context.p.op("Reshape", error, context.p.const([1, *view]), shape=(1, *view))
+    # viewed here, because the runtime copies what a Reshape hands out of a graph
+    flat = context.r.op("Reshape", context.residual(error), context.r.const([1, *view]))
     # a batch of dot products of contiguous memory, which MatMul without its transposed form does slowly
     rows = context.reshape(cot.base, view)
-    return context.r.op("FusedMatMul", context.residual(flat), rows, transB=1), parts
+    return context.r.op("FusedMatMul", flat, rows, transB=1), parts
 
 
 def _drop_unused(model: ir.Model) -> None:

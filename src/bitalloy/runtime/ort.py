@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class OrtSession:
         threads: intra-op threads; None takes one per available core.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `end_profile` reads it back.
+        shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
+            no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
 
     Worker threads stop spinning when a run ends, so sessions that take turns do not slow each other down.
 
@@ -42,8 +45,12 @@ class OrtSession:
         threads: int | None = None,
         optimize: bool = True,
         profile: Path | None = None,
+        shared: bool = False,
     ) -> None:
         options = ort.SessionOptions()
+        if shared:
+            _register_shared_memory()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         options.intra_op_num_threads = threads or available_cores()
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -101,6 +108,15 @@ class OrtSession:
 
     def close(self) -> None:
         del self._session, self._lent, self._lent_values
+
+
+@cache
+def _register_shared_memory() -> None:
+    """Give the process the one arena that sessions may share; the runtime accepts it once."""
+    arena = ort.OrtArenaCfg(0, -1, -1, -1)  # the runtime's own defaults
+    ort.create_and_register_allocator(
+        ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT), arena
+    )
 
 
 def available_cores() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -65,7 +66,8 @@ class Prober:
         )
         self._adjoint: Adjoint = adjoint
         with ThreadPoolExecutor() as pool:
-            self._primal, *self._reverse = pool.map(OrtSession, [adjoint.primal, *(h.model for h in adjoint.heads)])
+            models = [adjoint.primal, *(h.model for h in adjoint.heads)]
+            self._primal, *self._reverse = pool.map(partial(OrtSession, shared=True), models)
         column = {s: i for i, s in enumerate(self.sites)}
         self._columns = [np.array([column[t] for t in h.taps], np.int64) for h in adjoint.heads]
         self._of = [tensors.index(h.tensor) for h in heads]
