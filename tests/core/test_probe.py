@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+from bitalloy.graph import load
+from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
 from bitalloy.records import DataInfo, Secant
 from bitalloy.sensitivity import Prober, Switchboard, damage, secant, sensitivities
 from bitalloy.targets import ORT_CPU
+from bitalloy.targets.base import split
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +133,40 @@ def test_relevance_weighs_boxes_by_confidence_and_size() -> None:
     exact = Reference({"y": y}, [head])
     assert exact.error({"y": found})[0] == pytest.approx(first + second)
     assert exact.energy[0] == pytest.approx(4 * (0.5**4 + 0.2**4))
+
+
+def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
+    """`mid` leaves the graph and feeds the Conv that makes `y`: its rounding on the way out must not reach `y`."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "tapped.onnx"
+    weights = {n: rng.standard_normal((4, 4, 3, 3)).astype(np.float32) * 0.2 for n in ("w0", "w1", "w2")}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w0"], ["mid"], name="first", pads=[1] * 4),
+            helper.make_node("Conv", ["mid", "w1"], ["z"], name="second", pads=[1] * 4),
+            helper.make_node("Conv", ["z", "w2"], ["y"], name="third", pads=[1] * 4),
+        ],
+        "tapped",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4, 8, 8]) for n in ("mid", "y")],
+        initializer=[numpy_helper.from_array(v, n) for n, v in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    loaded = load(path)
+    heads = find_heads(loaded)
+    assert [h.name for h in heads] == ["mid", "y"]
+    units = split(loaded, ORT_CPU, heads[1:])  # `mid` is no head, so its unit may run in INT8
+    leaving, inside = "mid->(output)", "mid->second"
+    assert {leaving, inside} <= units.rounded(units.quantizable())
+    ranges = {e.root: (-4.0, 4.0) for e in units.edges}
+    feeds = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
+    board = Switchboard(loaded, units, ranges, ORT_CPU)
+    for part in (heads, heads[1:]):
+        prober = Prober(loaded, units, part, ranges, ORT_CPU)
+        rows = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=0) for i, f in enumerate(feeds)])
+        for sites in ({leaving}, {inside}, {leaving, inside}):
+            exact, _ = damage(board, [board.gates(sites)], part, feeds)
+            found = rows.damage(rows.select(sites)).mean(axis=0)
+            reached = exact.mean(axis=0)[:, 0] > 0
+            assert reached.tolist() == (found > 0).tolist()
+            assert np.abs(decibel(found) - decibel(exact.mean(axis=0)[:, 0]))[reached].max(initial=0.0) < 0.5

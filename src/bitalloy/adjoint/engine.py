@@ -60,13 +60,14 @@ class Tap:
     """A local error whose effect on the heads is asked for.
 
     `edges` names where the error is added: into some consumers of one tensor; an edge with an empty node adds
-    it to the tensor itself, ahead of all consumers. `error` writes the error, of the tensor's shape,
-    into the primal graph.
+    it to the tensor itself, ahead of all consumers, or, where `leaving`, behind them: to what leaves the graph and
+    nothing else. `error` writes the error, of the tensor's shape, into the primal graph.
     """
 
     id: str
     edges: tuple[Edge, ...]
     error: Callable[[Builder, Mapping[str, ir.Value]], ir.Value]
+    leaving: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def _reverse(
         """All gradients of a tensor are known: add them up, and read its taps."""
         total = _sum(context, value, incoming.pop(value, []))
         for tap in tapped[value]:
-            found = [total if not e.node else collected.get((e.node, e.slot)) for e in tap.edges]
+            whole = total if not tap.leaving else Cotangent(cotangent) if value is tensor else None
+            found = [whole if not e.node else collected.get((e.node, e.slot)) for e in tap.edges]
             products: dict[tuple[int, int, int] | None, list[tuple[ir.Value, int]]] = defaultdict(list)
             for term in _merge(context, [c for c in found if c is not None]):
                 products[term.window].append(_inner(context, value, term, errors[tap.id]))

@@ -119,7 +119,7 @@ def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, floa
     roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
     for edge in units.edges:
         if edge.consumer in int8 or (edge.rooted and edge.producer in int8 and not edge.passed_on):
-            tap = _edge_tap(edge.id, edge.uses, edge.root, ranges, target)
+            tap = _edge_tap(edge.id, edge.uses, edge.root, ranges, target, leaving=edge.consumer is None)
             taps.append(_forwarded(graph, edge, tap) or tap)
         if edge.passed_on and edge.producer in int8:
             taps.append(_again_tap(graph, edge, roots, ranges, target))
@@ -161,7 +161,7 @@ def _again_tap(
         joined = p.op("Concat", *operands, axis=int(attribute(node, "axis", 0)), shape=shape)  # type: ignore[call-overload]
         return p.like("Sub", _rounded(p, joined, out), joined)
 
-    return Tap(edge.id + AGAIN, edge.uses, error)
+    return Tap(edge.id + AGAIN, edge.uses, error, leaving=edge.consumer is None)
 
 
 def _rounded(p: Builder, x: ir.Value, params: QuantParams) -> ir.Value:
@@ -172,7 +172,13 @@ def _rounded(p: Builder, x: ir.Value, params: QuantParams) -> ir.Value:
 
 
 def _edge_tap(
-    site: str, uses: tuple[Edge, ...], root: str, ranges: Mapping[str, tuple[float, float]], target: Target
+    site: str,
+    uses: tuple[Edge, ...],
+    root: str,
+    ranges: Mapping[str, tuple[float, float]],
+    target: Target,
+    *,
+    leaving: bool = False,
 ) -> Tap:
     """Error of rounding a tensor: dequantize(quantize(x)) - x."""
     params = activation_params(*ranges[root], signed=target.activation_signed)
@@ -181,7 +187,7 @@ def _edge_tap(
         x = values[uses[0].tensor]
         return p.like("Sub", _rounded(p, x, params), x)
 
-    return Tap(site, uses, error)
+    return Tap(site, uses, error, leaving)
 
 
 def _weight_tap(graph: Graph, site: WeightSite, target: Target) -> Tap:
