@@ -23,6 +23,7 @@ from bitalloy.samples import shapes
 from bitalloy.zoo import SAMPLE, resolve
 from bitalloy.zoo.networks.yolo11 import STRIDES, Conv, Segment, Yolo11
 from detection_loss import Assignment, detection_loss
+from sample_file import evaluate, export
 from training import Batch, Recipe, collate, main
 
 IMAGE_SIZE = 320
@@ -135,13 +136,17 @@ def mask_loss(coefficients: Tensor, prototypes: Tensor, goal: Assignment, batch:
 
 
 def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """Write the averaged weights under the published names, export and measure them."""
+    weights = work / f"{output.stem}.pt"
+    torch.save(state["average"], weights)
+    export(weights, output, variant="yolo11n-seg", size=IMAGE_SIZE, names=shapes.CLASSES, state=state)
+    return evaluate(output, work / "val", labels="instances.json")
 
 
 RECIPE = Recipe(
     build=build,
     loss=loss,
-    stages=((320, 1500),),
+    stages=((320, 700),),
     learning_rate=2e-3,
     final_rate=2e-5,
     rate_of=lambda name: 1.0 if name.startswith(NEW) else LOW_RATE,

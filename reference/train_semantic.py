@@ -4,7 +4,7 @@
 
 Nine classes: background, then those of the sample. Training starts on small images. `--work` receives
 `checkpoint.pt` every few minutes; the same command goes on from it. At the end, or at once with `--export-only`, the
-averaged weights are written as `segformer-b0-shapes.pt`, exported by `bitalloy.zoo`, and the *exported file* is
+averaged weights are written as a folder like those of the hub, exported by `bitalloy.zoo`, and the *exported file* is
 measured.
 """
 
@@ -22,6 +22,7 @@ from bitalloy.samples import shapes
 from bitalloy.zoo import find
 from bitalloy.zoo.networks.segformer import Segmenter
 from bitalloy.zoo.segformer import DEVIATION, HEADS, MEAN
+from sample_file import evaluate, export
 from training import Batch, Recipe, main
 
 CLASSES = 1 + len(shapes.CLASSES)
@@ -30,11 +31,16 @@ OUTPUT = Path(__file__).resolve().parents[1] / "src" / "bitalloy" / "samples" / 
 
 
 def build() -> nn.Module:
+    """The network as the zoo exports it."""
+    return Segmenter(network())
+
+
+def network() -> SegformerForSemanticSegmentation:
     """The network of transformers at the sizes of B0, without dropout: no image comes twice."""
     sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in find("segformer-b0")[1].architecture.items()}
     off = dict.fromkeys(("classifier_dropout_prob", "drop_path_rate", "hidden_dropout_prob"), 0.0)
     config = SegformerConfig(num_labels=CLASSES, num_attention_heads=HEADS, **sizes, **off)
-    return Segmenter(SegformerForSemanticSegmentation(config))
+    return SegformerForSemanticSegmentation(config)
 
 
 def loss(model: nn.Module, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
@@ -53,7 +59,14 @@ def loss(model: nn.Module, batch: Batch, done: float) -> tuple[Tensor, dict[str,
 
 
 def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """Write the averaged weights as the hub keeps them, export and measure them."""
+    model = network()
+    Segmenter(model).load_state_dict(state["average"])
+    folder = work / output.stem
+    model.save_pretrained(folder)
+    names = ("background", *shapes.CLASSES)
+    export(folder, output, variant="segformer-b0", size=IMAGE_SIZE, names=names, state=state)
+    return evaluate(output, work / "val", labels="")
 
 
 RECIPE = Recipe(

@@ -47,6 +47,8 @@ class Batch(NamedTuple):
     """(B, 3, H, W) uint8."""
     labels: Tensor
     """(B, M) classes, -1 for padding."""
+    colors: Tensor
+    """(B, M) colours, -1 for padding."""
     boxes: Tensor
     """(B, M, 4) xyxy in pixels."""
     instances: Tensor
@@ -88,11 +90,13 @@ def collate(scenes: list[shapes.Scene]) -> Batch:
     most = max(1, *(len(s.labels) for s in scenes))
     images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in scenes])
     labels = torch.full((len(scenes), most), -1, dtype=torch.int64)
+    colors = labels.clone()
     boxes = torch.zeros(len(scenes), most, 4)
     for i, s in enumerate(scenes):
         labels[i, : len(s.labels)] = torch.from_numpy(s.labels)
+        colors[i, : len(s.labels)] = torch.from_numpy(s.colors)
         boxes[i, : len(s.labels)] = torch.from_numpy(s.boxes())
-    return Batch(images, labels, boxes, torch.from_numpy(np.stack([s.instance_map for s in scenes])))
+    return Batch(images, labels, colors, boxes, torch.from_numpy(np.stack([s.instance_map for s in scenes])))
 
 
 def rate(step: int, steps: int, recipe: Recipe) -> float:
