@@ -5,7 +5,8 @@
 What the two networks share starts from `yolo11n-shapes.onnx`; prototypes and mask coefficients start at random. First
 they learn alone, then everything does, the detector at a low rate and with fixed statistics. `--work` receives
 `checkpoint.pt` every few minutes; the same command goes on from it. At the end, or at once with `--export-only`, the
-averaged weights are written as `yolo11n-seg-shapes.pt`, exported by `bitalloy.zoo`, and the *exported file* is measured.
+averaged weights are written as `yolo11n-seg-shapes.pt`, exported by `bitalloy.zoo`, and the *exported file* is
+measured.
 """
 
 from __future__ import annotations
