@@ -29,7 +29,9 @@ def instance() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def start(instance: ModuleType) -> Any:
-    return instance.build().eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instance, "STATISTICS_IMAGES", 8)  # how many decides the scale of what is learned, no output
+        return instance.build().eval()
 
 
 def test_training_starts_from_the_outputs_of_the_packaged_detector(start: Any) -> None:
