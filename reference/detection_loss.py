@@ -17,7 +17,7 @@ from torch import Tensor
 
 from yolo11 import REG_MAX
 
-__all__ = ["Assignment", "assign", "ciou", "detection_loss"]
+__all__ = ["Assignment", "Loss", "assign", "ciou", "detection_loss"]
 
 TOP_K = 10
 SCORE_POWER, OVERLAP_POWER = 0.5, 6.0
@@ -34,6 +34,17 @@ class Assignment(NamedTuple):
     """(B, A, 4) xyxy of that label."""
     scores: Tensor
     """(B, A, K) soft targets, 0 for background."""
+    index: Tensor
+    """(B, A) which of the M labels."""
+
+
+class Loss(NamedTuple):
+    """Of the detection branches."""
+
+    total: Tensor
+    parts: dict[str, float]
+    """Box, class and distribution loss before their gains."""
+    goal: Assignment
 
 
 def ciou(a: Tensor, b: Tensor) -> Tensor:
@@ -86,12 +97,12 @@ def assign(scores: Tensor, boxes: Tensor, centers: Tensor, labels: Tensor, targe
     strength = (align * scale).amax(1) * foreground
     soft = F.one_hot(index.gather(1, label_of), classes) * strength[..., None]
     chosen_boxes = targets.gather(1, label_of[..., None].expand(batch, anchors, 4))
-    return Assignment(foreground, chosen_boxes, soft)
+    return Assignment(foreground, chosen_boxes, soft, label_of)
 
 
 def detection_loss(
     raw: tuple[Tensor, Tensor], anchors: Tensor, strides: Tensor, labels: Tensor, targets: Tensor
-) -> tuple[Tensor, tuple[float, float, float]]:
+) -> Loss:
     """Loss of raw head outputs.
 
     Args:
@@ -100,9 +111,6 @@ def detection_loss(
         strides: (1, A).
         labels: (B, M) classes, -1 for padding.
         targets: (B, M, 4) xyxy.
-
-    Returns:
-        The weighted sum, and its parts (box, class, dfl) as numbers.
     """
     sides = raw[0].transpose(1, 2).unflatten(-1, (4, REG_MAX))  # (B, A, 4, REG_MAX)
     logits = raw[1].transpose(1, 2)
@@ -120,7 +128,7 @@ def detection_loss(
     wanted = torch.cat((points - in_strides[..., :2], in_strides[..., 2:] - points), -1)[hit]
     loss_dfl = (_distribution_loss(sides[hit], wanted) * weight).sum() / total
     loss = BOX_GAIN * loss_box + CLASS_GAIN * loss_class + DFL_GAIN * loss_dfl
-    return loss, (loss_box.item(), loss_class.item(), loss_dfl.item())
+    return Loss(loss, {"box": loss_box.item(), "class": loss_class.item(), "dfl": loss_dfl.item()}, goal)
 
 
 def _distribution_loss(sides: Tensor, wanted: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bitalloy import zoo
 
 def test_models_lists_published_and_counted_figures(inside: Any) -> None:
     out = inside("models").succeeded().out
-    row = next(line for line in out.splitlines() if line.startswith("yolo11n-seg"))
+    row = next(line for line in out.splitlines() if line.startswith("yolo11n-seg "))
     for figure in ("2.9 | 2.87", "9.7 | 9.8", "38.9 32", "65.9 | 1.8"):
         assert figure in row
     for needed in ("https://docs.ultralytics.com/tasks/segment/", "9.66 M", "AGPL-3.0", "arxiv.org/abs/2105.15203"):

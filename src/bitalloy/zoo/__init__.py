@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 SAMPLE = "yolo11n-shapes"
-NAMES = {SAMPLE: "yolo11n-shapes.onnx"}
+NAMES = {SAMPLE: "yolo11n-shapes.onnx", "yolo11n-seg-shapes": "yolo11n-seg-shapes.onnx"}
 """Name -> file among the packaged samples."""
 FAMILIES = {
     "yolo11": "bitalloy.zoo.yolo11",
