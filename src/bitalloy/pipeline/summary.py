@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from bitalloy.bench import TOLERANCE
@@ -71,9 +72,8 @@ def summarize(
 
 def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:
     ratio = measured.ratio
-    parts = [
-        f"{measured.latency.mixed.median_ms:.1f} ms against {measured.latency.reference.median_ms:.1f} ms in float"
-    ]
+    latency = measured.latency
+    parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
     parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
     for name, metric in metrics.metrics.items():
         parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
@@ -86,3 +86,13 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
     return f"{lead}: {'; '.join(parts)}."
+
+
+def _milliseconds(value: float) -> str:
+    """Three significant digits: small models take microseconds, large ones seconds.
+
+    >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
+    ('0.0482 ms', '73.8 ms', '1234 ms')
+    """
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f} ms"
