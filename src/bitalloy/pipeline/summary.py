@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bitalloy.bench import TOLERANCE
+from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.matrix import draws, estimate
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
-from bitalloy.records import Comparison, HeadComparison, Round, Summary, Triple
+from bitalloy.records import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
 
 
 def summarize(
@@ -66,7 +66,7 @@ def summarize(
         rounds=tuple(rounds),
         seed=analysis.settings.seed,
         versions=versions(),
-        notes=(*analysis.notes, *metrics.notes),
+        notes=(*analysis.notes, *_busy(latency), *metrics.notes),
     )
 
 
@@ -82,10 +82,23 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
         if ratio < 1
         else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
     )
+    if not planned.plan.int8_units():
+        lead = "Nothing runs in INT8, so the mixed model is NOT faster than float: deploy the float model"
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
     return f"{lead}: {'; '.join(parts)}."
+
+
+def _busy(latency: LatencySpread) -> tuple[str, ...]:
+    worst = max(unsteadiness(one) for one in (latency.reference, latency.int8, latency.mixed))
+    if worst < UNSTEADY:
+        return ()
+    note = (
+        f"The machine was busy: half of the inferences took at least {worst:.1f} times as long as the fastest tenth. "
+        "All latencies here are worth little; give the same command again on a quiet machine, with another --out."
+    )
+    return (note,)
 
 
 def _milliseconds(value: float) -> str:
