@@ -94,7 +94,7 @@ def apply(
             writer.enter(edge)
     for unit in units.units:
         if unit.kind == "Softmax" and unit.id not in int8:
-            _softmax_last(model.graph, writer.nodes[unit.id], unit.id)
+            _softmax_last(writer, writer.nodes[unit.id], unit.id)
     _verify(graph, model)
     return Mixed(model, units)
 
@@ -106,8 +106,8 @@ class _Writer:
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
         self._ranges = ranges
         self._target = target
+        self._taken = {str(v.name) for v in self._values.values()} | set(self.graph.initializers)
         self._entries: dict[str, ir.Value] = {}
-        self._dequantized: dict[str, ir.Value] = {}
 
     def params(self, tensor: str) -> QuantParams:
         low, high = self._ranges[tensor]
@@ -155,7 +155,7 @@ class _Writer:
         if value.is_graph_output():
             index = list(self.graph.outputs).index(value)
             rounded.shape, rounded.type = value.shape, value.type
-            value.name, rounded.name = f"{tensor}/float", tensor
+            value.name, rounded.name = self.fresh(f"{tensor}/float"), tensor
             self.graph.outputs[index] = rounded
 
     def _round(self, value: ir.Value, params: QuantParams, unit: str, *, after: ir.Node | None) -> ir.Value:
@@ -163,7 +163,7 @@ class _Writer:
         scale, zero = self._scale(name, params)
         q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/QuantizeLinear")
         dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
-        q.outputs[0].name, dq.outputs[0].name = f"{name}/quantized", f"{name}/dequantized"
+        q.outputs[0].name, dq.outputs[0].name = self.fresh(f"{name}/quantized"), self.fresh(f"{name}/dequantized")
         for node in (q, dq):
             node.metadata_props[TAG] = unit
         if after is None:
@@ -181,21 +181,27 @@ class _Writer:
         scale, zero = self._scale(name, params)
         attributes = {} if params.axis is None else {"axis": params.axis}
         dq = ir.node("DequantizeLinear", [q, scale, zero], attributes, name=f"{name}/DequantizeLinear")
-        dq.outputs[0].name = f"{name}/dequantized"
+        dq.outputs[0].name = self.fresh(f"{name}/dequantized")
         dq.metadata_props[TAG] = unit
         self.graph.insert_before(self.graph[0], [dq])
         return dq.outputs[0]
 
+    def fresh(self, name: str) -> str:
+        """A name that no tensor of the model has: its own names are foreign and may be any."""
+        while name in self._taken:
+            name += "'"
+        self._taken.add(name)
+        return name
+
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
+        name = self.fresh(name)
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
         value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
         self.graph.register_initializer(value)
         return value
 
 
-def _softmax_last(graph: ir.Graph, node: ir.Node, unit: str) -> None:
+def _softmax_last(writer: _Writer, node: ir.Node, unit: str) -> None:
     x, y = node.inputs[0], node.outputs[0]
     assert x is not None and y.shape is not None
     rank = len(y.shape)
@@ -208,11 +214,11 @@ def _softmax_last(graph: ir.Graph, node: ir.Node, unit: str) -> None:
     middle = ir.node("Softmax", first.outputs, {"axis": -1}, name=f"{node.name}/over_last")
     last = ir.node("Transpose", middle.outputs, {"perm": back}, name=f"{node.name}/from_last")
     for made in (first, middle, last):
-        made.outputs[0].name = f"{made.name}/output"
+        made.outputs[0].name = writer.fresh(f"{made.name}/output")
         made.metadata_props[TAG] = unit
-    graph.insert_before(node, [first, middle, last])
+    writer.graph.insert_before(node, [first, middle, last])
     ir.convenience.replace_all_uses_with(y, last.outputs[0])
-    graph.remove(node, safe=True)
+    writer.graph.remove(node, safe=True)
     last.outputs[0].name, y.name = y.name, None
 
 

@@ -14,6 +14,9 @@ SITTINGS = 3
 TOLERANCE = 1.05
 """A measured latency up to 5 % above its limit counts as met; medians of two runs differ by as much."""
 
+UNSTEADY = 1.5
+"""Median over the 10th percentile of a series of times, from which on other work on the machine decides them."""
+
 
 def interleave(
     sessions: Mapping[str, Session],
@@ -63,3 +66,8 @@ def summarize(times_ms: np.ndarray) -> Latency:
     """Median and spread of a series of times."""
     p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
     return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))
+
+
+def unsteadiness(latency: Latency) -> float:
+    """How much longer the median run took than the fast ones, without which no median is worth anything."""
+    return latency.median_ms / latency.p10_ms if latency.p10_ms > 0 else 1.0

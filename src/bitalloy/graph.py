@@ -55,6 +55,8 @@ class Graph:
     model: ir.Model
     source: Path
     metadata: Mapping[str, str] = field(default_factory=dict)
+    runnable: bool = True
+    """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
@@ -138,6 +140,8 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
+    names = [n.name for n in proto.graph.node if n.name]
+    runnable = len(set(names)) == len(names)
     del proto
     model = normalize(parsed)
     if size >= LARGE_BYTES:
@@ -155,7 +159,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata)
+    return Graph(info, model, source, metadata, runnable)
 
 
 def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:

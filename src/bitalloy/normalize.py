@@ -142,7 +142,10 @@ def _fold_constants(model: ir.Model) -> bool:
     arrays = _evaluate(model, folded)
     for value in wanted:
         if value in graph.outputs:
-            raise ModelError(f"Output '{value.name}' does not depend on any input.")
+            raise ModelError(
+                f"Output '{value.name}' does not depend on any input: there is nothing to analyse in it. "
+                "Export the model without this output."
+            )
         name, array = str(value.name), arrays[str(value.name)]
         new = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         new.shape, new.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))

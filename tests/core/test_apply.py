@@ -11,9 +11,12 @@ from onnx import numpy_helper
 
 from bitalloy.apply import TAG, apply
 from bitalloy.errors import BitalloyError
+from bitalloy.graph import load
+from bitalloy.heads import find_heads
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Switchboard
 from bitalloy.targets import ORT_CPU
+from bitalloy.targets.base import split
 
 
 def rewritten(case, int8) -> bytes:
@@ -100,6 +103,32 @@ def test_nodes_carry_their_unit(case) -> None:
     model = apply(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
     units = {u.id for u in case.units.units}
     assert all(n.metadata_props.get(TAG) in units | {"bitalloy.border"} for n in model.graph)
+
+
+def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case, tmp_path) -> None:
+    """Renaming tensors changes no number."""
+    foreign = {
+        "w1": "x/scale",
+        "w2": "c0/zero_point",
+        "b1": "/body/cv1/Conv/weight_int8",
+        "b3": "/body/cv1/Conv/bias_int32",
+        "c2": "a0/quantized",
+        "m0": "sum/dequantized",
+        "up": "/body/cv1/Conv/weight_int8/dequantized",
+    }
+    model = onnx.load(case.path)
+    for node in model.graph.node:
+        node.input[:] = [foreign.get(name, name) for name in node.input]
+        node.output[:] = [foreign.get(name, name) for name in node.output]
+    for weight in model.graph.initializer:
+        weight.name = foreign.get(weight.name, weight.name)
+    onnx.save(model, tmp_path / "renamed.onnx")
+    graph = load(tmp_path / "renamed.onnx")
+    units = split(graph, ORT_CPU, find_heads(graph))
+    ranges = {foreign.get(name, name): limits for name, limits in case.ranges.items()}
+    found = apply(graph, units, units.quantizable(), ranges, ORT_CPU).to_bytes()
+    expected = rewritten(case, case.units.quantizable())
+    assert np.array_equal(OrtSession(found).run(case.feeds[0])["y"], OrtSession(expected).run(case.feeds[0])["y"])
 
 
 def test_unknown_and_forbidden_units_are_refused(case) -> None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
+import onnx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
+from bitalloy.apply import apply
+from bitalloy.graph import load
+from bitalloy.heads import find_heads
 from bitalloy.records import Precision
 from bitalloy.regions import ancestors, path_of
+from bitalloy.runtime import OrtSession
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split
 
@@ -79,3 +87,33 @@ def test_more_int8_units_never_round_fewer_weights(case_units, data) -> None:
 def test_regions_come_from_node_names(case) -> None:
     assert path_of(case.graph.node["/body/cv1/Conv"]) == ("body", "cv1")
     assert ancestors("body/cv1") == ("body/cv1", "body", "(model)")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "int8"),
+    [
+        ({}, True),
+        ({"pads": [1] * 4}, True),
+        ({"ceil_mode": 1}, True),
+        ({"count_include_pad": 1, "pads": [1] * 4}, True),
+        ({"count_include_pad": 1, "ceil_mode": 1}, False),
+        ({"dilations": [2, 2]}, False),
+    ],
+)
+def test_average_pools_run_in_int8_where_the_kernel_is_right(tmp_path, attributes, int8) -> None:
+    """Of a pool in INT8 the fused kernel must give what the separate operators give, within one step."""
+    pool = helper.make_node("AveragePool", ["d"], ["p"], "pool", kernel_shape=[3, 3], strides=[2, 2], **attributes)
+    nodes = [helper.make_node("Relu", ["x"], ["d"], "relu"), pool, helper.make_node("Neg", ["p"], ["y"], "end")]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 4, 34, 34]), ("y", None)))
+    model = helper.make_model(
+        helper.make_graph(nodes, "pool", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9
+    )
+    onnx.save(model, tmp_path / "pool.onnx")
+    graph = load(tmp_path / "pool.onnx")
+    units = split(graph, ORT_CPU, find_heads(graph))
+    assert units.quantizable() == ({"pool"} if int8 else set())
+    high = 4.0
+    found = apply(graph, units, units.quantizable(), {"d": (0.0, high), "p": (0.0, high)}, ORT_CPU).to_bytes()
+    feeds = {"x": np.random.default_rng(0).uniform(0, high, (1, 4, 34, 34)).astype(np.float32)}
+    fused, plain = (OrtSession(found, optimize=o).run(feeds)["y"] for o in (True, False))
+    assert np.abs(fused - plain).max() <= 1.01 * high / 255

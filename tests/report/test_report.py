@@ -274,6 +274,22 @@ class TestCharts:
         assert "m-off" in picture
         assert ">160<" not in picture
 
+    def test_a_whisker_of_a_busy_machine_leaves_the_bars_readable(self) -> None:
+        def picture(high: float) -> tuple[float, float, str]:
+            bars = [charts.Bar("float", 4.0, 3.0, high, "4 ms", "", "b-float")]
+            bars.append(charts.Bar("mixed", 3.0, 2.0, 3.5, "3 ms", "", "b-mixed"))
+            text = str(charts.latency(bars))
+            width, other = (float(w) for w in re.findall(r'class="bar [^>]*width="([0-9.]+)"', text))
+            ends = [float(end) for end in re.findall(r'class="spread" d="M[0-9.]+ [0-9.]+H([0-9.]+)', text)]
+            assert all(end <= charts.WIDTH - 140 for end in ends)
+            assert other == pytest.approx(0.75 * width, abs=0.1)
+            return width, ends[0], text
+
+        calm, busy = picture(5.0), picture(400.0)
+        assert "p90 400 ms" in busy[2] and "p90" not in calm[2]
+        assert busy[0] > 0.3 * (charts.WIDTH - 140 - 92)
+        assert calm[1] - 92 == pytest.approx(calm[0] * 5 / 4, abs=0.1)
+
     def test_tooltips_are_escaped(self) -> None:
         picture = charts.pareto([charts.Series(EVIL, (charts.Marker(0.5, 20.0, EVIL),))], ceiling=80.0)
         assert "<img" not in picture
@@ -378,6 +394,19 @@ class TestBrowser:
         sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
         own = [s for s in sent if not s["documentURL"].startswith("chrome://")]  # the browser's own start page
         assert [s["request"]["url"] for s in own if not s["request"]["url"].startswith("data:")] == [page.current_url]
+
+    def test_charts_can_be_read_on_a_phone(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run())
+        page.set_window_size(500, 900)  # the narrowest that the browser allows
+        try:
+            heights = page.execute_script(
+                "return [...document.querySelectorAll('.chart .tick')].map(t => t.getBoundingClientRect().height)"
+            )
+            overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        finally:
+            page.set_window_size(1366, 768)
+        assert min(heights) > 9
+        assert overflow <= 0
 
     def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
         run = make_run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bitalloy.errors import DataError
+from bitalloy.errors import DataError, RunDirectoryError
 from bitalloy.samples import drawing, shapes, words
 from bitalloy.samples.shapes import CLASSES, Scene, scene, write_coco
 
@@ -310,3 +311,14 @@ def test_shipped_detector_finds_the_shapes(scenes: list[Scene]) -> None:
             found += bool(((iou > 0.6) & (output[4 + label] > 0.3)).any())
             total += 1
     assert found >= 0.8 * total
+
+
+def test_a_disk_that_takes_no_more_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(RunDirectoryError, match=r"cannot be written.*Free space"):
+            write_coco(tmp_path / "run" / "sample", count=4, size=320)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "run").iterdir()) == []

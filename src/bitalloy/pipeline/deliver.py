@@ -163,7 +163,9 @@ def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
     samples = _verification_samples(analysis)
 
     def make() -> bytes:
-        models: dict[str, bytes | Path] = {"float": analysis.graph.source, "int8": all_int8(analysis), "mixed": mixed}
+        graph = analysis.graph
+        original = graph.source if graph.runnable else graph.to_bytes()
+        models: dict[str, bytes | Path] = {"float": original, "int8": all_int8(analysis), "mixed": mixed}
         with work.stage("benchmark", BENCH_REPEATS) as progress:
             times = bench.sittings(
                 {name: partial(OrtSession, model) for name, model in models.items()},
@@ -210,11 +212,14 @@ def _following(
 ) -> tuple[Budget, CostTable] | None:
     """What to search with next, or None where the measurement meets the user's budget.
 
-    Case 1. Too slow: the cost table is corrected by the measured plan.
+    Case 1. Too slow: the cost table is corrected by the measured plan. Under a floor on SQNR alone, this is a plan that
+            is slower than the float model.
     Case 2. Too much damage: the floor is raised by the gap.
     """
     before, table = asked, planned.cost
     limit = ratio_limit(budget, planned)
+    if limit is None and budget.size_bytes is None:
+        limit = 1.0
     if limit is not None and measured.ratio > limit * TOLERANCE:
         table = corrected(table, analysis.units, planned.plan.int8_units(), measured.ratio)
     if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:

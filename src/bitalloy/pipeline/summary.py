@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from bitalloy.bench import TOLERANCE
+from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.matrix import draws, estimate
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
-from bitalloy.records import Comparison, HeadComparison, Round, Summary, Triple
+from bitalloy.records import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
 
 
 def summarize(
@@ -65,15 +66,14 @@ def summarize(
         rounds=tuple(rounds),
         seed=analysis.settings.seed,
         versions=versions(),
-        notes=(*analysis.notes, *metrics.notes),
+        notes=(*analysis.notes, *_busy(latency), *metrics.notes),
     )
 
 
 def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:
     ratio = measured.ratio
-    parts = [
-        f"{measured.latency.mixed.median_ms:.1f} ms against {measured.latency.reference.median_ms:.1f} ms in float"
-    ]
+    latency = measured.latency
+    parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
     parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
     for name, metric in metrics.metrics.items():
         parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
@@ -82,7 +82,30 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
         if ratio < 1
         else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
     )
+    if not planned.plan.int8_units():
+        lead = "Nothing runs in INT8, so the mixed model is NOT faster than float: deploy the float model"
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
     return f"{lead}: {'; '.join(parts)}."
+
+
+def _busy(latency: LatencySpread) -> tuple[str, ...]:
+    worst = max(unsteadiness(one) for one in (latency.reference, latency.int8, latency.mixed))
+    if worst < UNSTEADY:
+        return ()
+    note = (
+        f"The machine was busy: half of the inferences took at least {worst:.1f} times as long as the fastest tenth. "
+        "All latencies here are worth little; give the same command again on a quiet machine, with another --out."
+    )
+    return (note,)
+
+
+def _milliseconds(value: float) -> str:
+    """Three significant digits: small models take microseconds, large ones seconds.
+
+    >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
+    ('0.0482 ms', '73.8 ms', '1234 ms')
+    """
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f} ms"

@@ -15,6 +15,8 @@ from markupsafe import Markup
 WIDTH = 960
 PALETTE = 8
 """Number of series colours in the style sheet."""
+REACH = 2.5
+"""The latency chart shows whiskers up to this multiple of the longest bar."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,15 @@ def pareto(
 
 
 def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
-    """Median latency as bars from zero, with a whisker from the 10th to the 90th percentile."""
+    """Median latency as bars from zero, with a whisker from the 10th to the 90th percentile.
+
+    A whisker that goes far beyond the bars (a machine that was busy) ends in an arrow with its number, so that the
+    bars stay readable.
+    """
     left, right, top, pitch, bottom = 92, 140, 26, 44, 48
     height = top + pitch * len(bars) + bottom
-    most = max([b.high for b in bars] + ([limit_ms] if limit_ms is not None else []))
-    x_ticks = ticks(0.0, most * 1.02, 8)
+    most = min(max(b.high for b in bars), REACH * max(b.median for b in bars))
+    x_ticks = ticks(0.0, max(most, limit_ms or 0.0) * 1.02, 8)
     x = Scale(x_ticks[0], x_ticks[-1], left, WIDTH - right)
     y = Scale(0, 1, height - bottom, top)
     parts = [_grid(x, y, x_ticks, ()), _axis_titles("Latency of one inference, ms", None, x, y)]
@@ -158,17 +164,13 @@ def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
         middle = top + pitch * (index + 0.5)
         parts.append(_text(left - 10, middle + 4.5, bar.name, "label end"))
         parts.append(
-            Markup(
-                '<g data-tip="{}"><rect class="bar {}" x="{}" y="{}" width="{}" height="24" rx="3"/>'
-                '<path class="spread" d="M{} {}H{}M{} {}v10M{} {}v10"/></g>'
-            ).format(
+            Markup('<g data-tip="{}"><rect class="bar {}" x="{}" y="{}" width="{}" height="24" rx="3"/>{}</g>').format(
                 bar.tip,
                 bar.style,
                 left,
                 _px(middle - 12),
                 _px(max(x(bar.median) - left, 1)),
-                *(_px(x(bar.low)), _px(middle), _px(x(bar.high))),
-                *(_px(x(bar.low)), _px(middle - 5), _px(x(bar.high)), _px(middle - 5)),
+                _spread(bar, x, middle),
             )
         )
         parts.append(_text(WIDTH - right + 12, middle + 4.5, bar.label, "value"))
@@ -177,6 +179,21 @@ def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
         parts.append(_text(x(limit_ms), top - 8, f"budget {limit_ms:.4g} ms", "limit-text middle"))
     names = "; ".join(f"{b.name} {b.median:.4g} ms" for b in bars)
     return _svg(height, f"Bar chart of median latency: {names}.", parts)
+
+
+def _spread(bar: Bar, x: Scale, middle: float) -> Markup:
+    """The whisker of a bar: with an end, or beyond the scale with an arrow and the value."""
+    low, high = x(min(bar.low, x.high)), x(min(bar.high, x.high))
+    start = Markup('<path class="spread" d="M{0} {1}H{2}M{0} {3}v10').format(
+        _px(low), _px(middle), _px(high), _px(middle - 5)
+    )
+    if bar.high <= x.high:
+        return start + Markup('M{} {}v10"/>').format(_px(high), _px(middle - 5))
+    return (
+        start
+        + Markup('M{} {}l6 5l-6 5"/>').format(_px(high - 6), _px(middle - 5))
+        + _text(high - 10, middle - 6, f"p90 {bar.high:.3g} ms", "tick end")
+    )
 
 
 def shares(values: Iterable[float], tip: str) -> Markup:

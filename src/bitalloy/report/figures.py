@@ -81,8 +81,8 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 
 def tone(summary: Summary) -> str:
-    """`bad` where the mixed model is not faster than float, `warn` where it misses a limit, else `good`."""
-    if summary.latency_ratio >= 1:
+    """`bad` where the mixed model is not faster than float or the same, `warn` where it misses a limit, else `good`."""
+    if summary.latency_ratio >= 1 or not summary.int8_units:
         return "bad"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"
 

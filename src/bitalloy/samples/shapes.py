@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bitalloy.errors import DataError
+from bitalloy.errors import DataError, RunDirectoryError
 from bitalloy.masks import interior_point, run_lengths
 from bitalloy.samples import words
 from bitalloy.samples.drawing import CLASSES, COLORS, draw
@@ -128,12 +128,23 @@ def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320
 
     Raises:
         DataError: the folder exists and holds something else, or `scene` refuses the arguments.
+        RunDirectoryError: the folder cannot be written, such as on a full disk.
     """
     folder = Path(folder)
     info: dict[str, Any] = {"description": "shapes", "version": str(VERSION), "split": split}
     info |= {"layout": _LAYOUT, "seed": seed, "size": size, "count": count}
     if _holds(folder, info):
         return folder
+    try:
+        _place(folder, info)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"The sample '{folder}' cannot be written: {error}. Free space or choose another folder."
+        ) from error
+    return folder
+
+
+def _place(folder: Path, info: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -146,7 +157,6 @@ def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder
 
 
 def _holds(folder: Path, info: dict[str, Any]) -> bool:

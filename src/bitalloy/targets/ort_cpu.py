@@ -10,7 +10,9 @@ Case 4. Add and Mul of two activations, Concat, AveragePool, GlobalAveragePool, 
         their QLinear kernels.
 Case 5. MaxPool, Reshape, Transpose, Slice, Split and the like run on the integers as they are, with the scale of
         their input: they follow the unit that feeds them.
-Case 6. Everything else stays in float.
+Case 6. AveragePool whose INT8 kernel is wrong stays in float: with ceil_mode and count_include_pad it divides the
+        windows at the edge by another count than in float, and with dilations the fused node is refused.
+Case 7. Everything else stays in float.
 
 On x86 CPUs without VNNI the uint8 x int8 kernels add pairs of products in 16 bits and saturate (ORT documentation,
 "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every weight; here the
@@ -52,10 +54,21 @@ def _match(node: ir.Node, graph: Graph) -> Core:
         case "Concat":
             fixed = any(constant(v) is not None for v in node.inputs)
             return Core("Concat", (node,), int8=not fixed, reason="one operand is constant" if fixed else "")
+        case "AveragePool" if reason := _pool_fault(node):
+            return Core("AveragePool", (node,), int8=False, reason=reason)
         case op if op in SINGLE:
             return Core(op, (node,))
         case op:
             return Core(op, (node,), int8=False, reason=f"ONNX Runtime has no INT8 kernel for {op} on CPUs")
+
+
+def _pool_fault(node: ir.Node) -> str:
+    """What is wrong with the INT8 kernel for an AveragePool; empty where nothing is."""
+    if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+        return "ONNX Runtime's INT8 kernel differs at the edge, with ceil_mode and count_include_pad"
+    if "dilations" in node.attributes:
+        return "ONNX Runtime has no INT8 kernel for dilated AveragePool"
+    return ""
 
 
 def _weighted(node: ir.Node, *, axis: int) -> Core:
