@@ -3,8 +3,9 @@
     AIMET_PYTHON benchmarks/aimet_sensitivity.py JOB.json
 
 The job names the model, the feeds (.npz), the parts of the outputs, the operators (null: all) and where to write the
-result: per operator the quantizers that were switched on and the energies of the output errors; the time of each step;
-and as a yardstick of how busy the machine was the mean time of a plain float pass, one after every operator.
+result: per operator the quantizers that were switched on and the energies of the output errors; the scales of all these
+quantizers; the time of each step; and as a yardstick of how busy the machine was the mean time of a plain float pass,
+one after every operator.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main() -> None:
         if name not in used:
             switch.enabled = False  # of operators that were not asked for
 
+    scales = {n: [float(e.delta) for e in switches[n].get_encodings()] for n in sorted(used)}
+
     exact: list[list[np.ndarray]] = []
     energies: list[list[list[float]]] = []
     plain = onnxruntime.InferenceSession(job["model"], providers=["CPUExecutionProvider"])
@@ -100,6 +103,7 @@ def main() -> None:
         "calibration_seconds": calibrated - built,
         "analysis_seconds": done - begun - sum(passes),
         "float_pass_seconds": float(np.mean(passes)),
+        "scales": scales,
         "operators": {
             name: {**operators[name], "score": scores[name], "errors": rows}
             for name, rows in zip(scores, energies, strict=True)

@@ -12,8 +12,10 @@ all images each time. bitalloy predicts the table from one probe matrix, and mea
 The quantizers of an operator are, on both sides: its weights (int8, symmetric, per channel, min-max) and its output
 (8 bits, asymmetric, per tensor, min-max over the same images), that of the first operator also the input of the model.
 The score is the same: SQNR in dB of each head over all images, mean over the heads. What differs: AIMET rounds
-weights to 255 steps of max/127.5, bitalloy to 254 of max/127; and constants that an elementwise operator reads are
-rounded by AIMET only. Operators of which the quantizers are not the same are timed but not compared.
+weights to 255 steps of max/127.5, bitalloy to 254 of max/127; constants that an elementwise operator reads are
+rounded by AIMET only; and AIMET puts the operands of a Concat on the scale of its output. Agreement is given twice:
+over operators for which both round the same tensors (`compared`), and over those of them for which all scales are the
+same, too, to 1 % (`same_quantizers`): only there both claim to measure the same thing.
 
 Both sides time a plain float pass again and again between their own steps, and `passes` is their time in units of its
 mean, so that `times_faster`, the ratio of AIMET's passes to ours, does not depend on how busy the machine was during
@@ -21,8 +23,7 @@ either; `times_faster_seconds` is the ratio of seconds. For `exact` both are per
 
 The last line is JSON. `probe` has an entry for each number of probes and images: with fewer than all images the table
 is made from the first of them, and compared with AIMET's from all. Building the probe's sessions is in its time;
-building AIMET's simulation and both calibrations are in no ratio and are listed beside it. `spearman` and the errors
-are those of the scores against AIMET's over `compared` operators, `spearman_heads` those of each head.
+building AIMET's simulation and both calibrations are in no ratio and are listed beside it.
 `probe_agrees_with_exact` compares bitalloy's two tables, for the most probes.
 """
 
@@ -47,11 +48,12 @@ from bitalloy.calibrate import collect
 from bitalloy.graph import Graph, constant, name_of
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix, decibel
+from bitalloy.numerics import activation_params
 from bitalloy.records import UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober, Switchboard, damage
 from bitalloy.targets import target
-from bitalloy.targets.base import Core, split
+from bitalloy.targets.base import Core, Target, split, weight_params
 
 CHILD = Path(__file__).with_name("aimet_sensitivity.py")
 
@@ -95,6 +97,16 @@ def operator_sites(graph: Graph, units: UnitGraph) -> dict[str, tuple[frozenset[
     return found
 
 
+def scales_of(
+    graph: Graph, units: UnitGraph, ranges: dict[str, tuple[float, float]], device: Target
+) -> dict[str, np.ndarray]:
+    """Scales of every tensor and weight that may be rounded."""
+    found = {t: activation_params(*r, signed=device.activation_signed).scale.reshape(-1) for t, r in ranges.items()}
+    for site in (w for u in units.units for w in u.weights):
+        found[site.tensor] = weight_params(device, graph.node[site.node], site).scale.reshape(-1)
+    return found
+
+
 def agreement(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
     """Of two scores in dB."""
     gap = np.abs(theirs - ours)
@@ -129,7 +141,7 @@ class Yardstick:
 def aimet_result(options: argparse.Namespace, job: dict, feeds: list[dict[str, np.ndarray]]) -> dict:
     """AIMET's result, from the file of an earlier run of the same job where there is one."""
     digest = hashlib.sha256(options.model.read_bytes())
-    digest.update(json.dumps([job, CHILD.read_text()], sort_keys=True).encode())
+    digest.update(json.dumps(job, sort_keys=True).encode())
     for sample in feeds:
         for name in sorted(sample):
             digest.update(name.encode() + np.ascontiguousarray(sample[name]).tobytes())
@@ -203,7 +215,7 @@ def main() -> None:
     prober = Prober(model, units, heads, ranges, device)
     build = time.perf_counter() - calibrated
     prober.measure(feeds[0], sample=0, probes=min(options.probes), seed=options.seed)  # the first one allocates
-    tables, spent = {}, {}
+    tables, spent, pace = {}, {}, {}
     for probes in options.probes:
         shards, seconds = [], build
         for index, sample in enumerate(feeds):
@@ -215,7 +227,7 @@ def main() -> None:
                 matrix = ProbeMatrix.concatenate(shards)
                 tables[probes, count] = {n: matrix.damage(matrix.select(table[n][0])).mean(axis=0) for n in names}
                 spent[probes, count] = seconds
-    probe_pass = stick.read()
+        pace[probes] = stick.read()
     del prober
     board = Switchboard(model, units, ranges, device)
     sets = [board.gates(table[n][0]) for n in names]
@@ -227,21 +239,25 @@ def main() -> None:
             stick.measure()
 
     found, _ = damage(board, sets, heads, feeds, progress=progress)
-    exact_s, exact = (
-        time.perf_counter() - begun - sum(stick.passes),
-        dict(zip(names, found.mean(axis=0).T, strict=True)),
-    )
+    exact_s = time.perf_counter() - begun - sum(stick.passes)
+    exact = dict(zip(names, found.mean(axis=0).T, strict=True))
     exact_pass = stick.read()
 
     energy = np.mean(theirs["energy"], axis=0)
-    same, other = [], []
-    for name, entry in theirs["operators"].items():
-        alike = name in exact and all(sorted(entry[k]) == sorted(v) for k, v in table[name][1].items())
-        (same if alike else other).append(name)
-    aimet = {n: np.mean(theirs["operators"][n]["errors"], axis=0) / energy for n in same}
+    entries, ours = theirs["operators"], scales_of(model, units, ranges, device)
+    same = [
+        n for n, e in entries.items() if n in exact and all(sorted(e[k]) == sorted(v) for k, v in table[n][1].items())
+    ]
 
-    def scores(damages: dict[str, np.ndarray]) -> np.ndarray:
-        return np.array([float(decibel(damages[n]).mean()) for n in same])
+    def equal(tensor: str) -> bool:
+        scale = np.array(theirs["scales"][tensor])
+        return scale.shape == ours[tensor].shape and bool(np.allclose(scale, ours[tensor], rtol=0.01, atol=0))
+
+    strict = [n for n in same if all(equal(t) for tensors in table[n][1].values() for t in tensors)]
+    aimet = {n: np.mean(entries[n]["errors"], axis=0) / energy for n in same}
+
+    def scores(damages: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
+        return np.array([float(decibel(damages[n]).mean()) for n in names])
 
     most = tables[options.probes[-1], len(feeds)]
     for name in sorted(same, key=lambda n: float(decibel(aimet[n]).mean()))[:15]:
@@ -251,9 +267,12 @@ def main() -> None:
     passes = seconds / theirs["float_pass_seconds"]
 
     def against(damages: dict[str, np.ndarray]) -> dict:
-        pairs = [(decibel(np.array([t[n] for n in same])).T) for t in (aimet, damages)]
-        heads_agree = {h.name: round(float(spearmanr(*pair)[0]), 4) for h, *pair in zip(heads, *pairs, strict=True)}
-        return {**agreement(scores(aimet), scores(damages)), "spearman_heads": heads_agree}
+        found = {}
+        for label, chosen in (("compared", same), ("same_quantizers", strict)):
+            rows = [[decibel(t[n]) for n in chosen] for t in (aimet, damages)]
+            by_head = {h.name: agreement(*np.array(rows)[:, :, i]) for i, h in enumerate(heads)}
+            found[label] = {**agreement(scores(aimet, chosen), scores(damages, chosen)), "heads": by_head}
+        return found
 
     result = {
         "benchmark": "sensitivity_vs_aimet",
@@ -270,7 +289,9 @@ def main() -> None:
             "calibration_seconds": round(theirs["calibration_seconds"], 2),
         },
         "compared": len(same),
-        "not_compared": other,
+        "not_compared": [n for n in entries if n not in same],
+        "same_quantizers": len(strict),
+        "other_scales": [n for n in same if n not in strict],
         "calibration_seconds": round(calibrated - start, 2),
         "probe_build_seconds": round(build, 2),
         "operators": len(names),
@@ -279,8 +300,8 @@ def main() -> None:
                 "probes": probes * len(heads),
                 "samples": count,
                 "seconds": round(spent[probes, count], 2),
-                "passes": round(spent[probes, count] / probe_pass, 1),
-                "times_faster": round(passes * probe_pass / spent[probes, count], 1),
+                "passes": round(spent[probes, count] / pace[probes], 1),
+                "times_faster": round(passes * pace[probes] / spent[probes, count], 1),
                 "times_faster_seconds": round(seconds / spent[probes, count], 1),
                 **against(damages),
             }
@@ -293,7 +314,7 @@ def main() -> None:
             "times_faster_seconds": round(seconds / size / (exact_s / len(names)), 2),
             **against(exact),
         },
-        "probe_agrees_with_exact": agreement(scores(exact), scores(most)),
+        "probe_agrees_with_exact": agreement(scores(exact, same), scores(most, same)),
     }
     print(json.dumps(result))
 
