@@ -499,3 +499,7 @@ class Summary(Record, frozen=True, kw_only=True):
     seed: int
     versions: dict[str, str]
     notes: tuple[str, ...]
+    graphs: dict[str, Triple] = msgspec.field(default_factory=dict)
+    """File size in bytes of each graph of a program; empty for a model of one graph."""
+    workload: str = "one inference"
+    """What the latency of one inference pays for."""
