@@ -124,7 +124,8 @@ def run(
     """Analyse, plan, apply, verify and report: everything, in one go.
 
     Leaves in the run directory: mixed.onnx (or mixed/ of a program), report.html, summary.json, plan.json,
-    sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given again.
+    sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
+    again.
 
     Examples:
       bitalloy run                                   the embedded sample

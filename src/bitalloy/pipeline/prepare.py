@@ -77,15 +77,17 @@ def prepare(
     Raises:
         BitalloyError: the model, data or run directory cannot be used; the message says what to do.
     """
-    store = RunDirectory(out)
-    work = Workspace(store, progress or Silent())
-    source = _locate(model, work, checkpoint, zoo.Options(seed=seed, trust_checkpoint=trust_checkpoint))
-    folder = store.path / "sample"
-    given = dict(shapes or {})
+    options = zoo.Options(seed=seed, trust_checkpoint=trust_checkpoint)
+    source, given = _find(model, checkpoint), dict(shapes or {})
+    progress = progress or Silent()
+    if source is None:
+        source = _export(str(model), checkpoint, options, Workspace(RunDirectory(out), progress))
     files = [] if labels is None else [Path(labels)] if isinstance(labels, (str, Path)) else [Path(p) for p in labels]
+    folder = Path(out) / "sample"
     if is_program(source.path):
         outline = read_outline(source.path)
         spec = _program_image(outline, image)
+        store = RunDirectory(out)
         paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "calibration", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
@@ -93,12 +95,19 @@ def prepare(
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
         loaded = graph.load(source.path, shapes={**_usual(source.path, data), **given})
+        store = RunDirectory(out)
         samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
             files = [write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size) / "instances.json"]
-    notes = (SAMPLE_NOTE,) if data is None else ()
-    return Prepared(model=loaded, data=samples, labels=tuple(files), notes=notes, work=work, store=store)
+    return Prepared(
+        model=loaded,
+        data=samples,
+        labels=tuple(files),
+        notes=(SAMPLE_NOTE,) if data is None else (),
+        work=Workspace(store, progress),
+        store=store,
+    )
 
 
 def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
@@ -154,16 +163,20 @@ def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
     return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]
 
 
-def _locate(model: str | Path, work: Workspace, checkpoint: str | Path | None, options: zoo.Options) -> zoo.Source:
-    """The file or folder behind what the user named; a model family's is exported first."""
-    name = str(model)
-    if not zoo.is_variant(name) or Path(name).exists():
-        if checkpoint is not None:
-            raise BitalloyError(
-                f"--checkpoint belongs to a model that is exported first, and '{name}' is none of those. Leave it out, "
-                "or give a name from `bitalloy models`."
-            )
-        return zoo.resolve(model)
+def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None:
+    """The file or folder behind what the user named; None where it must be exported first."""
+    if zoo.is_variant(str(model)) and not Path(model).exists():
+        return None
+    if checkpoint is not None:
+        raise BitalloyError(
+            f"--checkpoint belongs to a model that is exported first, and '{model}' is none of those. Leave it out, or "
+            "give a name from `bitalloy models`."
+        )
+    return zoo.resolve(model)
+
+
+def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work: Workspace) -> zoo.Source:
+    """Export a model of a family into the run directory, or find it there."""
     assert work.store is not None, "exports go into a run directory"
     key = key_of(name=name, checkpoint=_identity(checkpoint), seed=options.seed)
     folder = work.store.cache / f"export-{key[:24]}"

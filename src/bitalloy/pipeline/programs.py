@@ -27,6 +27,7 @@ from bitalloy.runtime import Chain, OrtSession
 from bitalloy.tasks import chat, promptable
 from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
 from bitalloy.tasks.chat_samples import ChatSamples
+from bitalloy.tasks.pieces import read_pieces
 from bitalloy.tasks.prompt_samples import PromptSamples
 from bitalloy.zoo.mobilevlm_chat import tokenizer as sentence_pieces
 
@@ -95,8 +96,10 @@ def tokenizer(folder: Path) -> Tokenizer:
 
     Raises:
         ModelError: there is none, or it is damaged.
-        MissingExtraError: reading it needs a package that is not installed.
+        MissingExtraError: reading one of its kind needs a package that is not installed.
     """
+    if (pieces := read_pieces(folder)) is not None:
+        return pieces
     return chat.SentencePieces(sentence_pieces(folder))
 
 
