@@ -86,7 +86,7 @@ PROTECT = [{"pattern": "*/mask_decoder/*", "reason": "Outliers.", "source": "a p
 
 
 def write_promptable(folder: Path) -> Path:
-    """Image (1, 3, 64, 64) -> embeddings (1, 16, 8, 8); with points -> masks (1, 4, 16, 16) and their quality (1, 4)."""
+    """Image (1, 3, 64, 64) -> embeddings (1, 16, 8, 8); with points -> masks (1, 4, 16, 16), quality (1, 4)."""
     folder.mkdir(parents=True, exist_ok=True)
     net, x, inside = Net(0), "image", 3
     for i, outside in enumerate((8, 16, WIDTH)):
