@@ -103,6 +103,13 @@ def run(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
     ] = None,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect/--no-protect",
+            help="Keep in float what the model's family advises, unless measurement overrules it.",
+        ),
+    ] = True,
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
@@ -149,6 +156,7 @@ def run(
         probes=probes,
         seed=seed,
         exclude=tuple(exclude or ()),
+        protect=protect,
     )
     with Bars() as bars:
         prepared = pipeline.prepare(

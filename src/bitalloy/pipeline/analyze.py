@@ -151,7 +151,8 @@ def calibrate(
         left = " after --exclude" if excluded else ""
         raise BitalloyError(f"No unit of the model can run in INT8 on {device.name}{left}: there is nothing to plan.")
     info = data.info
-    key = key_of(model=model.info.sha256, data=info, settings=settings, versions=versions(), shapes=model.info.inputs)
+    decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
+    key = key_of(model=model.info.sha256, data=info, settings=decisive, versions=versions(), shapes=model.info.inputs)
     calibration = _calibrate(model, units, data, info, settings, key, work)
     return Calibrated(
         graph=model,

@@ -18,6 +18,7 @@ from bitalloy.errors import BudgetError, DataError
 from bitalloy.graph import Graph
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.programs import interface_of, runner
+from bitalloy.pipeline.protection import protect
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
@@ -87,15 +88,30 @@ def plan(
     """
     work = work or Workspace()
     table = table or measure_cost(analysis, work=work)
-    problem = Problem(analysis.units, analysis.matrix, analysis.secant, table, float_bytes(analysis.graph))
+    units, kept, freed = analysis.units, {}, {}
+    if analysis.settings.protect:
+        found = protect(analysis.graph, analysis.units, analysis.matrix)
+        units, kept, freed = found.units, dict(found.kept), dict(found.freed)
+    problem = Problem(units, analysis.matrix, analysis.secant, table, float_bytes(analysis.graph))
 
     def make() -> bytes:
         with work.stage("search", FRONT_BUDGETS) as progress:
             found = search(problem, budget, seed=analysis.settings.seed, progress=progress.advance)
-        return msgspec.json.encode(found)
+        choices = (
+            msgspec.structs.replace(c, reason=f"{c.reason}; {freed[c.unit]}") if c.unit in freed else c
+            for c in found.choices
+        )
+        return msgspec.json.encode(msgspec.structs.replace(found, choices=tuple(choices)))
 
-    key = key_of(analysis=analysis.key, cost=table, budget=budget)
-    return Planned(msgspec.json.decode(work.cached("plan", key, make), type=Plan), table)
+    key = key_of(analysis=analysis.key, cost=table, budget=budget, protected=kept)
+    try:
+        plan_ = msgspec.json.decode(work.cached("plan", key, make), type=Plan)
+    except BudgetError as error:
+        if not kept:
+            raise
+        hint = f"{len(kept)} units stay in float by advice of the model's family; --no-protect frees them."
+        raise BudgetError(f"{error} {hint}", error.reachable_ratio) from error
+    return Planned(plan_, table, tuple(kept))
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
@@ -336,4 +352,5 @@ def _with_measured(planned: Planned, budget: Budget, measured: Measured) -> Plan
         msgspec.structs.replace(head, measured_db=found)
         for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
     )
-    return Planned(msgspec.structs.replace(planned.plan, heads=heads, budget=budget), planned.cost)
+    plan_ = msgspec.structs.replace(planned.plan, heads=heads, budget=budget)
+    return Planned(plan_, planned.cost, planned.protected)

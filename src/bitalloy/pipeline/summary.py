@@ -68,6 +68,7 @@ def summarize(
         versions=versions(),
         notes=(*analysis.notes, *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
+        protected_units=planned.protected,
         workload=_workload(analysis),
     )
 
