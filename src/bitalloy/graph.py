@@ -140,7 +140,10 @@ def load_open(path: str | Path) -> ir.Model:
     if size >= LARGE_BYTES:
         hold(parsed, source.parent)
     del proto
+    shapes = {value.name: value.shape for value in parsed.graph.outputs}
     model = tidy(parsed)
+    for value in model.graph.outputs:
+        value.shape = shapes[value.name]  # inference forgets the names of open sizes
     if size >= LARGE_BYTES:
         release(model)
     return model

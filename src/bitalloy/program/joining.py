@@ -158,7 +158,11 @@ def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
             raise ModelError(f"The model has no tensor '{owner}/{tensor}': it was not made from this program.")
         return found
 
-    ends = [_rounded(joined(name, str(v.name))) for v in original.outputs]
+    plain = [joined(name, str(v.name)) for v in original.outputs]
+    ends = [_rounded(value) for value in plain]
+    for value, end in zip(plain, ends, strict=True):
+        if end is not value:
+            value.name = f"{value.name}/float"  # the name belongs to what leaves
     wires = {w.input: w for w in program.wires if w.target == name}
     starts: list[ir.Value] = []
     for value in original.inputs:
