@@ -229,7 +229,8 @@ def sentencepiece_model(pieces: Sequence[tuple[str, float, int]], **normalizer: 
     settings = {"add_dummy_prefix": 3, "remove_extra_whitespaces": 4}
     chosen = {"add_dummy_prefix": True, "remove_extra_whitespaces": False, **normalizer}
     rules = b"".join(varint(settings[name] << 3) + varint(value) for name, value in chosen.items())
-    return body + record(2, varint(3 << 3) + varint(2)) + record(3, rules)
+    bytes_too = any(kind == 6 for _, _, kind in pieces)
+    return body + record(2, varint(3 << 3) + varint(2) + varint(35 << 3) + varint(bytes_too)) + record(3, rules)
 
 
 @pytest.fixture(scope="session")
