@@ -14,7 +14,6 @@ input model is untouched (it is cloned).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,11 +219,6 @@ def _softmax_last(writer: _Writer, node: ir.Node, unit: str) -> None:
     ir.convenience.replace_all_uses_with(y, last.outputs[0])
     writer.graph.remove(node, safe=True)
     last.outputs[0].name, y.name = y.name, None
-
-
-def digest(model: bytes) -> str:
-    """SHA-256 of a serialized model."""
-    return hashlib.sha256(model).hexdigest()
 
 
 def _verify(graph: Graph, model: ir.Model) -> None:

@@ -48,17 +48,24 @@ def sittings(
     feeds: Mapping[str, np.ndarray],
     *,
     repeats: int,
+    together: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """`interleave` with sessions that are made anew a few times.
 
-    Where its memory lies makes the same model faster or slower.
+    Where its memory lies makes the same model faster or slower. Models that do not fit into memory together take
+    turns as a whole (`together` is False): then one session exists at a time.
     """
     parts = []
     for turn in range(SITTINGS):
         share = repeats * (turn + 1) // SITTINGS - repeats * turn // SITTINGS
-        sessions = {name: make() for name, make in models.items()}
-        parts.append(interleave(sessions, feeds, repeats=share, progress=progress))
+        found = {}
+        for group in [list(models)] if together else [[name] for name in models]:
+            sessions = {name: models[name]() for name in group}
+            found.update(interleave(sessions, feeds, repeats=share, progress=progress))
+            for session in sessions.values():
+                session.close()
+        parts.append(found)
     return {name: np.concatenate([p[name] for p in parts]) for name in models}
 
 

@@ -65,9 +65,14 @@ class Bars:
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    model: Annotated[
+        str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
+    ] = "yolo11n-shapes",
     data: Annotated[
-        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+        Path | None,
+        typer.Option(
+            help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
+        ),
     ] = None,
     target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
     latency: Annotated[
@@ -78,11 +83,12 @@ def run(
     ] = None,
     size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
     evaluate: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--eval",
             exists=True,
-            help="COCO annotation file, or a folder of images and label maps: measure float, INT8 and mixed on it.",
+            help="Labels of the model's task, such as a COCO annotation file or questions as JSON lines: measure "
+            "float, INT8 and mixed on them. May be given more than once.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
@@ -97,18 +103,36 @@ def run(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
     ] = None,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect/--no-protect",
+            help="Keep in float what the model's family advises, unless measurement overrules it.",
+        ),
+    ] = True,
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
     ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model that is exported first: file, folder, hub repository, or `random`.  "
+            "[default: the published one]"
+        ),
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
 ) -> None:
     """Analyse, plan, apply, verify and report: everything, in one go.
 
-    Leaves in the run directory: mixed.onnx, report.html, summary.json, plan.json, sensitivity.json/.csv and
-    the probe matrix. A killed run goes on where it stopped when the same command is given again.
+    Leaves in the run directory: mixed.onnx (or mixed/ of a program), report.html, summary.json, plan.json,
+    sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
+    again.
 
     Examples:
       bitalloy run                                   the embedded sample
@@ -116,19 +140,14 @@ def run(
       bitalloy run model.onnx --data images/ --latency 0.7x
 
       bitalloy run yolo11n.onnx --data images/ --max-drop-db 20 --eval instances.json
+
+      bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
     """
     from bitalloy import options, pipeline
     from bitalloy.records import Budget, Settings
 
-    loaded = pipeline.load(model, shapes=options.shapes(shape or []))
     ratio, milliseconds = options.latency(latency)
-    given = latency is not None or max_drop_db is not None or size is not None
-    budget = Budget(
-        latency_ratio=ratio,
-        latency_ms=milliseconds,
-        size_bytes=options.size(size, len(loaded.to_bytes())),
-        min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
-    )
+    options.size(size, 1)
     settings = Settings(
         target=target,
         calibration_samples=calibration_samples,
@@ -137,21 +156,29 @@ def run(
         probes=probes,
         seed=seed,
         exclude=tuple(exclude or ()),
+        protect=protect,
     )
-    image = pipeline.image_spec(loaded, **options.image(scale, mean, std, layout, fit))
     with Bars() as bars:
-        verified = pipeline.run(
+        prepared = pipeline.prepare(
             model,
             out=out,
             data=data,
             labels=evaluate,
-            budget=budget if given else None,
-            settings=settings,
             shapes=options.shapes(shape or []),
-            image=image,
-            limit=limit,
+            image=options.image(scale, mean, std, layout, fit),
+            checkpoint=checkpoint,
+            trust_checkpoint=trust_checkpoint,
+            seed=seed,
             progress=bars,
         )
+        given = latency is not None or max_drop_db is not None or size is not None
+        budget = Budget(
+            latency_ratio=ratio,
+            latency_ms=milliseconds,
+            size_bytes=options.size(size, pipeline.float_bytes(prepared.model)),
+            min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
+        )
+        verified = pipeline.deliver(prepared, budget=budget if given else None, settings=settings, limit=limit)
     summary = verified.summary
     if json_output:
         sys.stdout.write((out / "summary.json").read_text() + "\n")
@@ -167,6 +194,9 @@ def run(
     for name, metric in summary.metrics.items():
         values = (metric.reference, metric.int8, metric.mixed)
         table.add_row(f"{name} (n={metric.reference.n})", *(f"{m.value:.4f}" for m in values))
+    for name, part in summary.graphs.items():
+        cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
+        table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
     out_console.print(f"{summary.int8_units} of {summary.units} units in INT8. Report: {out / 'report.html'}")
     for note in summary.notes:
@@ -175,9 +205,14 @@ def run(
 
 @app.command()
 def sensitivity(
-    model: Annotated[str, typer.Argument(help="An .onnx file, or a name from `bitalloy models`.")] = "yolo11n-shapes",
+    model: Annotated[
+        str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
+    ] = "yolo11n-shapes",
     data: Annotated[
-        Path | None, typer.Option(help="Folder of images, or .npz/.npy feeds, that look like the real inputs.")
+        Path | None,
+        typer.Option(
+            help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe",
     mode: Annotated[
@@ -212,6 +247,16 @@ def sensitivity(
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
     ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model that is exported first: file, folder, hub repository, or `random`.  "
+            "[default: the published one]"
+        ),
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
@@ -236,7 +281,6 @@ def sensitivity(
 
     exact = options.choice("--method", method, ("probe", "exact")) == "exact"
     options.together(exact=exact, mode=mode, confirm=confirm, metric=metric, evaluate=evaluate is not None)
-    loaded = pipeline.load(model, shapes=options.shapes(shape or []))
     with Bars() as bars:
         table = pipeline.sensitivity(
             model,
@@ -258,7 +302,9 @@ def sensitivity(
             labels=evaluate,
             limit=limit,
             shapes=options.shapes(shape or []),
-            image=pipeline.image_spec(loaded, **options.image(scale, mean, std, layout, fit)),
+            image=options.image(scale, mean, std, layout, fit),
+            checkpoint=checkpoint,
+            trust_checkpoint=trust_checkpoint,
             progress=bars,
         )
     if json_output:

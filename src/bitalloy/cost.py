@@ -14,7 +14,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -24,10 +23,12 @@ from scipy.optimize import nnls
 
 from bitalloy import bench
 from bitalloy.records import CostTable, UnitCost, UnitGraph
-from bitalloy.runtime import OrtSession
+from bitalloy.runtime import Artefact
 from bitalloy.runtime.ort import available_cores
 
 PROFILE_RUNS = 8
+MIXTURES, LARGE_MIXTURES = 6, 2
+"""Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
 QUIET = 25
 """Percentile of repeated times that stands for a variant: other work on the machine only ever adds time."""
 SWITCH = (0.05, 0.15, 0.4)
@@ -51,12 +52,11 @@ class Profile:
 
 def measure(
     units: UnitGraph,
-    variant: Callable[[frozenset[str]], ir.Model],
+    variant: Callable[[frozenset[str]], Artefact],
     tag: str,
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
-    mixtures: int = 6,
     repeats: int = 15,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -68,23 +68,33 @@ def measure(
         tag: metadata key under which a variant's nodes carry their unit.
         feeds: one sample.
         seed: of the random mixtures.
-        mixtures: number of random mixed variants beside all-float and all-INT8.
         repeats: timed rounds.
         progress: called once per variant profiled and once per round.
     """
     quantizable = units.quantizable()
     generator = np.random.default_rng([seed, 23])
     plans = [frozenset[str](), quantizable]
-    plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures)]
-    models = [_tokenized(variant(plan), units, tag) for plan in plans]
-    profiles = []
-    for model in models:
-        profiles.append(_profile(model, feeds))
-        if progress is not None:
-            progress(1)
-    times = bench.sittings(
-        {str(i): partial(OrtSession, m) for i, m in enumerate(models)}, feeds, repeats=repeats, progress=progress
-    )
+    with tempfile.TemporaryDirectory(prefix="bitalloy-cost-") as name:
+        folder = Path(name)
+        first = _tokenized(variant(plans[0]), units, tag)
+        large = first.large
+        count = LARGE_MIXTURES if large else MIXTURES
+        plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(count)]
+        models = [first.placed(folder / "0")]
+        models += [_tokenized(variant(p), units, tag).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
+        del first
+        profiles = []
+        for model in models:
+            profiles.append(_profile(model, feeds, folder))
+            if progress is not None:
+                progress(1)
+        times = bench.sittings(
+            {str(i): m.session for i, m in enumerate(models)},
+            feeds,
+            repeats=repeats,
+            together=not large,
+            progress=progress,
+        )
     rounds = np.stack([times[str(i)] for i in range(len(plans))]) * 1e3
     # what disturbs a round disturbs all models in it
     wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
@@ -163,26 +173,30 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
     return frozenset(chosen)
 
 
-def _tokenized(model: ir.Model, units: UnitGraph, tag: str) -> bytes:
+def _tokenized(artefact: Artefact, units: UnitGraph, tag: str) -> Artefact:
     """Rename nodes and tensors so that the runtime's fused kernels can be traced back to units."""
     index = {u.id: i for i, u in enumerate(units.units)}
-    outputs = set(model.graph.outputs)
-    for number, node in enumerate(model.graph):
-        unit = index.get(node.metadata_props.get(tag, ""))
-        prefix = f"u{unit}~" if unit is not None else "border~"
-        node.name = f"{prefix}{number}"
-        for slot, value in enumerate(node.outputs):
-            if value not in outputs:
-                value.name = f"{prefix}{number}.{slot}"
-    return bytes(ir.serde.serialize_model(model).SerializeToString())
+    number = 0
+    for model in artefact.models.values():
+        assert isinstance(model, ir.Model), "variants are made in memory"
+        outputs = set(model.graph.outputs)
+        for node in model.graph:
+            number += 1
+            unit = index.get(node.metadata_props.get(tag, ""))
+            prefix = f"u{unit}~" if unit is not None else "border~"
+            node.name = f"{prefix}{number}"
+            for slot, value in enumerate(node.outputs):
+                if value not in outputs:
+                    value.name = f"{prefix}{number}.{slot}"
+    return artefact
 
 
-def _profile(model: bytes, feeds: Mapping[str, np.ndarray]) -> Profile:
-    with tempfile.TemporaryDirectory() as folder:
-        session = OrtSession(model, profile=Path(folder) / "profile")
-        for _ in range(PROFILE_RUNS + 2):
-            session.run(feeds)
-        events = session.end_profile()
+def _profile(artefact: Artefact, feeds: Mapping[str, np.ndarray], folder: Path) -> Profile:
+    session = artefact.session(profile=folder / "profile")
+    for _ in range(PROFILE_RUNS + 2):
+        session.run(feeds)
+    events = session.end_profile()
+    session.close()
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in events:
         name = str(event.get("name"))

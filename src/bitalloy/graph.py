@@ -17,7 +17,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.errors import ModelError
-from bitalloy.normalize import normalize
+from bitalloy.normalize import normalize, tidy
 from bitalloy.records import ModelInfo, TensorSpec
 from bitalloy.values import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
 from bitalloy.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
@@ -30,6 +30,7 @@ __all__ = [
     "consumers",
     "is_float",
     "load",
+    "load_open",
     "name_of",
     "static_shape",
 ]
@@ -125,6 +126,29 @@ def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = Non
         raise ModelError(
             f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
         ) from error
+
+
+def load_open(path: str | Path) -> ir.Model:
+    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load`.
+
+    Raises:
+        ModelError: as `load`, except for unbound dimensions.
+    """
+    source = Path(path)
+    proto, _, size = _read(source)
+    _refuse(proto, source)
+    del proto.graph.value_info[:]
+    parsed = _parsed(proto, source)
+    if size >= LARGE_BYTES:
+        hold(parsed, source.parent)
+    del proto
+    shapes = {value.name: value.shape for value in parsed.graph.outputs}
+    model = tidy(parsed)
+    for value in model.graph.outputs:
+        value.shape = shapes[value.name]  # inference forgets the names of open sizes
+    if size >= LARGE_BYTES:
+        release(model)
+    return model
 
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:

@@ -49,6 +49,25 @@ def normalize(model: ir.Model) -> ir.Model:
         ModelError: shapes cannot be determined, a part cannot be evaluated, weights are NaN or infinite, or
             the model computes in half precision.
     """
+    _settle(model)
+    _fill_missing_shapes(model)
+    _drop_empty_operands(model)
+    _fold_batch_norm(model)
+    RemoveUnusedNodesPass()(model)
+    _refuse_numbers(model)
+    return model
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """The part of `normalize` that needs no static shapes, in place: names of nodes are those of the normal form."""
+    _settle(model)
+    _fold_batch_norm(model)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _settle(model: ir.Model) -> None:
+    """Constants, names and order of the nodes, shapes as far as they follow from those of the inputs."""
     model.ir_version = min(max(model.ir_version, IR_VERSIONS[0]), IR_VERSIONS[-1])
     for step in (
         RemoveInitializersFromInputsPass(),
@@ -65,12 +84,6 @@ def normalize(model: ir.Model) -> ir.Model:
             _expand_functions(model) or _resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)
         ):
             break
-    _fill_missing_shapes(model)
-    _drop_empty_operands(model)
-    _fold_batch_norm(model)
-    RemoveUnusedNodesPass()(model)
-    _refuse_numbers(model)
-    return model
 
 
 def _drop_identities(model: ir.Model) -> None:

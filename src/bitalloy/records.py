@@ -406,6 +406,8 @@ class Settings(Record, frozen=True, kw_only=True):
     seed: int = 0
     exclude: tuple[str, ...] = ()
     """Glob patterns over node names and regions that stay in float."""
+    protect: bool = True
+    """Whether what the model's family keeps in float stays so, unless measurement overrules it."""
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -499,3 +501,9 @@ class Summary(Record, frozen=True, kw_only=True):
     seed: int
     versions: dict[str, str]
     notes: tuple[str, ...]
+    graphs: dict[str, Triple] = msgspec.field(default_factory=dict)
+    """File size in bytes of each graph of a program; empty for a model of one graph."""
+    protected_units: tuple[str, ...] = ()
+    """Units that stay in float by advice of the model's family; the reasons are in the plan."""
+    workload: str = "one inference"
+    """What the latency of one inference pays for."""

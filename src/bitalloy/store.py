@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,13 +44,16 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"'{self.path}' is not empty and is not a run directory of bitalloy. Give another --out."
                 )
-            self._cache = self.path / "cache"
-            self._cache.mkdir(exist_ok=True)
+            self.cache = self.path / "cache"
+            """Where results of the stages lie."""
+            self.cache.mkdir(exist_ok=True)
             (self.path / MARKER).touch()
         except OSError as error:
             raise RunDirectoryError(f"The run directory '{self.path}' cannot be written: {error}") from error
         for leftover in self.path.rglob("*.partial"):
             leftover.unlink(missing_ok=True)
+        for leftover in self.cache.glob("scratch-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def get(self, stage: str, key: str, shard: str | None = None) -> bytes | None:
         """A stored result, or None."""
@@ -74,9 +78,20 @@ class RunDirectory:
         self._write(path, data.encode() if isinstance(data, str) else data)
         return path
 
+    def publish_files(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Let `write` put a file or folder, each file whole or not at all, at the top of the run directory."""
+        path = self.path / name
+        try:
+            write(path)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"'{path}' cannot be written: {error}. Free space or give another --out."
+            ) from error
+        return path
+
     def _place(self, stage: str, key: str, shard: str | None) -> Path:
         name = f"{stage}-{key[:24]}"
-        return self._cache / name if shard is None else self._cache / f"{name}.d" / shard
+        return self.cache / name if shard is None else self.cache / f"{name}.d" / shard
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary: Path | None = None

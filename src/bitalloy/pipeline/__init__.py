@@ -1,11 +1,12 @@
 """The stages in their order. The only package that knows it."""
 
-from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate, image_spec, load, open_data
-from bitalloy.pipeline.deliver import Verified, apply, measure_cost, plan, verify
+from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate
+from bitalloy.pipeline.deliver import Verified, apply, float_bytes, measure_cost, plan, verify
 from bitalloy.pipeline.exact import MODES, Selection, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
+from bitalloy.pipeline.prepare import SAMPLE_NOTE, Prepared, image_spec, load, open_data, prepare
 from bitalloy.pipeline.records import Planned
-from bitalloy.pipeline.run import SAMPLE_NOTE, publish, render, run
+from bitalloy.pipeline.run import deliver, publish, render, run
 from bitalloy.pipeline.sensitivities import readable, sensitivity
 from bitalloy.pipeline.work import Progress, Silent, Workspace
 
@@ -16,6 +17,7 @@ __all__ = [
     "Calibrated",
     "MetricTable",
     "Planned",
+    "Prepared",
     "Progress",
     "Selection",
     "Silent",
@@ -25,6 +27,8 @@ __all__ = [
     "apply",
     "calibrate",
     "confirm",
+    "deliver",
+    "float_bytes",
     "image_spec",
     "load",
     "measure_cost",
@@ -32,6 +36,7 @@ __all__ = [
     "measure_metric",
     "open_data",
     "plan",
+    "prepare",
     "publish",
     "readable",
     "render",

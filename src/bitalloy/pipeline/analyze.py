@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
 import onnx_ir as ir
 
-from bitalloy import graph, zoo
 from bitalloy.apply import Mixed
 from bitalloy.apply import apply as rewrite
 from bitalloy.calibrate import Statistics, collect
-from bitalloy.data import Dataset, ImageSpec, infer_image_spec, open_dataset
-from bitalloy.errors import BitalloyError, DataError
+from bitalloy.data import Dataset
+from bitalloy.errors import BitalloyError, DataError, ModelError
 from bitalloy.graph import Graph
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.work import Workspace
+from bitalloy.program import Joined, divide, reopen
 from bitalloy.records import Calibration, DataInfo, Head, Secant, SensitivityTable, Settings, TensorRange, UnitGraph
 from bitalloy.regions import ancestors, path_of, region_id
-from bitalloy.samples import shapes
+from bitalloy.runtime import ONLY, Artefact
 from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
-from bitalloy.tasks.detection import looks_like_yolo
 
 CALIBRATION_SHARD = 16
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
@@ -67,6 +66,33 @@ class Calibrated:
         """The model in which the given units run in INT8."""
         return rewrite(self.graph, self.units, int8, self.ranges, self.target)
 
+    def artefact(self, int8: frozenset[str]) -> Artefact:
+        """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
+
+        A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
+        """
+        model = self.variant(int8).model
+        if not isinstance(self.graph, Joined):
+            return Artefact({ONLY: model})
+        parts = divide(model, self.graph.program)
+        for name, opened in self.graph.opened.items():
+            try:
+                parts[name] = reopen(parts[name], opened.clone())
+            except ModelError:
+                continue
+        return Artefact(parts, self.graph.program)
+
+    def original(self) -> Artefact:
+        """The float model as it was given, or in normal form where the runtime refuses that."""
+        if not isinstance(self.graph, Joined):
+            return Artefact({ONLY: _given(self.graph)})
+        program = self.graph.program
+        return Artefact({name: _given(part) for name, part in program.graphs.items()}, program)
+
+
+def _given(graph: Graph) -> Path | ir.Model:
+    return graph.source if graph.runnable else graph.model
+
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis(Calibrated):
@@ -75,44 +101,6 @@ class Analysis(Calibrated):
     matrix: ProbeMatrix
     secant: Secant
     table: SensitivityTable
-
-
-def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
-    """Read a model by path or by its name in the zoo. See `bitalloy.graph.load` for what is refused."""
-    return graph.load(zoo.resolve(model).path, shapes=shapes)
-
-
-def open_data(
-    model: Graph, path: str | Path | None, *, image: ImageSpec | None = None, limit: int | None = None, seed: int = 0,
-    sample_folder: Path | None = None,
-) -> Dataset:  # fmt: skip
-    """Samples for a model from a folder or file, or the embedded sample where no path is given.
-
-    Args:
-        model: whose inputs the samples must fit.
-        path: images, .npz or .npy; None draws the embedded sample.
-        image: preprocessing; inferred where absent.
-        limit: at most so many samples, chosen by `seed`.
-        seed: of the choice.
-        sample_folder: where the embedded sample is drawn to; needed without a path.
-    """
-    spec = image or image_spec(model)
-    if path is not None:
-        return open_dataset(path, model.info.inputs, image=spec, limit=limit, seed=seed)
-    if spec is None or sample_folder is None:
-        raise DataError(
-            "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
-        )
-    folder = shapes.write_coco(
-        sample_folder / "calibration", count=limit or 64, seed=seed, size=max(spec.height, 64), split="train"
-    )
-    return open_dataset(folder / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
-
-
-def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
-    """How images become feeds for a model: inferred from its input, or None where it takes no image."""
-    detector = looks_like_yolo(model.info.inputs, model.info.outputs)
-    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **overrides)  # type: ignore[arg-type]
 
 
 def analyze(
@@ -168,7 +156,8 @@ def calibrate(
         left = " after --exclude" if excluded else ""
         raise BitalloyError(f"No unit of the model can run in INT8 on {device.name}{left}: there is nothing to plan.")
     info = data.info
-    key = key_of(model=model.info.sha256, data=info, settings=settings, versions=versions(), shapes=model.info.inputs)
+    decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
+    key = key_of(model=model.info.sha256, data=info, settings=decisive, versions=versions(), shapes=model.info.inputs)
     calibration = _calibrate(model, units, data, info, settings, key, work)
     return Calibrated(
         graph=model,

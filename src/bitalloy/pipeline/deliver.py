@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from bitalloy import bench
-from bitalloy.apply import TAG, digest
+from bitalloy.apply import TAG
 from bitalloy.bench import TOLERANCE
 from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
+from bitalloy.graph import Graph
 from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.programs import interface_of, runner
+from bitalloy.pipeline.protection import protect
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
+from bitalloy.program import Joined
 from bitalloy.records import (
     Budget,
     CostTable,
@@ -29,12 +33,12 @@ from bitalloy.records import (
     Summary,
     Triple,
 )
-from bitalloy.runtime import OrtSession
+from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
 from bitalloy.search import FRONT_BUDGETS, Problem, search
 from bitalloy.store import key_of
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import Interface, TaskMetric, TaskResult
+from bitalloy.tasks.base import TaskData, TaskMetric, TaskResult
 from bitalloy.verify import output_sqnr
 
 VERIFY_SAMPLES = 16
@@ -49,7 +53,8 @@ class Verified:
 
     analysis: Analysis
     planned: Planned
-    mixed: bytes
+    mixed: Artefact
+    """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
 
 
@@ -61,7 +66,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         with work.stage("cost", None) as progress:
             table = measure_table(
                 analysis.units,
-                lambda plan: analysis.variant(plan).model,
+                analysis.artefact,
                 TAG,
                 analysis.data.feeds(0),
                 seed=analysis.settings.seed,
@@ -83,27 +88,42 @@ def plan(
     """
     work = work or Workspace()
     table = table or measure_cost(analysis, work=work)
-    problem = Problem(analysis.units, analysis.matrix, analysis.secant, table, len(analysis.graph.to_bytes()))
+    units, kept, freed = analysis.units, {}, {}
+    if analysis.settings.protect:
+        found = protect(analysis.graph, analysis.units, analysis.matrix)
+        units, kept, freed = found.units, dict(found.kept), dict(found.freed)
+    problem = Problem(units, analysis.matrix, analysis.secant, table, float_bytes(analysis.graph))
 
     def make() -> bytes:
         with work.stage("search", FRONT_BUDGETS) as progress:
             found = search(problem, budget, seed=analysis.settings.seed, progress=progress.advance)
-        return msgspec.json.encode(found)
+        choices = (
+            msgspec.structs.replace(c, reason=f"{c.reason}; {freed[c.unit]}") if c.unit in freed else c
+            for c in found.choices
+        )
+        return msgspec.json.encode(msgspec.structs.replace(found, choices=tuple(choices)))
 
-    key = key_of(analysis=analysis.key, cost=table, budget=budget)
-    return Planned(msgspec.json.decode(work.cached("plan", key, make), type=Plan), table)
+    key = key_of(analysis=analysis.key, cost=table, budget=budget, protected=kept)
+    try:
+        plan_ = msgspec.json.decode(work.cached("plan", key, make), type=Plan)
+    except BudgetError as error:
+        if not kept:
+            raise
+        hint = f"{len(kept)} units stay in float by advice of the model's family; --no-protect frees them."
+        raise BudgetError(f"{error} {hint}", error.reachable_ratio) from error
+    return Planned(plan_, table, tuple(kept))
 
 
-def apply(analysis: Analysis, planned: Planned) -> bytes:
-    """The mixed-precision model of a plan as ONNX bytes, checked."""
-    return analysis.variant(planned.plan.int8_units()).to_bytes()
+def apply(analysis: Analysis, planned: Planned) -> Artefact:
+    """The mixed-precision model of a plan, checked; `save` writes it."""
+    return analysis.artefact(planned.plan.int8_units())
 
 
 def verify(
     analysis: Analysis,
     planned: Planned,
     *,
-    labels: Path | None = None,
+    labels: Path | Sequence[Path] | None = None,
     limit: int | None = None,
     work: Workspace | None = None,
 ) -> Verified:
@@ -117,7 +137,7 @@ def verify(
         analysis: of the model.
         planned: the first plan.
         labels: for the model's task (`bitalloy.tasks`), e.g. a COCO annotation file for a detector; its metrics are
-            measured on the three models where given.
+            measured on the three models where given. Several may be given, such as questions and captions.
         limit: evaluate at most so many images.
         work: where to keep and show results.
 
@@ -126,12 +146,12 @@ def verify(
     """
     work = work or Workspace()
     budget = planned.plan.budget
-    tried: list[tuple[Planned, bytes, Measured]] = []
+    tried: list[tuple[Planned, Artefact, Measured]] = []
     rounds: list[Round] = []
     asked = budget
     for _ in range(MAX_ROUNDS):
         mixed = apply(analysis, planned)
-        measured = _measure(analysis, mixed, work)
+        measured = _measure(analysis, planned, mixed, work)
         tried.append((planned, mixed, measured))
         rounds.append(
             Round(
@@ -152,38 +172,42 @@ def verify(
         except BudgetError:
             break
     planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[2]))
-    metrics = _metrics(analysis, mixed, labels, limit, work)
+    files = [labels] if isinstance(labels, Path) else list(labels or ())
+    metrics = _metrics(analysis, planned, mixed, files, limit, work)
     final = _with_measured(planned, budget, measured)
-    sizes = Triple(reference=len(analysis.graph.to_bytes()), int8=len(all_int8(analysis)), mixed=len(mixed))
+    sizes = _sizes(analysis, mixed)
     summary = summarize(analysis, final, sizes, measured, metrics, rounds, work.seconds)
     return Verified(analysis, final, mixed, summary)
 
 
-def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
+def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Workspace) -> Measured:
     samples = _verification_samples(analysis)
 
     def make() -> bytes:
-        graph = analysis.graph
-        original = graph.source if graph.runnable else graph.to_bytes()
-        models: dict[str, bytes | Path] = {"float": original, "int8": all_int8(analysis), "mixed": mixed}
-        with work.stage("benchmark", BENCH_REPEATS) as progress:
-            times = bench.sittings(
-                {name: partial(OrtSession, model) for name, model in models.items()},
-                analysis.data.feeds(0),
-                repeats=BENCH_REPEATS,
-                progress=progress.advance,
-            )
-        with work.stage("verify", len(samples)) as progress:
-            sessions = {name: OrtSession(model) for name, model in models.items()}
-            reference = sessions.pop("float")
-            sqnr = output_sqnr(
-                reference,
-                sessions,
-                analysis.heads,
-                (analysis.data.feeds(i) for i in samples),
-                seed=analysis.settings.seed,
-                progress=progress.advance,
-            )
+        with work.scratch() as folder:
+            models = _placed(analysis, mixed, folder)
+            together = not (mixed.large or analysis.graph.large)
+            with work.stage("benchmark", BENCH_REPEATS) as progress:
+                times = bench.sittings(
+                    {name: model.session for name, model in models.items()},
+                    analysis.data.feeds(0),
+                    repeats=BENCH_REPEATS,
+                    together=together,
+                    progress=progress.advance,
+                )
+            with work.stage("verify", len(samples)) as progress:
+                sessions = {name: model.session() for name, model in models.items()}
+                reference = sessions.pop("float")
+                sqnr = output_sqnr(
+                    reference,
+                    sessions,
+                    analysis.heads,
+                    (analysis.data.feeds(i) for i in samples),
+                    seed=analysis.settings.seed,
+                    progress=progress.advance,
+                )
+                for session in (reference, *sessions.values()):
+                    session.close()
         latency = LatencySpread(
             reference=bench.summarize(times["float"]),
             int8=bench.summarize(times["int8"]),
@@ -191,8 +215,38 @@ def _measure(analysis: Analysis, mixed: bytes, work: Workspace) -> Measured:
         )
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
-    key = key_of(analysis=analysis.key, mixed=digest(mixed), threads=available_cores())
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), threads=available_cores())
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+
+
+def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
+    """Float, all-INT8 and mixed model, what is large of them in files of a folder."""
+    return {
+        "float": analysis.original(),
+        "int8": all_int8(analysis).placed(folder / "int8"),
+        "mixed": mixed.placed(folder / "mixed"),
+    }
+
+
+def _identity(planned: Planned) -> list[str]:
+    """What decides a mixed model beside the analysis."""
+    return sorted(planned.plan.int8_units())
+
+
+def float_bytes(graph: Graph) -> int:
+    """Size of the float model as files."""
+    return sum(_float_sizes(graph).values())
+
+
+def _float_sizes(graph: Graph) -> dict[str, int]:
+    parts = graph.program.graphs if isinstance(graph, Joined) else {ONLY: graph}
+    return Artefact({name: part.model for name, part in parts.items()}).sizes
+
+
+def _sizes(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
+    """By graph."""
+    reference, int8, own = _float_sizes(analysis.graph), all_int8(analysis).sizes, mixed.sizes
+    return {name: Triple(reference=reference[name], int8=int8[name], mixed=own[name]) for name in own}
 
 
 def _verification_samples(analysis: Analysis) -> list[int]:
@@ -202,9 +256,9 @@ def _verification_samples(analysis: Analysis) -> list[int]:
     return unseen if len(unseen) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
-def all_int8(analysis: Analysis) -> bytes:
+def all_int8(analysis: Analysis) -> Artefact:
     """The model in which every unit that may run in INT8 does."""
-    return analysis.variant(analysis.units.quantizable()).to_bytes()
+    return analysis.artefact(analysis.units.quantizable())
 
 
 def _following(
@@ -243,11 +297,13 @@ def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:
     return miss, -float(np.mean([e.value for e in measured.sqnr_mixed]))
 
 
-def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int | None, work: Workspace) -> Metrics:
-    if labels is None:
+def _metrics(
+    analysis: Analysis, planned: Planned, mixed: Artefact, labels: Sequence[Path], limit: int | None, work: Workspace
+) -> Metrics:
+    if not labels:
         return Metrics(metrics={}, confidence_shift={})
     graph = analysis.graph
-    interface = Interface(inputs=graph.info.inputs, outputs=graph.info.outputs, metadata=graph.metadata)
+    interface = interface_of(graph)
     task = find_task(interface)
     if task is None:
         raise DataError(
@@ -255,17 +311,25 @@ def _metrics(analysis: Analysis, mixed: bytes, labels: Path | None, limit: int |
             f"a detector with output (1, 4 + classes, n); the tasks are {', '.join(t.name for t in TASKS)}. "
             "Leave out --eval."
         )
-    data = task.open(labels, interface)
+    found = []
+    for data in [task.open(path, interface) for path in labels]:
 
-    def make() -> bytes:
-        contents = {"float": graph.to_bytes(), "int8": all_int8(analysis), "mixed": mixed}
-        models = {name: OrtSession(contents[name]).run for name in MODELS}
-        with work.stage("evaluate", None) as progress:
-            result = task.evaluate(models, data, limit=limit, seed=analysis.settings.seed, progress=progress.advance)
-        return msgspec.json.encode(_metrics_of(result))
+        def make(data: TaskData = data) -> bytes:
+            with work.scratch() as folder, work.stage("evaluate", None) as progress:
+                placed = _placed(analysis, mixed, folder)
+                models = {name: runner(graph, placed[name].session()) for name in MODELS}
+                result = task.evaluate(
+                    models, data, limit=limit, seed=analysis.settings.seed, progress=progress.advance
+                )
+            return msgspec.json.encode(_metrics_of(result))
 
-    key = key_of(analysis=analysis.key, mixed=digest(mixed), labels=data.fingerprint(), limit=limit)
-    return msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics)
+        key = key_of(analysis=analysis.key, mixed=_identity(planned), labels=data.fingerprint(), limit=limit)
+        found.append(msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics))
+    return Metrics(
+        metrics={name: value for part in found for name, value in part.metrics.items()},
+        confidence_shift={name: value for part in found for name, value in part.confidence_shift.items()},
+        notes=tuple(note for part in found for note in part.notes),
+    )
 
 
 def _metrics_of(result: TaskResult) -> Metrics:
@@ -291,4 +355,5 @@ def _with_measured(planned: Planned, budget: Budget, measured: Measured) -> Plan
         msgspec.structs.replace(head, measured_db=found)
         for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
     )
-    return Planned(msgspec.structs.replace(planned.plan, heads=heads, budget=budget), planned.cost)
+    plan_ = msgspec.structs.replace(planned.plan, heads=heads, budget=budget)
+    return Planned(plan_, planned.cost, planned.protected)

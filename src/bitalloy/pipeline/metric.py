@@ -11,8 +11,9 @@ import numpy as np
 
 from bitalloy.data import ImageSpec
 from bitalloy.errors import BitalloyError, DataError
-from bitalloy.pipeline.analyze import Calibrated, image_spec, versions
+from bitalloy.pipeline.analyze import Calibrated, versions
 from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, Thing, chosen
+from bitalloy.pipeline.prepare import image_spec
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import Estimate, MetricValue, Record
 from bitalloy.sensitivity import Switchboard

@@ -13,6 +13,8 @@ class Planned:
 
     plan: Plan
     cost: CostTable
+    protected: tuple[str, ...] = ()
+    """Units that stay in float because the model's family advises it and measurement bears it out."""
 
     @property
     def predicted_ratio(self) -> float:

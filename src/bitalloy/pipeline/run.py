@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from bitalloy import graph, zoo
-from bitalloy.data import ImageSpec
 from bitalloy.errors import BudgetError
-from bitalloy.pipeline.analyze import Analysis, analyze, open_data
+from bitalloy.pipeline.analyze import Analysis, analyze
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
+from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
 from bitalloy.pipeline.records import Planned
-from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.pipeline.work import Progress, Workspace
 from bitalloy.records import Budget, Settings
 from bitalloy.report import render as render_html
 from bitalloy.report import sensitivity_csv
-from bitalloy.samples.shapes import write_coco
 from bitalloy.store import RunDirectory
 
-SAMPLE_NOTE = (
-    "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
-    "something for your deployment."
-)
-SAMPLE_IMAGES = 100
 DEFAULT_RATIO = 0.7
 
 
@@ -35,25 +28,29 @@ def run(
     *,
     out: str | Path,
     data: str | Path | None = None,
-    labels: str | Path | None = None,
+    labels: str | Path | Sequence[str | Path] | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    image: ImageSpec | None = None,
+    image: ImageChoice = None,
+    checkpoint: str | Path | None = None,
+    trust_checkpoint: bool = False,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Verified:
     """Analyse, plan, apply, verify and report.
 
     Args:
-        model: an .onnx file or a name of the zoo.
+        model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
         out: run directory; what is stored there already is used again.
-        data: images or feeds that look like the real ones; the embedded sample without it.
-        labels: COCO annotation file for box AP.
+        data: samples that look like the real ones; the embedded sample without it. See `prepare`.
+        labels: for the model's task metric, e.g. a COCO annotation file.
         budget: limits on latency, size or damage; without it 0.7x of float's latency, or the nearest in reach.
         settings: of the analysis.
         shapes: input name -> shape, where the model leaves dimensions open.
         image: preprocessing of images, inferred where absent.
+        checkpoint: of a model that is exported first; see `prepare`.
+        trust_checkpoint: whether a checkpoint with pickled objects may be opened.
         limit: evaluate at most so many labelled images.
         progress: where to show what goes on.
 
@@ -61,24 +58,33 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings = settings or Settings()
-    source = zoo.resolve(model)
-    loaded = graph.load(source.path, shapes=shapes)
-    store = RunDirectory(out)
-    work = Workspace(store, progress or Silent())
-    folder = store.path / "sample"
-    dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=folder)
-    if data is None and labels is None and source.sample:
-        size = int(loaded.info.inputs[0].shape[-1])
-        labels = (
-            write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=settings.seed, size=size) / "instances.json"
-        )
-    analysis = analyze(loaded, dataset, settings, work=work, notes=(SAMPLE_NOTE,) if data is None else ())
+    prepared = prepare(
+        model,
+        out=out,
+        data=data,
+        labels=labels,
+        shapes=shapes,
+        image=image,
+        checkpoint=checkpoint,
+        trust_checkpoint=trust_checkpoint,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return deliver(prepared, budget=budget, settings=settings, limit=limit)
+
+
+def deliver(
+    prepared: Prepared, *, budget: Budget | None = None, settings: Settings | None = None, limit: int | None = None
+) -> Verified:
+    """All of `run` behind `prepare`. Arguments as for `run`."""
+    work = prepared.work
+    analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if budget is not None:
         planned = plan(analysis, budget, work=work)
     else:
         analysis, planned = _plan_by_default(analysis, work)
-    verified = verify(analysis, planned, labels=Path(labels) if labels else None, limit=limit, work=work)
-    publish(verified, store)
+    verified = verify(analysis, planned, labels=prepared.labels, limit=limit, work=work)
+    publish(verified, prepared.store)
     return verified
 
 
@@ -100,7 +106,7 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
     """Write everything that a user reads into the run directory; returns the path of the report."""
     analysis, planned = verified.analysis, verified.planned
     (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
-    store.publish("mixed.onnx", verified.mixed)
+    store.publish_files("mixed.onnx" if verified.mixed.program is None else "mixed", verified.mixed.save)
     store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
     for name, record in (
         ("sensitivity.json", analysis.table),
@@ -126,4 +132,4 @@ def _pretty(record: msgspec.Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=2)
 
 
-__all__ = ["Analysis", "publish", "render", "run"]
+__all__ = ["Analysis", "deliver", "publish", "render", "run"]

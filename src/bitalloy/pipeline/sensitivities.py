@@ -8,12 +8,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bitalloy import graph, zoo
-from bitalloy.data import ImageSpec
-from bitalloy.pipeline.analyze import analyze, calibrate, open_data
+from bitalloy.pipeline.analyze import analyze, calibrate
 from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, chosen, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
-from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.pipeline.prepare import ImageChoice, prepare
+from bitalloy.pipeline.work import Progress
 from bitalloy.records import Estimate, Sensitivity, SensitivityTable, Settings
 from bitalloy.report import sensitivity_csv
 from bitalloy.store import RunDirectory
@@ -35,13 +34,15 @@ def sensitivity(
     labels: Path | None = None,
     limit: int | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    image: ImageSpec | None = None,
+    image: ImageChoice = None,
+    checkpoint: str | Path | None = None,
+    trust_checkpoint: bool = False,
     progress: Progress | None = None,
 ) -> SensitivityTable | MetricTable:
     """Sensitivities of a model, also written into the run directory.
 
     Args:
-        model: an .onnx file or a name of the zoo.
+        model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
         out: run directory; what is stored there already is used again.
         data: images or feeds that look like the real ones; the embedded sample without it.
         settings: of the analysis; `samples` also counts for exact measurement.
@@ -53,6 +54,8 @@ def sensitivity(
         limit: evaluate at most so many labelled images.
         shapes: input name -> shape, where the model leaves dimensions open.
         image: preprocessing of images, inferred where absent.
+        checkpoint: of a model that is exported first; see `prepare`.
+        trust_checkpoint: whether a checkpoint with pickled objects may be opened.
         progress: where to show what goes on.
 
     Returns:
@@ -62,10 +65,18 @@ def sensitivity(
         BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
     """
     settings, selection = settings or Settings(), selection or Selection()
-    loaded = graph.load(zoo.resolve(model).path, shapes=shapes)
-    store = RunDirectory(out)
-    work = Workspace(store, progress or Silent())
-    dataset = open_data(loaded, data, image=image, seed=settings.seed, sample_folder=store.path / "sample")
+    prepared = prepare(
+        model,
+        out=out,
+        data=data,
+        shapes=shapes,
+        image=image,
+        checkpoint=checkpoint,
+        trust_checkpoint=trust_checkpoint,
+        seed=settings.seed,
+        progress=progress,
+    )
+    loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
     if labels is not None:
         found = measure_metric(
             calibrate(loaded, dataset, settings, work=work), labels, selection, mode=mode, limit=limit, work=work

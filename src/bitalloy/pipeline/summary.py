@@ -9,13 +9,14 @@ from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.matrix import draws, estimate
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
+from bitalloy.program import Joined
 from bitalloy.records import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
 
 
 def summarize(
     analysis: Analysis,
     planned: Planned,
-    sizes: Triple,
+    sizes: Mapping[str, Triple],
     measured: Measured,
     metrics: Metrics,
     rounds: Sequence[Round],
@@ -48,7 +49,7 @@ def summarize(
         latency_ratio=round(measured.ratio, 4),
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
         latency_spread_ms=measured.latency,
-        size_bytes=sizes,
+        size_bytes=_total(sizes),
         sqnr_db=sqnr,
         sqnr_interval_db={h.head: e for h, e in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)},
         metrics=metrics.metrics,
@@ -67,7 +68,29 @@ def summarize(
         seed=analysis.settings.seed,
         versions=versions(),
         notes=(*analysis.notes, *_busy(latency), *metrics.notes),
+        graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
+        protected_units=planned.protected,
+        workload=_workload(analysis),
     )
+
+
+def _total(sizes: Mapping[str, Triple]) -> Triple:
+    """Bytes of all graphs."""
+    return Triple(
+        reference=sum(s.reference for s in sizes.values()),
+        int8=sum(s.int8 for s in sizes.values()),
+        mixed=sum(s.mixed for s in sizes.values()),
+    )
+
+
+def _workload(analysis: Analysis) -> str:
+    """What one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
+    graph = analysis.graph
+    if not isinstance(graph, Joined):
+        return "one inference"
+    fed = [s for s in graph.info.inputs if 0 not in s.shape]
+    shapes = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in fed)
+    return f"one run of {', then '.join(graph.program.order)}: {shapes}"
 
 
 def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from bitalloy.store import RunDirectory
@@ -66,6 +68,12 @@ class Workspace:
             if self.store:
                 self.store.put(stage, key, found, name)
         return found
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for large files that are of no use afterwards; in the run directory, where there is one."""
+        with tempfile.TemporaryDirectory(prefix="scratch-", dir=self.store.cache if self.store else None) as name:
+            yield Path(name)
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Progress]:

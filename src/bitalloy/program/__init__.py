@@ -12,7 +12,25 @@ On disk a program is a folder with the graphs and a `program.json`:
     }
 """
 
-from bitalloy.program.joining import divide, join
-from bitalloy.program.wiring import Program, Wire, load_program
+from bitalloy.program.joining import PROTECT, Joined, divide, join
+from bitalloy.program.opening import reopen
+from bitalloy.program.outline import SHAPES, Outline, is_program, read_interface, read_outline, usual_shapes
+from bitalloy.program.wiring import FILE, Program, Wire, load_program
 
-__all__ = ["Program", "Wire", "divide", "join", "load_program"]
+__all__ = [
+    "FILE",
+    "PROTECT",
+    "SHAPES",
+    "Joined",
+    "Outline",
+    "Program",
+    "Wire",
+    "divide",
+    "is_program",
+    "join",
+    "load_program",
+    "read_interface",
+    "read_outline",
+    "reopen",
+    "usual_shapes",
+]

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
 from bitalloy.errors import ModelError
-from bitalloy.graph import Graph
+from bitalloy.graph import Graph, load_open
 from bitalloy.program.wiring import Program
 from bitalloy.records import ModelInfo, TensorSpec
 from bitalloy.values import BORDER, TAG, consumers, name_of, static_shape
 
 ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """Operators that no float graph has: a rewriting put them there."""
+HEADS, PROTECT = "bitalloy.heads", "bitalloy.protect"
+"""Metadata keys of an exported graph: outputs that count (JSON, empty for all), and what stays in float by default."""
 
 
-def join(program: Program, *, inner: bool = False) -> Graph:
+@dataclass(frozen=True)
+class Joined(Graph):
+    """The graphs of a program as one; `divide` takes it apart again."""
+
+    program: Program = field(kw_only=True)
+
+    @cached_property
+    def opened(self) -> Mapping[str, ir.Model]:
+        """The graphs whose files leave sizes open, with these sizes open. Clone them to rewrite them."""
+        found = {name: load_open(part.source) for name, part in self.program.graphs.items()}
+        return {
+            name: model
+            for name, model in found.items()
+            if any(v.shape is None or not v.shape.is_static() for v in model.graph.inputs)
+        }
+
+
+def join(program: Program, *, inner: bool = False) -> Joined:
     """One graph that computes what the wired graphs compute.
 
     Names of nodes and tensors get their graph's name in front (`encoder/...`), those of free inputs and outputs
@@ -26,7 +48,8 @@ def join(program: Program, *, inner: bool = False) -> Graph:
     Args:
         program: not changed.
         inner: whether outputs that a wire carries on are outputs of the whole too, as `graph/name`, and so
-            heads whose damage is told apart. Otherwise only final outputs are.
+            heads whose damage is told apart. Otherwise only final outputs are; of graphs whose metadata says which
+            outputs count, only these (logits, but not the cache).
     """
     values: dict[tuple[str, str], ir.Value] = {}
     nodes: list[ir.Node] = []
@@ -64,16 +87,43 @@ def join(program: Program, *, inner: bool = False) -> Graph:
         weights += own
     first = program.graphs[program.order[0]].model
     sequence = [(name, t) for name, g in program.graphs.items() for t in g.output_names]
+    counted = _counted(program, sequence, read)
     joined = ir.Graph(
         [inputs[name, t] for name, g in program.graphs.items() for t in g.input_names if (name, t) in inputs],
-        [values[key] for key in sequence if inner or key not in read],
+        [values[key] for key in sequence if inner or (key not in read and key in counted)],
         nodes=nodes,
         initializers=weights,
         opset_imports=dict(first.graph.opset_imports),
         name="program",
     )
     model = ir.Model(joined, ir_version=max(g.model.ir_version for g in program.graphs.values()))
-    return Graph(_info(program, model), model, program.graphs[program.order[0]].source.parent)
+    folder = program.graphs[program.order[0]].source.parent
+    return Joined(_info(program, model), model, folder, _metadata(program), program=program)
+
+
+def _counted(
+    program: Program, outputs: Sequence[tuple[str, str]], read: Collection[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Outputs that count; all, where the metadata would leave no final one."""
+    named = {name: json.loads(g.metadata.get(HEADS, "[]")) for name, g in program.graphs.items()}
+    found = {(name, t) for name, t in outputs if not named[name] or t in named[name]}
+    return found if found - set(read) else set(outputs)
+
+
+def _metadata(program: Program) -> Mapping[str, str]:
+    """What all graphs say: heads under their names in the whole, protected parts of all, else the first that speaks."""
+    found: dict[str, str] = {}
+    for part in program.graphs.values():
+        found = {**part.metadata, **found}
+    heads = [
+        program.names[name, t]
+        for name, part in program.graphs.items()
+        for t in json.loads(part.metadata.get(HEADS, "[]"))
+        if (name, t) in program.names
+    ]
+    kept = [p for part in program.graphs.values() for p in json.loads(part.metadata.get(PROTECT, "[]"))]
+    protect = list({json.dumps(p, sort_keys=True): p for p in kept}.values())
+    return {**found, HEADS: json.dumps(heads), PROTECT: json.dumps(protect)}
 
 
 def divide(model: ir.Model, program: Program) -> dict[str, ir.Model]:
@@ -108,7 +158,11 @@ def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
             raise ModelError(f"The model has no tensor '{owner}/{tensor}': it was not made from this program.")
         return found
 
-    ends = [_rounded(joined(name, str(v.name))) for v in original.outputs]
+    plain = [joined(name, str(v.name)) for v in original.outputs]
+    ends = [_rounded(value) for value in plain]
+    for value, end in zip(plain, ends, strict=True):
+        if end is not value:
+            value.name = f"{value.name}/float"  # the name belongs to what leaves
     wires = {w.input: w for w in program.wires if w.target == name}
     starts: list[ir.Value] = []
     for value in original.inputs:

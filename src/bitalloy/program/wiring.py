@@ -89,12 +89,20 @@ class Program:
 
         The plain name where only one of them has it, else `graph/name`.
         """
-        fed, read = {(w.target, w.input) for w in self.wires}, {(w.source, w.output) for w in self.wires}
-        free = [(name, t) for name, g in self.graphs.items() for t in g.input_names if (name, t) not in fed]
-        free += [(name, t) for name, g in self.graphs.items() for t in g.output_names if (name, t) not in read]
-        count = Counter(tensor for _, tensor in free)
-        plain = {t for _, t in free if count[t] == 1 and t.partition("/")[0] not in self.graphs}
-        return {(name, t): t if t in plain else f"{name}/{t}" for name, t in free}
+        inputs = {name: g.input_names for name, g in self.graphs.items()}
+        return free_names(inputs, {name: g.output_names for name, g in self.graphs.items()}, self.wires)
+
+
+def free_names(
+    inputs: Mapping[str, Sequence[str]], outputs: Mapping[str, Sequence[str]], wires: Sequence[Wire]
+) -> dict[tuple[str, str], str]:
+    """(graph, tensor) -> name in the whole, for inputs and outputs without a wire; see `Program.names`."""
+    fed, read = {(w.target, w.input) for w in wires}, {(w.source, w.output) for w in wires}
+    free = [(name, t) for name, tensors in inputs.items() for t in tensors if (name, t) not in fed]
+    free += [(name, t) for name, tensors in outputs.items() for t in tensors if (name, t) not in read]
+    count = Counter(tensor for _, tensor in free)
+    plain = {t for _, t in free if count[t] == 1 and t.partition("/")[0] not in inputs}
+    return {(name, t): t if t in plain else f"{name}/{t}" for name, t in free}
 
 
 def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Program:
@@ -109,8 +117,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
             wires do not fit.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    files, wires = _read(file)
-    _check_names(files, wires)
+    files, wires = read_wiring(file)
     given = dict(shapes or {})
     loaded: dict[str, Graph] = {}
     for name in _order(files, wires):
@@ -167,8 +174,12 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     wires: list[str] = []
 
 
-def _read(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
-    """Graph name -> path inside the program's folder, and the wires."""
+def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
+    """Graph name -> path inside the program's folder, and the wires, of a `program.json`.
+
+    Raises:
+        ModelError: the file is missing or malformed, names a file outside of its folder, or its wires close a cycle.
+    """
     try:
         content = msgspec.json.decode(file.read_bytes(), type=_File)
     except OSError as error:
@@ -187,7 +198,17 @@ def _read(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
                 f"Graph '{name}' of '{file}' lies outside of the program's folder ('{location}'). Refused."
             )
         files[name] = target
-    return files, tuple(Wire.parse(text) for text in content.wires)
+    wires = tuple(Wire.parse(text) for text in content.wires)
+    _check_names(files, wires)
+    return files, wires
+
+
+def write_wiring(folder: Path, files: Mapping[str, str], wires: Sequence[Wire]) -> Path:
+    """Write `program.json`, as a whole or not at all; `files` are relative to the folder. Returns its path."""
+    content = msgspec.json.encode(_File(graphs=dict(files), wires=[str(w) for w in wires]))
+    partial = folder / f"{FILE}.partial"
+    partial.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
+    return partial.replace(folder / FILE)
 
 
 def _own_shapes(name: str, given: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitalloy.bench import TOLERANCE
-from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, Summary, UnitGraph
+from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, Summary, Triple, UnitGraph
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0
@@ -115,7 +115,7 @@ def cautions(summary: Summary) -> tuple[str, ...]:
 def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Group, ...]:
     """Float, all-INT8 and mixed model side by side, predictions beside measurements."""
     groups = [
-        Group("Cost", (_latency(summary), _ratio(summary, predicted_int8_ratio(units, cost)), _size(summary))),
+        Group("Cost", (_latency(summary), _ratio(summary, predicted_int8_ratio(units, cost)), *_sizes(summary))),
         Group("Output error (SQNR, measured)", tuple(_sqnr(summary))),
         Group("Task accuracy", tuple(_accuracy(summary))),
     ]
@@ -179,13 +179,18 @@ def _ratio(summary: Summary, predicted_int8: float) -> Row:
     return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), int8, mixed))
 
 
-def _size(summary: Summary) -> Row:
-    size = summary.size_bytes
+def _sizes(summary: Summary) -> Iterable[Row]:
+    """Of all files, and of each graph of a program."""
+    yield _size("File size", "all graphs" if summary.graphs else "", summary.size_bytes)
+    for name, size in summary.graphs.items():
+        yield _size(f"File size, {name}", "", size)
 
+
+def _size(label: str, note: str, size: Triple) -> Row:
     def cell(value: float) -> Cell:
         return Cell(formats.size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
 
-    return Row("File size", "", (Cell(formats.size(size.reference)), cell(size.int8), cell(size.mixed)))
+    return Row(label, note, (Cell(formats.size(size.reference)), cell(size.int8), cell(size.mixed)))
 
 
 def _sqnr(summary: Summary) -> Iterable[Row]:

@@ -20,9 +20,28 @@ from bitalloy.data import ImageSpec, image_feed, infer_image_spec
 from bitalloy.errors import DataError
 from bitalloy.tasks.base import Interface, Run, Tokenizer
 
-__all__ = ["IDS", "IMAGE_TOKEN", "TEMPLATE", "Chat", "SentencePieces", "Turn", "join", "log_probabilities", "open_chat"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "IDS",
+    "IMAGE_TOKEN",
+    "MASK",
+    "POSITIONS",
+    "TEMPLATE",
+    "Chat",
+    "SentencePieces",
+    "Turn",
+    "empty_cache",
+    "join",
+    "log_probabilities",
+    "open_chat",
+]
 
 IDS = "input_ids"
+BEFORE, AFTER = "before", "after"
+"""Inputs of the graph that embeds tokens: ids on the two sides of the image."""
+MASK, POSITIONS = "attention_mask", "position_ids"
+"""Inputs of the decoder beside embeddings and cache."""
 IMAGE_TOKEN = -200
 """In the ids, where the image belongs; the number that LLaVA and MobileVLM use."""
 TEMPLATE = (
@@ -175,8 +194,8 @@ def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> R
     Returns:
         `pixel_values` and `input_ids` with one `IMAGE_TOKEN` -> `logits` (1, a + t + b, vocabulary).
     """
-    layers, heads, width = cache
-    names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    empty = empty_cache(cache)
+    names = [name.removeprefix("past.") for name in empty]
     kept: list[_Kept] = []
 
     def run(feeds: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -187,19 +206,19 @@ def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> R
             at = ids.index(IMAGE_TOKEN)
             features = known.features if known else vision({"pixel_values": image})["image_features"]
             before, shown, after = ids[:at], features, ids[at + 1 :]
-            past = {f"past.{name}": np.zeros((1, heads, 0, width), np.float32) for name in names}
+            past = empty
             logits: list[np.ndarray] = []
         else:
             features, past, logits = known.features, known.past, [known.logits]
             before, shown, after = (), features[:, :0], ids[len(known.ids) :]
-        tokens = {"before": np.array([before], np.int64), "after": np.array([after], np.int64)}
+        tokens = {BEFORE: np.array([before], np.int64), AFTER: np.array([after], np.int64)}
         embeds = embed({**tokens, "image_features": shown})["inputs_embeds"]
         done, count = sum(part.shape[1] for part in logits), embeds.shape[1]
         step = decode(
             {
                 "inputs_embeds": embeds,
-                "attention_mask": np.ones((1, done + count), np.int64),
-                "position_ids": np.arange(done, done + count, dtype=np.int64)[None],
+                MASK: np.ones((1, done + count), np.int64),
+                POSITIONS: np.arange(done, done + count, dtype=np.int64)[None],
                 **past,
             }
         )
@@ -208,6 +227,13 @@ def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> R
         return {"logits": every}
 
     return run
+
+
+def empty_cache(cache: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Keys and values of no position: `past.0.key` (1, heads, 0, width) ..., for layers, heads and width per head."""
+    layers, heads, width = cache
+    names = [f"past.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    return {name: np.zeros((1, heads, 0, width), np.float32) for name in names}
 
 
 @dataclass(frozen=True, slots=True)

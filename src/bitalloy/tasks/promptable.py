@@ -107,6 +107,12 @@ class PromptData:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
+    def open(self, index: int) -> Image.Image:
+        """Read an image."""
+        if self.labels is None:
+            return open_image(self.files[index], self.image.channels)
+        return self.labels.open_image(self.labels.images[index], self.image.channels)
+
 
 def open_prompts(path: Path, model: Interface) -> PromptData:
     """Read COCO masks, or take a folder of images without labels.
@@ -256,7 +262,7 @@ def evaluate_prompts(
     counts = np.zeros(len(chosen))
     objects = data.labels.objects() if data.labels else {}
     for i, index in enumerate(chosen):
-        opened = _open(data, index)
+        opened = data.open(index)
         canvas, covered = prepare(opened, data.image)
         for prompts, truth in _asked(data, index, objects, opened.size):
             counts[i] += 1
@@ -271,12 +277,6 @@ def evaluate_prompts(
         for _ in models:
             progress(1)
     return _result(models, totals, counts, seed, data)
-
-
-def _open(data: PromptData, index: int) -> Image.Image:
-    if data.labels is None:
-        return open_image(data.files[index], data.image.channels)
-    return data.labels.open_image(data.labels.images[index], data.image.channels)
 
 
 def _asked(

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.program import FILE as PROGRAM
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "families",
     "find",
+    "is_variant",
     "resolve",
     # export
     "RANDOM",
@@ -55,25 +57,31 @@ class Source:
 
 
 def resolve(model: str | Path) -> Source:
-    """The file behind a name of the zoo or a path.
+    """The file, or the folder of a program, behind a name of the zoo or a path.
 
     Raises:
-        ModelError: neither a known name nor a file, or a name that must be exported first.
+        ModelError: neither a known name nor a file or program, or a name that must be exported first.
     """
     text = str(model)
     if text in NAMES:
         path = Path(str(resources.files("bitalloy.samples").joinpath(NAMES[text])))
         return Source(name=text, path=path, sample=True)
     path = Path(model)
-    if not path.is_file() and path.suffix != ".onnx":
+    if not path.is_file() and path.suffix != ".onnx" and not (path / PROGRAM).is_file():
         names = _variant_names()
         if text in names:
             raise ModelError(
-                f"'{text}' is not exported yet. Run `bitalloy export {text}`, then give the .onnx file that it writes."
+                f"'{text}' is not exported yet. Run `bitalloy export {text}`, then give what it writes; "
+                f"`bitalloy run {text}` does both."
             )
         known = [*NAMES, *names]
         raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(known)}).{_hint(text, known)}")
     return Source(name=path.stem, path=path, sample=False)
+
+
+def is_variant(name: str) -> bool:
+    """Whether a name belongs to a model family, so that the model must be exported first."""
+    return name in _variant_names()
 
 
 def families() -> tuple[Family, ...]:

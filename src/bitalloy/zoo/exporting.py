@@ -52,6 +52,8 @@ class Facts:
     """Outputs that count; empty for all."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Usual shapes of inputs with open dimensions."""
+    image: Mapping[str, object] = field(default_factory=dict)
+    """How images are prepared: arguments of `bitalloy.data.infer_image_spec`; empty where that infers it right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
         "bitalloy.variant": facts.variant,
         "bitalloy.heads": json.dumps(facts.heads),
         "bitalloy.shapes": json.dumps(facts.shapes),
+        "bitalloy.image": json.dumps(facts.image),
         "bitalloy.protect": json.dumps(
             [{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]
         ),

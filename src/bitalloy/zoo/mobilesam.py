@@ -11,6 +11,7 @@ deviation (58.395, 57.12, 57.375), and padded with zeros at the right and the bo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ EXTRA = "mobilesam"
 SIDE = 1024
 """Pixels of the padded image."""
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+IMAGE = {"fit": "stretch", "mean": [v / 255 for v in MEAN], "std": [v / 255 for v in DEVIATION]}
+"""Preparation of images; that the longest side is fitted and the rest is zero belongs to the task."""
 OBJECT, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1.0, 0.0, 2.0, 3.0, -1.0
 """Labels of points."""
 REGIONS = (
@@ -120,8 +123,8 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         open_axes={"point_coords": {1: "points"}, "point_labels": {1: "points"}},
     )
     shapes = {"point_coords": (1, 2, 2), "point_labels": (1, 2)}
-    facts = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT)
-    prompted = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT, shapes=shapes)
+    facts = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT, image=IMAGE)
+    prompted = replace(facts, shapes=shapes)
     notes = (
         export_graph(encoder, [(image,)], graphs["encoder"], first, facts),
         export_graph(decoder, asked, graphs["decoder"], second, prompted),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,12 @@ from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
 from bitalloy.zoo.exporting import Facts, Signature, export_graph, write_program
+from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
 
 EXTRA = "mobilevlm"
 SIDE = 336
 VOCABULARY = 32000
+TOKENIZER = "tokenizer.model"
 IMAGE_TOKENS = 144
 PROMPT, BEFORE = 256, 35
 """Positions of a usual prompt, and of its part before the image."""
@@ -84,7 +87,8 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         _compare(source, numbers, variant.name)
     vision_state, language_state = split(checkpoints.read(source, extra=EXTRA)) if source else ({}, {})
     graphs = {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
-    facts = Facts(family="mobilevlm", variant=variant.name, regions=REGIONS, protect=PROTECT)
+    image = {"fit": "stretch", "mean": MEAN, "std": DEVIATION}  # that it is padded to a square belongs to the task
+    facts = Facts(family="mobilevlm", variant=variant.name, regions=REGIONS, protect=PROTECT, image=image)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         vision = Vision(_clip(numbers), numbers["hidden_size"])
@@ -123,6 +127,10 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
             export_graph(Decoder(llama), steps, graphs["decoder"], _signature(layers), _decoder_facts(facts, numbers))
         )
     write_program(folder, graphs, WIRES)
+    if source is not None and (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+    else:
+        notes.append(f"Copy the checkpoint's {TOKENIZER} beside the graphs: questions need it.")
     notes += [variant.note, f"Weights: {variant.remote.licence}."]
     return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=tuple(n for n in notes if n))
 

@@ -99,6 +99,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         regions=REGIONS,
         protect=PROTECT,
         shapes={"pixel_values": (1, 3, *size)} if options.open_size else {},
+        image={"fit": "stretch", "mean": MEAN, "std": DEVIATION},
     )
     note = export_graph(network, images, path, signature, facts)
     protocol = (

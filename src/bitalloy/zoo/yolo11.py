@@ -61,6 +61,9 @@ PROTECT = (
     ),
 )
 
+IMAGE = {"fit": "letterbox", "scale": 1 / 255}
+"""Preparation of images."""
+
 
 def export(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
     """Write `<variant>.onnx`: `images` (1, 3, H, W) RGB in 0..1 -> `output0`, and `output1` with masks.
@@ -73,7 +76,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         raise ModelError(f"YOLO11 takes images whose sides are multiples of 32, but the size is {height}x{width}.")
     masks = variant.architecture["task"] == "segment"
     path = folder / f"{variant.name}.onnx"
-    facts = Facts(family="yolo11", variant=variant.name, regions=REGIONS, protect=PROTECT)
+    facts = Facts(family="yolo11", variant=variant.name, regions=REGIONS, protect=PROTECT, image=IMAGE)
     if checkpoint is None and not options.trust_checkpoint:
         raise ModelError(
             f"The published {variant.remote.file} holds pickled Python objects. Add --trust-checkpoint to download it "

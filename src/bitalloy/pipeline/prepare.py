@@ -1,0 +1,230 @@
+"""From what the user names to a loaded model with its data: a file, a program, or a model that is exported first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitalloy import graph, zoo
+from bitalloy.data import Dataset, ImageSpec, infer_image_spec, open_dataset
+from bitalloy.errors import BitalloyError, DataError
+from bitalloy.graph import Graph
+from bitalloy.pipeline.programs import holds_arrays, image_facts, open_samples, speaks, takes_prompts
+from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.program import Outline, is_program, join, load_program, read_interface, read_outline
+from bitalloy.samples.shapes import write_coco
+from bitalloy.store import RunDirectory, key_of
+from bitalloy.tasks.detection import looks_like_yolo
+
+SAMPLE_NOTE = (
+    "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
+    "something for your deployment."
+)
+SAMPLE_IMAGES, CALIBRATION_IMAGES = 100, 64
+SMALLEST, LARGEST = 64, 640
+"""Sides of the images of the embedded sample, in pixels."""
+
+ImageChoice = ImageSpec | Mapping[str, object] | None
+"""How images are prepared: in full, or some arguments of `infer_image_spec`, or as inferred."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A loaded model, its data, and where results go."""
+
+    model: Graph
+    data: Dataset
+    labels: tuple[Path, ...]
+    """Files or folders for the task metric; none where it is not measured."""
+    notes: tuple[str, ...]
+    """What a reader of the results must know."""
+    work: Workspace
+    store: RunDirectory
+
+
+def prepare(
+    model: str | Path,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    labels: str | Path | Sequence[str | Path] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    image: ImageChoice = None,
+    checkpoint: str | Path | None = None,
+    trust_checkpoint: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Find or export a model, open its data, fix its sizes and load it.
+
+    Args:
+        model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`; a model family's is
+            exported into the run directory, once for each checkpoint.
+        out: run directory.
+        data: samples that look like the real ones: images or .npz feeds; for a program also labels of its task. The
+            embedded sample without it.
+        labels: for the task metric; those of the embedded sample where `model` is one of its models and there is
+            neither data nor labels.
+        shapes: input name -> shape (of a program `graph:input`), where the model leaves sizes open and neither its
+            file nor the samples say.
+        image: preparation of images; what is not said comes from the model's file, or is inferred.
+        checkpoint: of a model that is exported: file, folder, hub repository or `random`; the published one without.
+        trust_checkpoint: whether a checkpoint with pickled objects may be opened.
+        seed: of random weights and of choices among samples.
+        progress: where to show what goes on.
+
+    Raises:
+        BitalloyError: the model, data or run directory cannot be used; the message says what to do.
+    """
+    options = zoo.Options(seed=seed, trust_checkpoint=trust_checkpoint)
+    source, given = _find(model, checkpoint), dict(shapes or {})
+    progress = progress or Silent()
+    if source is None:
+        source = _export(str(model), checkpoint, options, Workspace(RunDirectory(out), progress))
+    files = [] if labels is None else [Path(labels)] if isinstance(labels, (str, Path)) else [Path(p) for p in labels]
+    folder = Path(out) / "sample"
+    if is_program(source.path):
+        outline = read_outline(source.path)
+        spec = _program_image(outline, image)
+        store = RunDirectory(out)
+        paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "calibration", seed, "train")
+        samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
+        loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
+        if data is None and not files and source.sample:
+            files = _drawn(outline, spec, folder / "validation", seed, "val")
+    else:
+        loaded = graph.load(source.path, shapes={**_usual(source.path, data), **given})
+        store = RunDirectory(out)
+        samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
+        if data is None and not files and source.sample:
+            size = int(loaded.info.inputs[0].shape[-1])
+            files = [write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size) / "instances.json"]
+    return Prepared(
+        model=loaded,
+        data=samples,
+        labels=tuple(files),
+        notes=(SAMPLE_NOTE,) if data is None else (),
+        work=Workspace(store, progress),
+        store=store,
+    )
+
+
+def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+    """Read a model by path or by its name among the samples; a program's graphs are joined into one.
+
+    Sizes that a file leaves open are those given, or else the usual ones that its exporter noted. See
+    `bitalloy.graph.load` for what is refused, and `bitalloy.run` for models that must be exported first.
+    """
+    path = zoo.resolve(model).path
+    if is_program(path):
+        return join(load_program(path, shapes={**read_outline(path).shapes(), **(shapes or {})}))
+    return graph.load(path, shapes={**_usual(path, None), **(shapes or {})})
+
+
+def open_data(
+    model: Graph, path: str | Path | None, *, image: ImageChoice = None, limit: int | None = None, seed: int = 0,
+    sample_folder: Path | None = None,
+) -> Dataset:  # fmt: skip
+    """Samples for a model from a folder or file, or the embedded sample where no path is given.
+
+    Args:
+        model: whose inputs the samples must fit.
+        path: images, .npz or .npy; None draws the embedded sample.
+        image: preprocessing; what is not said comes from the model's file, or is inferred.
+        limit: at most so many samples, chosen by `seed`.
+        seed: of the choice.
+        sample_folder: where the embedded sample is drawn to; needed without a path.
+    """
+    spec = image if isinstance(image, ImageSpec) else image_spec(model, **(image or {}))
+    if path is not None:
+        return open_dataset(path, model.info.inputs, image=spec, limit=limit, seed=seed)
+    if spec is None or sample_folder is None:
+        raise DataError(
+            "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
+        )
+    folder = write_coco(
+        sample_folder / "calibration",
+        count=limit or CALIBRATION_IMAGES,
+        seed=seed,
+        size=max(spec.height, SMALLEST),
+        split="train",
+    )
+    return open_dataset(folder / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
+
+
+def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
+    """How images become feeds for a model, or None where it takes no image.
+
+    What is given counts before what the model's file says, and this before what is inferred from the input.
+    """
+    detector = looks_like_yolo(model.info.inputs, model.info.outputs)
+    known = {**image_facts(model.metadata), **overrides}
+    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]
+
+
+def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None:
+    """The file or folder behind what the user named; None where it must be exported first."""
+    if zoo.is_variant(str(model)) and not Path(model).exists():
+        return None
+    if checkpoint is not None:
+        raise BitalloyError(
+            f"--checkpoint belongs to a model that is exported first, and '{model}' is none of those. Leave it out, or "
+            "give a name from `bitalloy models`."
+        )
+    return zoo.resolve(model)
+
+
+def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work: Workspace) -> zoo.Source:
+    """Export a model of a family into the run directory, or find it there."""
+    assert work.store is not None, "exports go into a run directory"
+    key = key_of(name=name, checkpoint=_identity(checkpoint), seed=options.seed)
+    folder = work.store.cache / f"export-{key[:24]}"
+    done = folder / "complete"
+    if not done.is_file():
+        with work.stage("export", None):
+            zoo.export(name, checkpoint=checkpoint, folder=folder, options=options)
+        done.touch()
+    path = folder if is_program(folder) else folder / f"{name}.onnx"
+    return zoo.Source(name=name, path=path, sample=False)
+
+
+def _identity(checkpoint: str | Path | None) -> list[object]:
+    """What tells a checkpoint from another: names, sizes and times of its files."""
+    path = Path(str(checkpoint))
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+
+
+def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of inputs with open sizes: those of the first sample where it is a .npz, or what the file notes."""
+    inputs, usual = read_interface(path)
+    opened = {i.name for i in inputs if any(isinstance(d, str) for d in i.shape)}
+    found = {name: shape for name, shape in usual.items() if name in opened}
+    if opened and data is not None and holds_arrays(Path(data)):
+        feeds = open_dataset(data, inputs, image=None, limit=None, seed=0).feeds(0)
+        found |= {name: feeds[name].shape for name in opened}
+    return found
+
+
+def _program_image(outline: Outline, given: ImageChoice) -> ImageSpec | None:
+    """Preparation of a program's images; None leaves it to its task."""
+    if isinstance(given, ImageSpec):
+        return given
+    known = {**image_facts(outline.facts), **(given or {})}
+    return infer_image_spec(outline.open_inputs, task=None, **known) if known else None  # type: ignore[arg-type]
+
+
+def _drawn(outline: Outline, spec: ImageSpec | None, folder: Path, seed: int, split: str) -> list[Path]:
+    """The embedded sample for a program: labels of its task, with the images beside them."""
+    inputs = outline.open_inputs
+    image = spec or infer_image_spec(inputs, task=None)
+    if image is None or not (speaks(inputs) or takes_prompts(inputs)):
+        raise DataError(
+            f"The embedded sample does not fit the program's inputs {[i.name for i in inputs]}. Give --data with .npz "
+            "feeds under these names."
+        )
+    size = min(max(image.height, SMALLEST), LARGEST)
+    count = CALIBRATION_IMAGES if split == "train" else SAMPLE_IMAGES
+    drawn = write_coco(folder, count=count, seed=seed, size=size, split=split)
+    return [drawn / n for n in (("questions.jsonl", "captions.json") if speaks(inputs) else ("instances.json",))]

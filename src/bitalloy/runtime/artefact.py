@@ -1,0 +1,140 @@
+"""What is shipped and measured: one model, or the graphs of a program, ready to run as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.program import FILE, Program
+from bitalloy.program.wiring import write_wiring
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.weights import is_large, pack, save
+
+ONLY = "model"
+"""Name of the graph of a model that is one graph."""
+
+
+class Chain:
+    """Sessions of a program's graphs that run one after the other, as the wires say.
+
+    Args:
+        sessions: by name of the graph.
+        program: whose graphs they are.
+    """
+
+    def __init__(self, sessions: Mapping[str, OrtSession], program: Program) -> None:
+        self._sessions, self._program = dict(sessions), program
+        self._wires = {(w.target, w.input): (w.source, w.output) for w in program.wires}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        names = self._program.names
+        return tuple(names[g, i] for g, s in self._sessions.items() for i in s.input_names if (g, i) in names)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        names = self._program.names
+        return tuple(names[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names)
+
+    def part(self, name: str) -> OrtSession:
+        """The session of one graph."""
+        return self._sessions[name]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Feeds and results under their names in the whole."""
+        names = self._program.names
+        values: dict[tuple[str, str], np.ndarray] = {}
+        for graph in self._program.order:
+            session = self._sessions[graph]
+            given = {
+                i: values[self._wires[graph, i]] if (graph, i) in self._wires else feeds[names[graph, i]]
+                for i in session.input_names
+            }
+            values.update({(graph, name): value for name, value in session.run(given).items()})
+        return {names[g, o]: values[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names}
+
+    def end_profile(self) -> list[dict[str, object]]:
+        """Stop profiling; returns the trace events of all graphs."""
+        return [event for session in self._sessions.values() for event in session.end_profile()]
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One version of a model: in memory, or in files."""
+
+    models: Mapping[str, ir.Model | Path]
+    """By name of the graph; `ONLY` for a model that is one graph."""
+    program: Program | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether a graph in memory must go through a file to be run: a session copies what it is given."""
+        return any(is_large(m) for m in self.models.values() if isinstance(m, ir.Model))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each graph as a file, with its external data."""
+        return {name: _size(model) for name, model in self.models.items()}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
+
+    def session(self, *, profile: Path | None = None) -> OrtSession | Chain:
+        """Load into ONNX Runtime; of a `large` one the weights are lent, which is slower than from a file."""
+        if self.program is None:
+            return OrtSession(self.models[ONLY], profile=profile)
+        parts = {
+            name: OrtSession(model, profile=None if profile is None else profile.with_name(f"{profile.name}-{name}"))
+            for name, model in self.models.items()
+        }
+        return Chain(parts, self.program)
+
+    def placed(self, folder: Path) -> Artefact:
+        """The same with its large graphs in files in a folder, which is made where absent."""
+        models: dict[str, ir.Model | Path] = {}
+        for name, model in self.models.items():
+            if isinstance(model, ir.Model) and is_large(model):
+                folder.mkdir(parents=True, exist_ok=True)
+                models[name], *_ = save(model, folder / f"{name}.onnx")
+            else:
+                models[name] = model
+        return Artefact(models, self.program)
+
+    def save(self, path: str | Path) -> tuple[Path, ...]:
+        """Write a model to an .onnx file, or a program to a folder with `program.json`; 2 GB and more in two files.
+
+        Each file is written as a whole or not at all, `program.json` last.
+
+        Returns:
+            The files written.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = Path(path)
+        models = {name: model for name, model in self.models.items() if isinstance(model, ir.Model)}
+        assert len(models) == len(self.models), "what lies in files already is not written again"
+        if self.program is None:
+            return save(models[ONLY], path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / FILE).unlink(missing_ok=True)
+        files = [f for name, model in models.items() for f in save(model, path / f"{name}.onnx")]
+        return (*files, write_wiring(path, {name: f"{name}.onnx" for name in self.models}, self.program.wires))
+
+
+def _size(model: ir.Model | Path) -> int:
+    if isinstance(model, Path):
+        beside = model.with_name(model.name + ".data")
+        return model.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+    packed = pack(model)
+    return len(packed.data) + sum(w.nbytes for w in packed.weights.values())
