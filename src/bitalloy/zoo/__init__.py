@@ -19,6 +19,7 @@ __all__ = [
     # lookup
     "FAMILIES",
     "NAMES",
+    "PROGRAMS",
     "SAMPLE",
     "Source",
     "families",
@@ -35,6 +36,8 @@ __all__ = [
 SAMPLE = "yolo11n-shapes"
 NAMES = {SAMPLE: "yolo11n-shapes.onnx"}
 """Name -> file among the packaged samples."""
+PROGRAMS = {"mobilesam-shapes": "mobilesam-shapes"}
+"""Name -> folder of a program among the packaged samples."""
 FAMILIES = {
     "yolo11": "bitalloy.zoo.yolo11",
     "segformer": "bitalloy.zoo.segformer",
@@ -55,14 +58,15 @@ class Source:
 
 
 def resolve(model: str | Path) -> Source:
-    """The file behind a name of the zoo or a path.
+    """The file, or the packaged folder of a program, behind a name of the zoo or a path.
 
     Raises:
         ModelError: neither a known name nor a file, or a name that must be exported first.
     """
     text = str(model)
-    if text in NAMES:
-        path = Path(str(resources.files("bitalloy.samples").joinpath(NAMES[text])))
+    packaged = {**NAMES, **PROGRAMS}
+    if text in packaged:
+        path = Path(str(resources.files("bitalloy.samples").joinpath(packaged[text])))
         return Source(name=text, path=path, sample=True)
     path = Path(model)
     if not path.is_file() and path.suffix != ".onnx":
@@ -71,7 +75,7 @@ def resolve(model: str | Path) -> Source:
             raise ModelError(
                 f"'{text}' is not exported yet. Run `bitalloy export {text}`, then give the .onnx file that it writes."
             )
-        known = [*NAMES, *names]
+        known = [*packaged, *names]
         raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(known)}).{_hint(text, known)}")
     return Source(name=path.stem, path=path, sample=False)
 
