@@ -58,7 +58,7 @@ class Source:
 
 
 def resolve(model: str | Path) -> Source:
-    """The file, or the packaged folder of a program, behind a name of the zoo or a path.
+    """The file behind a name of the zoo or a path.
 
     Raises:
         ModelError: neither a known name nor a file, or a name that must be exported first.
