@@ -19,6 +19,7 @@ from bitalloy.zoo.base import Exported
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("kornia.models.sam")
+networks = pytest.importorskip("bitalloy.zoo.networks.mobilesam")
 BOX = (100.0, 200.0, 600.0, 700.0)
 POINTS, LABELS = np.array([[300.0, 400.0], [20.0, 900.0]]), np.array([1, 0])
 
@@ -122,3 +123,37 @@ def test_other_size_and_other_checkpoint_are_refused(tmp_path: Path) -> None:
     torch.save({"image_encoder.x": torch.zeros(1)}, tmp_path / "bad.pt")
     with pytest.raises(ModelError, match=r"439 missing .* 1 unexpected \(image_encoder\.x\)"):
         zoo.export("mobilesam", checkpoint=tmp_path / "bad.pt", folder=tmp_path)
+
+
+def test_the_published_numbers_give_the_network_of_kornia(sam: Any) -> None:
+    built = networks.build(mobilesam.VARIANTS[0].architecture, 1024).state_dict()
+    assert {k: v.shape for k, v in built.items()} == {k: v.shape for k, v in sam.state_dict().items()}
+
+
+def test_a_resized_network_is_one_of_that_size() -> None:
+    numbers = mobilesam.SHAPES.architecture
+    small, resized = networks.build(numbers, 64).eval(), networks.build(numbers, 224).eval()
+    resized.load_state_dict(small.state_dict())
+    networks.resize(resized, 64)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(small.image_encoder(image), resized.image_encoder(image))
+        assert torch.equal(small.prompt_encoder.get_dense_pe(), resized.prompt_encoder.get_dense_pe())
+        boxes = torch.tensor([[5.0, 6.0, 40.0, 50.0]])
+        one, other = (s.prompt_encoder(points=None, boxes=boxes, masks=None)[0] for s in (small, resized))
+        assert torch.equal(one, other)
+
+
+def test_the_sample_variant_is_exported_from_a_file_of_the_published_layout(tmp_path: Path, onnx_run: Any) -> None:
+    torch.manual_seed(2)
+    small = networks.build(mobilesam.SHAPES.architecture, 224).eval()
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    done = mobilesam.export(mobilesam.SHAPES, tmp_path / "small.pt", Options(), tmp_path)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        want = small.image_encoder(image).numpy()
+    got = onnx_run(done.graphs["encoder"], {"image": image.numpy()})["image_embeddings"]
+    assert got.shape == (1, 128, 14, 14)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    with pytest.raises(ModelError, match="224x224"):
+        mobilesam.export(mobilesam.SHAPES, "random", Options(size=(1024, 1024)), tmp_path)

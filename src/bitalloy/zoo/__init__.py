@@ -20,6 +20,7 @@ __all__ = [
     # lookup
     "FAMILIES",
     "NAMES",
+    "PROGRAMS",
     "SAMPLE",
     "Source",
     "families",
@@ -37,6 +38,8 @@ __all__ = [
 SAMPLE = "yolo11n-shapes"
 NAMES = {SAMPLE: "yolo11n-shapes.onnx", "yolo11n-seg-shapes": "yolo11n-seg-shapes.onnx"}
 """Name -> file among the packaged samples."""
+PROGRAMS = {"mobilesam-shapes": "mobilesam-shapes"}
+"""Name -> folder of a program among the packaged samples."""
 FAMILIES = {
     "yolo11": "bitalloy.zoo.yolo11",
     "segformer": "bitalloy.zoo.segformer",
@@ -63,8 +66,9 @@ def resolve(model: str | Path) -> Source:
         ModelError: neither a known name nor a file or program, or a name that must be exported first.
     """
     text = str(model)
-    if text in NAMES:
-        path = Path(str(resources.files("bitalloy.samples").joinpath(NAMES[text])))
+    packaged = {**NAMES, **PROGRAMS}
+    if text in packaged:
+        path = Path(str(resources.files("bitalloy.samples").joinpath(packaged[text])))
         return Source(name=text, path=path, sample=True)
     path = Path(model)
     if not path.is_file() and path.suffix != ".onnx" and not (path / PROGRAM).is_file():
@@ -74,7 +78,7 @@ def resolve(model: str | Path) -> Source:
                 f"'{text}' is not exported yet. Run `bitalloy export {text}`, then give what it writes; "
                 f"`bitalloy run {text}` does both."
             )
-        known = [*NAMES, *names]
+        known = [*packaged, *names]
         raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(known)}).{_hint(text, known)}")
     return Source(name=path.stem, path=path, sample=False)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from bitalloy.zoo import NAMES, families
+from bitalloy.zoo import NAMES, PROGRAMS, families
 from bitalloy.zoo.base import Family, Variant
 
 
@@ -19,7 +19,7 @@ def install_line(family: Family) -> str:
 def as_json() -> dict[str, object]:
     """Everything that is known about every name, for machines."""
     return {
-        "samples": [{"name": name, "file": file, "embedded": True} for name, file in NAMES.items()],
+        "samples": [{"name": name, "file": file, "embedded": True} for name, file in (NAMES | PROGRAMS).items()],
         "families": [
             {
                 "name": family.name,
@@ -38,6 +38,8 @@ def tables() -> Iterator[Table | str]:
     """The embedded sample in a line, then a table and its notes for each family."""
     for name, file in NAMES.items():
         yield f"{name}  embedded sample ({file}), ready to run"
+    for name, folder in PROGRAMS.items():
+        yield f"{name}  embedded sample, several graphs (folder {folder})"
     for family in families():
         lacking = family.missing
         state = f"not installed ({', '.join(lacking)}): {install_line(family)}" if lacking else "installed"

@@ -3,9 +3,11 @@
 Two graphs, because one image is encoded once and then asked many prompts. The published `mobile_sam.pt` is a plain
 state dict with the tensor names of the official package, which are also kornia's.
 
-Images are resized so that the long side is 1024, normalised on the 0-255 scale by mean (123.675, 116.28, 103.53) and
-deviation (58.395, 57.12, 57.375), and padded with zeros at the right and the bottom. Masks are resized bilinearly to
-1024, cropped to the resized image, resized to the original and cut at 0.
+A reduced variant, for the embedded sample, has the same modules with fewer channels and blocks.
+
+Images are resized so that the long side is 1024 (224 in the reduced variant), normalised on the 0-255 scale by mean
+(123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375), and padded with zeros at the right and the bottom.
+Masks are resized bilinearly to that side, cropped to the resized image, resized to the original and cut at 0.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +65,7 @@ def prompts(
     points: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     box: tuple[float, float, float, float] | None = None,
+    side: int = SIDE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The decoder's inputs for points, a box, or both.
 
@@ -70,6 +74,7 @@ def prompts(
         points: (N, 2) x, y in pixels of the original image.
         labels: (N,) 1 for a point on the object, 0 for one on the background.
         box: x1, y1, x2, y2 in pixels of the original image.
+        side: of the padded image in pixels.
 
     Returns:
         `point_coords` (1, M, 2) and `point_labels` (1, M). A prompt without a box ends with a padding point.
@@ -79,7 +84,7 @@ def prompts(
     if box is not None:
         coords = np.concatenate((coords, np.reshape(box, (2, 2))))
         kinds += [TOP_LEFT, BOTTOM_RIGHT]
-    coords = coords * (SIDE / max(size))
+    coords = coords * (side / max(size))
     if box is None:
         coords, kinds = np.concatenate((coords, np.zeros((1, 2)))), [*kinds, PADDING]
     return coords[None].astype(np.float32), np.array([kinds], np.float32)
@@ -89,30 +94,32 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     """Write `encoder.onnx`, `decoder.onnx` and `program.json`.
 
     Raises:
-        ModelError: another size than 1024 x 1024, or the checkpoint is not of MobileSAM.
+        ModelError: another size than the variant's, or the checkpoint is not of this variant.
     """
     import torch
-    from kornia.models.sam import Sam
 
-    from bitalloy.zoo.networks.mobilesam import Decoder, Encoder
+    from bitalloy.zoo.networks.mobilesam import Decoder, Encoder, build
 
+    side = variant.size[0]
+    numbers: dict[str, Any] = dict(variant.architecture)
     if options.size not in (None, variant.size):
-        raise ModelError("MobileSAM is made for images padded to 1024x1024; leave --image-size out.")
+        raise ModelError(f"MobileSAM is made for images padded to {side}x{side}; leave --image-size out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        sam = Sam.from_name("mobile_sam").eval()
+        sam = build(numbers, side).eval()
         if checkpoint != RANDOM:
             source = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
             state = checkpoints.read(source, trust=options.trust_checkpoint, extra=EXTRA)
             checkpoints.load(sam, state, source=source, name=variant.name)
         mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
-        image = (255 * random_image((SIDE, SIDE)) - mean) / deviation
+        image = (255 * random_image(variant.size) - mean) / deviation
         encoder, decoder = Encoder(sam).eval(), Decoder(sam).eval()
-        embeddings = torch.randn(1, 256, SIDE // 16, SIDE // 16)  # the encoder ends with a norm
+        embeddings = torch.randn(1, numbers["width"], side // 16, side // 16)  # the encoder ends with a norm
+        box, points = (100, 200, 600, 700), np.array([[300, 400], [800, 50]])  # of an image of 1024 x 1024
         given = [
-            prompts((SIDE, SIDE), box=(100, 200, 600, 700)),
-            prompts((SIDE, SIDE), points=np.array([[300, 400], [800, 50]]), labels=np.array([1, 0])),
-            prompts((SIDE, SIDE), points=np.array([[300, 400]]), box=(100, 200, 600, 700)),
+            prompts((SIDE, SIDE), box=box, side=side),
+            prompts((SIDE, SIDE), points=points, labels=np.array([1, 0]), side=side),
+            prompts((SIDE, SIDE), points=points[:1], box=box, side=side),
         ]
     asked = [(embeddings, torch.from_numpy(coords), torch.from_numpy(labels)) for coords, labels in given]
     graphs = {name: folder / f"{name}.onnx" for name in ("encoder", "decoder")}
@@ -153,6 +160,10 @@ VARIANTS = (
         flops_b=81.159,
         work="image and one box",
         size=(SIDE, SIDE),
+        architecture={
+            "encoder_widths": (64, 128, 160, 320), "encoder_depths": (2, 2, 6, 2), "encoder_heads": (2, 4, 5, 10),
+            "encoder_windows": (7, 7, 14, 7), "classes": 1000, "width": 256, "heads": 8, "mlp": 2048,
+        },
         published=Published(
             parameters_m=9.66,
             accuracy={"mIoU with SAM ViT-H, two points": 0.73},
@@ -168,7 +179,22 @@ VARIANTS = (
         note="The published 9.66 M parameters are not reproducible: the official package has 10,130,092, of which "
         "321,640 belong to a classification head that is never used and is not exported.",
     ),
-)
+)  # fmt: skip
+SHAPES = Variant(
+    name="mobilesam-shapes",
+    parameters_m=2.219,
+    flops_b=0.896,
+    work="image and one box",
+    size=(224, 224),
+    architecture={
+        "encoder_widths": (32, 64, 96, 128), "encoder_depths": (2, 2, 4, 2), "encoder_heads": (1, 2, 3, 4),
+        "encoder_windows": (7, 7, 14, 7), "classes": 1, "width": 128, "heads": 4, "mlp": 1024,
+    },
+    published=Published(source="reference/README.md"),
+    remote=Remote(file="mobilesam-shapes.pt, from reference/train_promptable.py", licence="Apache-2.0"),
+    note="A reduced MobileSAM for the embedded sample.",
+)  # fmt: skip
+"""Of the embedded sample; trained by `reference/train_promptable.py`."""
 FAMILY = Family(
     name="mobilesam",
     task="promptable segmentation",

@@ -2,14 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def build(numbers: Mapping[str, Any], side: int) -> Any:
+    """MobileSAM of any width, with random weights, for square images of `side` pixels, a multiple of 16.
+
+    Modules and tensors have the names of the published network, which the numbers of `mobilesam` give back.
+    """
+    from kornia.models.common import LayerNorm2d
+    from kornia.models.sam import Sam
+    from kornia.models.sam.architecture.mask_decoder import MaskDecoder as KorniaMaskDecoder
+    from kornia.models.sam.architecture.prompt_encoder import PromptEncoder as KorniaPromptEncoder
+    from kornia.models.sam.architecture.transformer import TwoWayTransformer
+    from kornia.models.tiny_vit import TinyViT
+
+    width, grid = numbers["width"], side // 16
+    encoder = TinyViT(
+        img_size=side,
+        num_classes=numbers["classes"],
+        embed_dims=numbers["encoder_widths"],
+        depths=numbers["encoder_depths"],
+        num_heads=numbers["encoder_heads"],
+        window_sizes=numbers["encoder_windows"],
+        mobile_sam=True,
+    )
+    encoder.neck = nn.Sequential(
+        nn.Conv2d(numbers["encoder_widths"][-1], width, 1, bias=False),
+        LayerNorm2d(width),
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        LayerNorm2d(width),
+    )
+    return Sam(
+        image_encoder=encoder,
+        prompt_encoder=KorniaPromptEncoder(
+            embed_dim=width, image_embedding_size=(grid, grid), input_image_size=(side, side), mask_in_chans=16
+        ),
+        mask_decoder=KorniaMaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=width, mlp_dim=numbers["mlp"], num_heads=numbers["heads"]
+            ),
+            transformer_dim=width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=width,
+        ),
+    )
+
+
+def resize(sam: Any, side: int) -> None:
+    """Prepare a network, in place, for another side in pixels, a multiple of 16: no weight depends on it."""
+    old = sam.image_encoder.img_size
+    if side == old:
+        return
+    for module in sam.image_encoder.modules():
+        for name in ("input_resolution", "output_resolution"):
+            if hasattr(module, name):
+                height, width = getattr(module, name)
+                setattr(module, name, (height * side // old, width * side // old))
+    sam.image_encoder.img_size, sam.image_encoder.feat_size = side, side // 16
+    sam.prompt_encoder.image_embedding_size = (side // 16, side // 16)
+    sam.prompt_encoder.input_image_size = (side, side)
+
+
 class Encoder(nn.Module):
-    """(1, 3, S, S) normalised, zero-padded image -> (1, 256, S/16, S/16) embeddings."""
+    """(1, 3, S, S) normalised, zero-padded image -> (1, width, S/16, S/16) embeddings."""
 
     def __init__(self, sam: Any) -> None:
         super().__init__()
@@ -20,10 +81,10 @@ class Encoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points with labels -> (1, N, 256) tokens, without assignments to selected elements, which do not trace."""
+    """Points with labels -> (1, N, width) tokens, without assignments to selected elements, which do not trace."""
 
     table: Tensor
-    """(5, 256): what each label -1 to 3 adds."""
+    """(5, width): what each label -1 to 3 adds."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()
