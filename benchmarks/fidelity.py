@@ -6,6 +6,10 @@ predicted from the matrix, measured on the rewritten model in ONNX Runtime with 
 
     python benchmarks/fidelity.py --model yolo11n.onnx --images coco128-calib/images
 
+As in `bitalloy run`, the units that the probe finds worst are then measured on a few images, and the measurement stands
+for their prediction (`confirmed`; their number and images are in the JSON, as are the figures of the probe alone and of
+the units that were not measured).
+
 The last line is JSON. `spearman`, `mean_abs_db` and `max_abs_db` are over the SQNR of the whole output (all elements
 of all outputs together); `heads` has the same per head.
 """
@@ -28,6 +32,7 @@ from bitalloy.bench import interleave
 from bitalloy.calibrate import collect
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix, bend, decibel
+from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober, Switchboard, damage, secant
 from bitalloy.targets import target
@@ -91,9 +96,15 @@ def main() -> None:
     secant_s = time.perf_counter() - started
     chosen = np.stack([matrix.select(units.rounded(frozenset({u.id}))) for u in convolutions])
     linear = np.stack([matrix.damage(c).mean(axis=0) for c in chosen])  # (units, heads)
-    predicted = linear.T
     measured = exact.mean(axis=0)  # (heads, units)
     share = energy.mean(axis=0) / energy.mean(axis=0).sum()
+    started = time.perf_counter()
+    worst = np.argsort(-linear.max(axis=1))[:CONFIRMED]
+    few, own = damage(board, [sets[i] for i in worst], heads, feeds[:CONFIRM_SAMPLES])
+    confirm_s = time.perf_counter() - started
+    predicted = linear.T.copy()
+    predicted[:, worst] = few.mean(axis=0)
+    others = np.setdiff1d(np.arange(len(convolutions)), worst)
 
     together = frozenset(u.id for u in convolutions)
     rewritten = OrtSession(apply(model, units, together, ranges, device).to_bytes())
@@ -110,6 +121,9 @@ def main() -> None:
         "seed": options.seed,
         **agreement(decibel(share @ measured), decibel(share @ predicted)),
         "heads": {h.name: agreement(decibel(measured[i]), decibel(predicted[i])) for i, h in enumerate(heads)},
+        "probe_alone": agreement(decibel(share @ measured), decibel(linear @ share)),
+        "not_measured": agreement(decibel(share @ measured)[others], decibel(linear @ share)[others]),
+        "confirmed": {"units": len(worst), "images": CONFIRM_SAMPLES, "seconds": round(confirm_s, 3)},
         "probe_seconds": round(probed - start, 3),
         "probe_build_seconds": round(built - start, 3),
         "secant_seconds": round(secant_s, 3),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -197,7 +198,9 @@ def measured(
     return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
 
 
-def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) -> Analysis:
+def confirm(
+    analysis: Analysis, worst: int, *, flagged: bool = True, samples: int = SAMPLES, work: Workspace | None = None
+) -> Analysis:
     """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
@@ -207,10 +210,13 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
     Args:
         analysis: whose table is doubtful.
         worst: number of units with the lowest SQNR on any head.
+        flagged: whether everything flagged is measured too; where much is, that takes minutes.
+        samples: at most so many samples, the first of the matrix.
         work: where to keep and show results.
     """
     work, units, matrix = work or Workspace(), analysis.units, analysis.matrix
-    doubtful = _doubtful(analysis.table, worst)
+    start = time.perf_counter()
+    doubtful = _doubtful(analysis.table, worst, flagged=flagged)
     things = [
         Thing(scope, name, part, sites)
         for scope, name, part, sites in groups(units)
@@ -218,7 +224,7 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
     ]
     if not things:
         return analysis
-    count = min(SAMPLES, matrix.samples)
+    count = min(samples, matrix.samples)
     damage, energy = measured(analysis, [t.sites for t in things], count, work=work)
     findings = []
     for t, thing in enumerate(things):
@@ -235,23 +241,24 @@ def confirm(analysis: Analysis, worst: int, *, work: Workspace | None = None) ->
         for h, head in enumerate(analysis.heads)
     }
     table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
+    work.seconds["confirm"] = round(time.perf_counter() - start, 3)
     return replace(
         analysis,
         matrix=fixed,
         secant=bent,
         table=msgspec.structs.replace(table, rows=tuple(_with(r, estimates) for r in table.rows)),
-        key=key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful))),
+        key=key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count),
     )
 
 
-def _doubtful(table: SensitivityTable, worst: int) -> set[tuple[str, str, str]]:
-    """(scope, id, part) of the worst units and of all flagged units and sites; regions follow from their units."""
+def _doubtful(table: SensitivityTable, worst: int, *, flagged: bool) -> set[tuple[str, str, str]]:
+    """(scope, id, part) of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
     lowest: dict[str, float] = {}
     for row in table.rows:
         if row.scope == "unit" and row.part == "all":
             lowest[row.id] = min(lowest.get(row.id, np.inf), row.sqnr_db.value)
-    flagged = {(r.scope, r.id, r.part) for r in table.rows if r.flagged and r.scope != "region"}
-    return flagged | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}
+    marked = {(r.scope, r.id, r.part) for r in table.rows if flagged and r.flagged and r.scope != "region"}
+    return marked | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}
 
 
 def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str], Estimate]) -> Sensitivity:

@@ -12,6 +12,7 @@ import msgspec
 from bitalloy.errors import BudgetError
 from bitalloy.pipeline.analyze import Analysis, analyze
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
+from bitalloy.pipeline.exact import confirm
 from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Workspace
@@ -21,6 +22,8 @@ from bitalloy.report import sensitivity_csv
 from bitalloy.store import RunDirectory
 
 DEFAULT_RATIO = 0.7
+CONFIRMED, CONFIRM_SAMPLES = 12, 4
+"""The worst units, whose errors bend the network most, are measured by execution on a few samples before planning."""
 
 
 def run(
@@ -79,6 +82,8 @@ def deliver(
     """All of `run` behind `prepare`. Arguments as for `run`."""
     work = prepared.work
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
+    if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
+        analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     if budget is not None:
         planned = plan(analysis, budget, work=work)
     else:
