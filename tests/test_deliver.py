@@ -16,9 +16,10 @@ from bitalloy.pipeline.records import Measured, Metrics
 from bitalloy.pipeline.summary import summarize
 from bitalloy.records import Budget, Estimate, Latency, LatencySpread, Triple
 from bitalloy.runtime import OrtSession
+from bitalloy.runtime.artefact import ONLY
 
 FLOOR_DB = 5.0
-SIZES = Triple(reference=1, int8=1, mixed=1)
+SIZES = {ONLY: Triple(reference=1, int8=1, mixed=1)}
 NO_METRICS = Metrics(metrics={}, confidence_shift={})
 
 
