@@ -100,7 +100,7 @@ def main() -> None:
     share = energy.mean(axis=0) / energy.mean(axis=0).sum()
     started = time.perf_counter()
     worst = np.argsort(-linear.max(axis=1))[:CONFIRMED]
-    few, own = damage(board, [sets[i] for i in worst], heads, feeds[:CONFIRM_SAMPLES])
+    few = damage(board, [sets[i] for i in worst], heads, feeds[:CONFIRM_SAMPLES])[0]
     confirm_s = time.perf_counter() - started
     predicted = linear.T.copy()
     predicted[:, worst] = few.mean(axis=0)
