@@ -76,6 +76,13 @@ def test_the_last_operator_tells_a_distribution(tmp_path: Path, node: NodeProto,
     assert [(h.kind, h.given, h.classes) for h in heads if is_divergence(h.name)] == ([want] if want else [])
 
 
+def test_a_sigmoid_may_be_reshaped_and_a_softmax_may_not(tmp_path: Path) -> None:
+    for operator, want in (("Sigmoid", ["y", "y KL"]), ("Softmax", ["y"])):
+        nodes = [last(operator, "s"), helper.make_node("Transpose", ["s"], ["y"], name="turn", perm=[0, 2, 3, 1])]
+        heads = find_heads(network(tmp_path / "net.onnx", nodes, {"y": [1, SIDE, SIDE, 5]}))
+        assert [h.name for h in heads] == want
+
+
 def test_logits_are_a_distribution_where_the_family_says_so(tmp_path: Path) -> None:
     nodes = [helper.make_node("Mul", ["t", "t"], ["logits"], name="last")]
     for metadata, want in (({}, []), ({"bitalloy.family": "segformer"}, [("categorical", "logits", 1)])):

@@ -4,8 +4,8 @@ Case 1. An output made by a Concat of a few computed tensors: each operand is a 
         let boxes in pixels (0 to 640) drown scores (0 to 1).
 Case 2. Any other float output is one head. Outputs that the file's metadata or its family leaves out are none.
 Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
-        move (`bitalloy.divergence`). It is added where that is certain: a Sigmoid, Softmax or LogSoftmax makes the
-        head; the family knows the output as logits; or an output (1, classes) is called `logits`.
+        move (`bitalloy.divergence`). It is added where that is certain: a Sigmoid (perhaps reshaped), Softmax or
+        LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
 
 The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names. Its boxes make a second
 head, `detections`: errors relative to the size of the box, weighed by the squared score of the anchor, because average
@@ -31,6 +31,8 @@ from bitalloy.relevance import FAMILY, MEANINGS, Meaning
 MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
 DETECTIONS = "detections"
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that leave every element of a Sigmoid as it is."""
 KL = " KL"
 """Ending of the names of heads that measure a divergence."""
 COUNTED = "bitalloy.heads"
@@ -82,7 +84,10 @@ def _distribution(value: ir.Value, head: Head, meaning: Meaning | None) -> Head 
     """The head as a distribution, where it certainly is one."""
     node, shape = value.producer(), static_shape(value)
     operator = node.op_type if node is not None else ""
-    if operator == "Sigmoid":
+    source = node
+    while source is not None and source.op_type in MOVES and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+    if source is not None and source.op_type == "Sigmoid":
         return msgspec.structs.replace(head, kind=BERNOULLI, given=PROBABILITIES)
     if node is not None and operator in ("Softmax", "LogSoftmax"):
         axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
