@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -215,7 +214,6 @@ def confirm(
         work: where to keep and show results.
     """
     work, units, matrix = work or Workspace(), analysis.units, analysis.matrix
-    start = time.perf_counter()
     doubtful = _doubtful(analysis.table, worst, flagged=flagged)
     things = [
         Thing(scope, name, part, sites)
@@ -225,7 +223,13 @@ def confirm(
     if not things:
         return analysis
     count = min(samples, matrix.samples)
-    damage, energy = measured(analysis, [t.sites for t in things], count, work=work)
+    key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
+
+    def make() -> bytes:
+        found = measured(analysis, [t.sites for t in things], count, work=work)
+        return msgspec.json.encode([part.tolist() for part in found])
+
+    damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
     findings = []
     for t, thing in enumerate(things):
         predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
@@ -241,13 +245,12 @@ def confirm(
         for h, head in enumerate(analysis.heads)
     }
     table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
-    work.seconds["confirm"] = round(time.perf_counter() - start, 3)
     return replace(
         analysis,
         matrix=fixed,
         secant=bent,
         table=msgspec.structs.replace(table, rows=tuple(_with(r, estimates) for r in table.rows)),
-        key=key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count),
+        key=key,
     )
 
 
