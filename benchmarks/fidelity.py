@@ -86,7 +86,7 @@ def main() -> None:
     float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
 
     convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
-    board = Switchboard(model, units, ranges, device)
+    board = Switchboard(model, units, ranges, device, at_once=len(feeds))
     with Progress(console=console) as progress:
         task = progress.add_task("exact", total=len(convolutions) * len(feeds))
         sets = [board.gates(units.rounded(frozenset({u.id}))) for u in convolutions]

@@ -229,7 +229,7 @@ def main() -> None:
                 spent[probes, count] = seconds
         pace[probes] = stick.read()
     del prober
-    board = Switchboard(model, units, ranges, device)
+    board = Switchboard(model, units, ranges, device, at_once=len(feeds))
     sets = [board.gates(table[n][0]) for n in names]
     begun, marks = time.perf_counter(), []
 

@@ -188,7 +188,7 @@ def _secant(ready: Calibrated, matrix: ProbeMatrix, work: Workspace) -> Secant:
 
     def make() -> bytes:
         with work.stage("secant", count * len(FRACTIONS)) as progress:
-            board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target)
+            board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=count)
             feeds = [ready.data.feeds(i) for i in range(count)]
             sites = ready.units.rounded(ready.units.quantizable())
             return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))

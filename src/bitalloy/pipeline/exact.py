@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -170,31 +171,31 @@ def measured(
         ranges=ready.calibration.ranges,
         versions=versions(),
     )
-    board: Switchboard | None = None
-    around = ready.units.rounded(ready.units.quantizable()) if mode == ALL_BUT_ONE else None
-    rows: list[list[Row]] = []
-    with work.stage("exact", samples * len(sets)) as progress:
-        for index in range(samples):
-            measurement: Measurement | None = None
+    board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=samples)
+    around = board.gates(ready.units.rounded(ready.units.quantizable())) if mode == ALL_BUT_ONE else None
+    names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
 
-            def shard(sites: frozenset[str], n: int = index) -> bytes:
-                nonlocal board, measurement
-                if board is None:
-                    board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target)
-                if measurement is None:
-                    base = board.gates(around) if around is not None else None
-                    measurement = Measurement(board, ready.heads, ready.data.feeds(n), base)
-                error = measurement.error(board.gates(sites))
-                if not np.isfinite(error).all():
-                    raise DataError(f"The rounded model's output is NaN or infinite on sample {n}.")
-                return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(measurement.energy.tolist())))
+    def measure(index: int) -> list[Row]:
+        measurement: Measurement | None = None
 
-            rows.append([])
-            for sites in sets:
-                name = hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24]
-                raw = work.shard("exact", key, f"{index:06d}-{name}", lambda s=sites: shard(s))  # type: ignore[misc]
-                rows[-1].append(msgspec.json.decode(raw, type=Row))
-                progress.advance(1)
+        def shard(sites: frozenset[str]) -> bytes:
+            nonlocal measurement
+            if measurement is None:
+                measurement = Measurement(board, ready.heads, ready.data.feeds(index), around)
+            error = measurement.error(board.gates(sites))
+            if not np.isfinite(error).all():
+                raise DataError(f"The rounded model's output is NaN or infinite on sample {index}.")
+            return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(measurement.energy.tolist())))
+
+        rows = []
+        for sites in sets:
+            raw = work.shard("exact", key, f"{index:06d}-{names[sites]}", partial(shard, sites))
+            rows.append(msgspec.json.decode(raw, type=Row))
+            progress.advance(1)
+        return rows
+
+    with work.stage("exact", samples * len(sets)) as progress, ThreadPoolExecutor(board.at_once) as pool:
+        rows = list(pool.map(measure, range(samples)))
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
     return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
@@ -217,7 +218,6 @@ def confirm(
         work: where to keep and show results.
     """
     work, units, matrix = work or Workspace(), analysis.units, analysis.matrix
-    start = time.perf_counter()
     doubtful = _doubtful(analysis.table, worst, flagged=flagged)
     things = [
         Thing(scope, name, part, sites)
@@ -227,7 +227,13 @@ def confirm(
     if not things:
         return analysis
     count = min(samples, matrix.samples)
-    damage, energy = measured(analysis, [t.sites for t in things], count, work=work)
+    key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
+
+    def make() -> bytes:
+        found = measured(analysis, [t.sites for t in things], count, work=work)
+        return msgspec.json.encode([part.tolist() for part in found])
+
+    damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
     findings = []
     for t, thing in enumerate(things):
         predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
@@ -243,13 +249,12 @@ def confirm(
         for h, head in enumerate(analysis.heads)
     }
     table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
-    work.seconds["confirm"] = round(time.perf_counter() - start, 3)
     return replace(
         analysis,
         matrix=fixed,
         secant=bent,
         table=msgspec.structs.replace(table, rows=tuple(_with(r, estimates) for r in table.rows)),
-        key=key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count),
+        key=key,
     )
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +26,7 @@ from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
+from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.base import Target, weight_params
@@ -42,6 +45,8 @@ class Switchboard:
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
         segments: number of parts that can run again by themselves.
+        at_once: samples that will be measured at the same time, each on its share of the cores. That keeps all cores
+            busy in small layers, too. Of a large model it is one: each takes memory.
     """
 
     def __init__(
@@ -52,10 +57,13 @@ class Switchboard:
         target: Target,
         *,
         segments: int = SEGMENTS,
+        at_once: int = 1,
     ) -> None:
+        self.at_once = 1 if graph.large else min(max(at_once, 1), available_cores())
+        threads = available_cores() // self.at_once
         parts = cut(graph, segments)
         place = {name_of(n): i for i, nodes in enumerate(parts) for n in nodes}
-        self._segments = [Segment(graph, nodes, target) for nodes in parts]
+        self._segments = [Segment(graph, nodes, target, threads) for nodes in parts]
         self._outputs = {name: name for name in graph.output_names}
         self._column: dict[str, int] = {}
 
@@ -134,8 +142,8 @@ class Walk:
 class Segment:
     """Some nodes of a graph, with and without gates; a session is built when it is first needed."""
 
-    def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target) -> None:
-        self._graph, self._nodes, self._target = graph, nodes, target
+    def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target, threads: int) -> None:
+        self._graph, self._nodes, self._target, self._threads = graph, nodes, target, threads
         self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
         self.weights: list[tuple[int, WeightSite]] = []
         """Gates with their columns."""
@@ -159,7 +167,7 @@ class Segment:
 
     @cached_property
     def _plain(self) -> OrtSession:
-        return OrtSession(extract(self._graph, self._nodes))
+        return OrtSession(extract(self._graph, self._nodes), threads=self._threads, shared=True)
 
     @cached_property
     def _gated(self) -> OrtSession:
@@ -170,7 +178,7 @@ class Segment:
         for _, site in self.weights:
             keeper.weight(site, weight_params(self._target, self._graph.node[site.node], site))
         keeper.close()
-        return OrtSession(model)
+        return OrtSession(model, threads=self._threads, shared=True)
 
 
 class Measurement:
@@ -221,16 +229,22 @@ def damage(
     Returns:
         (samples, heads, sets): ||y_rounded - y||^2 / mean ||y||^2, and (samples, heads): ||y||^2.
     """
-    rows, energy = [], []
-    for sample in feeds:
+
+    def measure(sample: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         measurement = Measurement(board, heads, sample)
-        energy.append(measurement.energy)
         errors = []
         for gates in sets:
             errors.append(measurement.error(gates))
             if progress is not None:
                 progress(1)
-        rows.append(np.array(errors).T)
+        return np.array(errors).T, measurement.energy
+
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    waiting = iter(feeds)
+    with ThreadPoolExecutor(board.at_once) as pool:
+        while some := list(islice(waiting, board.at_once)):
+            found += pool.map(measure, some)
+    rows, energy = zip(*found, strict=True)
     total = np.array(energy)
     return np.stack(rows) / np.maximum(total.mean(axis=0), 1e-30)[None, :, None], total
 
