@@ -50,7 +50,7 @@ def test_constant_operands_and_exclusions_stay_in_float(case) -> None:
 
 def test_heads_are_the_operands_of_the_last_concat(case) -> None:
     assert [(h.name, h.start, h.stop) for h in case.heads] == [
-        ("boxes", 0, 4), ("scores", 4, 10), ("detections", 0, 4),
+        ("boxes", 0, 4), ("scores", 4, 10), ("detections", 0, 4), ("scores KL", 4, 10),
     ]  # fmt: skip
     assert [h.scores for h in case.heads] == [None, None, (4, 10)]
 
