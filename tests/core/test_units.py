@@ -52,7 +52,7 @@ def test_heads_are_the_operands_of_the_last_concat(case) -> None:
     assert [(h.name, h.start, h.stop) for h in case.heads] == [
         ("boxes", 0, 4), ("scores", 4, 10), ("detections", 0, 4), ("scores KL", 4, 10),
     ]  # fmt: skip
-    assert [h.scores for h in case.heads] == [None, None, (4, 10)]
+    assert [h.scores for h in case.heads] == [None, None, (4, 10), None]
 
 
 def test_an_edge_is_rounded_when_either_side_is_int8(case) -> None:
