@@ -12,7 +12,8 @@ well each way to sum up the damage of the heads ranks its drop.
 Every plan is stored in --out as soon as it is measured; the same command goes on after a stop, and more --plans or
 --eval add to what is there. The last line is JSON: `heads` and `whole` have `spearman`, `mean_abs_db` and
 `max_abs_db` of the SQNR, `search` the same for the variant that the search works with; `ap` the Spearman correlation
-of the drop of AP with measured and predicted damage of each head, of the whole output, of their mean and maximum.
+of the drop of AP with measured and predicted damage of each head (`detections` weighed, `... KL` as divergence), of the
+whole output, of what the search minimizes (`aims`), and of mean and maximum over the heads with an SQNR.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,10 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import RunDirectory, Settings, Workspace, analyze, confirm, load, open_data
-from bitalloy.heads import head_of
+from bitalloy.heads import Reference
 from bitalloy.matrix import bend, decibel
 from bitalloy.pipeline import Analysis, image_spec
+from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.runtime import OrtSession
 from bitalloy.search import Problem
 from bitalloy.store import key_of
@@ -65,23 +66,24 @@ class Bench:
         self._analysis, self._store = analysis, store
         self._feeds = [analysis.data.feeds(i) for i in range(samples)]
         self._float = OrtSession(analysis.graph.to_bytes())
-        self._exact = [self._heads(self._float, f) for f in self._feeds]
-        energy = np.array([[float(np.square(h).sum()) for h in y] for y in self._exact]).mean(axis=0)
-        self.energy = energy
-        """Mean ||y||^2 of each head."""
+        self._exact = [Reference(self._float.run(f), analysis.heads) for f in self._feeds]
+        self.energy = np.array([e.energy for e in self._exact]).mean(axis=0)
+        """Mean ||y||^2 of each head, weighed as the probes are."""
 
     def damage(self, plan: frozenset[str]) -> np.ndarray:
         """Relative error energy of the rewritten model, (heads,)."""
 
         def make() -> bytes:
             session = OrtSession(self._analysis.variant(plan).to_bytes())
-            errors = [
-                [float(np.square(a - b).sum()) for a, b in zip(self._heads(session, feeds), exact, strict=True)]
-                for feeds, exact in zip(self._feeds, self._exact, strict=True)
-            ]
+            errors = [e.error(session.run(feeds)) for feeds, e in zip(self._feeds, self._exact, strict=True)]
             return json.dumps((np.mean(errors, axis=0) / self.energy).tolist()).encode()
 
-        key = key_of(analysis=self._analysis.calibration, plan=sorted(plan), samples=len(self._feeds))
+        key = key_of(
+            analysis=self._analysis.calibration,
+            heads=self._analysis.heads,
+            plan=sorted(plan),
+            samples=len(self._feeds),
+        )
         return np.array(json.loads(self._store.cached("plan-damage", key, make)))
 
     def ap(self, plan: frozenset[str], labels: Path, limit: int | None) -> float:
@@ -101,10 +103,6 @@ class Bench:
             limit=limit,
         )
         return float(json.loads(self._store.cached("plan-ap", key, make)))
-
-    def _heads(self, session: OrtSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        outputs = session.run(feeds)
-        return [head_of(outputs, h) for h in self._analysis.heads]
 
 
 def agreement(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -128,7 +126,10 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=8, help="reverse passes per image, shared by the heads")
     parser.add_argument("--calibration-samples", type=int, default=64)
     parser.add_argument(
-        "--confirm", type=int, help="first measure so many of the worst units, and all flagged, exactly"
+        "--confirm",
+        type=int,
+        default=CONFIRMED,
+        help="first measure so many of the worst units exactly, as `bitalloy run` does; 0 for none",
     )
     parser.add_argument("--eval", type=Path, help="COCO annotation file: also measure AP")
     parser.add_argument("--limit", type=int, help="at most so many labelled images")
@@ -146,13 +147,16 @@ def main() -> None:
         seed=options.seed,
     )
     analysis = analyze(model, data, settings, work=Workspace(store))
-    if options.confirm is not None:
-        analysis = confirm(analysis, options.confirm, work=Workspace(store))
+    if options.confirm:
+        work = Workspace(store)
+        analysis = confirm(analysis, options.confirm, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     units, matrix = analysis.units, analysis.matrix
     # the damage of a plan needs no cost
     problem = Problem(units, matrix, analysis.secant, None, 0)  # type: ignore[arg-type]
     bench = Bench(analysis, store, matrix.samples)
-    share = bench.energy / bench.energy.sum()
+    plain = np.array([not (h.scores or h.kind) for h in analysis.heads])
+    share = np.where(plain, bench.energy, 0.0) / bench.energy[plain].sum()
+    squared = matrix.plain
 
     plans = random_plans(analysis, options.plans, options.seed)
     measured, predicted, searched, drops = [], [], [], []
@@ -180,17 +184,18 @@ def main() -> None:
         "seed": options.seed,
         "heads": {h.name: agreement(real[:, i], guess[:, i]) for i, h in enumerate(analysis.heads)},
         "whole": agreement(real @ share, guess @ share),
-        "mean": agreement(real.mean(axis=1), guess.mean(axis=1)),
+        "mean": agreement(real[:, squared].mean(axis=1), guess[:, squared].mean(axis=1)),
         "search": {
             **{h.name: agreement(real[:, i], other[:, i]) for i, h in enumerate(analysis.heads)},
-            "mean": agreement(real.mean(axis=1), other.mean(axis=1)),
+            "mean": agreement(real[:, squared].mean(axis=1), other[:, squared].mean(axis=1)),
         },
     }
     if options.eval:
         variants = {}
-        for kind, table in (("measured", real), ("predicted", guess)):
+        for kind, table in (("measured", real), ("predicted", guess), ("search", other)):
             columns = {h.name: table[:, i] for i, h in enumerate(analysis.heads)}
-            columns |= {"whole": table @ share, "mean": table.mean(axis=1), "max": table.max(axis=1)}
+            columns |= {"whole": table @ share, "aims": table @ problem.aims}
+            columns |= {"mean": table[:, squared].mean(axis=1), "max": table[:, squared].max(axis=1)}
             variants[kind] = {name: round(float(spearmanr(drops, c)[0]), 4) for name, c in columns.items()}
         result["ap"] = {
             "float": round(float_ap, 4),

@@ -109,7 +109,7 @@ def detector() -> onnx.ModelProto:
     for rows, factor in ((4, 64.0), (len(shapes.CLASSES), 1.0)):
         y = net.op("Sigmoid", net.conv(x, 16, rows, kernel=1))
         y = net.op("Reshape", y, net.constant(np.array([1, rows, 256])))
-        heads.append(net.op("Mul", y, net.constant(np.array(factor, np.float32))))
+        heads.append(y if factor == 1 else net.op("Mul", y, net.constant(np.array(factor, np.float32))))
     return net.model({"images": (1, 3, 64, 64)}, {net.op("Concat", *heads, axis=1): (1, 4 + len(shapes.CLASSES), 256)})
 
 

@@ -120,8 +120,13 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     ratio = summary["latency_ms"]["mixed"] / summary["latency_ms"]["float"]
     assert summary["latency_ratio"] == pytest.approx(ratio, abs=1e-3)
     assert set(summary["sqnr_db"]) == set(summary["sqnr_interval_db"]) == {"boxes", "scores", "detections"}
-    for pair in summary["sqnr_db"].values():
+    assert set(summary["kl_nats"]) == {"scores"}
+    for pair in (*summary["sqnr_db"].values(), *summary["kl_nats"].values()):
         assert set(pair) == {"int8", "mixed"} and set(pair["mixed"]) == {"predicted", "measured"}
+    assert 0 < summary["kl_nats"]["scores"]["int8"]["measured"] < 100
+    assert all(len(r["sqnr_db"]) == 3 for r in summary["rounds"])
+    table = json.loads((finished.folder / "run" / "sensitivity.json").read_text())
+    assert {r["head"] for r in table["rows"]} == {"boxes", "scores", "detections", "scores KL"}
     assert set(summary["metrics"]) == {"AP50-95", "AP50"}
     assert summary["metrics"]["AP50-95"]["float"]["n"] == 8
     assert 0 < summary["int8_units"] <= summary["units"]

@@ -191,6 +191,9 @@ def run(
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
         table.add_row(f"SQNR {head}, dB", "", *cells)
+    for head, pair in summary.kl_nats.items():
+        cells = (f"{c.measured:.3g} (predicted {c.predicted:.3g})" for c in (pair.int8, pair.mixed))
+        table.add_row(f"KL {head}, nats", "", *cells)
     for name, metric in summary.metrics.items():
         values = (metric.reference, metric.int8, metric.mixed)
         table.add_row(f"{name} (n={metric.reference.n})", *(f"{m.value:.4f}" for m in values))

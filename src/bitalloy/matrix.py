@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm, t
 
+from bitalloy.heads import is_divergence
 from bitalloy.records import Estimate, Secant
 
 BOOTSTRAPS = 400
@@ -40,6 +41,11 @@ class ProbeMatrix:
     def column(self) -> Mapping[str, int]:
         """Column of each site."""
         return {s: i for i, s in enumerate(self.sites)}
+
+    @cached_property
+    def plain(self) -> np.ndarray:
+        """(heads,): False for divergences, which are in nats and not comparable with relative squared errors."""
+        return np.array([not is_divergence(h) for h in self.heads])
 
     def select(self, sites: Iterable[str]) -> np.ndarray:
         """0/1 vector (sites,) of a set of sites; sites that reach no head are ignored."""

@@ -76,6 +76,14 @@ class Head(Record, frozen=True, kw_only=True):
     """`output[start:stop]` along `axis`; the whole output where `axis` is None."""
     scores: tuple[int, int] | None = None
     """Of boxes weighed by relevance: where the class scores lie along `axis`."""
+    family: str = ""
+    """Whose relevance weighs the errors (`bitalloy.relevance`); empty where all elements count alike."""
+    kind: str = ""
+    """`categorical` or `bernoulli` where errors are KL divergences of predictions, empty for squared errors."""
+    given: str = ""
+    """Of a distribution: whether the head holds `logits`, `probabilities` or their `logarithms`."""
+    classes: int | None = None
+    """Of a categorical distribution: axis of the output along which probabilities add up to one."""
 
 
 class Edge(Record, frozen=True, kw_only=True):
@@ -234,7 +242,7 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     """`all`, `weights` or `activations`."""
     head: str
     sqnr_db: Estimate
-    """10 log10(||y||^2 / ||J e||^2), higher is better."""
+    """10 log10(||y||^2 / ||J e||^2), higher is better. Of heads named `... KL`: 10 log10(1 nat / divergence)."""
     flagged: bool = False
     """True where the error left the linear regime in the local check, so the number may be off."""
     exact: bool = False
@@ -336,7 +344,10 @@ class Choice(Record, frozen=True, kw_only=True):
 
 
 class HeadDamage(Record, frozen=True, kw_only=True):
-    """SQNR of one head in dB: predicted by the probe matrix and, once verified, measured."""
+    """SQNR of one head in dB: predicted by the probe matrix and, once verified, measured.
+
+    Of heads named `... KL` it is 10 log10(1 nat / divergence).
+    """
 
     head: str
     predicted_db: Estimate
@@ -402,7 +413,8 @@ class Settings(Record, frozen=True, kw_only=True):
     samples: int | None = None
     """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 16."""
     probes: int = 8
-    """Reverse passes per sample, shared out evenly among the heads, at least two for each."""
+    """Reverse passes per sample, shared out evenly among the heads, at least two for each; two more for every head
+    that is also measured as a KL divergence."""
     seed: int = 0
     exclude: tuple[str, ...] = ()
     """Glob patterns over node names and regions that stay in float."""
@@ -429,7 +441,7 @@ class Comparison(Record, frozen=True, kw_only=True):
 
 
 class HeadComparison(Record, frozen=True, kw_only=True):
-    """SQNR in dB of one head."""
+    """SQNR in dB of one head, or its KL divergence in nats."""
 
     int8: Comparison
     mixed: Comparison
@@ -505,5 +517,8 @@ class Summary(Record, frozen=True, kw_only=True):
     """File size in bytes of each graph of a program; empty for a model of one graph."""
     protected_units: tuple[str, ...] = ()
     """Units that stay in float by advice of the model's family; the reasons are in the plan."""
+    kl_nats: dict[str, HeadComparison] = msgspec.field(default_factory=dict)
+    """KL(float || quantized) of the heads that give distributions: the sum over a sample where each element is its own
+    (sigmoid), the mean over positions where classes exclude each other (softmax)."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""

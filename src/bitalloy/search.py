@@ -56,7 +56,7 @@ class Limits:
     latency_us: float = np.inf
     size_bytes: float = np.inf
     damage: float = np.inf
-    """Of every head, as relative error energy."""
+    """Of every head but divergences, as relative error energy."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ class Problem:
 
         Each head counts by its share of the damage that rounding everything does to it, so that none drowns the
         others. Where detections are judged, the plain boxes, nearly all of them of anchors that see nothing, are not.
+        Divergences are not: they are made of heads that are judged already.
         """
         heads = self.matrix.heads
-        judged = np.array([h != "boxes" or DETECTIONS not in heads for h in heads])
+        judged = self.matrix.plain & np.array([h != "boxes" or DETECTIONS not in heads for h in heads])
         whole = self.site_damage @ self.matrix.select(self.units.rounded(frozenset(self.free)))
         return np.asarray(np.where(judged & (whole > 0), 1 / np.maximum(whole, 1e-30), 0.0) / judged.sum())
 
@@ -116,7 +117,7 @@ class Problem:
         return (
             self.latency_us(int8) <= limits.latency_us
             and self.size_bytes(int8) <= limits.size_bytes
-            and bool((self.damage(int8) <= limits.damage).all())
+            and bool((self.damage(int8)[self.matrix.plain] <= limits.damage).all())
         )
 
 
@@ -246,7 +247,7 @@ class Program:
         """Linear damage per head that the limit leaves room for."""
         if not np.isfinite(limits.damage):
             return np.full(len(self._damage), np.inf)
-        return straight(self._problem.secant, limits.damage)
+        return np.where(self._problem.matrix.plain, straight(self._problem.secant, limits.damage), np.inf)
 
     def _matrix(self, rows: list[tuple[dict[int, float], float]]) -> coo_array:
         at = [(r, c, v) for r, (terms, _) in enumerate(rows) for c, v in terms.items()]
@@ -265,7 +266,7 @@ def polish(problem: Problem, int8: frozenset[str], limits: Limits, *, fastest: b
     def score(plan: frozenset[str]) -> tuple[float, float]:
         damage, latency = problem.damage(plan), problem.latency_us(plan)
         excess = max(0.0, latency / limits.latency_us - 1, problem.size_bytes(plan) / limits.size_bytes - 1)
-        excess += float(np.maximum(damage / limits.damage - 1, 0).max())
+        excess += float(np.maximum(damage[problem.matrix.plain] / limits.damage - 1, 0).max())
         return (excess if excess > 1e-9 else 0.0), latency if fastest else float(problem.aims @ damage)
 
     best = score(frozenset(current))
@@ -374,7 +375,7 @@ def _choices(problem: Problem, int8: frozenset[str]) -> list[Choice]:
             continue
         sites = problem.units.rounded(frozenset({unit.id}))
         alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
-        worst = int(np.argmax(alone)) if alone.size else 0
+        worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
         sqnr = float(decibel(alone[worst])) if alone.size else np.inf
         entry = times[unit.id]
         gain = entry.fp32_us - (entry.int8_us or 0.0)

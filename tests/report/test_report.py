@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bitalloy.records import Budget, SensitivityTable
+from bitalloy.records import Budget, Comparison, HeadComparison, SensitivityTable
 from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
 from bitalloy.report.breakdown import Tables, region_tree
 from bitalloy.report.render import embedded_json
@@ -111,6 +111,14 @@ class TestPage:
         assert last["precision"] == "fp32"
         assert "too much for one scale" in last["reason"]
         assert last["sqnr"] == [None, None]
+
+    def test_divergences_have_a_row_with_prediction_and_measurement(self, make_run: Make) -> None:
+        run = make_run()
+        assert "Shift of predictions" not in run.render()
+        int8, mixed = Comparison(predicted=0.51234, measured=0.7), Comparison(predicted=0.0009, measured=0.0012)
+        page = run.with_summary(kl_nats={"scores": HeadComparison(int8=int8, mixed=mixed)}).render()
+        assert "Shift of predictions (KL divergence, nats, measured)" in page
+        assert all(text in page for text in ("predicted 0.512", "0.0012", "predicted 0.0009"))
 
 
 class TestForeignNames:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from bitalloy import graph, zoo
+from bitalloy import graph, relevance, zoo
 from bitalloy.errors import ModelError
 from bitalloy.heads import find_heads
 from bitalloy.regions import path_of, region_id
@@ -69,7 +69,7 @@ def test_outputs_and_heads(loaded: dict[str, graph.Graph], name: str) -> None:
     want = [("output0", (1, 116, 8400)), ("output1", (1, 32, 160, 160))] if masks else [("output0", (1, 84, 8400))]
     assert [(o.name, o.shape) for o in info.outputs] == want
     heads = [h.name for h in find_heads(loaded[name])]
-    assert heads == (["boxes", "scores", *["coefficients"] * masks, "detections", *["output1"] * masks])
+    assert heads == ["boxes", "scores", *["coefficients"] * masks, "detections", *["output1"] * masks, "scores KL"]
 
 
 def test_regions_are_the_parts_of_a_detector(loaded: dict[str, graph.Graph]) -> None:
@@ -193,7 +193,7 @@ def test_published_pickle_is_not_downloaded_without_permission(tmp_path: Path) -
 def test_relevance_follows_the_best_score_of_an_anchor() -> None:
     output = np.zeros((1, 4 + 2 + 32, 3), np.float32)
     output[0, 4:6] = [[0.1, 0.6, 0.2], [0.3, 0.0, 0.0]]
-    weights = yolo11.relevance({"output0": output, "output1": np.ones((1, 32, 2, 2))})
+    weights = relevance.yolo11({"output0": output, "output1": np.ones((1, 32, 2, 2))})
     np.testing.assert_allclose(weights["output0"][0, 0], np.array([0.3, 0.6, 0.2]) * 3 / 1.1, rtol=1e-6)
     np.testing.assert_allclose(weights["output0"][0, 37], weights["output0"][0, 0])
     assert (weights["output0"][0, 4:6] == 1).all() and (weights["output1"] == 1).all()

@@ -32,6 +32,8 @@ from bitalloy.targets.base import split
 
 CALIBRATION_SHARD = 16
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
+LEAST_PROBES = 2
+"""Of a head in every sample."""
 SECANT_SAMPLES = 8
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
@@ -157,7 +159,14 @@ def calibrate(
         raise BitalloyError(f"No unit of the model can run in INT8 on {device.name}{left}: there is nothing to plan.")
     info = data.info
     decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
-    key = key_of(model=model.info.sha256, data=info, settings=decisive, versions=versions(), shapes=model.info.inputs)
+    key = key_of(
+        model=model.info.sha256,
+        data=info,
+        settings=decisive,
+        versions=versions(),
+        shapes=model.info.inputs,
+        heads=heads,
+    )
     calibration = _calibrate(model, units, data, info, settings, key, work)
     return Calibrated(
         graph=model,
@@ -269,7 +278,9 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
 def _probe(ready: Calibrated, work: Workspace) -> ProbeMatrix:
     settings, data, key = ready.settings, ready.data, ready.key
     most = min(len(data), settings.samples or MAX_SAMPLES)
-    probes = max(2, -(-settings.probes // len(ready.heads)))
+    plain = sum(not h.kind for h in ready.heads)
+    shared = max(LEAST_PROBES, -(-settings.probes // plain))
+    probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
 
     def make() -> bytes:
         prober: Prober | None = None

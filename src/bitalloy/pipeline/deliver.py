@@ -16,6 +16,7 @@ from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.graph import Graph
+from bitalloy.heads import is_divergence
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.protection import protect
@@ -159,7 +160,7 @@ def verify(
                 min_sqnr_db=asked.min_sqnr_db,
                 predicted_ratio=round(planned.predicted_ratio, 4),
                 measured_ratio=round(measured.ratio, 4),
-                sqnr_db=tuple(e.value for e in measured.sqnr_mixed),
+                sqnr_db=tuple(_judged(planned, measured)),
                 int8_units=len(planned.plan.int8_units()),
             )
         )
@@ -171,7 +172,7 @@ def verify(
             planned = plan(analysis, asked, table=table, work=work)
         except BudgetError:
             break
-    planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[2]))
+    planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[0], t[2]))
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     metrics = _metrics(analysis, planned, mixed, files, limit, work)
     final = _with_measured(planned, budget, measured)
@@ -277,24 +278,30 @@ def _following(
     if limit is not None and measured.ratio > limit * TOLERANCE:
         table = corrected(table, analysis.units, planned.plan.int8_units(), measured.ratio)
     if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:
-        gap = budget.min_sqnr_db - min(e.value for e in measured.sqnr_mixed)
+        gap = budget.min_sqnr_db - min(_judged(planned, measured))
         if gap > 0:
             asked = msgspec.structs.replace(asked, min_sqnr_db=round(asked.min_sqnr_db + gap + 0.2, 3))
     changed = asked is not before or table is not planned.cost
     return (asked, table) if changed else None
 
 
-def _misfit(budget: Budget, measured: Measured) -> tuple[float, float]:
+def _judged(planned: Planned, measured: Measured) -> list[float]:
+    """Measured SQNR in dB of the heads of a plan, divergences left out."""
+    pairs = zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+    return [estimate.value for head, estimate in pairs if not is_divergence(head.head)]
+
+
+def _misfit(budget: Budget, planned: Planned, measured: Measured) -> tuple[float, float]:
     """How far a measured plan misses the budget, then its damage: smaller is better."""
     miss = 0.0
     if budget.latency_ratio is not None:
         miss += max(0.0, measured.ratio / (budget.latency_ratio * TOLERANCE) - 1)
     if budget.latency_ms is not None:
         miss += max(0.0, measured.latency.mixed.median_ms / (budget.latency_ms * TOLERANCE) - 1)
-    worst = min(e.value for e in measured.sqnr_mixed)
+    judged = _judged(planned, measured)
     if budget.min_sqnr_db is not None:
-        return miss + max(0.0, budget.min_sqnr_db - worst), measured.ratio
-    return miss, -float(np.mean([e.value for e in measured.sqnr_mixed]))
+        return miss + max(0.0, budget.min_sqnr_db - min(judged)), measured.ratio
+    return miss, -float(np.mean(judged))
 
 
 def _metrics(

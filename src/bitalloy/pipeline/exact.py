@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.errors import BitalloyError, DataError
+from bitalloy.heads import is_divergence
 from bitalloy.matrix import draws, interval
 from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, versions
 from bitalloy.pipeline.work import Workspace
@@ -144,7 +145,8 @@ def measure_exact(
         samples=count,
         probes=0,
         seed=ready.settings.seed,
-        settled=bool(halves) and all(alike(halves[0][h], halves[1][h]) for h in range(len(ready.heads))),
+        settled=bool(halves)
+        and all(alike(halves[0][i], halves[1][i]) for i, h in enumerate(ready.heads) if not h.kind),
         rows=tuple(rows),
         method=mode,
     )
@@ -260,7 +262,7 @@ def _doubtful(table: SensitivityTable, worst: int, *, flagged: bool) -> set[tupl
     """(scope, id, part) of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
     lowest: dict[str, float] = {}
     for row in table.rows:
-        if row.scope == "unit" and row.part == "all":
+        if row.scope == "unit" and row.part == "all" and not is_divergence(row.head):
             lowest[row.id] = min(lowest.get(row.id, np.inf), row.sqnr_db.value)
     marked = {(r.scope, r.id, r.part) for r in table.rows if flagged and r.flagged and r.scope != "region"}
     return marked | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}

@@ -76,7 +76,8 @@ def protect(graph: Graph, units: UnitGraph, matrix: ProbeMatrix) -> Protection:
         named = next((a for a in advice if any(fnmatch.fnmatchcase(n, a.pattern) for n in unit.core)), None)
         if named is None or unit.id not in free:
             continue
-        share = float(np.max(_damage(matrix, units, frozenset({unit.id})) / np.maximum(whole, 1e-30)))
+        shares = _damage(matrix, units, frozenset({unit.id})) / np.maximum(whole, 1e-30)
+        share = float(np.max(shares[matrix.plain]))
         measured = f"measured: {100 * share:.3g} % of the damage of all INT8"
         if share <= SHARE:
             freed[unit.id] = f"protected by default ({named.reason} {named.source}), but free here; {measured}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.heads import is_divergence
 from bitalloy.pipeline.analyze import analyze, calibrate
 from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, chosen, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
@@ -115,6 +116,7 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
     whole = {r.head: r.sqnr_db.value for r in found.get(("all", EVERYTHING), [])}
 
     def badness(rows: list[Sensitivity]) -> float:
+        rows = [r for r in rows if not is_divergence(r.head)]
         if table.method == ALL_BUT_ONE:
             return -np.inf if rows[0].scope == "all" else -max(r.sqnr_db.value - whole[r.head] for r in rows)
         return min(r.sqnr_db.value for r in rows)

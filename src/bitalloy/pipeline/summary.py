@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
+from bitalloy.heads import KL, is_divergence
 from bitalloy.matrix import draws, estimate
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
@@ -34,6 +35,7 @@ def summarize(
         )
         for i, head in enumerate(planned.plan.heads)
     }
+    divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     latency = measured.latency
     return Summary(
         headline=_headline(planned, measured, sqnr, metrics),
@@ -51,7 +53,9 @@ def summarize(
         latency_spread_ms=measured.latency,
         size_bytes=_total(sizes),
         sqnr_db=sqnr,
-        sqnr_interval_db={h.head: e for h, e in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)},
+        sqnr_interval_db={
+            h.head: e for h, e in zip(planned.plan.heads, measured.sqnr_mixed, strict=True) if h.head in sqnr
+        },
         metrics=metrics.metrics,
         confidence_shift=metrics.confidence_shift,
         units=len(units.quantizable()),
@@ -70,8 +74,19 @@ def summarize(
         notes=(*analysis.notes, *_busy(latency), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
+        kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
     )
+
+
+def _nats(pair: HeadComparison) -> HeadComparison:
+    """Divergences in nats from their dB below 1 nat, with four digits."""
+
+    def convert(one: Comparison) -> Comparison:
+        predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
+        return Comparison(predicted=predicted, measured=float(f"{10 ** (-one.measured / 10):.4g}"))
+
+    return HeadComparison(int8=convert(pair.int8), mixed=convert(pair.mixed))
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:

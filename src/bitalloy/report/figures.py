@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitalloy.bench import TOLERANCE
-from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, Summary, Triple, UnitGraph
+from bitalloy.heads import is_divergence
+from bitalloy.records import Comparison, CostTable, Estimate, Latency, MetricValue, Plan, Summary, Triple, UnitGraph
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0
@@ -117,6 +118,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Gr
     groups = [
         Group("Cost", (_latency(summary), _ratio(summary, predicted_int8_ratio(units, cost)), *_sizes(summary))),
         Group("Output error (SQNR, measured)", tuple(_sqnr(summary))),
+        Group("Shift of predictions (KL divergence, nats, measured)", tuple(_divergences(summary))),
         Group("Task accuracy", tuple(_accuracy(summary))),
     ]
     return tuple(g for g in groups if g.rows)
@@ -154,8 +156,8 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
 
 
 def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
-    """Names of the heads, in the order in which plans list them."""
-    return tuple(h.head for h in plan.heads) or tuple(summary.sqnr_db)
+    """Names of the heads, in the order in which plans list them, which ends with divergences: they have a row each."""
+    return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
 
 
 def _latency(summary: Summary) -> Row:
@@ -206,6 +208,15 @@ def _sqnr(summary: Summary) -> Iterable[Row]:
         int8 = cell(pair.int8.predicted, pair.int8.measured, None)
         mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
         yield Row(head, "higher is better", (Cell("reference"), int8, mixed))
+
+
+def _divergences(summary: Summary) -> Iterable[Row]:
+    def cell(one: Comparison) -> Cell:
+        notes = () if one.predicted is None else (Note(f"predicted {one.predicted:.3g}"),)
+        return Cell(f"{one.measured:.3g}", notes)
+
+    for head, pair in summary.kl_nats.items():
+        yield Row(head, "lower is better", (Cell("reference"), cell(pair.int8), cell(pair.mixed)))
 
 
 def _accuracy(summary: Summary) -> Iterable[Row]:

@@ -3,7 +3,8 @@
 For a random cotangent v with independent signs (Rademacher) over the elements of one head, and g = J^T v the
 gradient at a rounding site with local error e, the product a = <g, e> satisfies E[a^2] = ||J e||^2, and for a plan
 that rounds several sites E[(sum a)^2] = ||sum J e||^2 (Hutchinson, "A stochastic estimator of the trace of the
-influence matrix", 1990). One reverse pass gives a for every site at once. Rows of the matrix are pairs
+influence matrix", 1990). For a head that gives a distribution the signs are shaped so that a^2 estimates twice the KL
+divergence (`bitalloy.divergence`). One reverse pass gives a for every site at once. Rows of the matrix are pairs
 (sample, probe) for each head; columns are sites.
 """
 
@@ -22,7 +23,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import DataError
 from bitalloy.graph import Graph, attribute, constant, static_shape
-from bitalloy.heads import Reference, relevance
+from bitalloy.heads import Reference, needs_values
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams, activation_params, dequantize, quantize
 from bitalloy.records import AGAIN, Edge, Head, UnitEdge, UnitGraph, WeightSite
@@ -61,9 +62,8 @@ class Prober:
         self._heads = tuple(heads)
         taps, tensors = _taps(graph, units, ranges, target), tuple(dict.fromkeys(h.tensor for h in heads))
         self.sites = tuple(t.id for t in taps)
-        adjoint = build(
-            graph, {t: t for t in tensors}, taps, RULES, stops=stops, keep=[h.output for h in heads if h.scores]
-        )
+        self._kept = tuple(dict.fromkeys(h.output for h in heads if needs_values(h)))
+        adjoint = build(graph, {t: t for t in tensors}, taps, RULES, stops=stops, keep=self._kept)
         self._adjoint: Adjoint = adjoint
         with ThreadPoolExecutor() as pool:
             models = [adjoint.primal, *(h.model for h in adjoint.heads)]
@@ -73,39 +73,44 @@ class Prober:
         self._of = [tensors.index(h.tensor) for h in heads]
         """Reverse pass of each head."""
 
-    def measure(self, feeds: Mapping[str, np.ndarray], *, sample: int, probes: int, seed: int) -> ProbeMatrix:
-        """Rows of one sample: `probes` per head, with signs drawn from (seed, sample, head)."""
+    def measure(
+        self, feeds: Mapping[str, np.ndarray], *, sample: int, probes: int | Sequence[int], seed: int
+    ) -> ProbeMatrix:
+        """Rows of one sample, with signs drawn from (seed, sample, head); `probes` for every head, or one number each.
+
+        Raises:
+            DataError: the float model's output is NaN or infinite.
+        """
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
         state = self._primal.run_values(values, self._primal.output_names)
-        kept = {h.output: state[h.output].numpy() for h in self._heads if h.scores}
-        energy = np.array([[self._energy(state, kept, i) for i in range(len(self._heads))]])
-        if not np.isfinite(energy).all():
-            raise DataError(f"The float model's output is NaN or infinite on sample {sample}.")
-        rows, own = [], []
-        for index, head in enumerate(self._heads):
-            reverse, columns = self._adjoint.heads[self._of[index]], self._columns[self._of[index]]
-            generator, factors = np.random.default_rng([seed, sample, index]), relevance(kept, head)
+        weighed = [h for h in self._heads if needs_values(h)]
+        found = Reference({name: state[name].numpy() for name in self._kept}, weighed).parts
+        parts = {h.name: part for h, part in zip(weighed, found, strict=True)}
+        counts = [probes] * len(self._heads) if isinstance(probes, int) else probes
+        energy, rows, own = [], [], []
+        for index, (head, count) in enumerate(zip(self._heads, counts, strict=True)):
+            part, position = parts.get(head.name), self._of[index]
+            energy.append(part.energy if part else float(state[self._adjoint.energies[position]].numpy()))
+            if not np.isfinite(energy).all():
+                raise DataError(f"The float model's output is NaN or infinite on sample {sample}.")
+            reverse, columns = self._adjoint.heads[position], self._columns[position]
+            generator = np.random.default_rng([seed, sample, index])
             residuals = {name: state[name] for name in reverse.residuals}
-            sums, squares = np.zeros((2, 1, probes, len(self.sites)), np.float32)
-            for start in range(0, probes, AT_ONCE):
-                count = min(AT_ONCE, probes - start)
-                v = generator.integers(0, 2, (count, *reverse.shape), dtype=np.int8).astype(np.float32) * 2 - 1
-                if factors is not None:
-                    v *= factors.astype(np.float32)
+            sums, squares = np.zeros((2, 1, count, len(self.sites)), np.float32)
+            for start in range(0, count, AT_ONCE):
+                some = slice(start, min(start + AT_ONCE, count))
+                shape = (some.stop - start, *reverse.shape)
+                v = generator.integers(0, 2, shape, dtype=np.int8).astype(np.float32) * 2 - 1
+                v = part.cotangents(v) if part else v
                 feed = {**residuals, reverse.cotangent: ort.OrtValue.ortvalue_from_numpy(v)}
-                found = self._reverse[self._of[index]].run_values(feed, [reverse.output])[reverse.output].numpy()
-                total, parts = reverse.by_tap(found)
-                sums[0, start : start + count, columns] = total.T
-                squares[0, start : start + count, columns] = parts.T
+                result = self._reverse[position].run_values(feed, [reverse.output])[reverse.output].numpy()
+                total, squared = reverse.by_tap(result)
+                sums[0, some, columns] = total.T
+                squares[0, some, columns] = squared.T
             rows.append(sums)
             own.append(squares)
-        return ProbeMatrix(tuple(h.name for h in self._heads), self.sites, tuple(rows), tuple(own), energy)
-
-    def _energy(self, state: Mapping[str, ort.OrtValue], kept: Mapping[str, np.ndarray], index: int) -> float:
-        head = self._heads[index]
-        if head.scores:
-            return float(Reference(kept, [head]).energy[0])
-        return float(state[self._adjoint.energies[self._of[index]]].numpy())
+        names = tuple(h.name for h in self._heads)
+        return ProbeMatrix(names, self.sites, tuple(rows), tuple(own), np.array([energy]))
 
 
 def _taps(graph: Graph, units: UnitGraph, ranges: Mapping[str, tuple[float, float]], target: Target) -> list[Tap]:

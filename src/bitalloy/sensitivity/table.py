@@ -92,14 +92,14 @@ def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     """Whether the ranking of units would survive other samples.
 
     The samples are split in two halves; the ranking has settled when the Spearman correlation of the two rankings,
-    corrected to the full length (Spearman-Brown), is at least 0.98 for every head.
+    corrected to the full length (Spearman-Brown), is at least 0.98 for every head but divergences.
     """
     if matrix.samples < 4:
         return False
     chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())]
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
-    return all(alike(*damage[:, :, head]) for head in range(len(matrix.heads)))
+    return all(alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))
 
 
 def alike(first: np.ndarray, second: np.ndarray) -> bool:

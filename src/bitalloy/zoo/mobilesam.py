@@ -12,13 +12,13 @@ Masks are resized bilinearly to that side, cropped to the resized image, resized
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bitalloy import relevance
 from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
@@ -142,17 +142,6 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=notes)
 
 
-def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Pixels near a mask's border count more: logits near 0 decide the mask. Predicted IoUs count evenly."""
-    masks = outputs["low_res_masks"]
-    spread = np.sqrt(np.mean(np.square(masks), axis=(-2, -1), keepdims=True)) + np.finfo(np.float32).tiny
-    weights = 1 / (1 + np.square(masks / spread))
-    return {
-        "low_res_masks": weights / weights.mean(),
-        "iou_predictions": np.ones_like(outputs["iou_predictions"]),
-    }
-
-
 VARIANTS = (
     Variant(
         name="mobilesam",
@@ -202,5 +191,5 @@ FAMILY = Family(
     packages={"torch": (2, 6), "kornia": (0, 9)},
     variants={v.name: v for v in VARIANTS},
     export=export,
-    relevance=relevance,
+    relevance=relevance.mobilesam,
 )

@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bitalloy import relevance
 from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
@@ -221,16 +220,6 @@ def _refuse_small_memory(name: str, numbers: Mapping[str, Any]) -> None:
         )
 
 
-def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the logits only those of the last position choose a token; image features count evenly; a cache is no head."""
-    weights = {n: np.ones_like(v) for n, v in outputs.items() if n == "image_features"}
-    if "logits" in outputs:
-        last = np.zeros_like(outputs["logits"])
-        last[:, -1] = last.shape[1]
-        weights["logits"] = last
-    return weights
-
-
 def _variant(
     size: str,
     measured: tuple[float, float],
@@ -290,5 +279,5 @@ FAMILY = Family(
     packages={"torch": (2, 6), "transformers": (5, 0)},
     variants={v.name: v for v in VARIANTS},
     export=export,
-    relevance=relevance,
+    relevance=relevance.mobilevlm,
 )

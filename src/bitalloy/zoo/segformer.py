@@ -14,12 +14,10 @@ are resized bilinearly to the image before the argmax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bitalloy import relevance
 from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
@@ -156,11 +154,6 @@ def _list_of(config: Any, name: str) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every pixel counts the same, as in the confusion matrix behind mIoU."""
-    return {"logits": np.ones_like(outputs["logits"])}
-
-
 def _variant(
     size: str,
     measured: tuple[float, float],
@@ -207,5 +200,5 @@ FAMILY = Family(
     open_size=True,
     variants={v.name: v for v in VARIANTS},
     export=export,
-    relevance=relevance,
+    relevance=relevance.segformer,
 )

@@ -10,13 +10,11 @@ package, whose licence is AGPL-3.0, is not needed. Weights come from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from bitalloy import graph
+from bitalloy import graph, relevance
 from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
@@ -148,18 +146,6 @@ def _adopt(source: Path, path: Path, variant: Variant, options: Options, facts: 
     return f"{path.name} is a copy of '{source.name}' with the family's regions; its weights are unchanged."
 
 
-def relevance(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Boxes and mask coefficients count by the best score of their anchor; scores and prototypes count evenly."""
-    found = outputs["output0"]
-    classes = found.shape[1] - 4 - (COEFFICIENTS if "output1" in outputs else 0)
-    best = found[:, 4 : 4 + classes].max(axis=1, keepdims=True)
-    anchors = best / max(float(best.mean()), np.finfo(np.float32).tiny)
-    weights = np.broadcast_to(anchors, found.shape).copy()
-    weights[:, 4 : 4 + classes] = 1.0
-    even = {name: np.ones_like(value) for name, value in outputs.items() if name != "output0"}
-    return {"output0": weights, **even}
-
-
 def _variant(
     name: str,
     measured: tuple[float, float],
@@ -233,5 +219,5 @@ FAMILY = Family(
     adopts_onnx=True,
     variants={v.name: v for v in VARIANTS},
     export=export,
-    relevance=relevance,
+    relevance=relevance.yolo11,
 )
