@@ -66,7 +66,7 @@ def main() -> None:
 
     model = load(options.model)
     device = target("ort-cpu")
-    heads = tuple(h for h in find_heads(model) if h.scores is None)
+    heads = tuple(h for h in find_heads(model) if h.scores is None and not h.kind)
     units = split(model, device, heads)
     data = open_data(model, options.images, limit=options.samples, seed=options.seed)
     feeds = [data.feeds(i) for i in range(len(data))]

@@ -23,7 +23,7 @@ from rich.progress import track
 
 from bitalloy import RunDirectory, Settings, Workspace, calibrate, load, open_data
 from bitalloy.matrix import ProbeMatrix, draws, estimate
-from bitalloy.sensitivity import Prober, Switchboard, secant
+from bitalloy.sensitivity import Prober
 from bitalloy.store import key_of
 
 
@@ -65,17 +65,14 @@ def main() -> None:
         for start in range(0, options.many - options.few + 1, options.few)
     ]
     free = [u.id for u in ready.units.units if u.id in ready.units.quantizable()]
-    sites = ready.units.rounded(frozenset(free))
-    board = Switchboard(model, ready.units, ready.ranges, ready.target)
-    bent = secant(board, blocks[0], sites, ready.heads, [data.feeds(i) for i in range(min(8, options.few))])
 
     chosen = [everything.select(ready.units.rounded(frozenset({u}))) for u in free]
     weights = draws(options.many, options.seed)
-    truth = np.array([[e.value for e in estimate(everything, c, weights, bent)] for c in chosen])  # (units, heads)
+    truth = np.array([[e.value for e in estimate(everything, c, weights)] for c in chosen])  # (units, heads)
     inside, width = [], []
     weights = draws(options.few, options.seed)
     for block in blocks:
-        found = [estimate(block, c, weights, bent) for c in chosen]
+        found = [estimate(block, c, weights) for c in chosen]
         low, high = (np.array([[getattr(e, side) for e in row] for row in found]) for side in ("low", "high"))
         reached = truth < 120
         held = np.where(reached, (low <= truth) & (truth <= high), np.nan)

@@ -189,7 +189,9 @@ def main() -> None:
     console = Console(stderr=True, soft_wrap=True)
 
     model = load(options.model)
-    heads = tuple(h for h in find_heads(model) if h.scores is None)  # AIMET measures parts of outputs, unweighed
+    heads = tuple(
+        h for h in find_heads(model) if h.scores is None and not h.kind
+    )  # AIMET measures parts of outputs, unweighed
     device = replace(target("ort-cpu"), pair_limit=None)  # weights as AIMET scales them
     units = operator_units(model)
     data = open_data(model, options.images, limit=options.samples, seed=options.seed)

@@ -17,6 +17,7 @@ from bitalloy.pipeline.summary import summarize
 from bitalloy.records import Budget, Estimate, Latency, LatencySpread, Triple
 from bitalloy.runtime import OrtSession
 from bitalloy.runtime.artefact import ONLY
+from bitalloy.search import GAP
 
 FLOOR_DB = 5.0
 SIZES = {ONLY: Triple(reference=1, int8=1, mixed=1)}
@@ -58,7 +59,7 @@ def test_a_plan_above_the_floor_that_is_slower_than_float_is_searched_again(anal
     asked, table = following
     again = bitalloy.plan(analysis, asked, table=table)
     assert again.plan.int8_units() != planned.plan.int8_units()
-    assert again.predicted_ratio <= 1.0
+    assert again.predicted_ratio <= 1.0 + GAP  # of the solver
     assert _following(analysis, budget, budget, planned, measured(analysis, 0.9)) is None
 
 
