@@ -241,6 +241,11 @@ def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def orthogonal(name: str) -> bool:
+    """The matrices inside the layers of both transformers."""
+    return ".layers." in name and "norm" not in name and name.endswith("weight")
+
+
 def write(state: dict[str, Any], output: Path, work: Path) -> None:
     """Write the checkpoint as a folder in `work`, and the program to the folder `output`."""
     folder = work / SHAPES.name
@@ -262,10 +267,11 @@ def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
 RECIPE = Recipe(
     build=Student,
     loss=loss,
-    stages=((SIDE, 3500),),
+    stages=((SIDE, 6000),),
     learning_rate=1.5e-3,
     final_rate=1e-5,
-    rate_of=lambda name: 1.0 if "vision_tower" in name or "patches" in name else 2.0,
+    rate_of=lambda name: 2.0 if orthogonal(name) or name.startswith("language") else 1.0,
+    orthogonal=orthogonal,
     bfloat16=True,
 )
 

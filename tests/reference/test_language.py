@@ -117,3 +117,30 @@ def test_checkpoints_have_the_published_layout_and_go_through_the_zoo(
         want = student.vision(pixels).numpy()
     got = OrtSession(tmp_path / "program" / "vision.onnx").run({"pixel_values": pixels.numpy()})["image_features"]
     assert np.abs(got - want).max() < 2e-2 * np.abs(want).max()  # weights are stored as float16
+
+
+def test_two_optimizers_go_on_from_their_state_as_one(script: ModuleType) -> None:
+    """Two runs of three steps end alike, one of them stopped and resumed after the first."""
+    training = importlib.import_module("training")
+    ends = []
+    for stops in (False, True):
+        torch.manual_seed(5)
+        net = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"a": torch.nn.Linear(6, 6)})})
+        recipe = training.Recipe(
+            build=script.Student, loss=script.loss, stages=(), learning_rate=0.1, final_rate=0.0,
+            orthogonal=lambda name: name == "layers.a.weight",
+        )  # fmt: skip
+        optimizer = training.optimizer_for(net, recipe)
+        assert isinstance(optimizer, training.Pair)
+        for step in range(3):
+            if stops and step == 1:
+                state = optimizer.state_dict()
+                optimizer = training.optimizer_for(net, recipe)
+                optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            optimizer.zero_grad()
+            net["layers"]["a"](torch.linspace(-1, 1, 12).view(2, 6)).square().sum().backward()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
