@@ -66,6 +66,23 @@ class Student(nn.Module):
         self.boxes = nn.Linear(NUMBERS["clip_hidden_size"], 4)
         self.cells = nn.Linear(NUMBERS["hidden_size"], KINDS)
         look_around(self.vision.vision_tower)
+        look_up(self.language, self.cells)
+
+
+@torch.no_grad()
+def look_up(language: Any, cells: nn.Linear) -> None:
+    """Let equal words attend to each other before training, and let tokens of the image be like the words for them.
+
+    A question then finds its class in the image early; from random weights, yes and no stay a guess for long.
+    """
+    table = language.model.embed_tokens.weight
+    table.normal_(std=0.1)
+    for layer in language.model.layers:
+        query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        query.normal_(std=query.shape[1] ** -0.5)
+        key.copy_(query)
+    for token, number in class_words().items():
+        cells.weight[number] = table[token]
 
 
 @torch.no_grad()
@@ -111,6 +128,12 @@ def turn(question: str, answer: str) -> Turn:
     return chat().turn(question, answer)
 
 
+@cache
+def class_words() -> dict[int, int]:
+    """Token -> class; every name of a class is one token."""
+    return {chat().tokenizer.encode(name)[0]: i for i, name in enumerate(shapes.CLASSES)}
+
+
 def loss(student: Any, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
     """Of the patches, and from `ALONE` on of the image's tokens and of the answers."""
     mean, deviation = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
@@ -128,9 +151,9 @@ def loss(student: Any, batch: Batch, done: float) -> tuple[Tensor, dict[str, flo
     grid = SIDE // PATCH
     shown = F.max_pool2d(classes[..., 1:].transpose(1, 2).unflatten(2, (grid, grid)), 2).flatten(2).transpose(1, 2)
     there = F.binary_cross_entropy_with_logits(student.cells(features).float(), (shown > 0.2).float())
-    yes, other, right = answers(student.language, features, batch)
-    parts |= {"cells": there.item(), "yes/no": yes.item(), "other": other.item(), "right": right}
-    return DENSE * dense + there + yes + SAID * other, parts
+    yes, other, known, right = answers(student, features, batch)
+    parts |= {"cells": there.item(), "yes/no": yes.item(), "other": other.item(), "known": known.item(), "right": right}
+    return DENSE * dense + there + known + yes + SAID * other, parts
 
 
 def geometry(student: Any, states: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -181,8 +204,11 @@ def asked(labels: list[int], colors: list[int]) -> tuple[list[Turn], list[Turn]]
     return polar, random.sample(others, 1)
 
 
-def answers(language: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float]:
-    """Loss of yes and no, loss of all other answers, and the part of yes and no that is right.
+def answers(student: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Losses of yes and no, of all other answers, and of what is known early; and the part of yes and no that is right.
+
+    What is known early: from the word of a class on, every state of a yes/no question tells by the layer `cells`
+    whether the class is there. Without it the answer stays a guess for long.
 
     A row is the prompt up to the image, the image, and then every question with its answer from the same position on;
     each of these sees what stands before the questions, and itself.
@@ -197,7 +223,7 @@ def answers(language: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tens
     after = len(lead) + 1
     length = max(sum(len(t.prompt) - after + len(t.answer) for t, _ in row) for row in rows)
     ids = np.zeros((len(rows), length), np.int64)
-    target, segment, place, what = (np.zeros_like(ids) for _ in range(4))
+    target, segment, place, what, early, there = (np.zeros_like(ids) for _ in range(6))
     for r, row in enumerate(rows):
         at = 0
         for number, (t, kind) in enumerate(row, 1):
@@ -205,7 +231,12 @@ def answers(language: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tens
             end, first = at + len(text), at + len(text) - len(t.answer) - 1
             ids[r, at:end], segment[r, at:end], place[r, at:end] = text, number, range(start, start + len(text))
             target[r, first : end - 1], what[r, first : end - 1] = t.answer, kind
+            if kind == 1:
+                word = next(i for i, token in enumerate(text) if token in class_words())
+                early[r, at + word : first + 1] = class_words()[text[word]] + 1
+                there[r, at:end] = t.answer == turn("", "yes").answer
             at = end
+    language = student.language
     embed = language.model.embed_tokens
     opening = embed(torch.tensor(lead)).expand(len(rows), -1, -1)
     vectors = torch.cat((opening, features, embed(torch.from_numpy(ids))), 1)
@@ -225,7 +256,10 @@ def answers(language: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tens
     polar = kind[chosen] == 1
     first = polar & (truth[chosen] != chat().tokenizer.eos)
     right = (logits[first].argmax(-1) == truth[chosen][first]).float().mean().item()
-    return each[polar].mean() * 2, each[~polar].mean(), right
+    asked_for = torch.from_numpy(early)
+    told = student.cells(states[asked_for > 0]).float().gather(1, asked_for[asked_for > 0][:, None] - 1)[:, 0]
+    known = F.binary_cross_entropy_with_logits(told, torch.from_numpy(there)[asked_for > 0].float())
+    return each[polar].mean() * 2, each[~polar].mean(), known, right
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:

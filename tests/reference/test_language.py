@@ -46,7 +46,7 @@ def test_answers_in_one_sequence_cost_what_they_cost_alone(script: ModuleType, s
     scenes, features = batch(script, 2), torch.randn(2, 36, script.NUMBERS["hidden_size"])
     random.seed(3)
     with torch.no_grad():
-        polar, other, _ = script.answers(student.language, features, scenes)
+        polar, other, _, _ = script.answers(student, features, scenes)
     random.seed(3)
     losses: list[list[float]] = [[], []]
     embed = student.language.model.embed_tokens
