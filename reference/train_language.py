@@ -301,7 +301,7 @@ def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
 RECIPE = Recipe(
     build=Student,
     loss=loss,
-    stages=((SIDE, 6000),),
+    stages=((SIDE, 4000),),
     learning_rate=1.5e-3,
     final_rate=1e-5,
     rate_of=lambda name: 2.0 if orthogonal(name) or name.startswith("language") else 1.0,
