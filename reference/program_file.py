@@ -13,16 +13,17 @@ from typing import Any
 import onnx
 
 from bitalloy import zoo
-from bitalloy.program import load_program
+from bitalloy.pipeline.programs import cache_size, interface
+from bitalloy.program import load_program, read_outline
 from bitalloy.runtime import OrtSession
 from bitalloy.samples import shapes
-from bitalloy.tasks import promptable
+from bitalloy.tasks import chat, language, promptable
 from bitalloy.tasks.base import Interface
 from bitalloy.zoo.base import Export, Variant
 from bitalloy.zoo.exporting import write_program
 from sample_file import store_weights_as_float16
 
-__all__ = ["evaluate_promptable", "export"]
+__all__ = ["evaluate_language", "evaluate_promptable", "export"]
 
 VALIDATION_IMAGES = 200
 
@@ -72,3 +73,21 @@ def evaluate_promptable(program: Path, folder: Path, *, count: int = VALIDATION_
     return {"val_images": count, "notes": list(result.notes)} | {
         name: [round(v, 4) for v in (value.value, value.low, value.high)] for name, value in found.items()
     }
+
+
+def evaluate_language(program: Path, folder: Path, *, count: int = VALIDATION_IMAGES) -> dict[str, Any]:
+    """Answers and perplexity of a language program on the first scenes of the split `val`, written to `folder`."""
+    outline = read_outline(program)
+    known = interface(outline.open_inputs, outline.free_outputs, outline.facts, program)
+    side = int(known.inputs[0].shape[-1])
+    folder = shapes.write_coco(folder, count=count, size=side, split="val")
+    graphs = [OrtSession(program / f"{name}.onnx").run for name in ("vision", "embedding", "decoder")]
+    models = {"float": chat.join(*graphs, cache_size(outline.open_inputs))}
+    scores: dict[str, Any] = {"val_images": count, "notes": []}
+    for labels in ("questions.jsonl", "captions.json"):
+        result = language.evaluate_language(models, language.open_language(folder / labels, known))
+        scores["notes"] += result.notes
+        for metric in result.metrics:
+            value = metric.values["float"]
+            scores[metric.name] = [round(v, 4) for v in (value.value, value.low, value.high)]
+    return scores

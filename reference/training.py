@@ -68,6 +68,8 @@ class Recipe:
     final_rate: float
     rate_of: Callable[[str], float] = lambda _: 1.0
     """Parameter name -> what its learning rate is multiplied by."""
+    orthogonal: Callable[[str], bool] = lambda _: False
+    """Parameter name -> whether it is a matrix whose steps Muon makes orthogonal; AdamW changes all others."""
     bfloat16: bool = False
     """Whether convolutions and matrix products compute in bfloat16."""
 
@@ -107,17 +109,48 @@ def rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.final_rate + (recipe.learning_rate - recipe.final_rate) * (1 + math.cos(math.pi * done)) / 2
 
 
-def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on weights of convolutions and matrices only."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+class Pair:
+    """Two optimizers of different parameters as one."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        self.parts = (first, second)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer | Pair:
+    """AdamW, with weight decay on weights of convolutions and matrices only; and Muon, where the recipe has it."""
+    groups: tuple[dict[tuple[float, float], list[nn.Parameter]], ...] = ({}, {})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = WEIGHT_DECAY if parameter.ndim > 1 else 0.0
-            groups.setdefault((decay, recipe.rate_of(name)), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()],
-        lr=recipe.learning_rate,
+            found = groups[recipe.orthogonal(name)].setdefault((decay, recipe.rate_of(name)), [])
+            found.append(parameter)
+    plain, orthogonal = (
+        [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in by.items()]
+        for by in groups
     )
+    adam = torch.optim.AdamW(plain, lr=recipe.learning_rate)
+    if not orthogonal:
+        return adam
+    return Pair(adam, torch.optim.Muon(orthogonal, lr=recipe.learning_rate, adjust_lr_fn="match_rms_adamw"))
 
 
 @torch.no_grad()

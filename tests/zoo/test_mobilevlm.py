@@ -28,7 +28,7 @@ TINY = replace(
     architecture={
         "clip_hidden_size": 32, "clip_intermediate_size": 48, "clip_layers": 3, "clip_heads": 2, "clip_patch": 14,
         "hidden_size": WIDTH, "intermediate_size": INNER, "layers": LAYERS, "heads": HEADS, "positions": 512,
-        "epsilon": 1e-6,
+        "epsilon": 1e-6, "vocabulary": 32000,
     },
 )  # fmt: skip
 

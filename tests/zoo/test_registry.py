@@ -108,7 +108,7 @@ def test_protection_patterns_and_sources_are_complete() -> None:
             assert protection.source.startswith("https://")
 
 
-@pytest.mark.parametrize("size", ["mobilevlm-v2-1.7b", "mobilevlm-v2-3b", "mobilevlm-v2-7b"])
+@pytest.mark.parametrize("size", ["mobilevlm-v2-1.7b", "mobilevlm-v2-3b", "mobilevlm-v2-7b", "mobilevlm-shapes"])
 def test_counts_of_mobilevlm_are_those_of_the_networks(size: str) -> None:
     """Parameters and products are counted by torch on networks without memory behind their tensors."""
     torch = pytest.importorskip("torch")
@@ -118,18 +118,20 @@ def test_counts_of_mobilevlm_are_those_of_the_networks(size: str) -> None:
     from bitalloy.zoo import mobilevlm
     from bitalloy.zoo.networks import mobilevlm as networks
 
-    _, variant = zoo.find(size)
-    numbers = dict(variant.architecture)
+    (variant,) = (v for v in (*mobilevlm.VARIANTS, mobilevlm.SHAPES) if v.name == size)
+    numbers, side = dict(variant.architecture), variant.size[0]
     with torch.device("meta"), torch.no_grad():
-        vision = networks.Vision(mobilevlm._clip(numbers), numbers["hidden_size"]).eval()
-        decoder = networks.Decoder(mobilevlm._llama(numbers)).eval()
+        vision = networks.Vision(mobilevlm.clip(numbers, side), numbers["hidden_size"]).eval()
+        decoder = networks.Decoder(mobilevlm.llama(numbers)).eval()
         tower = vision.vision_tower
         unused = [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
         every = [*vision.parameters(), *decoder.parameters()]
         with FlopCounterMode(display=False) as last:
-            tower.encoder.layers[-1](torch.randn(1, 577, numbers["clip_hidden_size"]), None)
+            tower.encoder.layers[-1](
+                torch.randn(1, (side // numbers["clip_patch"]) ** 2 + 1, numbers["clip_hidden_size"]), None
+            )
         with FlopCounterMode(display=False) as all_:
-            vision(torch.randn(1, 3, 336, 336))
+            vision(torch.randn(1, 3, side, side))
             decoder(*networks.example(numbers["layers"], numbers["heads"], numbers["hidden_size"], past=0, new=256))
     assert (sum(p.numel() for p in every) - sum(p.numel() for p in unused)) / 1e6 == pytest.approx(variant.parameters_m)
     assert (all_.get_total_flops() - last.get_total_flops()) / 1e9 == pytest.approx(variant.flops_b, rel=1e-4)

@@ -1,6 +1,6 @@
 """MobileVLM V2 (Meituan): CLIP vision tower, projector and Llama, as three graphs.
 
-1. `vision`: an image becomes 144 tokens.
+1. `vision`: an image becomes 144 tokens (36 in the reduced variant).
 2. `embedding`: token ids become vectors, with those of the image between them.
 3. `decoder`: Llama with its cache as inputs and outputs, for the prompt and for every token after it.
 
@@ -27,15 +27,14 @@ from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
 
 EXTRA = "mobilevlm"
 SIDE = 336
-VOCABULARY = 32000
 TOKENIZER = "tokenizer.model"
-IMAGE_TOKENS = 144
 PROMPT, BEFORE = 256, 35
 """Positions of a usual prompt, and of its part before the image."""
 CLIP = {
     "clip_hidden_size": 1024, "clip_intermediate_size": 4096, "clip_layers": 24, "clip_heads": 16, "clip_patch": 14,
+    "vocabulary": 32000,
 }  # fmt: skip
-"""ViT-L/14 at 336 pixels."""
+"""ViT-L/14 at 336 pixels, and the tokens of Llama."""
 FIELDS = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "positions": "max_position_embeddings", "epsilon": "rms_norm_eps",
@@ -78,7 +77,8 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     from bitalloy.zoo.networks.mobilevlm import Decoder, Embedding, Vision, example, split
 
     if options.size not in (None, variant.size):
-        raise ModelError(f"MobileVLM takes images of {SIDE}x{SIDE}; leave --image-size out.")
+        side = variant.size[0]
+        raise ModelError(f"'{variant.name}' takes images of {side}x{side}; leave --image-size out.")
     numbers: dict[str, Any] = dict(variant.architecture)
     _refuse_small_memory(variant.name, numbers)
     source = None if checkpoint == RANDOM else downloads.locate(checkpoint, variant.remote, extra=EXTRA)
@@ -90,7 +90,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     facts = Facts(family="mobilevlm", variant=variant.name, regions=REGIONS, protect=PROTECT, image=image)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        vision = Vision(_clip(numbers), numbers["hidden_size"])
+        vision = Vision(clip(numbers, variant.size[0]), numbers["hidden_size"])
         if source:
             checkpoints.load(vision, vision_state, source=source, name=f"{variant.name} (vision)")
         signature = Signature(inputs=("pixel_values",), outputs=("image_features",))
@@ -98,13 +98,14 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         notes = [export_graph(vision, images, graphs["vision"], signature, facts)]
         del vision, vision_state
 
-        llama = _llama(numbers)
+        language = llama(numbers)
         if source:
-            checkpoints.load(llama, language_state, source=source, name=f"{variant.name} (language model)")
+            checkpoints.load(language, language_state, source=source, name=f"{variant.name} (language model)")
         del language_state
         layers, heads, width = (numbers[k] for k in ("layers", "heads", "hidden_size"))
+        words = numbers["vocabulary"]
         parts = [
-            (torch.randint(0, VOCABULARY, (1, a)), torch.randn(1, image, width), torch.randint(0, VOCABULARY, (1, b)))
+            (torch.randint(0, words, (1, a)), torch.randn(1, image, width), torch.randint(0, words, (1, b)))
             for a, image, b in ((3, 5, 4), (2, 9, 6), (0, 0, 1))
         ]
         axes = {
@@ -114,17 +115,17 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
             "inputs_embeds": {1: "new"},
         }
         signature = Signature(inputs=("before", "image_features", "after"), outputs=("inputs_embeds",), open_axes=axes)
+        tokens = (variant.size[0] // numbers["clip_patch"] // 2) ** 2
         shapes = {
             "before": (1, BEFORE),
-            "image_features": (1, IMAGE_TOKENS, width),
-            "after": (1, PROMPT - BEFORE - IMAGE_TOKENS),
+            "image_features": (1, tokens, width),
+            "after": (1, PROMPT - BEFORE - tokens),
         }
         shaped = replace(facts, shapes=shapes)
-        notes.append(export_graph(Embedding(llama), parts, graphs["embedding"], signature, shaped))
+        notes.append(export_graph(Embedding(language), parts, graphs["embedding"], signature, shaped))
         steps = [example(layers, heads, width, past=p, new=n) for p, n in ((5, 7), (0, 9), (9, 1))]
-        notes.append(
-            export_graph(Decoder(llama), steps, graphs["decoder"], _signature(layers), _decoder_facts(facts, numbers))
-        )
+        decoded = _decoder_facts(facts, numbers)
+        notes.append(export_graph(Decoder(language), steps, graphs["decoder"], _signature(layers), decoded))
     write_program(folder, graphs, WIRES)
     if source is not None and (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
@@ -159,7 +160,8 @@ def _decoder_facts(facts: Facts, numbers: Mapping[str, Any]) -> Facts:
     return replace(facts, heads=("logits",), shapes={**shapes, **dict.fromkeys(names, past)})
 
 
-def _clip(numbers: Mapping[str, Any]) -> Any:
+def clip(numbers: Mapping[str, Any], side: int) -> Any:
+    """The vision tower with random weights, for square images of `side` pixels."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -168,18 +170,19 @@ def _clip(numbers: Mapping[str, Any]) -> Any:
         num_hidden_layers=numbers["clip_layers"],
         num_attention_heads=numbers["clip_heads"],
         patch_size=numbers["clip_patch"],
-        image_size=SIDE,
+        image_size=side,
         hidden_act="quick_gelu",
     )
     config._attn_implementation = "eager"  # fewer nodes: no masks where there is nothing to mask
     return CLIPVisionModel(config)
 
 
-def _llama(numbers: Mapping[str, Any]) -> Any:
+def llama(numbers: Mapping[str, Any]) -> Any:
+    """The language model with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=numbers["vocabulary"],
         num_key_value_heads=numbers["heads"],
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -210,8 +213,9 @@ def _compare(source: Path, numbers: Mapping[str, Any], name: str) -> None:
 
 
 def _refuse_small_memory(name: str, numbers: Mapping[str, Any]) -> None:
-    width, inner, layers = (int(numbers[k]) for k in ("hidden_size", "intermediate_size", "layers"))
-    needed = PEAK * 4 * (2 * VOCABULARY * width + layers * (4 * width**2 + 3 * width * inner))
+    names = ("vocabulary", "hidden_size", "intermediate_size", "layers")
+    words, width, inner, layers = (int(numbers[k]) for k in names)
+    needed = PEAK * 4 * (2 * words * width + layers * (4 * width**2 + 3 * width * inner))
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed:
         raise ModelError(
@@ -272,6 +276,21 @@ VARIANTS = (
         _numbers(4096, 11008, 32, 32, 4096, 1e-5),
     ),
 )
+SHAPES = Variant(
+    name="mobilevlm-shapes",
+    parameters_m=1.712512,
+    flops_b=0.757747,
+    work="image and a prompt of 256 positions",
+    size=(96, 96),
+    architecture={
+        "clip_hidden_size": 128, "clip_intermediate_size": 512, "clip_layers": 5, "clip_heads": 8, "clip_patch": 8,
+        "vocabulary": 932, **_numbers(128, 352, 3, 4, 512, 1e-6),
+    },
+    published=Published(source="reference/README.md"),
+    remote=Remote(file="a folder, from reference/train_language.py", licence="Apache-2.0"),
+    note="A reduced MobileVLM V2 for the embedded sample.",
+)  # fmt: skip
+"""Of the embedded sample; trained by `reference/train_language.py`."""
 FAMILY = Family(
     name="mobilevlm",
     task="vision-language generation",

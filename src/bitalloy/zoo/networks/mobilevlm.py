@@ -5,6 +5,7 @@ Tensor names are those of the published checkpoints once `split` has taken the c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,6 +121,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = llama.model
         self.lm_head = llama.lm_head
+        named = inspect.signature(type(llama.model).forward).parameters
+        self.cache_name = "cache" if "cache" in named else "past_key_values"  # renamed in transformers 5.24
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -133,8 +136,8 @@ class Decoder(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_name: cache},
         ).last_hidden_state
         present = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return (self.lm_head(states), *present)
