@@ -11,10 +11,11 @@ import pytest
 
 import bitalloy
 from bitalloy.bench import unsteadiness
+from bitalloy.outcome import LatencySpread, Triple
 from bitalloy.pipeline.deliver import _following
 from bitalloy.pipeline.records import Measured, Metrics
 from bitalloy.pipeline.summary import summarize
-from bitalloy.records import Budget, Estimate, Latency, LatencySpread, Triple
+from bitalloy.records import Budget, Estimate, Latency
 from bitalloy.runtime import OrtSession
 from bitalloy.runtime.artefact import ONLY
 from bitalloy.search import GAP

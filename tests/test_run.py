@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from bitalloy.records import Summary
+from bitalloy.outcome import Summary
 from bitalloy.runtime import OrtSession
 
 RESULTS = {

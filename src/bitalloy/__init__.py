@@ -17,6 +17,7 @@ from bitalloy.errors import (
     RunDirectoryError,
     UnsupportedOpError,
 )
+from bitalloy.outcome import Summary
 from bitalloy.pipeline import (
     Analysis,
     Calibrated,
@@ -39,7 +40,7 @@ from bitalloy.pipeline import (
     verify,
 )
 from bitalloy.pipeline import render as report
-from bitalloy.records import Budget, Precision, Settings, Summary
+from bitalloy.records import Budget, Precision, Settings
 from bitalloy.store import RunDirectory
 
 __version__ = "0.1.0"

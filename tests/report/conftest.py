@@ -11,28 +11,22 @@ import numpy as np
 import pytest
 
 from bitalloy.matrix import decibel
+from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
 from bitalloy.records import (
     Budget,
     Choice,
-    Comparison,
     CostTable,
     DataInfo,
     Edge,
     Estimate,
-    HeadComparison,
     HeadDamage,
     Latency,
-    LatencySpread,
-    MetricComparison,
     MetricValue,
     ParetoPoint,
     Plan,
     Precision,
-    Round,
     Sensitivity,
     SensitivityTable,
-    Summary,
-    Triple,
     Unit,
     UnitCost,
     UnitEdge,

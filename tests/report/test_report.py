@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from bitalloy.records import Budget, Comparison, HeadComparison, SensitivityTable
+from bitalloy.outcome import Comparison, HeadComparison
+from bitalloy.records import Budget, SensitivityTable
 from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
 from bitalloy.report.breakdown import Tables, region_tree
 from bitalloy.report.render import embedded_json

@@ -17,6 +17,7 @@ from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
+from bitalloy.outcome import LatencySpread, MetricComparison, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.protection import protect
@@ -24,16 +25,7 @@ from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
-from bitalloy.records import (
-    Budget,
-    CostTable,
-    LatencySpread,
-    MetricComparison,
-    Plan,
-    Round,
-    Summary,
-    Triple,
-)
+from bitalloy.records import Budget, CostTable, Plan
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
 from bitalloy.search import FRONT_BUDGETS, Problem, search

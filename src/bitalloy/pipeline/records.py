@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitalloy.records import Budget, CostTable, Estimate, LatencySpread, MetricComparison, Plan, Record
+from bitalloy.outcome import LatencySpread, MetricComparison
+from bitalloy.records import Budget, CostTable, Estimate, Plan, Record
 
 
 @dataclass(frozen=True)

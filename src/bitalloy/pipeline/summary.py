@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.heads import KL, is_divergence
 from bitalloy.matrix import draws, estimate
+from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.program import Joined
-from bitalloy.records import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
 
 
 def summarize(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from bitalloy.bench import TOLERANCE
 from bitalloy.heads import is_divergence
-from bitalloy.records import Comparison, CostTable, Estimate, Latency, MetricValue, Plan, Summary, Triple, UnitGraph
+from bitalloy.outcome import Comparison, Summary, Triple
+from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, UnitGraph
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0

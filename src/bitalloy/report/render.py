@@ -14,7 +14,8 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.records import CostTable, ParetoPoint, Plan, SensitivityTable, Summary, UnitGraph
+from bitalloy.outcome import Summary
+from bitalloy.records import CostTable, ParetoPoint, Plan, SensitivityTable, UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
 

@@ -1,0 +1,109 @@
+"""Records of the result of a run: what `summary.json` is made of."""
+
+from __future__ import annotations
+
+import msgspec
+
+from bitalloy.records import Budget, DataInfo, Estimate, Latency, MetricValue, Record
+
+
+class MetricComparison(Record, frozen=True, kw_only=True):
+    """One task metric on the three models, on the same samples."""
+
+    reference: MetricValue = msgspec.field(name="float")
+    int8: MetricValue
+    mixed: MetricValue
+    drop_int8: Estimate | None = None
+    """float - int8 with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
+    drop_mixed: Estimate | None = None
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """A prediction beside its measurement."""
+
+    predicted: float | None
+    measured: float
+
+
+class HeadComparison(Record, frozen=True, kw_only=True):
+    """SQNR in dB of one head, or its KL divergence in nats."""
+
+    int8: Comparison
+    mixed: Comparison
+
+
+class Triple(Record, frozen=True, kw_only=True):
+    """A number for the float, the all-INT8 and the mixed model."""
+
+    reference: float = msgspec.field(name="float")
+    int8: float
+    mixed: float
+
+
+class LatencySpread(Record, frozen=True, kw_only=True):
+    """Distribution of latency for the three models, in one interleaved measurement."""
+
+    reference: Latency = msgspec.field(name="float")
+    int8: Latency
+    mixed: Latency
+
+
+class Round(Record, frozen=True, kw_only=True):
+    """One round of search, measurement and correction."""
+
+    latency_ratio_limit: float | None
+    min_sqnr_db: float | None
+    predicted_ratio: float
+    measured_ratio: float
+    sqnr_db: tuple[float, ...]
+    int8_units: int
+
+
+class Summary(Record, frozen=True, kw_only=True):
+    """`summary.json`: the result of a run. Names are stable; new ones may be added."""
+
+    schema: int = 1
+    headline: str
+    """One sentence; says first if the mixed model is not faster than float."""
+    model: str
+    model_sha256: str
+    target: str
+    device: str
+    threads: int
+    budget: Budget
+    latency_ms: Triple
+    latency_ratio: float
+    """mixed / float, from the medians of `latency_ms`."""
+    predicted_latency_ratio: float
+    latency_spread_ms: LatencySpread
+    size_bytes: Triple
+    sqnr_db: dict[str, HeadComparison]
+    sqnr_interval_db: dict[str, Estimate]
+    """Measured interval of the mixed model, per head."""
+    metrics: dict[str, MetricComparison]
+    confidence_shift: dict[str, Estimate]
+    """Mean score of matched detections, model minus float; empty without a detection task."""
+    units: int
+    int8_units: int
+    samples: int
+    probes: int
+    settled: bool
+    flagged_units: tuple[str, ...]
+    fp16_margin: float
+    calibration: DataInfo
+    analysis: DataInfo
+    seconds: dict[str, float]
+    """Wall time per stage; 0 where a stored result was used."""
+    rounds: tuple[Round, ...]
+    seed: int
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    graphs: dict[str, Triple] = msgspec.field(default_factory=dict)
+    """File size in bytes of each graph of a program; empty for a model of one graph."""
+    protected_units: tuple[str, ...] = ()
+    """Units that stay in float by advice of the model's family; the reasons are in the plan."""
+    kl_nats: dict[str, HeadComparison] = msgspec.field(default_factory=dict)
+    """KL(float || quantized) of the heads that give distributions: the sum over a sample where each element is its own
+    (sigmoid), the mean over positions where classes exclude each other (softmax)."""
+    workload: str = "one inference"
+    """What the latency of one inference pays for."""
