@@ -10,18 +10,23 @@ import numpy as np
 import pytest
 
 from bitalloy import zoo
-from bitalloy.program import load_program
+from bitalloy.pipeline.programs import cache_size, interface
+from bitalloy.program import load_program, read_outline
 from bitalloy.runtime import OrtSession
 from bitalloy.samples.shapes import scene, write_coco
 from bitalloy.targets.base import macs
-from bitalloy.tasks import promptable
+from bitalloy.tasks import chat, language, promptable
 from bitalloy.tasks.base import Interface
-from bitalloy.zoo import mobilesam
+from bitalloy.zoo import mobilesam, mobilevlm
+from bitalloy.zoo.base import Variant
+from bitalloy.zoo.mobilevlm_chat import DEVIATION as CLIP_DEVIATION
+from bitalloy.zoo.mobilevlm_chat import MEAN as CLIP_MEAN
 
-PROMPTED = "mobilesam-shapes"
-LARGEST = {PROMPTED: 8_000_000}
+PROMPTED, SPEAKING = "mobilesam-shapes", "mobilevlm-shapes"
+LARGEST = {PROMPTED: 8_000_000, SPEAKING: 6_000_000}
 """Bytes of all files of a program."""
 SHAPES = {"decoder:point_coords": (1, 2, 2), "decoder:point_labels": (1, 2)}
+LIBRARIES = {"torch", "kornia", "transformers", "sentencepiece"}
 MEAN, DEVIATION = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 """Of the published preparation of images, on 0..255."""
 
@@ -36,22 +41,21 @@ def test_folders_are_small_and_say_where_they_come_from(name: str) -> None:
     source = zoo.resolve(name)
     assert source.sample
     assert sum(f.stat().st_size for f in source.path.iterdir()) < LARGEST[name]
-    for part in load_program(source.path, shapes=SHAPES).graphs.values():
+    for part in load_program(source.path, shapes=read_outline(source.path).shapes()).graphs.values():
         assert part.metadata["trained_by"].startswith("python reference/train_")
         assert part.metadata["bitalloy.variant"] == name
 
 
-def test_operations_are_those_that_the_zoo_states() -> None:
-    graphs = load_program(zoo.resolve(PROMPTED).path, shapes=SHAPES).graphs.values()
-    assert 2 * sum(macs(n) for g in graphs for n in g.nodes) / 1e9 == pytest.approx(mobilesam.SHAPES.flops_b, rel=1e-3)
+@pytest.mark.parametrize("variant", [mobilesam.SHAPES, mobilevlm.SHAPES], ids=lambda v: v.name)
+def test_operations_are_those_that_the_zoo_states(variant: Variant) -> None:
+    path = zoo.resolve(variant.name).path
+    graphs = load_program(path, shapes=read_outline(path).shapes()).graphs.values()
+    assert 2 * sum(macs(n) for g in graphs for n in g.nodes) / 1e9 == pytest.approx(variant.flops_b, rel=1e-3)
 
 
-def test_a_program_opens_without_torch_and_the_network_library() -> None:
-    code = (
-        "import sys; from bitalloy import zoo; from bitalloy.program import load_program; "
-        f"load_program(zoo.resolve({PROMPTED!r}).path, shapes={SHAPES!r}); "
-        "assert not {'torch', 'kornia'} & set(sys.modules)"
-    )
+@pytest.mark.parametrize("name", zoo.PROGRAMS)
+def test_a_program_opens_without_torch_and_the_network_library(name: str) -> None:
+    code = f"import sys, bitalloy; bitalloy.load({name!r}); assert not {LIBRARIES} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -87,3 +91,52 @@ def test_the_task_measures_them(tmp_path: Path) -> None:
     result = promptable.evaluate_prompts({"float": promptable.join(encode, decode)}, data)
     found = {m.name: m.values["float"].value for m in result.metrics}
     assert found["mIoU, box prompts"] > 0.65 and found["mIoU, point prompts"] > 0.6
+
+
+def test_yes_and_no_follow_the_image() -> None:
+    """Straight from the logits, on new scenes: the likelier of the two words, by the tokens in the file alone."""
+    folder = zoo.resolve(SPEAKING).path
+    vision, embedding, decoder = (OrtSession(folder / f"{n}.onnx") for n in ("vision", "embedding", "decoder"))
+    talk = language.open_chat(interface_of(folder))
+    yes, no = (talk.tokenizer.encode(word)[0] for word in ("yes", "no"))
+    right = []
+    for index in range(60):
+        drawn = scene(index, seed=7, size=96)
+        pixels = ((drawn.image / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_DEVIATION)).transpose(2, 0, 1)[None]
+        features = vision.run({"pixel_values": pixels.astype(np.float32)})["image_features"]
+        for line in drawn.questions():
+            if line["answer"] not in ("yes", "no"):
+                continue
+            ids = talk.prompt(f"{line['question']}\nAnswer the question using a single word or phrase.")
+            at = ids.index(chat.IMAGE_TOKEN)
+            sides = {"before": np.array([ids[:at]], np.int64), "after": np.array([ids[at + 1 :]], np.int64)}
+            vectors = embedding.run({**sides, "image_features": features})["inputs_embeds"]
+            count = vectors.shape[1]
+            feeds = {
+                "inputs_embeds": vectors,
+                "attention_mask": np.ones((1, count), np.int64),
+                "position_ids": np.arange(count)[None],
+                **chat.empty_cache(cache_size(read_outline(folder).open_inputs)),
+            }
+            logits = decoder.run(feeds)["logits"][0, -1]
+            right.append(("yes" if logits[yes] > logits[no] else "no") == line["answer"])
+    assert np.mean(right) > 0.7
+
+
+def test_answers_are_measured_by_the_task(tmp_path: Path) -> None:
+    folder = zoo.resolve(SPEAKING).path
+    known = interface_of(folder)
+    graphs = (OrtSession(folder / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
+    run = chat.join(*graphs, cache_size(read_outline(folder).open_inputs))
+    drawn = write_coco(tmp_path / "val", count=40, size=96)
+    data = language.open_language(drawn / "questions.jsonl", known)
+    found = {m.name: m.values["float"].value for m in language.evaluate_language({"float": run}, data).metrics}
+    assert found["yes/no accuracy"] > 0.7
+    data = language.open_language(drawn / "captions.json", known)
+    found = {m.name: m.values["float"].value for m in language.evaluate_language({"float": run}, data).metrics}
+    assert found["perplexity"] < 6  # of 932 words
+
+
+def interface_of(folder: Path) -> Interface:
+    outline = read_outline(folder)
+    return interface(outline.open_inputs, outline.free_outputs, outline.facts, folder)

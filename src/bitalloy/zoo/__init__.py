@@ -38,7 +38,7 @@ __all__ = [
 SAMPLE = "yolo11n-shapes"
 NAMES = {SAMPLE: "yolo11n-shapes.onnx", "yolo11n-seg-shapes": "yolo11n-seg-shapes.onnx"}
 """Name -> file among the packaged samples."""
-PROGRAMS = {"mobilesam-shapes": "mobilesam-shapes"}
+PROGRAMS = {name: name for name in ("mobilesam-shapes", "mobilevlm-shapes")}
 """Name -> folder of a program among the packaged samples."""
 FAMILIES = {
     "yolo11": "bitalloy.zoo.yolo11",
