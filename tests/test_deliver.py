@@ -64,6 +64,18 @@ def test_a_plan_above_the_floor_that_is_slower_than_float_is_searched_again(anal
     assert _following(analysis, budget, budget, planned, measured(analysis, 0.9)) is None
 
 
+def test_time_that_a_limit_leaves_buys_accuracy(analysis: Any, planned: Any) -> None:
+    budget = Budget(latency_ratio=0.8)
+    following = _following(analysis, budget, budget, planned, measured(analysis, 0.6))
+    assert following is not None and following[1] is planned.cost
+    assert following[0].latency_ratio == pytest.approx(0.8 * 0.8 / 0.6, rel=1e-3)
+    assert _following(analysis, budget, budget, planned, measured(analysis, 0.78)) is None
+    floor = Budget(latency_ratio=0.8, min_sqnr_db=FLOOR_DB)
+    assert _following(analysis, floor, floor, planned, measured(analysis, 0.6)) is None
+    too_slow = _following(analysis, following[0], budget, planned, measured(analysis, 0.95))
+    assert too_slow is not None and too_slow[0].latency_ratio == 0.8 and too_slow[1] is not planned.cost
+
+
 def test_a_size_budget_may_cost_time(analysis: Any, planned: Any) -> None:
     budget = Budget(size_bytes=10**9)
     assert _following(analysis, budget, budget, planned, measured(analysis, 1.4)) is None

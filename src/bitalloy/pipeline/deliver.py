@@ -123,8 +123,8 @@ def verify(
     """Run the float, the all-INT8 and the mixed model side by side; correct the plan where it misses its budget.
 
     Where the measured latency misses the budget, the cost table is corrected by what was measured; where the SQNR
-    does, the floor is raised by the gap. Then the search is repeated, at most three rounds in all. The plan that is
-    kept is the best measured one.
+    does, the floor is raised by the gap; where a latency limit is not used up, the search may go beyond it by what is
+    left. Then the search is repeated, at most three rounds in all. The plan that is kept is the best measured one.
 
     Args:
         analysis: of the model.
@@ -257,11 +257,13 @@ def all_int8(analysis: Analysis) -> Artefact:
 def _following(
     analysis: Analysis, asked: Budget, budget: Budget, planned: Planned, measured: Measured
 ) -> tuple[Budget, CostTable] | None:
-    """What to search with next, or None where the measurement meets the user's budget.
+    """What to search with next, or None where the measurement meets the user's budget and uses it.
 
     Case 1. Too slow: the cost table is corrected by the measured plan. Under a floor on SQNR alone, this is a plan that
             is slower than the float model.
     Case 2. Too much damage: the floor is raised by the gap.
+    Case 3. Faster than a limit asks for, where the least damage within it is sought: the limit of the search is raised
+            by the ratio, so that the time left buys accuracy.
     """
     before, table = asked, planned.cost
     limit = ratio_limit(budget, planned)
@@ -269,12 +271,23 @@ def _following(
         limit = 1.0
     if limit is not None and measured.ratio > limit * TOLERANCE:
         table = corrected(table, analysis.units, planned.plan.int8_units(), measured.ratio)
+        asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
+    elif limit is not None and budget.min_sqnr_db is None and measured.ratio * TOLERANCE < limit:
+        asked = _slower(asked, limit / measured.ratio)
     if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:
         gap = budget.min_sqnr_db - min(_judged(planned, measured))
         if gap > 0:
             asked = msgspec.structs.replace(asked, min_sqnr_db=round(asked.min_sqnr_db + gap + 0.2, 3))
-    changed = asked is not before or table is not planned.cost
+    changed = asked != before or table is not planned.cost
     return (asked, table) if changed else None
+
+
+def _slower(asked: Budget, factor: float) -> Budget:
+    """A budget with its limits on latency raised."""
+    ratio, milliseconds = (
+        None if value is None else round(value * factor, 4) for value in (asked.latency_ratio, asked.latency_ms)
+    )
+    return msgspec.structs.replace(asked, latency_ratio=ratio, latency_ms=milliseconds)
 
 
 def _judged(planned: Planned, measured: Measured) -> list[float]:
