@@ -5,10 +5,13 @@ rounding of that convolution alone switched on (its weights, its input, its outp
 predicted from the matrix, measured on the rewritten model in ONNX Runtime with its fused INT8 kernels.
 
     python benchmarks/fidelity.py --model yolo11n.onnx --images coco128-calib/images
+    python benchmarks/fidelity.py --model yolo11n.onnx --images coco128-calib/images --scope sites
 
-As in `bitalloy run`, the units that the probe finds worst are then measured on a few images, and the measurement stands
-for their prediction (`confirmed`; their number and images are in the JSON, as are the figures of the probe alone and of
-the units that were not measured).
+With `--scope sites` every rounding by itself is compared: each tensor on its way into a unit, and each weight.
+
+As in `bitalloy run`, the units (or sites) that the probe finds worst are then measured on a few images, and the
+measurement stands for their prediction (`confirmed`; their number and images are in the JSON, as are the figures of the
+probe alone and of the units that were not measured).
 
 The last line is JSON. `spearman`, `mean_abs_db` and `max_abs_db` are over the SQNR of the whole output (all elements
 of all outputs together); `heads` has the same per head.
@@ -33,6 +36,7 @@ from bitalloy.calibrate import collect
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix, bend, decibel
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from bitalloy.records import AGAIN
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober, Switchboard, damage, secant
 from bitalloy.targets import target
@@ -59,6 +63,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images, or .npz feeds")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--probes", type=int, default=8, help="reverse passes per image, shared by the heads")
+    parser.add_argument("--scope", choices=("convolutions", "sites"), default="convolutions")
+    parser.add_argument("--confirm", type=int, default=CONFIRMED, help="how many of the worst are measured")
     parser.add_argument("--ranges", default="minmax", help="range method of the calibration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -87,24 +93,28 @@ def main() -> None:
 
     convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
     board = Switchboard(model, units, ranges, device, at_once=len(feeds))
+    if options.scope == "sites":
+        found_sites = sorted(s for s in units.rounded(units.quantizable()) if not s.endswith(AGAIN))
+        things = {s: frozenset({s}) for s in found_sites}
+    else:
+        things = {u.id: units.rounded(frozenset({u.id})) for u in convolutions}
     with Progress(console=console) as progress:
-        task = progress.add_task("exact", total=len(convolutions) * len(feeds))
-        sets = [board.gates(units.rounded(frozenset({u.id}))) for u in convolutions]
+        task = progress.add_task("exact", total=len(things) * len(feeds))
+        sets = [board.gates(sites) for sites in things.values()]
         exact, energy = damage(board, sets, heads, feeds, progress=lambda n: progress.advance(task, n))
     started = time.perf_counter()
     bent = secant(board, matrix, units.rounded(units.quantizable()), heads, feeds)
     secant_s = time.perf_counter() - started
-    chosen = np.stack([matrix.select(units.rounded(frozenset({u.id}))) for u in convolutions])
-    linear = np.stack([matrix.damage(c).mean(axis=0) for c in chosen])  # (units, heads)
-    measured = exact.mean(axis=0)  # (heads, units)
+    linear = np.stack([matrix.damage(matrix.select(sites)).mean(axis=0) for sites in things.values()])  # things, heads
+    measured = exact.mean(axis=0)  # (heads, things)
     share = energy.mean(axis=0) / energy.mean(axis=0).sum()
     started = time.perf_counter()
-    worst = np.argsort(-linear.max(axis=1))[:CONFIRMED]
+    worst = np.argsort(-linear.max(axis=1))[: options.confirm]
     few = damage(board, [sets[i] for i in worst], heads, feeds[:CONFIRM_SAMPLES])[0]
     confirm_s = time.perf_counter() - started
     predicted = linear.T.copy()
     predicted[:, worst] = few.mean(axis=0)
-    others = np.setdiff1d(np.arange(len(convolutions)), worst)
+    others = np.setdiff1d(np.arange(len(things)), worst)
 
     together = frozenset(u.id for u in convolutions)
     rewritten = OrtSession(apply(model, units, together, ranges, device).to_bytes())
@@ -114,6 +124,7 @@ def main() -> None:
 
     result = {
         "benchmark": "fidelity",
+        "scope": options.scope,
         "model": model.info.name,
         "model_sha256": model.info.sha256[:16],
         "samples": len(feeds),
@@ -134,9 +145,9 @@ def main() -> None:
             "measured": {h.name: round(e.value, 2) for h, e in zip(heads, found, strict=True)},
         },
     }
-    rows = sorted(zip(measured.T, predicted.T, convolutions, strict=True), key=lambda r: -float(r[0].max()))
-    for true, guess, unit in rows[:15]:
-        console.print(f"{unit.id:<50} exact {decibel(true).round(1)} dB, predicted {decibel(guess).round(1)} dB")
+    rows = sorted(zip(measured.T, predicted.T, things, strict=True), key=lambda r: -float(r[0].max()))
+    for true, guess, name in rows[:15]:
+        console.print(f"{name:<50} exact {decibel(true).round(1)} dB, predicted {decibel(guess).round(1)} dB")
     print(json.dumps(result))
 
 
