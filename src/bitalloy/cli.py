@@ -74,7 +74,12 @@ def run(
             help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Device and runtime, see `bitalloy targets`; or several of one analysis: `ort-cpu,tensorrt`."
+        ),
+    ] = "ort-cpu",
     latency: Annotated[
         str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
     ] = None,
@@ -149,7 +154,7 @@ def run(
     ratio, milliseconds = options.latency(latency)
     options.size(size, 1)
     settings = Settings(
-        target=target,
+        targets=options.targets(target),
         calibration_samples=calibration_samples,
         range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
         samples=options.samples(samples),
@@ -233,7 +238,9 @@ def sensitivity(
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
-    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    target: Annotated[
+        str, typer.Option(help="Device and runtime, see `bitalloy targets`; of several the table is of the first.")
+    ] = "ort-cpu",
     out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
     shape: Annotated[
         list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
@@ -290,7 +297,7 @@ def sensitivity(
             out=out,
             data=data,
             settings=Settings(
-                target=target,
+                targets=options.targets(target),
                 calibration_samples=calibration_samples,
                 range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
                 samples=options.samples(samples),
