@@ -77,16 +77,16 @@ class Calibrated:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
 
-    def variant(self, int8: frozenset[str]) -> Mixed:
-        """The model in which the given units run in INT8."""
-        return rewrite(self.graph, self.units, int8, self.ranges, self.target)
+    def variant(self, lowered: frozenset[str]) -> Mixed:
+        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
+        return rewrite(self.graph, self.units, lowered, self.ranges, self.target)
 
-    def artefact(self, int8: frozenset[str]) -> Artefact:
+    def artefact(self, lowered: frozenset[str]) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(int8).model
+        model = self.variant(lowered).model
         if not isinstance(self.graph, Joined):
             return Artefact({ONLY: model})
         parts = divide(model, self.graph.program)

@@ -49,6 +49,8 @@ class Target:
     """Where INT8 units round."""
     int32_bias: bool = True
     """Whether biases of INT8 units are stored as int32 in steps of input times weight, or stay float."""
+    slow_softmax: bool = True
+    """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
     half: frozenset[str] = frozenset()
     """Operators that run in FP16; empty where the target has no FP16."""
 

@@ -30,6 +30,7 @@ ORT_CUDA = Target(
     activation_signed=True,
     activation_symmetric=True,
     pair_limit=None,
+    slow_softmax=False,
     half=OPERATORS,
     match=_match,
     follows=lambda node: node.op_type in MOVERS,

@@ -164,6 +164,7 @@ TENSORRT = Target(
     pair_limit=None,
     placement=Placement.ENTRY,
     int32_bias=False,
+    slow_softmax=False,
     half=OPERATORS,
     match=_match,
     follows=_follows,
