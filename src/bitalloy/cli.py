@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from bitalloy.errors import BitalloyError
+
+if TYPE_CHECKING:
+    from bitalloy.pipeline import Verified
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -184,14 +187,23 @@ def run(
             min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
         )
         verified = pipeline.deliver(prepared, budget=budget if given else None, settings=settings, limit=limit)
-    summary = verified.summary
     if json_output:
         sys.stdout.write((out / "summary.json").read_text() + "\n")
         return
+    for one in (verified, *verified.others):
+        _show(one, out if one is verified else out / one.summary.target)
+
+
+def _show(verified: Verified, folder: Path) -> None:
+    """The result of a run on one target."""
+    summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
     table = Table("", "float", "all INT8", "mixed")
     latency_ms, bytes_ = summary.latency_ms, summary.size_bytes
-    table.add_row("latency, ms", *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)))
+    table.add_row(
+        "latency, ms" + " (estimated)" * summary.latency_estimated,
+        *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)),
+    )
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.int8, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
@@ -206,7 +218,11 @@ def run(
         cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
-    out_console.print(f"{summary.int8_units} of {summary.units} units in INT8. Report: {out / 'report.html'}")
+    half = f" and {summary.fp16_units} in FP16" if summary.fp16_units else ""
+    report = folder / "report.html"
+    out_console.print(
+        f"{summary.int8_units} of {summary.units} units in INT8{half} on {summary.target}. Report: {report}"
+    )
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
 

@@ -215,6 +215,10 @@ class UnitEdge(Record, frozen=True, kw_only=True):
         """`tensor->unit`, unique in a graph."""
         return f"{self.tensor}->{self.consumer or '(output)'}"
 
+    def crossing(self, *, leaving: bool) -> bool:
+        """Whether INT8 ends (`leaving`) or begins here at a price. Kernels that round only what they read write floats."""
+        return self.placement is Placement.ENDS or (self.placement is Placement.ENTRY and not leaving)
+
     def rounds(self, int8: frozenset[str]) -> bool:
         """Whether some plan that takes its INT8 units from `int8` rounds here a value that is not rounded already."""
         if self.placement is not Placement.ENDS:
@@ -265,7 +269,7 @@ class UnitGraph(Record, frozen=True, kw_only=True):
         crossing: dict[tuple[str, bool], int] = {}
         for edge in self.edges:
             source, sink = edge.producer in lowered, edge.consumer in lowered
-            if source != sink:
+            if source != sink and edge.crossing(leaving=source):
                 crossing[edge.tensor, source] = edge.elements
         return float(sum(crossing.values())), float(len(crossing))
 
@@ -369,10 +373,24 @@ class UnitCost(Record, frozen=True, kw_only=True):
     int8_us: float | None
     fp32_bytes: int
     int8_bytes: int
+    fp16_us: float | None = None
+    fp16_bytes: int = 0
+
+    def us(self, lowered: frozenset[str]) -> float:
+        """Time in the precision that a plan gives the unit."""
+        if self.int8_us is not None and self.unit in lowered:
+            return self.int8_us
+        return self.fp16_us if self.fp16_us is not None and self.unit + HALF in lowered else self.fp32_us
+
+    def saved_bytes(self, lowered: frozenset[str]) -> int:
+        """Weight bytes that a plan saves against float32."""
+        if self.unit in lowered:
+            return self.fp32_bytes - self.int8_bytes
+        return self.fp32_bytes - self.fp16_bytes if self.unit + HALF in lowered else 0
 
 
 class CostTable(Record, frozen=True, kw_only=True):
-    """Measured cost on one machine."""
+    """Cost on one machine, measured; or on a device that is not here, estimated."""
 
     target: str
     device: str
@@ -388,21 +406,30 @@ class CostTable(Record, frozen=True, kw_only=True):
     """Measured medians of the all-float and all-INT8 models, in the same interleaved run."""
     residual_percent: float
     """Mean absolute error of the fitted table on the measured variants."""
+    cast_us_per_element: float = 0.0
+    """The same prices of a border between FP32 and FP16."""
+    cast_us: float = 0.0
+    estimated: bool = False
+    """True where nothing was measured: times follow from peak rates of `device`."""
 
-    def latency_us(self, units: UnitGraph, int8: frozenset[str]) -> float:
-        """Predicted latency of the plan that runs the units `int8` in INT8."""
-        inside = sum(c.int8_us if c.unit in int8 and c.int8_us is not None else c.fp32_us for c in self.units)
-        elements, count = units.borders(int8)
-        return float(self.fixed_us + inside + elements * self.border_us_per_element + count * self.border_us)
+    def latency_us(self, units: UnitGraph, lowered: frozenset[str]) -> float:
+        """Predicted latency of a plan."""
+        inside = sum(c.us(lowered) for c in self.units)
+        elements, count = units.borders(lowered)
+        total = self.fixed_us + inside + elements * self.border_us_per_element + count * self.border_us
+        if self.cast_us or self.cast_us_per_element:
+            elements, count = units.casts(lowered)
+            total += elements * self.cast_us_per_element + count * self.cast_us
+        return float(total)
 
     @property
     def all_float_us(self) -> float:
         """Predicted latency of the float model."""
         return self.fixed_us + sum(c.fp32_us for c in self.units)
 
-    def saved_bytes(self, int8: frozenset[str]) -> int:
+    def saved_bytes(self, lowered: frozenset[str]) -> int:
         """Weight bytes that a plan saves against float."""
-        return sum(c.fp32_bytes - c.int8_bytes for c in self.units if c.unit in int8)
+        return sum(c.saved_bytes(lowered) for c in self.units)
 
 
 class Budget(Record, frozen=True, kw_only=True):
@@ -445,6 +472,11 @@ class ParetoPoint(Record, frozen=True, kw_only=True):
     """Relative output error energy, mean over heads."""
     sqnr_db: tuple[float, ...]
     """Per head, in the order of the heads."""
+    fp16_units: tuple[str, ...] = ()
+
+    def lowered(self) -> frozenset[str]:
+        """The plan as the set of its lowered units."""
+        return frozenset((*self.int8_units, *(u + HALF for u in self.fp16_units)))
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -464,6 +496,14 @@ class Plan(Record, frozen=True, kw_only=True):
     def int8_units(self) -> frozenset[str]:
         """Ids of the units that run in INT8."""
         return frozenset(c.unit for c in self.choices if c.precision is Precision.INT8)
+
+    def fp16_units(self) -> frozenset[str]:
+        """Ids of the units that run in FP16."""
+        return frozenset(c.unit for c in self.choices if c.precision is Precision.FP16)
+
+    def lowered(self) -> frozenset[str]:
+        """All of them as the set of lowered units (`UnitGraph`)."""
+        return self.int8_units() | {u + HALF for u in self.fp16_units()}
 
 
 class Latency(Record, frozen=True, kw_only=True):

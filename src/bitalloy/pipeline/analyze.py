@@ -17,6 +17,7 @@ from bitalloy.calibrate import Statistics, collect
 from bitalloy.data import Dataset
 from bitalloy.errors import BitalloyError, DataError, ModelError
 from bitalloy.graph import Graph
+from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.work import Workspace
@@ -96,6 +97,13 @@ class Calibrated:
             except ModelError:
                 continue
         return Artefact(parts, self.graph.program)
+
+    def executable(self, artefact: Artefact) -> Artefact:
+        """The same for ONNX Runtime on this machine, with the numbers of FP16 as the graph says: see `specified`."""
+        if not self.target.half:
+            return artefact
+        models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
+        return Artefact(models, artefact.program)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""

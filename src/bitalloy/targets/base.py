@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,27 @@ class Core:
     reason: str = ""
     joined: tuple[Edge, ...] = ()
     """Inputs that the kernel takes unrounded also in INT8, because it makes them itself (`Placement.NONE`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Peak rates of a device, from its data sheet."""
+
+    name: str
+    operations_per_second: Mapping[Precision, float]
+    """Dense; a multiply-accumulate is two."""
+    bytes_per_second: float
+    start_us: float
+    """Assumed time between two kernels in microseconds."""
+
+
+A10 = Device(
+    name="NVIDIA A10 (estimated from peak rates)",
+    operations_per_second={Precision.FP32: 62.5e12, Precision.FP16: 125e12, Precision.INT8: 250e12},
+    bytes_per_second=600e9,
+    start_us=2.0,
+)
+"""NVIDIA A10 data sheet, tensor cores without sparsity; FP32 as TF32, which is the default of both runtimes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +74,9 @@ class Target:
     """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
     half: frozenset[str] = frozenset()
     """Operators that run in FP16; empty where the target has no FP16."""
+
+    device: Device | None = None
+    """For which cost is estimated, where the target cannot run on this machine; None where it is measured."""
 
     def activation(self, low: float, high: float) -> QuantParams:
         """Parameters of an INT8 activation with values in [low, high]."""

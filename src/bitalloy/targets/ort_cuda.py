@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bitalloy.graph import Graph
-from bitalloy.targets.base import Core, Target
+from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.tensorrt import MOVERS
 
@@ -32,6 +32,7 @@ ORT_CUDA = Target(
     pair_limit=None,
     slow_softmax=False,
     half=OPERATORS,
+    device=A10,
     match=_match,
     follows=lambda node: node.op_type in MOVERS,
 )

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.records import Edge, Placement, WeightSite
-from bitalloy.targets.base import Core, Target
+from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 
 MOVERS = frozenset({
@@ -166,6 +166,7 @@ TENSORRT = Target(
     int32_bias=False,
     slow_softmax=False,
     half=OPERATORS,
+    device=A10,
     match=_match,
     follows=_follows,
 )
