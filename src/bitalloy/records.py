@@ -216,7 +216,7 @@ class UnitEdge(Record, frozen=True, kw_only=True):
         return f"{self.tensor}->{self.consumer or '(output)'}"
 
     def crossing(self, *, leaving: bool) -> bool:
-        """Whether INT8 ends (`leaving`) or begins here at a price. Kernels that round only what they read write floats."""
+        """Whether INT8 ends (`leaving`) or begins here at a price: kernels that round what they read write floats."""
         return self.placement is Placement.ENDS or (self.placement is Placement.ENTRY and not leaving)
 
     def rounds(self, int8: frozenset[str]) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.graph import Graph, constant, is_float, static_shape
-from bitalloy.records import CostTable, Precision, Unit, UnitCost, UnitGraph
+from bitalloy.records import CostTable, Placement, Precision, Unit, UnitCost, UnitGraph
 from bitalloy.targets.base import Device
 
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.INT8: 1}
@@ -27,15 +27,17 @@ def estimate(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
     """
     rows = tuple(_unit(graph, unit, device) for unit in units.units)
     per_byte = 1e6 / device.bytes_per_second
+    # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
+    start = device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
     table = CostTable(
         target=units.target,
         device=device.name,
         threads=0,
         units=rows,
         border_us_per_element=(BYTES[Precision.FP32] + BYTES[Precision.INT8]) * per_byte,
-        border_us=device.start_us,
+        border_us=start,
         cast_us_per_element=(BYTES[Precision.FP32] + BYTES[Precision.FP16]) * per_byte,
-        cast_us=device.start_us,
+        cast_us=start,
         fixed_us=0.0,
         float_us=0.0,
         int8_us=0.0,

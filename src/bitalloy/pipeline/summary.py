@@ -136,8 +136,8 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
         return ()
     note = (
         f"{planned.plan.target} does not run on this machine. Latencies are estimated from peak rates for "
-        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every FP16 and "
-        "INT8 rounding as the model says."
+        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every FP16 "
+        "and INT8 rounding as the model says."
     )
     return (note,)
 
