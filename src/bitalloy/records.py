@@ -36,7 +36,7 @@ class Placement(StrEnum):
     ENTRY = "entry"
     """Only where it enters an INT8 unit: kernels read integers, and what they write is rounded by the next one."""
     NONE = "none"
-    """Nowhere: the reading kernel takes it unrounded, because it is made inside the same kernel."""
+    """Nowhere: it is made inside the kernel, or the unit, that reads it."""
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ def build(
 
 
 def text_of(model: ir.Model) -> str:
-    """One line per node, `output:type = operator(inputs)`; constants by type and shape, scales and zero points left out.
+    """One line per node, `output:type = operator(inputs)`; constants by type and shape, without scales.
 
     Types: f32, f16, i8, u8, i32. A pair of QuantizeLinear and DequantizeLinear shows as `Q` and `DQ`.
     """

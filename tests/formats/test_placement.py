@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tests.formats.micro import build, text_of
 
 from bitalloy.apply import apply
 from bitalloy.errors import BitalloyError
@@ -21,7 +22,6 @@ from bitalloy.records import HALF, Precision, UnitGraph
 from bitalloy.runtime import OrtSession
 from bitalloy.targets import ORT_CUDA, TENSORRT, Target
 from bitalloy.targets.base import split
-from tests.formats.micro import build, text_of
 
 GOLDEN = Path(__file__).parent / "golden"
 PAD = {"pads": [1, 1, 1, 1]}

@@ -174,6 +174,7 @@ def _edges(
         for consumer, edges in sorted(entering.items()):
             if inside and consumer == source:
                 continue
+            own = consumer == source and placement is Placement.ENTRY  # a unit's tail reads what it makes
             found.append(
                 UnitEdge(
                     tensor=tensor,
@@ -187,7 +188,7 @@ def _edges(
                     and tensor in roots
                     and source is not None
                     and units[source].kind == "Concat",
-                    placement=Placement.NONE if unrounded.issuperset(edges) else placement,
+                    placement=Placement.NONE if own or unrounded.issuperset(edges) else placement,
                 )
             )
     return found
