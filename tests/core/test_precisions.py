@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.formats.micro import build
 
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
@@ -17,7 +18,6 @@ from bitalloy.sensitivity import Prober
 from bitalloy.targets import TENSORRT
 from bitalloy.targets.base import Device, split
 from bitalloy.targets.half import judge, tensors
-from tests.formats.micro import build
 
 SLOW = Device(
     name="a device of round numbers",
