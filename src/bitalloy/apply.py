@@ -1,11 +1,14 @@
-"""Write the mixed-precision model: QuantizeLinear/DequantizeLinear pairs where a plan rounds.
+"""Write the mixed-precision model: QuantizeLinear/DequantizeLinear pairs and Cast nodes where a plan rounds.
 
 Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
 Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
+        Cases 1 and 2 do not exist on targets whose kernels round only what they read (`Placement.ENTRY`).
 Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float ones read the original.
-Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight.
+Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight, on
+        targets that want them so.
+Case 5. Units in FP16: `halving`, after all pairs stand; these stay in float32, with a Cast between.
 
-Case 5. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
+Case 6. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
         numbers. ONNX Runtime's kernel is several times slower on other axes.
 
 Conditions verified on the way out: the ONNX checker passes; inputs and outputs keep names, types and shapes; the
@@ -24,8 +27,9 @@ import onnx_ir as ir
 
 from bitalloy.errors import BitalloyError, ModelError
 from bitalloy.graph import Graph, attribute, constant, consumers, name_of
-from bitalloy.numerics import QuantParams, activation_params, bias_int32, quantize
-from bitalloy.records import Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.halving import halve
+from bitalloy.numerics import QuantParams, bias_int32, quantize
+from bitalloy.records import HALF, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
 from bitalloy.values import BORDER
@@ -56,29 +60,37 @@ class Mixed:
 def apply(
     graph: Graph,
     units: UnitGraph,
-    int8: frozenset[str],
+    lowered: frozenset[str],
     ranges: Mapping[str, tuple[float, float]],
     target: Target,
 ) -> Mixed:
-    """Rewrite a graph so that the units in `int8` run in INT8 and all others as they are.
+    """Rewrite a graph so that a plan's units run in INT8 or FP16 and all others as they are.
 
     Args:
         graph: the model in normal form; not changed.
         units: its units on the target.
-        int8: ids of the units to quantize.
+        lowered: the plan: ids of the units in INT8, and those in FP16 with `HALF` behind.
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
 
     Raises:
-        BitalloyError: a unit is unknown or may not run in INT8.
+        BitalloyError: a unit is unknown or may not run in its precision.
         ModelError: the result fails the ONNX checker.
     """
     by_id = {u.id: u for u in units.units}
-    for name in int8:
+    int8, half = set[str](), set[str]()
+    for member in lowered:
+        name, precision = member.removesuffix(HALF), Precision.FP16 if member.endswith(HALF) else Precision.INT8
         if name not in by_id:
             raise BitalloyError(f"The plan names the unit '{name}', which the model does not have.")
-        if len(by_id[name].allowed) == 1:
-            raise BitalloyError(f"The plan puts unit '{name}' in INT8, but it must stay float: {by_id[name].reason}.")
+        unit = by_id[name]
+        if precision not in unit.allowed:
+            why = unit.half.reason if precision is Precision.FP16 and unit.half else unit.reason
+            why = why or f"{target.name} has no {precision.name}"
+            raise BitalloyError(f"The plan puts unit '{name}' in {precision.name}, but it must stay float: {why}.")
+        (half if precision is Precision.FP16 else int8).add(name)
+    if both := int8 & half:
+        raise BitalloyError(f"The plan puts unit '{min(both)}' in INT8 and in FP16. Give it one precision.")
     model = graph.clone()
     writer = _Writer(model, ranges, target)
     for unit in units.units:
@@ -89,11 +101,13 @@ def apply(
         if unit.id in int8:
             writer.unit(unit, inputs)
     for edge in units.edges:
-        if edge.consumer in int8 and edge.producer not in int8:
+        entered = edge.consumer in int8 and edge.placement is not Placement.NONE
+        if entered and (edge.producer not in int8 or edge.placement is Placement.ENTRY):
             writer.enter(edge)
     for unit in units.units:
-        if unit.kind == "Softmax" and unit.id not in int8:
+        if target.slow_softmax and unit.kind == "Softmax" and unit.id not in int8 and unit.id not in half:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
+    halve(model, {n for name in half for n in (*by_id[name].core, *by_id[name].tail)}, writer.fresh)
     _verify(graph, model)
     return Mixed(model, units)
 
@@ -109,12 +123,13 @@ class _Writer:
         self._entries: dict[str, ir.Value] = {}
 
     def params(self, tensor: str) -> QuantParams:
-        low, high = self._ranges[tensor]
-        return activation_params(low, high, signed=self._target.activation_signed)
+        return self._target.activation(*self._ranges[tensor])
 
     def unit(self, unit: Unit, inputs: Mapping[str, str]) -> None:
         for site in unit.weights:
             self._weight(self.nodes[site.node], site, self.params(inputs[site.node]), unit.id)
+        if self._target.placement is Placement.ENTRY:
+            return
         for edge in unit.inner:
             self._pair(edge.tensor, self.params(edge.tensor), unit.id)
         self._pair(unit.root, self.params(unit.root), unit.id)
@@ -133,7 +148,7 @@ class _Writer:
         """INT8 weights; with a bias, their scale grows where the bias would leave int32 in steps of input * weight."""
         weight, params = constant(node.inputs[site.slot]), weight_params(self._target, node, site)
         assert weight is not None, "weight sites are constants"
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 and self._target.int32_bias else None
         if bias is not None:
             stored, steps = bias_int32(bias, entry.scale * params.scale)
             params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from bitalloy.errors import BitalloyError
+
+if TYPE_CHECKING:
+    from bitalloy.pipeline import Verified
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +77,12 @@ def run(
             help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Device and runtime, see `bitalloy targets`; or several of one analysis: `ort-cpu,tensorrt`."
+        ),
+    ] = "ort-cpu",
     latency: Annotated[
         str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
     ] = None,
@@ -149,7 +157,7 @@ def run(
     ratio, milliseconds = options.latency(latency)
     options.size(size, 1)
     settings = Settings(
-        target=target,
+        targets=options.targets(target),
         calibration_samples=calibration_samples,
         range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
         samples=options.samples(samples),
@@ -179,14 +187,23 @@ def run(
             min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
         )
         verified = pipeline.deliver(prepared, budget=budget if given else None, settings=settings, limit=limit)
-    summary = verified.summary
     if json_output:
         sys.stdout.write((out / "summary.json").read_text() + "\n")
         return
+    for one in (verified, *verified.others):
+        _show(one, out if one is verified else out / one.summary.target)
+
+
+def _show(verified: Verified, folder: Path) -> None:
+    """The result of a run on one target."""
+    summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
     table = Table("", "float", "all INT8", "mixed")
     latency_ms, bytes_ = summary.latency_ms, summary.size_bytes
-    table.add_row("latency, ms", *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)))
+    table.add_row(
+        "latency, ms" + " (estimated)" * summary.latency_estimated,
+        *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)),
+    )
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.int8, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
@@ -201,7 +218,11 @@ def run(
         cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
-    out_console.print(f"{summary.int8_units} of {summary.units} units in INT8. Report: {out / 'report.html'}")
+    half = f" and {summary.fp16_units} in FP16" if summary.fp16_units else ""
+    report = folder / "report.html"
+    out_console.print(
+        f"{summary.int8_units} of {summary.units} units in INT8{half} on {summary.target}. Report: {report}"
+    )
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
 
@@ -233,7 +254,9 @@ def sensitivity(
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
-    target: Annotated[str, typer.Option(help="Device and runtime; see `bitalloy targets`.")] = "ort-cpu",
+    target: Annotated[
+        str, typer.Option(help="Device and runtime, see `bitalloy targets`; of several the table is of the first.")
+    ] = "ort-cpu",
     out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
     shape: Annotated[
         list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
@@ -290,7 +313,7 @@ def sensitivity(
             out=out,
             data=data,
             settings=Settings(
-                target=target,
+                targets=options.targets(target),
                 calibration_samples=calibration_samples,
                 range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
                 samples=options.samples(samples),

@@ -91,6 +91,21 @@ class ProbeMatrix:
             columns.append((weights @ squares.mean(axis=1) + kept * mean) / (weights @ energy))
         return np.stack(columns, axis=1)
 
+    def view(self, names: Mapping[str, str]) -> ProbeMatrix:
+        """The columns of one target: `names` maps its sites to columns. Sites without a column are left out."""
+        known = {site: self.column[name] for site, name in names.items() if name in self.column}
+        if tuple(known) == self.sites:
+            return self
+        at = np.array(list(known.values()), np.int64)
+        rows, own = (tuple(r[..., at] for r in block) for block in (self.rows, self.own))
+        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy)
+
+    def scaled(self, factors: np.ndarray) -> ProbeMatrix:
+        """With every column times its factor; `factors` are (heads, sites)."""
+        rows = tuple((r * f).astype(r.dtype) for r, f in zip(self.rows, factors, strict=True))
+        own = tuple((o * f * f).astype(o.dtype) for o, f in zip(self.own, factors, strict=True))
+        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
+
     def subset(self, samples: slice) -> ProbeMatrix:
         """The rows of some of the samples."""
         rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))

@@ -38,6 +38,15 @@ def size(text: str | None, float_bytes: int) -> int | None:
     return int(min(number * (float_bytes if unit == "x" else UNITS[unit]), MOST_BYTES))
 
 
+def targets(text: str) -> tuple[str, ...]:
+    """Names of targets.
+
+    >>> targets("ort-cpu, tensorrt")
+    ('ort-cpu', 'tensorrt')
+    """
+    return tuple(name.strip() for name in text.split(","))
+
+
 def image_size(text: str | None) -> tuple[int, int] | None:
     """Height and width in pixels.
 

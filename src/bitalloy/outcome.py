@@ -107,3 +107,6 @@ class Summary(Record, frozen=True, kw_only=True):
     (sigmoid), the mean over positions where classes exclude each other (softmax)."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""
+    fp16_units: int = 0
+    latency_estimated: bool = False
+    """True where the target cannot run on this machine: all latencies follow from peak rates of `device`."""

@@ -12,6 +12,8 @@ import msgspec
 
 AGAIN = " again"
 """Suffix of the site where values that were rounded already are rounded once more."""
+HALF = " in fp16"
+"""Suffix of a unit that runs in FP16: in the set of a plan's lowered units, and as its column of the probe matrix."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,6 +26,17 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
+
+
+class Placement(StrEnum):
+    """Where INT8 units of a target round a tensor between two units."""
+
+    ENDS = "ends"
+    """Where it starts in an INT8 unit or enters one: the kernels read and write integers."""
+    ENTRY = "entry"
+    """Only where it enters an INT8 unit: kernels read integers, and what they write is rounded by the next one."""
+    NONE = "none"
+    """Nowhere: it is made inside the kernel, or the unit, that reads it."""
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
@@ -117,6 +130,23 @@ class WeightSite(Record, frozen=True, kw_only=True):
         return f"{self.tensor}->{self.node}#{self.slot}"
 
 
+class HalfSafety(Record, frozen=True, kw_only=True):
+    """What calibration and weights say about a unit in FP16."""
+
+    magnitude: float
+    """Largest absolute value of all tensors and constants of the unit; above 65504 FP16 overflows."""
+    partial_sum: float
+    """Largest absolute value that a running sum of products inside the unit could reach; 0 without such sums."""
+    subnormal: float
+    """Largest share, over the unit's tensors, of non-zero values below 6.1e-5, which FP16 stores with fewer bits."""
+    depth: int
+    """Products that are summed up for one output element; 0 without such sums."""
+    error: float
+    """Expected relative rounding of such a sum in FP16: sqrt(depth) / 2048."""
+    reason: str
+    """Why FP16 is refused; empty where it is allowed."""
+
+
 class Unit(Record, frozen=True, kw_only=True):
     """The smallest set of nodes that shares one precision on a target.
 
@@ -141,12 +171,28 @@ class Unit(Record, frozen=True, kw_only=True):
     macs: int
     reason: str = ""
     """Why `allowed` is narrower than the target's formats, where it is."""
+    half: HalfSafety | None = None
+    """Evidence for or against FP16, on targets that have it."""
+
+    def without(self, precision: Precision, reason: str) -> Unit:
+        """The unit where a precision is refused."""
+        allowed = tuple(p for p in self.allowed if p is not precision)
+        if precision is Precision.INT8:
+            return msgspec.structs.replace(self, allowed=allowed, inner=(), weights=(), reason=reason)
+        return msgspec.structs.replace(self, allowed=allowed, reason=self.reason or reason)
+
+    @property
+    def lowest(self) -> str | None:
+        """The member of a plan's lowered units that puts the unit into its lowest precision; None in FP32."""
+        if Precision.INT8 in self.allowed:
+            return self.id
+        return self.id + HALF if Precision.FP16 in self.allowed else None
 
 
 class UnitEdge(Record, frozen=True, kw_only=True):
     """A tensor on its way from one unit into another: where a border between precisions may lie.
 
-    It is rounded when the producer is INT8 (`rooted`) or the consumer is.
+    Where INT8 units round it, `placement` says: when the producer is INT8 (`rooted`) or the consumer is, or only then.
     """
 
     tensor: str
@@ -162,21 +208,37 @@ class UnitEdge(Record, frozen=True, kw_only=True):
     elements: int
     passed_on: bool = False
     """True where an INT8 producer (Concat) rounds values that are rounded already: a second site for that case."""
+    placement: Placement = Placement.ENDS
 
     @property
     def id(self) -> str:
         """`tensor->unit`, unique in a graph."""
         return f"{self.tensor}->{self.consumer or '(output)'}"
 
+    def crossing(self, *, leaving: bool) -> bool:
+        """Whether INT8 ends (`leaving`) or begins here at a price: kernels that round what they read write floats."""
+        return self.placement is Placement.ENDS or (self.placement is Placement.ENTRY and not leaving)
+
+    def rounds(self, int8: frozenset[str]) -> bool:
+        """Whether some plan that takes its INT8 units from `int8` rounds here a value that is not rounded already."""
+        if self.placement is not Placement.ENDS:
+            return self.placement is Placement.ENTRY and self.consumer in int8
+        return self.consumer in int8 or (self.rooted and self.producer in int8)
+
     def site(self, int8: frozenset[str]) -> str | None:
         """Id of the site that a plan rounds here, or None."""
+        if self.placement is not Placement.ENDS:
+            return self.id if self.placement is Placement.ENTRY and self.consumer in int8 else None
         if self.rooted and self.producer in int8:
             return self.id + AGAIN if self.passed_on else self.id
         return self.id if self.consumer in int8 and self.producer not in int8 else None
 
 
 class UnitGraph(Record, frozen=True, kw_only=True):
-    """The model as the search sees it on one target."""
+    """The model as the search sees it on one target.
+
+    A plan is the set of its lowered units: the id of every unit in INT8, and the id with `HALF` of every one in FP16.
+    """
 
     target: str
     model_sha256: str
@@ -187,18 +249,37 @@ class UnitGraph(Record, frozen=True, kw_only=True):
         """Ids of the units that may run in INT8."""
         return frozenset(u.id for u in self.units if Precision.INT8 in u.allowed)
 
-    def rounded(self, int8: frozenset[str]) -> frozenset[str]:
-        """Ids of the sites at which a plan rounds: weights and inner edges of INT8 units, and edges beside them."""
-        inside = [u for u in self.units if u.id in int8]
+    def lowest(self) -> frozenset[str]:
+        """The plan that puts every unit into the lowest precision that it may take."""
+        return frozenset(u.lowest for u in self.units if u.lowest is not None)
+
+    def rounded(self, lowered: frozenset[str]) -> frozenset[str]:
+        """Ids of the sites at which a plan rounds.
+
+        Of INT8 units: weights, inner edges, and edges beside them. A unit in FP16 is one site with all its roundings.
+        """
+        inside = [u for u in self.units if u.id in lowered]
         sites = {w.id for u in inside for w in u.weights} | {e.id for u in inside for e in u.inner}
-        sites.update(site for e in self.edges if (site := e.site(int8)) is not None)
+        sites.update(site for e in self.edges if (site := e.site(lowered)) is not None)
+        sites.update(member for member in lowered if member.endswith(HALF))
         return frozenset(sites)
 
-    def borders(self, int8: frozenset[str]) -> tuple[float, float]:
-        """Elements on, and number of, tensors that cross between precisions, once per tensor and direction."""
+    def borders(self, lowered: frozenset[str]) -> tuple[float, float]:
+        """Elements on, and number of, tensors that cross into or out of INT8, once per tensor and direction."""
         crossing: dict[tuple[str, bool], int] = {}
         for edge in self.edges:
-            source, sink = edge.producer in int8, edge.consumer in int8
+            source, sink = edge.producer in lowered, edge.consumer in lowered
+            if source != sink and edge.crossing(leaving=source):
+                crossing[edge.tensor, source] = edge.elements
+        return float(sum(crossing.values())), float(len(crossing))
+
+    def casts(self, lowered: frozenset[str]) -> tuple[float, float]:
+        """The same of tensors that cross between FP32 and FP16."""
+        crossing: dict[tuple[str, bool], int] = {}
+        for edge in self.edges:
+            if edge.producer in lowered or edge.consumer in lowered:
+                continue
+            source, sink = f"{edge.producer or ''}{HALF}" in lowered, f"{edge.consumer or ''}{HALF}" in lowered
             if source != sink:
                 crossing[edge.tensor, source] = edge.elements
         return float(sum(crossing.values())), float(len(crossing))
@@ -211,6 +292,10 @@ class TensorRange(Record, frozen=True, kw_only=True):
     low: float
     high: float
     method: str
+    magnitude: float
+    """Largest absolute value that was seen, whatever the method cuts off."""
+    subnormal: float
+    """Share of the non-zero values below 6.1e-5, which FP16 stores with fewer than 11 bits."""
 
 
 class Calibration(Record, frozen=True, kw_only=True):
@@ -239,7 +324,7 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     scope: str
     """`site`, `unit` or `region`."""
     part: str
-    """`all`, `weights` or `activations`."""
+    """What is rounded: `all`, `weights` or `activations` of it in INT8, or of a unit `fp16`: all of it in FP16."""
     head: str
     sqnr_db: Estimate
     """10 log10(||y||^2 / ||J e||^2), higher is better. Of heads named `... KL`: 10 log10(1 nat / divergence)."""
@@ -288,10 +373,24 @@ class UnitCost(Record, frozen=True, kw_only=True):
     int8_us: float | None
     fp32_bytes: int
     int8_bytes: int
+    fp16_us: float | None = None
+    fp16_bytes: int = 0
+
+    def us(self, lowered: frozenset[str]) -> float:
+        """Time in the precision that a plan gives the unit."""
+        if self.int8_us is not None and self.unit in lowered:
+            return self.int8_us
+        return self.fp16_us if self.fp16_us is not None and self.unit + HALF in lowered else self.fp32_us
+
+    def saved_bytes(self, lowered: frozenset[str]) -> int:
+        """Weight bytes that a plan saves against float32."""
+        if self.unit in lowered:
+            return self.fp32_bytes - self.int8_bytes
+        return self.fp32_bytes - self.fp16_bytes if self.unit + HALF in lowered else 0
 
 
 class CostTable(Record, frozen=True, kw_only=True):
-    """Measured cost on one machine."""
+    """Cost on one machine, measured; or on a device that is not here, estimated."""
 
     target: str
     device: str
@@ -307,21 +406,30 @@ class CostTable(Record, frozen=True, kw_only=True):
     """Measured medians of the all-float and all-INT8 models, in the same interleaved run."""
     residual_percent: float
     """Mean absolute error of the fitted table on the measured variants."""
+    cast_us_per_element: float = 0.0
+    """The same prices of a border between FP32 and FP16."""
+    cast_us: float = 0.0
+    estimated: bool = False
+    """True where nothing was measured: times follow from peak rates of `device`."""
 
-    def latency_us(self, units: UnitGraph, int8: frozenset[str]) -> float:
-        """Predicted latency of the plan that runs the units `int8` in INT8."""
-        inside = sum(c.int8_us if c.unit in int8 and c.int8_us is not None else c.fp32_us for c in self.units)
-        elements, count = units.borders(int8)
-        return float(self.fixed_us + inside + elements * self.border_us_per_element + count * self.border_us)
+    def latency_us(self, units: UnitGraph, lowered: frozenset[str]) -> float:
+        """Predicted latency of a plan."""
+        inside = sum(c.us(lowered) for c in self.units)
+        elements, count = units.borders(lowered)
+        total = self.fixed_us + inside + elements * self.border_us_per_element + count * self.border_us
+        if self.cast_us or self.cast_us_per_element:
+            elements, count = units.casts(lowered)
+            total += elements * self.cast_us_per_element + count * self.cast_us
+        return float(total)
 
     @property
     def all_float_us(self) -> float:
         """Predicted latency of the float model."""
         return self.fixed_us + sum(c.fp32_us for c in self.units)
 
-    def saved_bytes(self, int8: frozenset[str]) -> int:
+    def saved_bytes(self, lowered: frozenset[str]) -> int:
         """Weight bytes that a plan saves against float."""
-        return sum(c.fp32_bytes - c.int8_bytes for c in self.units if c.unit in int8)
+        return sum(c.saved_bytes(lowered) for c in self.units)
 
 
 class Budget(Record, frozen=True, kw_only=True):
@@ -364,6 +472,11 @@ class ParetoPoint(Record, frozen=True, kw_only=True):
     """Relative output error energy, mean over heads."""
     sqnr_db: tuple[float, ...]
     """Per head, in the order of the heads."""
+    fp16_units: tuple[str, ...] = ()
+
+    def lowered(self) -> frozenset[str]:
+        """The plan as the set of its lowered units."""
+        return frozenset((*self.int8_units, *(u + HALF for u in self.fp16_units)))
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -383,6 +496,14 @@ class Plan(Record, frozen=True, kw_only=True):
     def int8_units(self) -> frozenset[str]:
         """Ids of the units that run in INT8."""
         return frozenset(c.unit for c in self.choices if c.precision is Precision.INT8)
+
+    def fp16_units(self) -> frozenset[str]:
+        """Ids of the units that run in FP16."""
+        return frozenset(c.unit for c in self.choices if c.precision is Precision.FP16)
+
+    def lowered(self) -> frozenset[str]:
+        """All of them as the set of lowered units (`UnitGraph`)."""
+        return self.int8_units() | {u + HALF for u in self.fp16_units()}
 
 
 class Latency(Record, frozen=True, kw_only=True):
@@ -406,7 +527,8 @@ class MetricValue(Record, frozen=True, kw_only=True):
 class Settings(Record, frozen=True, kw_only=True):
     """What an analysis depends on beside model and data."""
 
-    target: str = "ort-cpu"
+    targets: tuple[str, ...] = ("ort-cpu",)
+    """Names from `bitalloy targets`. One analysis serves all; the first is the one that `Analysis` stands for."""
     calibration_samples: int = 64
     range_method: str = "minmax"
     """`minmax`, `moving`, `percentile`, `entropy` or `mse`."""

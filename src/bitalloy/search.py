@@ -1,10 +1,11 @@
 """Choose the precision of every unit: a mixed-integer program for the additive part, local search for interactions.
 
-The program (HiGHS, through scipy) has a binary variable x per unit that may run in INT8, a rounding variable y per
-edge and a border variable z per tensor and direction:
+The program (HiGHS, through scipy) has a binary variable per unit and precision below FP32 that the unit may take (x for
+INT8, h for FP16, x + h <= 1), a rounding variable y per edge, and border variables z and c per tensor and direction:
 
-    y_e >= x_producer, y_e >= x_consumer          an edge is rounded when either side is INT8
-    z_t >= x_producer - x_consumer                a border costs where the precision changes (and the reverse)
+    y_e >= x_producer, y_e >= x_consumer          an edge is rounded when either side is INT8, or as the target rounds
+    z_t >= x_producer - x_consumer                a border costs where INT8 begins or ends (and the reverse)
+    c_t >= h_producer - h_consumer - x_consumer   or where FP16 meets FP32 (and the reverse)
     damage_h = sum_w D_wh x + sum_e D_eh y        relative error energy of head h, sites taken as independent
     latency  = fixed + sum of units + sum of borders
 
@@ -17,7 +18,7 @@ This module sees tables, not graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,14 +32,18 @@ from bitalloy.heads import DETECTIONS
 from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
 from bitalloy.records import (
     AGAIN,
+    HALF,
     Budget,
     Choice,
     CostTable,
+    HalfSafety,
     HeadDamage,
     ParetoPoint,
+    Placement,
     Plan,
     Precision,
     Secant,
+    Unit,
     UnitGraph,
 )
 
@@ -72,8 +77,17 @@ class Problem:
     @cached_property
     def free(self) -> tuple[str, ...]:
         """Units with a choice, in graph order."""
-        allowed = self.units.quantizable()
-        return tuple(u.id for u in self.units.units if u.id in allowed)
+        return tuple(u.id for u in self.units.units if len(u.allowed) > 1)
+
+    @cached_property
+    def members(self) -> Mapping[str, tuple[str, ...]]:
+        """Unit with a choice -> what a plan may hold of it: in INT8, in FP16."""
+        names = {Precision.INT8: "", Precision.FP16: HALF}
+        return {
+            u.id: tuple(u.id + end for precision, end in names.items() if precision in u.allowed)
+            for u in self.units.units
+            if len(u.allowed) > 1
+        }
 
     @cached_property
     def site_damage(self) -> np.ndarray:
@@ -97,7 +111,7 @@ class Problem:
         """
         heads = self.matrix.heads
         judged = self.matrix.plain & np.array([h != "boxes" or DETECTIONS not in heads for h in heads])
-        whole = self.site_damage @ self.matrix.select(self.units.rounded(frozenset(self.free)))
+        whole = self.site_damage @ self.matrix.select(self.units.rounded(self.units.lowest()))
         return np.asarray(np.where(judged & (whole > 0), 1 / np.maximum(whole, 1e-30), 0.0) / judged.sum())
 
     def total(self, int8: frozenset[str]) -> float:
@@ -163,25 +177,34 @@ class Program:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         units, cost = problem.units, problem.cost
-        self._index = {u: i for i, u in enumerate(problem.free)}
-        rows: list[tuple[dict[int, float], float]] = []  # sum of coefficients * variables >= bound
+        self._index = {m: i for i, m in enumerate(m for members in problem.members.values() for m in members)}
+        # sum of coefficients * variables >= bound; a unit has one precision
+        several = [members for members in problem.members.values() if len(members) > 1]
+        rows: list[tuple[dict[int, float], float]] = [({self._index[m]: -1.0 for m in ms}, -1.0) for ms in several]
         count = len(self._index)
         damage: list[tuple[int, np.ndarray]] = []
         latency: dict[int, float] = {}
         for entry in cost.units:
             if entry.unit in self._index and entry.int8_us is not None:
                 latency[self._index[entry.unit]] = entry.int8_us - entry.fp32_us
+            if entry.unit + HALF in self._index and entry.fp16_us is not None:
+                latency[self._index[entry.unit + HALF]] = entry.fp16_us - entry.fp32_us
         table, column = problem.site_damage, problem.matrix.column
         for unit in units.units:
             if unit.id in self._index:
                 sites = [s for s in [*(w.id for w in unit.weights), *(e.id for e in unit.inner)] if s in column]
                 damage += [(self._index[unit.id], table[:, column[s]]) for s in sites]
+            if unit.id + HALF in self._index and unit.id + HALF in column:
+                damage.append((self._index[unit.id + HALF], table[:, column[unit.id + HALF]]))
         borders: dict[tuple[str, int], int] = {}
         for edge in units.edges:
             a, b = self._index.get(edge.producer or ""), self._index.get(edge.consumer or "")
             if a is not None and edge.rooted and edge.passed_on and edge.id + AGAIN in column:
                 damage.append((a, table[:, column[edge.id + AGAIN]]))
-            if edge.id in column and (a is not None or b is not None):
+            if edge.placement is not Placement.ENDS:
+                if edge.placement is Placement.ENTRY and b is not None and edge.id in column:
+                    damage.append((b, table[:, column[edge.id]]))
+            elif edge.id in column and (a is not None or b is not None):
                 y, count = count, count + 1
                 damage.append((y, table[:, column[edge.id]]))
                 if edge.rooted and a is not None and not edge.passed_on:
@@ -194,13 +217,26 @@ class Program:
                 continue
             price = cost.border_us + edge.elements * cost.border_us_per_element
             for direction, (up, down) in enumerate(((a, b), (b, a))):
-                if up is None:
+                if up is None or not edge.crossing(leaving=direction == 0):
                     continue
                 key = (edge.tensor, direction)
                 if key not in borders:
                     borders[key], count = count, count + 1
                     latency[borders[key]] = price
                 rows.append(({borders[key]: 1.0, up: -1.0, **({down: 1.0} if down is not None else {})}, 0.0))
+        for edge in units.edges if cost.cast_us or cost.cast_us_per_element else ():
+            price = cost.cast_us + edge.elements * cost.cast_us_per_element
+            ends = (edge.producer or "", edge.consumer or "")
+            for direction, (one, other) in enumerate((ends, ends[::-1])):
+                start = self._index.get(one + HALF)
+                if start is None or one == other:
+                    continue
+                key = (edge.tensor, 2 + direction)
+                if key not in borders:
+                    borders[key], count = count, count + 1
+                    latency[borders[key]] = price
+                free = (self._index[m] for m in problem.members.get(other, ()))
+                rows.append(({borders[key]: 1.0, start: -1.0, **dict.fromkeys(free, 1.0)}, 0.0))
         self._count = count
         heads = len(problem.matrix.heads)
         self._damage = np.zeros((heads, count))
@@ -210,14 +246,14 @@ class Program:
         self._latency[list(latency)] = list(latency.values())
         self._size = np.zeros(count)
         for entry in cost.units:
-            if entry.unit in self._index:
-                self._size[self._index[entry.unit]] = entry.int8_bytes - entry.fp32_bytes
+            for member in problem.members.get(entry.unit, ()):
+                self._size[self._index[member]] = -entry.saved_bytes(frozenset({member}))
         self._float_us = problem.latency_us(frozenset())
         self._rows = self._matrix(rows)
         self._lower = np.array([bound for _, bound in rows])
 
     def solve(self, limits: Limits, *, minimize: str, gap: float = GAP) -> tuple[frozenset[str], float] | None:
-        """Units in INT8 and the proven relative gap; None where nothing satisfies the limits."""
+        """Lowered units and the proven relative gap; None where nothing satisfies the limits."""
         scale = np.maximum(self._damage.sum(axis=1), 1e-30)
         bounds = [
             (self._latency, limits.latency_us - self._float_us),
@@ -256,7 +292,7 @@ class Program:
 
 
 def polish(problem: Problem, int8: frozenset[str], limits: Limits, *, fastest: bool = False) -> frozenset[str]:
-    """Flip single units, best first, while the goal improves and the limits hold.
+    """Move single units to another precision, best first, while the goal improves and the limits hold.
 
     The start may violate the limits slightly, because the program ignores interactions; then flips that reduce the
     violation come first.
@@ -271,13 +307,19 @@ def polish(problem: Problem, int8: frozenset[str], limits: Limits, *, fastest: b
 
     best = score(frozenset(current))
     for _ in range(2 * len(problem.free)):
-        trials = [(score(frozenset(current ^ {unit})), unit) for unit in problem.free]
-        value, unit = min(trials)
+        trials = [(score(_moved(problem, current, m)), m) for unit in problem.free for m in problem.members[unit]]
+        value, member = min(trials)
         if value >= best or (value[0] == best[0] and value[1] > best[1] * (1 - 1e-4)):
             break
         best = value
-        current ^= {unit}
+        current = set(_moved(problem, current, member))
     return frozenset(current)
+
+
+def _moved(problem: Problem, plan: set[str], member: str) -> frozenset[str]:
+    """A plan with one unit moved into the precision that `member` stands for, or back to FP32 where it is there."""
+    kept = plan.difference(problem.members[member.removesuffix(HALF)])
+    return frozenset(kept if member in plan else kept | {member})
 
 
 def _front(
@@ -303,7 +345,8 @@ def _front(
             least = min(least, damage)
             kept.append(
                 ParetoPoint(
-                    int8_units=tuple(sorted(plan)),
+                    int8_units=tuple(sorted(m for m in plan if not m.endswith(HALF))),
+                    fp16_units=tuple(sorted(m.removesuffix(HALF) for m in plan if m.endswith(HALF))),
                     predicted_latency_us=round(latency, 2),
                     size_bytes=problem.size_bytes(plan),
                     damage=damage,
@@ -343,7 +386,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
 def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
     start = problem.latency_us(frozenset())
     fastest = program.solve(Limits(damage=limits.damage), minimize="latency")
-    smallest = problem.size_bytes(frozenset(problem.free))
+    smallest = problem.size_bytes(problem.units.lowest())
     parts, ratio = [], None
     if fastest is not None:
         least = problem.latency_us(fastest[0])
@@ -371,23 +414,42 @@ def _choices(problem: Problem, int8: frozenset[str]) -> list[Choice]:
     choices = []
     for unit in problem.units.units:
         if unit.id not in problem.free:
-            choices.append(Choice(unit=unit.id, precision=Precision.FP32, reason=unit.reason))
+            choices.append(Choice(unit=unit.id, precision=Precision.FP32, reason=_refused(unit)))
             continue
-        sites = problem.units.rounded(frozenset({unit.id}))
+        held = next((m for m in problem.members[unit.id] if m in int8), None)
+        precision = Precision.FP32 if held is None else Precision.FP16 if held.endswith(HALF) else Precision.INT8
+        member = held or problem.members[unit.id][0]
+        name = "FP16" if member.endswith(HALF) else "INT8"
+        sites = problem.units.rounded(frozenset({member}))
         alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
         worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
         sqnr = float(decibel(alone[worst])) if alone.size else np.inf
         entry = times[unit.id]
-        gain = entry.fp32_us - (entry.int8_us or 0.0)
+        gain = entry.fp32_us - entry.us(frozenset({member}))
         head = problem.matrix.heads[worst]
-        if unit.id in int8:
-            why = f"saves {gain:.0f} us" if gain > 0 else "avoids borders between INT8 neighbours"
+        if held is not None:
+            why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
             reason = f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
         elif gain <= 0:
-            reason = f"INT8 is not faster here ({-gain:.0f} us slower)"
+            reason = f"{name} is not faster here ({-gain:.0f} us slower)"
         else:
-            reason = f"INT8 would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
-        choices.append(
-            Choice(unit=unit.id, precision=Precision.INT8 if unit.id in int8 else Precision.FP32, reason=reason)
-        )
+            reason = f"{name} would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
+        if unit.half is not None:
+            reason += f"; {_evidence(unit.half)}"
+        choices.append(Choice(unit=unit.id, precision=precision, reason=reason))
     return choices
+
+
+def _refused(unit: Unit) -> str:
+    """Why a unit has no choice."""
+    if unit.half is None or not unit.half.reason or unit.half.reason == unit.reason:
+        return unit.reason
+    return f"{unit.reason}; {unit.half.reason}"
+
+
+def _evidence(half: HalfSafety) -> str:
+    """Why FP16 is or is not among the choices of a unit."""
+    if half.reason:
+        return f"not FP16: {half.reason}"
+    sums = f", sums of {half.depth} products reach at most {half.partial_sum:.3g}" if half.depth else ""
+    return f"safe in FP16: values reach {half.magnitude:.3g} of 65504{sums}, {100 * half.subnormal:.2g} % subnormal"

@@ -12,6 +12,9 @@ TAG = "bitalloy.unit"
 BORDER = "bitalloy.border"
 """In place of a unit: rounding of a float tensor on its way into INT8 units."""
 
+FULL_SLOTS = {"Resize": (1, 2)}
+"""Operator -> inputs that stay float32 where the others are FP16, as ONNX defines it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Consumer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
@@ -17,18 +17,30 @@ from bitalloy.calibrate import Statistics, collect
 from bitalloy.data import Dataset
 from bitalloy.errors import BitalloyError, DataError, ModelError
 from bitalloy.graph import Graph
+from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined, divide, reopen
-from bitalloy.records import Calibration, DataInfo, Head, Secant, SensitivityTable, Settings, TensorRange, UnitGraph
+from bitalloy.records import (
+    Calibration,
+    DataInfo,
+    Head,
+    Precision,
+    Secant,
+    SensitivityTable,
+    Settings,
+    TensorRange,
+    UnitGraph,
+)
 from bitalloy.regions import ancestors, path_of, region_id
 from bitalloy.runtime import ONLY, Artefact
-from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled
+from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
+from bitalloy.targets.half import judge, tensors
 
 CALIBRATION_SHARD = 16
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
@@ -41,7 +53,7 @@ RANGE_RATIO = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """A model that is ready to be rounded."""
+    """A model that is ready to be rounded, on the first target of its settings."""
 
     graph: Graph
     target: Target
@@ -58,22 +70,24 @@ class Calibrated:
     """Of model, data and settings."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know, e.g. that the data is the embedded sample."""
+    others: tuple[Calibrated, ...] = ()
+    """The same on the other targets of the settings."""
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
 
-    def variant(self, int8: frozenset[str]) -> Mixed:
-        """The model in which the given units run in INT8."""
-        return rewrite(self.graph, self.units, int8, self.ranges, self.target)
+    def variant(self, lowered: frozenset[str]) -> Mixed:
+        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
+        return rewrite(self.graph, self.units, lowered, self.ranges, self.target)
 
-    def artefact(self, int8: frozenset[str]) -> Artefact:
+    def artefact(self, lowered: frozenset[str]) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(int8).model
+        model = self.variant(lowered).model
         if not isinstance(self.graph, Joined):
             return Artefact({ONLY: model})
         parts = divide(model, self.graph.program)
@@ -83,6 +97,13 @@ class Calibrated:
             except ModelError:
                 continue
         return Artefact(parts, self.graph.program)
+
+    def executable(self, artefact: Artefact) -> Artefact:
+        """The same for ONNX Runtime on this machine, with the numbers of FP16 as the graph says: see `specified`."""
+        if not self.target.half:
+            return artefact
+        models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
+        return Artefact(models, artefact.program)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
@@ -101,8 +122,16 @@ class Analysis(Calibrated):
     """Everything that is known about a model before a budget is given."""
 
     matrix: ProbeMatrix
+    """Columns of this target."""
     secant: Secant
     table: SensitivityTable
+    others: tuple[Analysis, ...] = ()
+    """The same for the other targets, from the same passes through the network."""
+
+    @property
+    def targets(self) -> tuple[Analysis, ...]:
+        """This analysis and the others, in the order of the settings."""
+        return (self, *self.others)
 
 
 def analyze(
@@ -113,12 +142,12 @@ def analyze(
     notes: tuple[str, ...] = (),
     work: Workspace | None = None,
 ) -> Analysis:
-    """Calibrate and probe: all that serves every plan for a target.
+    """Calibrate and probe: all that serves every plan for the targets of the settings.
 
     Args:
         model: in normal form, from `load`.
         data: samples that look like the real ones; no labels needed.
-        settings: target, numbers of samples and probes, seed, exclusions.
+        settings: targets, numbers of samples and probes, seed, exclusions.
         notes: what a reader of the results must know.
         work: where to keep and show results.
 
@@ -129,10 +158,17 @@ def analyze(
     """
     work = work or Workspace()
     ready = calibrate(model, data, settings, notes=notes, work=work)
-    matrix = _probe(ready, work)
-    bent = _secant(ready, matrix, work)
+    parts = [ready, *ready.others]
+    matrices = _probe(parts, work)
+    bent = _secant(parts, matrices, work)
+    first, *others = (_analysis(part, matrix, bent) for part, matrix in zip(parts, matrices, strict=True))
+    return replace(first, others=tuple(others))
+
+
+def _analysis(ready: Calibrated, matrix: ProbeMatrix, bent: Secant) -> Analysis:
     table = sensitivities(matrix, ready.units, part_of(ready.info, matrix.samples), bent, seed=ready.settings.seed)
-    return Analysis(**{f.name: getattr(ready, f.name) for f in fields(ready)}, matrix=matrix, secant=bent, table=table)
+    known = {f.name: getattr(ready, f.name) for f in fields(ready) if f.name != "others"}
+    return Analysis(**known, matrix=matrix, secant=bent, table=table)
 
 
 def calibrate(
@@ -150,13 +186,17 @@ def calibrate(
         DataError: the data is empty or does not fit.
     """
     settings, work = settings or Settings(), work or Workspace()
-    device = target(settings.target)
+    if len(set(settings.targets)) != len(settings.targets) or not settings.targets:
+        raise BitalloyError(f"Targets are {', '.join(settings.targets) or 'none'}; expected one or more, each once.")
+    devices = [target(name) for name in settings.targets]
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
-    units = split(model, device, heads, exclude=excluded)
-    if not units.quantizable():
-        left = " after --exclude" if excluded else ""
-        raise BitalloyError(f"No unit of the model can run in INT8 on {device.name}{left}: there is nothing to plan.")
+    units = [split(model, device, heads, exclude=excluded) for device in devices]
+    for device, found in zip(devices, units, strict=True):
+        if not found.lowest():
+            left = " after --exclude" if excluded else ""
+            what = "INT8 or FP16" if device.half else "INT8"
+            raise BitalloyError(f"No unit of the model can run in {what} on {device.name}{left}: nothing to plan.")
     info = data.info
     decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
     key = key_of(
@@ -168,22 +208,33 @@ def calibrate(
         heads=heads,
     )
     calibration = _calibrate(model, units, data, info, settings, key, work)
-    return Calibrated(
-        graph=model,
-        target=device,
-        units=_restrict(units, calibration),
-        heads=heads,
-        settings=settings,
-        data=data,
-        info=info,
-        excluded=excluded,
-        calibration=calibration,
-        key=key,
-        notes=notes,
+    ranges = {r.tensor: r for r in calibration.ranges}
+    first, *others = (
+        Calibrated(
+            graph=model,
+            target=device,
+            units=judge(model, _restrict(found, calibration), ranges),
+            heads=heads,
+            settings=settings,
+            data=data,
+            info=info,
+            excluded=excluded,
+            calibration=calibration,
+            key=key_of(analysis=key, target=device.name) if index else key,
+            notes=notes,
+        )
+        for index, (device, found) in enumerate(zip(devices, units, strict=True))
     )
+    return replace(first, others=tuple(others))
 
 
-def _secant(ready: Calibrated, matrix: ProbeMatrix, work: Workspace) -> Secant:
+def _secant(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
+    """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
+    found = next((p for p in zip(parts, matrices, strict=True) if p[0].units.quantizable()), None)
+    if found is None:
+        ones = (1.0,) * len(matrices[0].heads)
+        return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
+    ready, matrix = found
     count = min(SECANT_SAMPLES, matrix.samples)
 
     def make() -> bytes:
@@ -219,10 +270,19 @@ def _regions(node: ir.Node) -> tuple[str, ...]:
 
 
 def _calibrate(
-    model: Graph, units: UnitGraph, data: Dataset, info: DataInfo, settings: Settings, key: str, work: Workspace
+    model: Graph,
+    targets: Sequence[UnitGraph],
+    data: Dataset,
+    info: DataInfo,
+    settings: Settings,
+    key: str,
+    work: Workspace,
 ) -> Calibration:
-    tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
-    order = [t for t in model.value if t in tensors]
+    wanted: set[str] = set()
+    for units in targets:
+        wanted |= {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
+        wanted |= tensors(model, units)
+    order = [t for t in model.value if t in wanted]
     count = min(len(data), settings.calibration_samples)
 
     def make() -> bytes:
@@ -242,13 +302,21 @@ def _calibrate(
                 statistics = part if statistics is None else statistics.merge(part)
         if statistics is None:
             raise DataError("There is no sample to calibrate with.")
-        found = statistics.ranges(settings.range_method)
+        found, largest = statistics.ranges(settings.range_method), dict(zip(order, statistics.magnitude, strict=True))
+        subnormal = statistics.fp16_subnormal
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
             method=settings.range_method,
             ranges=tuple(
-                TensorRange(tensor=t, low=float(found[t][0]), high=float(found[t][1]), method=settings.range_method)
+                TensorRange(
+                    tensor=t,
+                    low=float(found[t][0]),
+                    high=float(found[t][1]),
+                    method=settings.range_method,
+                    magnitude=float(largest[t]),
+                    subnormal=round(subnormal[t], 6),
+                )
                 for t in order
             ),
             abs_max_fp16_margin=float(statistics.fp16_margin),
@@ -268,14 +336,16 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
     changed = []
     for unit in units.units:
         sizes = [s for s in entering.get(unit.id, []) if s > 0]
-        if unit.kind == "Concat" and len(unit.allowed) > 1 and sizes and max(sizes) > RANGE_RATIO * min(sizes):
+        if unit.kind == "Concat" and Precision.INT8 in unit.allowed and sizes and max(sizes) > RANGE_RATIO * min(sizes):
             reason = f"operands' ranges differ by a factor of {max(sizes) / min(sizes):.0f}, too much for one scale"
-            unit = msgspec.structs.replace(unit, allowed=unit.allowed[:1], inner=(), weights=(), reason=reason)
+            unit = unit.without(Precision.INT8, reason)
         changed.append(unit)
     return msgspec.structs.replace(units, units=tuple(changed))
 
 
-def _probe(ready: Calibrated, work: Workspace) -> ProbeMatrix:
+def _probe(parts: Sequence[Calibrated], work: Workspace) -> list[ProbeMatrix]:
+    """One matrix for all targets, and of it the columns of each."""
+    ready, others = parts[0], [(p.units, p.target) for p in parts[1:]]
     settings, data, key = ready.settings, ready.data, ready.key
     most = min(len(data), settings.samples or MAX_SAMPLES)
     plain = sum(not h.kind for h in ready.heads)
@@ -284,25 +354,34 @@ def _probe(ready: Calibrated, work: Workspace) -> ProbeMatrix:
 
     def make() -> bytes:
         prober: Prober | None = None
-        parts: list[ProbeMatrix] = []
+        rows: list[ProbeMatrix] = []
         with work.stage("probe", most) as progress:
             for index in range(most):
 
                 def shard(n: int = index) -> bytes:
                     nonlocal prober
                     prober = prober or Prober(
-                        ready.graph, ready.units, ready.heads, ready.ranges, ready.target, stops=ready.excluded
+                        ready.graph,
+                        ready.units,
+                        ready.heads,
+                        ready.ranges,
+                        ready.target,
+                        stops=ready.excluded,
+                        others=others,
                     )
                     return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
 
-                parts.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
+                rows.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
                 progress.advance(1)
-                enough = settings.samples is None and len(parts) >= MIN_SAMPLES and len(parts) % 4 == 0
-                if enough and settled(ProbeMatrix.concatenate(parts), ready.units):
+                enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
+                if enough and settled(ProbeMatrix.concatenate(rows), ready.units):
                     break
-        return ProbeMatrix.concatenate(parts).to_bytes()
+        return ProbeMatrix.concatenate(rows).to_bytes()
 
-    return ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    if len(parts) == 1:
+        return [matrix]
+    return [matrix.view(v) for v in views(ready.graph, [(p.units, p.target) for p in parts], ready.ranges)]
 
 
 def part_of(info: DataInfo, count: int) -> DataInfo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
-from bitalloy.records import Budget, CostTable, Plan
+from bitalloy.records import Budget, CostTable, Latency, Plan
+from bitalloy.roofline import estimate
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
 from bitalloy.search import FRONT_BUDGETS, Problem, search
@@ -49,11 +50,15 @@ class Verified:
     mixed: Artefact
     """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
+    others: tuple[Verified, ...] = ()
+    """Of the other targets."""
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
-    """Measure what each unit and border costs on the target, which must be this machine."""
+    """Measure what each unit and border costs on this machine; estimate it where the target cannot run here."""
     work = work or Workspace()
+    if analysis.target.device is not None:
+        return estimate(analysis.graph, analysis.units, analysis.target.device)
 
     def make() -> bytes:
         with work.stage("cost", None) as progress:
@@ -109,7 +114,7 @@ def plan(
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
     """The mixed-precision model of a plan, checked; `save` writes it."""
-    return analysis.artefact(planned.plan.int8_units())
+    return analysis.artefact(planned.plan.lowered())
 
 
 def verify(
@@ -179,15 +184,7 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
     def make() -> bytes:
         with work.scratch() as folder:
             models = _placed(analysis, mixed, folder)
-            together = not (mixed.large or analysis.graph.large)
-            with work.stage("benchmark", BENCH_REPEATS) as progress:
-                times = bench.sittings(
-                    {name: model.session for name, model in models.items()},
-                    analysis.data.feeds(0),
-                    repeats=BENCH_REPEATS,
-                    together=together,
-                    progress=progress.advance,
-                )
+            latency = _latency(analysis, planned, models, work)
             with work.stage("verify", len(samples)) as progress:
                 sessions = {name: model.session() for name, model in models.items()}
                 reference = sessions.pop("float")
@@ -201,29 +198,47 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
                 )
                 for session in (reference, *sessions.values()):
                     session.close()
-        latency = LatencySpread(
-            reference=bench.summarize(times["float"]),
-            int8=bench.summarize(times["int8"]),
-            mixed=bench.summarize(times["mixed"]),
-        )
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
     key = key_of(analysis=analysis.key, mixed=_identity(planned), threads=available_cores())
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
+def _latency(analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], work: Workspace) -> LatencySpread:
+    """Measured in turns; from the cost table, with a count of 0, where that is an estimate."""
+    if planned.cost.estimated:
+        plans = (frozenset[str](), analysis.units.lowest(), planned.plan.lowered())
+        us = [planned.cost.latency_us(analysis.units, p) / 1e3 for p in plans]
+        reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
+        return LatencySpread(reference=reference, int8=int8, mixed=mixed)
+    together = not (models["mixed"].large or analysis.graph.large)
+    with work.stage("benchmark", BENCH_REPEATS) as progress:
+        times = bench.sittings(
+            {name: model.session for name, model in models.items()},
+            analysis.data.feeds(0),
+            repeats=BENCH_REPEATS,
+            together=together,
+            progress=progress.advance,
+        )
+    return LatencySpread(
+        reference=bench.summarize(times["float"]),
+        int8=bench.summarize(times["int8"]),
+        mixed=bench.summarize(times["mixed"]),
+    )
+
+
 def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
-    """Float, all-INT8 and mixed model, what is large of them in files of a folder."""
+    """Float, all-INT8 and mixed model as they run on this machine, what is large of them in files of a folder."""
     return {
         "float": analysis.original(),
-        "int8": all_int8(analysis).placed(folder / "int8"),
-        "mixed": mixed.placed(folder / "mixed"),
+        "int8": analysis.executable(all_int8(analysis)).placed(folder / "int8"),
+        "mixed": analysis.executable(mixed).placed(folder / "mixed"),
     }
 
 
 def _identity(planned: Planned) -> list[str]:
     """What decides a mixed model beside the analysis."""
-    return sorted(planned.plan.int8_units())
+    return sorted(planned.plan.lowered())
 
 
 def float_bytes(graph: Graph) -> int:
@@ -250,8 +265,8 @@ def _verification_samples(analysis: Analysis) -> list[int]:
 
 
 def all_int8(analysis: Analysis) -> Artefact:
-    """The model in which every unit that may run in INT8 does."""
-    return analysis.artefact(analysis.units.quantizable())
+    """The model in which every unit that may run in INT8 does, and of the others what may run in FP16."""
+    return analysis.artefact(analysis.units.lowest())
 
 
 def _following(
@@ -266,11 +281,13 @@ def _following(
             by the ratio, so that the time left buys accuracy.
     """
     before, table = asked, planned.cost
-    limit = ratio_limit(budget, planned)
-    if limit is None and budget.size_bytes is None:
+    limit = None if planned.cost.estimated else ratio_limit(budget, planned)
+    if planned.cost.estimated:
+        pass  # an estimate has nothing to correct it by
+    elif limit is None and budget.size_bytes is None:
         limit = 1.0
     if limit is not None and measured.ratio > limit * TOLERANCE:
-        table = corrected(table, analysis.units, planned.plan.int8_units(), measured.ratio)
+        table = corrected(table, analysis.units, planned.plan.lowered(), measured.ratio)
         asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
     elif limit is not None and budget.min_sqnr_db is None and measured.ratio * TOLERANCE < limit:
         asked = _slower(asked, limit / measured.ratio)

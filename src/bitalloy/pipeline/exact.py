@@ -23,7 +23,7 @@ from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, versions
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
-from bitalloy.sensitivity import Finding, Measurement, Switchboard, alike, correct, groups
+from bitalloy.sensitivity import Correction, Finding, Measurement, Switchboard, alike, correct, groups
 from bitalloy.sensitivity import sensitivities as table_of
 from bitalloy.store import key_of
 
@@ -208,7 +208,7 @@ def confirm(
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
     fitted to what was measured (`sensitivity.correct`), so that plans made from the result, and the other rows of the
-    table, rest on it too.
+    table, rest on it too. Of several targets the first with INT8 is measured, and the others are corrected alike.
 
     Args:
         analysis: whose table is doubtful.
@@ -217,7 +217,28 @@ def confirm(
         samples: at most so many samples, the first of the matrix.
         work: where to keep and show results.
     """
-    work, units, matrix = work or Workspace(), analysis.units, analysis.matrix
+    work, parts = work or Workspace(), list(analysis.targets)
+    lead = next((i for i, part in enumerate(parts) if part.units.quantizable()), None)
+    if lead is None:
+        return analysis
+    confirmed, correction = _confirmed(parts[lead], worst, flagged=flagged, samples=samples, work=work)
+    if correction is None:
+        return analysis
+    for index, part in enumerate(parts):
+        if index != lead:
+            matrix = correction.carried_over(part.matrix)
+            table = table_of(matrix, part.units, part.table.data, correction.secant, seed=part.settings.seed)
+            key = key_of(analysis=part.key, confirmed=confirmed.key)
+            parts[index] = replace(part, matrix=matrix, secant=correction.secant, table=table, key=key)
+        else:
+            parts[index] = confirmed
+    return replace(parts[0], others=tuple(replace(p, others=()) for p in parts[1:]))
+
+
+def _confirmed(
+    analysis: Analysis, worst: int, *, flagged: bool, samples: int, work: Workspace
+) -> tuple[Analysis, Correction | None]:
+    units, matrix = analysis.units, analysis.matrix
     doubtful = _doubtful(analysis.table, worst, flagged=flagged)
     things = [
         Thing(scope, name, part, sites)
@@ -225,7 +246,7 @@ def confirm(
         if (scope, name, part) in doubtful and not (scope == "site" and name.endswith(AGAIN))
     ]
     if not things:
-        return analysis
+        return analysis, None
     count = min(samples, matrix.samples)
     key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
 
@@ -241,21 +262,18 @@ def confirm(
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
         findings.append(Finding(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
-    fixed, bent = correct(matrix, analysis.secant, findings, units.rounded(units.quantizable()))
+    correction = correct(matrix, analysis.secant, findings, units.rounded(units.quantizable()))
     weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
     estimates = {
         (thing.scope, thing.id, thing.part, head.name): interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)
         for h, head in enumerate(analysis.heads)
     }
+    fixed, bent = correction.matrix, correction.secant
     table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
-    return replace(
-        analysis,
-        matrix=fixed,
-        secant=bent,
-        table=msgspec.structs.replace(table, rows=tuple(_with(r, estimates) for r in table.rows)),
-        key=key,
-    )
+    rows = tuple(_with(r, estimates) for r in table.rows)
+    table = msgspec.structs.replace(table, rows=rows)
+    return replace(analysis, matrix=fixed, secant=bent, table=table, key=key), correction
 
 
 def _doubtful(table: SensitivityTable, worst: int, *, flagged: bool) -> set[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ from bitalloy.errors import ModelError
 from bitalloy.graph import Graph
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.program import PROTECT
-from bitalloy.records import UnitGraph
+from bitalloy.records import Precision, UnitGraph
 
 SHARE = 0.01
 """Of the damage of the all-INT8 model."""
@@ -83,12 +83,7 @@ def protect(graph: Graph, units: UnitGraph, matrix: ProbeMatrix) -> Protection:
             freed[unit.id] = f"protected by default ({named.reason} {named.source}), but free here; {measured}"
         else:
             kept[unit.id] = f"protected by default: {named.reason} {named.source}; {measured}, above {100 * SHARE:g} %"
-    changed = (
-        msgspec.structs.replace(u, allowed=u.allowed[:1], inner=(), weights=(), reason=kept[u.id])
-        if u.id in kept
-        else u
-        for u in units.units
-    )
+    changed = (u.without(Precision.INT8, kept[u.id]) if u.id in kept else u for u in units.units)
     return Protection(msgspec.structs.replace(units, units=tuple(changed)), kept, freed)
 
 

@@ -41,7 +41,9 @@ def run(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Verified:
-    """Analyse, plan, apply, verify and report.
+    """Analyse, plan, apply, verify and report, for every target of the settings.
+
+    The files of the first target lie in the run directory, those of another in a folder of its name there.
 
     Args:
         model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
@@ -84,13 +86,14 @@ def deliver(
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
-    if budget is not None:
-        planned = plan(analysis, budget, work=work)
-    else:
-        analysis, planned = _plan_by_default(analysis, work)
-    verified = verify(analysis, planned, labels=prepared.labels, limit=limit, work=work)
-    publish(verified, prepared.store)
-    return verified
+    found = []
+    for index, part in enumerate(analysis.targets):
+        part, planned = (part, plan(part, budget, work=work)) if budget is not None else _plan_by_default(part, work)
+        verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
+        store = prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name)
+        publish(verified, store)
+        found.append(verified)
+    return replace(found[0], others=tuple(found[1:]))
 
 
 def _plan_by_default(analysis: Analysis, work: Workspace) -> tuple[Analysis, Planned]:

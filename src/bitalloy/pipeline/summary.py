@@ -26,7 +26,7 @@ def summarize(
     """Put predictions and measurements of a run side by side."""
     matrix, units = analysis.matrix, analysis.units
     weights = draws(matrix.samples, analysis.settings.seed)
-    everything = matrix.select(units.rounded(units.quantizable()))
+    everything = matrix.select(units.rounded(units.lowest()))
     predicted_int8 = estimate(matrix, everything, weights, analysis.secant)
     sqnr = {
         head.head: HeadComparison(
@@ -58,7 +58,7 @@ def summarize(
         },
         metrics=metrics.metrics,
         confidence_shift=metrics.confidence_shift,
-        units=len(units.quantizable()),
+        units=len(units.lowest()),
         int8_units=len(planned.plan.int8_units()),
         samples=matrix.samples,
         probes=int(sum(r.shape[1] for r in matrix.rows)),
@@ -71,11 +71,13 @@ def summarize(
         rounds=tuple(rounds),
         seed=analysis.settings.seed,
         versions=versions(),
-        notes=(*analysis.notes, *_busy(latency), *metrics.notes),
+        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
+        fp16_units=len(planned.plan.fp16_units()),
+        latency_estimated=planned.cost.estimated,
     )
 
 
@@ -115,17 +117,29 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
     parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
     for name, metric in metrics.metrics.items():
         parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
+    runs = "is estimated to run" if planned.cost.estimated else "runs"
     lead = (
-        f"The mixed model runs in {ratio:.2f}x of float's time"
+        f"The mixed model {runs} in {ratio:.2f}x of float's time"
         if ratio < 1
         else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
     )
-    if not planned.plan.int8_units():
+    if not planned.plan.lowered():
         lead = "Nothing runs in INT8, so the mixed model is NOT faster than float: deploy the float model"
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
     return f"{lead}: {'; '.join(parts)}."
+
+
+def _estimated(planned: Planned) -> tuple[str, ...]:
+    if not planned.cost.estimated:
+        return ()
+    note = (
+        f"{planned.plan.target} does not run on this machine. Latencies are estimated from peak rates for "
+        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every FP16 "
+        "and INT8 rounding as the model says."
+    )
+    return (note,)
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 def tone(summary: Summary) -> str:
     """`bad` where the mixed model is not faster than float or the same, `warn` where it misses a limit, else `good`."""
-    if summary.latency_ratio >= 1 or not summary.int8_units:
+    if summary.latency_ratio >= 1 or not summary.int8_units + summary.fp16_units:
         return "bad"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"
 
@@ -127,7 +127,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Gr
 
 def predicted_int8_ratio(units: UnitGraph, cost: CostTable) -> float:
     """Predicted latency of the all-INT8 model over float."""
-    return cost.latency_us(units, units.quantizable()) / cost.all_float_us
+    return cost.latency_us(units, units.lowest()) / cost.all_float_us
 
 
 def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -163,11 +163,15 @@ def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
 
 def _latency(summary: Summary) -> Row:
     def cell(one: Latency) -> Cell:
+        if summary.latency_estimated:
+            return Cell(formats.milliseconds(one.median_ms), (Note("estimated"),))
         spread = f"{formats.milliseconds(one.p10_ms).removesuffix(' ms')}–{formats.milliseconds(one.p90_ms)}"
         return Cell(formats.milliseconds(one.median_ms), (Note(f"p10–p90 {spread}"), Note(f"{one.count} runs")))
 
     spread = summary.latency_spread_ms
     cells = (cell(spread.reference), cell(spread.int8), cell(spread.mixed))
+    if summary.latency_estimated:
+        return Row("Latency, estimated", "from peak rates", cells)
     return Row("Latency, median", "interleaved runs", cells)
 
 

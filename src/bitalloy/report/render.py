@@ -93,9 +93,15 @@ def _policy(style: str, script: str) -> str:
 
 def _points(plan: Plan, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
     """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
-    chosen = plan.int8_units()
-    found = [(p, p.predicted_latency_us / cost.all_float_us, frozenset(p.int8_units) == chosen) for p in plan.pareto]
+    chosen = plan.lowered()
+    found = [(p, p.predicted_latency_us / cost.all_float_us, p.lowered() == chosen) for p in plan.pareto]
     return sorted(found, key=lambda t: t[1])
+
+
+def _counts(point: ParetoPoint) -> str:
+    """Number of units in each lower precision."""
+    half = f" and {len(point.fp16_units)} FP16" if point.fp16_units else ""
+    return f"{len(point.int8_units)} INT8{half} units"
 
 
 def _pareto_chart(summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]) -> Markup:
@@ -119,7 +125,7 @@ def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGrap
         return charts.Marker(x, y, tip, shape, interval)
 
     line = tuple(
-        marker(f"plan with {len(point.int8_units)} INT8 units, predicted", x, point.sqnr_db[index], "dot")
+        marker(f"plan with {_counts(point)}, predicted", x, point.sqnr_db[index], "dot")
         for point, x, _ in _points(plan, cost)
     )
     pairs: list[tuple[charts.Marker, charts.Marker]] = []
@@ -128,9 +134,10 @@ def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGrap
     if pair is not None:
         interval = summary.sqnr_interval_db.get(head)
         ends = (interval.low, interval.high) if interval is not None else None
-        mixed = marker("mixed model, measured", summary.latency_ratio, pair.mixed.measured, "mixed", ends)
+        kind = "estimated latency, measured error" if summary.latency_estimated else "measured"
+        mixed = marker(f"mixed model, {kind}", summary.latency_ratio, pair.mixed.measured, "mixed", ends)
         measured_ratio = summary.latency_ms.int8 / summary.latency_ms.reference
-        int8 = marker("all-INT8 model, measured", measured_ratio, pair.int8.measured, "int8")
+        int8 = marker(f"all-INT8 model, {kind}", measured_ratio, pair.int8.measured, "int8")
         if pair.mixed.predicted is None:
             marked.append(mixed)
         else:
@@ -159,7 +166,9 @@ def _latency_chart(summary: Summary) -> Markup:
             high=one.p90_ms,
             label=f"{formats.milliseconds(one.median_ms)}  {formats.ratio(one.median_ms / reference)}",
             tip=(
-                f"{name}: median {formats.milliseconds(one.median_ms)}\n"
+                f"{name}: estimated {formats.milliseconds(one.median_ms)}"
+                if summary.latency_estimated
+                else f"{name}: median {formats.milliseconds(one.median_ms)}\n"
                 f"p10 {formats.milliseconds(one.p10_ms)}, p90 {formats.milliseconds(one.p90_ms)}, {one.count} runs"
             ),
             style=style,

@@ -1,11 +1,13 @@
 """How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
 
-from bitalloy.sensitivity.correct import Finding, correct
+from bitalloy.sensitivity.columns import views
+from bitalloy.sensitivity.correct import Correction, Finding, correct
 from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.table import alike, groups, sensitivities, settled
 
 __all__ = [
+    "Correction",
     "Finding",
     "Measurement",
     "Prober",
@@ -17,4 +19,5 @@ __all__ = [
     "secant",
     "sensitivities",
     "settled",
+    "views",
 ]

@@ -13,7 +13,7 @@ the remaining factor is linear in the size of the plan's error (`matrix.bend`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -35,10 +35,29 @@ class Finding:
     damage: np.ndarray
 
 
-def correct(
-    matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]
-) -> tuple[ProbeMatrix, Secant]:
-    """A matrix and a secant that predict what was found.
+@dataclass(frozen=True)
+class Correction:
+    """A matrix and a secant that predict what was found."""
+
+    matrix: ProbeMatrix
+    secant: Secant
+    factors: np.ndarray
+    """(heads, sites): by which the columns of the matrix were multiplied."""
+
+    def carried_over(self, matrix: ProbeMatrix) -> ProbeMatrix:
+        """The matrix of another target, corrected at the sites that it shares.
+
+        How far a network bends where it is rounded belongs to the place, and less to the format.
+        """
+        factors = np.ones((len(matrix.heads), len(matrix.sites)))
+        shared = [(matrix.column[s], i) for i, s in enumerate(self.matrix.sites) if s in matrix.column]
+        for there, here in shared:
+            factors[:, there] = self.factors[:, here]
+        return matrix.scaled(factors)
+
+
+def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]) -> Correction:
+    """Fit a matrix and a secant to what was found.
 
     Args:
         matrix: of the probe.
@@ -60,16 +79,9 @@ def correct(
             total[:, inside] += step[:, None]
             count[inside] += 1
         logs = np.clip(logs + STEP * total / np.maximum(count, 1), -limit, limit)
-        fixed = _scaled(matrix, np.exp(logs / 2))
+        fixed = matrix.scaled(np.exp(logs / 2))
         bent = _at_full_size(secant, matrix, fixed, everything)
-    return fixed, bent
-
-
-def _scaled(matrix: ProbeMatrix, factors: np.ndarray) -> ProbeMatrix:
-    """With every column times its factor; factors are (heads, sites)."""
-    rows = tuple((r * f).astype(r.dtype) for r, f in zip(matrix.rows, factors, strict=True))
-    own = tuple((o * f * f).astype(o.dtype) for o, f in zip(matrix.own, factors, strict=True))
-    return replace(matrix, rows=rows, own=own)
+    return Correction(fixed, bent, np.exp(logs / 2))
 
 
 def _at_full_size(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:

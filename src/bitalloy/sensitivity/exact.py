@@ -23,7 +23,7 @@ import onnxruntime as ort
 from bitalloy.graph import Graph, name_of
 from bitalloy.heads import Reference
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import QuantParams, activation_params
+from bitalloy.numerics import QuantParams
 from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.runtime.ort import available_cores
@@ -71,7 +71,7 @@ class Switchboard:
             return self._column.setdefault(site, len(self._column))
 
         def edge(site: str, uses: Sequence[Edge], root: str) -> None:
-            params = activation_params(*ranges[root], signed=target.activation_signed)
+            params = target.activation(*ranges[root])
             split: dict[int, list[Edge]] = defaultdict(list)
             for use in uses:
                 if not use.node:
@@ -88,7 +88,7 @@ class Switchboard:
                 for weight in unit.weights:
                     self._segments[place[weight.node]].weights.append((column(weight.id), weight))
         for entry in units.edges:
-            if (entry.rooted and entry.producer in int8) or entry.consumer in int8:
+            if entry.rounds(int8):
                 edge(entry.id, entry.uses, entry.root)
         self.sites = tuple(self._column)
 

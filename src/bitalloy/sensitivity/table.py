@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate
-from bitalloy.records import DataInfo, Secant, Sensitivity, SensitivityTable, UnitGraph
+from bitalloy.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
 
 SETTLED = 0.98
@@ -16,7 +16,7 @@ FLAG_DB = 1.0
 
 
 def groups(units: UnitGraph) -> list[tuple[str, str, str, frozenset[str]]]:
-    """(scope, id, part, sites) of every site, unit and region that an INT8 plan could round."""
+    """(scope, id, part, sites) of every site, unit and region that an INT8 plan could round, and of units in FP16."""
     int8 = units.quantizable()
     found: list[tuple[str, str, str, frozenset[str]]] = []
     by_region: dict[str, set[str]] = defaultdict(set)
@@ -32,6 +32,8 @@ def groups(units: UnitGraph) -> list[tuple[str, str, str, frozenset[str]]]:
     found += [
         ("site", s, "weights" if s in weights else "activations", frozenset({s})) for s in sorted(units.rounded(int8))
     ]
+    half = [u.id for u in units.units if Precision.FP16 in u.allowed]
+    found += [("unit", name, "fp16", frozenset({name + HALF})) for name in half]
     return found
 
 
@@ -89,14 +91,14 @@ def sensitivities(
 
 
 def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
-    """Whether the ranking of units would survive other samples.
+    """Whether the ranking of units, each in its lowest precision, would survive other samples.
 
     The samples are split in two halves; the ranking has settled when the Spearman correlation of the two rankings,
     corrected to the full length (Spearman-Brown), is at least 0.98 for every head but divergences.
     """
     if matrix.samples < 4:
         return False
-    chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.quantizable())]
+    chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.lowest())]
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
     return all(alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))

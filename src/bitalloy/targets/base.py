@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.numerics import QuantParams, symmetric_params
-from bitalloy.records import Edge, Head, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.numerics import QuantParams, activation_params, symmetric_params
+from bitalloy.records import Edge, Head, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.regions import path_of, region_id
 
 
@@ -24,6 +24,29 @@ class Core:
     inner: tuple[Edge, ...] = ()
     int8: bool = True
     reason: str = ""
+    joined: tuple[Edge, ...] = ()
+    """Inputs that the kernel takes unrounded also in INT8, because it makes them itself (`Placement.NONE`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Peak rates of a device, from its data sheet."""
+
+    name: str
+    operations_per_second: Mapping[Precision, float]
+    """Dense; a multiply-accumulate is two."""
+    bytes_per_second: float
+    start_us: float
+    """Assumed time between two kernels in microseconds."""
+
+
+A10 = Device(
+    name="NVIDIA A10 (estimated from peak rates)",
+    operations_per_second={Precision.FP32: 62.5e12, Precision.FP16: 125e12, Precision.INT8: 250e12},
+    bytes_per_second=600e9,
+    start_us=2.0,
+)
+"""NVIDIA A10 data sheet, tensor cores without sparsity; FP32 as TF32, which is the default of both runtimes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +64,23 @@ class Target:
     """The core that starts at a node; called in topological order for nodes not yet taken."""
     follows: Callable[[ir.Node], bool]
     """Whether a node only moves data and so takes the precision of the unit that feeds it."""
+    activation_symmetric: bool = False
+    """Whether the zero point of INT8 activations is 0."""
+    placement: Placement = Placement.ENDS
+    """Where INT8 units round."""
+    int32_bias: bool = True
+    """Whether biases of INT8 units are stored as int32 in steps of input times weight, or stay float."""
+    slow_softmax: bool = True
+    """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
+    half: frozenset[str] = frozenset()
+    """Operators that run in FP16; empty where the target has no FP16."""
+
+    device: Device | None = None
+    """For which cost is estimated, where the target cannot run on this machine; None where it is measured."""
+
+    def activation(self, low: float, high: float) -> QuantParams:
+        """Parameters of an INT8 activation with values in [low, high]."""
+        return activation_params(low, high, signed=self.activation_signed, symmetric=self.activation_symmetric)
 
 
 def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: frozenset[str] = frozenset()) -> UnitGraph:
@@ -79,12 +119,17 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
     for name, core in cores.items():
         root = str(core.nodes[-1].outputs[0].name)
         reason, int8 = core.reason, core.int8
-        if root in joined:
+        members = (*core.nodes, *tails[name])
+        half = all(n.op_type in target.half for n in members) and all(len(n.outputs) == 1 for n in core.nodes)
+        if target.placement is not Placement.ENDS:
+            pass  # what a unit makes is not rounded by it
+        elif root in joined:
             int8, reason = False, "joins outputs of different meaning, which one scale cannot serve"
         elif root in final:
             int8, reason = False, "makes an output: 256 levels would flatten small values, such as low scores, to zero"
-        if exclude & {name_of(n) for n in (*core.nodes, *tails[name])}:
-            int8, reason = False, "excluded by the user"
+        if exclude & {name_of(n) for n in members}:
+            int8, half, reason = False, False, "excluded by the user"
+        allowed = (Precision.FP32, *(Precision.FP16,) * half, *(Precision.INT8,) * int8)
         units.append(
             Unit(
                 id=name,
@@ -95,16 +140,19 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
                 root=root,
                 inner=core.inner if int8 else (),
                 weights=core.weights if int8 else (),
-                allowed=(Precision.FP32, Precision.INT8) if int8 else (Precision.FP32,),
+                allowed=allowed,
                 macs=sum(macs(n) for n in core.nodes),
                 reason=reason,
             )
         )
-    edges = tuple(_edges(graph, owner, {u.id: u for u in units}))
+    unrounded = frozenset(e for core in cores.values() for e in core.joined)
+    edges = tuple(_edges(graph, owner, {u.id: u for u in units}, target.placement, unrounded))
     return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=edges)
 
 
-def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[UnitEdge]:
+def _edges(
+    graph: Graph, owner: dict[str, str], units: dict[str, Unit], placement: Placement, unrounded: frozenset[Edge]
+) -> list[UnitEdge]:
     """Float edges that leave a unit's core or enter another unit; edges inside a core are left out."""
     roots = {u.root: u.id for u in units.values()}
     outputs = {name: i for i, name in enumerate(graph.output_names)}
@@ -126,6 +174,7 @@ def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[
         for consumer, edges in sorted(entering.items()):
             if inside and consumer == source:
                 continue
+            own = consumer == source and placement is Placement.ENTRY  # a unit's tail reads what it makes
             found.append(
                 UnitEdge(
                     tensor=tensor,
@@ -135,7 +184,11 @@ def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[
                     root=root,
                     rooted=tensor in roots,
                     elements=elements,
-                    passed_on=tensor in roots and source is not None and units[source].kind == "Concat",
+                    passed_on=placement is Placement.ENDS
+                    and tensor in roots
+                    and source is not None
+                    and units[source].kind == "Concat",
+                    placement=Placement.NONE if own or unrounded.issuperset(edges) else placement,
                 )
             )
     return found

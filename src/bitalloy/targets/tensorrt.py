@@ -1,0 +1,172 @@
+"""TensorRT 10 and 11 with strongly typed networks: the precision of every layer is written in the graph.
+
+INT8 is a QuantizeLinear/DequantizeLinear pair, FP16 a Cast. Facts from NVIDIA's documentation ("Explicit Quantization":
+processing of Q/DQ networks, placement recommendations, limitations):
+
+Case 1. Conv, ConvTranspose, Gemm and MatMul with constant weights: a pair on the input, and int8 weights per output
+        channel. What they make is not rounded: the next layer in INT8 does that, and TensorRT moves its Q into the
+        kernel before it. An activation behind them, and a constant bias of a MatMul, is part of the same kernel.
+Case 2. The residual Add behind such a layer (and a Relu behind the Add) runs inside that layer's kernel. A pair goes on
+        the other operand alone; one between layer and Add would force them apart.
+Case 3. MatMul of two activations: a pair on both operands. Queries, keys, probabilities and values of an attention are
+        rounded that way, and Softmax and scaling between the two products are not, which is the pattern that fuses.
+Case 4. Concat and operators that only move data commute with Q and DQ. They round nothing: TensorRT moves the Q of the
+        layer that reads them in front of them.
+Case 5. Biases stay float: TensorRT refuses quantized ones.
+Case 6. Everything else (pointwise operators such as GELU, Softmax, normalization, pooling) runs in FP32 or FP16, where
+        it fuses with the kernels beside it.
+
+INT8 is symmetric with zero point 0, per tensor for activations and per channel for weights. Q and DQ compute in
+float32, because QuantizeLinear takes nothing else below opset 19; next to a unit in FP16 stands a Cast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.records import Edge, Placement, WeightSite
+from bitalloy.targets.base import A10, Core, Target
+from bitalloy.targets.half import OPERATORS
+
+MOVERS = frozenset({
+    "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
+    "Tile", "Transpose", "Unsqueeze",
+})  # fmt: skip
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
+
+
+def _match(node: ir.Node, graph: Graph) -> Core:
+    match node.op_type:
+        case "Conv":
+            return _weighted(node, axis=0)
+        case "ConvTranspose" if attribute(node, "group", 1) == 1:
+            return _weighted(node, axis=1)
+        case "Gemm" if attribute(node, "transA", 0) == 0:
+            return _weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
+        case "MatMul":
+            return _matmul(node)
+        case "Add":
+            return _residual(node, graph)
+        case op if op in MOVERS or op == "Concat":
+            return _plain(node, "only moves data; the layer that reads it rounds")
+        case op:
+            return _plain(node, f"TensorRT runs {op} in floating point, fused with the layers beside it")
+
+
+def _plain(node: ir.Node, reason: str) -> Core:
+    return Core(node.op_type, (node,), int8=False, reason=reason)
+
+
+def _weighted(node: ir.Node, *, axis: int) -> Core:
+    if constant(node.inputs[1]) is None:
+        return _plain(node, "the weights are computed at run time")
+    return Core(node.op_type, (node, *_behind(node)), weights=(_weight(node, axis),))
+
+
+def _weight(node: ir.Node, axis: int) -> WeightSite:
+    value = node.inputs[1]
+    assert value is not None
+    elements = math.prod(static_shape(value))
+    return WeightSite(tensor=str(value.name), node=name_of(node), slot=1, axis=axis, elements=elements)
+
+
+def _matmul(node: ir.Node) -> Core:
+    left, right = node.inputs
+    if constant(left) is not None:
+        return _plain(node, "the left operand is constant")
+    if constant(right) is None:
+        return Core("MatMul", (node,))
+    if len(static_shape(right)) != 2:  # type: ignore[arg-type]
+        return _plain(node, "the constant operand is not a matrix")
+    bias = _only_reader(node.outputs[0])
+    if bias is not None and bias.op_type == "Add" and any(constant(v) is not None for v in bias.inputs):
+        return Core("MatMul", (node, bias, *_behind(bias)), weights=(_weight(node, 1),))
+    return Core("MatMul", (node, *_behind(node)), weights=(_weight(node, 1),))
+
+
+def _residual(node: ir.Node, graph: Graph) -> Core:
+    """Case 2. Of two operands that could run with the Add in one kernel, the later one does."""
+    if any(constant(v) is not None for v in node.inputs):
+        return _plain(node, "TensorRT runs Add in floating point, fused with the layers beside it")
+    order = {name_of(n): i for i, n in enumerate(graph.nodes)}
+    made = [
+        (order[name_of(maker)], slot)
+        for slot, v in enumerate(node.inputs)
+        if v is not None and (maker := v.producer()) is not None and _from_weights(v)
+    ]
+    if not made or node.inputs[0] is node.inputs[1]:
+        return _plain(node, "no layer with weights makes an operand for this Add alone, so it fuses with none")
+    _, slot = max(made)
+    inside = Edge(tensor=str(node.inputs[slot].name), node=name_of(node), slot=slot)  # type: ignore[union-attr]
+    after = _only_reader(node.outputs[0])
+    relu = (after,) if after is not None and after.op_type == "Relu" else ()
+    return Core("Add", (node, *relu), joined=(inside,))
+
+
+def _from_weights(value: ir.Value) -> bool:
+    """Whether a tensor comes from a layer with constant weights, through its activation, to one reader alone."""
+    node = value.producer()
+    if node is None or _only_reader(value) is None:
+        return False
+    if node.op_type == "Mul" and (gate := _silu_of(node)) is not None:
+        node = gate.inputs[0].producer()  # type: ignore[union-attr]
+    elif node.op_type in ACTIVATIONS:
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+    if node is not None and node.op_type == "Add":
+        node = next((v.producer() for v in node.inputs if v is not None and constant(v) is None), None)
+    return node is not None and node.op_type in WEIGHTED and constant(node.inputs[1]) is not None
+
+
+def _behind(node: ir.Node) -> tuple[ir.Node, ...]:
+    """The activation that a kernel applies to what it makes: one operator, or x * Sigmoid(x)."""
+    after = _only_reader(node.outputs[0])
+    if after is not None:
+        return (after,) if after.op_type in ACTIVATIONS else ()
+    readers = [use.node for use in consumers(node.outputs[0])]
+    if node.outputs[0].is_graph_output() or len(readers) != 2:
+        return ()
+    product = next((n for n in readers if n.op_type == "Mul"), None)
+    gate = _silu_of(product) if product is not None else None
+    return (gate, product) if gate is not None and product is not None and gate in readers else ()
+
+
+def _silu_of(product: ir.Node) -> ir.Node | None:
+    """The Sigmoid of x * Sigmoid(x), read by nothing else."""
+    for value, other in (tuple(product.inputs), tuple(product.inputs)[::-1]):
+        gate = value.producer() if value is not None else None
+        if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other and _only_reader(value):  # type: ignore[arg-type]
+            return gate
+    return None
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = consumers(value)
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _follows(node: ir.Node) -> bool:
+    if node.op_type == "Resize":
+        return attribute(node, "mode", "nearest") == "nearest"
+    if node.op_type == "Gather":
+        return constant(node.inputs[1]) is not None
+    return node.op_type in MOVERS
+
+
+TENSORRT = Target(
+    name="tensorrt",
+    describe="TensorRT 10 and 11, strongly typed: FP16, and symmetric INT8 in Q/DQ form, weights per channel",
+    activation_signed=True,
+    activation_symmetric=True,
+    pair_limit=None,
+    placement=Placement.ENTRY,
+    int32_bias=False,
+    slow_softmax=False,
+    half=OPERATORS,
+    device=A10,
+    match=_match,
+    follows=_follows,
+)

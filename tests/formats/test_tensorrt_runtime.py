@@ -1,0 +1,74 @@
+"""TensorRT where it is; where it is not, a reason and no crash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.formats.test_placement import conv_bn_activation
+
+from bitalloy.apply import apply
+from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.halving import specified
+from bitalloy.heads import find_heads
+from bitalloy.runtime import OrtSession
+from bitalloy.runtime.tensorrt import INSTALL, Layer, TensorRtSession, missing, read_layers
+from bitalloy.targets import TENSORRT
+from bitalloy.targets.base import split
+
+ABSENT = missing()
+ENGINE = {
+    "Layers": [
+        {
+            "Name": "c1 + s1 * a1",
+            "LayerType": "CaskConvolution",
+            "Inputs": [{"Name": "x/quantized", "Location": "Device", "Format/Datatype": "Int8 NC/32HW32"}],
+            "Outputs": [{"Name": "a1", "Location": "Device", "Format/Datatype": "Half NC/8HW8"}],
+        }
+    ],
+    "Bindings": ["x", "y"],
+}
+"""In the form of the engine inspector's documentation."""
+
+
+@pytest.mark.skipif(not ABSENT, reason="TensorRT is here")
+def test_absence_is_a_message_with_a_way_out(tmp_path: Path) -> None:
+    graph = conv_bn_activation(tmp_path / "m.onnx")
+    with pytest.raises(BitalloyError, match="cannot run on TensorRT here") as error:
+        TensorRtSession(graph.model)
+    assert INSTALL in str(error.value) or "GPU" in str(error.value)
+    script = Path(__file__).parents[2] / "benchmarks" / "tensorrt_latency.py"
+    done = subprocess.run([sys.executable, script, "a.onnx", "b.onnx"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and json.loads(done.stdout)["skipped"] == ABSENT
+
+
+def test_core_does_not_import_it() -> None:
+    code = "import sys, bitalloy, bitalloy.pipeline, bitalloy.targets; sys.exit('tensorrt' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_layers_of_an_engine_are_read() -> None:
+    expected = Layer("c1 + s1 * a1", "CaskConvolution", ("Int8 NC/32HW32",), ("Half NC/8HW8",))
+    assert read_layers(json.dumps(ENGINE)) == (expected,)
+    for damaged in ("", "[]", '{"Layers": ["c1"]}', '{"Layers": [{"Name": "c1"}]}'):
+        with pytest.raises(ModelError, match="detailed profiling"):
+            read_layers(damaged)
+
+
+@pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+def test_engine_agrees_with_the_specification(tmp_path: Path) -> None:
+    graph = conv_bn_activation(tmp_path / "m.onnx")
+    units = split(graph, TENSORRT, find_heads(graph))
+    ranges = {tensor: (-4.0, 4.0) for tensor in graph.value}
+    model = apply(graph, units, units.lowest(), ranges, TENSORRT).model
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    session = TensorRtSession(model, cache=tmp_path / "times")
+    found, expected = session.run(feeds)["y"], OrtSession(specified(model)).run(feeds)["y"]
+    assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
+    assert any("Int8" in kind for layer in session.layers() for kind in layer.inputs)
+    assert sum(session.profile(feeds).values()) > 0 and len(session.milliseconds(5)) == 5
+    session.close()
