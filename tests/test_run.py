@@ -131,7 +131,8 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["metrics"]["AP50-95"]["float"]["n"] == 8
     assert 0 < summary["int8_units"] <= summary["units"]
     assert summary["samples"] == 8 and summary["calibration"]["count"] == 8
-    assert summary["notes"] == ["Intervals rest on 8 images only and are rough."]
+    notes = [n for n in summary["notes"] if not n.startswith("The machine was busy")]
+    assert notes == ["Intervals rest on 8 images only and are rough."]
     assert set(summary["seconds"]) >= {"calibration", "probe", "cost", "plan", "verify", "evaluate"}
 
 
