@@ -14,11 +14,12 @@ from bitalloy.samples.shapes import CLASSES, scene, write_coco
 from bitalloy.tasks import find_task
 from bitalloy.tasks.base import Interface
 
-LARGEST = {"yolo11n-shapes": 6_000_000, "yolo11n-seg-shapes": 6_500_000}
+LARGEST = {"yolo11n-shapes": 6_000_000, "yolo11n-seg-shapes": 6_500_000, "segformer-b0-shapes": 8_000_000}
 """Bytes of each file."""
 ALL = 40_000_000
 """Bytes of all files together."""
 SEGMENTER = "yolo11n-seg-shapes"
+SEMANTIC = "segformer-b0-shapes"
 
 
 def test_files_are_small_and_each_has_a_name() -> None:
@@ -69,3 +70,15 @@ def test_masks_are_measured_as_instances(tmp_path: Path) -> None:
     result = task.evaluate({"float": session.run}, task.open(folder / "instances.json", interface))
     found = {m.name: m.values["float"].value for m in result.metrics}
     assert found["box AP50-95"] > 0.5 and found["mask AP50-95"] > 0.4
+
+
+def test_maps_of_classes_are_measured(tmp_path: Path) -> None:
+    model = graph.load(zoo.resolve(SEMANTIC).path)
+    folder = write_coco(tmp_path / "val", count=32, size=256)
+    interface = Interface(inputs=model.info.inputs, outputs=model.info.outputs, metadata=model.metadata)
+    task = find_task(interface)
+    assert task is not None and task.name == "semantic"
+    session = OrtSession(zoo.resolve(SEMANTIC).path)
+    result = task.evaluate({"float": session.run}, task.open(folder, interface))
+    found = {m.name: m.values["float"].value for m in result.metrics}
+    assert found["mIoU"] > 0.4 and found["pixel accuracy"] > 0.9

@@ -10,11 +10,12 @@ from bitalloy import graph, zoo
 from bitalloy.data import Dataset, ImageSpec, infer_image_spec, open_dataset
 from bitalloy.errors import BitalloyError, DataError
 from bitalloy.graph import Graph
-from bitalloy.pipeline.programs import holds_arrays, image_facts, open_samples, speaks, takes_prompts
+from bitalloy.pipeline.programs import holds_arrays, image_facts, interface_of, open_samples, speaks, takes_prompts
 from bitalloy.pipeline.work import Progress, Silent, Workspace
 from bitalloy.program import Outline, is_program, join, load_program, read_interface, read_outline
 from bitalloy.samples.shapes import write_coco
 from bitalloy.store import RunDirectory, key_of
+from bitalloy.tasks import find_task, semantic
 from bitalloy.tasks.detection import looks_like_yolo
 
 SAMPLE_NOTE = (
@@ -99,7 +100,9 @@ def prepare(
         samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
-            files = [write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size) / "instances.json"]
+            drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
+            task = find_task(interface_of(loaded))
+            files = [drawn if task is semantic.TASK else drawn / "instances.json"]
     return Prepared(
         model=loaded,
         data=samples,

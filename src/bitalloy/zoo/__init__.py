@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 SAMPLE = "yolo11n-shapes"
-NAMES = {SAMPLE: "yolo11n-shapes.onnx", "yolo11n-seg-shapes": "yolo11n-seg-shapes.onnx"}
+NAMES = {name: f"{name}.onnx" for name in (SAMPLE, "yolo11n-seg-shapes", "segformer-b0-shapes")}
 """Name -> file among the packaged samples."""
 PROGRAMS = {name: name for name in ("mobilesam-shapes", "mobilevlm-shapes")}
 """Name -> folder of a program among the packaged samples."""
