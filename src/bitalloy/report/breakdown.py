@@ -13,7 +13,7 @@ import msgspec
 from markupsafe import Markup
 
 from bitalloy.matrix import CEILING_DB
-from bitalloy.records import CostTable, Plan, Sensitivity, SensitivityTable, Unit, UnitCost, UnitGraph
+from bitalloy.records import CostTable, Placement, Plan, Sensitivity, SensitivityTable, Unit, UnitCost, UnitGraph
 from bitalloy.regions import ROOT, ancestors
 from bitalloy.report import charts, formats
 
@@ -37,6 +37,11 @@ class Tables:
     def int8(self) -> frozenset[str]:
         """Units that the plan puts in INT8."""
         return self.plan.int8_units()
+
+    @cached_property
+    def fp16(self) -> frozenset[str]:
+        """Units that the plan puts in FP16."""
+        return self.plan.fp16_units()
 
     @cached_property
     def times(self) -> Mapping[str, UnitCost]:
@@ -202,15 +207,17 @@ def _unit_lines(tables: Tables) -> Iterable[Line]:
 def _region_lines(tables: Tables) -> Iterable[Line]:
     for region, members in tables.members.items():
         float_us, int8_us = tables.time_us(members)
-        int8 = sum(u.id in tables.int8 for u in members)
+        int8, half = (sum(u.id in found for u in members) for found in (tables.int8, tables.fp16))
+        whole = {int8: "int8", half: "fp16"}.get(len(members), "mixed" if int8 or half else "fp32")
+        in_half = f", {half} in FP16" if half else ""
         yield Line(
             name=region,
             kind="region",
             region=region,
-            precision="int8" if int8 == len(members) else "mixed" if int8 else "fp32",
+            precision=whole,
             float_us=float_us,
             int8_us=int8_us,
-            reason=f"{int8} of {len(members)} units in INT8",
+            reason=f"{int8} of {len(members)} units in INT8{in_half}",
             flagged=_flagged(tables, "region", region, "all"),
             sqnr=_sqnr(tables, "region", region, "all"),
         )
@@ -241,7 +248,8 @@ def _site_owners(units: UnitGraph) -> dict[str, str]:
     found = {site.id: unit.id for unit in units.units for site in unit.weights}
     found |= {site.id: unit.id for unit in units.units for site in unit.inner}
     for edge in units.edges:
-        unit = edge.producer if edge.rooted and edge.producer is not None else edge.consumer
+        made = edge.rooted and edge.producer is not None and edge.placement is Placement.ENDS
+        unit = edge.producer if made else edge.consumer
         if unit is not None:
             found.setdefault(edge.id, unit)
     return found

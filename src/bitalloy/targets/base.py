@@ -120,7 +120,8 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         root = str(core.nodes[-1].outputs[0].name)
         reason, int8 = core.reason, core.int8
         members = (*core.nodes, *tails[name])
-        half = all(n.op_type in target.half for n in members) and all(len(n.outputs) == 1 for n in core.nodes)
+        floats = all(len(n.outputs) == 1 and is_float(n.outputs[0]) for n in core.nodes)
+        half = floats and all(n.op_type in target.half for n in members)
         if target.placement is not Placement.ENDS:
             pass  # what a unit makes is not rounded by it
         elif root in joined:
