@@ -183,6 +183,11 @@ def calibrate(
     )
 
 
+def units_of(model: Graph, settings: Settings) -> UnitGraph:
+    """The units of a model before calibration, which may keep more of them in float; no sample is needed."""
+    return split(model, target(settings.target), find_heads(model), exclude=_excluded(model, settings.exclude))
+
+
 def _secant(ready: Calibrated, matrix: ProbeMatrix, work: Workspace) -> Secant:
     count = min(SECANT_SAMPLES, matrix.samples)
 

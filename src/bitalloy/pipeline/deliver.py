@@ -19,16 +19,16 @@ from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import LatencySpread, MetricComparison, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_tables
 from bitalloy.pipeline.programs import interface_of, runner
-from bitalloy.pipeline.protection import protect
+from bitalloy.pipeline.protection import read_advice
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
-from bitalloy.records import Budget, CostTable, Plan
+from bitalloy.records import Budget, CostTable
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
-from bitalloy.search import FRONT_BUDGETS, Problem, search
 from bitalloy.store import key_of
 from bitalloy.tasks import TASKS, find_task
 from bitalloy.tasks.base import TaskData, TaskMetric, TaskResult
@@ -78,33 +78,24 @@ def plan(
 
     Raises:
         BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
     """
     work = work or Workspace()
-    table = table or measure_cost(analysis, work=work)
-    units, kept, freed = analysis.units, {}, {}
-    if analysis.settings.protect:
-        found = protect(analysis.graph, analysis.units, analysis.matrix)
-        units, kept, freed = found.units, dict(found.kept), dict(found.freed)
-    problem = Problem(units, analysis.matrix, analysis.secant, table, float_bytes(analysis.graph))
+    return plan_tables(tables_of(analysis, table or measure_cost(analysis, work=work)), budget, work=work)
 
-    def make() -> bytes:
-        with work.stage("search", FRONT_BUDGETS) as progress:
-            found = search(problem, budget, seed=analysis.settings.seed, progress=progress.advance)
-        choices = (
-            msgspec.structs.replace(c, reason=f"{c.reason}; {freed[c.unit]}") if c.unit in freed else c
-            for c in found.choices
-        )
-        return msgspec.json.encode(msgspec.structs.replace(found, choices=tuple(choices)))
 
-    key = key_of(analysis=analysis.key, cost=table, budget=budget, protected=kept)
-    try:
-        plan_ = msgspec.json.decode(work.cached("plan", key, make), type=Plan)
-    except BudgetError as error:
-        if not kept:
-            raise
-        hint = f"{len(kept)} units stay in float by advice of the model's family; --no-protect frees them."
-        raise BudgetError(f"{error} {hint}", error.reachable_ratio) from error
-    return Planned(plan_, table, tuple(kept))
+def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
+    """What plans are made from."""
+    graph, settings = analysis.graph, analysis.settings
+    facts = Facts(
+        key=analysis.key,
+        float_bytes=float_bytes(graph),
+        operators=operators_of(graph),
+        advice=read_advice(graph) if settings.protect else (),
+        seed=settings.seed,
+        secant=analysis.secant,
+    )
+    return Tables(analysis.units, analysis.matrix, cost, facts)
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
