@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,12 @@ from bitalloy.errors import BudgetError, RunDirectoryError
 from bitalloy.graph import Graph, name_of
 from bitalloy.heads import is_divergence
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.pipeline.constraints import Constrained, constrain
+from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.protection import Advice, protect
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Silent, Workspace
 from bitalloy.records import Budget, CostTable, Plan, Record, Secant, UnitGraph
-from bitalloy.search import FRONT_BUDGETS, Problem, search
+from bitalloy.search import FRONT_BUDGETS, Problem, complete, search
 from bitalloy.store import RunDirectory, key_of
 
 PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "probe_matrix.npz", "planning.json"
@@ -57,45 +57,89 @@ def operators_of(graph: Graph) -> dict[str, str]:
     return {name_of(node): node.op_type for node in graph.nodes}
 
 
-def plan_tables(tables: Tables, budget: Budget, *, work: Workspace | None = None) -> Planned:
-    """Choose the precision of every unit for a budget, and the Pareto front.
+def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Workspace | None = None) -> Planned:
+    """Choose the precision of every unit for a budget, and the Pareto front where it is wanted.
 
     Raises:
         BudgetError: the budget cannot be met; the message says what can.
         BitalloyError: a pattern of the budget names nothing, or asks for what cannot be.
     """
-    work, facts = work or Workspace(), tables.facts
-    advised = protect(facts.advice, tables.units, tables.matrix)
-    asked = constrain(advised.units, budget.keep, facts.operators, full=tables.units)
-    protected = {name: why for name, why in advised.kept.items() if name not in asked.kept}
-    problem = Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes)
+    case, work = _narrowed(tables, budget), work or Workspace()
 
     def make() -> bytes:
-        with work.stage("search", FRONT_BUDGETS) as progress:
-            found = search(problem, budget, seed=facts.seed, progress=progress.advance)
-        choices = (
-            msgspec.structs.replace(c, reason=f"{c.reason}; {advised.freed[c.unit]}")
-            if c.unit in advised.freed and c.unit not in asked.kept
-            else c
-            for c in found.choices
-        )
-        return msgspec.json.encode(msgspec.structs.replace(found, choices=tuple(choices)))
+        with work.stage("search", FRONT_BUDGETS if front else None) as progress:
+            found = search(case.problem, budget, front=front, seed=tables.facts.seed, progress=progress.advance)
+        return msgspec.json.encode(case.explained(found))
 
-    key = key_of(analysis=facts.key, cost=tables.cost, budget=budget, protected=protected)
     try:
-        plan = msgspec.json.decode(work.cached("plan", key, make), type=Plan)
+        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=Plan)
     except BudgetError as error:
-        raise BudgetError(f"{error}{_hints(protected, asked)}", error.reachable_ratio) from error
-    return Planned(plan, tables.cost, tuple(protected))
+        raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
+    return Planned(plan, tables.cost, tuple(case.protected))
 
 
-def _hints(protected: dict[str, str], asked: Constrained) -> str:
+def plan_around(
+    tables: Tables, budget: Budget, int8: frozenset[str], *, gap: float, solved: bool = True, work: Workspace
+) -> Planned:
+    """A plan that is decided already, as the given tables see it: predictions, reasons and the front around it."""
+    case = _narrowed(tables, budget)
+
+    def make() -> bytes:
+        with work.stage("front", FRONT_BUDGETS) as progress:
+            seed, advance = tables.facts.seed, progress.advance
+            found = complete(case.problem, budget, int8, gap=gap, solved=solved, seed=seed, progress=advance)
+        return msgspec.json.encode(case.explained(found))
+
+    found = msgspec.json.decode(work.cached("front", case.key(around=sorted(int8)), make), type=Plan)
+    return Planned(found, tables.cost, tuple(case.protected))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Tables after the family's advice and the budget's patterns."""
+
+    tables: Tables
+    budget: Budget
+    problem: Problem
+    protected: Mapping[str, str]
+    freed: Mapping[str, str]
+    kept: frozenset[str]
+    """By patterns of the budget."""
+
+    def key(self, **more: object) -> str:
+        tables = self.tables
+        return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
+
+    def explained(self, plan: Plan) -> Plan:
+        """With what measurement frees from advice in the reasons."""
+        choices = (
+            msgspec.structs.replace(c, reason=f"{c.reason}; {self.freed[c.unit]}") if c.unit in self.freed else c
+            for c in plan.choices
+        )
+        return msgspec.structs.replace(plan, choices=tuple(choices))
+
+
+def _narrowed(tables: Tables, budget: Budget) -> _Case:
+    facts = tables.facts
+    advised = protect(facts.advice, tables.units, tables.matrix)
+    asked = constrain(advised.units, budget.keep, facts.operators, full=tables.units)
+    return _Case(
+        tables,
+        budget,
+        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes),
+        {name: why for name, why in advised.kept.items() if name not in asked.kept},
+        {name: why for name, why in advised.freed.items() if name not in asked.kept},
+        asked.kept,
+    )
+
+
+def _hints(case: _Case) -> str:
     """What else stands in the way of a budget."""
     parts = []
-    if protected:
-        parts.append(f" {len(protected)} units stay in float by advice of the model's family; --no-protect frees them.")
-    if asked.kept:
-        parts.append(f" {len(asked.kept)} units are kept in a precision by --keep.")
+    if count := len(case.protected):
+        parts.append(f" {count} units stay in float by advice of the model's family; --no-protect frees them.")
+    if case.kept:
+        parts.append(f" {len(case.kept)} units are kept in a precision by --keep.")
     return "".join(parts)
 
 

@@ -1,6 +1,6 @@
 """How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
 
-from bitalloy.sensitivity.correct import Finding, correct
+from bitalloy.sensitivity.correct import Finding, correct, damage_of
 from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.table import alike, groups, sensitivities, settled
@@ -13,6 +13,7 @@ __all__ = [
     "alike",
     "correct",
     "damage",
+    "damage_of",
     "groups",
     "secant",
     "sensitivities",
