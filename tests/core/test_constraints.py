@@ -100,7 +100,7 @@ def test_numbers_of_a_range(case) -> None:
 
 
 def test_what_cannot_be_is_refused_with_the_reason(case) -> None:
-    with pytest.raises(BitalloyError, match="Close to it: .*body"):
+    with pytest.raises(BitalloyError, match=r"Close to it: .*body"):
         narrowed(case, "fp32:bodi")
     refused = next(u for u in case.units.units if u.id not in case.units.quantizable())
     with pytest.raises(BitalloyError, match=re.escape(refused.id)) as error:

@@ -71,16 +71,22 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
 
 
 def plan(
-    analysis: Analysis, budget: Budget, *, table: CostTable | None = None, work: Workspace | None = None
+    analysis: Analysis,
+    budget: Budget,
+    *,
+    table: CostTable | None = None,
+    front: bool = True,
+    work: Workspace | None = None,
 ) -> Planned:
-    """Choose the precision of every unit for a budget, and the Pareto front.
+    """Choose the precision of every unit for a budget, and the Pareto front; `verify` makes its own in the end.
 
     Raises:
         BudgetError: the budget cannot be met; the message says what can.
         BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
     """
     work = work or Workspace()
-    return plan_tables(tables_of(analysis, table or measure_cost(analysis, work=work)), budget, work=work)
+    table = table or measure_cost(analysis, work=work)
+    return plan_tables(tables_of(analysis, table), budget, front=front, work=work)
 
 
 def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
@@ -261,7 +267,7 @@ class Course:
 
     def _from_front(self, point: ParetoPoint) -> Planned:
         units = frozenset(point.int8_units)
-        return plan_around(self._tables, self.budget, units, gap=point.optimality_gap, work=self._work)
+        return plan_around(self._tables, self.budget, units, gap=point.optimality_gap, front=False, work=self._work)
 
     def _tried_before(self, point: ParetoPoint) -> Trial | None:
         units = frozenset(point.int8_units)

@@ -79,18 +79,34 @@ def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Wor
 
 
 def plan_around(
-    tables: Tables, budget: Budget, int8: frozenset[str], *, gap: float, solved: bool = True, work: Workspace
+    tables: Tables,
+    budget: Budget,
+    int8: frozenset[str],
+    *,
+    gap: float,
+    solved: bool = True,
+    front: bool = True,
+    work: Workspace,
 ) -> Planned:
-    """A plan that is decided already, as the given tables see it: predictions, reasons and the front around it."""
+    """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
     case = _narrowed(tables, budget)
 
     def make() -> bytes:
-        with work.stage("front", FRONT_BUDGETS) as progress:
-            seed, advance = tables.facts.seed, progress.advance
-            found = complete(case.problem, budget, int8, gap=gap, solved=solved, seed=seed, progress=advance)
+        with work.stage("front", FRONT_BUDGETS if front else None) as progress:
+            found = complete(
+                case.problem,
+                budget,
+                int8,
+                gap=gap,
+                solved=solved,
+                front=front,
+                seed=tables.facts.seed,
+                progress=progress.advance,
+            )
         return msgspec.json.encode(case.explained(found))
 
-    found = msgspec.json.decode(work.cached("front", case.key(around=sorted(int8)), make), type=Plan)
+    key = case.key(around=sorted(int8), front=front)
+    found = msgspec.json.decode(work.cached("front", key, make), type=Plan)
     return Planned(found, tables.cost, tuple(case.protected))
 
 

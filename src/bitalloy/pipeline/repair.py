@@ -47,7 +47,7 @@ class Gap:
     @property
     def db(self) -> np.ndarray:
         """(heads,): measured minus predicted SQNR."""
-        return decibel(self.measured) - decibel(self.predicted)
+        return np.asarray(decibel(self.measured) - decibel(self.predicted))
 
 
 def gap_of(planned: Planned, found: Measured) -> Gap:
@@ -116,15 +116,13 @@ def _suspects(tables: Tables, int8: frozenset[str], gap: Gap) -> list[frozenset[
     """Units, and pairs of the first of them, by what they are predicted to add to the heads that are off."""
     matrix, secant, units = tables.matrix, tables.facts.secant, tables.units
     whole = units.rounded(int8)
-    share = {
-        u: float(
-            (damage_of(matrix, secant, Finding(whole, gap.measured, units.rounded(int8 - {u}))) / gap.predicted)[
-                gap.wide
-            ].max()
-        )
-        for u in sorted(int8)
-    }
-    first = sorted(share, key=lambda u: (-share[u], u))[:UNITS]
+
+    def share(unit: str) -> float:
+        added = damage_of(matrix, secant, Finding(whole, gap.measured, units.rounded(int8 - {unit})))
+        return float((added / gap.predicted)[gap.wide].max())
+
+    shares = {u: share(u) for u in sorted(int8)}
+    first = sorted(shares, key=lambda u: (-shares[u], u))[:UNITS]
     return [frozenset({u}) for u in first] + [frozenset(pair) for pair in combinations(first[:PAIRED], 2)]
 
 

@@ -90,7 +90,7 @@ def deliver(
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     if budget.limited:
-        planned = plan(analysis, budget, work=work)
+        planned = plan(analysis, budget, front=False, work=work)
     else:
         analysis, planned = _plan_by_default(analysis, budget.keep, work)
     verified = verify(analysis, planned, labels=prepared.labels, limit=limit, work=work)
@@ -118,13 +118,15 @@ def _plan_by_default(analysis: Analysis, keep: tuple[Keep, ...], work: Workspace
     """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
     table = measure_cost(analysis, work=work)
     try:
-        return analysis, plan(analysis, Budget(latency_ratio=DEFAULT_RATIO, keep=keep), table=table, work=work)
+        return analysis, plan(
+            analysis, Budget(latency_ratio=DEFAULT_RATIO, keep=keep), table=table, front=False, work=work
+        )
     except BudgetError as error:
         if error.reachable_ratio is None:
             raise
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
         note = f"The default budget of {DEFAULT_RATIO}x is out of reach on this machine; {ratio}x was used instead."
-        planned = plan(analysis, Budget(latency_ratio=ratio, keep=keep), table=table, work=work)
+        planned = plan(analysis, Budget(latency_ratio=ratio, keep=keep), table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from bitalloy.bench import TOLERANCE
 from bitalloy.errors import BudgetError
 from bitalloy.matrix import CEILING_DB, decibel, draws, estimate
-from bitalloy.records import Budget, Choice, HeadDamage, ParetoPoint, Plan, Precision
+from bitalloy.records import Budget, Choice, HeadDamage, Plan, Precision
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
 
@@ -52,9 +52,8 @@ def search(
     if found is None:
         raise _unreachable(problem, program, budget, limits)
     int8 = around.polish(problem, found.int8, limits, fastest=fastest)
-    if front:
-        return complete(problem, budget, int8, gap=found.gap, solved=found.solved, seed=seed, progress=progress)
-    return _described(problem, budget, int8, found.gap, (), found.solved, seed)
+    gap, solved = found.gap, found.solved
+    return complete(problem, budget, int8, gap=gap, solved=solved, front=front, seed=seed, progress=progress)
 
 
 def complete(
@@ -64,6 +63,7 @@ def complete(
     *,
     gap: float,
     solved: bool = True,
+    front: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
@@ -75,22 +75,11 @@ def complete(
         int8: units that it runs in INT8.
         gap: that the solver left open.
         solved: False where it stopped at its limit of nodes.
+        front: whether the other plans of the front are wanted.
         seed: of the bootstrap.
         progress: called with 1 for each of `FRONT_BUDGETS` steps.
     """
-    points, whole = around.front(problem, Program(problem), (int8, gap), progress)
-    return _described(problem, budget, int8, gap, points, solved and whole, seed)
-
-
-def _described(
-    problem: Problem,
-    budget: Budget,
-    int8: frozenset[str],
-    gap: float,
-    front: tuple[ParetoPoint, ...],
-    solved: bool,
-    seed: int,
-) -> Plan:
+    points, whole = around.front(problem, Program(problem), (int8, gap), progress) if front else ((), True)
     weights = draws(problem.matrix.samples, seed)
     estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(int8)), weights, problem.secant)
     return Plan(
@@ -102,8 +91,8 @@ def _described(
         predicted_latency_us=round(problem.latency_us(int8), 2),
         predicted_size_bytes=problem.size_bytes(int8),
         optimality_gap=gap,
-        solved=solved,
-        pareto=front,
+        solved=solved and whole,
+        pareto=points,
     )
 
 
