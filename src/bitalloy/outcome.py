@@ -49,12 +49,12 @@ class LatencySpread(Record, frozen=True, kw_only=True):
 
 
 class Remeasured(Record, frozen=True, kw_only=True):
-    """What units of a plan were measured to add to its damage, executed on the samples of the verification."""
+    """What units of a plan do by themselves, executed on the samples of the verification."""
 
     units: tuple[str, ...]
-    """One, or a pair of units that was left out together."""
+    """One, or a pair of units that was rounded together."""
     change_db: dict[str, float]
-    """By head: measured over predicted damage in dB, above 0 where it does more than predicted; cut at 20 dB."""
+    """By head: measured over predicted damage in dB, above 0 where they do more than the probe matrix said."""
 
 
 class Repair(Record, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from bitalloy.program import Joined
 from bitalloy.records import Budget, CostTable, ParetoPoint
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
+from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
 from bitalloy.verify import output_sqnr
 
@@ -48,6 +49,8 @@ class Verified:
     mixed: Artefact
     """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
+    tables: Tables
+    """What the plan rests on in the end: the matrix as corrected by what was measured."""
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
@@ -159,7 +162,7 @@ def verify(
     known = course.known()
     sizes = _sizes(analysis, best.mixed)
     summary = summarize(known, final, sizes, best.measured, metrics, course.rounds(), work.seconds, evaluations)
-    return Verified(known, final, best.mixed, summary)
+    return Verified(analysis, final, best.mixed, summary, course.tables)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ class Course:
 
     def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
         self._analysis, self._work = analysis, work
-        self._tables = tables_of(analysis, planned.cost)
+        self.tables = tables_of(analysis, planned.cost)
+        """As corrected so far."""
+        self._base, self._findings = self.tables, tuple[Finding, ...]()
         self._samples = _verification_samples(analysis)
         self._tried: list[Trial] = []
         self._decided: Trial | None = None
@@ -218,9 +223,9 @@ class Course:
             elif next_:
                 asked = next_[0]
             if next_:
-                self._tables = replace(self._tables, cost=next_[1])
+                self.tables = replace(self.tables, cost=next_[1])
             try:
-                planned = plan_tables(self._tables, asked, front=False, work=self._work)
+                planned = plan_tables(self.tables, asked, front=False, work=self._work)
             except BudgetError:
                 return
             if any(planned.plan.int8_units() == t.planned.plan.int8_units() for t in self._tried):
@@ -234,7 +239,7 @@ class Course:
         """The best plan as the corrected tables see it, with the front around it."""
         plan_, budget = self.best.planned.plan, self.budget
         gap, solved = plan_.optimality_gap, plan_.solved
-        return plan_around(self._tables, budget, plan_.int8_units(), gap=gap, solved=solved, work=self._work)
+        return plan_around(self.tables, budget, plan_.int8_units(), gap=gap, solved=solved, work=self._work)
 
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
@@ -267,7 +272,7 @@ class Course:
 
     def _from_front(self, point: ParetoPoint) -> Planned:
         units = frozenset(point.int8_units)
-        return plan_around(self._tables, self.budget, units, gap=point.optimality_gap, front=False, work=self._work)
+        return plan_around(self.tables, self.budget, units, gap=point.optimality_gap, front=False, work=self._work)
 
     def _tried_before(self, point: ParetoPoint) -> Trial | None:
         units = frozenset(point.int8_units)
@@ -279,9 +284,9 @@ class Course:
         measured = _measure(self._analysis, planned, mixed, self._work)
         fix = None
         if not self._analysis.graph.large:
-            fix = repair(self._analysis, self._tables, planned, measured, self._samples, self._work)
+            fix = repair(self._analysis, self._base, self._findings, planned, measured, self._samples, self._work)
         if fix is not None:
-            self._tables = fix[0]
+            self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
         pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
         trial = Trial(
             planned,
@@ -297,7 +302,7 @@ class Course:
                 predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
                 int8_units=len(planned.plan.int8_units()),
                 source=source,
-                repair=fix[1] if fix is not None else None,
+                repair=fix.record if fix is not None else None,
             ),
         )
         self._tried.append(trial)
@@ -315,8 +320,8 @@ class Course:
 
     def known(self) -> Analysis:
         """The analysis with the matrix as corrected."""
-        facts = self._tables.facts
-        return replace(self._analysis, matrix=self._tables.matrix, secant=facts.secant, key=facts.key)
+        facts = self.tables.facts
+        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
 
 
 def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Workspace) -> Measured:

@@ -99,6 +99,8 @@ def fastest_that_keeps(
             high = middle
         else:
             low = middle + 1
+    if not evaluations:
+        keeps(candidates[low])
     return candidates[low], tuple(evaluations)
 
 

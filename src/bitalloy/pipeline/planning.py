@@ -21,8 +21,8 @@ from bitalloy.records import Budget, CostTable, Plan, Record, Secant, UnitGraph
 from bitalloy.search import FRONT_BUDGETS, Problem, complete, search
 from bitalloy.store import RunDirectory, key_of
 
-PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "probe_matrix.npz", "planning.json"
-"""The plan in a run directory, and the files that it rests on."""
+PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "planning.npz", "planning.json"
+"""The plan in a run directory, and the files that it rests on; the matrix is the probe matrix as last corrected."""
 AGAIN = "replanned.json"
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

@@ -12,7 +12,7 @@ import msgspec
 from bitalloy.errors import BudgetError
 from bitalloy.pipeline.analyze import Analysis, analyze, units_of
 from bitalloy.pipeline.constraints import constrain
-from bitalloy.pipeline.deliver import Verified, measure_cost, plan, tables_of, verify
+from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
 from bitalloy.pipeline.exact import confirm
 from bitalloy.pipeline.planning import COST, FACTS, MATRIX, UNITS, operators_of
 from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
@@ -135,13 +135,14 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
     analysis, planned = verified.analysis, verified.planned
     (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
     store.publish_files("mixed.onnx" if verified.mixed.program is None else "mixed", verified.mixed.save)
-    store.publish(MATRIX, analysis.matrix.to_bytes())
+    store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
+    store.publish(MATRIX, verified.tables.matrix.to_bytes())
     for name, record in (
         ("sensitivity.json", analysis.table),
         ("plan.json", planned.plan),
         (COST, planned.cost),
         (UNITS, analysis.units),
-        (FACTS, tables_of(analysis, planned.cost).facts),
+        (FACTS, verified.tables.facts),
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, _pretty(record))

@@ -184,13 +184,13 @@ def _floors(one: Round) -> str:
 def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of what was measured exactly because a plan differed from its prediction."""
     names = list(heads)
-    header = ("Round", "Left out", *(f"{head}: measured over predicted" for head in names))
+    header = ("Round", "Rounded", *(f"{head}: measured over predicted" for head in names))
     lines = []
     for number, one in enumerate(summary.rounds, start=1):
         if one.repair is None:
             continue
         gaps = (f"{formats.signed(-one.repair.gap_db.get(head, 0.0), 1)} dB" for head in names)
-        lines.append((str(number), "nothing: the whole plan", *gaps))
+        lines.append((str(number), "the whole plan", *gaps))
         for found in one.repair.remeasured:
             changes = (f"{formats.signed(found.change_db.get(head, 0.0), 1)} dB" for head in names)
             lines.append((str(number), " and ".join(found.units), *changes))

@@ -33,9 +33,6 @@ class Finding:
 
     sites: frozenset[str]
     damage: np.ndarray
-    """Where `beside` is given: what is left of the damage of `sites` when only `beside` is rounded, subtracted."""
-    beside: frozenset[str] = frozenset()
-    """Sites without which nothing is said of the others: of a plan with one unit left out, all that remains."""
 
 
 def correct(
@@ -50,15 +47,13 @@ def correct(
         everything: sites that the all-INT8 plan rounds.
     """
     logs = np.zeros((len(matrix.heads), len(matrix.sites)))
-    columns = [
-        np.array([matrix.column[s] for s in f.sites - f.beside if s in matrix.column], np.int64) for f in findings
-    ]
+    columns = [np.array([matrix.column[s] for s in f.sites if s in matrix.column], np.int64) for f in findings]
     limit = np.log(LARGEST_FACTOR)
     fixed, bent = matrix, _at_full_size(secant, matrix, matrix, everything)
     for _ in range(ROUNDS):
         total, count = np.zeros_like(logs), np.zeros(logs.shape[1])
         for finding, inside in zip(findings, columns, strict=True):
-            predicted = damage_of(fixed, bent, finding)
+            predicted = damage_of(fixed, bent, finding.sites)
             reached = (predicted > 0) & (finding.damage > 0)
             step = np.log(np.where(reached, finding.damage, 1) / np.where(reached, predicted, 1))
             total[:, inside] += step[:, None]
@@ -69,14 +64,10 @@ def correct(
     return fixed, bent
 
 
-def damage_of(matrix: ProbeMatrix, secant: Secant, finding: Finding) -> np.ndarray:
-    """(heads,): what a matrix predicts for a finding."""
-
-    def whole(sites: frozenset[str]) -> np.ndarray:
-        linear = matrix.damage(matrix.select(sites)).mean(axis=0)
-        return np.asarray(linear * bend(secant, linear))
-
-    return whole(finding.sites) - whole(finding.beside) if finding.beside else whole(finding.sites)
+def damage_of(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
+    """(heads,): relative error energy that a matrix predicts for a set of sites, corrected by the secant."""
+    linear = matrix.damage(matrix.select(sites)).mean(axis=0)
+    return np.asarray(linear * bend(secant, linear))
 
 
 def _scaled(matrix: ProbeMatrix, factors: np.ndarray) -> ProbeMatrix:
