@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import bitalloy
+from bitalloy.matrix import decibel
 from bitalloy.pipeline.deliver import Course
 from bitalloy.pipeline.evaluate import fastest_that_keeps
+from bitalloy.pipeline.exact import measured
+from bitalloy.pipeline.neighbours import beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import read_tables
 from bitalloy.pipeline.repair import TOLERATED_DB
 from bitalloy.records import FIRST, Budget
@@ -52,13 +55,13 @@ def test_planning_again_needs_neither_model_nor_data(finished: Any) -> None:
     assert again.plan.budget.keep[0].pattern == "/conv0/*" and again.plan.budget.size_bytes is not None
 
 
-def test_the_front_as_table_and_as_json(finished: Any) -> None:
-    shown = finished("plan", "run", "--front", "--json").succeeded()
+def test_the_front_as_table_and_as_json(inside: Any, finished: Any) -> None:
+    shown = inside("plan", finished.folder / "run", "--front", "--json").succeeded()
     front = json.loads(shown.out)
     assert [p["predicted_latency_us"] for p in front["front"]] == sorted(
         p["predicted_latency_us"] for p in front["front"]
     )
-    table = finished("plan", "run", "--front").succeeded().out
+    table = inside("plan", finished.folder / "run", "--front").succeeded().out
     assert table.count("chosen") == 1 and "INT8 units" in table and "Predicted, not measured" in table
 
 
@@ -76,8 +79,8 @@ def test_the_front_as_table_and_as_json(finished: Any) -> None:
     ],
     ids=" ".join,
 )
-def test_bad_constraints_are_refused(finished: Any, options: list[str], words: list[str]) -> None:
-    text = finished("plan", "run", *options).refused()
+def test_bad_constraints_are_refused(inside: Any, finished: Any, options: list[str], words: list[str]) -> None:
+    text = inside("plan", finished.folder / "run", *options).refused()
     for word in words:
         assert word in text
 
@@ -141,14 +144,23 @@ def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table
 
 
 def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None:
-    planned = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table, front=False)
-    verified = bitalloy.verify(analysis, planned)
-    seen = [p for p in verified.planned.plan.pareto if p.measured_ratio is not None and p.measured_db is not None]
-    assert 3 <= len(seen) <= 7
-    assert all(p.measured_ratio > 0 and len(p.measured_db) == len(analysis.heads) for p in seen)
-    own = [p for p in seen if frozenset(p.int8_units) == verified.planned.plan.int8_units()]
-    measured = [h.measured_db.value for h in verified.planned.plan.heads]
-    assert len(own) == 1 and own[0].measured_db == pytest.approx(measured, abs=1e-3)
+    plan = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table).plan
+    points = beside(plan)
+    assert 3 <= len(points) <= 7 and plan.int8_units() in {frozenset(p.int8_units) for p in points}
+    order = [p.int8_units for p in plan.pareto]
+    assert [order.index(p.int8_units) for p in points] == list(
+        range(order.index(points[0].int8_units), order.index(points[-1].int8_units) + 1)
+    )
+    found = with_measured(plan, points, measure_beside(analysis, points, [0, 1, 2], bitalloy.Workspace()))
+    seen = [p for p in found.pareto if p.measured_ratio is not None]
+    assert [p.int8_units for p in seen] == [p.int8_units for p in points]
+    exact, _ = measured(
+        analysis, [analysis.units.rounded(frozenset(p.int8_units)) for p in points], range(3), work=bitalloy.Workspace()
+    )
+    oracle = decibel(exact.mean(axis=0)).T  # by execution with gates, not by the shipped models
+    heads = [i for i, h in enumerate(analysis.heads) if not h.kind]
+    shipped = np.array([p.measured_db for p in seen])
+    np.testing.assert_allclose(shipped[:, heads], oracle[:, heads], atol=1.5)
 
 
 # -- what a measurement corrects -------------------------------------------------------------------------
@@ -182,17 +194,17 @@ def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, t
     own = next(r for r in first.remeasured if r.units == (worst.id,))
     assert max(own.change_db.values()) > 6.0
     after = course.completed().plan
-    for head, measured in zip(after.heads, course.best.measured.sqnr_mixed, strict=True):
+    for head, real in zip(after.heads, course.best.measured.sqnr_mixed, strict=True):
         if head.head in heads:
-            assert abs(head.predicted_db.value - measured.value) <= TOLERATED_DB, head.head
+            assert abs(head.predicted_db.value - real.value) <= TOLERATED_DB, head.head
 
 
-def test_a_run_directory_of_another_version_is_refused(finished: Any) -> None:
+def test_a_run_directory_of_another_version_is_refused(inside: Any, finished: Any) -> None:
     path = finished.folder / "run" / "planning.json"
     content = path.read_bytes()
     try:
         path.write_text("{}")
-        assert "planning.json" in finished("plan", "run").refused()
+        assert "planning.json" in inside("plan", finished.folder / "run").refused()
     finally:
         path.write_bytes(content)
     assert read_tables(finished.folder / "run").matrix.samples > 0
