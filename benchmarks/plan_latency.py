@@ -8,7 +8,7 @@ its median ratio to the float model in the same round, so that other work on the
     python benchmarks/plan_latency.py --model yolo11n.onnx --images coco128-calib/images --out DIR
 
 The last line is JSON: `mean_percent` and `max_percent` error of the predicted ratio, `spearman` over the plans, the
-same of `front` and `random` alone, and how `unsteady` the machine was (median over the 10th percentile of float's times).
+same of `front` and `random` alone, and how `unsteady` the machine was: the median over the 10th percentile of float.
 """
 
 from __future__ import annotations

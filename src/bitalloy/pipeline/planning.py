@@ -67,7 +67,7 @@ def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Wor
     case, work = _narrowed(tables, budget), work or Workspace()
 
     def make() -> bytes:
-        with work.stage("search", FRONT_BUDGETS if front else None) as progress:
+        with work.stage("search", FRONT_BUDGETS if front else 1) as progress:
             found = search(case.problem, budget, front=front, seed=tables.facts.seed, progress=progress.advance)
         return msgspec.json.encode(case.explained(found))
 
@@ -92,7 +92,7 @@ def plan_around(
     case = _narrowed(tables, budget)
 
     def make() -> bytes:
-        with work.stage("front", FRONT_BUDGETS if front else None) as progress:
+        with work.stage("front", FRONT_BUDGETS if front else 1) as progress:
             found = complete(
                 case.problem,
                 budget,

@@ -34,7 +34,7 @@ def search(
         budget: limits that hold together.
         front: whether the other plans of the front are wanted.
         seed: of the bootstrap.
-        progress: called with 1 for each of `FRONT_BUDGETS` steps.
+        progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
 
     Raises:
         BudgetError: no plan meets the budget; the message names what can be reached.
@@ -77,9 +77,11 @@ def complete(
         solved: False where it stopped at its limit of nodes.
         front: whether the other plans of the front are wanted.
         seed: of the bootstrap.
-        progress: called with 1 for each of `FRONT_BUDGETS` steps.
+        progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
     """
     points, whole = around.front(problem, Program(problem), (int8, gap), progress) if front else ((), True)
+    if progress is not None and not front:
+        progress(1)
     weights = draws(problem.matrix.samples, seed)
     estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(int8)), weights, problem.secant)
     return Plan(
