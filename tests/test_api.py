@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 NAMES = [
     # stages
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
-    "plan", "apply", "verify", "report", "publish", "run",
+    "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Planned", "Precision", "RunDirectory", "Selection", "Settings", "Summary",
-    "Verified", "Workspace",
+    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "Selection", "Settings",
+    "Summary", "Verified", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnsupportedOpError",
@@ -87,7 +87,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bitalloy.search.FRONT_BUDGETS", 4)  # the front is not shown, and takes most of the time
+    monkeypatch.setattr("bitalloy.search.front.FRONT_BUDGETS", 4)  # the front is not shown, and takes most of the time
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     assert "dB on" in shown and "float" in shown
@@ -97,7 +97,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 def test_readme_commands_have_the_options_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
     source = (ROOT / "src" / "bitalloy" / "cli.py").read_text()
-    parameters = set(re.findall(r"^    (\w+): Annotated", source, re.MULTILINE))
+    parameters = set(re.findall(r"^    (\w+): (?:Annotated|[A-Z])", source, re.MULTILINE))
     options = {f"--{name.replace('_', '-')}" for name in parameters} | {"--eval", "--json"}
     assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", text)) <= options
 

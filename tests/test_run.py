@@ -17,19 +17,20 @@ from bitalloy.outcome import Summary
 from bitalloy.runtime import OrtSession
 
 RESULTS = {
-    "calibration.json", "cost.json", "mixed.onnx", "plan.json", "probe_matrix.npz", "report.html", "sensitivity.csv",
-    "sensitivity.json", "summary.json", "units.json",
+    "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz", "probe_matrix.npz",
+    "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
 }  # fmt: skip
 SUMMARY = {
     "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "int8_units", "samples", "probes", "settled", "flagged_units",
-    "fp16_margin", "calibration", "analysis", "seconds", "rounds", "seed", "versions", "notes",
+    "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
+    "versions", "notes",
 }  # fmt: skip
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
 """Results that the seed decides; the others hold measured times."""
-STAGES = ("calibrate", "probe", "secant", "cost", "search", "benchmark", "verify", "evaluate")
+STAGES = ("calibrate", "probe", "secant", "cost", "search", "benchmark", "verify", "front", "evaluate")
 
 KILLED = """
 import os, signal

@@ -35,12 +35,13 @@ from bitalloy.pipeline import (
     measure_metric,
     open_data,
     plan,
+    plan_again,
     publish,
     run,
     verify,
 )
 from bitalloy.pipeline import render as report
-from bitalloy.records import Budget, Precision, Settings
+from bitalloy.records import Budget, Keep, Precision, Settings
 from bitalloy.store import RunDirectory
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "measure_metric",
     "measure_cost",
     "plan",
+    "plan_again",
     "apply",
     "verify",
     "report",
@@ -65,6 +67,7 @@ __all__ = [
     "Analysis",
     "Budget",
     "Calibrated",
+    "Keep",
     "Planned",
     "Precision",
     "RunDirectory",

@@ -15,6 +15,7 @@ from bitalloy.errors import BitalloyError
 
 if TYPE_CHECKING:
     from bitalloy.pipeline import Verified
+    from bitalloy.records import Budget
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,21 @@ app = typer.Typer(
 out_console = Console()
 error_console = Console(stderr=True)
 SHOWN_LINES = 40
+
+Floors = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Floor on the SQNR of every output head in dB, e.g. 20, or of one head, e.g. `boxes=30`. Higher is "
+        "stricter. May be given more than once."
+    ),
+]
+Kept = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Precision of a part of the plan: `fp32:'neck*'`, `int8:'model.{4..8}'`. Glob over units, nodes, regions "
+        "or operator types; the last one that names a unit holds. Changes the plan alone: nothing is analysed again."
+    ),
+]
 
 
 class Bars:
@@ -86,8 +102,13 @@ def run(
     latency: Annotated[
         str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
     ] = None,
-    max_drop_db: Annotated[
-        float | None, typer.Option(help="Floor on the SQNR of every output head in dB, e.g. 20. Higher is stricter.")
+    max_drop_db: Floors = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Largest drop of a task metric against float, measured on --eval: `AP50-95=0.003`, or `0.3` in points "
+            "of the first metric. Finds the fastest plan of the front that keeps it."
+        ),
     ] = None,
     size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
     evaluate: Annotated[
@@ -108,8 +129,13 @@ def run(
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
     layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
     fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
+    keep: Kept = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+        list[str] | None,
+        typer.Option(
+            help="Leave out of the analysis, such as an operator without adjoint: glob over node names, regions or "
+            "operator types, which stay in float. To try plans use --keep."
+        ),
     ] = None,
     protect: Annotated[
         bool,
@@ -149,13 +175,26 @@ def run(
 
       bitalloy run yolo11n.onnx --data images/ --max-drop-db 20 --eval instances.json
 
+      bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json   in points of AP50-95
+
+      bitalloy run model.onnx --data images/ --latency 0.7x --keep fp32:'neck*' --keep int8:'backbone/model.{4..8}'
+
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
     """
     from bitalloy import options, pipeline
-    from bitalloy.records import Budget, Settings
+    from bitalloy.records import Settings
 
-    ratio, milliseconds = options.latency(latency)
-    options.size(size, 1)
+    def budget(float_bytes: int) -> Budget:
+        return options.budget(
+            latency_text=latency,
+            size_text=size,
+            floor_texts=max_drop_db,
+            drop_texts=max_drop,
+            keep_texts=keep,
+            float_bytes=float_bytes,
+        )
+
+    budget(1)  # refuses what is wrong before the model is read
     settings = Settings(
         targets=options.targets(target),
         calibration_samples=calibration_samples,
@@ -179,14 +218,8 @@ def run(
             seed=seed,
             progress=bars,
         )
-        given = latency is not None or max_drop_db is not None or size is not None
-        budget = Budget(
-            latency_ratio=ratio,
-            latency_ms=milliseconds,
-            size_bytes=options.size(size, pipeline.float_bytes(prepared.model)),
-            min_sqnr_db=options.finite("--max-drop-db", max_drop_db),
-        )
-        verified = pipeline.deliver(prepared, budget=budget if given else None, settings=settings, limit=limit)
+        chosen = budget(pipeline.float_bytes(prepared.model))
+        verified = pipeline.deliver(prepared, budget=chosen, settings=settings, limit=limit)
     if json_output:
         sys.stdout.write((out / "summary.json").read_text() + "\n")
         return
@@ -225,6 +258,55 @@ def _show(verified: Verified, folder: Path) -> None:
     )
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished `bitalloy run`.")],
+    latency: Annotated[str | None, typer.Option(help="Latency budget: `0.7x` of float, or `12ms`.")] = None,
+    size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
+    max_drop_db: Floors = None,
+    keep: Kept = None,
+    front: Annotated[bool, typer.Option("--front", help="Print the plans of the front, not the units.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False,
+) -> None:
+    """Plan again from a run directory: other limits or constraints, without model, data or measuring.
+
+    Without limits those of the run hold. Leaves replanned.json in the run directory; `bitalloy run` with the same
+    limits makes and verifies the model.
+
+    Examples:
+      bitalloy plan runs/last --latency 0.6x --keep fp32:'neck*'
+
+      bitalloy plan runs/last --front
+
+      bitalloy plan runs/last --max-drop-db boxes=30 --max-drop-db scores=12 --json
+    """
+    from bitalloy import options, pipeline
+
+    def budget(float_bytes: int) -> Budget:
+        return options.budget(
+            latency_text=latency,
+            size_text=size,
+            floor_texts=max_drop_db,
+            drop_texts=None,
+            keep_texts=keep,
+            float_bytes=float_bytes,
+        )
+
+    with Bars() as bars:
+        planned = pipeline.plan_again(run_directory, budget, progress=bars)
+    if json_output:
+        sys.stdout.write(pipeline.front_json(planned) if front else pipeline.plan_json(planned))
+        return
+    columns, lines = pipeline.front_table(planned) if front else pipeline.unit_table(planned)
+    shown = Table()
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for line in lines:
+        shown.add_row(*line)
+    out_console.print(shown)
+    out_console.print(pipeline.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -267,7 +349,8 @@ def sensitivity(
     layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
     fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Keep in float: glob over node names, regions or operator types.")
+        list[str] | None,
+        typer.Option(help="Leave out of the analysis: glob over node names, regions or operator types."),
     ] = None,
     samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,

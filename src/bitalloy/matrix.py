@@ -184,8 +184,8 @@ def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
     return factors
 
 
-def straight(secant: Secant, damage: float) -> np.ndarray:
-    """Largest linear damage (heads,) whose true damage stays within `damage`; the inverse of `bend`."""
+def straight(secant: Secant, damage: float | np.ndarray) -> np.ndarray:
+    """Largest linear damage (heads,) whose true damage stays within `damage` (heads,); the inverse of `bend`."""
     linear = np.maximum(np.array(secant.linear), 1e-30)
     grid = np.square(np.linspace(0.0, 2.0, 20001))[:, None] * linear
     true = np.maximum.accumulate(grid * bend(secant, grid), axis=0)

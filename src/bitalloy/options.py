@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from bitalloy.errors import BitalloyError
+from bitalloy.records import FIRST, Budget, Keep, Precision
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
@@ -45,6 +46,80 @@ def targets(text: str) -> tuple[str, ...]:
     ('ort-cpu', 'tensorrt')
     """
     return tuple(name.strip() for name in text.split(","))
+
+
+def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
+    """Floors on the SQNR in dB: one of every head, and those of single heads.
+
+    >>> floors(["20", "boxes=30"])
+    (20.0, {'boxes': 30.0})
+    """
+    found = _named("--max-drop-db", texts, "a number of dB such as 20, or one for a head such as boxes=30")
+    return found.pop("", None), found
+
+
+def drops(texts: Sequence[str]) -> dict[str, float]:
+    """Largest drops of task metrics by name; a bare number is in points of the first metric.
+
+    >>> drops(["AP50-95=0.003"]), drops(["0.3"])
+    ({'AP50-95': 0.003}, {'(first)': 0.003})
+    """
+    found = _named("--max-drop", texts, "a metric and its drop such as AP50-95=0.003, or points such as 0.3")
+    if any(value < 0 for value in found.values()):
+        raise BitalloyError(
+            f"--max-drop is '{' '.join(texts)}'; expected a drop of at least 0, which is how much worse."
+        )
+    return {name or FIRST: value if name else round(value / 100, 9) for name, value in found.items()}
+
+
+def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
+    """What stays in a precision, in order.
+
+    >>> keeps(["fp32:neck*"])
+    (Keep(precision=<Precision.FP32: 'fp32'>, pattern='neck*'),)
+    """
+    found = []
+    for text in texts:
+        name, colon, pattern = text.partition(":")
+        if name.lower() not in tuple(Precision) or not colon or not pattern:
+            raise BitalloyError(
+                f"--keep is '{text}'; expected a precision ({', '.join(Precision)}) and a pattern, such as "
+                "fp32:'neck*' or int8:'model.{4..8}'."
+            )
+        found.append(Keep(precision=Precision(name.lower()), pattern=pattern))
+    return tuple(found)
+
+
+def budget(
+    *,
+    latency_text: str | None,
+    size_text: str | None,
+    floor_texts: Sequence[str] | None,
+    drop_texts: Sequence[str] | None,
+    keep_texts: Sequence[str] | None,
+    float_bytes: int,
+) -> Budget:
+    """All limits together.
+
+    Args:
+        latency_text: see `latency`.
+        size_text: see `size`.
+        floor_texts: see `floors`.
+        drop_texts: see `drops`.
+        keep_texts: see `keeps`.
+        float_bytes: size of the float model's files.
+    """
+    ratio, milliseconds = latency(latency_text)
+    least, heads = floors(floor_texts or ())
+    return Budget(
+        latency_ratio=ratio,
+        latency_ms=milliseconds,
+        size_bytes=size(size_text, float_bytes),
+        min_sqnr_db=least,
+        head_sqnr_db=heads,
+        max_drop=drops(drop_texts or ()),
+        keep=keeps(keep_texts or ()),
+    )
 
 
 def image_size(text: str | None) -> tuple[int, int] | None:
@@ -152,6 +227,23 @@ def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool
         raise BitalloyError(f"--mode {mode} is a way to measure. Add --method exact, or leave it out.")
     if confirm is not None and (exact or metric):
         raise BitalloyError("--confirm measures what --method probe predicted; here everything is measured already.")
+
+
+def _named(option: str, texts: Sequence[str], expected: str) -> dict[str, float]:
+    """Numbers by the name before the last `=`; one without a name has the empty one."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise BitalloyError(f"{option} is '{text}'; expected {expected}, with a finite number.")
+        if name in found:
+            raise BitalloyError(f"{option} is given twice for the same: '{text}' is the second. Give it once.")
+        found[name] = value
+    return found
 
 
 def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:

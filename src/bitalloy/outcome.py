@@ -48,6 +48,26 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     mixed: Latency
 
 
+class Remeasured(Record, frozen=True, kw_only=True):
+    """What units of a plan do by themselves, executed on the samples of the verification."""
+
+    units: tuple[str, ...]
+    """One, or a pair of units that was rounded together."""
+    change_db: dict[str, float]
+    """By head: measured over predicted damage in dB, above 0 where they do more than the probe matrix said."""
+
+
+class Repair(Record, frozen=True, kw_only=True):
+    """Why a measured plan differs from its prediction, and what was corrected."""
+
+    gap_db: dict[str, float]
+    """By head: measured minus predicted SQNR of the plan, below 0 where it is worse than predicted."""
+    remeasured: tuple[Remeasured, ...]
+    """Largest change first. The probe matrix was fitted to all of them, and to the plan as a whole."""
+    left_db: dict[str, float]
+    """By head: the gap after the correction."""
+
+
 class Round(Record, frozen=True, kw_only=True):
     """One round of search, measurement and correction."""
 
@@ -56,7 +76,31 @@ class Round(Record, frozen=True, kw_only=True):
     predicted_ratio: float
     measured_ratio: float
     sqnr_db: tuple[float, ...]
+    """Measured, of each head but divergences."""
     int8_units: int
+    predicted_db: tuple[float, ...] = ()
+    """Of the same heads, before the plan was measured."""
+    head_sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
+    """Floors on single heads."""
+    source: str = "search"
+    """Where the plan comes from: `search`; `front`, a neighbour that measured better; or `metric`, the fastest plan of
+    the front that keeps the task metric."""
+    repair: Repair | None = None
+    """None where prediction and measurement agree."""
+    shipped: bool = False
+    """Whether this plan is the result."""
+
+
+class Evaluation(Record, frozen=True, kw_only=True):
+    """One plan of the front on the task, in the search for the fastest that keeps its metric."""
+
+    int8_units: int
+    predicted_ratio: float
+    """Latency over float."""
+    drops: dict[str, float]
+    """By metric that is limited: how much worse than float."""
+    kept: bool
+    """Whether all limits hold."""
 
 
 class Summary(Record, frozen=True, kw_only=True):
@@ -95,6 +139,7 @@ class Summary(Record, frozen=True, kw_only=True):
     seconds: dict[str, float]
     """Wall time per stage; 0 where a stored result was used."""
     rounds: tuple[Round, ...]
+    """In order; the shipped plan is the best measured of them."""
     seed: int
     versions: dict[str, str]
     notes: tuple[str, ...]
@@ -105,6 +150,8 @@ class Summary(Record, frozen=True, kw_only=True):
     kl_nats: dict[str, HeadComparison] = msgspec.field(default_factory=dict)
     """KL(float || quantized) of the heads that give distributions: the sum over a sample where each element is its own
     (sigmoid), the mean over positions where classes exclude each other (softmax)."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Plans of the front that were evaluated for a limit on the drop of a task metric, in order."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""
     fp16_units: int = 0

@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+FIRST = "(first)"
+"""In a budget: the first metric of the task, whatever it is called."""
 AGAIN = " again"
 """Suffix of the site where values that were rounded already are rounded once more."""
 HALF = " in fp16"
@@ -432,6 +434,19 @@ class CostTable(Record, frozen=True, kw_only=True):
         return sum(c.saved_bytes(lowered) for c in self.units)
 
 
+class Keep(Record, frozen=True, kw_only=True):
+    """A pattern of units that run in one precision, whatever measurement says.
+
+    It matches unit ids, node names, regions and operator types as a shell glob; `{4..20}` is any number of a range.
+    """
+
+    precision: Precision
+    pattern: str
+
+    def __str__(self) -> str:
+        return f"{self.precision}:{self.pattern}"
+
+
 class Budget(Record, frozen=True, kw_only=True):
     """What a plan must respect. All given limits hold together."""
 
@@ -441,6 +456,28 @@ class Budget(Record, frozen=True, kw_only=True):
     size_bytes: int | None = None
     min_sqnr_db: float | None = None
     """Floor on the SQNR of every head."""
+    head_sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
+    """Floors on the SQNR of single heads, by name; where both are given the higher one holds."""
+    max_drop: dict[str, float] = msgspec.field(default_factory=dict)
+    """Largest drop of task metrics against float, by name, in the metric's own unit: 0.003 of AP50-95 is 0.3 points.
+    The name `FIRST` is the first metric of the task."""
+    keep: tuple[Keep, ...] = ()
+    """Units that run in a given precision; of several patterns that name a unit the last one holds."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything but precisions is asked for."""
+        return msgspec.structs.replace(self, keep=()) != Budget()
+
+    def floor_db(self, head: str) -> float | None:
+        """The floor on the SQNR of one head; None without one."""
+        floors = [f for f in (self.min_sqnr_db, self.head_sqnr_db.get(head)) if f is not None]
+        return max(floors) if floors else None
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether the SQNR of any head has a floor."""
+        return self.min_sqnr_db is not None or bool(self.head_sqnr_db)
 
 
 class Choice(Record, frozen=True, kw_only=True):
@@ -473,6 +510,12 @@ class ParetoPoint(Record, frozen=True, kw_only=True):
     sqnr_db: tuple[float, ...]
     """Per head, in the order of the heads."""
     fp16_units: tuple[str, ...] = ()
+    optimality_gap: float = 0.0
+    """As of the plan: what the solver left open for this latency."""
+    measured_ratio: float | None = None
+    """Latency over float, in one interleaved sitting with the neighbours on the front; None where not measured."""
+    measured_db: tuple[float, ...] | None = None
+    """SQNR per head, measured beside it."""
 
     def lowered(self) -> frozenset[str]:
         """The plan as the set of its lowered units."""
@@ -490,7 +533,10 @@ class Plan(Record, frozen=True, kw_only=True):
     predicted_latency_us: float
     predicted_size_bytes: int
     optimality_gap: float
-    """Relative gap that the solver proved for the additive model."""
+    """Part of what was minimized that the solver did not prove to be optimal, before the local search: of the additive
+    damage, or under a floor alone of the time that INT8 saves."""
+    solved: bool = True
+    """False where the solver stopped at its limit of nodes, for the plan or on the front, before the gap was small."""
     pareto: tuple[ParetoPoint, ...]
 
     def int8_units(self) -> frozenset[str]:

@@ -85,9 +85,9 @@ def test_program_finds_the_optimum_of_enumeration(problem: Problem, plans: list[
     if not within:
         assert found is None
         return
-    assert found is not None and problem.latency_us(found[0]) <= limits.latency_us * (1 + 1e-9)
+    assert found is not None and problem.latency_us(found.lowered) <= limits.latency_us * (1 + 1e-9)
     best = min(additive(problem, p) for p in within)
-    assert additive(problem, found[0]) <= best * (1 + 1e-4) + 1e-5
+    assert additive(problem, found.lowered) <= best * (1 + 1e-4) + 1e-5
 
 
 def test_program_finds_the_fastest_plan_and_the_search_uses_all_precisions(
@@ -95,7 +95,7 @@ def test_program_finds_the_fastest_plan_and_the_search_uses_all_precisions(
 ) -> None:
     fastest = Program(problem).solve(Limits(), minimize="latency", gap=0.0)
     least = min(problem.latency_us(p) for p in plans)
-    assert fastest is not None and problem.latency_us(fastest[0]) == pytest.approx(least, rel=1e-6)
+    assert fastest is not None and problem.latency_us(fastest.lowered) == pytest.approx(least, rel=1e-6)
     start = problem.latency_us(frozenset())
     half = problem.latency_us(frozenset(u + HALF for u in problem.free))
     middle = 0.5 * (least + half) / start  # FP16 everywhere is too slow

@@ -4,6 +4,7 @@ from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate
 from bitalloy.pipeline.deliver import Verified, apply, float_bytes, measure_cost, plan, verify
 from bitalloy.pipeline.exact import MODES, Selection, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
+from bitalloy.pipeline.planning import front_json, front_table, plan_again, plan_json, plan_line, unit_table
 from bitalloy.pipeline.prepare import SAMPLE_NOTE, Prepared, image_spec, load, open_data, prepare
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.run import deliver, publish, render, run
@@ -29,6 +30,8 @@ __all__ = [
     "confirm",
     "deliver",
     "float_bytes",
+    "front_json",
+    "front_table",
     "image_spec",
     "load",
     "measure_cost",
@@ -36,11 +39,15 @@ __all__ = [
     "measure_metric",
     "open_data",
     "plan",
+    "plan_again",
+    "plan_json",
+    "plan_line",
     "prepare",
     "publish",
     "readable",
     "render",
     "run",
     "sensitivity",
+    "unit_table",
     "verify",
 ]

@@ -235,6 +235,12 @@ def calibrate(
     return replace(first, others=tuple(others))
 
 
+def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
+    """The units of a model on each target, without samples; calibration may keep more of them in float."""
+    excluded, heads = _excluded(model, settings.exclude), find_heads(model)
+    return tuple(split(model, target(name), heads, exclude=excluded) for name in settings.targets)
+
+
 def _secant(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
     """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
     found = next((p for p in zip(parts, matrices, strict=True) if p[0].units.quantizable()), None)

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from bitalloy import bench
 from bitalloy.apply import TAG
-from bitalloy.bench import TOLERANCE
-from bitalloy.cost import corrected
 from bitalloy.cost import measure as measure_table
-from bitalloy.errors import BudgetError, DataError
+from bitalloy.errors import BudgetError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
-from bitalloy.outcome import LatencySpread, MetricComparison, Round, Summary, Triple
+from bitalloy.outcome import Evaluation, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.programs import interface_of, runner
-from bitalloy.pipeline.protection import protect
-from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
+from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
+from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
+from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
+from bitalloy.pipeline.protection import read_advice
+from bitalloy.pipeline.records import Measured, Planned
+from bitalloy.pipeline.repair import repair
+from bitalloy.pipeline.rounds import Standing, following, judged, misfit, seeks_speed
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
-from bitalloy.records import Budget, CostTable, Latency, Plan
+from bitalloy.records import Budget, CostTable, Latency, ParetoPoint
 from bitalloy.roofline import estimate
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.runtime.ort import available_cores
-from bitalloy.search import FRONT_BUDGETS, Problem, search
+from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
-from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import TaskData, TaskMetric, TaskResult
 from bitalloy.verify import output_sqnr
 
 VERIFY_SAMPLES = 16
 BENCH_REPEATS = 40
 MAX_ROUNDS = 3
-MODELS = ("float", "int8", "mixed")
+BETTER_DB, STEADY = 0.1, 0.02
+"""What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Verified:
     mixed: Artefact
     """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
+    tables: Tables
+    """What the plan rests on in the end: the matrix as corrected by what was measured."""
     others: tuple[Verified, ...] = ()
     """Of the other targets."""
 
@@ -77,39 +79,36 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
 
 
 def plan(
-    analysis: Analysis, budget: Budget, *, table: CostTable | None = None, work: Workspace | None = None
+    analysis: Analysis,
+    budget: Budget,
+    *,
+    table: CostTable | None = None,
+    front: bool = True,
+    work: Workspace | None = None,
 ) -> Planned:
-    """Choose the precision of every unit for a budget, and the Pareto front.
+    """Choose the precision of every unit for a budget, and the Pareto front; `verify` makes its own in the end.
 
     Raises:
         BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
     """
     work = work or Workspace()
     table = table or measure_cost(analysis, work=work)
-    units, kept, freed = analysis.units, {}, {}
-    if analysis.settings.protect:
-        found = protect(analysis.graph, analysis.units, analysis.matrix)
-        units, kept, freed = found.units, dict(found.kept), dict(found.freed)
-    problem = Problem(units, analysis.matrix, analysis.secant, table, float_bytes(analysis.graph))
+    return plan_tables(tables_of(analysis, table), budget, front=front, work=work)
 
-    def make() -> bytes:
-        with work.stage("search", FRONT_BUDGETS) as progress:
-            found = search(problem, budget, seed=analysis.settings.seed, progress=progress.advance)
-        choices = (
-            msgspec.structs.replace(c, reason=f"{c.reason}; {freed[c.unit]}") if c.unit in freed else c
-            for c in found.choices
-        )
-        return msgspec.json.encode(msgspec.structs.replace(found, choices=tuple(choices)))
 
-    key = key_of(analysis=analysis.key, cost=table, budget=budget, protected=kept)
-    try:
-        plan_ = msgspec.json.decode(work.cached("plan", key, make), type=Plan)
-    except BudgetError as error:
-        if not kept:
-            raise
-        hint = f"{len(kept)} units stay in float by advice of the model's family; --no-protect frees them."
-        raise BudgetError(f"{error} {hint}", error.reachable_ratio) from error
-    return Planned(plan_, table, tuple(kept))
+def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
+    """What plans are made from."""
+    graph, settings = analysis.graph, analysis.settings
+    facts = Facts(
+        key=analysis.key,
+        float_bytes=float_bytes(graph),
+        operators=operators_of(graph),
+        advice=read_advice(graph) if settings.protect else (),
+        seed=settings.seed,
+        secant=analysis.secant,
+    )
+    return Tables(analysis.units, analysis.matrix, cost, facts)
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
@@ -125,11 +124,14 @@ def verify(
     limit: int | None = None,
     work: Workspace | None = None,
 ) -> Verified:
-    """Run the float, the all-INT8 and the mixed model side by side; correct the plan where it misses its budget.
+    """Run the float, the all-INT8 and the mixed model side by side; correct tables and plan by what is measured.
 
-    Where the measured latency misses the budget, the cost table is corrected by what was measured; where the SQNR
-    does, the floor is raised by the gap; where a latency limit is not used up, the search may go beyond it by what is
-    left. Then the search is repeated, at most three rounds in all. The plan that is kept is the best measured one.
+    Where the measured latency misses the budget, the cost table is corrected by what was measured. Where the SQNR is
+    off its prediction, the units responsible are measured and the probe matrix is corrected (`repair`); where it only
+    misses a floor, the floor is raised by the gap. Where a latency limit is not used up, the search may go beyond it by
+    what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
+    plans of the front are evaluated until the fastest is found that keeps it. The neighbours of the plan on the front
+    are measured beside it. The plan that is kept is the best measured one.
 
     Args:
         analysis: of the model.
@@ -141,41 +143,190 @@ def verify(
 
     Raises:
         DataError: labels do not fit the images or the model.
+        BudgetError: a task metric is limited that is not measured.
     """
     work = work or Workspace()
-    budget = planned.plan.budget
-    tried: list[tuple[Planned, Artefact, Measured]] = []
-    rounds: list[Round] = []
-    asked = budget
-    for _ in range(MAX_ROUNDS):
-        mixed = apply(analysis, planned)
-        measured = _measure(analysis, planned, mixed, work)
-        tried.append((planned, mixed, measured))
-        rounds.append(
+    files = [labels] if isinstance(labels, Path) else list(labels or ())
+    course = Course(analysis, planned, work)
+    course.search(planned)
+    evaluations: tuple[Evaluation, ...] = ()
+    if course.budget.max_drop:
+        point, evaluations = fastest_that_keeps(analysis, course.completed(), files, limit, work)
+        course.decide(point, "metric")
+    unmeasured = analysis.graph.large or planned.cost.estimated
+    final = course.completed() if unmeasured else course.beside_neighbours()
+    best = course.best
+    final = _with_measured(final, best.measured)
+    metrics = measure_metrics(
+        analysis,
+        final.plan.lowered(),
+        lambda folder: _placed(analysis, best.mixed, folder),
+        files,
+        limit,
+        work,
+    )
+    known = course.known()
+    sizes = _sizes(analysis, best.mixed)
+    summary = summarize(known, final, sizes, best.measured, metrics, course.rounds(), work.seconds, evaluations)
+    return Verified(analysis, final, best.mixed, summary, course.tables)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was made and measured."""
+
+    planned: Planned
+    mixed: Artefact
+    measured: Measured
+    round: Round
+
+    @property
+    def standing(self) -> Standing:
+        """What counts for the budget."""
+        size = self.mixed.size_bytes
+        return Standing(
+            self.measured.ratio, self.measured.latency.mixed.median_ms, size, judged(self.planned, self.measured)
+        )
+
+
+class Course:
+    """The rounds of one verification: what was tried, and the tables as corrected so far.
+
+    Args:
+        analysis: of the model.
+        planned: the first plan.
+        work: where to keep and show results.
+    """
+
+    def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
+        self._analysis, self._work = analysis, work
+        self.tables = tables_of(analysis, planned.cost)
+        """As corrected so far."""
+        self._base, self._findings = self.tables, tuple[Finding, ...]()
+        self._samples = _verification_samples(analysis)
+        self._tried: list[Trial] = []
+        self._decided: Trial | None = None
+        self.budget = planned.plan.budget
+        """As the user gave it."""
+
+    def search(self, planned: Planned) -> None:
+        """Measure, correct and search, until nothing is left to correct or the rounds are used up."""
+        asked = self.budget
+        while True:
+            repaired = self._try(planned, asked, "search").round.repair is not None
+            if len(self._tried) == MAX_ROUNDS:
+                return
+            next_ = following(
+                self._analysis.units, asked, self.budget, planned, self._tried[-1].measured, repaired=repaired
+            )
+            if next_ is None and not repaired:
+                return
+            if repaired:
+                changed = next_[0] if next_ else asked
+                asked = msgspec.structs.replace(
+                    changed, min_sqnr_db=self.budget.min_sqnr_db, head_sqnr_db=self.budget.head_sqnr_db
+                )
+            elif next_:
+                asked = next_[0]
+            if next_:
+                self.tables = replace(self.tables, cost=next_[1])
+            try:
+                planned = plan_tables(self.tables, asked, front=False, work=self._work)
+            except BudgetError:
+                return
+            if any(planned.plan.lowered() == t.planned.plan.lowered() for t in self._tried):
+                return
+
+    def decide(self, point: ParetoPoint, source: str) -> None:
+        """Take a plan of the front, whatever the others measured."""
+        self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, source)
+
+    def completed(self) -> Planned:
+        """The best plan as the corrected tables see it, with the front around it."""
+        plan_, budget = self.best.planned.plan, self.budget
+        gap, solved = plan_.optimality_gap, plan_.solved
+        return plan_around(self.tables, budget, plan_.lowered(), gap=gap, solved=solved, work=self._work)
+
+    def beside_neighbours(self) -> Planned:
+        """`completed`, with the neighbours on its front measured; one that does better takes its place."""
+        final = self.completed()
+        points = beside(final.plan)
+        if len(points) < 2:
+            return final
+        sitting = measure_beside(self._analysis, points, self._samples, self._work)
+        better = self._better(final, points, sitting)
+        if better is not None and self._tried_before(better) is None:
+            self._try(self._from_front(better), self.budget, "front")
+            final = self.completed()
+        return replace(final, plan=with_measured(final.plan, points, sitting))
+
+    def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: Sitting) -> ParetoPoint | None:
+        """The neighbour that fits the budget better than the chosen plan, by enough to be no accident of timing."""
+        if self.budget.max_drop:
+            return None  # none of them was evaluated
+        heads = [h.head for h in final.plan.heads]
+        found = []
+        for i, point in enumerate(points):
+            values = {h: e.value for h, e in zip(heads, sitting.sqnr[i], strict=True) if not is_divergence(h)}
+            standing = Standing(sitting.ratio[i], sitting.milliseconds[i], point.size_bytes, values)
+            found.append((misfit(self.budget, standing, tolerance=1.0), i))
+        own = next(m for m, i in found if points[i].lowered() == final.plan.lowered())
+        best, index = min(found)
+        gain = own[1] - best[1]
+        enough = STEADY * own[1] if seeks_speed(self.budget) else BETTER_DB
+        return points[index] if best[0] <= own[0] and gain > enough else None
+
+    def _from_front(self, point: ParetoPoint) -> Planned:
+        lowered = point.lowered()
+        return plan_around(self.tables, self.budget, lowered, gap=point.optimality_gap, front=False, work=self._work)
+
+    def _tried_before(self, point: ParetoPoint) -> Trial | None:
+        return next((t for t in self._tried if t.planned.plan.lowered() == point.lowered()), None)
+
+    def _try(self, planned: Planned, asked: Budget, source: str) -> Trial:
+        """Make and measure a plan, and repair the tables where its prediction is off."""
+        mixed = apply(self._analysis, planned)
+        measured = _measure(self._analysis, planned, mixed, self._work)
+        fix = None
+        if not self._analysis.graph.large:
+            fix = repair(self._analysis, self._base, self._findings, planned, measured, self._samples, self._work)
+        if fix is not None:
+            self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
+        pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
+        trial = Trial(
+            planned,
+            mixed,
+            measured,
             Round(
                 latency_ratio_limit=asked.latency_ratio,
                 min_sqnr_db=asked.min_sqnr_db,
+                head_sqnr_db=asked.head_sqnr_db,
                 predicted_ratio=round(planned.predicted_ratio, 4),
                 measured_ratio=round(measured.ratio, 4),
-                sqnr_db=tuple(_judged(planned, measured)),
+                sqnr_db=tuple(judged(planned, measured).values()),
+                predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
                 int8_units=len(planned.plan.int8_units()),
-            )
+                source=source,
+                repair=fix.record if fix is not None else None,
+            ),
         )
-        following = _following(analysis, asked, budget, planned, measured)
-        if following is None:
-            break
-        asked, table = following
-        try:
-            planned = plan(analysis, asked, table=table, work=work)
-        except BudgetError:
-            break
-    planned, mixed, measured = min(tried, key=lambda t: _misfit(budget, t[0], t[2]))
-    files = [labels] if isinstance(labels, Path) else list(labels or ())
-    metrics = _metrics(analysis, planned, mixed, files, limit, work)
-    final = _with_measured(planned, budget, measured)
-    sizes = _sizes(analysis, mixed)
-    summary = summarize(analysis, final, sizes, measured, metrics, rounds, work.seconds)
-    return Verified(analysis, final, mixed, summary)
+        self._tried.append(trial)
+        return trial
+
+    @property
+    def best(self) -> Trial:
+        """The plan that fits the budget best, as measured."""
+        return self._decided or min(self._tried, key=lambda t: misfit(self.budget, t.standing))
+
+    def rounds(self) -> tuple[Round, ...]:
+        """What was done, with the mark of the plan that is kept."""
+        best = self.best
+        return tuple(msgspec.structs.replace(t.round, shipped=t is best) for t in self._tried)
+
+    def known(self) -> Analysis:
+        """The analysis with the matrix as corrected."""
+        facts = self.tables.facts
+        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
 
 
 def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Workspace) -> Measured:
@@ -269,120 +420,9 @@ def all_int8(analysis: Analysis) -> Artefact:
     return analysis.artefact(analysis.units.lowest())
 
 
-def _following(
-    analysis: Analysis, asked: Budget, budget: Budget, planned: Planned, measured: Measured
-) -> tuple[Budget, CostTable] | None:
-    """What to search with next, or None where the measurement meets the user's budget and uses it.
-
-    Case 1. Too slow: the cost table is corrected by the measured plan. Under a floor on SQNR alone, this is a plan that
-            is slower than the float model.
-    Case 2. Too much damage: the floor is raised by the gap.
-    Case 3. Faster than a limit asks for, where the least damage within it is sought: the limit of the search is raised
-            by the ratio, so that the time left buys accuracy.
-    """
-    before, table = asked, planned.cost
-    limit = None if planned.cost.estimated else ratio_limit(budget, planned)
-    if planned.cost.estimated:
-        pass  # an estimate has nothing to correct it by
-    elif limit is None and budget.size_bytes is None:
-        limit = 1.0
-    if limit is not None and measured.ratio > limit * TOLERANCE:
-        table = corrected(table, analysis.units, planned.plan.lowered(), measured.ratio)
-        asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
-    elif limit is not None and budget.min_sqnr_db is None and measured.ratio * TOLERANCE < limit:
-        asked = _slower(asked, limit / measured.ratio)
-    if budget.min_sqnr_db is not None and asked.min_sqnr_db is not None:
-        gap = budget.min_sqnr_db - min(_judged(planned, measured))
-        if gap > 0:
-            asked = msgspec.structs.replace(asked, min_sqnr_db=round(asked.min_sqnr_db + gap + 0.2, 3))
-    changed = asked != before or table is not planned.cost
-    return (asked, table) if changed else None
-
-
-def _slower(asked: Budget, factor: float) -> Budget:
-    """A budget with its limits on latency raised."""
-    ratio, milliseconds = (
-        None if value is None else round(value * factor, 4) for value in (asked.latency_ratio, asked.latency_ms)
-    )
-    return msgspec.structs.replace(asked, latency_ratio=ratio, latency_ms=milliseconds)
-
-
-def _judged(planned: Planned, measured: Measured) -> list[float]:
-    """Measured SQNR in dB of the heads of a plan, divergences left out."""
-    pairs = zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
-    return [estimate.value for head, estimate in pairs if not is_divergence(head.head)]
-
-
-def _misfit(budget: Budget, planned: Planned, measured: Measured) -> tuple[float, float]:
-    """How far a measured plan misses the budget, then its damage: smaller is better."""
-    miss = 0.0
-    if budget.latency_ratio is not None:
-        miss += max(0.0, measured.ratio / (budget.latency_ratio * TOLERANCE) - 1)
-    if budget.latency_ms is not None:
-        miss += max(0.0, measured.latency.mixed.median_ms / (budget.latency_ms * TOLERANCE) - 1)
-    judged = _judged(planned, measured)
-    if budget.min_sqnr_db is not None:
-        return miss + max(0.0, budget.min_sqnr_db - min(judged)), measured.ratio
-    return miss, -float(np.mean(judged))
-
-
-def _metrics(
-    analysis: Analysis, planned: Planned, mixed: Artefact, labels: Sequence[Path], limit: int | None, work: Workspace
-) -> Metrics:
-    if not labels:
-        return Metrics(metrics={}, confidence_shift={})
-    graph = analysis.graph
-    interface = interface_of(graph)
-    task = find_task(interface)
-    if task is None:
-        raise DataError(
-            f"No task metric fits this model with outputs {[list(o.shape) for o in graph.info.outputs]}. Box AP needs "
-            f"a detector with output (1, 4 + classes, n); the tasks are {', '.join(t.name for t in TASKS)}. "
-            "Leave out --eval."
-        )
-    found = []
-    for data in [task.open(path, interface) for path in labels]:
-
-        def make(data: TaskData = data) -> bytes:
-            with work.scratch() as folder, work.stage("evaluate", None) as progress:
-                placed = _placed(analysis, mixed, folder)
-                models = {name: runner(graph, placed[name].session()) for name in MODELS}
-                result = task.evaluate(
-                    models, data, limit=limit, seed=analysis.settings.seed, progress=progress.advance
-                )
-            return msgspec.json.encode(_metrics_of(result))
-
-        key = key_of(analysis=analysis.key, mixed=_identity(planned), labels=data.fingerprint(), limit=limit)
-        found.append(msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics))
-    return Metrics(
-        metrics={name: value for part in found for name, value in part.metrics.items()},
-        confidence_shift={name: value for part in found for name, value in part.confidence_shift.items()},
-        notes=tuple(note for part in found for note in part.notes),
-    )
-
-
-def _metrics_of(result: TaskResult) -> Metrics:
-    return Metrics(
-        metrics={metric.name: _comparison(metric) for metric in result.metrics},
-        confidence_shift=result.confidence_shift,
-        notes=result.notes,
-    )
-
-
-def _comparison(metric: TaskMetric) -> MetricComparison:
-    return MetricComparison(
-        reference=metric.values["float"],
-        int8=metric.values["int8"],
-        mixed=metric.values["mixed"],
-        drop_int8=metric.drops["int8"],
-        drop_mixed=metric.drops["mixed"],
-    )
-
-
-def _with_measured(planned: Planned, budget: Budget, measured: Measured) -> Planned:
+def _with_measured(planned: Planned, measured: Measured) -> Planned:
     heads = tuple(
         msgspec.structs.replace(head, measured_db=found)
         for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
     )
-    plan_ = msgspec.structs.replace(planned.plan, heads=heads, budget=budget)
-    return Planned(plan_, planned.cost, planned.protected)
+    return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))

@@ -127,7 +127,8 @@ def measure_exact(
         whole = ready.units.rounded(ready.units.quantizable())
         things.append(Thing("all", EVERYTHING, "all", whole))
     count = min(samples or SAMPLES, len(ready.data))
-    damage, energy = measured(ready, [t.sites for t in things], count, mode=mode, work=work or Workspace())
+    around = ready.units.rounded(ready.units.quantizable()) if mode == ALL_BUT_ONE else frozenset()
+    damage, energy = measured(ready, [t.sites for t in things], range(count), around=around, work=work or Workspace())
     weights = draws(count, ready.settings.seed)
     share = energy / energy.mean(axis=0)
     rows = [
@@ -153,9 +154,21 @@ def measure_exact(
 
 
 def measured(
-    ready: Calibrated, sets: Sequence[frozenset[str]], samples: int, *, mode: str = ONE, work: Workspace
+    ready: Calibrated,
+    sets: Sequence[frozenset[str]],
+    samples: Sequence[int],
+    *,
+    around: frozenset[str] = frozenset(),
+    work: Workspace,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measured damage of sets of sites, from shards where they exist.
+
+    Args:
+        ready: the calibrated model.
+        sets: what is rounded in each measurement.
+        samples: indices into the data.
+        around: sites from which the sets differ little: what they have in common at the start is executed once.
+        work: where to keep and show results.
 
     Returns:
         (samples, heads, sets): error energy over the mean of ||y||^2, and (samples, heads): ||y||^2.
@@ -171,8 +184,8 @@ def measured(
         ranges=ready.calibration.ranges,
         versions=versions(),
     )
-    board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=samples)
-    around = board.gates(ready.units.rounded(ready.units.quantizable())) if mode == ALL_BUT_ONE else None
+    board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=len(samples))
+    start = board.gates(around) if around else None
     names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
 
     def measure(index: int) -> list[Row]:
@@ -181,7 +194,7 @@ def measured(
         def shard(sites: frozenset[str]) -> bytes:
             nonlocal measurement
             if measurement is None:
-                measurement = Measurement(board, ready.heads, ready.data.feeds(index), around)
+                measurement = Measurement(board, ready.heads, ready.data.feeds(index), start)
             error = measurement.error(board.gates(sites))
             if not np.isfinite(error).all():
                 raise DataError(f"The rounded model's output is NaN or infinite on sample {index}.")
@@ -194,8 +207,8 @@ def measured(
             progress.advance(1)
         return rows
 
-    with work.stage("exact", samples * len(sets)) as progress, ThreadPoolExecutor(board.at_once) as pool:
-        rows = list(pool.map(measure, range(samples)))
+    with work.stage("exact", len(samples) * len(sets)) as progress, ThreadPoolExecutor(board.at_once) as pool:
+        rows = list(pool.map(measure, samples))
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
     return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
@@ -251,7 +264,7 @@ def _confirmed(
     key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
 
     def make() -> bytes:
-        found = measured(analysis, [t.sites for t in things], count, work=work)
+        found = measured(analysis, [t.sites for t in things], range(count), work=work)
         return msgspec.json.encode([part.tolist() for part in found])
 
     damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))

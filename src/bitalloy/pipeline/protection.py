@@ -9,7 +9,7 @@ rounding everything does, on every head; the search then treats it as any other.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -60,15 +60,15 @@ def read_advice(graph: Graph) -> tuple[Advice, ...]:
         ) from error
 
 
-def protect(graph: Graph, units: UnitGraph, matrix: ProbeMatrix) -> Protection:
+def protect(advice: Sequence[Advice], units: UnitGraph, matrix: ProbeMatrix) -> Protection:
     """Take the choice from units that the family protects and whose measured damage bears it out.
 
     Args:
-        graph: the model.
+        advice: of the model's family, from `read_advice`.
         units: all units of the model.
         matrix: probe matrix with the sites of all of them.
     """
-    advice, free = read_advice(graph), units.quantizable()
+    free = units.quantizable()
     whole = _damage(matrix, units, free)
     kept: dict[str, str] = {}
     freed: dict[str, str] = {}

@@ -10,13 +10,15 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.errors import BudgetError
-from bitalloy.pipeline.analyze import Analysis, analyze
+from bitalloy.pipeline.analyze import Analysis, analyze, units_of
+from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
 from bitalloy.pipeline.exact import confirm
+from bitalloy.pipeline.planning import COST, FACTS, MATRIX, UNITS, operators_of
 from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Workspace
-from bitalloy.records import Budget, Settings
+from bitalloy.records import Budget, Keep, Settings
 from bitalloy.report import render as render_html
 from bitalloy.report import sensitivity_csv
 from bitalloy.store import RunDirectory
@@ -50,7 +52,8 @@ def run(
         out: run directory; what is stored there already is used again.
         data: samples that look like the real ones; the embedded sample without it. See `prepare`.
         labels: for the model's task metric, e.g. a COCO annotation file.
-        budget: limits on latency, size or damage; without it 0.7x of float's latency, or the nearest in reach.
+        budget: limits on latency, size or damage, and what stays in a precision; without limits 0.7x of float's
+            latency, or the nearest in reach.
         settings: of the analysis.
         shapes: input name -> shape, where the model leaves dimensions open.
         image: preprocessing of images, inferred where absent.
@@ -83,30 +86,53 @@ def deliver(
 ) -> Verified:
     """All of `run` behind `prepare`. Arguments as for `run`."""
     work = prepared.work
+    budget = budget or Budget()
+    check(prepared, budget, settings or Settings())
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     found = []
     for index, part in enumerate(analysis.targets):
-        part, planned = (part, plan(part, budget, work=work)) if budget is not None else _plan_by_default(part, work)
+        if budget.limited:
+            planned = plan(part, budget, front=False, work=work)
+        else:
+            part, planned = _plan_by_default(part, budget.keep, work)
         verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
-        store = prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name)
-        publish(verified, store)
+        publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
 
 
-def _plan_by_default(analysis: Analysis, work: Workspace) -> tuple[Analysis, Planned]:
+def check(prepared: Prepared, budget: Budget, settings: Settings) -> None:
+    """Refuse what a budget asks for and the model cannot give, before hours of measuring.
+
+    Raises:
+        BitalloyError: a pattern names nothing or asks for what cannot be, or a task metric is limited without labels.
+    """
+    if budget.max_drop and not prepared.labels:
+        raise BudgetError(
+            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task, "
+            "or limit --max-drop-db, which needs none."
+        )
+    if budget.keep:
+        model = prepared.model
+        for units in units_of(model, settings):
+            constrain(units, budget.keep, operators_of(model))
+
+
+def _plan_by_default(analysis: Analysis, keep: tuple[Keep, ...], work: Workspace) -> tuple[Analysis, Planned]:
     """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
     table = measure_cost(analysis, work=work)
     try:
-        return analysis, plan(analysis, Budget(latency_ratio=DEFAULT_RATIO), table=table, work=work)
+        return analysis, plan(
+            analysis, Budget(latency_ratio=DEFAULT_RATIO, keep=keep), table=table, front=False, work=work
+        )
     except BudgetError as error:
         if error.reachable_ratio is None:
             raise
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
         note = f"The default budget of {DEFAULT_RATIO}x is out of reach on this machine; {ratio}x was used instead."
-        planned = plan(analysis, Budget(latency_ratio=ratio), table=table, work=work)
+        planned = plan(analysis, Budget(latency_ratio=ratio, keep=keep), table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned
 
 
@@ -116,11 +142,13 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
     (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
     store.publish_files("mixed.onnx" if verified.mixed.program is None else "mixed", verified.mixed.save)
     store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
+    store.publish(MATRIX, verified.tables.matrix.to_bytes())
     for name, record in (
         ("sensitivity.json", analysis.table),
         ("plan.json", planned.plan),
-        ("cost.json", planned.cost),
-        ("units.json", analysis.units),
+        (COST, planned.cost),
+        (UNITS, analysis.units),
+        (FACTS, verified.tables.facts),
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, _pretty(record))

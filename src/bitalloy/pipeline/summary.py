@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.heads import KL, is_divergence
 from bitalloy.matrix import draws, estimate
-from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, Round, Summary, Triple
+from bitalloy.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
+from bitalloy.pipeline.evaluate import missed_drops
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
+from bitalloy.pipeline.rounds import shortfall
 from bitalloy.program import Joined
 
 
@@ -22,6 +24,7 @@ def summarize(
     metrics: Metrics,
     rounds: Sequence[Round],
     seconds: Mapping[str, float],
+    evaluations: Sequence[Evaluation] = (),
 ) -> Summary:
     """Put predictions and measurements of a run side by side."""
     matrix, units = analysis.matrix, analysis.units
@@ -69,6 +72,7 @@ def summarize(
         analysis=part_of(analysis.info, matrix.samples),
         seconds=dict(seconds),
         rounds=tuple(rounds),
+        evaluations=tuple(evaluations),
         seed=analysis.settings.seed,
         versions=versions(),
         notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *metrics.notes),
@@ -128,6 +132,13 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
+    short = shortfall(planned.plan.budget, {name: pair.mixed.measured for name, pair in sqnr.items()})
+    if short:
+        lead += f", and misses the floor on {', '.join(f'{name} by {gap:.1f} dB' for name, gap in short.items())}"
+    over = missed_drops(planned.plan.budget, metrics.metrics)
+    if over:
+        said = ", ".join(f"{name} drops by {drop:.4f}, not {most:g}" for name, (drop, most) in over.items())
+        lead += f", and misses its limit: {said}"
     return f"{lead}: {'; '.join(parts)}."
 
 

@@ -78,6 +78,7 @@ class Scale:
 # Each shape is drawn around the origin in `currentColor`, as the style sheet's class `m-<name>` fills it.
 SHAPES = {
     "dot": Markup('<circle r="3.5"/>'),
+    "seen": Markup('<path d="M0-5 5 0 0 5-5 0z"/>'),
     "chosen": Markup('<circle r="7.5"/><circle r="3.5" class="core"/>'),
     "mixed": Markup('<path d="M0-8 8 0 0 8-8 0z"/>'),
     "int8-predicted": Markup('<rect x="-5.5" y="-5.5" width="11" height="11"/>'),

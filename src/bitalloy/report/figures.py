@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bitalloy.bench import TOLERANCE
 from bitalloy.heads import is_divergence
-from bitalloy.outcome import Comparison, Summary, Triple
-from bitalloy.records import CostTable, Estimate, Latency, MetricValue, Plan, UnitGraph
+from bitalloy.outcome import Comparison, Round, Summary, Triple
+from bitalloy.records import FIRST, CostTable, Estimate, Latency, MetricValue, Plan, UnitGraph
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0
@@ -79,6 +79,16 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
         worst = min(pair.mixed.measured for pair in summary.sqnr_db.values())
         asked = f"≥ {formats.decibel(budget.min_sqnr_db)}"
         found.append(Limit("SQNR of every head", asked, formats.decibel(worst), worst >= budget.min_sqnr_db))
+    for head, floor in budget.head_sqnr_db.items():
+        if head in summary.sqnr_db:
+            value = summary.sqnr_db[head].mixed.measured
+            asked = f"≥ {formats.decibel(floor)}"
+            found.append(Limit(f"SQNR of {head}", asked, formats.decibel(value), value >= floor))
+    for name, most in budget.max_drop.items():
+        metric = next(iter(summary.metrics), "") if name == FIRST else name
+        drop = summary.metrics[metric].drop_mixed if metric in summary.metrics else None
+        if drop is not None:
+            found.append(Limit(f"drop of {metric}", f"≤ {most:g}", formats.signed(drop.value, 4), drop.value <= most))
     return tuple(found)
 
 
@@ -132,26 +142,73 @@ def predicted_int8_ratio(units: UnitGraph, cost: CostTable) -> float:
 
 def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the table of search rounds."""
+    names = list(heads)
     header = (
         "Round",
+        "Plan from",
         "Latency limit",
         "SQNR limit",
         "INT8 units",
         "Predicted latency",
         "Measured latency",
-        *(f"Measured {head}" for head in heads),
+        *(f"{head}, measured (predicted)" for head in names),
+        "Re-measured",
     )
     lines = [
         (
-            str(number),
+            f"{number} (shipped)" if r.shipped else str(number),
+            r.source,
             formats.NONE if r.latency_ratio_limit is None else formats.ratio(r.latency_ratio_limit),
-            formats.decibel(r.min_sqnr_db),
+            _floors(r),
             str(r.int8_units),
             formats.ratio(r.predicted_ratio),
             formats.ratio(r.measured_ratio),
-            *(formats.decibel(value) for value in r.sqnr_db),
+            *(
+                formats.decibel(value) + (f" ({formats.decibel(r.predicted_db[i])})" if i < len(r.predicted_db) else "")
+                for i, value in enumerate(r.sqnr_db)
+            ),
+            f"{len(r.repair.remeasured)} units and pairs" if r.repair is not None else formats.NONE,
         )
         for number, r in enumerate(summary.rounds, start=1)
+    ]
+    return header, lines
+
+
+def _floors(one: Round) -> str:
+    """Floors on the SQNR in a round."""
+    parts = [formats.decibel(one.min_sqnr_db)] if one.min_sqnr_db is not None else []
+    parts += [f"{head} {formats.decibel(floor)}" for head, floor in one.head_sqnr_db.items()]
+    return ", ".join(parts) or formats.NONE
+
+
+def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of what was measured exactly because a plan differed from its prediction."""
+    names = list(heads)
+    header = ("Round", "Rounded", *(f"{head}: measured over predicted" for head in names))
+    lines = []
+    for number, one in enumerate(summary.rounds, start=1):
+        if one.repair is None:
+            continue
+        gaps = (f"{formats.signed(-one.repair.gap_db.get(head, 0.0), 1)} dB" for head in names)
+        lines.append((str(number), "the whole plan", *gaps))
+        for found in one.repair.remeasured:
+            changes = (f"{formats.signed(found.change_db.get(head, 0.0), 1)} dB" for head in names)
+            lines.append((str(number), " and ".join(found.units), *changes))
+    return header, lines
+
+
+def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the plans that were evaluated for a limit on a task metric."""
+    names = sorted({name for one in summary.evaluations for name in one.drops})
+    header = ("INT8 units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
+    lines = [
+        (
+            str(one.int8_units),
+            formats.ratio(one.predicted_ratio),
+            *(formats.signed(one.drops[name], 4) if name in one.drops else formats.NONE for name in names),
+            "yes" if one.kept else "no",
+        )
+        for one in summary.evaluations
     ]
     return header, lines
 

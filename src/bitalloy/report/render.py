@@ -45,6 +45,8 @@ def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGra
     )
     environment.globals.update(fmt=formats, key=charts.legend_marker)
     round_header, round_lines = figures.rounds(summary, heads)
+    repair_header, repair_lines = figures.repairs(summary, heads)
+    evaluation_header, evaluation_lines = figures.evaluations(summary)
     return environment.get_template("template.html").render(
         policy=_policy(style, script),
         style=Markup(style),
@@ -63,6 +65,10 @@ def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGra
         latency_chart=_latency_chart(summary),
         round_header=round_header,
         round_lines=round_lines,
+        repair_header=repair_header,
+        repair_lines=repair_lines,
+        evaluation_header=evaluation_header,
+        evaluation_lines=evaluation_lines,
         points=_points(plan, cost),
         regions=region_tree(tables),
     )
@@ -128,7 +134,16 @@ def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGrap
         marker(f"plan with {_counts(point)}, predicted", x, point.sqnr_db[index], "dot")
         for point, x, _ in _points(plan, cost)
     )
-    pairs: list[tuple[charts.Marker, charts.Marker]] = []
+    pairs: list[tuple[charts.Marker, charts.Marker]] = [
+        (
+            marker(f"plan with {len(p.int8_units)} INT8 units, predicted", x, p.sqnr_db[index], "dot"),
+            marker(
+                f"plan with {len(p.int8_units)} INT8 units, measured", p.measured_ratio, p.measured_db[index], "seen"
+            ),
+        )
+        for p, x, chosen in _points(plan, cost)
+        if not chosen and p.measured_ratio is not None and p.measured_db is not None
+    ]
     marked: list[charts.Marker] = []
     pair = summary.sqnr_db.get(head)
     if pair is not None:

@@ -1,7 +1,7 @@
 """How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
 
 from bitalloy.sensitivity.columns import views
-from bitalloy.sensitivity.correct import Correction, Finding, correct
+from bitalloy.sensitivity.correct import Correction, Finding, correct, damage_of
 from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.table import alike, groups, sensitivities, settled
@@ -15,6 +15,7 @@ __all__ = [
     "alike",
     "correct",
     "damage",
+    "damage_of",
     "groups",
     "secant",
     "sensitivities",

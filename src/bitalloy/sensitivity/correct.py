@@ -72,8 +72,7 @@ def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], ev
     for _ in range(ROUNDS):
         total, count = np.zeros_like(logs), np.zeros(logs.shape[1])
         for finding, inside in zip(findings, columns, strict=True):
-            linear = fixed.damage(fixed.select(finding.sites)).mean(axis=0)
-            predicted = linear * bend(bent, linear)
+            predicted = damage_of(fixed, bent, finding.sites)
             reached = (predicted > 0) & (finding.damage > 0)
             step = np.log(np.where(reached, finding.damage, 1) / np.where(reached, predicted, 1))
             total[:, inside] += step[:, None]
@@ -82,6 +81,12 @@ def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], ev
         fixed = matrix.scaled(np.exp(logs / 2))
         bent = _at_full_size(secant, matrix, fixed, everything)
     return Correction(fixed, bent, np.exp(logs / 2))
+
+
+def damage_of(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
+    """(heads,): relative error energy that a matrix predicts for a set of sites, corrected by the secant."""
+    linear = matrix.damage(matrix.select(sites)).mean(axis=0)
+    return np.asarray(linear * bend(secant, linear))
 
 
 def _at_full_size(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:

@@ -1,0 +1,269 @@
+"""Plans from tables alone: after an analysis, or again from a run directory that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from bitalloy.errors import BudgetError, RunDirectoryError
+from bitalloy.graph import Graph, name_of
+from bitalloy.heads import is_divergence
+from bitalloy.matrix import ProbeMatrix
+from bitalloy.pipeline.constraints import constrain
+from bitalloy.pipeline.protection import Advice, protect
+from bitalloy.pipeline.records import Planned
+from bitalloy.pipeline.work import Progress, Silent, Workspace
+from bitalloy.records import Budget, CostTable, Plan, Record, Secant, UnitGraph
+from bitalloy.search import FRONT_BUDGETS, Problem, complete, search
+from bitalloy.store import RunDirectory, key_of
+
+PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "planning.npz", "planning.json"
+"""The plan in a run directory, and the files that it rests on; the matrix is the probe matrix as last corrected."""
+AGAIN = "replanned.json"
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class Facts(Record, frozen=True, kw_only=True):
+    """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
+
+    key: str
+    """Of the analysis."""
+    float_bytes: int
+    """Size of the float model's files."""
+    operators: dict[str, str]
+    """Node -> operator type."""
+    advice: tuple[Advice, ...]
+    """What the model's family keeps in float; empty where that was switched off."""
+    seed: int
+    secant: Secant
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that a plan is made from: no network, no data."""
+
+    units: UnitGraph
+    matrix: ProbeMatrix
+    cost: CostTable
+    facts: Facts
+
+
+def operators_of(graph: Graph) -> dict[str, str]:
+    """Node -> operator type."""
+    return {name_of(node): node.op_type for node in graph.nodes}
+
+
+def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Workspace | None = None) -> Planned:
+    """Choose the precision of every unit for a budget, and the Pareto front where it is wanted.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of the budget names nothing, or asks for what cannot be.
+    """
+    case, work = _narrowed(tables, budget), work or Workspace()
+
+    def make() -> bytes:
+        with work.stage("search", FRONT_BUDGETS if front else 1) as progress:
+            found = search(case.problem, budget, front=front, seed=tables.facts.seed, progress=progress.advance)
+        return msgspec.json.encode(case.explained(found))
+
+    try:
+        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=Plan)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
+    return Planned(plan, tables.cost, tuple(case.protected))
+
+
+def plan_around(
+    tables: Tables,
+    budget: Budget,
+    lowered: frozenset[str],
+    *,
+    gap: float,
+    solved: bool = True,
+    front: bool = True,
+    work: Workspace,
+) -> Planned:
+    """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
+    case = _narrowed(tables, budget)
+
+    def make() -> bytes:
+        with work.stage("front", FRONT_BUDGETS if front else 1) as progress:
+            found = complete(
+                case.problem,
+                budget,
+                lowered,
+                gap=gap,
+                solved=solved,
+                front=front,
+                seed=tables.facts.seed,
+                progress=progress.advance,
+            )
+        return msgspec.json.encode(case.explained(found))
+
+    key = case.key(around=sorted(lowered), front=front)
+    found = msgspec.json.decode(work.cached("front", key, make), type=Plan)
+    return Planned(found, tables.cost, tuple(case.protected))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Tables after the family's advice and the budget's patterns."""
+
+    tables: Tables
+    budget: Budget
+    problem: Problem
+    protected: Mapping[str, str]
+    freed: Mapping[str, str]
+    kept: frozenset[str]
+    """By patterns of the budget."""
+
+    def key(self, **more: object) -> str:
+        tables = self.tables
+        return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
+
+    def explained(self, plan: Plan) -> Plan:
+        """With what measurement frees from advice in the reasons."""
+        choices = (
+            msgspec.structs.replace(c, reason=f"{c.reason}; {self.freed[c.unit]}") if c.unit in self.freed else c
+            for c in plan.choices
+        )
+        return msgspec.structs.replace(plan, choices=tuple(choices))
+
+
+def _narrowed(tables: Tables, budget: Budget) -> _Case:
+    facts = tables.facts
+    advised = protect(facts.advice, tables.units, tables.matrix)
+    asked = constrain(advised.units, budget.keep, facts.operators, full=tables.units)
+    return _Case(
+        tables,
+        budget,
+        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes),
+        {name: why for name, why in advised.kept.items() if name not in asked.kept},
+        {name: why for name, why in advised.freed.items() if name not in asked.kept},
+        asked.kept,
+    )
+
+
+def _hints(case: _Case) -> str:
+    """What else stands in the way of a budget."""
+    parts = []
+    if count := len(case.protected):
+        parts.append(f" {count} units stay in float by advice of the model's family; --no-protect frees them.")
+    if case.kept:
+        parts.append(f" {len(case.kept)} units are kept in a precision by --keep.")
+    return "".join(parts)
+
+
+def plan_again(
+    folder: str | Path, budget: Budget | Callable[[int], Budget] | None = None, *, progress: Progress | None = None
+) -> Planned:
+    """Plan from what a finished run left, without its model and data; nothing is analysed or measured.
+
+    The plan is also written into the run directory, as `replanned.json`. Its `plan.json` stays: that one belongs to
+    the model beside it.
+
+    Args:
+        folder: a run directory.
+        budget: limits, or a function that makes them from the size of the float model in bytes. Where it limits
+            nothing, the limits of the run hold, but for task metrics, which tables do not know.
+        progress: where to show what goes on.
+
+    Raises:
+        RunDirectoryError: the folder is not a run directory, or its run has not finished.
+        BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
+    """
+    tables = read_tables(folder)
+    asked = budget(tables.facts.float_bytes) if callable(budget) else budget or Budget()
+    if asked.max_drop:
+        raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
+    if not asked.limited:
+        before = _read(Path(folder) / PLAN, Plan).budget
+        asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
+    store = RunDirectory(folder)
+    planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))
+    store.publish(AGAIN, plan_json(planned))
+    return planned
+
+
+def plan_json(planned: Planned) -> str:
+    """A plan as `plan.json` has it."""
+    return msgspec.json.format(msgspec.json.encode(planned.plan), indent=2).decode() + "\n"
+
+
+def front_json(planned: Planned) -> str:
+    """The front alone, fastest first, with what its numbers belong to."""
+    plan = planned.plan
+    found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.all_float_us, "front": plan.pareto}
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
+
+
+def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line for each plan of the front, fastest first; the chosen one is marked."""
+    plan, whole = planned.plan, planned.cost.all_float_us
+    heads = [(i, h.head) for i, h in enumerate(plan.heads) if not is_divergence(h.head)]
+    lines = []
+    for point in plan.pareto:
+        mark = "chosen" if point.lowered() == plan.lowered() else ""
+        lines.append(
+            (
+                str(len(point.int8_units)),
+                f"{point.predicted_latency_us / 1e3:.2f}",
+                f"{point.predicted_latency_us / whole:.3f}x",
+                f"{point.size_bytes / 1e6:.2f}",
+                *(f"{point.sqnr_db[i]:.1f}" for i, _ in heads),
+                f"{100 * point.optimality_gap:.1f} %",
+                mark,
+            )
+        )
+    return ("INT8 units", "ms", "of float", "MB", *(f"{name}, dB" for _, name in heads), "gap", ""), lines
+
+
+def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line for each unit in graph order."""
+    return ("unit", "precision", "why"), [(c.unit, c.precision, c.reason) for c in planned.plan.choices]
+
+
+def plan_line(planned: Planned) -> str:
+    """A plan in one line."""
+    plan = planned.plan
+    heads = ", ".join(f"{h.head} {h.predicted_db.value:.1f} dB" for h in plan.heads if not is_divergence(h.head))
+    unsolved = "" if plan.solved else " The solver stopped at its limit of nodes: a better plan may exist."
+    return (
+        f"{len(plan.int8_units())} of {len(plan.choices)} units in INT8: {planned.predicted_ratio:.3f}x of float's "
+        f"time, {plan.predicted_size_bytes / 1e6:.2f} MB, {heads}. Predicted, not measured.{unsolved}"
+    )
+
+
+def read_tables(folder: str | Path) -> Tables:
+    """The tables that a finished run left.
+
+    Raises:
+        RunDirectoryError: the folder is not a run directory, or its run has not finished.
+    """
+    path = Path(folder)
+    missing = [name for name in ("summary.json", PLAN, UNITS, COST, MATRIX, FACTS) if not (path / name).is_file()]
+    if missing:
+        raise RunDirectoryError(
+            f"'{path}' has no {missing[0]}, so there is nothing to plan from. Expected the run directory of a finished "
+            "`bitalloy run` of this version; finish it with the same command, or name another."
+        )
+    try:
+        matrix = ProbeMatrix.from_bytes((path / MATRIX).read_bytes())
+    except (OSError, ValueError, KeyError) as error:
+        raise RunDirectoryError(f"'{path / MATRIX}' is damaged: {error}. Give the run's command again.") from error
+    return Tables(_read(path / UNITS, UnitGraph), matrix, _read(path / COST, CostTable), _read(path / FACTS, Facts))
+
+
+def _read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunDirectoryError(
+            f"'{path}' cannot be read: {error}. It is damaged, or of another version; give the run's command again."
+        ) from error

@@ -1,0 +1,224 @@
+"""The plan for a budget, with its reasons, or what can be reached where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from bitalloy.bench import TOLERANCE
+from bitalloy.errors import BudgetError
+from bitalloy.matrix import CEILING_DB, decibel, draws, estimate
+from bitalloy.records import HALF, Budget, Choice, HalfSafety, HeadDamage, Plan, Precision, Unit
+from bitalloy.search import front as around
+from bitalloy.search.program import Limits, Problem, Program
+
+
+def search(
+    problem: Problem,
+    budget: Budget,
+    *,
+    front: bool = True,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """The best plan for a budget, and the Pareto front around it.
+
+    With a floor on SQNR and no latency or size limit the fastest such plan is chosen; otherwise the least damaging
+    plan within the limits. A limit on the drop of a task metric is not known to the tables: where nothing else is
+    limited, the plan is the middle of the front, for whoever evaluates to start from.
+
+    Args:
+        problem: the tables.
+        budget: limits that hold together.
+        front: whether the other plans of the front are wanted.
+        seed: of the bootstrap.
+        progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
+
+    Raises:
+        BudgetError: no plan meets the budget; the message names what can be reached.
+    """
+    limits = _limits(problem, budget)
+    fastest = budget.has_floor and limits.latency_us == np.inf and limits.size_bytes == np.inf
+    program = Program(problem)
+    if budget.max_drop and limits == Limits():
+        limits = Limits(latency_us=_middle(problem, program))
+    goal = "latency" if fastest else "damage"
+    found = program.solve(limits, minimize=goal)
+    if found is None:
+        limits = _nearest(problem, program, limits)
+        found = program.solve(limits, minimize=goal)
+    if found is None:
+        raise _unreachable(problem, program, budget, limits)
+    lowered = around.polish(problem, found.lowered, limits, fastest=fastest)
+    gap, solved = found.gap, found.solved
+    return complete(problem, budget, lowered, gap=gap, solved=solved, front=front, seed=seed, progress=progress)
+
+
+def complete(
+    problem: Problem,
+    budget: Budget,
+    lowered: frozenset[str],
+    *,
+    gap: float,
+    solved: bool = True,
+    front: bool = True,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """A plan that is decided already, with reasons, predictions and the front around it.
+
+    Args:
+        problem: the tables.
+        budget: that led to the plan.
+        lowered: the plan, as the set of its lowered units (`UnitGraph`).
+        gap: that the solver left open.
+        solved: False where it stopped at its limit of nodes.
+        front: whether the other plans of the front are wanted.
+        seed: of the bootstrap.
+        progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
+    """
+    points, whole = around.front(problem, Program(problem), (lowered, gap), progress) if front else ((), True)
+    if progress is not None and not front:
+        progress(1)
+    weights = draws(problem.matrix.samples, seed)
+    estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(lowered)), weights, problem.secant)
+    return Plan(
+        model_sha256=problem.units.model_sha256,
+        target=problem.units.target,
+        budget=budget,
+        choices=tuple(_choices(problem, lowered)),
+        heads=tuple(HeadDamage(head=h, predicted_db=e) for h, e in zip(problem.matrix.heads, estimates, strict=True)),
+        predicted_latency_us=round(problem.latency_us(lowered), 2),
+        predicted_size_bytes=problem.size_bytes(lowered),
+        optimality_gap=gap,
+        solved=solved and whole,
+        pareto=points,
+    )
+
+
+def _middle(problem: Problem, program: Program) -> float:
+    """Latency in us halfway between the fastest plan and float."""
+    fastest = program.solve(Limits(), minimize="latency")
+    start = problem.latency_us(problem.fixed)
+    return (problem.latency_us(fastest.lowered) + start) / 2 if fastest is not None else start
+
+
+def _limits(problem: Problem, budget: Budget) -> Limits:
+    """A budget in the search's units.
+
+    Raises:
+        BudgetError: it names a head that the model does not have.
+    """
+    heads = [h for h, plain in zip(problem.matrix.heads, problem.matrix.plain, strict=True) if plain]
+    for name in budget.head_sqnr_db:
+        if name not in heads:
+            raise BudgetError(f"The budget has a floor on '{name}', but the output heads are: {', '.join(heads)}.")
+    latency = [np.inf]
+    if budget.latency_ratio is not None:
+        latency.append(budget.latency_ratio * problem.latency_us(frozenset()))
+    if budget.latency_ms is not None:
+        latency.append(budget.latency_ms * 1e3)
+    floors = [budget.floor_db(h) if h in heads else None for h in problem.matrix.heads]
+    return Limits(
+        latency_us=min(latency),
+        size_bytes=budget.size_bytes if budget.size_bytes is not None else np.inf,
+        damage=tuple(np.inf if f is None else 10 ** (-f / 10) for f in floors) if budget.has_floor else (),
+    )
+
+
+def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
+    """The limits with the latency that is in reach, where it misses the asked one by less than the table's own error.
+
+    What the artefact really takes is measured afterwards, and the run says whether it meets the budget.
+    """
+    found = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
+    if found is None:
+        return limits
+    least = problem.latency_us(found.lowered)
+    slack = max(TOLERANCE - 1, 2 * problem.cost.residual_percent / 100)
+    within = max(least * 1.005, limits.latency_us * TOLERANCE)
+    return replace(limits, latency_us=within) if least * (1 - slack) <= limits.latency_us else limits
+
+
+def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
+    """What is asked for, and how much of it is in reach: of each limit alone and, where there are several, together."""
+    start = problem.latency_us(frozenset())
+    together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
+    fastest = together or program.solve(Limits(damage=limits.damage), minimize="latency")
+    smallest = problem.size_bytes(problem.units.lowest())
+    parts, ratio = [], None
+    if fastest is not None:
+        least = problem.latency_us(fastest.lowered)
+        ratio = least / start
+        others = " within the other limits" if together and (limits.damage or limits.size_bytes < np.inf) else ""
+        parts.append(f"the lowest latency in reach{others} is {least / start:.2f}x of float ({least / 1e3:.2f} ms)")
+    if limits.damage and fastest is None:
+        best = decibel(problem.damage(problem.fixed))
+        reach = ", ".join(f"{h} {v:.1f} dB" for h, v in zip(problem.matrix.heads, best, strict=True) if v < CEILING_DB)
+        parts.append(f"the highest SQNR in reach is {reach}" if reach else "the floors are in reach in float alone")
+    parts.append(f"the smallest size is {smallest / 1e6:.2f} MB")
+    asked = ", ".join(
+        f"{name} {value}"
+        for name, value in (
+            ("latency ratio", budget.latency_ratio),
+            ("latency ms", budget.latency_ms),
+            ("size bytes", budget.size_bytes),
+            ("SQNR floor dB", budget.min_sqnr_db),
+            *((f"SQNR floor dB of {head}", floor) for head, floor in budget.head_sqnr_db.items()),
+        )
+        if value is not None
+    )
+    message = f"No plan meets the budget ({asked}): {'; '.join(parts)}. Relax the budget to that or beyond."
+    return BudgetError(message, ratio)
+
+
+def _choices(problem: Problem, lowered: frozenset[str]) -> list[Choice]:
+    """The plan with a reason per unit, from the tables that decided it."""
+    column, table = problem.matrix.column, problem.site_damage
+    times = {c.unit: c for c in problem.cost.units}
+    choices = []
+    for unit in problem.units.units:
+        if unit.id not in problem.free:
+            choices.append(Choice(unit=unit.id, precision=Precision.FP32, reason=_refused(unit)))
+            continue
+        held = next((m for m in problem.members[unit.id] if m in lowered), None)
+        precision = Precision.FP32 if held is None else Precision.FP16 if held.endswith(HALF) else Precision.INT8
+        member = held or problem.members[unit.id][0]
+        name = "FP16" if member.endswith(HALF) else "INT8"
+        sites = problem.units.rounded(frozenset({member}))
+        alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
+        worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
+        sqnr = float(decibel(alone[worst])) if alone.size else np.inf
+        entry = times[unit.id]
+        gain = entry.fp32_us - entry.us(frozenset({member}))
+        head = problem.matrix.heads[worst]
+        if held in problem.fixed:
+            reason = f"{unit.reason}; alone it leaves {sqnr:.1f} dB on {head}"
+        elif held is not None:
+            why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
+            reason = f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
+        elif gain <= 0:
+            reason = f"{name} is not faster here ({-gain:.0f} us slower)"
+        else:
+            reason = f"{name} would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
+        if unit.half is not None:
+            reason += f"; {_evidence(unit.half)}"
+        choices.append(Choice(unit=unit.id, precision=precision, reason=reason))
+    return choices
+
+
+def _refused(unit: Unit) -> str:
+    """Why a unit has no choice."""
+    if unit.half is None or not unit.half.reason or unit.half.reason == unit.reason:
+        return unit.reason
+    return f"{unit.reason}; {unit.half.reason}"
+
+
+def _evidence(half: HalfSafety) -> str:
+    """Why FP16 is or is not among the choices of a unit."""
+    if half.reason:
+        return f"not FP16: {half.reason}"
+    sums = f", sums of {half.depth} products reach at most {half.partial_sum:.3g}" if half.depth else ""
+    return f"safe in FP16: values reach {half.magnitude:.3g} of 65504{sums}, {100 * half.subnormal:.2g} % subnormal"

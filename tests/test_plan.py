@@ -1,0 +1,210 @@
+"""Constraints and limits from the command line, plans from a run directory, and what a measurement corrects."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import bitalloy
+from bitalloy.matrix import decibel
+from bitalloy.pipeline.deliver import Course
+from bitalloy.pipeline.evaluate import fastest_that_keeps
+from bitalloy.pipeline.exact import measured
+from bitalloy.pipeline.neighbours import beside, measure_beside, with_measured
+from bitalloy.pipeline.planning import read_tables
+from bitalloy.pipeline.repair import TOLERATED_DB
+from bitalloy.records import FIRST, Budget
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of a copy of the detector with its constraint, after which model and data are gone."""
+    line = inputs.command_line(tmp_path_factory.mktemp("planned"))
+    model, scenes = line.folder / "detector.onnx", line.folder / "scenes"
+    shutil.copy(inputs.detector, model)
+    shutil.copytree(inputs.scenes, scenes)
+    line.run(model, "--data", scenes, "--size", "0.6x", "--keep", "fp32:/conv0/*").succeeded()
+    model.unlink()
+    shutil.rmtree(scenes)
+    return line
+
+
+def test_a_run_holds_constraints_and_says_so(finished: Any) -> None:
+    plan = json.loads((finished.folder / "run" / "plan.json").read_text())
+    first = next(c for c in plan["choices"] if c["unit"] == "/conv0/Conv")
+    assert first["precision"] == "fp32" and "kept in FP32 as asked (fp32:/conv0/*)" in first["reason"]
+    assert all("/conv0/Conv" not in point["int8_units"] for point in plan["pareto"])
+    assert plan["budget"]["keep"] == [{"precision": "fp32", "pattern": "/conv0/*"}]
+
+
+def test_planning_again_needs_neither_model_nor_data(finished: Any) -> None:
+    before = (finished.folder / "run" / "plan.json").read_bytes()
+    shown = json.loads(finished("plan", "run", "--size", "0.5x", "--keep", "int8:/conv0/*", "--json").succeeded().out)
+    chosen = {c["unit"]: c["precision"] for c in shown["choices"]}
+    assert chosen["/conv0/Conv"] == "int8"
+    assert all("/conv0/Conv" in point["int8_units"] for point in shown["pareto"])
+    assert json.loads((finished.folder / "run" / "replanned.json").read_text()) == shown
+    assert (finished.folder / "run" / "plan.json").read_bytes() == before
+    again = bitalloy.plan_again(finished.folder / "run")  # the run's own budget
+    assert again.plan.budget.keep[0].pattern == "/conv0/*" and again.plan.budget.size_bytes is not None
+
+
+def test_the_front_as_table_and_as_json(inside: Any, finished: Any) -> None:
+    shown = inside("plan", finished.folder / "run", "--front", "--json").succeeded()
+    front = json.loads(shown.out)
+    assert [p["predicted_latency_us"] for p in front["front"]] == sorted(
+        p["predicted_latency_us"] for p in front["front"]
+    )
+    table = inside("plan", finished.folder / "run", "--front").succeeded().out
+    assert table.count("chosen") == 1 and "INT8 units" in table and "Predicted, not measured" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--keep", "fp32:nowhere"], ["--keep 'fp32:nowhere'", "matches no"]),
+        (["--keep", "neck*"], ["--keep", "'neck*'", "fp32:"]),
+        (["--keep", "int4:neck*"], ["--keep", "fp32, fp16, int8"]),
+        (["--keep", "int8:Concat"], ["asks for INT8", "because"]),
+        (["--max-drop-db", "nose=20"], ["'nose'", "scores"]),
+        (["--max-drop-db", "boxes=loud"], ["--max-drop-db", "finite"]),
+        (["--max-drop-db", "20", "--max-drop-db", "30"], ["--max-drop-db", "twice"]),
+        (["--latency", "0.01x", "--keep", "fp32:/conv0/*"], ["lowest latency", "1 units are kept"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_constraints_are_refused(inside: Any, finished: Any, options: list[str], words: list[str]) -> None:
+    text = inside("plan", finished.folder / "run", *options).refused()
+    for word in words:
+        assert word in text
+
+
+def test_a_folder_without_a_run_is_refused(inside: Any, here: Any) -> None:
+    (here / "empty").mkdir()
+    assert "no summary.json" in inside("plan", "empty", "--latency", "0.7x").refused()
+    assert not list((here / "empty").iterdir())
+
+
+def test_limits_without_labels_or_match_are_refused_before_the_analysis(inside: Any, inputs: Any) -> None:
+    data = ("--data", inputs.images)
+    assert "--eval" in inside.run(inputs.classifier, *data, "--max-drop", "0.3").refused()
+    assert "matches no" in inside.run(inputs.classifier, *data, "--keep", "fp32:nowhere").refused()
+    assert inside.files() <= {".bitalloy-run"}
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused(inside: Any, inputs: Any) -> None:
+    data = ("--data", inputs.scenes, "--eval", inputs.labels)
+    refused = inside.run(inputs.detector, *data, "--max-drop", "mIoU=0.1").refused()
+    assert "'mIoU'" in refused and "AP50-95" in refused
+
+
+@pytest.fixture(scope="module")
+def analysis(inputs: Any) -> Any:
+    model = bitalloy.load(inputs.detector)
+    data = bitalloy.open_data(model, inputs.scenes)
+    return bitalloy.analyze(model, data, bitalloy.Settings(samples=8, probes=4, calibration_samples=8))
+
+
+@pytest.fixture(scope="module")
+def table(analysis: Any) -> Any:
+    """A cost table in which INT8 is fast everywhere, whatever this machine does at the moment."""
+    found = bitalloy.measure_cost(analysis)
+    fast = tuple(c if c.int8_us is None else msgspec.structs.replace(c, fp32_us=10.0, int8_us=4.0) for c in found.units)
+    return msgspec.structs.replace(found, units=fast, fixed_us=0.0, border_us=0.1, border_us_per_element=0.0)
+
+
+def test_the_fastest_plan_that_keeps_a_task_metric(analysis: Any, table: Any, inputs: Any) -> None:
+    """A limit that nothing misses gives the fastest plan; one below every drop the float model."""
+    found = {}
+    for most in (1.0, -1.0):
+        planned = bitalloy.plan(analysis, Budget(max_drop={"AP50-95": most}), table=table)
+        assert len(planned.plan.pareto) > 3
+        point, tried = fastest_that_keeps(analysis, planned, [inputs.labels], 4, bitalloy.Workspace())
+        assert 1 <= len(tried) <= np.ceil(np.log2(len(planned.plan.pareto)))
+        assert all(e.kept == (most > 0) for e in tried)
+        found[most] = point
+    assert found[1.0] == min(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
+    assert found[-1.0].int8_units == ()
+
+
+def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table: Any, inputs: Any) -> None:
+    planned = bitalloy.plan(analysis, Budget(max_drop={FIRST: 1.0}), table=table, front=False)
+    verified = bitalloy.verify(analysis, planned, labels=inputs.labels, limit=4)
+    summary = verified.summary
+    assert summary.evaluations and set(summary.evaluations[0].drops) == {"AP50-95"}
+    assert [r.shipped for r in summary.rounds].count(True) == 1
+    fastest = min(verified.planned.plan.pareto, key=lambda p: p.predicted_latency_us)
+    assert verified.planned.plan.int8_units() == frozenset(fastest.int8_units)
+
+
+def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None:
+    plan = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table).plan
+    points = beside(plan)
+    assert 3 <= len(points) <= 7 and plan.int8_units() in {frozenset(p.int8_units) for p in points}
+    order = [p.int8_units for p in plan.pareto]
+    assert [order.index(p.int8_units) for p in points] == list(
+        range(order.index(points[0].int8_units), order.index(points[-1].int8_units) + 1)
+    )
+    found = with_measured(plan, points, measure_beside(analysis, points, [0, 1, 2], bitalloy.Workspace()))
+    seen = [p for p in found.pareto if p.measured_ratio is not None]
+    assert [p.int8_units for p in seen] == [p.int8_units for p in points]
+    exact, _ = measured(
+        analysis, [analysis.units.rounded(frozenset(p.int8_units)) for p in points], range(3), work=bitalloy.Workspace()
+    )
+    oracle = decibel(exact.mean(axis=0)).T  # by execution with gates, not by the shipped models
+    heads = [i for i, h in enumerate(analysis.heads) if not h.kind]
+    shipped = np.array([p.measured_db for p in seen])
+    np.testing.assert_allclose(shipped[:, heads], oracle[:, heads], atol=1.5)
+
+
+# -- what a measurement corrects -------------------------------------------------------------------------
+
+
+def distorted(analysis: Any, unit: str, factor: float) -> Any:
+    """An analysis that believes the damage of one unit's sites to be smaller by a factor."""
+    matrix = analysis.matrix
+    columns = [matrix.column[s] for s in analysis.units.rounded(frozenset({unit})) if s in matrix.column]
+    scale = np.ones(len(matrix.sites), np.float32)
+    scale[columns] = factor**-0.5
+    changed = replace(
+        matrix, rows=tuple(r * scale for r in matrix.rows), own=tuple(o * scale * scale for o in matrix.own)
+    )
+    return replace(analysis, matrix=changed, key=analysis.key + unit)
+
+
+def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, table: Any) -> None:
+    heads = [h.name for h in analysis.heads if not h.kind]
+    worst = min(
+        (r for r in analysis.table.rows if r.scope == "unit" and r.head in heads), key=lambda r: r.sqnr_db.value
+    )
+    wrong = distorted(analysis, worst.id, 50.0)
+    budget = Budget(latency_ratio=2.0, keep=(bitalloy.Keep(precision=bitalloy.Precision.INT8, pattern="*"),))
+    planned = bitalloy.plan(wrong, budget, table=table, front=False)
+    assert worst.id in planned.plan.int8_units()
+    course = Course(wrong, planned, bitalloy.Workspace())
+    course.search(planned)
+    first = course.rounds()[0].repair
+    assert first is not None and min(first.gap_db.values()) < -TOLERATED_DB
+    own = next(r for r in first.remeasured if r.units == (worst.id,))
+    assert max(own.change_db.values()) > 6.0
+    after = course.completed().plan
+    for head, real in zip(after.heads, course.best.measured.sqnr_mixed, strict=True):
+        if head.head in heads:
+            assert abs(head.predicted_db.value - real.value) <= TOLERATED_DB, head.head
+
+
+def test_a_run_directory_of_another_version_is_refused(inside: Any, finished: Any) -> None:
+    path = finished.folder / "run" / "planning.json"
+    content = path.read_bytes()
+    try:
+        path.write_text("{}")
+        assert "planning.json" in inside("plan", finished.folder / "run").refused()
+    finally:
+        path.write_bytes(content)
+    assert read_tables(finished.folder / "run").matrix.samples > 0
