@@ -3,7 +3,8 @@
 Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
 Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
 Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float ones read the original.
-Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight.
+Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight,
+        where the target wants them so.
 
 Case 5. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
         numbers. ONNX Runtime's kernel is several times slower on other axes.
@@ -89,7 +90,7 @@ def apply(
         if unit.id in int8:
             writer.unit(unit, inputs)
     for edge in units.edges:
-        if edge.consumer in int8 and edge.producer not in int8:
+        if edge.consumer in int8 and (edge.entering or edge.producer not in int8):
             writer.enter(edge)
     for unit in units.units:
         if unit.kind == "Softmax" and unit.id not in int8:
@@ -114,9 +115,12 @@ class _Writer:
 
     def unit(self, unit: Unit, inputs: Mapping[str, str]) -> None:
         for site in unit.weights:
-            self._weight(self.nodes[site.node], site, self.params(inputs[site.node]), unit.id)
+            entry = self.params(inputs[site.node]) if self._target.rounds_bias else None
+            self._weight(self.nodes[site.node], site, entry, unit.id)
         for edge in unit.inner:
             self._pair(edge.tensor, self.params(edge.tensor), unit.id)
+        if not self._target.rounds_outputs:
+            return
         self._pair(unit.root, self.params(unit.root), unit.id)
         for name in unit.tail:
             for value in list(self.nodes[name].outputs):
@@ -129,12 +133,15 @@ class _Writer:
         for use in edge.uses:
             self.nodes[use.node].replace_input_with(use.slot, self._entries[edge.tensor])
 
-    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams, unit: str) -> None:
-        """INT8 weights; with a bias, their scale grows where the bias would leave int32 in steps of input * weight."""
+    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams | None, unit: str) -> None:
+        """INT8 weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
+
+        Then the scale of weights grows where the bias would leave int32. Without `entry` it stays float.
+        """
         weight, params = constant(node.inputs[site.slot]), weight_params(self._target, node, site)
         assert weight is not None, "weight sites are constants"
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if bias is not None:
+        if bias is not None and entry is not None:
             stored, steps = bias_int32(bias, entry.scale * params.scale)
             params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))
             zeros = np.zeros(steps.shape, np.int32)

@@ -162,6 +162,8 @@ class UnitEdge(Record, frozen=True, kw_only=True):
     elements: int
     passed_on: bool = False
     """True where an INT8 producer (Concat) rounds values that are rounded already: a second site for that case."""
+    entering: bool = False
+    """True on targets whose INT8 kernels may write float: rounded where it enters an INT8 unit, whatever made it."""
 
     @property
     def id(self) -> str:
@@ -170,6 +172,8 @@ class UnitEdge(Record, frozen=True, kw_only=True):
 
     def site(self, int8: frozenset[str]) -> str | None:
         """Id of the site that a plan rounds here, or None."""
+        if self.entering:
+            return self.id if self.consumer in int8 else None
         if self.rooted and self.producer in int8:
             return self.id + AGAIN if self.passed_on else self.id
         return self.id if self.consumer in int8 and self.producer not in int8 else None
@@ -280,6 +284,10 @@ class Secant(Record, frozen=True, kw_only=True):
     samples: int
 
 
+T_95 = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
 class UnitCost(Record, frozen=True, kw_only=True):
     """Time of a unit alone in each precision, borders excluded."""
 
@@ -307,12 +315,22 @@ class CostTable(Record, frozen=True, kw_only=True):
     """Measured medians of the all-float and all-INT8 models, in the same interleaved run."""
     residual_percent: float
     """Mean absolute error of the fitted table on the measured variants."""
+    left_out_percent: tuple[float, ...] = ()
+    """Error of each random variant over its time (positive: predicted too slow), by a fit that has not seen it."""
 
     def latency_us(self, units: UnitGraph, int8: frozenset[str]) -> float:
         """Predicted latency of the plan that runs the units `int8` in INT8."""
         inside = sum(c.int8_us if c.unit in int8 and c.int8_us is not None else c.fp32_us for c in self.units)
         elements, count = units.borders(int8)
         return float(self.fixed_us + inside + elements * self.border_us_per_element + count * self.border_us)
+
+    def latency_interval_us(self, units: UnitGraph, int8: frozenset[str]) -> Estimate:
+        """The same with a 95 % prediction interval from the variants that were left out of fits (Student's t)."""
+        value = self.latency_us(units, int8)
+        count = len(self.left_out_percent)
+        spread = sum(e * e for e in self.left_out_percent) / count if count else 0.0
+        reach = value * T_95[min(count, len(T_95) - 1)] * spread**0.5 / 100
+        return Estimate(value=round(value, 2), low=round(max(value - reach, 0.0), 2), high=round(value + reach, 2))
 
     @property
     def all_float_us(self) -> float:
@@ -375,6 +393,8 @@ class Plan(Record, frozen=True, kw_only=True):
     choices: tuple[Choice, ...]
     heads: tuple[HeadDamage, ...]
     predicted_latency_us: float
+    predicted_latency_interval_us: Estimate | None = None
+    """With a 95 % prediction interval, from the errors of the cost table on variants that it has not seen."""
     predicted_size_bytes: int
     optimality_gap: float
     """Relative gap that the solver proved for the additive model."""

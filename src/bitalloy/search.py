@@ -151,6 +151,7 @@ def search(problem: Problem, budget: Budget, *, seed: int = 0, progress: Callabl
         choices=tuple(_choices(problem, int8)),
         heads=tuple(HeadDamage(head=h, predicted_db=e) for h, e in zip(problem.matrix.heads, estimates, strict=True)),
         predicted_latency_us=round(problem.latency_us(int8), 2),
+        predicted_latency_interval_us=problem.cost.latency_interval_us(problem.units, int8),
         predicted_size_bytes=problem.size_bytes(int8),
         optimality_gap=round(gap, 6),
         pareto=front,
@@ -189,7 +190,8 @@ class Program:
                     if b is not None and b != a:
                         rows.append(({y: 1.0, b: -1.0}, 0.0))
                 elif b is not None and b != a:
-                    rows.append(({y: 1.0, b: -1.0, **({a: 1.0} if a is not None else {})}, 0.0))
+                    rounded_before = {a: 1.0} if a is not None and not edge.entering else {}
+                    rows.append(({y: 1.0, b: -1.0, **rounded_before}, 0.0))
             if a == b:
                 continue
             price = cost.border_us + edge.elements * cost.border_us_per_element

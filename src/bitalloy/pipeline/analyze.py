@@ -75,21 +75,21 @@ class Calibrated:
         """
         model = self.variant(int8).model
         if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: model})
+            return Artefact({ONLY: model}, runtime=self.target.runtime)
         parts = divide(model, self.graph.program)
         for name, opened in self.graph.opened.items():
             try:
                 parts[name] = reopen(parts[name], opened.clone())
             except ModelError:
                 continue
-        return Artefact(parts, self.graph.program)
+        return Artefact(parts, self.graph.program, self.target.runtime)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
         if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: _given(self.graph)})
+            return Artefact({ONLY: _given(self.graph)}, runtime=self.target.runtime)
         program = self.graph.program
-        return Artefact({name: _given(part) for name, part in program.graphs.items()}, program)
+        return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, self.target.runtime)
 
 
 def _given(graph: Graph) -> Path | ir.Model:
@@ -151,6 +151,7 @@ def calibrate(
     """
     settings, work = settings or Settings(), work or Workspace()
     device = target(settings.target)
+    device.runtime.version()  # where it is not installed, that is said before any work
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
     units = split(model, device, heads, exclude=excluded)

@@ -10,15 +10,14 @@ import msgspec
 import numpy as np
 
 from bitalloy import bench
-from bitalloy.apply import TAG
 from bitalloy.bench import TOLERANCE
-from bitalloy.cost import corrected
+from bitalloy.cost import corrected, device
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import LatencySpread, MetricComparison, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.analyze import Analysis, versions
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.protection import protect
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
@@ -26,8 +25,7 @@ from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
 from bitalloy.records import Budget, CostTable, Plan
-from bitalloy.runtime import ONLY, Artefact
-from bitalloy.runtime.ort import available_cores
+from bitalloy.runtime import ONLY, Artefact, available_cores
 from bitalloy.search import FRONT_BUDGETS, Problem, search
 from bitalloy.store import key_of
 from bitalloy.tasks import TASKS, find_task
@@ -52,7 +50,10 @@ class Verified:
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
-    """Measure what each unit and border costs on the target, which must be this machine."""
+    """Measure what each unit and border costs on the target, which must be this machine.
+
+    A stored table of the same units, machine and runtime is used again, whatever else the analysis was made of.
+    """
     work = work or Workspace()
 
     def make() -> bytes:
@@ -60,14 +61,21 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
             table = measure_table(
                 analysis.units,
                 analysis.artefact,
-                TAG,
                 analysis.data.feeds(0),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
         return msgspec.json.encode(table)
 
-    key = key_of(analysis=analysis.key, threads=available_cores())
+    units = [(u.id, u.core, u.tail, u.allowed) for u in analysis.units.units]
+    key = key_of(
+        model=analysis.graph.info.sha256,
+        shapes=analysis.graph.info.inputs,
+        target=analysis.target.name,
+        units=units,
+        device=device(),
+        **_execution(analysis),
+    )
     return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
 
 
@@ -208,7 +216,7 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
         )
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
-    key = key_of(analysis=analysis.key, mixed=_identity(planned), threads=available_cores())
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), **_execution(analysis))
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
@@ -224,6 +232,11 @@ def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Arte
 def _identity(planned: Planned) -> list[str]:
     """What decides a mixed model beside the analysis."""
     return sorted(planned.plan.int8_units())
+
+
+def _execution(analysis: Analysis) -> dict[str, object]:
+    """What decides how models are executed here, beside the machine."""
+    return {"threads": available_cores(), "runtime": analysis.target.runtime.version(), "versions": versions()}
 
 
 def float_bytes(graph: Graph) -> int:
@@ -335,7 +348,13 @@ def _metrics(
                 )
             return msgspec.json.encode(_metrics_of(result))
 
-        key = key_of(analysis=analysis.key, mixed=_identity(planned), labels=data.fingerprint(), limit=limit)
+        key = key_of(
+            analysis=analysis.key,
+            mixed=_identity(planned),
+            labels=data.fingerprint(),
+            limit=limit,
+            runtime=analysis.target.runtime.version(),
+        )
         found.append(msgspec.json.decode(work.cached("evaluate", key, make), type=Metrics))
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},

@@ -2,9 +2,10 @@
 
 from bitalloy.errors import BitalloyError
 from bitalloy.targets.base import Target
+from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU
 
-TARGETS: dict[str, Target] = {ORT_CPU.name: ORT_CPU}
+TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, OPENVINO_CPU)}
 
 
 def target(name: str) -> Target:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from bitalloy.graph import Graph, attribute, constant, consumers, is_float, name
 from bitalloy.numerics import QuantParams, symmetric_params
 from bitalloy.records import Edge, Head, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.regions import path_of, region_id
+from bitalloy.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Core:
     inner: tuple[Edge, ...] = ()
     int8: bool = True
     reason: str = ""
+    reader: ir.Node | None = None
+    """The node that reads integers, where that is not the first one; only of targets that do not round outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Target:
 
     name: str
     describe: str
+    runtime: Runtime
+    """What executes its models."""
     activation_signed: bool
     """Whether INT8 activations are int8 (True) or uint8 (False)."""
     pair_limit: int | None
@@ -41,6 +47,11 @@ class Target:
     """The core that starts at a node; called in topological order for nodes not yet taken."""
     follows: Callable[[ir.Node], bool]
     """Whether a node only moves data and so takes the precision of the unit that feeds it."""
+    rounds_outputs: bool = True
+    """Whether an INT8 kernel can only write INT8, so that an INT8 unit rounds what it makes. Where it may write float
+    (False), a tensor is rounded only where it enters the core node of an INT8 unit that reads integers."""
+    rounds_bias: bool = True
+    """Whether the bias of an INT8 kernel is INT32 in steps of input * weight; float otherwise."""
 
 
 def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: frozenset[str] = frozenset()) -> UnitGraph:
@@ -81,7 +92,7 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         reason, int8 = core.reason, core.int8
         if root in joined:
             int8, reason = False, "joins outputs of different meaning, which one scale cannot serve"
-        elif root in final:
+        elif root in final and target.rounds_outputs:
             int8, reason = False, "makes an output: 256 levels would flatten small values, such as low scores, to zero"
         if exclude & {name_of(n) for n in (*core.nodes, *tails[name])}:
             int8, reason = False, "excluded by the user"
@@ -100,8 +111,10 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
                 reason=reason,
             )
         )
-    edges = tuple(_edges(graph, owner, {u.id: u for u in units}))
-    return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=edges)
+    edges = _edges(graph, owner, {u.id: u for u in units})
+    if not target.rounds_outputs:
+        edges = _entering(edges, {name: name_of(core.reader or core.nodes[0]) for name, core in cores.items()})
+    return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=tuple(edges))
 
 
 def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[UnitEdge]:
@@ -137,6 +150,18 @@ def _edges(graph: Graph, owner: dict[str, str], units: dict[str, Unit]) -> list[
                     elements=elements,
                     passed_on=tensor in roots and source is not None and units[source].kind == "Concat",
                 )
+            )
+    return found
+
+
+def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[UnitEdge]:
+    """Of all edges, those on which a kernel may read integers: each is rounded where it ends, on its own scale."""
+    found = []
+    for edge in edges:
+        uses = tuple(use for use in edge.uses if use.node == readers.get(edge.consumer or ""))
+        if uses:
+            found.append(
+                msgspec.structs.replace(edge, uses=uses, root=edge.tensor, rooted=False, passed_on=False, entering=True)
             )
     return found
 
