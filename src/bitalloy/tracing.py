@@ -39,10 +39,9 @@ class Traced:
         for text in (*kernel.layers, kernel.name):
             if found := _TOKEN.search(text):
                 return self.units[int(found.group(1))]
-        for text in kernel.layers:
-            if (index := self.outputs.get(text.removesuffix(_COPY))) is not None:
-                return self.units[index]
-        return None
+        names = {name.removesuffix(_COPY) for name in kernel.layers}
+        made = [index for output, index in self.outputs.items() if output in names]
+        return self.units[made[0]] if made else None
 
 
 @dataclass(frozen=True)

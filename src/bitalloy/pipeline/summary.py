@@ -12,6 +12,7 @@ from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, Round, S
 from bitalloy.pipeline.analyze import Analysis, part_of, versions
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.program import Joined
+from bitalloy.runtime import ORT
 
 
 def summarize(
@@ -70,13 +71,18 @@ def summarize(
         seconds=dict(seconds),
         rounds=tuple(rounds),
         seed=analysis.settings.seed,
-        versions=versions(),
+        versions=versions() | _runtime(analysis),
         notes=(*analysis.notes, *_busy(latency), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
     )
+
+
+def _runtime(analysis: Analysis) -> dict[str, str]:
+    runtime = analysis.target.runtime
+    return {} if runtime is ORT else {runtime.name: runtime.version()}
 
 
 def _nats(pair: HeadComparison) -> HeadComparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,6 @@ def _names(ports: Any) -> tuple[str, ...]:
     return tuple(sorted(port.get_names())[0] if port.get_names() else port.get_any_name() for port in ports)
 
 
-@cache
 def _openvino() -> Any:
     try:
         import openvino

@@ -10,7 +10,8 @@ Case 1. Conv with constant weights, of any rank, grouped, depthwise, strided or 
         kernel: x * Sigmoid(x), Relu, Clip, LeakyRelu, Sigmoid, Tanh, HardSwish, Elu, Mish, Gelu. The rounding for the
         next kernel does too, where the result has one reader.
 Case 2. MatMul and Gemm with a constant matrix: one FullyConnected kernel, per column; a bias that is added behind a
-        MatMul and an activation as in case 1 run inside (MatMulTransformation).
+        MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are few rows, several such
+        products after each other may become a single Subgraph kernel, which the plugin calls float.
 Case 3. A Concat over the channels (axis 1 before Conv, the last one before MatMul and Gemm) that a case 1 or 2 alone
         reads joins that unit: the rounding behind it is moved before it, so that it joins integers
         (MoveFakeQuantize, ConcatTransformation). There is one scale for all of its operands and one rounding.
