@@ -17,8 +17,8 @@ from bitalloy.outcome import Summary
 from bitalloy.runtime import OrtSession
 
 RESULTS = {
-    "calibration.json", "cost.json", "mixed.onnx", "plan.json", "probe_matrix.npz", "report.html", "sensitivity.csv",
-    "sensitivity.json", "summary.json", "units.json",
+    "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "probe_matrix.npz", "report.html",
+    "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
 }  # fmt: skip
 SUMMARY = {
     "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",

@@ -29,7 +29,8 @@ from bitalloy.values import TAG
 CASES: dict[str, dict[str, str]] = {
     "ort-cpu": {
         "case1-conv": """(float[1,8,16,16] x, float[8,8,3,3] w1, float[8] w2, float[8,8,3,3] w3)
-            => (float[1,8,16,16] y) { c = Conv<pads=[1,1,1,1]>(x, w1, w2)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w3)  y = Neg(d) }""",
+            => (float[1,8,16,16] y) { c = Conv<pads=[1,1,1,1]>(x, w1, w2)  r = Relu(c)
+            d = Conv<pads=[1,1,1,1]>(r, w3)  y = Neg(d) }""",
         "case2-products": """(float[4,32] x, float[32,16] w1, float[8,16] w2, float[8] w3) => (float[4,8] y) {
             m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  y = Neg(g) }""",
         "case3-silu": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,8,16,16] y) {

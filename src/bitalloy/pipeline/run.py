@@ -11,6 +11,7 @@ import msgspec
 
 from bitalloy.errors import BudgetError
 from bitalloy.pipeline.analyze import Analysis, analyze
+from bitalloy.pipeline.audit import audit
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
 from bitalloy.pipeline.exact import confirm
 from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
@@ -89,7 +90,9 @@ def deliver(
     else:
         analysis, planned = _plan_by_default(analysis, work)
     verified = verify(analysis, planned, labels=prepared.labels, limit=limit, work=work)
+    audited = audit(analysis, verified.planned, work=work)
     publish(verified, prepared.store)
+    prepared.store.publish("audit.json", _pretty(audited))
     return verified
 
 

@@ -51,6 +51,7 @@ def summarize(
         ),
         latency_ratio=round(measured.ratio, 4),
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
+        predicted_latency_ratio_interval=planned.predicted_ratio_interval,
         latency_spread_ms=measured.latency,
         size_bytes=_total(sizes),
         sqnr_db=sqnr,

@@ -15,6 +15,8 @@ from bitalloy.runtime.ort import available_cores
 from bitalloy.weights import MESSAGE_BYTES, to_bytes, weight_bytes
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+_RESULT = "/sink_port_0"
+"""What the importer appends to the name of an output for the node that stands for it."""
 _NO_KERNELS = frozenset({"Const", "Constant", "Input", "Output", "Parameter", "Result"})
 
 
@@ -54,7 +56,7 @@ class OpenVinoSession:
             self._request = self._compiled.create_infer_request()
         except Exception as error:  # its C++ border raises RuntimeError and others
             raise ModelError(f"OpenVINO cannot load the model: {error}") from error
-        self._inputs, self._outputs = _names(self._compiled.inputs), _names(self._compiled.outputs)
+        self._inputs, self._outputs = _names(read.inputs), _names(read.outputs)
         self._times: dict[str, list[float]] | None = None if profile is None else {}
 
     @property
@@ -110,7 +112,8 @@ _FACTS = frozenset({"layerType", "runtimePrecision", "originalLayersNames", "pri
 
 
 def _names(ports: Any) -> tuple[str, ...]:
-    return tuple(sorted(port.get_names())[0] if port.get_names() else port.get_any_name() for port in ports)
+    """Names of inputs or outputs in the file: a tensor may have several, such as those before an Identity."""
+    return tuple(port.get_node().get_friendly_name().removesuffix(_RESULT) for port in ports)
 
 
 def _openvino() -> Any:
