@@ -50,6 +50,7 @@ def test_a_run_is_audited(inside: Any, inputs: Any, target: str) -> None:
         convolutions = [u for u in found["units"] if u["kind"] == "Conv"]
         assert convolutions and all(u["executed"] == u["planned"] for u in convolutions)
         assert sum(found["share_of_time"].values()) == pytest.approx(1, abs=1e-3)
+    assert "What the runtime ran" in (inside.folder / "run" / "report.html").read_text()
     assert "ran as planned" in inside("audit", "run").succeeded().out
 
 

@@ -15,11 +15,12 @@ from bitalloy.audit import audit as compare
 from bitalloy.errors import RunDirectoryError
 from bitalloy.outcome import Audit
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.deliver import apply
+from bitalloy.pipeline.deliver import apply, execution
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import Plan, Record, UnitGraph
 from bitalloy.runtime import ONLY, Artefact
+from bitalloy.store import key_of
 from bitalloy.targets import target
 from bitalloy.tracing import profile, trace
 
@@ -29,12 +30,17 @@ Stored = TypeVar("Stored", bound=Record)
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
     """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
     work = work or Workspace()
-    runtime = analysis.target.runtime
-    with work.stage("audit", None), work.scratch() as folder:
-        traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units))
-        traced = replace(traced, artefact=traced.artefact.placed(folder / "mixed"))
-        kernels = profile(traced, analysis.data.feeds(0), folder)
-    return compare(analysis.units, planned.plan.int8_units(), kernels, runtime.name, runtime.version())
+    runtime, int8 = analysis.target.runtime, planned.plan.int8_units()
+
+    def make() -> bytes:
+        with work.stage("audit", None), work.scratch() as folder:
+            traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units))
+            traced = replace(traced, artefact=traced.artefact.placed(folder / "mixed"))
+            kernels = profile(traced, analysis.data.feeds(0), folder)
+        return msgspec.json.encode(compare(analysis.units, int8, kernels, runtime.name, runtime.version()))
+
+    key = key_of(analysis=analysis.key, mixed=sorted(int8), **execution(analysis))
+    return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
 
 
 def audit_run(path: str | Path) -> Audit:

@@ -16,7 +16,7 @@ from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError, DataError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
-from bitalloy.outcome import LatencySpread, MetricComparison, Round, Summary, Triple
+from bitalloy.outcome import Audit, LatencySpread, MetricComparison, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis, versions
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.protection import protect
@@ -47,6 +47,8 @@ class Verified:
     mixed: Artefact
     """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
+    audit: Audit | None = None
+    """What the runtime ran for it, where `audit` was called."""
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
@@ -74,7 +76,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         target=analysis.target.name,
         units=units,
         device=device(),
-        **_execution(analysis),
+        **execution(analysis),
     )
     return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
 
@@ -216,7 +218,7 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
         )
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
-    key = key_of(analysis=analysis.key, mixed=_identity(planned), **_execution(analysis))
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), **execution(analysis))
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
@@ -234,7 +236,7 @@ def _identity(planned: Planned) -> list[str]:
     return sorted(planned.plan.int8_units())
 
 
-def _execution(analysis: Analysis) -> dict[str, object]:
+def execution(analysis: Analysis) -> dict[str, object]:
     """What decides how models are executed here, beside the machine."""
     return {"threads": available_cores(), "runtime": analysis.target.runtime.version(), "versions": versions()}
 

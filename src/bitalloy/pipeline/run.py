@@ -90,9 +90,8 @@ def deliver(
     else:
         analysis, planned = _plan_by_default(analysis, work)
     verified = verify(analysis, planned, labels=prepared.labels, limit=limit, work=work)
-    audited = audit(analysis, verified.planned, work=work)
+    verified = replace(verified, audit=audit(analysis, verified.planned, work=work))
     publish(verified, prepared.store)
-    prepared.store.publish("audit.json", _pretty(audited))
     return verified
 
 
@@ -124,6 +123,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, _pretty(record))
+    if verified.audit is not None:
+        store.publish("audit.json", _pretty(verified.audit))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", _pretty(verified.summary))
@@ -133,7 +134,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
 def render(verified: Verified) -> str:
     """The report as one HTML page."""
     analysis = verified.analysis
-    return render_html(verified.summary, verified.planned.plan, analysis.table, analysis.units, verified.planned.cost)
+    planned = verified.planned
+    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, verified.audit)
 
 
 def _pretty(record: msgspec.Struct) -> bytes:
