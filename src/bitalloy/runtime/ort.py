@@ -107,7 +107,9 @@ class OrtSession:
         try:
             events: list[dict[str, Any]] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise BitalloyError(f"The runtime's profile '{path}' is incomplete. Free space in that folder.") from error
+            raise BitalloyError(
+                f"The runtime's profile '{path}' cannot be written as a whole. Free space in that folder."
+            ) from error
         path.unlink()
         found: dict[str, tuple[dict[str, Any], list[float]]] = {}
         for event in events:
