@@ -17,8 +17,8 @@ from bitalloy.outcome import Summary
 from bitalloy.runtime import OrtSession
 
 RESULTS = {
-    "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz", "probe_matrix.npz",
-    "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
+    "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz",
+    "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
 }  # fmt: skip
 SUMMARY = {
     "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
@@ -359,10 +359,10 @@ def test_full_disk_is_said_and_the_run_goes_on_with_more_space(bitalloy: Any, in
 
 
 def test_quota_is_said(bitalloy: Any, inputs: Any) -> None:
-    """The model fits below the limit and the report does not: it is the one that fails."""
+    """The model fits below the limit, the profile of the audit does not: it is the one that fails."""
     arguments = (inputs.classifier, "--data", inputs.images, *bitalloy.REACHABLE)
     text = bitalloy.starting(LIMITED.format(size=40_000)).run(*arguments).refused()
-    assert "cannot be written" in text and "report.html" in text
+    assert "cannot be written" in text and "profile" in text
     assert "summary.json" not in bitalloy.results()
     bitalloy.run(*arguments).succeeded()
     assert bitalloy.results() == RESULTS

@@ -127,11 +127,12 @@ class _Writer:
 
     def unit(self, unit: Unit, inputs: Mapping[str, str]) -> None:
         for site in unit.weights:
-            self._weight(self.nodes[site.node], site, self.params(inputs[site.node]), unit.id)
-        if self._target.placement is Placement.ENTRY:
-            return
+            entry = self.params(inputs[site.node]) if self._target.int32_bias else None
+            self._weight(self.nodes[site.node], site, entry, unit.id)
         for edge in unit.inner:
             self._pair(edge.tensor, self.params(edge.tensor), unit.id)
+        if self._target.placement is Placement.ENTRY:
+            return
         self._pair(unit.root, self.params(unit.root), unit.id)
         for name in unit.tail:
             for value in list(self.nodes[name].outputs):
@@ -144,12 +145,15 @@ class _Writer:
         for use in edge.uses:
             self.nodes[use.node].replace_input_with(use.slot, self._entries[edge.tensor])
 
-    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams, unit: str) -> None:
-        """INT8 weights; with a bias, their scale grows where the bias would leave int32 in steps of input * weight."""
+    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams | None, unit: str) -> None:
+        """INT8 weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
+
+        Then the scale of weights grows where the bias would leave int32. Without `entry` it stays float.
+        """
         weight, params = constant(node.inputs[site.slot]), weight_params(self._target, node, site)
         assert weight is not None, "weight sites are constants"
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 and self._target.int32_bias else None
-        if bias is not None:
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is not None and entry is not None:
             stored, steps = bias_int32(bias, entry.scale * params.scale)
             params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))
             zeros = np.zeros(steps.shape, np.int32)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -237,6 +238,10 @@ def _show(verified: Verified, folder: Path) -> None:
         "latency, ms" + " (estimated)" * summary.latency_estimated,
         *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)),
     )
+    expected = summary.predicted_latency_ratio_interval
+    ends = f" {expected.low:.2f} to {expected.high:.2f}" if expected is not None else ""
+    predicted = f"{summary.latency_ratio:.2f} (predicted {summary.predicted_latency_ratio:.2f}{ends})"
+    table.add_row("latency over float", "1", f"{latency_ms.int8 / latency_ms.reference:.2f}", predicted)
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.int8, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
@@ -504,6 +509,70 @@ def targets() -> None:
 
     for entry in TARGETS.values():
         out_console.print(f"{entry.name:<12} {entry.describe}", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Run the mixed model again and tell in which precision the runtime executed every unit.
+
+    Example: bitalloy audit runs/last
+    """
+    import msgspec
+
+    from bitalloy import pipeline
+
+    found = pipeline.audit_run(run_directory)
+    if json_output:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        return
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share_of_time.items())
+    line = f"{found.runtime} {found.version}. Share of kernel time: {shares}."
+    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+    differing = found.differences()
+    as_planned = sum(u.executed == u.planned for u in found.units)
+    inside = len(found.units) - as_planned - len(differing)
+    line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
+    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if differing:
+        table = Table("unit", "planned", "executed", "likely cause")
+        for unit in differing[:SHOWN_LINES]:
+            table.add_row(escape(unit.unit), unit.planned, unit.executed, unit.cause)
+        out_console.print(table)
+
+
+@app.command()
+def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """Tell what is available on this machine, with the install line for what is not.
+
+    Example: bitalloy doctor --json
+    """
+    import msgspec
+
+    from bitalloy import pipeline
+
+    found = pipeline.doctor()
+    if json_output:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        return
+    lines = [
+        f"processor    {found.device}, {found.threads} threads, VNNI or its equal: {'yes' if found.vnni else 'no'}",
+        f"system       {found.system}, Python {found.python}",
+        f"versions     {', '.join(f'{name} {version}' for name, version in found.versions.items())}",
+    ]
+    verified = "; latencies are estimates, models are verified on the CPU"
+    lines += [
+        f"target       {t.name}: {t.problem or f'{t.runtime} {t.version}'}{verified * t.estimated}"
+        for t in found.targets
+    ]
+    lines += [
+        f"extra        {e.name}: " + (f"lacks {', '.join(e.missing)}; {e.install}" if e.missing else "installed")
+        for e in found.extras
+    ]
+    for line in lines:
+        out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -9,31 +9,25 @@ that the table reproduces the wall time of the float and the all-INT8 model.
 from __future__ import annotations
 
 import platform
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx_ir as ir
 from scipy.optimize import nnls
 
 from bitalloy import bench
 from bitalloy.records import CostTable, UnitCost, UnitGraph
-from bitalloy.runtime import Artefact
-from bitalloy.runtime.ort import available_cores
+from bitalloy.runtime import Artefact, available_cores
+from bitalloy.tracing import Traced, profile, trace
 
-PROFILE_RUNS = 8
 MIXTURES, LARGE_MIXTURES = 6, 2
 """Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
-QUIET = 25
-"""Percentile of repeated times that stands for a variant: other work on the machine only ever adds time."""
 SWITCH = (0.05, 0.15, 0.4)
 """From long stretches of one precision to a border nearly everywhere, so that borders get a price of their own."""
-TOKEN = re.compile(r"u(\d+)~")
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,6 @@ class Profile:
 def measure(
     units: UnitGraph,
     variant: Callable[[frozenset[str]], Artefact],
-    tag: str,
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
@@ -65,7 +58,6 @@ def measure(
     Args:
         units: the model's units.
         variant: makes the model in which the given units run in INT8.
-        tag: metadata key under which a variant's nodes carry their unit.
         feeds: one sample.
         seed: of the random mixtures.
         repeats: timed rounds.
@@ -76,20 +68,21 @@ def measure(
     plans = [frozenset[str](), quantizable]
     with tempfile.TemporaryDirectory(prefix="bitalloy-cost-") as name:
         folder = Path(name)
-        first = _tokenized(variant(plans[0]), units, tag)
-        large = first.large
+        names = [u.id for u in units.units]
+        first = trace(variant(plans[0]), names)
+        large = first.artefact.large
         count = LARGE_MIXTURES if large else MIXTURES
         plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(count)]
-        models = [first.placed(folder / "0")]
-        models += [_tokenized(variant(p), units, tag).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
+        models = [_placed(first, folder / "0")]
+        models += [_placed(trace(variant(p), names), folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles = []
         for model in models:
-            profiles.append(_profile(model, feeds, folder))
+            profiles.append(_profile(model, units, feeds, folder))
             if progress is not None:
                 progress(1)
         times = bench.sittings(
-            {str(i): m.session for i, m in enumerate(models)},
+            {str(i): m.artefact.session for i, m in enumerate(models)},
             feeds,
             repeats=repeats,
             together=not large,
@@ -126,7 +119,7 @@ def measure(
         )
     return CostTable(
         target=units.target,
-        device=_device(),
+        device=device(),
         threads=available_cores(),
         units=tuple(rows),
         border_us_per_element=float(per_element),
@@ -135,7 +128,22 @@ def measure(
         float_us=float(wall[0]),
         int8_us=float(wall[1]),
         residual_percent=round(float(np.mean(np.abs(predicted / wall - 1))) * 100, 2),
+        left_out_percent=tuple(round(100 * e, 2) for e in _left_out(design, weight, wall)),
     )
+
+
+def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray) -> list[float]:
+    """Error of each mixture over its time, as a fit without it predicts it; the two pure variants stay in all fits."""
+    found = []
+    for index in range(2, len(wall)):
+        others = np.arange(len(wall)) != index
+        prices, _ = nnls(design[others] * weight[others, None], wall[others] * weight[others])
+        found.append(float(design[index] @ prices / wall[index] - 1))
+    return found
+
+
+def _placed(traced: Traced, folder: Path) -> Traced:
+    return replace(traced, artefact=traced.artefact.placed(folder))
 
 
 def corrected(table: CostTable, units: UnitGraph, int8: frozenset[str], measured_ratio: float) -> CostTable:
@@ -173,46 +181,16 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
     return frozenset(chosen)
 
 
-def _tokenized(artefact: Artefact, units: UnitGraph, tag: str) -> Artefact:
-    """Rename nodes and tensors so that the runtime's fused kernels can be traced back to units."""
+def _profile(model: Traced, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path) -> Profile:
     index = {u.id: i for i, u in enumerate(units.units)}
-    number = 0
-    for model in artefact.models.values():
-        assert isinstance(model, ir.Model), "variants are made in memory"
-        outputs = set(model.graph.outputs)
-        for node in model.graph:
-            number += 1
-            unit = index.get(node.metadata_props.get(tag, ""))
-            prefix = f"u{unit}~" if unit is not None else "border~"
-            node.name = f"{prefix}{number}"
-            for slot, value in enumerate(node.outputs):
-                if value not in outputs:
-                    value.name = f"{prefix}{number}.{slot}"
-    return artefact
-
-
-def _profile(artefact: Artefact, feeds: Mapping[str, np.ndarray], folder: Path) -> Profile:
-    session = artefact.session(profile=folder / "profile")
-    for _ in range(PROFILE_RUNS + 2):
-        session.run(feeds)
-    events = session.end_profile()
-    session.close()
-    kernels: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        name = str(event.get("name"))
-        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            kernels[name].append(float(event["dur"]))  # type: ignore[arg-type]
-    units: dict[int, float] = defaultdict(float)
+    times: dict[int, float] = defaultdict(float)
     borders = 0.0
-    for name, durations in kernels.items():
-        # a node that runs several times under one name shares it; warm-up runs come first
-        per_run = float(np.percentile(durations, QUIET)) * max(1, round(len(durations) / (PROFILE_RUNS + 2)))
-        match = TOKEN.search(name)
-        if match:
-            units[int(match.group(1))] += per_run
+    for timed in profile(model, feeds, folder):
+        if timed.unit is None:
+            borders += timed.us
         else:
-            borders += per_run
-    return Profile(units, borders)
+            times[index[timed.unit]] += timed.us
+    return Profile(times, borders)
 
 
 def _unit_times(
@@ -222,13 +200,14 @@ def _unit_times(
     found = {}
     for index, unit in enumerate(units.units):
         seen: tuple[list[float], list[float]] = ([], [])
-        for plan, profile in zip(plans, profiles, strict=True):
-            seen[unit.id in plan].append(profile.units.get(index, 0.0))
+        for plan, one in zip(plans, profiles, strict=True):
+            seen[unit.id in plan].append(one.units.get(index, 0.0))
         found[unit.id] = (float(np.median(seen[0])), float(np.median(seen[1])) if seen[1] else 0.0)
     return found
 
 
-def _device() -> str:
+def device() -> str:
+    """The processor of this machine, by its own name."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bitalloy.records import Budget, DataInfo, Estimate, Latency, MetricValue, Record
+from bitalloy.records import Budget, DataInfo, Estimate, Latency, MetricValue, Precision, Record
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -103,6 +103,46 @@ class Evaluation(Record, frozen=True, kw_only=True):
     """Whether all limits hold."""
 
 
+class AuditedUnit(Record, frozen=True, kw_only=True):
+    """A planned unit beside what the runtime ran for it."""
+
+    unit: str
+    kind: str
+    planned: Precision
+    executed: str
+    """Precision in which its work was done; another type in the runtime's words, or empty where no kernel is known."""
+    kernels: tuple[str, ...]
+    us: float
+    cause: str
+    """Likely cause of a difference, empty where there is none."""
+
+
+class AuditedKernel(Record, frozen=True, kw_only=True):
+    """One executed kernel."""
+
+    op: str
+    precision: str
+    unit: str | None
+    """None for rounding, layout changes and the like between units."""
+    us: float
+
+
+class Audit(Record, frozen=True, kw_only=True):
+    """`audit.json`: what the runtime ran."""
+
+    runtime: str
+    version: str
+    units: tuple[AuditedUnit, ...]
+    share_of_time: dict[str, float]
+    """Precision that kernels read -> share of the time of all kernels."""
+    kernels: tuple[AuditedKernel, ...]
+    """In order of execution."""
+
+    def differences(self) -> tuple[AuditedUnit, ...]:
+        """Units whose work was done in another precision than planned."""
+        return tuple(u for u in self.units if u.executed not in ("", u.planned))
+
+
 class Summary(Record, frozen=True, kw_only=True):
     """`summary.json`: the result of a run. Names are stable; new ones may be added."""
 
@@ -152,6 +192,8 @@ class Summary(Record, frozen=True, kw_only=True):
     (sigmoid), the mean over positions where classes exclude each other (softmax)."""
     evaluations: tuple[Evaluation, ...] = ()
     """Plans of the front that were evaluated for a limit on the drop of a task metric, in order."""
+    predicted_latency_ratio_interval: Estimate | None = None
+    """95 % prediction interval of `predicted_latency_ratio`."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""
     fp16_units: int = 0

@@ -367,6 +367,10 @@ class Secant(Record, frozen=True, kw_only=True):
     samples: int
 
 
+T_95 = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
 class UnitCost(Record, frozen=True, kw_only=True):
     """Time of a unit alone in each precision, borders excluded."""
 
@@ -413,6 +417,8 @@ class CostTable(Record, frozen=True, kw_only=True):
     cast_us: float = 0.0
     estimated: bool = False
     """True where nothing was measured: times follow from peak rates of `device`."""
+    left_out_percent: tuple[float, ...] = ()
+    """Error of each random variant over its time (positive: predicted too slow), by a fit that has not seen it."""
 
     def latency_us(self, units: UnitGraph, lowered: frozenset[str]) -> float:
         """Predicted latency of a plan."""
@@ -423,6 +429,19 @@ class CostTable(Record, frozen=True, kw_only=True):
             elements, count = units.casts(lowered)
             total += elements * self.cast_us_per_element + count * self.cast_us
         return float(total)
+
+    def latency_interval_us(self, units: UnitGraph, lowered: frozenset[str]) -> Estimate | None:
+        """The same with a 95 % prediction interval from the variants that were left out of fits (Student's t).
+
+        None where nothing was measured.
+        """
+        if not self.left_out_percent:
+            return None
+        value = self.latency_us(units, lowered)
+        count = len(self.left_out_percent)
+        spread = sum(e * e for e in self.left_out_percent) / count
+        reach = value * T_95[min(count, len(T_95) - 1)] * spread**0.5 / 100
+        return Estimate(value=round(value, 2), low=round(max(value - reach, 0.0), 2), high=round(value + reach, 2))
 
     @property
     def all_float_us(self) -> float:
@@ -531,6 +550,8 @@ class Plan(Record, frozen=True, kw_only=True):
     choices: tuple[Choice, ...]
     heads: tuple[HeadDamage, ...]
     predicted_latency_us: float
+    predicted_latency_interval_us: Estimate | None = None
+    """With a 95 % prediction interval, from the errors of the cost table on variants that it has not seen."""
     predicted_size_bytes: int
     optimality_gap: float
     """Part of what was minimized that the solver did not prove to be optimal, before the local search: of the additive

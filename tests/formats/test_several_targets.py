@@ -106,5 +106,7 @@ def test_targets_are_named_once(inputs: Any) -> None:
     data = bitalloy.open_data(model, inputs.images)
     with pytest.raises(BitalloyError, match="one or more, each once"):
         bitalloy.analyze(model, data, bitalloy.Settings(targets=("ort-cpu", "ort-cpu"), **QUICK))
-    with pytest.raises(BitalloyError, match=r"Unknown target 'ort-gpu'. Available: ort-cpu, ort-cuda, tensorrt"):
+    with pytest.raises(
+        BitalloyError, match=r"Unknown target 'ort-gpu'. Available: ort-cpu, openvino-cpu, ort-cuda, tensorrt"
+    ):
         bitalloy.analyze(model, data, bitalloy.Settings(targets=("ort-cpu", "ort-gpu"), **QUICK))

@@ -1,7 +1,9 @@
 """The stages in their order. The only package that knows it."""
 
 from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate
+from bitalloy.pipeline.audit import audit, audit_run
 from bitalloy.pipeline.deliver import Verified, apply, float_bytes, measure_cost, plan, verify
+from bitalloy.pipeline.doctor import doctor
 from bitalloy.pipeline.exact import MODES, Selection, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
 from bitalloy.pipeline.planning import front_json, front_table, plan_again, plan_json, plan_line, unit_table
@@ -26,9 +28,12 @@ __all__ = [
     "Workspace",
     "analyze",
     "apply",
+    "audit",
+    "audit_run",
     "calibrate",
     "confirm",
     "deliver",
+    "doctor",
     "float_bytes",
     "front_json",
     "front_table",

@@ -90,28 +90,28 @@ class Calibrated:
         """
         model = self.variant(lowered).model
         if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: model})
+            return Artefact({ONLY: model}, runtime=self.target.runtime)
         parts = divide(model, self.graph.program)
         for name, opened in self.graph.opened.items():
             try:
                 parts[name] = reopen(parts[name], opened.clone())
             except ModelError:
                 continue
-        return Artefact(parts, self.graph.program)
+        return Artefact(parts, self.graph.program, self.target.runtime)
 
     def executable(self, artefact: Artefact) -> Artefact:
         """The same for ONNX Runtime on this machine, with the numbers of FP16 as the graph says: see `specified`."""
         if not self.target.half:
             return artefact
         models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
-        return Artefact(models, artefact.program)
+        return Artefact(models, artefact.program, artefact.runtime)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
         if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: _given(self.graph)})
+            return Artefact({ONLY: _given(self.graph)}, runtime=self.target.runtime)
         program = self.graph.program
-        return Artefact({name: _given(part) for name, part in program.graphs.items()}, program)
+        return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, self.target.runtime)
 
 
 def _given(graph: Graph) -> Path | ir.Model:
@@ -190,6 +190,8 @@ def calibrate(
     if len(set(settings.targets)) != len(settings.targets) or not settings.targets:
         raise BitalloyError(f"Targets are {', '.join(settings.targets) or 'none'}; expected one or more, each once.")
     devices = [target(name) for name in settings.targets]
+    for device in devices:
+        device.runtime.version()  # where it is not installed, that is said before any work
     if isinstance(model, Joined) and any(device.half for device in devices):
         devices = [replace(device, half=frozenset()) for device in devices]
         notes = (*notes, ONE_GRAPH)

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 
 from bitalloy import bench
-from bitalloy.apply import TAG
+from bitalloy.cost import device
 from bitalloy.cost import measure as measure_table
 from bitalloy.errors import BudgetError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
-from bitalloy.outcome import Evaluation, LatencySpread, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis
+from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
+from bitalloy.pipeline.analyze import Analysis, versions
 from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
@@ -28,8 +28,7 @@ from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined
 from bitalloy.records import Budget, CostTable, Latency, ParetoPoint
 from bitalloy.roofline import estimate
-from bitalloy.runtime import ONLY, Artefact
-from bitalloy.runtime.ort import available_cores
+from bitalloy.runtime import ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
 from bitalloy.verify import output_sqnr
@@ -52,12 +51,17 @@ class Verified:
     summary: Summary
     tables: Tables
     """What the plan rests on in the end: the matrix as corrected by what was measured."""
+    audit: Audit | None = None
+    """What the runtime ran for it, where `audit` was called."""
     others: tuple[Verified, ...] = ()
     """Of the other targets."""
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
-    """Measure what each unit and border costs on this machine; estimate it where the target cannot run here."""
+    """Measure what each unit and border costs on this machine; estimate it where the target cannot run here.
+
+    A stored table of the same units, machine and runtime is used again, whatever else the analysis was made of.
+    """
     work = work or Workspace()
     if analysis.target.device is not None:
         return estimate(analysis.graph, analysis.units, analysis.target.device)
@@ -67,14 +71,21 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
             table = measure_table(
                 analysis.units,
                 analysis.artefact,
-                TAG,
                 analysis.data.feeds(0),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
         return msgspec.json.encode(table)
 
-    key = key_of(analysis=analysis.key, threads=available_cores())
+    units = [(u.id, u.core, u.tail, u.allowed) for u in analysis.units.units]
+    key = key_of(
+        model=analysis.graph.info.sha256,
+        shapes=analysis.graph.info.inputs,
+        target=analysis.target.name,
+        units=units,
+        device=device(),
+        **execution(analysis),
+    )
     return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
 
 
@@ -351,7 +362,7 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
                     session.close()
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
-    key = key_of(analysis=analysis.key, mixed=_identity(planned), threads=available_cores())
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), **execution(analysis))
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
@@ -390,6 +401,11 @@ def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Arte
 def _identity(planned: Planned) -> list[str]:
     """What decides a mixed model beside the analysis."""
     return sorted(planned.plan.lowered())
+
+
+def execution(analysis: Analysis) -> dict[str, object]:
+    """What decides how models are executed here, beside the machine."""
+    return {"threads": available_cores(), "runtime": analysis.target.runtime.version(), "versions": versions()}
 
 
 def float_bytes(graph: Graph) -> int:

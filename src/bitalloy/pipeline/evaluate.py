@@ -194,7 +194,13 @@ def _results(
                 )
             return msgspec.json.encode(result)
 
-        key = key_of(analysis=analysis.key, mixed=identity, labels=data.fingerprint(), limit=limit)
+        key = key_of(
+            analysis=analysis.key,
+            mixed=identity,
+            labels=data.fingerprint(),
+            limit=limit,
+            runtime=analysis.target.runtime.version(),
+        )
         found.append(msgspec.json.decode(work.cached(stage, key, make), type=TaskResult))
     return found
 

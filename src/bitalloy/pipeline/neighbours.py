@@ -84,7 +84,13 @@ def measure_beside(
             )
         )
 
-    key = key_of(analysis=analysis.key, plans=[sorted(p) for p in plans], samples=samples, threads=available_cores())
+    key = key_of(
+        analysis=analysis.key,
+        plans=[sorted(p) for p in plans],
+        samples=samples,
+        threads=available_cores(),
+        runtime=analysis.target.runtime.version(),
+    )
     return msgspec.json.decode(work.cached("neighbours", key, make), type=Sitting)
 
 

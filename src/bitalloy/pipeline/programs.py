@@ -23,7 +23,7 @@ from bitalloy.errors import DataError, ModelError
 from bitalloy.graph import Graph
 from bitalloy.program import SHAPES, Joined, Outline, Program, usual_shapes
 from bitalloy.records import TensorSpec
-from bitalloy.runtime import Chain, OrtSession
+from bitalloy.runtime import Chain, Session
 from bitalloy.tasks import chat, promptable
 from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
 from bitalloy.tasks.chat_samples import ChatSamples
@@ -103,7 +103,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return chat.SentencePieces(sentence_pieces(folder))
 
 
-def runner(graph: Graph, session: OrtSession | Chain) -> Run:
+def runner(graph: Graph, session: Session) -> Run:
     """The function from a task's feeds to outputs; what an image gives is kept for all that is asked about it."""
     if not isinstance(session, Chain) or not isinstance(graph, Joined):
         return session.run

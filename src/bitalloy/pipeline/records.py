@@ -22,6 +22,15 @@ class Planned:
         """Predicted latency over that of the float model."""
         return self.plan.predicted_latency_us / self.cost.all_float_us
 
+    @property
+    def predicted_ratio_interval(self) -> Estimate | None:
+        """The same with its 95 % prediction interval."""
+        found = self.plan.predicted_latency_interval_us
+        if found is None:
+            return None
+        value, low, high = (round(us / self.cost.all_float_us, 4) for us in (found.value, found.low, found.high))
+        return Estimate(value=value, low=low, high=high)
+
 
 class Measured(Record, frozen=True, kw_only=True):
     """What one round measured on the real runtime."""

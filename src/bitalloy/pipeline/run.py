@@ -11,6 +11,7 @@ import msgspec
 
 from bitalloy.errors import BudgetError
 from bitalloy.pipeline.analyze import Analysis, analyze, units_of
+from bitalloy.pipeline.audit import audit
 from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
 from bitalloy.pipeline.exact import confirm
@@ -98,6 +99,8 @@ def deliver(
         else:
             part, planned = _plan_by_default(part, budget.keep, work)
         verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
+        if part.target.device is None:
+            verified = replace(verified, audit=audit(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
@@ -152,6 +155,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, _pretty(record))
+    if verified.audit is not None:
+        store.publish("audit.json", _pretty(verified.audit))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", _pretty(verified.summary))
@@ -161,7 +166,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
 def render(verified: Verified) -> str:
     """The report as one HTML page."""
     analysis = verified.analysis
-    return render_html(verified.summary, verified.planned.plan, analysis.table, analysis.units, verified.planned.cost)
+    planned = verified.planned
+    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, verified.audit)
 
 
 def _pretty(record: msgspec.Struct) -> bytes:

@@ -14,6 +14,7 @@ from bitalloy.pipeline.evaluate import missed_drops
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.rounds import shortfall
 from bitalloy.program import Joined
+from bitalloy.runtime import ORT
 
 
 def summarize(
@@ -53,6 +54,7 @@ def summarize(
         ),
         latency_ratio=round(measured.ratio, 4),
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
+        predicted_latency_ratio_interval=planned.predicted_ratio_interval,
         latency_spread_ms=measured.latency,
         size_bytes=_total(sizes),
         sqnr_db=sqnr,
@@ -74,7 +76,7 @@ def summarize(
         rounds=tuple(rounds),
         evaluations=tuple(evaluations),
         seed=analysis.settings.seed,
-        versions=versions(),
+        versions=versions() | _runtime(analysis),
         notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
@@ -83,6 +85,11 @@ def summarize(
         fp16_units=len(planned.plan.fp16_units()),
         latency_estimated=planned.cost.estimated,
     )
+
+
+def _runtime(analysis: Analysis) -> dict[str, str]:
+    runtime = analysis.target.runtime
+    return {} if runtime is ORT else {runtime.name: runtime.version()}
 
 
 def _nats(pair: HeadComparison) -> HeadComparison:

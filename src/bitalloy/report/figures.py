@@ -233,13 +233,15 @@ def _latency(summary: Summary) -> Row:
 
 
 def _ratio(summary: Summary, predicted_int8: float) -> Row:
-    def cell(measured: float, predicted: float) -> Cell:
-        note = Note(f"predicted {formats.ratio(predicted)}")
+    def cell(measured: float, predicted: float, interval: Estimate | None = None) -> Cell:
+        ends = f" {formats.between(interval, 2)}" if interval is not None else ""
+        note = Note(f"predicted {formats.ratio(predicted)}{ends}")
         return Cell(formats.ratio(measured), (note,), "bad" if measured >= 1 else "")
 
     latency = summary.latency_ms
     int8 = cell(latency.int8 / latency.reference, predicted_int8)
-    mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio)
+    interval = summary.predicted_latency_ratio_interval
+    mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio, interval)
     return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), int8, mixed))
 
 

@@ -14,7 +14,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.outcome import Summary
+from bitalloy.outcome import Audit, Summary
 from bitalloy.records import CostTable, ParetoPoint, Plan, SensitivityTable, UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
@@ -23,7 +23,14 @@ OFF_SCALE_DB = 80.0
 """Plans with less error than this are drawn at the edge of the plot: rounding is then no concern."""
 
 
-def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGraph, cost: CostTable) -> str:
+def render(
+    summary: Summary,
+    plan: Plan,
+    table: SensitivityTable,
+    units: UnitGraph,
+    cost: CostTable,
+    audit: Audit | None = None,
+) -> str:
     """The report as one offline HTML page.
 
     Args:
@@ -32,6 +39,7 @@ def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGra
         table: sensitivities of sites, units and regions.
         units: the model on the plan's target.
         cost: measured cost table.
+        audit: what the runtime ran, where that was looked at.
     """
     heads = figures.heads_of(plan, summary)
     tables = Tables(plan, table, units, cost, heads)
@@ -56,6 +64,7 @@ def render(summary: Summary, plan: Plan, table: SensitivityTable, units: UnitGra
         plan=plan,
         table=table,
         cost=cost,
+        audit=audit,
         heads=heads,
         tone=figures.tone(summary),
         limits=figures.limits(summary),

@@ -1,7 +1,19 @@
 """Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
 
 from bitalloy.runtime.artefact import ONLY, Artefact, Chain
-from bitalloy.runtime.base import Session
-from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.base import Kernel, Runtime, Session
+from bitalloy.runtime.openvino import OPENVINO
+from bitalloy.runtime.ort import ORT, OrtSession, available_cores
 
-__all__ = ["ONLY", "Artefact", "Chain", "OrtSession", "Session"]
+__all__ = [
+    "ONLY",
+    "OPENVINO",
+    "ORT",
+    "Artefact",
+    "Chain",
+    "Kernel",
+    "OrtSession",
+    "Runtime",
+    "Session",
+    "available_cores",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from bitalloy.program import FILE, Program
 from bitalloy.program.wiring import write_wiring
-from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.base import Kernel, Runtime, Session
+from bitalloy.runtime.ort import ORT
 from bitalloy.weights import is_large, pack, save
 
 ONLY = "model"
@@ -26,7 +27,7 @@ class Chain:
         program: whose graphs they are.
     """
 
-    def __init__(self, sessions: Mapping[str, OrtSession], program: Program) -> None:
+    def __init__(self, sessions: Mapping[str, Session], program: Program) -> None:
         self._sessions, self._program = dict(sessions), program
         self._wires = {(w.target, w.input): (w.source, w.output) for w in program.wires}
 
@@ -40,7 +41,7 @@ class Chain:
         names = self._program.names
         return tuple(names[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names)
 
-    def part(self, name: str) -> OrtSession:
+    def part(self, name: str) -> Session:
         """The session of one graph."""
         return self._sessions[name]
 
@@ -57,9 +58,9 @@ class Chain:
             values.update({(graph, name): value for name, value in session.run(given).items()})
         return {names[g, o]: values[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names}
 
-    def end_profile(self) -> list[dict[str, object]]:
-        """Stop profiling; returns the trace events of all graphs."""
-        return [event for session in self._sessions.values() for event in session.end_profile()]
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Stop profiling; returns the kernels of all graphs."""
+        return tuple(kernel for session in self._sessions.values() for kernel in session.kernels())
 
     def close(self) -> None:
         for session in self._sessions.values():
@@ -73,6 +74,8 @@ class Artefact:
     models: Mapping[str, ir.Model | Path]
     """By name of the graph; `ONLY` for a model that is one graph."""
     program: Program | None = None
+    runtime: Runtime = ORT
+    """What executes it: that of the target it was made for."""
 
     @property
     def large(self) -> bool:
@@ -89,13 +92,17 @@ class Artefact:
         """Bytes of all files."""
         return sum(self.sizes.values())
 
-    def session(self, *, profile: Path | None = None) -> OrtSession | Chain:
-        """Load into ONNX Runtime; of a `large` one the weights are lent, which is slower than from a file."""
+    def session(self, *, profile: Path | None = None) -> Session:
+        """Load into the runtime; of a program a `Chain`. In ONNX Runtime a `large` one in memory is slower than a file.
+
+        Args:
+            profile: path prefix of a profile; `kernels` of the session then tells what was executed.
+        """
         if self.program is None:
-            return OrtSession(self.models[ONLY], profile=profile)
+            return self.runtime.open(self.models[ONLY], profile=profile)
         parts = {
-            name: OrtSession(model, profile=None if profile is None else profile.with_name(f"{profile.name}-{name}"))
-            for name, model in self.models.items()
+            name: self.runtime.open(m, profile=None if profile is None else profile.with_name(f"{profile.name}-{name}"))
+            for name, m in self.models.items()
         }
         return Chain(parts, self.program)
 
@@ -108,7 +115,7 @@ class Artefact:
                 models[name], *_ = save(model, folder / f"{name}.onnx")
             else:
                 models[name] = model
-        return Artefact(models, self.program)
+        return replace(self, models=models)
 
     def save(self, path: str | Path) -> tuple[Path, ...]:
         """Write a model to an .onnx file, or a program to a folder with `program.json`; 2 GB and more in two files.

@@ -1,11 +1,30 @@
-"""The border to a runtime: one method plus close."""
+"""The border to a runtime: a session has one method plus close; a runtime opens sessions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a runtime really executed, and how long it took in each profiled run."""
+
+    name: str
+    layers: tuple[str, ...]
+    """Names of nodes and tensors of the model that the kernel stands for, as far as the runtime says, main one first.
+    Here and in `name` a runtime may append to them."""
+    op: str
+    """In the runtime's words, e.g. `QLinearConv` or `Convolution brgconv_avx512_I8`."""
+    precision: str
+    """Of what it reads: `int8`, `fp16`, `fp32`, another type in the runtime's words, or empty where it reads none."""
+    us: tuple[float, ...]
+    """Microseconds, per run in which it was executed."""
 
 
 class Session(Protocol):
@@ -25,6 +44,42 @@ class Session(Protocol):
         """Execute once. Shapes and dtypes of `feeds` are those of the graph inputs."""
         ...
 
+    def kernels(self) -> Sequence[Kernel]:
+        """End the profile of a session that was opened with one: what all runs so far executed, in order."""
+        ...
+
     def close(self) -> None:
         """Release the runtime's memory. `run` may not be called afterwards."""
         ...
+
+
+class Opener(Protocol):
+    """Makes a session of a model in memory or in a file."""
+
+    def __call__(self, model: ir.Model | Path, *, profile: Path | None = None) -> Session:
+        """Load a model with one thread per available core.
+
+        Args:
+            model: weights of a large one in memory may be lent to the session, so it must outlive it unchanged.
+            profile: where the runtime may write a profile, as a path prefix; None times nothing.
+
+        Raises:
+            ModelError: the runtime refuses the model.
+            MissingExtraError: the runtime is not installed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What executes the models of a target."""
+
+    name: str
+    """As people write it."""
+    open: Opener
+    version: Callable[[], str]
+    """Installed version.
+
+    Raises:
+        MissingExtraError: there is none.
+    """

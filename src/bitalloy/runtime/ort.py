@@ -15,9 +15,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.runtime.base import Kernel, Runtime
 from bitalloy.weights import Packed, pack
 
 ort.set_default_logger_severity(3)
+
+_KERNEL = "_kernel_time"
+"""Ending of the events of a profile that stand for the execution of a node."""
+_TYPES = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
 class OrtSession:
@@ -28,7 +33,7 @@ class OrtSession:
             model are lent to the session and stay where they are; from a file the runtime reads and repacks its own.
         threads: intra-op threads; None takes one per available core.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
-        profile: path prefix of a profile to be written; `end_profile` reads it back.
+        profile: path prefix of a profile to be written; `kernels` reads it back.
         shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
             no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
 
@@ -96,18 +101,35 @@ class OrtSession:
             raise ModelError(f"ONNX Runtime failed while running the model: {error}") from error
         return dict(zip(outputs, values, strict=True))
 
-    def end_profile(self) -> list[dict[str, object]]:
-        """Stop profiling; returns the trace events and removes the file."""
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Stop profiling; returns the kernels in order of their first run and removes the profile."""
         path = Path(self._session.end_profiling())
         try:
-            events: list[dict[str, object]] = json.loads(path.read_text())
+            events: list[dict[str, Any]] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise BitalloyError(f"The runtime's profile '{path}' is incomplete. Free space in that folder.") from error
+            raise BitalloyError(
+                f"The runtime's profile '{path}' cannot be written as a whole. Free space in that folder."
+            ) from error
         path.unlink()
-        return events
+        found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+        for event in events:
+            name = str(event.get("name"))
+            if event.get("cat") == "Node" and name.endswith(_KERNEL):
+                found.setdefault(name.removesuffix(_KERNEL), (event["args"], []))[1].append(float(event["dur"]))
+        return tuple(
+            Kernel(name, (name,), str(args.get("op_name", "")), _precision(args), tuple(times))
+            for name, (args, times) in found.items()
+        )
 
     def close(self) -> None:
         del self._session, self._lent, self._lent_values
+
+
+def _precision(args: Mapping[str, Any]) -> str:
+    """Type of the first operand of a profiled node."""
+    operands = args.get("input_type_shape") or [{}]
+    kind = next(iter(operands[0]), "")
+    return _TYPES.get(kind, kind)
 
 
 @cache
@@ -143,3 +165,14 @@ def evaluate_node(
         ir_version=9,
     )
     return list(OrtSession(model.SerializeToString(), threads=1).run(feeds).values())
+
+
+ORT = Runtime("ONNX Runtime", OrtSession, lambda: str(ort.__version__))
+"""The runtime of the core."""
+
+
+def cuda_missing() -> str:
+    """Why the CUDA provider cannot be used here; empty where it can."""
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        return ""
+    return "this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu"

@@ -91,6 +91,7 @@ def complete(
         choices=tuple(_choices(problem, lowered)),
         heads=tuple(HeadDamage(head=h, predicted_db=e) for h, e in zip(problem.matrix.heads, estimates, strict=True)),
         predicted_latency_us=round(problem.latency_us(lowered), 2),
+        predicted_latency_interval_us=problem.cost.latency_interval_us(problem.units, lowered),
         predicted_size_bytes=problem.size_bytes(lowered),
         optimality_gap=gap,
         solved=solved and whole,

@@ -2,11 +2,12 @@
 
 from bitalloy.errors import BitalloyError
 from bitalloy.targets.base import Target
+from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.ort_cuda import ORT_CUDA
 from bitalloy.targets.tensorrt import TENSORRT
 
-TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, ORT_CUDA, TENSORRT)}
+TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, OPENVINO_CPU, ORT_CUDA, TENSORRT)}
 
 
 def target(name: str) -> Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from bitalloy.graph import Graph, attribute, constant, consumers, is_float, name
 from bitalloy.numerics import QuantParams, activation_params, symmetric_params
 from bitalloy.records import Edge, Head, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.regions import path_of, region_id
+from bitalloy.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Core:
     inner: tuple[Edge, ...] = ()
     int8: bool = True
     reason: str = ""
+    reader: ir.Node | None = None
+    """The node that reads integers, where that is not the first one; of targets with a `single_reader`."""
     joined: tuple[Edge, ...] = ()
     """Inputs that the kernel takes unrounded also in INT8, because it makes them itself (`Placement.NONE`)."""
 
@@ -55,6 +59,8 @@ class Target:
 
     name: str
     describe: str
+    runtime: Runtime
+    """What executes its models here; of a `device` that is not here, what verifies them."""
     activation_signed: bool
     """Whether INT8 activations are int8 (True) or uint8 (False)."""
     pair_limit: int | None
@@ -68,6 +74,9 @@ class Target:
     """Whether the zero point of INT8 activations is 0."""
     placement: Placement = Placement.ENDS
     """Where INT8 units round."""
+    single_reader: bool = False
+    """Whether one node of a unit alone reads integers: `Core.reader`, or else its first. Nothing is rounded on the way
+    to the others, and every tensor is rounded on its own scale."""
     int32_bias: bool = True
     """Whether biases of INT8 units are stored as int32 in steps of input times weight, or stay float."""
     slow_softmax: bool = True
@@ -147,8 +156,10 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
             )
         )
     unrounded = frozenset(e for core in cores.values() for e in core.joined)
-    edges = tuple(_edges(graph, owner, {u.id: u for u in units}, target.placement, unrounded))
-    return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=edges)
+    edges = _edges(graph, owner, {u.id: u for u in units}, target.placement, unrounded)
+    if target.single_reader:
+        edges = _entering(edges, {name: name_of(core.reader or core.nodes[0]) for name, core in cores.items()})
+    return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=tuple(edges))
 
 
 def _edges(
@@ -192,6 +203,16 @@ def _edges(
                     placement=Placement.NONE if own or unrounded.issuperset(edges) else placement,
                 )
             )
+    return found
+
+
+def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[UnitEdge]:
+    """Of all edges, those on which a kernel may read integers: each is rounded where it ends, on its own scale."""
+    found = []
+    for edge in edges:
+        uses = tuple(use for use in edge.uses if use.node == readers.get(edge.consumer or ""))
+        if uses:
+            found.append(msgspec.structs.replace(edge, uses=uses, root=edge.tensor, rooted=False, passed_on=False))
     return found
 
 

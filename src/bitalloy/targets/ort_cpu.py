@@ -21,20 +21,16 @@ scale of a channel grows only as far as its own neighbouring weights need (`base
 
 from __future__ import annotations
 
-import math
-import platform
-from pathlib import Path
+from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
-from bitalloy.records import Edge, WeightSite
+from bitalloy.graph import Graph, attribute, constant, consumers, name_of
+from bitalloy.records import Edge
+from bitalloy.runtime import ORT
 from bitalloy.targets.base import Core, Target
+from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
 
-MOVERS = frozenset({
-    "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
-    "Tile", "Transpose", "Unsqueeze",
-})  # fmt: skip
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 
@@ -42,11 +38,11 @@ FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 def _match(node: ir.Node, graph: Graph) -> Core:
     match node.op_type:
         case "Conv":
-            return _weighted(node, axis=0)
+            return _activation(weighted(node, axis=0))
         case "MatMul":
-            return _matmul(node)
+            return matmul(node)
         case "Gemm":
-            return _gemm(node)
+            return _activation(gemm(node, "ONNX Runtime"))
         case "Sigmoid":
             return _silu(node) or Core("Sigmoid", (node,))
         case "Add" | "Mul":
@@ -71,53 +67,12 @@ def _pool_fault(node: ir.Node) -> str:
     return ""
 
 
-def _weighted(node: ir.Node, *, axis: int) -> Core:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if constant(node.inputs[1]) is None or (bias is not None and constant(bias) is None):
-        return Core(node.op_type, (node,), int8=False, reason="weights or bias are computed at run time")
-    if bias is not None and len(static_shape(bias)) != 1:
-        return Core(node.op_type, (node,), int8=False, reason="the bias is not a vector")
-    site = _weight(node, axis)
-    return Core(node.op_type, (node, *_activation(node)), weights=(site,))
-
-
-def _weight(node: ir.Node, axis: int) -> WeightSite:
-    value = node.inputs[1]
-    assert value is not None
-    elements = math.prod(static_shape(value))
-    return WeightSite(tensor=str(value.name), node=name_of(node), slot=1, axis=axis, elements=elements)
-
-
-def _activation(node: ir.Node) -> tuple[ir.Node, ...]:
-    output = node.outputs[0]
-    uses = consumers(output)
-    if len(uses) == 1 and not output.is_graph_output() and uses[0].node.op_type in FUSED_ACTIVATIONS:
-        return (uses[0].node,)
-    return ()
-
-
-def _matmul(node: ir.Node) -> Core:
-    left, right = node.inputs
-    assert left is not None and right is not None
-    if constant(left) is not None:
-        return Core("MatMul", (node,), int8=False, reason="the left operand is constant")
-    if constant(right) is None:
-        return Core("MatMul", (node,))
-    rank = len(static_shape(right))
-    if rank != 2:
-        return Core("MatMul", (node,), int8=False, reason="the constant operand is not a matrix")
-    return Core("MatMul", (node,), weights=(_weight(node, 1),))
-
-
-def _gemm(node: ir.Node) -> Core:
-    plain = (
-        attribute(node, "transA", 0) == 0
-        and attribute(node, "alpha", 1.0) == 1.0
-        and attribute(node, "beta", 1.0) == 1.0
-    )
-    if not plain:
-        return Core("Gemm", (node,), int8=False, reason="ONNX Runtime fuses only alpha = beta = 1 without transA")
-    return _weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
+def _activation(core: Core) -> Core:
+    """A convolution with the activation that runs inside it."""
+    following = only_reader(core.nodes[-1].outputs[0]) if core.int8 else None
+    if following is None or following.op_type not in FUSED_ACTIVATIONS:
+        return core
+    return replace(core, nodes=(*core.nodes, following))
 
 
 def _silu(node: ir.Node) -> Core | None:
@@ -136,27 +91,12 @@ def _binary(node: ir.Node) -> Core:
     return Core(node.op_type, (node,))
 
 
-def _follows(node: ir.Node) -> bool:
-    if node.op_type == "Resize":
-        return attribute(node, "mode", "nearest") == "nearest"
-    if node.op_type == "Gather":
-        return constant(node.inputs[1]) is not None
-    return node.op_type in MOVERS
-
-
-def _saturates() -> bool:
-    """Whether this CPU's uint8 x int8 kernels can overflow: x86 without VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    info = Path("/proc/cpuinfo")
-    return "vnni" not in info.read_text() if info.is_file() else True
-
-
 ORT_CPU = Target(
     name="ort-cpu",
     describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels",
+    runtime=ORT,
     activation_signed=False,
-    pair_limit=128 if _saturates() else None,
+    pair_limit=None if has_vnni() else 128,
     match=_match,
-    follows=_follows,
+    follows=moves,
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bitalloy.graph import Graph
+from bitalloy.runtime import ORT
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.tensorrt import MOVERS
@@ -27,6 +28,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
 ORT_CUDA = Target(
     name="ort-cuda",
     describe="ONNX Runtime, CUDA provider: FP16; no INT8, for which the provider has no kernels",
+    runtime=ORT,
     activation_signed=True,
     activation_symmetric=True,
     pair_limit=None,

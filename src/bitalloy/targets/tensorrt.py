@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.records import Edge, Placement, WeightSite
+from bitalloy.runtime import ORT
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 
@@ -159,6 +160,7 @@ def _follows(node: ir.Node) -> bool:
 TENSORRT = Target(
     name="tensorrt",
     describe="TensorRT 10 and 11, strongly typed: FP16, and symmetric INT8 in Q/DQ form, weights per channel",
+    runtime=ORT,
     activation_signed=True,
     activation_symmetric=True,
     pair_limit=None,

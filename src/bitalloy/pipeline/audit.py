@@ -1,0 +1,84 @@
+"""What the runtime ran for a plan: inside a run, or again for a run directory."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.audit import audit as compare
+from bitalloy.errors import RunDirectoryError
+from bitalloy.outcome import Audit
+from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.deliver import apply, execution
+from bitalloy.pipeline.records import Planned
+from bitalloy.pipeline.work import Workspace
+from bitalloy.records import Plan, Record, UnitGraph
+from bitalloy.runtime import ONLY, Artefact
+from bitalloy.store import key_of
+from bitalloy.targets import target
+from bitalloy.tracing import profile, trace
+
+Stored = TypeVar("Stored", bound=Record)
+
+
+def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
+    """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
+    work = work or Workspace()
+    runtime, int8 = analysis.target.runtime, planned.plan.int8_units()
+
+    def make() -> bytes:
+        with work.stage("audit", None), work.scratch() as folder:
+            traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units))
+            traced = replace(traced, artefact=traced.artefact.placed(folder / "mixed"))
+            kernels = profile(traced, analysis.data.feeds(0), folder)
+        return msgspec.json.encode(compare(analysis.units, int8, kernels, runtime.name, runtime.version()))
+
+    key = key_of(analysis=analysis.key, mixed=sorted(int8), **execution(analysis))
+    return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
+
+
+def audit_run(path: str | Path) -> Audit:
+    """Profile the `mixed.onnx` of a run directory here and now, on random inputs; of a program, what its run found.
+
+    Raises:
+        RunDirectoryError: the directory does not hold a finished run.
+        MissingExtraError: the runtime of its target is not installed.
+    """
+    run = Path(path)
+    plan, units = _read(run / "plan.json", Plan), _read(run / "units.json", UnitGraph)
+    if (run / "mixed").is_dir():
+        return _read(run / "audit.json", Audit)
+    model, runtime = run / "mixed.onnx", target(plan.target).runtime
+    version = runtime.version()
+    try:
+        loaded = ir.load(model)
+    except Exception as error:  # a missing or damaged file, by many types
+        raise RunDirectoryError(f"'{model}' cannot be read: {error}. Give the same `bitalloy run` again.") from error
+    generator = np.random.default_rng(0)
+    feeds = {}
+    for value in loaded.graph.inputs:
+        assert value.shape is not None and value.dtype is not None, "inputs of a mixed model are typed and static"
+        shape = tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+        kind = value.dtype.numpy()
+        random = generator.random(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
+        feeds[str(value.name)] = random.astype(kind)
+    with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
+        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units))
+        traced = replace(traced, artefact=traced.artefact.placed(Path(name)))
+        kernels = profile(traced, feeds, Path(name))
+    return compare(units, plan.int8_units(), kernels, runtime.name, version)
+
+
+def _read(path: Path, kind: type[Stored]) -> Stored:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunDirectoryError(
+            f"'{path}' cannot be read: {error}. Give the directory of a finished `bitalloy run`."
+        ) from error

@@ -1,0 +1,133 @@
+"""OpenVINO on the CPU: imported when a session is opened, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.runtime.base import Kernel, Runtime
+from bitalloy.runtime.ort import available_cores
+from bitalloy.weights import MESSAGE_BYTES, to_bytes, weight_bytes
+
+_TYPES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+_RESULT = "/sink_port_0"
+"""What the importer appends to the name of an output for the node that stands for it."""
+_NO_KERNELS = frozenset({"Const", "Constant", "Input", "Output", "Parameter", "Result"})
+
+
+class OpenVinoSession:
+    """A model compiled for OpenVINO's CPU plugin: one stream for the least latency, and float32 stays float32.
+
+    Args:
+        model: in memory, serialized, or the path of an .onnx file. One of more than 2 GB must lie in a file.
+        threads: of one inference; None takes one per available core, as for ONNX Runtime.
+        profile: anything but None times every kernel of every run; `kernels` tells the result. Nothing is written.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        ModelError: OpenVINO refuses the model.
+    """
+
+    def __init__(
+        self, model: bytes | str | Path | ir.Model, *, threads: int | None = None, profile: Path | None = None
+    ) -> None:
+        openvino = _openvino()
+        if isinstance(model, ir.Model):
+            if weight_bytes(model) > MESSAGE_BYTES:
+                raise ModelError("OpenVINO reads a model above 2 GB from a file only. Save it and give its path.")
+            model = to_bytes(model)
+        settings = {
+            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,  # several sessions take turns on the same cores
+            "PERF_COUNT": profile is not None,
+        }
+        try:
+            core = openvino.Core()
+            read = core.read_model(model if isinstance(model, bytes) else str(model))
+            self._compiled = core.compile_model(read, "CPU", settings)
+            self._request = self._compiled.create_infer_request()
+        except Exception as error:  # its C++ border raises RuntimeError and others
+            raise ModelError(f"OpenVINO cannot load the model: {error}") from error
+        self._inputs, self._outputs = _names(read.inputs), _names(read.outputs)
+        self._times: dict[str, list[float]] | None = None if profile is None else {}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return self._inputs
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return self._outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = {i: np.ascontiguousarray(feeds[name]) for i, name in enumerate(self._inputs)}
+        try:
+            # by start and wait, so that other threads of Python run meanwhile; memory of the feeds is used in place
+            self._request.start_async(given, share_inputs=True)
+            self._request.wait()
+            found = {n: np.array(self._request.get_output_tensor(i).data) for i, n in enumerate(self._outputs)}
+        except Exception as error:  # as above
+            raise ModelError(f"OpenVINO failed while running the model: {error}") from error
+        if self._times is not None:
+            for event in self._request.get_profiling_info():
+                if event.status.name == "EXECUTED":
+                    self._times.setdefault(event.node_name, []).append(event.real_time.total_seconds() * 1e6)
+        return found
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The nodes of the execution graph that took part in a run, in order."""
+        times = self._times or {}
+        found = []
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            facts = {name: str(value.astype(str)) for name, value in node.get_rt_info().items() if name in _FACTS}
+            name, kind = node.get_friendly_name(), facts.get("layerType", "")
+            if name not in times or kind in _NO_KERNELS:
+                continue
+            precision = facts.get("runtimePrecision", "")
+            layers = tuple(part for part in facts.get("originalLayersNames", "").split(",") if part)
+            found.append(
+                Kernel(
+                    name=name,
+                    layers=layers or (name,),
+                    op=f"{kind} {facts.get('primitiveType', '')}".strip(),
+                    precision=_TYPES.get(precision, precision),
+                    us=tuple(times[name]),
+                )
+            )
+        return tuple(found)
+
+    def close(self) -> None:
+        del self._request, self._compiled
+
+
+_FACTS = frozenset({"layerType", "runtimePrecision", "originalLayersNames", "primitiveType"})
+
+
+def _names(ports: Any) -> tuple[str, ...]:
+    """Names of inputs or outputs in the file: a tensor may have several, such as those before an Identity."""
+    return tuple(port.get_node().get_friendly_name().removesuffix(_RESULT) for port in ports)
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino", "The target openvino-cpu") from error
+    return openvino
+
+
+def _version() -> str:
+    """Installed version, e.g. `2026.4.1`; the build is left out."""
+    return str(_openvino().__version__).split("-")[0]
+
+
+OPENVINO = Runtime("OpenVINO", OpenVinoSession, _version)
+"""The runtime of the extra `openvino`."""

@@ -1,0 +1,125 @@
+"""OpenVINO on a CPU: which patterns its low-precision transformations turn into integer kernels.
+
+Facts from OpenVINO 2026.4: read from the execution graphs of small models (`tests/targets/test_openvino_cpu.py` repeats
+this), with the names of the transformations that make them (openvino/src/common/low_precision_transformations). A pair
+of QuantizeLinear and DequantizeLinear is read as one FakeQuantize. An integer kernel may write float, so tensors are
+rounded only where they enter one, and a unit whose consumers are float adds no rounding. Biases stay float.
+
+Case 1. Conv with constant weights, of any rank, grouped, depthwise, strided or dilated: one Convolution kernel that
+        reads uint8 and int8 weights per output channel (ConvolutionTransformation). An activation behind it runs in the
+        kernel: x * Sigmoid(x), Relu, Clip, LeakyRelu, Sigmoid, Tanh, HardSwish, Elu, Mish, Gelu. The rounding for the
+        next kernel does too, where the result has one reader.
+Case 2. MatMul and Gemm with a constant matrix: one FullyConnected kernel, per column; a bias that is added behind a
+        MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are few rows, several such
+        products after each other may become a single Subgraph kernel, which the plugin calls float.
+Case 3. A Concat over the channels (axis 1 before Conv, the last one before MatMul and Gemm) that a case 1 or 2 alone
+        reads joins that unit: the rounding behind it is moved before it, so that it joins integers
+        (MoveFakeQuantize, ConcatTransformation). There is one scale for all of its operands and one rounding.
+Case 4. Conv, MatMul or Gemm behind a Concat over another axis stays in float: ConcatTransformation makes a scale for
+        every index of that axis, with which a Conv runs in float and a MatMul is refused by the compiler.
+Case 5. Other Concats, nodes that only move data, Add, Mul, pools and the like follow what surrounds them: they have no
+        precision of their own, nothing is rounded for them. Elementwise ones fuse with the next rounding (Subgraph).
+Case 6. MatMul of two activations stays in float: MatMulTransformation wants its second operand in int8 with zero point
+        0, and the formats here are uint8.
+Case 7. ConvTranspose and everything else stay in float.
+
+On x86 CPUs without VNNI the uint8 x int8 kernels (oneDNN) saturate as those of ONNX Runtime do; see `ort_cpu`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.records import Edge, Placement
+from bitalloy.runtime import OPENVINO
+from bitalloy.targets.base import Core, Target
+from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
+
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
+FUSED_ACTIVATIONS = frozenset({
+    "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Tanh",
+})  # fmt: skip
+NO_KERNEL = "OpenVINO has no integer kernel for it here"
+
+
+def _match(node: ir.Node, graph: Graph) -> Core:
+    if node.op_type in WEIGHTED:
+        return _fused(_product(node))
+    if node.op_type == "Concat":
+        reader = only_reader(node.outputs[0])
+        if reader is not None and reader.op_type in WEIGHTED and (core := _product(reader)).int8:
+            return _joined(node, _fused(core))
+        return Core("Concat", (node,), int8=False, reason="takes the precision of what reads it")
+    return Core(node.op_type, (node,), int8=False, reason=NO_KERNEL)
+
+
+def _product(node: ir.Node) -> Core:
+    """A weighted node alone, in float where a rule forbids INT8."""
+    match node.op_type:
+        case "Conv":
+            core = weighted(node, axis=0)
+        case "Gemm":
+            core = gemm(node, OPENVINO.name)
+        case _:
+            core = matmul(node)
+    if core.int8 and not core.weights:
+        return replace(core, int8=False, reason="both operands are activations")
+    if core.int8 and not _channels_joined(node):
+        return replace(core, int8=False, reason="reads a Concat over another axis than the channels")
+    return core
+
+
+def _channels_joined(node: ir.Node) -> bool:
+    """Whether what a weighted node reads is no Concat, or one over the axis that the node sums over."""
+    value = node.inputs[0]
+    assert value is not None
+    producer = value.producer()
+    if producer is None or producer.op_type != "Concat":
+        return True
+    rank = len(static_shape(value))
+    axis = int(attribute(producer, "axis", 0)) % rank  # type: ignore[call-overload]
+    return bool(axis == (1 if node.op_type == "Conv" else rank - 1))
+
+
+def _fused(core: Core) -> Core:
+    """A product with what runs inside its kernel: the bias of a MatMul, then one activation."""
+    if not core.int8:
+        return core
+    nodes = list(core.nodes)
+    bias = only_reader(nodes[-1].outputs[0])
+    if core.kind == "MatMul" and bias is not None and bias.op_type == "Add" and _adds_vector(bias):
+        nodes.append(bias)
+    if silu := silu_of(nodes[-1].outputs[0]):
+        nodes += silu
+    elif (next_ := only_reader(nodes[-1].outputs[0])) is not None and next_.op_type in FUSED_ACTIVATIONS:
+        nodes.append(next_)
+    return replace(core, nodes=tuple(nodes))
+
+
+def _adds_vector(node: ir.Node) -> bool:
+    fixed = [array for value in node.inputs if (array := constant(value)) is not None]
+    return len(fixed) == 1 and fixed[0].ndim == 1
+
+
+def _joined(concat: ir.Node, core: Core) -> Core:
+    value, reader = concat.outputs[0], core.nodes[0]
+    inner = Edge(tensor=str(value.name), node=name_of(reader), slot=consumers(value)[0].slot)
+    return replace(core, nodes=(concat, *core.nodes), inner=(inner,), reader=reader)
+
+
+OPENVINO_CPU = Target(
+    name="openvino-cpu",
+    describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; needs the extra [openvino]",
+    runtime=OPENVINO,
+    activation_signed=False,
+    pair_limit=None if has_vnni() else 128,
+    match=_match,
+    follows=moves,
+    placement=Placement.ENTRY,
+    single_reader=True,
+    int32_bias=False,
+    slow_softmax=False,
+)

@@ -1,0 +1,93 @@
+"""Patterns that several targets know: weighted operators, activations behind them, nodes that only move data."""
+
+from __future__ import annotations
+
+import math
+import platform
+from pathlib import Path
+
+import onnx_ir as ir
+
+from bitalloy.graph import attribute, constant, consumers, name_of, static_shape
+from bitalloy.records import WeightSite
+from bitalloy.targets.base import Core
+
+MOVERS = frozenset({
+    "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
+    "Tile", "Transpose", "Unsqueeze",
+})  # fmt: skip
+
+
+def moves(node: ir.Node) -> bool:
+    """Whether a node only moves data, so that rounding before and after it are the same."""
+    if node.op_type == "Resize":
+        return attribute(node, "mode", "nearest") == "nearest"
+    if node.op_type == "Gather":
+        return constant(node.inputs[1]) is not None
+    return node.op_type in MOVERS
+
+
+def weighted(node: ir.Node, *, axis: int) -> Core:
+    """A node with constant weights, rounded along `axis`, and perhaps a constant bias; float where they are not."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if constant(node.inputs[1]) is None or (bias is not None and constant(bias) is None):
+        return Core(node.op_type, (node,), int8=False, reason="weights or bias are computed at run time")
+    if bias is not None and len(static_shape(bias)) != 1:
+        return Core(node.op_type, (node,), int8=False, reason="the bias is not a vector")
+    return Core(node.op_type, (node,), weights=(_weight(node, axis),))
+
+
+def matmul(node: ir.Node) -> Core:
+    """A product with a constant matrix, or of two activations (no weights); float where the left one is constant."""
+    left, right = node.inputs
+    assert left is not None and right is not None
+    if constant(left) is not None:
+        return Core("MatMul", (node,), int8=False, reason="the left operand is constant")
+    if constant(right) is None:
+        return Core("MatMul", (node,))
+    rank = len(static_shape(right))
+    if rank != 2:
+        return Core("MatMul", (node,), int8=False, reason="the constant operand is not a matrix")
+    return Core("MatMul", (node,), weights=(_weight(node, 1),))
+
+
+def gemm(node: ir.Node, runtime: str) -> Core:
+    """A Gemm with constant weights; float with factors or a transposed input, which no runtime fuses."""
+    plain = (
+        attribute(node, "transA", 0) == 0
+        and attribute(node, "alpha", 1.0) == 1.0
+        and attribute(node, "beta", 1.0) == 1.0
+    )
+    if not plain:
+        return Core("Gemm", (node,), int8=False, reason=f"{runtime} fuses only alpha = beta = 1 without transA")
+    return weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a tensor, once; None where it is read otherwise or leaves the graph."""
+    uses = consumers(value)
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def silu_of(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
+    """Sigmoid and Mul that make x * Sigmoid(x) of a tensor that nothing else reads; None where they do not."""
+    readers = {use.node.op_type: use.node for use in consumers(value)}
+    if set(readers) != {"Sigmoid", "Mul"} or len(consumers(value)) != 2 or value.is_graph_output():
+        return None
+    sigmoid, product = readers["Sigmoid"], readers["Mul"]
+    return (sigmoid, product) if only_reader(sigmoid.outputs[0]) is product else None
+
+
+def _weight(node: ir.Node, axis: int) -> WeightSite:
+    value = node.inputs[1]
+    assert value is not None
+    elements = math.prod(static_shape(value))
+    return WeightSite(tensor=str(value.name), node=name_of(node), slot=1, axis=axis, elements=elements)
+
+
+def has_vnni() -> bool:
+    """Whether this CPU adds products of uint8 and int8 in 32 bits; x86 without VNNI adds pairs of them in 16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "vnni" in info.read_text()

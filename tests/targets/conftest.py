@@ -1,0 +1,146 @@
+"""Small graphs, one for each numbered case of a target, and the text of what becomes of them.
+
+A case is a graph in ONNX's text form; inputs called w... are random constants. Ranges are those of one random sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from bitalloy.apply import apply
+from bitalloy.calibrate import collect
+from bitalloy.graph import Graph, constant, load
+from bitalloy.heads import find_heads
+from bitalloy.records import UnitGraph
+from bitalloy.runtime import ONLY, Artefact
+from bitalloy.targets import Target, target
+from bitalloy.targets.base import split
+from bitalloy.values import TAG
+
+CASES: dict[str, dict[str, str]] = {
+    "ort-cpu": {
+        "case1-conv": """(float[1,8,16,16] x, float[8,8,3,3] w1, float[8] w2, float[8,8,3,3] w3)
+            => (float[1,8,16,16] y) { c = Conv<pads=[1,1,1,1]>(x, w1, w2)  r = Relu(c)
+            d = Conv<pads=[1,1,1,1]>(r, w3)  y = Neg(d) }""",
+        "case2-products": """(float[4,32] x, float[32,16] w1, float[8,16] w2, float[8] w3) => (float[4,8] y) {
+            m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  y = Neg(g) }""",
+        "case3-silu": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,8,16,16] y) {
+            c = Conv(x, w1)  s = Sigmoid(c)  m = Mul(c, s)  y = Neg(m) }""",
+        "case4-kernels": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,16,8,8] y) {
+            c = Conv(x, w1)  a = Add(c, x)  k = Concat<axis=1>(a, c)
+            p = AveragePool<kernel_shape=[2,2], strides=[2,2]>(k)  y = Neg(p) }""",
+        "case5-movers": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,8,8] y) {
+            c = Conv(x, w1)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(c)  t = Transpose<perm=[0,1,3,2]>(p)
+            d = Conv(t, w2)  y = Neg(d) }""",
+        "case6-average-pool": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,8,8,8] y) {
+            c = Conv(x, w1)
+            p = AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1, count_include_pad=1>(c)  y = Neg(p) }""",
+        "case7-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
+            c = Conv(x, w1)  e = Exp(c)  d = Conv(e, w2)  y = Neg(d) }""",
+    },
+    "openvino-cpu": {
+        "case1-conv": """(float[1,8,16,16] x, float[8,1,3,3] w1, float[8] w2, float[8,8,3,3] w3)
+            => (float[1,8,16,16] y) { c = Conv<pads=[1,1,1,1], group=8>(x, w1, w2)  s = Sigmoid(c)  m = Mul(c, s)
+            d = Conv<pads=[1,1,1,1]>(m, w3)  y = Relu(d) }""",
+        "case2-products": """(float[1,64,32] x, float[32,16] w1, float[16] w2, float[16,8] w3) => (float[1,64,8] y) {
+            m = MatMul(x, w1)  a = Add(m, w2)  g = Gelu(a)  y = MatMul(g, w3) }""",
+        "case2-gemm": """(float[1,32] x, float[32,16] w1, float[16] w2, float[8,16] w3) => (float[1,8] y) {
+            g = Gemm(x, w1, w2)  r = Relu(g)  y = Gemm<transB=1>(r, w3) }""",
+        "case3-concat": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2, float[4,16,1,1] w3)
+            => (float[1,4,16,16] y) { a = Conv(x, w1)  b = Conv(x, w2)  k = Concat<axis=1>(a, b)  y = Conv(k, w3) }""",
+        "case4-concat-rows": """(float[1,64,32] x, float[32,16] w1, float[32,16] w2, float[16,8] w3)
+            => (float[1,128,8] y) { a = MatMul(x, w1)  b = MatMul(x, w2)  k = Concat<axis=1>(a, b)
+            y = MatMul(k, w3) }""",
+        "case5-followers": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,8,8] y) {
+            c = Conv(x, w1)  a = Add(c, x)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)  y = Conv(p, w2) }""",
+        "case6-activations": """(float[1,16,32] x, float[32,32] w1) => (float[1,16,16] y) {
+            m = MatMul(x, w1)  t = Transpose<perm=[0,2,1]>(x)  y = MatMul(m, t) }""",
+        "case7-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
+            t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A case with everything that may be in INT8 in INT8."""
+
+    graph: Graph
+    units: UnitGraph
+    model: ir.Model
+    feeds: Mapping[str, np.ndarray]
+    target: Target
+
+    @property
+    def artefact(self) -> Artefact:
+        return Artefact({ONLY: self.model}, runtime=self.target.runtime)
+
+
+def rewrite(name: str, case: str, folder: Path) -> Rewritten:
+    """Make a case's model, split it for the target and rewrite it."""
+    text = re.sub(r"[ \n]+", " ", CASES[name][case])
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> tiny {text}')
+    generator = np.random.default_rng(0)
+    for value in [v for v in model.graph.input if v.name.startswith("w")]:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        array = (generator.standard_normal(shape) / 4).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, value.name))
+        model.graph.input.remove(value)
+    for node in model.graph.node:
+        node.name = f"/{node.output[0]}/{node.op_type}"
+    onnx.save(model, folder / "case.onnx")
+    graph, device = load(folder / "case.onnx"), target(name)
+    units = split(graph, device, find_heads(graph))
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    feeds = {"x": generator.standard_normal(shape).astype(np.float32)}
+    tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
+    found = collect(graph.model, [t for t in graph.value if t in tensors], [feeds]).ranges("minmax")
+    ranges = {tensor: (float(low), float(high)) for tensor, (low, high) in found.items()}
+    made = apply(graph, units, units.quantizable(), ranges, device)
+    return Rewritten(graph, units, made.model, feeds, device)
+
+
+def as_text(made: Rewritten) -> str:
+    """Units with their reasons, then the rewritten nodes in order; constants by type and shape."""
+    lines = []
+    for unit in made.units.units:
+        formats = "/".join(unit.allowed) + (f" ({unit.reason})" if unit.reason else "")
+        lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")
+    for node in made.model.graph:
+        inputs = ", ".join(_operand(v) for v in node.inputs)
+        outputs = ", ".join(str(v.name) for v in node.outputs)
+        lines.append(f"{outputs} = {node.op_type}({inputs})  # {node.metadata_props[TAG]}")
+    return "\n".join(lines) + "\n"
+
+
+def _operand(value: ir.Value | None) -> str:
+    if value is None:
+        return ""
+    array = constant(value)
+    return str(value.name) if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+@pytest.fixture(name="rewrite", scope="session")
+def rewrite_fixture(tmp_path_factory: pytest.TempPathFactory):
+    return lambda name, case: rewrite(name, case, tmp_path_factory.mktemp("case"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with `name` and `case` run for every case of every target."""
+    if {"name", "case"} <= set(metafunc.fixturenames):
+        pairs = [(name, case) for name, cases in CASES.items() for case in cases]
+        metafunc.parametrize(("name", "case"), pairs, ids=[f"{n}-{c}" for n, c in pairs])
+
+
+@pytest.fixture(name="as_text", scope="session")
+def as_text_fixture():
+    return as_text

@@ -1,0 +1,58 @@
+"""What `bitalloy audit` finds, against a hand-made profile and in real runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from bitalloy.audit import audit
+from bitalloy.records import Precision, Unit, UnitGraph
+from bitalloy.runtime import Kernel
+from bitalloy.tracing import Timed
+
+
+def unit(name: str) -> Unit:
+    both = (Precision.FP32, Precision.INT8)
+    return Unit(
+        id=name, kind="Conv", region="", core=(name,), tail=(), root=name, inner=(), weights=(), allowed=both, macs=0
+    )
+
+
+def test_differences_are_found_and_explained() -> None:
+    """Four units, one for each case; times counted by hand."""
+    kernels = [
+        Timed(Kernel("1", (), "QuantizeLinear", "fp32", ()), "a", 50.0),
+        Timed(Kernel("2", (), "QLinearConv", "int8", ()), "a", 20.0),
+        Timed(Kernel("3", (), "Conv", "fp32", ()), "b", 20.0),
+        Timed(Kernel("4", (), "Concat", "int8", ()), "c", 10.0),
+    ]
+    units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcd")), edges=())
+    found = audit(units, frozenset("ab"), kernels, "R", "1")
+    assert [u.executed for u in found.units] == ["int8", "fp32", "int8", ""]
+    assert [u.unit for u in found.differences()] == ["b", "c"]
+    assert ["no integer kernel" in u.cause or "made no" in u.cause for u in found.units] == [False, True, False, False]
+    assert found.share_of_time == {"fp32": 0.7, "int8": 0.3}
+    assert [u.us for u in found.units] == [70.0, 20.0, 10.0, 0.0]
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino-cpu"])
+def test_a_run_is_audited(inside: Any, inputs: Any, target: str) -> None:
+    if target == "openvino-cpu":
+        pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'bitalloy[openvino]'")
+    inside.run(inputs.classifier, "--data", inputs.images, "--target", target, "--max-drop-db", 5).succeeded()
+    stored = json.loads((inside.folder / "run" / "audit.json").read_text())
+    plan = json.loads((inside.folder / "run" / "plan.json").read_text())
+    again = json.loads(inside("audit", "run", "--json").succeeded().out)
+    for found in (stored, again):
+        assert {u["unit"]: u["planned"] for u in found["units"]} == {c["unit"]: c["precision"] for c in plan["choices"]}
+        convolutions = [u for u in found["units"] if u["kind"] == "Conv"]
+        assert convolutions and all(u["executed"] == u["planned"] for u in convolutions)
+        assert sum(found["share_of_time"].values()) == pytest.approx(1, abs=1e-3)
+    assert "What the runtime ran" in (inside.folder / "run" / "report.html").read_text()
+    assert "ran as planned" in inside("audit", "run").succeeded().out
+
+
+def test_a_folder_without_a_run_is_refused(inside: Any) -> None:
+    assert "finished `bitalloy run`" in inside("audit", "nothing").refused()
