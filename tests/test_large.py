@@ -35,6 +35,7 @@ from bitalloy.numerics import fake_quantize
 from bitalloy.program import Program, Wire, divide, join
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober, Switchboard
+from bitalloy.sensitivity.columns import columns
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split, weight_params
 
@@ -155,9 +156,8 @@ def test_sessions_borrow_them(large: Graph) -> None:
 def test_the_reverse_pass_borrows_them_too(large: Graph) -> None:
     """No transposed copy of a matrix, whichever way round it is stored."""
     heads, units = find_heads(large), split(large, ORT_CPU, find_heads(large))
-    from bitalloy.sensitivity.probe import _taps
-
-    adjoint = build(large, {h.name: h.tensor for h in heads}, _taps(large, units, ranges_of(large), ORT_CPU), RULES)
+    taps = [c.tap(c.site) for c in columns(large, units, ranges_of(large), ORT_CPU)]
+    adjoint = build(large, {h.name: h.tensor for h in heads}, taps, RULES)
     own = [constant(large.value[name]) for name in ("w0", "w1", "w2", "w3", "k")]
     floats = [w for m in (adjoint.primal, *(h.model for h in adjoint.heads)) for w in m.weights.values()]
     floats = [w for w in floats if w.dtype == np.float32 and w.ndim == 2]
