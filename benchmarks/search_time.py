@@ -20,15 +20,13 @@ import time
 import numpy as np
 
 from bitalloy.matrix import ProbeMatrix
+from bitalloy.plans import Budget, CostTable, UnitCost
 from bitalloy.records import (
     AGAIN,
-    Budget,
-    CostTable,
     Edge,
     Precision,
     Secant,
     Unit,
-    UnitCost,
     UnitEdge,
     UnitGraph,
     WeightSite,

@@ -15,7 +15,8 @@ from bitalloy.outcome import LatencySpread, Triple
 from bitalloy.pipeline import rounds
 from bitalloy.pipeline.records import Measured, Metrics
 from bitalloy.pipeline.summary import summarize
-from bitalloy.records import Budget, Estimate, Latency
+from bitalloy.plans import Budget
+from bitalloy.records import Estimate, Latency
 from bitalloy.runtime import OrtSession
 from bitalloy.runtime.artefact import ONLY
 from bitalloy.search import GAP

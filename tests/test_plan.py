@@ -19,7 +19,7 @@ from bitalloy.pipeline.exact import measured
 from bitalloy.pipeline.neighbours import beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import read_tables
 from bitalloy.pipeline.repair import TOLERATED_DB
-from bitalloy.records import FIRST, Budget
+from bitalloy.plans import FIRST, Budget
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,8 @@ from bitalloy.pipeline import (
     verify,
 )
 from bitalloy.pipeline import render as report
-from bitalloy.records import Budget, Keep, Precision, Settings
+from bitalloy.plans import Budget, Keep
+from bitalloy.records import Precision, Settings
 from bitalloy.store import RunDirectory
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from bitalloy.errors import BitalloyError
 
 if TYPE_CHECKING:
     from bitalloy.pipeline import Verified
-    from bitalloy.records import Budget
+    from bitalloy.plans import Budget
 
 app = typer.Typer(
     no_args_is_help=True,

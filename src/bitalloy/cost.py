@@ -20,7 +20,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from bitalloy import bench
-from bitalloy.records import CostTable, UnitCost, UnitGraph
+from bitalloy.plans import CostTable, UnitCost
+from bitalloy.records import UnitGraph
 from bitalloy.runtime import Artefact, available_cores
 from bitalloy.tracing import Traced, profile, trace
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitalloy.matrix import ProbeMatrix, shrink
-from bitalloy.records import AGAIN, CostTable, UnitGraph
+from bitalloy.plans import CostTable
+from bitalloy.records import AGAIN, UnitGraph
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from bitalloy.errors import BitalloyError
-from bitalloy.records import FIRST, Budget, Keep, Precision
+from bitalloy.plans import FIRST, Budget, Keep
+from bitalloy.records import Precision
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62

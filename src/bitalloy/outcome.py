@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from bitalloy.records import Budget, DataInfo, Estimate, Latency, MetricValue, Precision, Record
+from bitalloy.plans import Budget
+from bitalloy.records import DataInfo, Estimate, Latency, MetricValue, Precision, Record
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from bitalloy.graph import Graph, constant, is_float, static_shape
-from bitalloy.records import CostTable, Placement, Precision, Unit, UnitCost, UnitGraph
+from bitalloy.plans import CostTable, UnitCost
+from bitalloy.records import Placement, Precision, Unit, UnitGraph
 from bitalloy.targets.base import Device
 
 BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.INT8: 1}

@@ -12,7 +12,8 @@ from bitalloy.errors import BitalloyError
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.planning import operators_of
-from bitalloy.records import Budget, CostTable, Keep, Precision, Secant, UnitCost
+from bitalloy.plans import Budget, CostTable, Keep, UnitCost
+from bitalloy.records import Precision, Secant
 from bitalloy.search import Problem, search
 
 

@@ -11,7 +11,8 @@ from tests.formats.micro import build
 
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.records import HALF, Budget, Precision, Secant, TensorRange
+from bitalloy.plans import Budget
+from bitalloy.records import HALF, Precision, Secant, TensorRange
 from bitalloy.roofline import estimate
 from bitalloy.search import Limits, Problem, Program, search
 from bitalloy.sensitivity import Prober

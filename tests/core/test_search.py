@@ -15,7 +15,8 @@ import pytest
 
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.moves import Moves
-from bitalloy.records import Budget, CostTable, Secant, UnitCost
+from bitalloy.plans import Budget, CostTable, UnitCost
+from bitalloy.records import Secant
 from bitalloy.search import GAP, Limits, Problem, Program, polish, search
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import pytest
 import bitalloy
 from bitalloy.errors import BitalloyError
 from bitalloy.pipeline import Workspace
-from bitalloy.records import CostTable, Plan, Precision, UnitGraph
+from bitalloy.plans import CostTable, Plan
+from bitalloy.records import Precision, UnitGraph
 
 NAMES = ("ort-cpu", "tensorrt", "ort-cuda")
 QUICK = {"samples": 4, "probes": 4, "calibration_samples": 4}

@@ -12,23 +12,25 @@ import pytest
 
 from bitalloy.matrix import decibel
 from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
-from bitalloy.records import (
+from bitalloy.plans import (
     Budget,
     Choice,
     CostTable,
+    HeadDamage,
+    ParetoPoint,
+    Plan,
+    UnitCost,
+)
+from bitalloy.records import (
     DataInfo,
     Edge,
     Estimate,
-    HeadDamage,
     Latency,
     MetricValue,
-    ParetoPoint,
-    Plan,
     Precision,
     Sensitivity,
     SensitivityTable,
     Unit,
-    UnitCost,
     UnitEdge,
     UnitGraph,
     WeightSite,

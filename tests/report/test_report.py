@@ -19,7 +19,8 @@ import msgspec
 import pytest
 
 from bitalloy.outcome import Comparison, HeadComparison
-from bitalloy.records import Budget, SensitivityTable
+from bitalloy.plans import Budget
+from bitalloy.records import SensitivityTable
 from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
 from bitalloy.report.breakdown import Tables, region_tree
 from bitalloy.report.render import embedded_json

@@ -18,7 +18,8 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.deliver import apply, execution
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import Plan, Record, UnitGraph
+from bitalloy.plans import Plan
+from bitalloy.records import Record, UnitGraph
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.store import key_of
 from bitalloy.targets import target

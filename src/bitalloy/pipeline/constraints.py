@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import msgspec
 
 from bitalloy.errors import BitalloyError
-from bitalloy.records import Keep, Precision, Unit, UnitGraph
+from bitalloy.plans import Keep
+from bitalloy.records import Precision, Unit, UnitGraph
 from bitalloy.regions import ancestors
 
 MOST_NUMBERS = 1000

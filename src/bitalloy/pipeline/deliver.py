@@ -25,8 +25,9 @@ from bitalloy.pipeline.repair import repair
 from bitalloy.pipeline.rounds import Standing, following, judged, misfit, seeks_speed
 from bitalloy.pipeline.summary import summarize
 from bitalloy.pipeline.work import Workspace
+from bitalloy.plans import Budget, CostTable, ParetoPoint
 from bitalloy.program import Joined
-from bitalloy.records import Budget, CostTable, Latency, ParetoPoint
+from bitalloy.records import Latency
 from bitalloy.roofline import estimate
 from bitalloy.runtime import ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Finding

@@ -13,7 +13,7 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.records import Metrics, Planned
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import FIRST, Budget, ParetoPoint
+from bitalloy.plans import FIRST, Budget, ParetoPoint
 from bitalloy.runtime import Artefact
 from bitalloy.store import key_of
 from bitalloy.tasks import TASKS, find_task

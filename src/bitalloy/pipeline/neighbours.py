@@ -10,7 +10,8 @@ import numpy as np
 from bitalloy import bench
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import Estimate, ParetoPoint, Plan, Record
+from bitalloy.plans import ParetoPoint, Plan
+from bitalloy.records import Estimate, Record
 from bitalloy.runtime.ort import available_cores
 from bitalloy.store import key_of
 from bitalloy.verify import output_sqnr

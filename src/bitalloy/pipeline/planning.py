@@ -17,7 +17,8 @@ from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.protection import Advice, protect
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Silent, Workspace
-from bitalloy.records import Budget, CostTable, Plan, Record, Secant, UnitGraph
+from bitalloy.plans import Budget, CostTable, Plan
+from bitalloy.records import Record, Secant, UnitGraph
 from bitalloy.search import FRONT_BUDGETS, Problem, complete, search
 from bitalloy.store import RunDirectory, key_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitalloy.outcome import LatencySpread, MetricComparison
-from bitalloy.records import Budget, CostTable, Estimate, Plan, Record
+from bitalloy.plans import Budget, CostTable, Plan
+from bitalloy.records import Estimate, Record
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from bitalloy.bench import TOLERANCE
 from bitalloy.cost import corrected
 from bitalloy.heads import is_divergence
 from bitalloy.pipeline.records import Measured, Planned, ratio_limit
-from bitalloy.records import Budget, CostTable, UnitGraph
+from bitalloy.plans import Budget, CostTable
+from bitalloy.records import UnitGraph
 
 MARGIN_DB = 0.2
 """By which a floor is raised beyond the gap to it."""

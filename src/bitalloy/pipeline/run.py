@@ -19,7 +19,8 @@ from bitalloy.pipeline.planning import COST, FACTS, MATRIX, UNITS, operators_of
 from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Progress, Workspace
-from bitalloy.records import Budget, Keep, Settings
+from bitalloy.plans import Budget, Keep
+from bitalloy.records import Settings
 from bitalloy.report import render as render_html
 from bitalloy.report import sensitivity_csv
 from bitalloy.store import RunDirectory

@@ -13,7 +13,8 @@ import msgspec
 from markupsafe import Markup
 
 from bitalloy.matrix import CEILING_DB
-from bitalloy.records import CostTable, Placement, Plan, Sensitivity, SensitivityTable, Unit, UnitCost, UnitGraph
+from bitalloy.plans import CostTable, Plan, UnitCost
+from bitalloy.records import Placement, Sensitivity, SensitivityTable, Unit, UnitGraph
 from bitalloy.regions import ROOT, ancestors
 from bitalloy.report import charts, formats
 

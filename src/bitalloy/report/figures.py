@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from bitalloy.bench import TOLERANCE
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Comparison, Round, Summary, Triple
-from bitalloy.records import FIRST, CostTable, Estimate, Latency, MetricValue, Plan, UnitGraph
+from bitalloy.plans import FIRST, CostTable, Plan
+from bitalloy.records import Estimate, Latency, MetricValue, UnitGraph
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0

@@ -15,7 +15,8 @@ import msgspec
 from markupsafe import Markup
 
 from bitalloy.outcome import Audit, Summary
-from bitalloy.records import CostTable, ParetoPoint, Plan, SensitivityTable, UnitGraph
+from bitalloy.plans import CostTable, ParetoPoint, Plan
+from bitalloy.records import SensitivityTable, UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
 

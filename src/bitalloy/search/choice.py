@@ -10,7 +10,8 @@ import numpy as np
 from bitalloy.bench import TOLERANCE
 from bitalloy.errors import BudgetError
 from bitalloy.matrix import CEILING_DB, decibel, draws, estimate
-from bitalloy.records import HALF, Budget, Choice, HalfSafety, HeadDamage, Plan, Precision, Unit
+from bitalloy.plans import Budget, Choice, HeadDamage, Plan
+from bitalloy.records import HALF, HalfSafety, Precision, Unit
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from bitalloy.matrix import decibel
-from bitalloy.records import HALF, ParetoPoint
+from bitalloy.plans import ParetoPoint
+from bitalloy.records import HALF
 from bitalloy.search.program import Limits, Problem, Program
 
 FRONT_BUDGETS = 24

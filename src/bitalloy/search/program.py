@@ -29,15 +29,8 @@ from scipy.sparse import coo_array
 from bitalloy.heads import DETECTIONS
 from bitalloy.matrix import ProbeMatrix, bend, straight
 from bitalloy.moves import Moves
-from bitalloy.records import (
-    AGAIN,
-    HALF,
-    CostTable,
-    Placement,
-    Precision,
-    Secant,
-    UnitGraph,
-)
+from bitalloy.plans import CostTable
+from bitalloy.records import AGAIN, HALF, Placement, Precision, Secant, UnitGraph
 
 SHRINK = 0.5
 NODE_LIMIT = 2000
