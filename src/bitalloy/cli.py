@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bitalloy import commands
+from bitalloy.console import SHOWN_LINES, Bars, error_console, out_console
 from bitalloy.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -26,10 +25,6 @@ app = typer.Typer(
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
 )
-out_console = Console()
-error_console = Console(stderr=True)
-SHOWN_LINES = 40
-
 Floors = Annotated[
     list[str] | None,
     typer.Option(
@@ -44,43 +39,6 @@ Kept = Annotated[
         "or operator types; the last one that names a unit holds. Changes the plan alone: nothing is analysed again."
     ),
 ]
-
-
-class Bars:
-    """Progress bars of the stages, on standard error."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=error_console,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
-
-    def start(self, stage: str, total: int | None) -> None:
-        """A stage begins."""
-        self._task = self._progress.add_task(stage, total=total)
-
-    def advance(self, steps: int = 1) -> None:
-        """Steps of the stage are done."""
-        if self._task is not None:
-            self._progress.advance(self._task, steps)
-
-    def finish(self, note: str = "") -> None:
-        """The stage is over."""
-        if self._task is not None:
-            done = self._progress.tasks[self._task].completed
-            self._progress.update(self._task, total=done, completed=done)
 
 
 @app.command()
@@ -440,25 +398,6 @@ def sensitivity(
 
 
 @app.command()
-def models(
-    json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
-) -> None:
-    """List the models that are known by name, with published and measured figures.
-
-    Example: bitalloy models --json
-    """
-    import json
-
-    from bitalloy.zoo import listing
-
-    if json_output:
-        sys.stdout.write(json.dumps(listing.as_json(), indent=2) + "\n")
-        return
-    for part in listing.tables():
-        out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
-
-
-@app.command()
 def export(
     name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
     checkpoint: Annotated[
@@ -499,80 +438,8 @@ def export(
         out_console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
-def targets() -> None:
-    """List devices and runtimes.
-
-    Example: bitalloy run model.onnx --data images/ --target ort-cpu
-    """
-    from bitalloy.targets import TARGETS
-
-    for entry in TARGETS.values():
-        out_console.print(f"{entry.name:<12} {entry.describe}", soft_wrap=True)
-
-
-@app.command()
-def audit(
-    run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
-    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Run the mixed model again and tell in which precision the runtime executed every unit.
-
-    Example: bitalloy audit runs/last
-    """
-    import msgspec
-
-    from bitalloy import pipeline
-
-    found = pipeline.audit_run(run_directory)
-    if json_output:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
-        return
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share_of_time.items())
-    line = f"{found.runtime} {found.version}. Share of kernel time: {shares}."
-    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
-    differing = found.differences()
-    as_planned = sum(u.executed == u.planned for u in found.units)
-    inside = len(found.units) - as_planned - len(differing)
-    line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
-    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if differing:
-        table = Table("unit", "planned", "executed", "likely cause")
-        for unit in differing[:SHOWN_LINES]:
-            table.add_row(escape(unit.unit), unit.planned, unit.executed, unit.cause)
-        out_console.print(table)
-
-
-@app.command()
-def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
-    """Tell what is available on this machine, with the install line for what is not.
-
-    Example: bitalloy doctor --json
-    """
-    import msgspec
-
-    from bitalloy import pipeline
-
-    found = pipeline.doctor()
-    if json_output:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
-        return
-    lines = [
-        f"processor    {found.device}, {found.threads} threads, VNNI or its equal: {'yes' if found.vnni else 'no'}",
-        f"system       {found.system}, Python {found.python}",
-        f"versions     {', '.join(f'{name} {version}' for name, version in found.versions.items())}",
-    ]
-    verified = "; latencies are estimates, models are verified on the CPU"
-    lines += [
-        f"target       {t.name}: {t.problem or f'{t.runtime} {t.version}'}{verified * t.estimated}"
-        for t in found.targets
-    ]
-    lines += [
-        f"extra        {e.name}: " + (f"lacks {', '.join(e.missing)}; {e.install}" if e.missing else "installed")
-        for e in found.extras
-    ]
-    for line in lines:
-        out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+for _command in (commands.models, commands.targets, commands.audit, commands.doctor):
+    app.command()(_command)
 
 
 def main() -> None:
