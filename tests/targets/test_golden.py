@@ -29,3 +29,12 @@ def test_every_numbered_case_has_a_golden_graph() -> None:
         module = __import__(f"bitalloy.targets.{name.replace('-', '_')}", fromlist=["__doc__"])
         numbers = set(re.findall(r"^Case (\d+)\.", str(module.__doc__), re.MULTILINE))
         assert numbers == {m.group(1) for f in files if (m := re.match(rf"{name}-case(\d+)-", f))}
+
+
+def test_integer_kernels_are_known_by_what_they_work_on(rewrite, tmp_path: Path) -> None:
+    """A QLinearConcat names its scale first, which is a float."""
+    session = rewrite("ort-cpu", "case4-kernels").artefact.session(profile=tmp_path / "profile")
+    session.run(rewrite("ort-cpu", "case4-kernels").feeds)
+    found = {k.op: k.precision for k in session.kernels() if k.op.startswith("QLinear")}
+    assert {"QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearAveragePool"} <= set(found)
+    assert set(found.values()) == {"int8"}

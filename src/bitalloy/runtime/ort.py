@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -126,9 +127,9 @@ class OrtSession:
 
 
 def _precision(args: Mapping[str, Any]) -> str:
-    """Type of the first operand of a profiled node."""
-    operands = args.get("input_type_shape") or [{}]
-    kind = next(iter(operands[0]), "")
+    """Type of the largest operand of a profiled node, the first of equals: others may be scales, sizes or indices."""
+    operands = [(kind, math.prod(shape)) for one in args.get("input_type_shape") or () for kind, shape in one.items()]
+    kind, _ = max(operands, key=lambda operand: operand[1], default=("", 0))
     return _TYPES.get(kind, kind)
 
 
