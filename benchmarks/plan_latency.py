@@ -23,25 +23,10 @@ from scipy.stats import spearmanr
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, confirm, load, measure_cost, open_data, plan
 from bitalloy.bench import interleave
-from bitalloy.pipeline import Analysis
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from plan_prediction import random_plans
 
 SITTINGS = 3
-
-
-def random_plans(analysis: Analysis, count: int, seed: int) -> list[frozenset[str]]:
-    """Scattered plans and runs of neighbours by turns, from a tenth of the units to all of them."""
-    free = [u.id for u in analysis.units.units if u.id in analysis.units.quantizable()]
-    random = np.random.default_rng([seed, 71])
-    plans = []
-    for number, share in enumerate(np.linspace(0.1, 1.0, count)):
-        size = max(1, round(share * len(free)))
-        if number % 2:
-            start = int(random.integers(0, len(free) - size + 1))
-            plans.append(frozenset(free[start : start + size]))
-        else:
-            plans.append(frozenset(random.permutation(free)[:size].tolist()))
-    return plans
 
 
 def agreement(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -76,7 +61,7 @@ def main() -> None:
     inner = [frozenset(p.int8_units) for p in front if p.int8_units]
     half = min(options.plans // 2, len(inner))
     chosen = [inner[round(i)] for i in np.linspace(0, len(inner) - 1, half)]
-    plans = [*chosen, *random_plans(analysis, options.plans - half, options.seed)]
+    plans = [*chosen, *random_plans(analysis, np.linspace(0.1, 1.0, options.plans - half), [options.seed, 71])]
     predicted = np.array([table.latency_us(analysis.units, p) for p in plans]) / table.all_float_us
 
     artefacts = {str(i): analysis.artefact(p) for i, p in enumerate(plans)}

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,12 @@ from bitalloy.store import key_of
 from bitalloy.tasks.detection import class_names, evaluate_detection
 
 
-def random_plans(analysis: Analysis, count: int, seed: int) -> list[frozenset[str]]:
-    """Plans of growing density: scattered ones and runs of neighbours by turns."""
+def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequence[int]) -> list[frozenset[str]]:
+    """Plans that put given shares of the units in INT8: scattered ones and runs of neighbours by turns."""
     free = [u.id for u in analysis.units.units if u.id in analysis.units.quantizable()]
     random = np.random.default_rng(seed)
     plans = []
-    for number, share in enumerate(np.geomspace(0.02, 1.0, count)):
+    for number, share in enumerate(shares):
         size = max(1, round(share * len(free)))
         if number % 2:
             start = int(random.integers(0, len(free) - size + 1))
@@ -158,7 +159,7 @@ def main() -> None:
     share = np.where(plain, bench.energy, 0.0) / bench.energy[plain].sum()
     squared = matrix.plain
 
-    plans = random_plans(analysis, options.plans, options.seed)
+    plans = random_plans(analysis, np.geomspace(0.02, 1.0, options.plans), options.seed)
     measured, predicted, searched, drops = [], [], [], []
     float_ap = bench.ap(frozenset(), options.eval, options.limit) if options.eval else 0.0
     for number, plan in enumerate(plans):

@@ -12,7 +12,7 @@ import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -74,8 +74,8 @@ def measure(
         large = first.artefact.large
         count = LARGE_MIXTURES if large else MIXTURES
         plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(count)]
-        models = [_placed(first, folder / "0")]
-        models += [_placed(trace(variant(p), names), folder / str(i)) for i, p in enumerate(plans[1:], 1)]
+        models = [first.placed(folder / "0")]
+        models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles = []
         for model in models:
@@ -141,10 +141,6 @@ def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray) -> list[
         prices, _ = nnls(design[others] * weight[others, None], wall[others] * weight[others])
         found.append(float(design[index] @ prices / wall[index] - 1))
     return found
-
-
-def _placed(traced: Traced, folder: Path) -> Traced:
-    return replace(traced, artefact=traced.artefact.placed(folder))
 
 
 def corrected(table: CostTable, units: UnitGraph, int8: frozenset[str], measured_ratio: float) -> CostTable:

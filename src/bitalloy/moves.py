@@ -68,9 +68,9 @@ class Moves:
         price[self._tensor] = [cost.border_us + e.elements * cost.border_us_per_element for e in edges]
         self._price = np.repeat(price, 2)  # to INT8 and back
         times = {c.unit: c for c in cost.units}
-        entries = [times[u] for u in free]
-        self._gain_us = np.array([(c.fp32_us if c.int8_us is None else c.int8_us) - c.fp32_us for c in entries])
-        self._gain_bytes = np.array([c.fp32_bytes - c.int8_bytes for c in entries], np.float64)
+        alone = [frozenset({u}) for u in free]
+        self._gain_us = np.array([times[u].us(one) - times[u].fp32_us for u, one in zip(free, alone, strict=True)])
+        self._gain_bytes = np.array([times[u].saved_bytes(one) for u, one in zip(free, alone, strict=True)], np.float64)
         self._rows = [r.astype(np.float64) for r in matrix.rows]
         self._squares = [o.astype(np.float64) for o in matrix.own]
         self._energy = matrix.energy.mean(axis=0)

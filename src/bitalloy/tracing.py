@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,10 @@ class Traced:
         names = {name.removesuffix(_COPY) for name in kernel.layers}
         made = [index for output, index in self.outputs.items() if output in names]
         return self.units[made[0]] if made else None
+
+    def placed(self, folder: Path) -> Traced:
+        """The same with its large graphs in files in a folder."""
+        return replace(self, artefact=self.artefact.placed(folder))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from bitalloy.records import (
     UnitGraph,
 )
 from bitalloy.regions import ancestors, path_of, region_id
-from bitalloy.runtime import ONLY, Artefact
+from bitalloy.runtime import ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
@@ -78,6 +78,11 @@ class Calibrated:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
+
+    @property
+    def execution(self) -> dict[str, object]:
+        """What decides how models are executed here, beside the machine."""
+        return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
 
     def variant(self, lowered: frozenset[str]) -> Mixed:
         """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""

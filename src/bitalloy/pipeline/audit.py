@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -15,17 +13,16 @@ from bitalloy.audit import audit as compare
 from bitalloy.errors import RunDirectoryError
 from bitalloy.outcome import Audit
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.deliver import apply, execution
+from bitalloy.pipeline.deliver import apply
+from bitalloy.pipeline.planning import read_record
 from bitalloy.pipeline.records import Planned
 from bitalloy.pipeline.work import Workspace
 from bitalloy.plans import Plan
-from bitalloy.records import Record, UnitGraph
+from bitalloy.records import UnitGraph
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.store import key_of
 from bitalloy.targets import target
 from bitalloy.tracing import profile, trace
-
-Stored = TypeVar("Stored", bound=Record)
 
 
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
@@ -35,12 +32,11 @@ def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None
 
     def make() -> bytes:
         with work.stage("audit", None), work.scratch() as folder:
-            traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units))
-            traced = replace(traced, artefact=traced.artefact.placed(folder / "mixed"))
+            traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
             kernels = profile(traced, analysis.data.feeds(0), folder)
         return msgspec.json.encode(compare(analysis.units, int8, kernels, runtime.name, runtime.version()))
 
-    key = key_of(analysis=analysis.key, mixed=sorted(int8), **execution(analysis))
+    key = key_of(analysis=analysis.key, mixed=sorted(int8), **analysis.execution)
     return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
 
 
@@ -52,9 +48,9 @@ def audit_run(path: str | Path) -> Audit:
         MissingExtraError: the runtime of its target is not installed.
     """
     run = Path(path)
-    plan, units = _read(run / "plan.json", Plan), _read(run / "units.json", UnitGraph)
+    plan, units = read_record(run / "plan.json", Plan), read_record(run / "units.json", UnitGraph)
     if (run / "mixed").is_dir():
-        return _read(run / "audit.json", Audit)
+        return read_record(run / "audit.json", Audit)
     model, runtime = run / "mixed.onnx", target(plan.target).runtime
     version = runtime.version()
     try:
@@ -70,16 +66,6 @@ def audit_run(path: str | Path) -> Audit:
         random = generator.random(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
         feeds[str(value.name)] = random.astype(kind)
     with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
-        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units))
-        traced = replace(traced, artefact=traced.artefact.placed(Path(name)))
+        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
         kernels = profile(traced, feeds, Path(name))
     return compare(units, plan.int8_units(), kernels, runtime.name, version)
-
-
-def _read(path: Path, kind: type[Stored]) -> Stored:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise RunDirectoryError(
-            f"'{path}' cannot be read: {error}. Give the directory of a finished `bitalloy run`."
-        ) from error

@@ -15,7 +15,7 @@ from bitalloy.errors import BudgetError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis, versions
+from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
@@ -29,10 +29,10 @@ from bitalloy.plans import Budget, CostTable, ParetoPoint
 from bitalloy.program import Joined
 from bitalloy.records import Latency
 from bitalloy.roofline import estimate
-from bitalloy.runtime import ONLY, Artefact, available_cores
+from bitalloy.runtime import ONLY, Artefact
 from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
-from bitalloy.verify import output_sqnr
+from bitalloy.verify import artefact_sqnr
 
 VERIFY_SAMPLES = 16
 BENCH_REPEATS = 40
@@ -85,7 +85,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         target=analysis.target.name,
         units=units,
         device=device(),
-        **execution(analysis),
+        **analysis.execution,
     )
     return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
 
@@ -349,21 +349,18 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
             models = _placed(analysis, mixed, folder)
             latency = _latency(analysis, planned, models, work)
             with work.stage("verify", len(samples)) as progress:
-                sessions = {name: model.session() for name, model in models.items()}
-                reference = sessions.pop("float")
-                sqnr = output_sqnr(
+                reference = models.pop("float")
+                sqnr = artefact_sqnr(
                     reference,
-                    sessions,
+                    models,
                     analysis.heads,
                     (analysis.data.feeds(i) for i in samples),
                     seed=analysis.settings.seed,
                     progress=progress.advance,
                 )
-                for session in (reference, *sessions.values()):
-                    session.close()
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
-    key = key_of(analysis=analysis.key, mixed=_identity(planned), **execution(analysis))
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
@@ -402,11 +399,6 @@ def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Arte
 def _identity(planned: Planned) -> list[str]:
     """What decides a mixed model beside the analysis."""
     return sorted(planned.plan.lowered())
-
-
-def execution(analysis: Analysis) -> dict[str, object]:
-    """What decides how models are executed here, beside the machine."""
-    return {"threads": available_cores(), "runtime": analysis.target.runtime.version(), "versions": versions()}
 
 
 def float_bytes(graph: Graph) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.errors import BudgetError, DataError
+from bitalloy.heads import is_divergence
 from bitalloy.outcome import Evaluation, MetricComparison
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.programs import interface_of, runner
@@ -136,7 +137,7 @@ def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
         return (
             all(point.predicted_latency_us <= most * (1 + 1e-9) for most in latency)
             and (budget.size_bytes is None or point.size_bytes <= budget.size_bytes)
-            and all(point.sqnr_db[i] >= floor for i, floor in floors.items() if "KL" not in heads[i])
+            and all(point.sqnr_db[i] >= floor for i, floor in floors.items() if not is_divergence(heads[i]))
         )
 
     points = sorted(planned.plan.pareto, key=lambda p: p.predicted_latency_us)

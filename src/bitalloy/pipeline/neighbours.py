@@ -12,9 +12,8 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.work import Workspace
 from bitalloy.plans import ParetoPoint, Plan
 from bitalloy.records import Estimate, Record
-from bitalloy.runtime.ort import available_cores
 from bitalloy.store import key_of
-from bitalloy.verify import output_sqnr
+from bitalloy.verify import artefact_sqnr
 
 NEIGHBOURS = 6
 """Plans beside the chosen one, as many faster as slower ones where the front has them."""
@@ -65,18 +64,14 @@ def measure_beside(
                 repeats=REPEATS,
                 progress=progress.advance,
             )
-            sessions = {name: a.session() for name, a in artefacts.items()}
-            exact = reference.session()
-            sqnr = output_sqnr(
-                exact,
-                sessions,
+            sqnr = artefact_sqnr(
+                reference,
+                artefacts,
                 analysis.heads,
                 (analysis.data.feeds(i) for i in samples),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
-            for session in (exact, *sessions.values()):
-                session.close()
         return msgspec.json.encode(
             Sitting(
                 ratio=tuple(round(ratio_of(times, name), 4) for name in artefacts),
@@ -89,8 +84,7 @@ def measure_beside(
         analysis=analysis.key,
         plans=[sorted(p) for p in plans],
         samples=samples,
-        threads=available_cores(),
-        runtime=analysis.target.runtime.version(),
+        **analysis.execution,
     )
     return msgspec.json.decode(work.cached("neighbours", key, make), type=Sitting)
 

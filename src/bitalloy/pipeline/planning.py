@@ -24,7 +24,7 @@ from bitalloy.store import RunDirectory, key_of
 
 PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "planning.npz", "planning.json"
 """The plan in a run directory, and the files that it rests on; the matrix is the probe matrix as last corrected."""
-AGAIN = "replanned.json"
+REPLANNED = "replanned.json"
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
@@ -184,11 +184,11 @@ def plan_again(
     if asked.max_drop:
         raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
     if not asked.limited:
-        before = _read(Path(folder) / PLAN, Plan).budget
+        before = read_record(Path(folder) / PLAN, Plan).budget
         asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))
-    store.publish(AGAIN, plan_json(planned))
+    store.publish(REPLANNED, plan_json(planned))
     return planned
 
 
@@ -258,13 +258,24 @@ def read_tables(folder: str | Path) -> Tables:
         matrix = ProbeMatrix.from_bytes((path / MATRIX).read_bytes())
     except (OSError, ValueError, KeyError) as error:
         raise RunDirectoryError(f"'{path / MATRIX}' is damaged: {error}. Give the run's command again.") from error
-    return Tables(_read(path / UNITS, UnitGraph), matrix, _read(path / COST, CostTable), _read(path / FACTS, Facts))
+    return Tables(
+        read_record(path / UNITS, UnitGraph),
+        matrix,
+        read_record(path / COST, CostTable),
+        read_record(path / FACTS, Facts),
+    )
 
 
-def _read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """A record of a run directory.
+
+    Raises:
+        RunDirectoryError: the file is absent, damaged, or of another version.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise RunDirectoryError(
-            f"'{path}' cannot be read: {error}. It is damaged, or of another version; give the run's command again."
+            f"'{path}' cannot be read: {error}. Expected a file of a finished `bitalloy run` of this version; give the "
+            "run's command again."
         ) from error

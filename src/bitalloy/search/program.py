@@ -112,10 +112,16 @@ class Problem:
             plans = [self.moved(plan, m) for m in self.moves]
             damage = np.stack([self.damage(p) for p in plans])
             return damage, np.array([self.latency_us(p) for p in plans]), np.array([self.size_bytes(p) for p in plans])
-        flips, kept = self._flips.flips(plan), [self.free.index(m) for m in self.moves]
+        flips, kept = self._flips.flips(plan), self._kept
         linear = SHRINK * flips.together + (1 - SHRINK) * flips.alone
         damage = np.asarray(linear * bend(self.secant, linear))
         return damage[kept], flips.latency_us[kept], (self.float_bytes - flips.saved_bytes)[kept]
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        """Places among `free` of the units that have a choice."""
+        place = {unit: i for i, unit in enumerate(self.free)}
+        return [place[m] for m in self.moves]
 
     @cached_property
     def _flips(self) -> Moves | None:
@@ -176,11 +182,11 @@ class Program:
         count = len(self._index)
         damage: list[tuple[int, np.ndarray]] = []
         latency: dict[int, float] = {}
+        saved: dict[int, int] = {}
         for entry in cost.units:
-            if entry.unit in self._index and entry.int8_us is not None:
-                latency[self._index[entry.unit]] = entry.int8_us - entry.fp32_us
-            if entry.unit + HALF in self._index and entry.fp16_us is not None:
-                latency[self._index[entry.unit + HALF]] = entry.fp16_us - entry.fp32_us
+            for member in problem.members.get(entry.unit, ()):
+                latency[self._index[member]] = entry.us(frozenset({member})) - entry.fp32_us
+                saved[self._index[member]] = entry.saved_bytes(frozenset({member}))
         table, column = problem.site_damage, problem.matrix.column
         for unit in units.units:
             if unit.id in self._index:
@@ -237,9 +243,7 @@ class Program:
         self._latency = np.zeros(count)
         self._latency[list(latency)] = list(latency.values())
         self._size = np.zeros(count)
-        for entry in cost.units:
-            for member in problem.members.get(entry.unit, ()):
-                self._size[self._index[member]] = -entry.saved_bytes(frozenset({member}))
+        self._size[list(saved)] = [-b for b in saved.values()]
         self._float_us = problem.latency_us(frozenset())
         self._least = np.zeros(count)
         self._least[[self._index[m] for m in problem.fixed]] = 1.0

@@ -18,7 +18,7 @@ from bitalloy.graph import Graph
 from bitalloy.runtime import ORT
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
-from bitalloy.targets.tensorrt import MOVERS
+from bitalloy.targets.patterns import MOVERS
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:

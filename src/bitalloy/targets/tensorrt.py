@@ -22,20 +22,17 @@ float32, because QuantizeLinear takes nothing else below opset 19; next to a uni
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
-from bitalloy.records import Edge, Placement, WeightSite
+from bitalloy.graph import Graph, attribute, constant, name_of
+from bitalloy.records import Edge, Placement
 from bitalloy.runtime import ORT
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
+from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
 
-MOVERS = frozenset({
-    "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
-    "Tile", "Transpose", "Unsqueeze",
-})  # fmt: skip
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
@@ -65,28 +62,17 @@ def _plain(node: ir.Node, reason: str) -> Core:
 def _weighted(node: ir.Node, *, axis: int) -> Core:
     if constant(node.inputs[1]) is None:
         return _plain(node, "the weights are computed at run time")
-    return Core(node.op_type, (node, *_behind(node)), weights=(_weight(node, axis),))
-
-
-def _weight(node: ir.Node, axis: int) -> WeightSite:
-    value = node.inputs[1]
-    assert value is not None
-    elements = math.prod(static_shape(value))
-    return WeightSite(tensor=str(value.name), node=name_of(node), slot=1, axis=axis, elements=elements)
+    return Core(node.op_type, (node, *_behind(node)), weights=(weight_site(node, axis),))
 
 
 def _matmul(node: ir.Node) -> Core:
-    left, right = node.inputs
-    if constant(left) is not None:
-        return _plain(node, "the left operand is constant")
-    if constant(right) is None:
-        return Core("MatMul", (node,))
-    if len(static_shape(right)) != 2:  # type: ignore[arg-type]
-        return _plain(node, "the constant operand is not a matrix")
-    bias = _only_reader(node.outputs[0])
+    core = matmul(node)
+    if not core.weights:
+        return core
+    bias = only_reader(node.outputs[0])
     if bias is not None and bias.op_type == "Add" and any(constant(v) is not None for v in bias.inputs):
-        return Core("MatMul", (node, bias, *_behind(bias)), weights=(_weight(node, 1),))
-    return Core("MatMul", (node, *_behind(node)), weights=(_weight(node, 1),))
+        return replace(core, nodes=(node, bias, *_behind(bias)))
+    return replace(core, nodes=(node, *_behind(node)))
 
 
 def _residual(node: ir.Node, graph: Graph) -> Core:
@@ -103,7 +89,7 @@ def _residual(node: ir.Node, graph: Graph) -> Core:
         return _plain(node, "no layer with weights makes an operand for this Add alone, so it fuses with none")
     _, slot = max(made)
     inside = Edge(tensor=str(node.inputs[slot].name), node=name_of(node), slot=slot)  # type: ignore[union-attr]
-    after = _only_reader(node.outputs[0])
+    after = only_reader(node.outputs[0])
     relu = (after,) if after is not None and after.op_type == "Relu" else ()
     return Core("Add", (node, *relu), joined=(inside,))
 
@@ -111,9 +97,9 @@ def _residual(node: ir.Node, graph: Graph) -> Core:
 def _from_weights(value: ir.Value) -> bool:
     """Whether a tensor comes from a layer with constant weights, through its activation, to one reader alone."""
     node = value.producer()
-    if node is None or _only_reader(value) is None:
+    if node is None or only_reader(value) is None:
         return False
-    if node.op_type == "Mul" and (gate := _silu_of(node)) is not None:
+    if node.op_type == "Mul" and (gate := _gate_of(node)) is not None:
         node = gate.inputs[0].producer()  # type: ignore[union-attr]
     elif node.op_type in ACTIVATIONS:
         node = node.inputs[0].producer()  # type: ignore[union-attr]
@@ -124,37 +110,19 @@ def _from_weights(value: ir.Value) -> bool:
 
 def _behind(node: ir.Node) -> tuple[ir.Node, ...]:
     """The activation that a kernel applies to what it makes: one operator, or x * Sigmoid(x)."""
-    after = _only_reader(node.outputs[0])
+    after = only_reader(node.outputs[0])
     if after is not None:
         return (after,) if after.op_type in ACTIVATIONS else ()
-    readers = [use.node for use in consumers(node.outputs[0])]
-    if node.outputs[0].is_graph_output() or len(readers) != 2:
-        return ()
-    product = next((n for n in readers if n.op_type == "Mul"), None)
-    gate = _silu_of(product) if product is not None else None
-    return (gate, product) if gate is not None and product is not None and gate in readers else ()
+    return silu_of(node.outputs[0]) or ()
 
 
-def _silu_of(product: ir.Node) -> ir.Node | None:
+def _gate_of(product: ir.Node) -> ir.Node | None:
     """The Sigmoid of x * Sigmoid(x), read by nothing else."""
     for value, other in (tuple(product.inputs), tuple(product.inputs)[::-1]):
         gate = value.producer() if value is not None else None
-        if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other and _only_reader(value):  # type: ignore[arg-type]
+        if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other and only_reader(value):  # type: ignore[arg-type]
             return gate
     return None
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = consumers(value)
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def _follows(node: ir.Node) -> bool:
-    if node.op_type == "Resize":
-        return attribute(node, "mode", "nearest") == "nearest"
-    if node.op_type == "Gather":
-        return constant(node.inputs[1]) is not None
-    return node.op_type in MOVERS
 
 
 TENSORRT = Target(
@@ -170,5 +138,5 @@ TENSORRT = Target(
     half=OPERATORS,
     device=A10,
     match=_match,
-    follows=_follows,
+    follows=moves,
 )
