@@ -25,6 +25,13 @@ app = typer.Typer(
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
 )
+Ranges = Annotated[
+    str,
+    typer.Option(
+        help="Calibration of INT8 ranges: minmax, moving, percentile, entropy or mse for all tensors; auto takes, for "
+        "every tensor, the one whose rounding and clipping disturb the outputs least."
+    ),
+]
 Floors = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,7 +113,7 @@ def run(
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
-    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    ranges: Ranges = "auto",
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +164,7 @@ def run(
     settings = Settings(
         targets=options.targets(target),
         calibration_samples=calibration_samples,
-        range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
+        range_method=options.choice("--ranges", ranges, options.RANGE_METHODS),
         samples=options.samples(samples),
         probes=probes,
         seed=seed,
@@ -188,6 +195,8 @@ def run(
 
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
+    from bitalloy.report import formats
+
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
     table = Table("", "float", "all INT8", "mixed")
@@ -219,6 +228,8 @@ def _show(verified: Verified, folder: Path) -> None:
     out_console.print(
         f"{summary.int8_units} of {summary.units} units in INT8{half} on {summary.target}. Report: {report}"
     )
+    if summary.ranges is not None:
+        out_console.print(f"INT8 ranges: {formats.ranges(summary.ranges)}.", soft_wrap=True, highlight=False)
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
 
@@ -318,7 +329,7 @@ def sensitivity(
     samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
-    ranges: Annotated[str, typer.Option(help="minmax, moving, percentile, entropy or mse.")] = "minmax",
+    ranges: Ranges = "auto",
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -361,7 +372,7 @@ def sensitivity(
             settings=Settings(
                 targets=options.targets(target),
                 calibration_samples=calibration_samples,
-                range_method=options.choice("--ranges", ranges, ("minmax", "moving", "percentile", "entropy", "mse")),
+                range_method=options.choice("--ranges", ranges, options.RANGE_METHODS),
                 samples=options.samples(samples),
                 probes=probes,
                 seed=seed,

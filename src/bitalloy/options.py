@@ -13,6 +13,7 @@ from bitalloy.records import Precision
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
+RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
 Text = TypeVar("Text", str, str | None)
 
 

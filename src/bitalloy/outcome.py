@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from bitalloy.plans import Budget
-from bitalloy.records import DataInfo, Estimate, Latency, MetricValue, Precision, Record
+from bitalloy.records import DataInfo, Estimate, Latency, MetricValue, Precision, RangeChoice, Record
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -198,5 +198,7 @@ class Summary(Record, frozen=True, kw_only=True):
     workload: str = "one inference"
     """What the latency of one inference pays for."""
     fp16_units: int = 0
+    ranges: RangeChoice | None = None
+    """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False
     """True where the target cannot run on this machine: all latencies follow from peak rates of `device`."""

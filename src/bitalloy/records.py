@@ -296,6 +296,8 @@ class TensorRange(Record, frozen=True, kw_only=True):
     """Largest absolute value that was seen, whatever the method cuts off."""
     subnormal: float
     """Share of the non-zero values below 6.1e-5, which FP16 stores with fewer than 11 bits."""
+    others: dict[str, tuple[float, float]] = {}
+    """Low and high by other methods that are compared with this one; those that hardly differ are left out."""
 
 
 class Calibration(Record, frozen=True, kw_only=True):
@@ -315,6 +317,20 @@ class Estimate(Record, frozen=True, kw_only=True):
     value: float
     low: float
     high: float
+
+
+class RangeChoice(Record, frozen=True, kw_only=True):
+    """What came of choosing a range per tensor: the all-INT8 model, executed with these ranges and without."""
+
+    heads: tuple[str, ...]
+    methods: dict[str, int]
+    """Number of tensors by chosen method."""
+    samples: int
+    first_db: tuple[Estimate, ...]
+    """SQNR of every head where all tensors are calibrated by the first method."""
+    chosen_db: tuple[Estimate, ...]
+    kept: bool
+    """Whether the choice does better in the mean of the heads; the first method's ranges are taken otherwise."""
 
 
 class Sensitivity(Record, frozen=True, kw_only=True):
@@ -389,8 +405,9 @@ class Settings(Record, frozen=True, kw_only=True):
     targets: tuple[str, ...] = ("ort-cpu",)
     """Names from `bitalloy targets`. One analysis serves all; the first is the one that `Analysis` stands for."""
     calibration_samples: int = 64
-    range_method: str = "minmax"
-    """`minmax`, `moving`, `percentile`, `entropy` or `mse`."""
+    range_method: str = "auto"
+    """`minmax`, `moving`, `percentile`, `entropy`, `mse`, or `auto`: of these, but for `moving`, the one that disturbs
+    the outputs least, for every tensor on its own; `minmax` where nothing is probed."""
     samples: int | None = None
     """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 16."""
     probes: int = 8

@@ -45,7 +45,7 @@ def pairs(case, targets):
 
 def prober(case, ranges, targets: tuple[Target, ...]) -> Prober:
     (units, first), *others = pairs(case, targets)
-    return Prober(case.graph, units, case.heads, ranges, first, others=others)
+    return Prober(case.graph, units, case.heads, ranges, first, others=[(u, t, ranges) for u, t in others])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def joint(case, ranges) -> dict[str, ProbeMatrix]:
     """Target -> its columns of one matrix."""
     together = prober(case, ranges, TARGETS)
     rows = [together.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
-    found = views(case.graph, pairs(case, TARGETS), ranges)
+    found = views(case.graph, [(u, t, ranges) for u, t in pairs(case, TARGETS)])
     whole = ProbeMatrix.concatenate(rows)
     return {t.name: whole.view(v) for t, v in zip(TARGETS, found, strict=True)}
 

@@ -82,7 +82,7 @@ class Statistics:
         share = self.subnormal / np.maximum(self.count - self.zeros, 1)
         return dict(zip(self.tensors, share.tolist(), strict=True))
 
-    def ranges(self, method: str, *, percentile: float = 99.999) -> dict[str, tuple[float, float]]:
+    def ranges(self, method: str, *, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
         """Low and high per tensor, never outside what was seen; `entropy` and `mse` include 0.
 
         Args:

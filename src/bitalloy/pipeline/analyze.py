@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from bitalloy.records import (
     DataInfo,
     Head,
     Precision,
+    RangeChoice,
     Secant,
     SensitivityTable,
     Settings,
@@ -35,19 +37,25 @@ from bitalloy.records import (
 )
 from bitalloy.regions import ancestors, path_of, region_id
 from bitalloy.runtime import ONLY, Artefact, available_cores
-from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled, views
+from bitalloy.sensitivity import Prober, Switchboard, choose, late, picked, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
 from bitalloy.targets.half import judge, tensors
+from bitalloy.verify import artefact_sqnr
 
 CALIBRATION_SHARD = 16
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
 LEAST_PROBES = 2
 """Of a head in every sample."""
 SECANT_SAMPLES = 8
+COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.02
+"""Range methods among which a tensor's is chosen, and how much of its width a range must differ by to be compared."""
+RANGE_SAMPLES = 8
+"""On which the choice is measured."""
 ONE_GRAPH = "FP16 is planned for models of one graph; in a program of several, units run in INT8 or FP32."
+VERIFY_SAMPLES = 16
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
 
@@ -78,6 +86,20 @@ class Calibrated:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
+
+    def ranges_by(self, method: str) -> dict[str, tuple[float, float]]:
+        """The same by another method, where it gives something else."""
+        return {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
+
+    def on(self, methods: Mapping[str, str]) -> Calibrated:
+        """The same, with the ranges of some tensors by another method."""
+        ranges = []
+        for r in self.calibration.ranges:
+            if r.tensor in methods:
+                low, high = r.others[methods[r.tensor]]
+                r = msgspec.structs.replace(r, low=low, high=high, method=methods[r.tensor])
+            ranges.append(r)
+        return replace(self, calibration=msgspec.structs.replace(self.calibration, ranges=tuple(ranges)))
 
     @property
     def execution(self) -> dict[str, object]:
@@ -131,6 +153,8 @@ class Analysis(Calibrated):
     """Columns of this target."""
     secant: Secant
     table: SensitivityTable
+    choice: RangeChoice | None = None
+    """What choosing the ranges per tensor brought; None where one method was asked for or is all there is."""
     others: tuple[Analysis, ...] = ()
     """The same for the other targets, from the same passes through the network."""
 
@@ -164,17 +188,16 @@ def analyze(
     """
     work = work or Workspace()
     ready = calibrate(model, data, settings, notes=notes, work=work)
-    parts = [ready, *ready.others]
-    matrices = _probe(parts, work)
+    parts, matrices, choice = _probe([ready, *ready.others], work)
     bent = _secant(parts, matrices, work)
-    first, *others = (_analysis(part, matrix, bent) for part, matrix in zip(parts, matrices, strict=True))
+    first, *others = (_analysis(part, matrix, bent, choice) for part, matrix in zip(parts, matrices, strict=True))
     return replace(first, others=tuple(others))
 
 
-def _analysis(ready: Calibrated, matrix: ProbeMatrix, bent: Secant) -> Analysis:
+def _analysis(ready: Calibrated, matrix: ProbeMatrix, bent: Secant, choice: RangeChoice | None) -> Analysis:
     table = sensitivities(matrix, ready.units, part_of(ready.info, matrix.samples), bent, seed=ready.settings.seed)
     known = {f.name: getattr(ready, f.name) for f in fields(ready) if f.name != "others"}
-    return Analysis(**known, matrix=matrix, secant=bent, table=table)
+    return Analysis(**known, matrix=matrix, secant=bent, table=table, choice=choice)
 
 
 def calibrate(
@@ -322,8 +345,10 @@ def _calibrate(
                 statistics = part if statistics is None else statistics.merge(part)
         if statistics is None:
             raise DataError("There is no sample to calibrate with.")
-        found, largest = statistics.ranges(settings.range_method), dict(zip(order, statistics.magnitude, strict=True))
-        subnormal = statistics.fp16_subnormal
+        automatic = settings.range_method == "auto"
+        first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (settings.range_method,)
+        found, more = statistics.ranges(first), {method: statistics.ranges(method) for method in others}
+        largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.fp16_subnormal
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
@@ -333,9 +358,10 @@ def _calibrate(
                     tensor=t,
                     low=float(found[t][0]),
                     high=float(found[t][1]),
-                    method=settings.range_method,
+                    method=first,
                     magnitude=float(largest[t]),
                     subnormal=round(subnormal[t], 6),
+                    others=_distinct(found[t], {method: ranges[t] for method, ranges in more.items()}),
                 )
                 for t in order
             ),
@@ -344,6 +370,17 @@ def _calibrate(
         return msgspec.json.encode(record)
 
     return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
+
+
+def _distinct(first: tuple[float, float], others: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """The ranges that differ from the first and from each other."""
+    taken, found = [first], {}
+    for method, (low, high) in others.items():
+        least = ALIKE * (high - low)
+        if all(abs(low - a) + abs(high - b) > least for a, b in taken):
+            taken.append((low, high))
+            found[method] = (low, high)
+    return found
 
 
 def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
@@ -363,14 +400,19 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
     return msgspec.structs.replace(units, units=tuple(changed))
 
 
-def _probe(parts: Sequence[Calibrated], work: Workspace) -> list[ProbeMatrix]:
-    """One matrix for all targets, and of it the columns of each."""
-    ready, others = parts[0], [(p.units, p.target) for p in parts[1:]]
+def _probe(
+    parts: Sequence[Calibrated], work: Workspace
+) -> tuple[list[Calibrated], list[ProbeMatrix], RangeChoice | None]:
+    """One matrix for all targets and methods of calibration; of it the columns of each target on the chosen ranges."""
+    ready = parts[0]
     settings, data, key = ready.settings, ready.data, ready.key
     most = min(len(data), settings.samples or MAX_SAMPLES)
     plain = sum(not h.kind for h in ready.heads)
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
+    methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
+    ways = [(p.units, p.target, p.ranges_by(method)) for method in methods for p in parts]
+    ways += [(u, t, late(u, ready.ranges, ranges)) for u, t, ranges in ways[len(parts) :]]
 
     def make() -> bytes:
         prober: Prober | None = None
@@ -387,7 +429,7 @@ def _probe(parts: Sequence[Calibrated], work: Workspace) -> list[ProbeMatrix]:
                         ready.ranges,
                         ready.target,
                         stops=ready.excluded,
-                        others=others,
+                        others=ways[1:],
                     )
                     return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
 
@@ -399,9 +441,58 @@ def _probe(parts: Sequence[Calibrated], work: Workspace) -> list[ProbeMatrix]:
         return ProbeMatrix.concatenate(rows).to_bytes()
 
     matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
-    if len(parts) == 1:
-        return [matrix]
-    return [matrix.view(v) for v in views(ready.graph, [(p.units, p.target) for p in parts], ready.ranges)]
+    if len(ways) == 1:
+        return list(parts), [matrix], None
+    found = views(ready.graph, ways)
+    by_part = [found[i : len(methods) * len(parts) : len(parts)] for i in range(len(parts))]
+    decider = next((i for i, p in enumerate(parts) if p.units.quantizable()), None)
+    if len(methods) == 1 or decider is None:
+        return list(parts), [matrix.view(candidates[0]) for candidates in by_part], None
+    best = choose(matrix, by_part[decider], parts[decider].units)
+    chosen = [p.on({t: methods[i] for t, i in best.items() if i}) for p in parts]
+    choice = _measured_choice(parts[decider], chosen[decider], matrix.samples, work)
+    if not choice.kept:
+        return list(parts), [matrix.view(candidates[0]) for candidates in by_part], choice
+    rest = found[len(methods) * len(parts) :]
+    names = [
+        picked(candidates, [candidates[0], *rest[i :: len(parts)]], best, p.units)
+        for i, (candidates, p) in enumerate(zip(by_part, parts, strict=True))
+    ]
+    return chosen, [matrix.view(n) for n in names], choice
+
+
+def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: Workspace) -> RangeChoice:
+    """Execute the all-INT8 model on both kinds of ranges."""
+    samples = unseen(probed, len(first.data))[:RANGE_SAMPLES]
+    plain = [i for i, h in enumerate(first.heads) if not h.kind]
+
+    def make() -> bytes:
+        lowered = first.units.quantizable()
+        with work.stage("ranges", len(samples)) as progress:
+            models = {
+                name: part.executable(part.artefact(lowered)) for name, part in (("first", first), ("chosen", chosen))
+            }
+            feeds = (first.data.feeds(i) for i in samples)
+            seed = first.settings.seed
+            sqnr = artefact_sqnr(first.original(), models, first.heads, feeds, seed=seed, progress=progress.advance)
+        means = {name: sum(values[i].value for i in plain) for name, values in sqnr.items()}
+        record = RangeChoice(
+            heads=tuple(h.name for h in first.heads),
+            methods=dict(Counter(r.method for r in chosen.calibration.ranges)),
+            samples=len(samples),
+            first_db=sqnr["first"],
+            chosen_db=sqnr["chosen"],
+            kept=means["chosen"] > means["first"],
+        )
+        return msgspec.json.encode(record)
+
+    return msgspec.json.decode(work.cached("ranges", first.key, make), type=RangeChoice)
+
+
+def unseen(probed: int, total: int) -> list[int]:
+    """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
+    found = list(range(probed, total))[:VERIFY_SAMPLES]
+    return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
 def part_of(info: DataInfo, count: int) -> DataInfo:

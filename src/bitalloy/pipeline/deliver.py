@@ -15,7 +15,7 @@ from bitalloy.errors import BudgetError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.analyze import Analysis, unseen
 from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
@@ -34,7 +34,6 @@ from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
 from bitalloy.verify import artefact_sqnr
 
-VERIFY_SAMPLES = 16
 BENCH_REPEATS = 40
 MAX_ROUNDS = 3
 BETTER_DB, STEADY = 0.1, 0.02
@@ -215,7 +214,7 @@ class Course:
         self.tables = tables_of(analysis, planned.cost)
         """As corrected so far."""
         self._base, self._findings = self.tables, tuple[Finding, ...]()
-        self._samples = _verification_samples(analysis)
+        self._samples = unseen(analysis.matrix.samples, len(analysis.data))
         self._tried: list[Trial] = []
         self._decided: Trial | None = None
         self.budget = planned.plan.budget
@@ -342,7 +341,7 @@ class Course:
 
 
 def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Workspace) -> Measured:
-    samples = _verification_samples(analysis)
+    samples = unseen(analysis.matrix.samples, len(analysis.data))
 
     def make() -> bytes:
         with work.scratch() as folder:
@@ -415,13 +414,6 @@ def _sizes(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
     """By graph."""
     reference, int8, own = _float_sizes(analysis.graph), all_int8(analysis).sizes, mixed.sizes
     return {name: Triple(reference=reference[name], int8=int8[name], mixed=own[name]) for name in own}
-
-
-def _verification_samples(analysis: Analysis) -> list[int]:
-    """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
-    total = len(analysis.data)
-    unseen = list(range(analysis.matrix.samples, total))[:VERIFY_SAMPLES]
-    return unseen if len(unseen) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
 def all_int8(analysis: Analysis) -> Artefact:

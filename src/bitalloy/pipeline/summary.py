@@ -83,6 +83,7 @@ def summarize(
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
         fp16_units=len(planned.plan.fp16_units()),
+        ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
     )
 

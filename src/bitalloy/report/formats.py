@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from bitalloy.heads import is_divergence
 from bitalloy.matrix import CEILING_DB
-from bitalloy.records import DataInfo, Estimate, MetricValue
+from bitalloy.records import DataInfo, Estimate, MetricValue, RangeChoice
 
 NONE = "–"
 MINUS = "−"
@@ -86,6 +87,27 @@ def seconds(value: float) -> str:
 def data(info: DataInfo) -> str:
     """Which samples, in one line."""
     return f"{info.name}: {info.count} samples, seed {info.seed}, {info.preprocessing}"
+
+
+def ranges(choice: RangeChoice | None) -> str:
+    """How INT8 ranges were calibrated, and what choosing them tensor by tensor brought.
+
+    >>> ranges(None)
+    'one method for all tensors'
+    """
+    if choice is None:
+        return "one method for all tensors"
+    counts = ", ".join(f"{count} {method}" for method, count in sorted(choice.methods.items(), key=lambda m: -m[1]))
+    gains = ", ".join(
+        f"{head} {before.value:.1f} to {after.value:.1f} dB"
+        for head, before, after in zip(choice.heads, choice.first_db, choice.chosen_db, strict=True)
+        if not is_divergence(head)
+    )
+    kept = "" if choice.kept else "; they did worse on average, so every tensor has its minmax range"
+    return (
+        f"chosen for every tensor by predicted damage ({counts}); with all of INT8, executed on {choice.samples} "
+        f"samples, from minmax for all to these: {gains}{kept}"
+    )
 
 
 def _decimals(value: float) -> int:

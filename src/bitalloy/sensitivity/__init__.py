@@ -4,6 +4,7 @@ from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.correct import Correction, Finding, correct, damage_of
 from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
+from bitalloy.sensitivity.ranges import choose, late, picked
 from bitalloy.sensitivity.table import alike, groups, sensitivities, settled
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Prober",
     "Switchboard",
     "alike",
+    "choose",
     "correct",
     "damage",
     "damage_of",
     "groups",
+    "late",
+    "picked",
     "secant",
     "sensitivities",
     "settled",

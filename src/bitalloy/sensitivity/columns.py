@@ -43,9 +43,9 @@ class Column:
     """Makes its local error under a name."""
 
 
-def views(graph: Graph, targets: Sequence[tuple[UnitGraph, Target]], ranges: Ranges) -> list[dict[str, str]]:
-    """For every target: site -> name of its column in the matrix that `Prober` measures for all of them."""
-    return names([columns(graph, units, ranges, target) for units, target in targets])
+def views(graph: Graph, wanted: Sequence[tuple[UnitGraph, Target, Ranges]]) -> list[dict[str, str]]:
+    """For every way to round: site -> name of its column in the matrix that `Prober` measures for all of them."""
+    return names([columns(graph, units, ranges, target) for units, target, ranges in wanted])
 
 
 def columns(graph: Graph, units: UnitGraph, ranges: Ranges, target: Target) -> list[Column]:
@@ -76,15 +76,22 @@ def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
 
 
 def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
-    """For every target: site -> name of its column. What differs from a former target's is `site on target`."""
-    taken: dict[str, tuple[object, ...]] = {}
+    """For every way to round: site -> name of its column.
+
+    What differs from a former one's is `site on target`; further ranges on that target get a number.
+    """
+    taken: set[str] = set()
     name_of_key: dict[tuple[object, ...], str] = {}
     result = []
     for wanted in targets:
         for column in wanted:
             if column.key not in name_of_key:
-                name = column.site if column.site not in taken else f"{column.site} on {column.target}"
-                taken[name], name_of_key[column.key] = column.key, name
+                own, number = f"{column.site} on {column.target}", 2
+                name = column.site if column.site not in taken else own
+                while name in taken:
+                    name, number = f"{own} {number}", number + 1
+                taken.add(name)
+                name_of_key[column.key] = name
         result.append({c.site: name_of_key[c.key] for c in wanted})
     return result
 

@@ -42,8 +42,8 @@ class Prober:
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
         stops: nodes through which nothing is measured.
-        others: units of further targets. Their columns stand behind those of the first; what both round alike is
-            measured once. The passes through the network are the same.
+        others: units of further targets, or the same with other ranges. Their columns stand behind those of the first;
+            what both round alike is measured once. The passes through the network are the same.
 
     Raises:
         UnsupportedOpError: an operator between a site and a head has no adjoint rule.
@@ -58,10 +58,10 @@ class Prober:
         target: Target,
         *,
         stops: frozenset[str] = frozenset(),
-        others: Sequence[tuple[UnitGraph, Target]] = (),
+        others: Sequence[tuple[UnitGraph, Target, Mapping[str, tuple[float, float]]]] = (),
     ) -> None:
         self._heads = tuple(heads)
-        wanted = [columns(graph, u, ranges, t) for u, t in ((units, target), *others)]
+        wanted = [columns(graph, u, r, t) for u, t, r in ((units, target, ranges), *others)]
         taps = [c.tap(name) for name, c in merge(wanted).items()]
         tensors = tuple(dict.fromkeys(h.tensor for h in heads))
         self.sites = tuple(t.id for t in taps)

@@ -1,0 +1,86 @@
+"""Which range each tensor is stored on: the candidate whose rounding and clipping disturb the outputs least.
+
+Every candidate's error has its own columns in the probe matrix, measured in the same passes. What is compared is the
+damage of a tensor's roundings alone, summed over the heads in parts of what all roundings together do to each. So an
+outlier that the network does not listen to is cut off, and one that it needs is kept, whatever the histogram says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitalloy.matrix import ProbeMatrix
+from bitalloy.records import AGAIN, UnitGraph
+
+ENOUGH = 0.9
+"""Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""
+Ranges = Mapping[str, tuple[float, float]]
+Names = Mapping[str, str]
+"""Site -> name of its column."""
+
+
+def late(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[float, float]]:
+    """What INT8 Concats give on other ranges, their operands and all else on the first."""
+    joined = {e.root for e in units.edges if e.passed_on}
+    return {t: other[t] if t in joined else r for t, r in first.items()}
+
+
+def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -> dict[str, int]:
+    """Number of the best candidate for every tensor whose rounding reaches a head.
+
+    What an INT8 Concat gives is judged as if it were rounded only there: behind operands on the same narrow range
+    nothing would be left to clip.
+
+    Args:
+        matrix: with the columns of all candidates.
+        candidates: for each its `views`. The first is the one to beat.
+        units: of the target that they are for.
+
+    Returns:
+        tensor -> position in `candidates`.
+    """
+    tensors, sites = _tensors(units), units.rounded(units.quantizable())
+    damage = matrix.site_damage().mean(axis=0)[matrix.plain]
+    whole = matrix.damage(matrix.select(candidates[0][s] for s in sites)).mean(axis=0)[matrix.plain]
+    parts = (damage / np.maximum(whole, 1e-30)[:, None]).sum(axis=0)
+    costs: dict[str, np.ndarray] = {}
+    for site, tensor in tensors.items():
+        for position, names in enumerate(candidates):
+            column = matrix.column.get(names.get(site, ""))
+            if column is not None:
+                costs.setdefault(tensor, np.zeros(len(candidates)))[position] += parts[column]
+    best = {tensor: int(np.argmin(cost)) for tensor, cost in costs.items()}
+    return {t: i if costs[t][i] <= ENOUGH * costs[t][0] else 0 for t, i in best.items()}
+
+
+def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str, int], units: UnitGraph) -> Names:
+    """The columns on the ranges that were chosen.
+
+    What is rounded again behind an INT8 Concat has columns for operands of the same method, and for operands of the
+    first. Where operands differ, the latter stand in: values that an operand cut off already are then cut off once more
+    in the prediction, which errs to the safe side.
+
+    Args:
+        candidates: as for `choose`.
+        late: the same for the ranges of `late`.
+        best: as `choose` gives it.
+        units: of the target.
+    """
+    tensors = _tensors(units)
+    operands: dict[str, set[str]] = {}
+    for edge in units.edges:
+        operands.setdefault(str(edge.consumer), set()).add(edge.root)
+    found = {site: candidates[best.get(tensors.get(site, ""), 0)][site] for site in candidates[0]}
+    for edge in units.edges:
+        site, method = edge.id + AGAIN, best.get(edge.root, 0)
+        if site in found:
+            alike = all(best.get(t, 0) == method for t in operands.get(str(edge.producer), ()))
+            found[site] = (candidates if alike else late)[method][site]
+    return found
+
+
+def _tensors(units: UnitGraph) -> dict[str, str]:
+    """Site of an activation -> tensor whose range it is rounded on."""
+    return {e.id: e.root for e in units.edges} | {e.id: e.tensor for unit in units.units for e in unit.inner}
