@@ -42,6 +42,14 @@ def build() -> nn.Module:
     return model
 
 
+def history() -> list[str]:
+    """How the packaged file was trained."""
+    if not OUTPUT.exists():
+        return []
+    metadata = {p.key: p.value for p in onnx.load(OUTPUT).metadata_props}
+    return [metadata["trained_by"].removeprefix("python reference/train_semantic.py ")]
+
+
 @torch.no_grad()
 def restore(model: nn.Module, path: Path) -> None:
     """Give a network the weights of its exported file, in place; its outputs stay the same.
@@ -126,10 +134,11 @@ def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
 RECIPE = Recipe(
     build=build,
     loss=loss,
-    stages=((128, 1600), (192, 200), (256, 200)),
+    stages=((192, 1500), (256, 150)),
     learning_rate=1e-3,
     final_rate=1e-5,
     orthogonal=orthogonal,
+    history=history,
     bfloat16=True,
 )
 

@@ -70,6 +70,8 @@ class Recipe:
     """Parameter name -> what its learning rate is multiplied by."""
     orthogonal: Callable[[str], bool] = lambda _: False
     """Parameter name -> whether it is a matrix whose steps Muon makes orthogonal; AdamW changes all others."""
+    history: Callable[[], list[str]] = list
+    """What was done to the weights before the first step, as options of the script."""
     bfloat16: bool = False
     """Whether convolutions and matrix products compute in bfloat16."""
 
@@ -214,7 +216,7 @@ def train(recipe: Recipe, work: Path, *, seed: int, stages: Stages) -> None:
     path = checkpoint(work)
     model = recipe.build().train()
     average, optimizer, first, spent = copy.deepcopy(model), optimizer_for(model, recipe), 0, 0.0
-    history: list[str] = []
+    history = recipe.history()
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])

@@ -50,7 +50,7 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 16
 LEAST_PROBES = 2
 """Of a head in every sample."""
 SECANT_SAMPLES = 8
-COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.02
+COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.1
 """Range methods among which a tensor's is chosen, and how much of its width a range must differ by to be compared."""
 RANGE_SAMPLES = 8
 """On which the choice is measured."""
