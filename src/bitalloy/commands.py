@@ -65,7 +65,8 @@ def audit(
     as_planned = sum(u.executed == u.planned for u in found.units)
     inside = len(found.units) - as_planned - len(differing)
     line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
-    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for text in (line, *(g.sentence() for g in found.graphs)):
+        out_console.print(text, soft_wrap=True, highlight=False, markup=False)
     if differing:
         table = Table("unit", "planned", "executed", "likely cause")
         for unit in differing[:SHOWN_LINES]:

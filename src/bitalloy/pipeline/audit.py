@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.audit import audit as compare
+from bitalloy.audit import reconcile
 from bitalloy.errors import RunDirectoryError
 from bitalloy.outcome import Audit
 from bitalloy.pipeline.analyze import Analysis
@@ -22,21 +24,20 @@ from bitalloy.records import UnitGraph
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.store import key_of
 from bitalloy.targets import target
-from bitalloy.tracing import profile, trace
+from bitalloy.tracing import Traced, profile, rewritten, trace
 
 
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
     """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
     work = work or Workspace()
-    runtime, int8 = analysis.target.runtime, planned.plan.int8_units()
+    lowered = planned.plan.lowered()
 
     def make() -> bytes:
         with work.stage("audit", None), work.scratch() as folder:
             traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
-            kernels = profile(traced, analysis.data.feeds(0), folder)
-        return msgspec.json.encode(compare(analysis.units, int8, kernels, runtime.name, runtime.version()))
+            return msgspec.json.encode(_look(traced, analysis.units, lowered, analysis.data.feeds(0), folder))
 
-    key = key_of(analysis=analysis.key, mixed=sorted(int8), **analysis.execution)
+    key = key_of(analysis=analysis.key, mixed=sorted(lowered), evidence="profile, graph", **analysis.execution)
     return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
 
 
@@ -52,7 +53,7 @@ def audit_run(path: str | Path) -> Audit:
     if (run / "mixed").is_dir():
         return read_record(run / "audit.json", Audit)
     model, runtime = run / "mixed.onnx", target(plan.target).runtime
-    version = runtime.version()
+    runtime.version()  # where it is not installed, that is said first
     try:
         loaded = ir.load(model)
     except Exception as error:  # a missing or damaged file, by many types
@@ -67,5 +68,13 @@ def audit_run(path: str | Path) -> Audit:
         feeds[str(value.name)] = random.astype(kind)
     with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
         traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
-        kernels = profile(traced, feeds, Path(name))
-    return compare(units, plan.int8_units(), kernels, runtime.name, version)
+        return _look(traced, units, plan.lowered(), feeds, Path(name))
+
+
+def _look(
+    traced: Traced, units: UnitGraph, lowered: frozenset[str], feeds: Mapping[str, np.ndarray], folder: Path
+) -> Audit:
+    """Profile a model and read the graphs that ran."""
+    runtime = traced.artefact.runtime
+    kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten(traced, folder))
+    return compare(units, lowered, kernels, runtime.name, runtime.version(), graphs=graphs)

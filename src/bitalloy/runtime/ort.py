@@ -35,6 +35,7 @@ class OrtSession:
         threads: intra-op threads; None takes one per available core.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `kernels` reads it back.
+        written: file for the graph as the session runs it, after all optimisations; the weights go beside it.
         shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
             no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
 
@@ -51,6 +52,7 @@ class OrtSession:
         threads: int | None = None,
         optimize: bool = True,
         profile: Path | None = None,
+        written: Path | None = None,
         shared: bool = False,
     ) -> None:
         options = ort.SessionOptions()
@@ -65,6 +67,10 @@ class OrtSession:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        if written is not None:
+            options.optimized_model_filepath = str(written)
+            for key, value in (("file_name", f"{written.name}.data"), ("min_size_in_bytes", "1024")):
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
         packed = pack(model) if isinstance(model, ir.Model) else model
         source = str(packed) if isinstance(packed, (str, Path)) else packed
         self._lent: dict[str, np.ndarray] = {}
@@ -126,6 +132,20 @@ class OrtSession:
         del self._session, self._lent, self._lent_values
 
 
+def rewrite(model: ir.Model | Path, folder: Path) -> ir.Model:
+    """The graph that a session runs. Its large weights are in the folder, in a file of their own.
+
+    Raises:
+        ModelError: it cannot be written, such as on a full disk.
+    """
+    path = folder / "optimized.onnx"
+    try:
+        OrtSession(model, written=path).close()
+        return ir.load(path)
+    except Exception as error:  # a damaged file, by many types
+        raise ModelError(f"ONNX Runtime could not write the graph that it runs: {error}") from error
+
+
 def _precision(args: Mapping[str, Any]) -> str:
     """Type of the largest operand of a profiled node, the first of equals: others may be scales, sizes or indices."""
     operands = [(kind, math.prod(shape)) for one in args.get("input_type_shape") or () for kind, shape in one.items()]
@@ -168,7 +188,7 @@ def evaluate_node(
     return list(OrtSession(model.SerializeToString(), threads=1).run(feeds).values())
 
 
-ORT = Runtime("ONNX Runtime", OrtSession, lambda: str(ort.__version__))
+ORT = Runtime("ONNX Runtime", OrtSession, lambda: str(ort.__version__), rewrite)
 """The runtime of the core."""
 
 
