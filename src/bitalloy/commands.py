@@ -44,9 +44,15 @@ def targets() -> None:
 
 def audit(
     run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="Of a target whose device is not here: what this CPU makes of its model."),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Run the mixed model again and tell in which precision the runtime executed every unit.
+
+    A model for a GPU is audited on a machine that has it: elsewhere nothing is known about the target.
 
     Example: bitalloy audit runs/last
     """
@@ -54,7 +60,7 @@ def audit(
 
     from bitalloy import pipeline
 
-    found = pipeline.audit_run(run_directory)
+    found = pipeline.audit_run(run_directory, here=here)
     if json_output:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
         return
@@ -70,8 +76,12 @@ def audit(
     if differing:
         table = Table("unit", "planned", "executed", "likely cause")
         for unit in differing[:SHOWN_LINES]:
-            table.add_row(escape(unit.unit), unit.planned, unit.executed, unit.cause)
+            table.add_row(escape(unit.unit), unit.planned, unit.executed, escape(unit.cause))
         out_console.print(table)
+        if len(differing) > SHOWN_LINES:
+            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
+    if found.note:
+        out_console.print(found.note, style="yellow", soft_wrap=True)
 
 
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:

@@ -194,6 +194,8 @@ class Audit(Record, frozen=True, kw_only=True):
     """In order of execution."""
     graphs: tuple[AuditedGraph, ...] = ()
     """Second evidence: what the runtime made of each graph. None where its kernels tell what they were made from."""
+    note: str = ""
+    """What a reader must know, such as that the target's own device was not there; empty without."""
 
     def differences(self) -> tuple[AuditedUnit, ...]:
         """Units whose work was done in another precision than planned."""

@@ -9,8 +9,7 @@ import platform
 from bitalloy.cost import device
 from bitalloy.errors import MissingExtraError
 from bitalloy.records import Record
-from bitalloy.runtime import available_cores, tensorrt
-from bitalloy.runtime.ort import cuda_missing
+from bitalloy.runtime import available_cores
 from bitalloy.targets import TARGETS
 from bitalloy.targets.patterns import has_vnni
 
@@ -25,8 +24,6 @@ EXTRAS = {
 """Extra -> packages, as in pyproject.toml (a test compares)."""
 MODULES = {"cuda-python": "cuda"}
 """Package -> what is imported of it, where the names differ."""
-ABSENT = {"ort-cuda": cuda_missing, "tensorrt": tensorrt.missing}
-"""Target -> why its device cannot be used here, or an empty string."""
 CORE = ("bitalloy", "onnxruntime", "onnx", "onnx-ir", "numpy", "scipy")
 
 
@@ -75,7 +72,7 @@ def doctor() -> Diagnosis:
             version = target.runtime.version()
         except MissingExtraError as error:
             problem = str(error)
-        problem = problem or ABSENT.get(target.name, str)()
+        problem = problem or target.missing()
         targets.append(
             TargetCheck(
                 name=target.name,
