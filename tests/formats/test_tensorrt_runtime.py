@@ -9,16 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.formats.test_placement import conv_bn_activation
+from tests.targets.conftest import rewrite
 
-from bitalloy.apply import apply
 from bitalloy.errors import BitalloyError, ModelError
 from bitalloy.halving import specified
-from bitalloy.heads import find_heads
 from bitalloy.runtime import Artefact, OrtSession
 from bitalloy.runtime.tensorrt import INSTALL, Layer, TensorRtSession, missing, read_layers
-from bitalloy.targets import TENSORRT
-from bitalloy.targets.base import split
 from bitalloy.tracing import Traced
 
 ABSENT = missing()
@@ -39,9 +35,9 @@ ENGINE = {
 
 @pytest.mark.skipif(not ABSENT, reason="TensorRT is here")
 def test_absence_is_a_message_with_a_way_out(tmp_path: Path) -> None:
-    graph = conv_bn_activation(tmp_path / "m.onnx")
+    model = rewrite("tensorrt", "case1-conv", tmp_path).model
     with pytest.raises(BitalloyError, match="cannot run on TensorRT here") as error:
-        TensorRtSession(graph.model)
+        TensorRtSession(model)
     assert INSTALL in str(error.value) or "GPU" in str(error.value)
     script = Path(__file__).parents[2] / "benchmarks" / "tensorrt_latency.py"
     done = subprocess.run([sys.executable, script, "a.onnx", "b.onnx"], capture_output=True, text=True, check=False)
@@ -84,11 +80,8 @@ def test_layers_are_kernels_with_the_units_of_all_their_nodes(tensor: str, preci
 
 @pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 def test_engine_agrees_with_the_specification(tmp_path: Path) -> None:
-    graph = conv_bn_activation(tmp_path / "m.onnx")
-    units = split(graph, TENSORRT, find_heads(graph))
-    ranges = {tensor: (-4.0, 4.0) for tensor in graph.value}
-    model = apply(graph, units, units.lowest(), ranges, TENSORRT).model
-    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    case = rewrite("tensorrt", "case6-half-beside-int8", tmp_path)
+    model, feeds = case.model, case.feeds
     session = TensorRtSession(model, cache=tmp_path / "times", profile=tmp_path / "profile")
     found, expected = session.run(feeds)["y"], OrtSession(specified(model)).run(feeds)["y"]
     assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
