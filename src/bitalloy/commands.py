@@ -31,15 +31,27 @@ def models(
         out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
 
 
-def targets() -> None:
-    """List devices and runtimes.
+def targets(
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List devices and runtimes; `bitalloy doctor` tells which of them are here.
 
     Example: bitalloy run model.onnx --data images/ --target ort-cpu
     """
+    import json
+
     from bitalloy.targets import TARGETS
 
+    if json_output:
+        listed = [
+            {"name": t.name, "description": t.describe, "fp16": bool(t.half), "estimated": t.device is not None}
+            for t in TARGETS.values()
+        ]
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+        return
     for entry in TARGETS.values():
-        out_console.print(f"{entry.name:<12} {entry.describe}", soft_wrap=True)
+        line = f"{entry.name:<12} {entry.describe}"
+        out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def audit(

@@ -31,6 +31,9 @@ FLOATS = {
         c = Exp(w1)  d = Mul(c, w2)  e = Sin(x)  y = Mul(e, d) }""",
     "a pair alone": """(float[4,8] x, float scale, uint8 zero) => (float[4,8] y) {
         e = Sin(x)  q = QuantizeLinear(e, scale, zero)  d = DequantizeLinear(q, scale, zero)  y = Cos(d) }""",
+    "a pair behind a move": """(float[4,8] x, float scale, uint8 zero) => (float[8,4] y) {
+        e = Sin(x)  t = Transpose(e)  q = QuantizeLinear(t, scale, zero)  d = DequantizeLinear(q, scale, zero)
+        y = Cos(d) }""",
 }
 
 
@@ -103,6 +106,13 @@ def test_a_pair_without_integer_kernels_is_left_unfused(tmp_path: Path) -> None:
     assert found.graphs[0].unfused == ("q",)
     assert takers["q"] == ("QuantizeLinear",) and takers["d"] == ("DequantizeLinear",)
     assert "1 pairs of QuantizeLinear" in found.graphs[0].sentence()
+
+
+def test_rounding_that_was_moved_does_the_work_of_no_other_node(tmp_path: Path) -> None:
+    """The Transpose runs on integers, behind a QuantizeLinear that is named after the Sin which it rounds now."""
+    found, takers = look(FLOATS["a pair behind a move"], tmp_path)
+    assert takers["e"] == ("Sin",) and takers["t"] == ("Transpose",)
+    assert [k.precision for k in found.kernels if k.op == "Transpose"] == ["int8"]
 
 
 def test_pairs_between_integer_kernels_are_taken_in(rewrite: Callable[..., object], tmp_path: Path) -> None:

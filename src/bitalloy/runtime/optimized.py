@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+PAIR = frozenset({"DequantizeLinear", "QuantizeLinear"})
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Reshape", "Transpose"})
 """Operators that a runtime adds around others."""
 
@@ -69,11 +70,12 @@ class _Matcher:
         for node in result:
             self._makes.update({str(v.name): node for v in node.outputs if str(v.name) in makers})
             name = origin(str(node.name)) or ""
+            source = nodes.get(name) or makers.get(name)
+            if source is None or (node.op_type in PAIR and source.op_type not in PAIR):
+                continue  # rounding that was moved is named after what it rounds now
             if name in makers:
                 self._makes.setdefault(name, node)
-            source = nodes.get(name) or makers.get(name)
-            if source is not None:
-                self._anchors.setdefault(source, []).append(node)
+            self._anchors.setdefault(source, []).append(node)
         self._ends = set(self._makes.values())
         self._constants = {str(name) for name in result.initializers}
 
