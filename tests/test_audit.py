@@ -23,10 +23,10 @@ def unit(name: str) -> Unit:
 def test_differences_are_found_and_explained() -> None:
     """Four units, one for each case; times counted by hand."""
     kernels = [
-        Timed(Kernel("1", (), "QuantizeLinear", "fp32", ()), "a", 50.0),
-        Timed(Kernel("2", (), "QLinearConv", "int8", ()), "a", 20.0),
-        Timed(Kernel("3", (), "Conv", "fp32", ()), "b", 20.0),
-        Timed(Kernel("4", (), "Concat", "int8", ()), "c", 10.0),
+        Timed(Kernel("1", (), "QuantizeLinear", "fp32", ()), ("a",), 50.0),
+        Timed(Kernel("2", (), "QLinearConv", "int8", ()), ("a",), 20.0),
+        Timed(Kernel("3", (), "Conv", "fp32", ()), ("b",), 20.0),
+        Timed(Kernel("4", (), "Concat", "int8", ()), ("c",), 10.0),
     ]
     units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcd")), edges=())
     found = audit(units, frozenset("ab"), kernels, "R", "1")
@@ -35,6 +35,23 @@ def test_differences_are_found_and_explained() -> None:
     assert ["no integer kernel" in u.cause or "made no" in u.cause for u in found.units] == [False, True, False, False]
     assert found.share_of_time == {"fp32": 0.7, "int8": 0.3}
     assert [u.us for u in found.units] == [70.0, 20.0, 10.0, 0.0]
+
+
+def test_units_inside_kernels_of_others_have_their_precision_where_it_is_certain() -> None:
+    """Units b to d run behind the sums of an integer kernel or in a float one; rounding does not decide."""
+    kernels = [
+        Timed(Kernel("1", (), "QLinearConv", "int8", ()), ("a", "b", "c"), 20.0),
+        Timed(Kernel("2", (), "QuantizeLinear", "fp32", ()), ("b",), 1.0),
+        Timed(Kernel("3", (), "FusedConv", "fp32", ()), ("e", "d", "f"), 20.0),
+    ]
+    units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcdef")), edges=())
+    found = {u.unit: u for u in audit(units, frozenset("abd"), kernels, "R", "1").units}
+    assert {name: u.executed for name, u in found.items()} == {
+        "a": "int8", "b": "int8", "c": "", "d": "fp32", "e": "fp32", "f": "fp32",
+    }  # fmt: skip
+    assert found["c"].cause == "runs inside QLinearConv of 'a'"
+    assert "no integer kernel" in found["d"].cause and "it runs inside FusedConv of 'e'" in found["d"].cause
+    assert not found["e"].cause
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino-cpu"])
@@ -50,8 +67,11 @@ def test_a_run_is_audited(inside: Any, inputs: Any, target: str) -> None:
         convolutions = [u for u in found["units"] if u["kind"] == "Conv"]
         assert convolutions and all(u["executed"] == u["planned"] for u in convolutions)
         assert sum(found["share_of_time"].values()) == pytest.approx(1, abs=1e-3)
+        graphs = [{k["op"] for k in found["kernels"]}] if target == "ort-cpu" else []
+        assert [{n["op"] for n in g["nodes"]} for g in found["graphs"]] == graphs
     assert "What the runtime ran" in (inside.folder / "run" / "report.html").read_text()
-    assert "ran as planned" in inside("audit", "run").succeeded().out
+    text = inside("audit", "run").succeeded().out
+    assert "ran as planned" in text and ("nodes of 'model' became" in text) == (target == "ort-cpu")
 
 
 def test_a_folder_without_a_run_is_refused(inside: Any) -> None:

@@ -45,7 +45,11 @@ def test_module_starts_the_command_line(bitalloy: Any) -> None:
 def test_models_and_targets_are_listed(inside: Any) -> None:
     listed = inside("models").succeeded().out
     assert "yolo11n-shapes" in listed
-    assert "ort-cpu" in inside("targets").succeeded().out
+    assert "needs the extra [openvino]" in inside("targets").succeeded().out
+    listed = json.loads(inside("targets", "--json").succeeded().out)
+    assert {t["name"]: t["estimated"] for t in listed} == {
+        "ort-cpu": False, "openvino-cpu": False, "ort-cuda": True, "tensorrt": True,
+    }  # fmt: skip
 
 
 def test_no_command_shows_the_help(inside: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from bitalloy.pipeline.doctor import EXTRAS
+from bitalloy.pipeline.doctor import CORE, NOT_SHOWN, extras
 
 
 def test_doctor_tells_the_facts_of_this_machine(inside: Any) -> None:
@@ -26,10 +27,18 @@ def test_doctor_tells_the_facts_of_this_machine(inside: Any) -> None:
 
 def test_what_is_missing_comes_with_its_install_line(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    installed = importlib.metadata.distribution
+
+    def without_extras(name: str) -> importlib.metadata.Distribution:
+        if name not in CORE:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", without_extras)
     out = inside("doctor").succeeded().out
     assert "pip install 'bitalloy[openvino]'" in re.search(r"openvino-cpu: (.*)", out)[1]  # type: ignore[index]
-    assert "kornia; pip install 'bitalloy[mobilesam]'" in out
+    assert "lacks kornia, torch; pip install 'bitalloy[mobilesam]'" in out
+    assert "installed" not in out.partition("extra ")[2]
 
 
 def test_devices_that_are_not_here_have_a_reason(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +53,9 @@ def test_devices_that_are_not_here_have_a_reason(inside: Any, monkeypatch: pytes
 def test_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"]
-    for name, packages in EXTRAS.items():
-        assert set(packages) == {re.split("[><=]", p)[0] for p in declared[name]}
-    assert set(declared) - {"zoo", "ultralytics"} == set(EXTRAS)
+    expected = {
+        name: {re.split("[><=]", p)[0].replace("_", "-") for p in packages} for name, packages in declared.items()
+    }
+    assert {name: set(packages) for name, packages in extras().items()} == {
+        name: packages for name, packages in expected.items() if name not in NOT_SHOWN
+    }

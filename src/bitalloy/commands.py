@@ -31,22 +31,40 @@ def models(
         out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
 
 
-def targets() -> None:
-    """List devices and runtimes.
+def targets(
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List devices and runtimes; `bitalloy doctor` tells which of them are here.
 
     Example: bitalloy run model.onnx --data images/ --target ort-cpu
     """
+    import json
+
     from bitalloy.targets import TARGETS
 
+    if json_output:
+        listed = [
+            {"name": t.name, "description": t.describe, "fp16": bool(t.half), "estimated": t.device is not None}
+            for t in TARGETS.values()
+        ]
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+        return
     for entry in TARGETS.values():
-        out_console.print(f"{entry.name:<12} {entry.describe}", soft_wrap=True)
+        line = f"{entry.name:<12} {entry.describe}"
+        out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def audit(
     run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="Of a target whose device is not here: what this CPU makes of its model."),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Run the mixed model again and tell in which precision the runtime executed every unit.
+
+    A model for a GPU is audited on a machine that has it: elsewhere nothing is known about the target.
 
     Example: bitalloy audit runs/last
     """
@@ -54,7 +72,7 @@ def audit(
 
     from bitalloy import pipeline
 
-    found = pipeline.audit_run(run_directory)
+    found = pipeline.audit_run(run_directory, here=here)
     if json_output:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
         return
@@ -65,12 +83,17 @@ def audit(
     as_planned = sum(u.executed == u.planned for u in found.units)
     inside = len(found.units) - as_planned - len(differing)
     line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
-    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for text in (line, *(g.sentence() for g in found.graphs)):
+        out_console.print(text, soft_wrap=True, highlight=False, markup=False)
     if differing:
         table = Table("unit", "planned", "executed", "likely cause")
         for unit in differing[:SHOWN_LINES]:
-            table.add_row(escape(unit.unit), unit.planned, unit.executed, unit.cause)
+            table.add_row(escape(unit.unit), unit.planned, unit.executed, escape(unit.cause))
         out_console.print(table)
+        if len(differing) > SHOWN_LINES:
+            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
+    if found.note:
+        out_console.print(found.note, style="yellow", soft_wrap=True)
 
 
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:

@@ -1,7 +1,7 @@
-"""Which unit each kernel of a runtime belongs to: nodes are renamed before, and names are read in the profile.
+"""Which unit each kernel of a runtime belongs to: nodes are renamed before, and names are read in what it reports.
 
-A runtime fuses, splits and renames, but what it reports still holds the names of the nodes and tensors that it started
-from. In a copy of the model every name begins with the number of its unit.
+A runtime fuses, splits and renames, but its profile and its graph still hold the names of the nodes and tensors that it
+started from. In a copy of the model every name begins with the number of its unit.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.runtime import Artefact, Kernel
+from bitalloy.errors import ModelError
+from bitalloy.runtime import Artefact, Kernel, Rewritten, match
 from bitalloy.values import TAG
 
 PROFILE_RUNS, WARM_UP = 8, 2
 QUIET = 25
 """Percentile of repeated times that stands for a kernel: other work on the machine only ever adds time."""
-_TOKEN = re.compile(r"u(\d+)~")
+_TOKEN = re.compile(r"(?:u(?P<unit>\d+)|border)~(?P<node>\d+)(?:\.\d+)?")
+ROUNDING = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
 _COPY = "_original"
 """OpenVINO gives the name of an output to the node that makes it, and this ending to the one that did before."""
 
@@ -33,15 +35,29 @@ class Traced:
     units: tuple[str, ...]
     outputs: Mapping[str, int]
     """Graph outputs, which keep their names -> number of the unit that makes them."""
+    nodes: Mapping[int, tuple[str, str]]
+    """Number of a node -> its name before, and its operator."""
 
-    def unit(self, kernel: Kernel) -> str | None:
-        """The unit that a kernel runs for; None where it only passes between units. The first name decides."""
-        for text in (*kernel.layers, kernel.name):
-            if found := _TOKEN.search(text):
-                return self.units[int(found.group(1))]
+    def units_in(self, kernel: Kernel) -> tuple[str, ...]:
+        """All units that a kernel is said to work for, main one first; none where it only passes between units."""
+        tokens = [t for text in (*kernel.layers, kernel.name) for t in _TOKEN.finditer(text)]
+        found = [self.units[int(t["unit"])] for t in tokens if t["unit"]]
         names = {name.removesuffix(_COPY) for name in kernel.layers}
-        made = [index for output, index in self.outputs.items() if output in names]
-        return self.units[made[0]] if made else None
+        found += [self.units[index] for output, index in self.outputs.items() if output in names]
+        return tuple(dict.fromkeys(found))
+
+    def units_of(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        """The units of nodes by their names in here; rounding counts only where there is nothing else."""
+        found: dict[bool, dict[str, None]] = {False: {}, True: {}}
+        for token in map(_TOKEN.match, nodes):
+            if token and token["unit"]:
+                found[self.nodes[int(token["node"])][1] in ROUNDING][self.units[int(token["unit"])]] = None
+        return tuple(found[False] or found[True])
+
+    def name_before(self, node: str) -> str:
+        """Name of a node in the model as it was, or of one that is not from there."""
+        token = _TOKEN.match(node)
+        return self.nodes[int(token["node"])][0] if token else node
 
     def placed(self, folder: Path) -> Traced:
         """The same with its large graphs in files in a folder."""
@@ -53,9 +69,15 @@ class Timed:
     """A kernel with its unit and its time."""
 
     kernel: Kernel
-    unit: str | None
+    units: tuple[str, ...]
+    """That it works for, as far as the runtime says, main one first."""
     us: float
     """Microseconds per run."""
+
+    @property
+    def unit(self) -> str | None:
+        """The unit that it runs for; None where it only passes between units."""
+        return self.units[0] if self.units else None
 
 
 def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
@@ -63,12 +85,14 @@ def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
     ids = tuple(units)
     index = {unit: i for i, unit in enumerate(ids)}
     made: dict[str, int] = {}
+    before: dict[int, tuple[str, str]] = {}
     number = 0
     for model in artefact.models.values():
         assert isinstance(model, ir.Model), "what is traced lies in memory"
         outputs = set(model.graph.outputs)
         for node in model.graph:
             number += 1
+            before[number] = str(node.name), node.op_type
             unit = index.get(node.metadata_props.get(TAG, ""))
             prefix = f"u{unit}~" if unit is not None else "border~"
             node.name = f"{prefix}{number}"
@@ -77,7 +101,7 @@ def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
                     value.name = f"{prefix}{number}.{slot}"
                 elif unit is not None:
                     made[str(value.name)] = unit
-    return Traced(artefact, ids, made)
+    return Traced(artefact, ids, made, before)
 
 
 def profile(traced: Traced, feeds: Mapping[str, np.ndarray], folder: Path) -> list[Timed]:
@@ -99,5 +123,30 @@ def profile(traced: Traced, feeds: Mapping[str, np.ndarray], folder: Path) -> li
     for kernel in kernels:
         # a kernel that runs several times under one name shares it
         times = max(1, round(len(kernel.us) / (PROFILE_RUNS + WARM_UP)))
-        found.append(Timed(kernel, traced.unit(kernel), float(np.percentile(kernel.us, QUIET)) * times))
+        found.append(Timed(kernel, traced.units_in(kernel), float(np.percentile(kernel.us, QUIET)) * times))
     return found
+
+
+def rewritten(traced: Traced, folder: Path) -> dict[str, Rewritten | str]:
+    """What the runtime makes of each graph before it runs it, or why that is not known; empty where its kernels tell.
+
+    Args:
+        traced: the model.
+        folder: an existing one, in which the runtime may write.
+    """
+    rewrite = traced.artefact.runtime.rewrite
+    found: dict[str, Rewritten | str] = {}
+    if rewrite is None:
+        return found
+    for name, model in traced.artefact.models.items():
+        graph = (ir.load(model) if isinstance(model, Path) else model).graph
+        try:
+            found[name] = match(graph, rewrite(model, folder).graph, _origin)
+        except ModelError as error:
+            found[name] = str(error)
+    return found
+
+
+def _origin(name: str) -> str | None:
+    token = _TOKEN.search(name)
+    return token.group() if token else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from tests.formats.micro import build
+from tests.core.micro import build
 
 from bitalloy.apply import apply
 from bitalloy.halving import specified

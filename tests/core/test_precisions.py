@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.formats.micro import build
+from tests.core.micro import build
 
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix

@@ -15,6 +15,7 @@ from bitalloy.errors import BitalloyError
 from bitalloy.pipeline import Workspace
 from bitalloy.plans import CostTable, Plan
 from bitalloy.records import Precision, UnitGraph
+from bitalloy.targets import TARGETS
 
 NAMES = ("ort-cpu", "tensorrt", "ort-cuda")
 QUICK = {"samples": 4, "probes": 4, "calibration_samples": 4}
@@ -62,6 +63,31 @@ def test_errors_are_predicted_and_measured(result: tuple[Path, Any]) -> None:
         for pair in one.summary.sqnr_db.values():
             assert pair.mixed.measured > 10
             assert abs(pair.mixed.measured - pair.mixed.predicted) < 4
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TARGETS[n].missing()])
+def test_a_device_that_is_not_here_is_not_audited(result: tuple[Path, Any], name: str) -> None:
+    folder = result[0] / name
+    assert not (folder / "audit.json").exists()
+    with pytest.raises(BitalloyError, match="machine with an NVIDIA GPU") as error:
+        bitalloy.pipeline.audit_run(folder)
+    assert name in str(error.value) and TARGETS[name].missing() in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp16_on_a_cpu_is_said_to_be_executed_in_fp32(result: tuple[Path, Any], name: str) -> None:
+    folder = result[0] if name == "ort-cpu" else result[0] / name
+    plan, found = read(folder, "plan", Plan), bitalloy.pipeline.audit_run(folder, here=True)
+    assert {u.unit: u.planned for u in found.units} == {c.unit: c.precision for c in plan.choices}
+    assert found.note == (
+        "" if name == "ort-cpu" else f"Executed by ONNX Runtime on this CPU. This says nothing about {name}."
+    )
+    halves = {u.unit: u for u in found.units if u.planned is Precision.FP16 and u.kernels}
+    assert set(halves) <= plan.fp16_units() and bool(halves) == bool(plan.fp16_units())
+    cast = [u for u in halves.values() if u.executed == "fp32"]
+    assert {u.kind for u in cast} >= {u.kind for u in halves.values() if u.kind in ("Conv", "Gemm")}
+    assert all("no FP16 kernel" in u.cause and "Cast to FP32" in u.cause for u in cast)
+    assert {u.unit for u in cast} <= {u.unit for u in found.differences()}
 
 
 def test_estimates_are_called_estimates_everywhere(result: tuple[Path, Any]) -> None:

@@ -106,6 +106,17 @@ def test_summary_of_a_program_speaks_of_its_graphs(asked: Any) -> None:
     assert {f"mixed/{f}" for f in ("encoder.onnx", "decoder.onnx", "program.json")} <= asked.files()
 
 
+def test_every_graph_of_a_program_is_audited(asked: Any) -> None:
+    """Each node of its file has a place in the graph that ran, or is said to be gone."""
+    found = json.loads((asked.folder / "run" / "audit.json").read_text())
+    assert {g["graph"] for g in found["graphs"]} == {k["graph"] for k in found["kernels"]} == {"encoder", "decoder"}
+    for graph in found["graphs"]:
+        nodes = onnx.load(asked.folder / "run" / "mixed" / f"{graph['graph']}.onnx").graph.node
+        kept = {n for node in graph["nodes"] for n in node["nodes"]}
+        assert {n.name for n in nodes} == kept | {*graph["folded"], *graph["removed"]}
+        assert not graph["unknown"] and all(node["ran"] for node in graph["nodes"])
+
+
 def test_advice_of_the_family_holds_where_measurement_bears_it_out(asked: Any) -> None:
     summary = asked.summary()
     plan = json.loads((asked.folder / "run" / "plan.json").read_text())

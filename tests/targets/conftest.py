@@ -1,12 +1,13 @@
 """Small graphs, one for each numbered case of a target, and the text of what becomes of them.
 
 A case is a graph in ONNX's text form; inputs called w... are random constants. Ranges are those of one random sample.
+Everything runs in the lowest precision that it may take, but for the cases in `PLANS`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,18 @@ from bitalloy.apply import apply
 from bitalloy.calibrate import collect
 from bitalloy.graph import Graph, constant, load
 from bitalloy.heads import find_heads
-from bitalloy.records import UnitGraph
+from bitalloy.records import HALF, UnitGraph
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
 from bitalloy.values import TAG
 
+RESIDUAL = """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4,4,3,3] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
+    c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w2)  a = Add(d, r)  s = Relu(a)
+    y = Conv<pads=[1,1,1,1]>(s, w3) }"""
+CONCAT = """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4,3,3,3] w2, float[4,8,3,3] w3) => (float[1,4,4,4] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w1)  b = Conv<pads=[1,1,1,1]>(x, w2)  k = Concat<axis=1>(a, b)
+    m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(k)  y = Conv<pads=[1,1,1,1]>(m, w3) }"""
 CASES: dict[str, dict[str, str]] = {
     "ort-cpu": {
         "case1-conv": """(float[1,8,16,16] x, float[8,8,3,3] w1, float[8] w2, float[8,8,3,3] w3)
@@ -67,15 +74,47 @@ CASES: dict[str, dict[str, str]] = {
         "case7-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
     },
+    "tensorrt": {
+        "case1-conv": """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
+            c = Conv<pads=[1,1,1,1]>(x, w1, w2)  v = Constant<value_floats=[0.5,1.0,1.5,2.0]>()
+            b = BatchNormalization(c, v, v, v, v)  s = Sigmoid(b)  m = Mul(b, s)
+            d = Conv<pads=[1,1,1,1]>(m, w3)  y = Relu(d) }""",
+        "case1-transposed-gemm": """(float[1,3,2,2] x, float[3,4,2,2] w1, float[4] w2, float[5,64] w3, float[5] w4)
+            => (float[1,5] y) { t = ConvTranspose<kernel_shape=[2,2], strides=[2,2]>(x, w1, w2)  f = Flatten(t)
+            y = Gemm<transB=1>(f, w3, w4) }""",
+        "case2-residual": RESIDUAL,
+        "case3-attention": """(float[1,2,6,4] q, float[1,2,4,6] k, float[1,2,6,4] v) => (float[1,2,6,4] y) {
+            m = MatMul(q, k)  h = Constant<value_float=0.5>()  s = Mul(m, h)  p = Softmax(s)  y = MatMul(p, v) }""",
+        "case4-concat": CONCAT,
+        "case5-matmul-bias-gelu": """(float[1,5,4] x, float[4,8] w1, float[8] w2, float[8,4] w3, float[4] w4)
+            => (float[1,5,4] y) { m = MatMul(x, w1)  a = Add(m, w2)  k = Constant<value_float=1.4142135>()
+            d = Div(a, k)  e = Erf(d)  one = Constant<value_float=1.0>()  f = Add(e, one)  g = Mul(a, f)
+            half = Constant<value_float=0.5>()  h = Mul(g, half)  n = MatMul(h, w3)  y = Add(n, w4) }""",
+        "case6-half-beside-int8": RESIDUAL,
+    },
+    "ort-cuda": {
+        "case1-half": CONCAT,
+        "case2-no-int8": """(float[1,8,4,4] x, float[8,8,1,1] w1, float[8] w2) => (float[1,8,4,4] y) {
+            c = Conv(x, w1, w2)  y = Relu(c) }""",
+        "case3-movers": """(float[1,8,4,4] x, float[8,8,1,1] w1) => (float[1,4,4,8] y) {
+            c = Conv(x, w1)  t = Transpose<perm=[0,2,3,1]>(c)  y = Neg(t) }""",
+    },
+}
+PLANS: dict[tuple[str, str], Callable[[UnitGraph], frozenset[str]]] = {
+    ("tensorrt", "case1-conv"): UnitGraph.quantizable,
+    ("tensorrt", "case1-transposed-gemm"): UnitGraph.quantizable,
+    ("tensorrt", "case2-residual"): UnitGraph.quantizable,
+    ("tensorrt", "case6-half-beside-int8"): lambda units: frozenset({"/c/Conv", f"/d/Conv{HALF}", "/y/Conv"}),
 }
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A case with everything that may be in INT8 in INT8."""
+    """A case in the precisions of its plan."""
 
     graph: Graph
     units: UnitGraph
+    lowered: frozenset[str]
     model: ir.Model
     feeds: Mapping[str, np.ndarray]
     target: Target
@@ -100,24 +139,25 @@ def rewrite(name: str, case: str, folder: Path) -> Rewritten:
     onnx.save(model, folder / "case.onnx")
     graph, device = load(folder / "case.onnx"), target(name)
     units = split(graph, device, find_heads(graph))
-    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
-    feeds = {"x": generator.standard_normal(shape).astype(np.float32)}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     found = collect(graph.model, [t for t in graph.value if t in tensors], [feeds]).ranges("minmax")
     ranges = {tensor: (float(low), float(high)) for tensor, (low, high) in found.items()}
-    made = apply(graph, units, units.quantizable(), ranges, device)
-    return Rewritten(graph, units, made.model, feeds, device)
+    lowered = PLANS.get((name, case), UnitGraph.lowest)(units)
+    made = apply(graph, units, lowered, ranges, device)
+    return Rewritten(graph, units, lowered, made.model, feeds, device)
 
 
 def as_text(made: Rewritten) -> str:
-    """Units with their reasons, then the rewritten nodes in order; constants by type and shape."""
+    """Units with their reasons, then the rewritten nodes in order; constants by type and shape, and halves marked."""
     lines = []
     for unit in made.units.units:
         formats = "/".join(unit.allowed) + (f" ({unit.reason})" if unit.reason else "")
         lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")
     for node in made.model.graph:
         inputs = ", ".join(_operand(v) for v in node.inputs)
-        outputs = ", ".join(str(v.name) for v in node.outputs)
+        outputs = ", ".join(f"{v.name}{':float16' * (v.dtype == ir.DataType.FLOAT16)}" for v in node.outputs)
         lines.append(f"{outputs} = {node.op_type}({inputs})  # {node.metadata_props[TAG]}")
     return "\n".join(lines) + "\n"
 

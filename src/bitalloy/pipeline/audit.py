@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.audit import audit as compare
-from bitalloy.errors import RunDirectoryError
+from bitalloy.audit import reconcile
+from bitalloy.errors import BitalloyError, RunDirectoryError
 from bitalloy.outcome import Audit
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.deliver import apply
@@ -22,37 +24,58 @@ from bitalloy.records import UnitGraph
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.store import key_of
 from bitalloy.targets import target
-from bitalloy.tracing import profile, trace
+from bitalloy.tracing import Traced, profile, rewritten, trace
 
 
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
     """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
     work = work or Workspace()
-    runtime, int8 = analysis.target.runtime, planned.plan.int8_units()
+    lowered = planned.plan.lowered()
 
     def make() -> bytes:
         with work.stage("audit", None), work.scratch() as folder:
             traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
-            kernels = profile(traced, analysis.data.feeds(0), folder)
-        return msgspec.json.encode(compare(analysis.units, int8, kernels, runtime.name, runtime.version()))
+            return msgspec.json.encode(_look(traced, analysis.units, lowered, analysis.data.feeds(0), folder))
 
-    key = key_of(analysis=analysis.key, mixed=sorted(int8), **analysis.execution)
+    key = key_of(analysis=analysis.key, mixed=sorted(lowered), evidence="profile, graph", **analysis.execution)
     return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
 
 
-def audit_run(path: str | Path) -> Audit:
-    """Profile the `mixed.onnx` of a run directory here and now, on random inputs; of a program, what its run found.
+def audit_run(path: str | Path, *, here: bool = False) -> Audit:
+    """Profile the `mixed.onnx` of a run directory now, on random inputs; of a program, what its run found.
+
+    Args:
+        path: the run directory.
+        here: of a target whose device is not here, tell what the CPU makes of its model, which says nothing about it.
 
     Raises:
         RunDirectoryError: the directory does not hold a finished run.
         MissingExtraError: the runtime of its target is not installed.
+        BitalloyError: the device of its target is not here.
     """
     run = Path(path)
     plan, units = read_record(run / "plan.json", Plan), read_record(run / "units.json", UnitGraph)
+    device, note = target(plan.target), ""
+    runtime = device.runtime
+    if device.native is not None and here:
+        note = f"Executed by {runtime.name} on this CPU. This says nothing about {device.name}."
+    elif device.native is not None and (reason := device.missing()):
+        raise BitalloyError(
+            f"'{run}' is planned for {device.name}, which cannot run here: {reason}. Copy the folder to a machine with "
+            f"an NVIDIA GPU for which `bitalloy doctor` finds {device.name}, and give `bitalloy audit` there. What "
+            "this CPU makes of the model is told with --here; it says nothing about the target."
+        )
+    elif device.native is not None:
+        runtime = device.native
     if (run / "mixed").is_dir():
+        if not (run / "audit.json").is_file():
+            raise RunDirectoryError(
+                f"'{run}' holds a program of several graphs, which are audited in their run alone, and has no "
+                f"audit.json: {device.name} did not run on that machine."
+            )
         return read_record(run / "audit.json", Audit)
-    model, runtime = run / "mixed.onnx", target(plan.target).runtime
-    version = runtime.version()
+    model = run / "mixed.onnx"
+    runtime.version()  # where it is not installed, that is said first
     try:
         loaded = ir.load(model)
     except Exception as error:  # a missing or damaged file, by many types
@@ -67,5 +90,14 @@ def audit_run(path: str | Path) -> Audit:
         feeds[str(value.name)] = random.astype(kind)
     with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
         traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
-        kernels = profile(traced, feeds, Path(name))
-    return compare(units, plan.int8_units(), kernels, runtime.name, version)
+        found = _look(traced, units, plan.lowered(), feeds, Path(name))
+    return msgspec.structs.replace(found, note=note)
+
+
+def _look(
+    traced: Traced, units: UnitGraph, lowered: frozenset[str], feeds: Mapping[str, np.ndarray], folder: Path
+) -> Audit:
+    """Profile a model and read the graphs that ran."""
+    runtime = traced.artefact.runtime
+    kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten(traced, folder))
+    return compare(units, lowered, kernels, runtime.name, runtime.version(), graphs=graphs)

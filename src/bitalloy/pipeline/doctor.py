@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
+import re
 
 from bitalloy.cost import device
 from bitalloy.errors import MissingExtraError
 from bitalloy.records import Record
-from bitalloy.runtime import available_cores, tensorrt
-from bitalloy.runtime.ort import cuda_missing
+from bitalloy.runtime import available_cores
 from bitalloy.targets import TARGETS
 from bitalloy.targets.patterns import has_vnni
 
-EXTRAS = {
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "cuda-python"),
-    "yolo": ("torch", "safetensors"),
-    "segformer": ("torch", "transformers", "huggingface_hub", "safetensors"),
-    "mobilesam": ("torch", "kornia"),
-    "mobilevlm": ("torch", "transformers", "huggingface_hub", "safetensors", "sentencepiece"),
-}
-"""Extra -> packages, as in pyproject.toml (a test compares)."""
-MODULES = {"cuda-python": "cuda"}
-"""Package -> what is imported of it, where the names differ."""
-ABSENT = {"ort-cuda": cuda_missing, "tensorrt": tensorrt.missing}
-"""Target -> why its device cannot be used here, or an empty string."""
+NOT_SHOWN = frozenset({"ultralytics", "zoo"})
+"""Extras that nobody needs: one is for a test, one is the sum of others."""
+_REQUIREMENT = re.compile(r"""(?P<package>[\w.-]+)[^;]*;.*\bextra *== *['"](?P<extra>[\w.-]+)['"]$""")
 CORE = ("bitalloy", "onnxruntime", "onnx", "onnx-ir", "numpy", "scipy")
 
 
@@ -75,7 +64,7 @@ def doctor() -> Diagnosis:
             version = target.runtime.version()
         except MissingExtraError as error:
             problem = str(error)
-        problem = problem or ABSENT.get(target.name, str)()
+        problem = problem or target.missing()
         targets.append(
             TargetCheck(
                 name=target.name,
@@ -85,10 +74,10 @@ def doctor() -> Diagnosis:
                 estimated=target.device is not None,
             )
         )
-    extras = []
-    for name, packages in EXTRAS.items():
-        missing = tuple(p for p in packages if importlib.util.find_spec(MODULES.get(p, p)) is None)
-        extras.append(ExtraCheck(name=name, missing=missing, install=f"pip install 'bitalloy[{name}]'"))
+    checks = []
+    for name, packages in extras().items():
+        missing = tuple(p for p in packages if not _installed(p))
+        checks.append(ExtraCheck(name=name, missing=missing, install=f"pip install 'bitalloy[{name}]'"))
     return Diagnosis(
         device=device(),
         system=f"{platform.system()} {platform.machine()}",
@@ -97,5 +86,22 @@ def doctor() -> Diagnosis:
         vnni=has_vnni(),
         versions={name: importlib.metadata.version(name) for name in CORE},
         targets=tuple(targets),
-        extras=tuple(extras),
+        extras=tuple(checks),
     )
+
+
+def extras() -> dict[str, tuple[str, ...]]:
+    """Extra -> its packages, as this installation declares them."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("bitalloy") or ():
+        if (match := _REQUIREMENT.match(line)) and match["extra"] not in NOT_SHOWN:
+            found.setdefault(match["extra"], []).append(match["package"])
+    return {name: tuple(packages) for name, packages in sorted(found.items())}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -272,6 +272,11 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     Raises:
         RunDirectoryError: the file is absent, damaged, or of another version.
     """
+    if not path.is_file():
+        raise RunDirectoryError(
+            f"'{path.parent}' has no {path.name}. Expected the run directory of a finished `bitalloy run` of this "
+            "version; finish it with the same command, or name another."
+        )
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:

@@ -1,8 +1,9 @@
 """Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
 
-from bitalloy.runtime.artefact import ONLY, Artefact, Chain
-from bitalloy.runtime.base import Kernel, Runtime, Session
+from bitalloy.runtime.artefact import Artefact, Chain
+from bitalloy.runtime.base import ONLY, Kernel, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
+from bitalloy.runtime.optimized import Rewritten, match
 from bitalloy.runtime.ort import ORT, OrtSession, available_cores
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Chain",
     "Kernel",
     "OrtSession",
+    "Rewritten",
     "Runtime",
     "Session",
     "available_cores",
+    "match",
 ]

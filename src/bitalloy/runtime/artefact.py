@@ -11,12 +11,9 @@ import onnx_ir as ir
 
 from bitalloy.program import FILE, Program
 from bitalloy.program.wiring import write_wiring
-from bitalloy.runtime.base import Kernel, Runtime, Session
+from bitalloy.runtime.base import ONLY, Kernel, Runtime, Session
 from bitalloy.runtime.ort import ORT
 from bitalloy.weights import is_large, pack, save
-
-ONLY = "model"
-"""Name of the graph of a model that is one graph."""
 
 
 class Chain:
@@ -60,7 +57,7 @@ class Chain:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Stop profiling; returns the kernels of all graphs."""
-        return tuple(kernel for session in self._sessions.values() for kernel in session.kernels())
+        return tuple(replace(kernel, graph=name) for name, part in self._sessions.items() for kernel in part.kernels())
 
     def close(self) -> None:
         for session in self._sessions.values():

@@ -10,6 +10,9 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
+ONLY = "model"
+"""Name of the graph of a model that is one graph."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -25,6 +28,8 @@ class Kernel:
     """Of what it reads: `int8`, `fp16`, `fp32`, another type in the runtime's words, or empty where it reads none."""
     us: tuple[float, ...]
     """Microseconds, per run in which it was executed."""
+    graph: str = ONLY
+    """Of a program: the graph that it belongs to."""
 
 
 class Session(Protocol):
@@ -82,4 +87,11 @@ class Runtime:
 
     Raises:
         MissingExtraError: there is none.
+    """
+    rewrite: Callable[[ir.Model | Path, Path], ir.Model] | None = None
+    """Gives the graph that a session makes of a model before it runs it, by way of an existing folder; its large
+    weights stay there. None where the kernels tell what they were made from.
+
+    Raises:
+        ModelError: the runtime cannot write it.
     """

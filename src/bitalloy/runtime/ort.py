@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU; on a GPU only to be audited."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from bitalloy.weights import Packed, pack
 
 ort.set_default_logger_severity(3)
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _KERNEL = "_kernel_time"
 """Ending of the events of a profile that stand for the execution of a node."""
 _TYPES = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
 class OrtSession:
-    """A model loaded into ONNX Runtime's CPU provider.
+    """A model loaded into ONNX Runtime.
 
     Args:
         model: a model, one that is packed or serialized already, or the path of an .onnx file. The weights of a large
@@ -35,6 +36,8 @@ class OrtSession:
         threads: intra-op threads; None takes one per available core.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `kernels` reads it back.
+        written: file for the graph as the session runs it, after all optimisations; the weights go beside it.
+        provider: what executes it; nodes that it does not take run on the CPU.
         shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
             no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
 
@@ -51,6 +54,8 @@ class OrtSession:
         threads: int | None = None,
         optimize: bool = True,
         profile: Path | None = None,
+        written: Path | None = None,
+        provider: str = CPU,
         shared: bool = False,
     ) -> None:
         options = ort.SessionOptions()
@@ -65,6 +70,10 @@ class OrtSession:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        if written is not None:
+            options.optimized_model_filepath = str(written)
+            for key, value in (("file_name", f"{written.name}.data"), ("min_size_in_bytes", "1024")):
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
         packed = pack(model) if isinstance(model, ir.Model) else model
         source = str(packed) if isinstance(packed, (str, Path)) else packed
         self._lent: dict[str, np.ndarray] = {}
@@ -74,8 +83,9 @@ class OrtSession:
             options.enable_mem_pattern = not self._lent
         # both forms of a lent weight are views of the same memory
         self._lent_values = {name: ort.OrtValue.ortvalue_from_numpy(w) for name, w in self._lent.items()}
+        providers = list(dict.fromkeys((provider, CPU)))
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error
 
@@ -126,6 +136,20 @@ class OrtSession:
         del self._session, self._lent, self._lent_values
 
 
+def rewrite(model: ir.Model | Path, folder: Path, provider: str = CPU) -> ir.Model:
+    """The graph that a session runs. Its large weights are in the folder, in a file of their own.
+
+    Raises:
+        ModelError: it cannot be written, such as on a full disk.
+    """
+    path = folder / "optimized.onnx"
+    try:
+        OrtSession(model, written=path, provider=provider).close()
+        return ir.load(path)
+    except Exception as error:  # a damaged file, by many types
+        raise ModelError(f"ONNX Runtime could not write the graph that it runs: {error}") from error
+
+
 def _precision(args: Mapping[str, Any]) -> str:
     """Type of the largest operand of a profiled node, the first of equals: others may be scales, sizes or indices."""
     operands = [(kind, math.prod(shape)) for one in args.get("input_type_shape") or () for kind, shape in one.items()]
@@ -168,12 +192,18 @@ def evaluate_node(
     return list(OrtSession(model.SerializeToString(), threads=1).run(feeds).values())
 
 
-ORT = Runtime("ONNX Runtime", OrtSession, lambda: str(ort.__version__))
+def _version() -> str:
+    return str(ort.__version__)
+
+
+ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite)
 """The runtime of the core."""
+ORT_GPU = Runtime("ONNX Runtime on CUDA", partial(OrtSession, provider=CUDA), _version, partial(rewrite, provider=CUDA))
+"""The same with its CUDA provider, whose kernels the host starts and does not wait for."""
 
 
 def cuda_missing() -> str:
     """Why the CUDA provider cannot be used here; empty where it can."""
-    if "CUDAExecutionProvider" in ort.get_available_providers():
+    if CUDA in ort.get_available_providers():
         return ""
     return "this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.runtime.base import Kernel, Runtime
 from bitalloy.weights import to_bytes
 
 INSTALL = "pip install 'bitalloy[tensorrt]'"
@@ -33,6 +35,21 @@ class Layer:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     """Types and layouts of its tensors in the words of the engine inspector, e.g. `Int8 NC/32HW32`."""
+    origin: str = ""
+    """Which nodes of the model it was made from, in the same words: `[ONNX Layer: /conv/Conv]` and more."""
+
+    def kernel(self, us: tuple[float, ...]) -> Kernel:
+        """The same as other runtimes tell it."""
+        return Kernel(self.name, (self.name, self.origin), self.kind, _precision(self.inputs), us)
+
+
+_TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32": "fp32"}
+
+
+def _precision(tensors: tuple[str, ...]) -> str:
+    """Of the first tensor, which is the one that a layer works on; others may be scales."""
+    words = re.findall("|".join(_TYPES), tensors[0].lower()) if tensors else []
+    return _TYPES[words[0]] if words else ""
 
 
 def missing() -> str:
@@ -52,13 +69,16 @@ class TensorRtSession:
     Args:
         model: with Q/DQ and Cast nodes; static shapes.
         cache: file that keeps measured kernel times, so that the next build is quick and chooses the same kernels.
+        profile: anything but None times every layer of every run; `kernels` tells the result. Nothing is written.
 
     Raises:
         BitalloyError: TensorRT, its bindings or a GPU is missing.
         ModelError: TensorRT refuses the model.
     """
 
-    def __init__(self, model: ir.Model | bytes | str | Path, *, cache: Path | None = None) -> None:
+    def __init__(
+        self, model: ir.Model | bytes | str | Path, *, cache: Path | None = None, profile: Path | None = None
+    ) -> None:
         if reason := missing():
             raise BitalloyError(f"The model cannot run on TensorRT here: {reason}.")
         trt = importlib.import_module("tensorrt")
@@ -79,6 +99,9 @@ class TensorRtSession:
         self._device = {n: _checked(self._cuda.cudaMalloc(max(array.nbytes, 1))) for n, array in self._host.items()}
         for name, address in self._device.items():
             self._context.set_tensor_address(name, int(address))
+        self._times: dict[str, list[float]] = defaultdict(list)
+        if profile is not None:
+            self._context.profiler = self._profiler()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Execute once, copies to and from the GPU included."""
@@ -115,22 +138,11 @@ class TensorRtSession:
             found.append(float(_checked(self._cuda.cudaEventElapsedTime(start, stop))))
         return found
 
-    def profile(self, feeds: Mapping[str, np.ndarray], *, runs: int = 10) -> dict[str, float]:
-        """Median microseconds of every layer."""
-        times: dict[str, list[float]] = defaultdict(list)
-
-        class Profiler(self._trt.IProfiler):  # type: ignore[name-defined, misc]
-            def __init__(self) -> None:
-                super().__init__()
-
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                times[layer_name].append(ms * 1e3)
-
-        self.run(feeds)
-        self._context.profiler = Profiler()
-        for _ in range(runs):
-            self.run(feeds)
-        return {name: float(np.median(values)) for name, values in times.items()}
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The layers that took part in a run, with their times."""
+        return tuple(
+            layer.kernel(tuple(self._times[layer.name])) for layer in self.layers() if layer.name in self._times
+        )
 
     def layers(self) -> tuple[Layer, ...]:
         """What the engine consists of: which layers were fused, and the type of every tensor between them."""
@@ -142,6 +154,18 @@ class TensorRtSession:
             self._cuda.cudaFree(address)
         self._cuda.cudaStreamDestroy(self._stream)
         del self._context, self._engine
+
+    def _profiler(self) -> Any:
+        times = self._times
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                super().__init__()
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times[layer_name].append(ms * 1e3)
+
+        return Profiler()
 
     def _copy(self, to: int, source: int, name: str, kind: Any) -> None:
         _checked(self._cuda.cudaMemcpyAsync(to, source, self._host[name].nbytes, kind, self._stream))
@@ -161,6 +185,7 @@ def read_layers(text: str) -> tuple[Layer, ...]:
                 kind=str(layer["LayerType"]),
                 inputs=tuple(str(t["Format/Datatype"]) for t in layer["Inputs"]),
                 outputs=tuple(str(t["Format/Datatype"]) for t in layer["Outputs"]),
+                origin=str(layer.get("Metadata", "")),
             )
             for layer in found
         )
@@ -206,3 +231,15 @@ def _checked(result: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         raise BitalloyError(f"CUDA reports {status!r}. Look at the GPU with nvidia-smi.")
     return values[0] if values else None
+
+
+def _version() -> str:
+    """Installed version."""
+    try:
+        return str(importlib.import_module("tensorrt").__version__)
+    except ImportError as error:
+        raise MissingExtraError("tensorrt", "tensorrt", "The target tensorrt") from error
+
+
+TENSORRT = Runtime("TensorRT", TensorRtSession, _version)
+"""The runtime of the extra `tensorrt`."""

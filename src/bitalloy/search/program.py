@@ -31,12 +31,16 @@ from bitalloy.matrix import ProbeMatrix, bend, straight
 from bitalloy.moves import Moves
 from bitalloy.plans import CostTable
 from bitalloy.records import AGAIN, HALF, Placement, Precision, Secant, UnitGraph
+from bitalloy.search.withheld import withheld
 
 SHRINK = 0.5
 NODE_LIMIT = 2000
 """Nodes of the solver's tree after which it stops. Not a time: the same input gives the same plan on any machine."""
 GAP = 0.005
 """Proven distance to the optimum at which the solver stops."""
+
+STRAY = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
+"""Beginning of a line that HiGHS prints for its own developers, also where its output is off, as it is here."""
 
 
 @dataclass(frozen=True)
@@ -266,13 +270,14 @@ class Program:
         goal = self._latency + 1e-9 * share if minimize == "latency" else (share + tie) / whole
         integrality = np.zeros(self._count, np.int8)
         integrality[: len(self._index)] = 1
-        result: OptimizeResult = milp(
-            goal,
-            constraints=constraints,
-            integrality=integrality,
-            bounds=Bounds(self._least, 1),
-            options={"node_limit": NODE_LIMIT, "mip_rel_gap": gap},
-        )
+        with withheld(STRAY):
+            result: OptimizeResult = milp(
+                goal,
+                constraints=constraints,
+                integrality=integrality,
+                bounds=Bounds(self._least, 1),
+                options={"node_limit": NODE_LIMIT, "mip_rel_gap": gap},
+            )
         if result.x is None:
             return None
         proven = float(result.mip_gap) if result.mip_gap is not None and np.isfinite(result.mip_gap) else 0.0

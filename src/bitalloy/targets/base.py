@@ -86,6 +86,10 @@ class Target:
 
     device: Device | None = None
     """For which cost is estimated, where the target cannot run on this machine; None where it is measured."""
+    native: Runtime | None = None
+    """What executes its models on such a device, to be audited there; None where `runtime` does."""
+    missing: Callable[[], str] = str
+    """Why such a device cannot be used here, with the install line; empty where it can."""
 
     def activation(self, low: float, high: float) -> QuantParams:
         """Parameters of an INT8 activation with values in [low, high]."""

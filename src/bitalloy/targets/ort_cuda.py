@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bitalloy.graph import Graph
-from bitalloy.runtime import ORT
+from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.patterns import MOVERS
@@ -35,6 +35,8 @@ ORT_CUDA = Target(
     slow_softmax=False,
     half=OPERATORS,
     device=A10,
+    native=ORT_GPU,
+    missing=cuda_missing,
     match=_match,
     follows=lambda node: node.op_type in MOVERS,
 )

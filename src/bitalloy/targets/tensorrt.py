@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from bitalloy.graph import Graph, attribute, constant, name_of
 from bitalloy.records import Edge, Placement
-from bitalloy.runtime import ORT
+from bitalloy.runtime import ORT, tensorrt
 from bitalloy.targets.base import A10, Core, Target
 from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
@@ -137,6 +137,8 @@ TENSORRT = Target(
     slow_softmax=False,
     half=OPERATORS,
     device=A10,
+    native=tensorrt.TENSORRT,
+    missing=tensorrt.missing,
     match=_match,
     follows=moves,
 )

@@ -1,0 +1,67 @@
+"""Rewritten models of every case: valid, and the numbers of the float model, rounded. What GPU targets add to that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from bitalloy.apply import apply
+from bitalloy.errors import BitalloyError
+from bitalloy.halving import specified
+from bitalloy.heads import find_heads
+from bitalloy.records import HALF, Precision
+from bitalloy.runtime import OrtSession
+from bitalloy.targets import ORT_CUDA, TENSORRT
+from bitalloy.targets.base import split
+from bitalloy.weights import to_bytes
+
+Rewrite = Callable[[str, str], Any]
+
+
+def test_rewritten_model_is_valid_and_close_to_float(rewrite: Rewrite, name: str, case: str) -> None:
+    """Shape and type inference of ONNX agrees with the graph."""
+    made = rewrite(name, case)
+    proto = onnx.load_model_from_string(to_bytes(made.model))
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    assert made.lowered
+    exact = OrtSession(made.graph.model).run(made.feeds)["y"]
+    found = OrtSession(specified(made.model)).run(made.feeds)["y"]
+    assert found.dtype == np.float32
+    noise = np.square(found - exact).sum() / np.square(exact).sum()
+    assert 1e-9 < noise < 2e-2
+
+
+@pytest.mark.parametrize("case", ["case1-conv", "case1-transposed-gemm", "case2-residual"])
+def test_int8_of_tensorrt_is_symmetric_and_biases_stay_float(rewrite: Rewrite, case: str) -> None:
+    proto = onnx.load_model_from_string(to_bytes(rewrite("tensorrt", case).model))
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    rounding = [n for n in proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert rounding
+    for node in rounding:
+        zero = values[node.input[2]]
+        assert zero.dtype == np.int8 and not zero.any()
+    assert not any(v.dtype == np.int32 for v in values.values())
+
+
+def test_cuda_has_no_int8(rewrite: Rewrite) -> None:
+    graph = rewrite("ort-cuda", "case1-half").graph
+    units = split(graph, ORT_CUDA, find_heads(graph))
+    assert not units.quantizable()
+    with pytest.raises(BitalloyError, match=r"'/a/Conv' in INT8.*no INT8 kernels"):
+        apply(graph, units, frozenset({"/a/Conv"}), {}, ORT_CUDA)
+    with pytest.raises(BitalloyError, match="one precision"):
+        both = split(graph, TENSORRT, find_heads(graph))
+        apply(graph, both, frozenset({"/a/Conv", f"/a/Conv{HALF}"}), {}, TENSORRT)
+
+
+def test_residual_operand_that_fuses_is_the_later_one(rewrite: Rewrite) -> None:
+    """Of Conv -> Conv -> Add the second Conv runs with the Add; the other operand carries the pair."""
+    units = rewrite("tensorrt", "case2-residual").units
+    add = next(u for u in units.units if u.kind == "Add")
+    assert Precision.INT8 in add.allowed and add.core == ("/a/Add", "/s/Relu")
+    assert units.rounded(frozenset({add.id})) == {"r->/a/Add"}
