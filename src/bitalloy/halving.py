@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.values import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float
+from bitalloy.values import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
 
 Fresh = Callable[[str], str]
 """Makes a name that no tensor of the model has."""
@@ -42,7 +42,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
                 if array is not None:
                     lowered[value] = _initializer(graph, array, fresh(f"{value.name}/half"))
                 else:
-                    lowered[value] = _cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
+                    lowered[value] = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
     for node in nodes:
         for value in list(node.outputs):
@@ -56,7 +56,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
             if not outside and not value.is_graph_output():
                 continue
-            back = _cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
+            back = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
             for use in outside:
                 use.node.replace_input_with(use.slot, back)
             if value.is_graph_output():
@@ -73,15 +73,7 @@ def specified(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     graph = copy.graph
-    computed = (v for n in graph for v in n.outputs)
-    taken = {str(v.name) for v in (*graph.inputs, *computed)} | set(graph.initializers)
-
-    def fresh(name: str) -> str:
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        return name
-
+    fresh = namer(copy)
     wide: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if node.op_type == "Cast":
@@ -94,14 +86,14 @@ def specified(model: ir.Model) -> ir.Model:
                 if array is not None:
                     wide[value] = _initializer(graph, array.astype(np.float32), fresh(f"{value.name}/wide"), half=False)
                 else:
-                    wide[value] = _cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
+                    wide[value] = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
             node.replace_input_with(slot, wide[value])
         for value in node.outputs:
             if value.dtype != ir.DataType.FLOAT16:
                 continue
             value.type = ir.TensorType(ir.DataType.FLOAT)
             uses = consumers(value)
-            rounded = _cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
+            rounded = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
             for use in uses:
                 use.node.replace_input_with(use.slot, rounded)
     for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
@@ -109,7 +101,19 @@ def specified(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+def computed(model: ir.Model) -> frozenset[str]:
+    """Names of the nodes that run in FP16."""
+    made = ((n, v) for n in model.graph for v in n.outputs if not is_border(n))
+    return frozenset(name_of(n) for n, v in made if v.dtype == ir.DataType.FLOAT16)
+
+
+def is_border(node: ir.Node) -> bool:
+    """Whether a node is a Cast between FP32 and FP16 that `halve` put there."""
+    return node.op_type == "Cast" and node.metadata_props.get(TAG) == BORDER
+
+
+def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+    """A tensor in another floating-point type, by a Cast behind what makes it."""
     node = ir.node("Cast", [value], {"to": int(to)}, name=f"{name}/Cast")
     node.metadata_props[TAG] = BORDER
     result = node.outputs[0]

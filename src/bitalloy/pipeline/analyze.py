@@ -47,7 +47,6 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 16
 LEAST_PROBES = 2
 """Of a head in every sample."""
 SECANT_SAMPLES = 8
-ONE_GRAPH = "FP16 is planned for models of one graph; in a program of several, units run in INT8 or FP32."
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
 
@@ -197,9 +196,6 @@ def calibrate(
     devices = [target(name) for name in settings.targets]
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
-    if isinstance(model, Joined) and any(device.half for device in devices):
-        devices = [replace(device, half=frozenset()) for device in devices]
-        notes = (*notes, ONE_GRAPH)
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
     units = [split(model, device, heads, exclude=excluded) for device in devices]
@@ -207,9 +203,8 @@ def calibrate(
         if not found.lowest():
             left = " after --exclude" if excluded else ""
             what = "INT8 or FP16" if device.half else "INT8"
-            also = f" {ONE_GRAPH}" if ONE_GRAPH in notes else ""
             raise BitalloyError(
-                f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan.{also}"
+                f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
     info = data.info
     decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
