@@ -34,7 +34,7 @@ from bitalloy.records import (
     UnitGraph,
 )
 from bitalloy.regions import ancestors, path_of, region_id
-from bitalloy.runtime import ONLY, Artefact, available_cores
+from bitalloy.runtime import AS_WRITTEN, ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Prober, Switchboard, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
@@ -104,11 +104,11 @@ class Calibrated:
         return Artefact(parts, self.graph.program, self.target.runtime)
 
     def executable(self, artefact: Artefact) -> Artefact:
-        """The same for ONNX Runtime on this machine, with the numbers of FP16 as the graph says: see `specified`."""
+        """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
         if not self.target.half:
             return artefact
         models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
-        return Artefact(models, artefact.program, artefact.runtime)
+        return Artefact(models, artefact.program, AS_WRITTEN)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""

@@ -3,9 +3,10 @@
 from bitalloy.runtime.artefact import ONLY, Artefact, Chain
 from bitalloy.runtime.base import Kernel, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
-from bitalloy.runtime.ort import ORT, OrtSession, available_cores
+from bitalloy.runtime.ort import AS_WRITTEN, ORT, OrtSession, available_cores
 
 __all__ = [
+    "AS_WRITTEN",
     "ONLY",
     "OPENVINO",
     "ORT",
