@@ -69,7 +69,7 @@ def specified(model: ir.Model) -> ir.Model:
 
     ONNX Runtime has no FP16 kernels on most CPUs. It computes in float32 there and drops the roundings between
     neighbours, so that a model runs more exactly than its graph says. In the copy each rounding is a pair of Cast
-    nodes of its own. Weights in FP16 are widened, which changes no number.
+    nodes of its own. Weights in FP16 are widened as they are used, which changes no number: no copy of them is kept.
     """
     copy = model.clone()
     graph = copy.graph
@@ -82,11 +82,7 @@ def specified(model: ir.Model) -> ir.Model:
             if value is None or value.dtype != ir.DataType.FLOAT16:
                 continue
             if value not in wide:
-                array = constant(value)
-                if array is not None:
-                    wide[value] = _initializer(graph, array.astype(np.float32), fresh(f"{value.name}/wide"), half=False)
-                else:
-                    wide[value] = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
+                wide[value] = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
             node.replace_input_with(slot, wide[value])
         for value in node.outputs:
             if value.dtype != ir.DataType.FLOAT16:
@@ -96,8 +92,6 @@ def specified(model: ir.Model) -> ir.Model:
             rounded = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
             for use in uses:
                 use.node.replace_input_with(use.slot, rounded)
-    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-        graph.initializers.pop(name)
     return copy
 
 
@@ -126,8 +120,8 @@ def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Val
     return result
 
 
-def _initializer(graph: ir.Graph, array: np.ndarray, name: str, *, half: bool = True) -> ir.Value:
-    stored = array.astype(np.float16) if half else array
+def _initializer(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    stored = array.astype(np.float16)
     value = ir.Value(name=name, const_value=ir.tensor(stored, name=name), shape=ir.Shape(array.shape))
     value.type = ir.TensorType(ir.DataType.from_numpy(stored.dtype))
     graph.register_initializer(value)
