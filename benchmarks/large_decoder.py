@@ -6,6 +6,10 @@ anonymous rest.
 
     python benchmarks/large_decoder.py --folder /tmp/decoder                  24 layers: 5.1 GiB on disk
     python benchmarks/large_decoder.py --folder /tmp/small --layers 2
+    python benchmarks/large_decoder.py --folder /tmp/small --layers 2 --target ort-cuda
+
+On a target with FP16 all units that may run in it are then put into it, and the model is executed with every rounding:
+`half_db` are predicted and measured SQNR of the logits.
 
 The last line is JSON. `float_passes` is the time of one sample (its forward, and all probes back) over that of an
 inference; `float_passes_cpu` is the same in processor time, which holds on a busy machine too. `anonymous_gb` is
@@ -28,14 +32,18 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy import graph
+from bitalloy.apply import apply
 from bitalloy.calibrate import collect
 from bitalloy.graph import Graph
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix
+from bitalloy.halving import specified
+from bitalloy.heads import Reference, find_heads
+from bitalloy.matrix import ProbeMatrix, decibel
+from bitalloy.records import HALF, Precision, TensorRange
 from bitalloy.runtime import OrtSession
 from bitalloy.sensitivity import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
+from bitalloy.targets.half import judge, tensors
 
 FLOAT_RUNS = 3
 LLAMA = Path(__file__).resolve().parents[1] / "reference" / "llama.py"
@@ -112,6 +120,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--probes", type=int, default=2, help="reverse passes per sample")
+    parser.add_argument("--target", default="ort-cpu")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     path = options.folder / "decoder.onnx"
@@ -136,11 +145,28 @@ def main() -> None:
         model = only(graph.load(path, shapes=sizes_of(path, options.tokens)), "logits")
     samples = [feeds_of(model, options.seed + i) for i in range(options.samples)]
     heads = find_heads(model)
-    device = target("ort-cpu")
+    device = target(options.target)
     units = split(model, device, heads)
     with step("calibrate"):
-        tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
-        ranges = collect(model.model, [t for t in model.value if t in tensors], iter(samples)).ranges("minmax")
+        wanted = (
+            {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner} | tensors(model, units)
+        )
+        order = [t for t in model.value if t in wanted]
+        statistics = collect(model.model, order, iter(samples))
+        ranges = statistics.ranges("minmax")
+        magnitude = dict(zip(order, statistics.magnitude, strict=True))
+        known = {
+            t: TensorRange(
+                tensor=t,
+                low=0,
+                high=0,
+                method="",
+                magnitude=float(magnitude[t]),
+                subnormal=statistics.fp16_subnormal[t],
+            )
+            for t in order
+        }
+        units = judge(model, units, known)
     with step("build"):
         prober = Prober(model, units, heads, ranges, device)
     with step("probe"):
@@ -153,11 +179,18 @@ def main() -> None:
     with step("float pass"):
         for _ in range(FLOAT_RUNS):
             session.run(samples[0])
+    half = frozenset(u.id + HALF for u in units.units if Precision.FP16 in u.allowed)
+    if half:
+        with step("FP16"):
+            exact = Reference(session.run(samples[0]), heads)
+            rounded = OrtSession(specified(apply(model, units, half, ranges, device).model), integers=False)
+            measured = exact.error(rounded.run(samples[0])) / exact.energy
     each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS
     busy, plainly = processor["probe"] / len(samples), processor["float pass"] / FLOAT_RUNS
     weights = sum(v.const_value.nbytes for v in model.model.graph.initializers.values() if v.const_value is not None)
     result = {
         "benchmark": "large_decoder",
+        "target": options.target,
         "layers": options.layers,
         "params": model.info.parameters,
         "weights_gb": round(weights / 1e9, 3),
@@ -175,6 +208,10 @@ def main() -> None:
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "finite": bool(all(np.isfinite(r).all() for r in matrix.rows)),
     }
+    if half:
+        predicted = matrix.damage(matrix.select(half)).mean(axis=0)
+        result["half_units"] = len(half)
+        result["half_db"] = [round(float(decibel(d[0])), 2) for d in (predicted, measured)]
     print(json.dumps(result))
 
 

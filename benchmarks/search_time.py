@@ -23,6 +23,7 @@ from bitalloy.matrix import ProbeMatrix
 from bitalloy.plans import Budget, CostTable, UnitCost
 from bitalloy.records import (
     AGAIN,
+    HALF,
     Edge,
     Precision,
     Secant,
@@ -42,10 +43,11 @@ class Drawing:
 
     Args:
         random: of sizes and times.
+        half: whether units may run in FP16.
     """
 
-    def __init__(self, random: np.random.Generator) -> None:
-        self._random = random
+    def __init__(self, random: np.random.Generator, *, half: bool) -> None:
+        self._random, self._half = random, half
         self.units: list[Unit] = []
         self.costs: list[UnitCost] = []
         self.edges: list[UnitEdge] = []
@@ -69,7 +71,7 @@ class Drawing:
                 root=f"{name}.out",
                 inner=inner,
                 weights=weights,
-                allowed=(Precision.FP32,) if kind == "Softmax" else BOTH,
+                allowed=((Precision.FP32,) if kind == "Softmax" else BOTH) + (Precision.FP16,) * self._half,
                 macs=0,
             )
         )
@@ -84,7 +86,9 @@ class Drawing:
                 unit=name,
                 fp32_us=slow,
                 int8_us=None if kind == "Softmax" else fast,
+                fp16_us=0.6 * slow if self._half else None,
                 fp32_bytes=4 * stored,
+                fp16_bytes=2 * stored,
                 int8_bytes=stored,
             )
         )
@@ -110,9 +114,9 @@ class Drawing:
         )
 
 
-def network(count: int, random: np.random.Generator) -> tuple[UnitGraph, CostTable]:
+def network(count: int, random: np.random.Generator, *, half: bool) -> tuple[UnitGraph, CostTable]:
     """At least `count` units and what they cost."""
-    net = Drawing(random)
+    net = Drawing(random, half=half)
     tensor, block, elements = "images", 0, 400_000
     while len(net.units) < count - 1:
         entry = net.unit("SiLU", block, [net.unit("Conv", block, [tensor], elements)], elements)
@@ -136,6 +140,8 @@ def network(count: int, random: np.random.Generator) -> tuple[UnitGraph, CostTab
         units=tuple(net.costs),
         border_us_per_element=5e-4,
         border_us=5.0,
+        cast_us_per_element=4e-4 * half,
+        cast_us=4.0 * half,
         fixed_us=0.02 * slow,
         float_us=1.02 * slow,
         int8_us=0.6 * slow,
@@ -148,9 +154,12 @@ def matrix_of(units: UnitGraph, samples: int, probes: int, random: np.random.Gen
     """A probe matrix with a column for every site; later sites do more damage."""
     sites = [s for u in units.units for s in (*(w.id for w in u.weights), *(e.id for e in u.inner))]
     sites += [e.id for e in units.edges] + [e.id + AGAIN for e in units.edges if e.passed_on]
+    halves = [u.id + HALF for u in units.units if Precision.FP16 in u.allowed]
     rows, own = [], []
+    levels = np.concatenate([np.linspace(0, 1, len(sites)), np.linspace(-3, -2, len(halves))])
+    sites += halves
     for _ in HEADS:
-        size = np.sqrt(10 ** (random.normal(-5.5, 0.8, len(sites)) + np.linspace(0, 1, len(sites))))
+        size = np.sqrt(10 ** (random.normal(-5.5, 0.8, len(sites)) + levels))
         common = random.standard_normal((samples, probes, 1))
         values = size * (0.95 * random.standard_normal((samples, probes, len(sites))) + 0.3 * common)
         rows.append(values.astype(np.float32))
@@ -158,10 +167,10 @@ def matrix_of(units: UnitGraph, samples: int, probes: int, random: np.random.Gen
     return ProbeMatrix(HEADS, tuple(sites), tuple(rows), tuple(own), np.ones((samples, len(HEADS))))
 
 
-def problem_of(count: int, seed: int) -> Problem:
+def problem_of(count: int, seed: int, *, half: bool) -> Problem:
     """All tables of the search."""
     random = np.random.default_rng(seed)
-    units, cost = network(count, random)
+    units, cost = network(count, random, half=half)
     matrix = matrix_of(units, 16, 4, random)
     whole = matrix.damage(matrix.select(units.rounded(units.quantizable()))).mean(axis=0)
     secant = Secant(
@@ -179,20 +188,22 @@ def main() -> None:
     """Search twice and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=300)
+    parser.add_argument("--half", action="store_true", help="units may run in FP16 too")
     parser.add_argument("--latency", type=float, default=0.75, help="budget, of the float model's latency")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    problem = problem_of(options.units, options.seed)
+    problem = problem_of(options.units, options.seed, half=options.half)
     budget = Budget(latency_ratio=options.latency)
     wall, cpu = time.perf_counter(), time.process_time()
     plan = search(problem, budget)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     gaps = [p.optimality_gap for p in plan.pareto]
-    again = search(problem_of(options.units, options.seed), budget)
+    again = search(problem_of(options.units, options.seed, half=options.half), budget)
     result = {
         "benchmark": "search_time",
         "units": len(problem.units.units),
         "sites": len(problem.matrix.sites),
+        "half": options.half,
         "seconds": round(wall, 2),
         "cpu_seconds": round(cpu, 2),
         "plans": len(plan.pareto),

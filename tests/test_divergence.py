@@ -7,12 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import entropy
 
 from bitalloy.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
 from bitalloy.heads import Reference
 from bitalloy.records import Head
+from bitalloy.runtime import OrtSession
 
 GIVEN = {LOGITS: lambda x: x, PROBABILITIES: lambda x: softmax(x, axis=1), LOGARITHMS: lambda x: log_softmax(x, axis=1)}
 
@@ -48,6 +50,25 @@ def test_sigmoid_divergence_is_that_of_torch_and_survives_zeros_and_ones() -> No
     edges = Reference({"y": np.array([[0.0, 1.0, 0.5]], np.float32)}, [head(BERNOULLI, PROBABILITIES)])
     assert 0 < edges.error({"y": np.array([[1.0, 0.0, 0.5]], np.float32)})[0] < 200
     assert np.isfinite(edges.parts[0].cotangents(np.ones((1, 1, 3), np.float32))).all()
+
+
+def test_noise_of_sigmoids_in_float32_is_known() -> None:
+    """ONNX Runtime's own kernel, on logits that differ by far less than what is measured then."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 50_000]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Sigmoid", ["x"], ["y"])], "g", [x], [y])
+    session = OrtSession(
+        helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+    )
+    random = np.random.default_rng(0)
+    logits = random.normal(-12, 4, (1, 50_000)).astype(np.float32)
+    moved = (logits * (1 + 1e-6 * random.standard_normal(logits.shape))).astype(np.float32)
+    exact = Reference(session.run({"x": logits}), [head(BERNOULLI, PROBABILITIES)])
+    caused = Reference({"y": expit(logits.astype(np.float64))}, [head(BERNOULLI, PROBABILITIES)])
+    found = exact.error(session.run({"x": moved}))[0]
+    assert caused.error({"y": expit(moved.astype(np.float64))})[0] < 0.02 * found
+    assert 0.5 < found / exact.noise[0] < 2
+    flat = Reference({"y": logits}, [Head(name="y", output="y", tensor="y")])
+    assert flat.noise[0] == 0
 
 
 @pytest.mark.parametrize("given", GIVEN)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -19,12 +20,13 @@ from bitalloy.adjoint import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.apply import apply
 from bitalloy.errors import ModelError
-from bitalloy.graph import Graph, load
+from bitalloy.graph import Graph, consumers, load
+from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.program import Program, Wire, divide, join, load_program
-from bitalloy.records import Edge
+from bitalloy.records import HALF, Edge, Precision
 from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CPU
+from bitalloy.targets import ORT_CPU, TARGETS
 from bitalloy.targets.base import split
 from bitalloy.weights import to_bytes
 
@@ -213,40 +215,43 @@ def test_divided_as_joined(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["SiLU", "Softmax", "Conv"])
-def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Program, its joined graph with and without inner outputs, units and ranges."""
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Program, its joined graph with and without inner outputs, and units and ranges on each target."""
     program = load_program(folder(tmp_path_factory.mktemp("program"), request.param))
-    cases = []
+    cases = {}
     for inner in (False, True):
         whole = join(program, inner=inner)
-        units = split(whole, ORT_CPU, find_heads(whole)[:1])
         samples = [dict(zip(("encoder/x", "decoder/x"), feeds(s), strict=True)) for s in range(3)]
-        cases.append((whole, units, ranges_of(whole, samples)))
+        ranges = ranges_of(whole, samples)
+        for target in (TARGETS[t] for t in ("ort-cpu", "tensorrt", "ort-cuda")):
+            cases[inner, target.name] = whole, split(whole, target, find_heads(whole)[:1]), ranges, target
     return program, cases
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_divided_after_rewriting(quantized: Any, data: st.DataObject) -> None:
-    """Whatever units are in INT8, the parts in turn give what the rewritten whole gives."""
-    program, cases = quantized
-    inner = data.draw(st.booleans(), label="inner")
-    whole, units, ranges = cases[inner]
-    free = sorted(units.quantizable())
-    kind = data.draw(st.sampled_from(["all", "encoder", "decoder", "some"]), label="plan")
-    some = (
-        st.sets(st.sampled_from(free))
-        if kind == "some"
-        else st.just({u for u in free if kind in ("all", u.partition("/")[0])})
-    )
-    int8 = frozenset(data.draw(some, label="int8"))
-    mixed = apply(whole, units, int8, ranges, ORT_CPU)
+def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
+    """Whatever units are in INT8 or FP16, the parts in turn give what the rewritten whole gives, bit by bit."""
+    program, cases = rounded
+    case = data.draw(st.sampled_from(sorted(cases)), label="inner, target")
+    whole, units, ranges, target = cases[case]
+    kind = data.draw(st.sampled_from(["lowest", "FP16", "encoder", "decoder", "some"]), label="plan")
+    plan = {u.id: Precision.FP32 for u in units.units}
+    for unit in units.units:
+        if kind == "some":
+            plan[unit.id] = data.draw(st.sampled_from(unit.allowed), label=unit.id)
+        elif kind == "FP16" and Precision.FP16 in unit.allowed:
+            plan[unit.id] = Precision.FP16
+        elif kind in ("lowest", unit.id.partition("/")[0]):
+            plan[unit.id] = unit.allowed[-1]
+    endings = {Precision.INT8: "", Precision.FP16: HALF}
+    mixed = apply(whole, units, frozenset(u + endings[p] for u, p in plan.items() if p in endings), ranges, target)
     before = mixed.to_bytes()
     x, prompt = feeds()
-    expected = run(mixed.model, {"encoder/x": x, "decoder/x": prompt})
+    expected = run(specified(mixed.model), {"encoder/x": x, "decoder/x": prompt})
     parts = divide(mixed.model, program)
-    first = run(parts["encoder"], {"x": x})
-    second = run(parts["decoder"], {"image": first["emb"], "x": prompt})
+    first = run(specified(parts["encoder"]), {"x": x})
+    second = run(specified(parts["decoder"]), {"image": first["emb"], "x": prompt})
     np.testing.assert_array_equal(second["logits"], expected["logits"])
     np.testing.assert_array_equal(first["pooled"], expected["pooled"])
     for name, part in parts.items():
@@ -255,16 +260,40 @@ def test_divided_after_rewriting(quantized: Any, data: st.DataObject) -> None:
             assert [(s.name, s.dtype, s.shape) for s in specs] == [
                 (v.name, v.dtype and v.dtype.name, tuple(v.shape.numpy())) for v in values if v.shape
             ]
+        assert {v.dtype for v in (*part.graph.inputs, *part.graph.outputs)} == {ir.DataType.FLOAT}
+        made = {n.name: n.outputs[0].dtype for n in part.graph}
+        for unit in units.units:  # arithmetic went where the plan put it
+            if unit.id.startswith(f"{name}/"):
+                half = plan[unit.id] is Precision.FP16
+                assert all((made.get(n.removeprefix(f"{name}/")) == ir.DataType.FLOAT16) == half for n in unit.core)
     stored = {name: {v.dtype.name for v in p.graph.initializers.values() if v.dtype} for name, p in parts.items()}
-    for name in parts:  # rounding went where the plan put it
-        weighted = [u for u in units.units if u.id in int8 and u.weights and u.id.startswith(name)]
+    for name in parts:  # and rounding
+        weighted = [u for u in units.units if plan[u.id] is Precision.INT8 and u.weights and u.id.startswith(name)]
         assert ("INT8" in stored[name]) == bool(weighted)
     assert mixed.to_bytes() == before
 
 
-def test_an_int8_producer_rounds_its_output_itself(quantized: Any) -> None:
+def test_what_is_made_in_fp16_crosses_a_wire_in_float32(rounded: Any) -> None:
+    """Also where both ends are in FP16: each graph has a Cast of its own, and the files fit each other as before."""
+    program, cases = rounded
+    whole, units, ranges, target = cases[False, "ort-cuda"]
+    unit = next(u for u in units.units if u.root == "encoder/emb")
+    assert unit.tail == ("decoder/conv1/Transpose",)
+    parts = divide(apply(whole, units, frozenset({unit.id + HALF}), ranges, target).model, program)
+    last = parts["encoder"].graph.outputs[0].producer()
+    assert last is not None and last.op_type == "Cast"
+    assert last.inputs[0] is not None and last.inputs[0].dtype == ir.DataType.FLOAT16
+    assert [use.node.op_type for use in consumers(parts["decoder"].graph.inputs[0])] == ["Cast"]
+    x, prompt = feeds()
+    emb = run(specified(parts["encoder"]), {"x": x})["emb"]
+    assert emb.dtype == np.float32 and np.array_equal(emb, emb.astype(np.float16).astype(np.float32))
+    assert run(parts["decoder"], {"image": emb, "x": prompt})["logits"].dtype == np.float32
+
+
+def test_an_int8_producer_rounds_its_output_itself(rounded: Any) -> None:
     """Or the runtime could not run it in INT8; to the consumer nothing changes."""
-    program, ((whole, units, ranges), _) = quantized
+    program, cases = rounded
+    whole, units, ranges, _ = cases[False, "ort-cpu"]
     unit = next(u for u in units.units if u.root == "encoder/emb")
     mixed = apply(whole, units, frozenset({unit.id}), ranges, ORT_CPU)
     parts = divide(mixed.model, program)

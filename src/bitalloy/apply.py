@@ -32,7 +32,7 @@ from bitalloy.numerics import QuantParams, bias_int32, quantize
 from bitalloy.records import HALF, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
-from bitalloy.values import BORDER
+from bitalloy.values import BORDER, namer
 from bitalloy.values import TAG as TAG
 from bitalloy.weights import pack, save, to_bytes
 
@@ -119,7 +119,7 @@ class _Writer:
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
         self._ranges = ranges
         self._target = target
-        self._taken = {str(v.name) for v in self._values.values()} | set(self.graph.initializers)
+        self.fresh = namer(model)
         self._entries: dict[str, ir.Value] = {}
 
     def params(self, tensor: str) -> QuantParams:
@@ -203,13 +203,6 @@ class _Writer:
         dq.metadata_props[TAG] = unit
         self.graph.insert_before(self.graph[0], [dq])
         return dq.outputs[0]
-
-    def fresh(self, name: str) -> str:
-        """A name that no tensor of the model has: its own names are foreign and may be any."""
-        while name in self._taken:
-            name += "'"
-        self._taken.add(name)
-        return name
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         name = self.fresh(name)

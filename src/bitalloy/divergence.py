@@ -15,6 +15,10 @@ Case 3. softmax, given as logarithms of probabilities: v = sqrt(p) s, likewise.
 Case 4. sigmoid, given as probabilities, each its own Bernoulli variable: v = s / sqrt(p (1 - p)), which the sigmoid
         turns into sqrt(p (1 - p)) s at the logits.
 
+Sigmoids in float32 have an absolute error of about `RESOLUTION` whatever their size, so that scores near zero are
+mostly noise, and two models that differ at all differ by it. Scores below `LEAST` are not counted, and
+`Divergence.noise` says how much noise the others have.
+
 Divergences of a softmax are a mean over positions (images, pixels, tokens), those of sigmoids the sum over a sample.
 """
 
@@ -28,8 +32,10 @@ CATEGORICAL, BERNOULLI = "categorical", "bernoulli"
 LOGITS, PROBABILITIES, LOGARITHMS = "logits", "probabilities", "logarithms"
 FLOOR = 1e-12
 """Smallest probability that is told from zero."""
-CEILING = 1 - 2.0**-25
-"""Largest: between 1 and the number before it in float32."""
+RESOLUTION = 2.0**-25
+"""Root mean square error of ONNX Runtime's Sigmoid; the largest is 1.4e-7, about four times as much."""
+LEAST = 4 * RESOLUTION
+"""Smallest score of a Sigmoid that is told from zero, and smallest distance from one."""
 
 
 class Divergence:
@@ -46,8 +52,12 @@ class Divergence:
         self._weights = np.ones(()) if weights is None else weights
         self.energy = 2.0
         """Twice the number of positions: divided by it, errors are nats, for each position or the sample."""
+        self.noise = 0.0
+        """Expected `error` between two models that differ by the rounding of Sigmoids in float32 alone."""
         if head.kind == BERNOULLI:
-            self._p = np.clip(value, FLOOR, CEILING)
+            p = self._p = np.clip(value, LEAST, 1 - LEAST)
+            self._told = (p > LEAST) & (p < 1 - LEAST)
+            self.noise = float((self._weights * self._told * 2 * RESOLUTION**2 / (p * (1 - p))).sum())
         else:
             assert head.classes is not None, "a categorical head has an axis of classes"
             if weights is not None:
@@ -60,7 +70,7 @@ class Divergence:
         """Twice the sum of the divergences in nats, never negative."""
         p = self._p
         if self._head.kind == BERNOULLI:
-            q = np.clip(found, FLOOR, CEILING)
+            q = np.clip(found, LEAST, 1 - LEAST)
             each = p * np.log(p / q) + (1 - p) * (np.log1p(-p) - np.log1p(-q))
         else:
             logs = self._logarithms(found)
@@ -72,7 +82,7 @@ class Divergence:
         """Probes v with E[<v, e>^2] = 2 KL of a small error e, from independent signs (probes, *shape of the head)."""
         p, given = self._p, self._head.given
         if self._head.kind == BERNOULLI:
-            scale = 1 / np.sqrt(p * (1 - p))
+            scale = self._told / np.sqrt(p * (1 - p))
         elif given == PROBABILITIES:
             scale = 1 / np.sqrt(p)
         else:

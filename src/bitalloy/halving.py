@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.values import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float
+from bitalloy.values import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
 
 Fresh = Callable[[str], str]
 """Makes a name that no tensor of the model has."""
@@ -42,7 +42,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
                 if array is not None:
                     lowered[value] = _initializer(graph, array, fresh(f"{value.name}/half"))
                 else:
-                    lowered[value] = _cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
+                    lowered[value] = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
     for node in nodes:
         for value in list(node.outputs):
@@ -56,7 +56,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
             if not outside and not value.is_graph_output():
                 continue
-            back = _cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
+            back = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
             for use in outside:
                 use.node.replace_input_with(use.slot, back)
             if value.is_graph_output():
@@ -69,19 +69,11 @@ def specified(model: ir.Model) -> ir.Model:
 
     ONNX Runtime has no FP16 kernels on most CPUs. It computes in float32 there and drops the roundings between
     neighbours, so that a model runs more exactly than its graph says. In the copy each rounding is a pair of Cast
-    nodes of its own. Weights in FP16 are widened, which changes no number.
+    nodes of its own. Weights in FP16 are widened as they are used, which changes no number: no copy of them is kept.
     """
     copy = model.clone()
     graph = copy.graph
-    computed = (v for n in graph for v in n.outputs)
-    taken = {str(v.name) for v in (*graph.inputs, *computed)} | set(graph.initializers)
-
-    def fresh(name: str) -> str:
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        return name
-
+    fresh = namer(copy)
     wide: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if node.op_type == "Cast":
@@ -90,26 +82,32 @@ def specified(model: ir.Model) -> ir.Model:
             if value is None or value.dtype != ir.DataType.FLOAT16:
                 continue
             if value not in wide:
-                array = constant(value)
-                if array is not None:
-                    wide[value] = _initializer(graph, array.astype(np.float32), fresh(f"{value.name}/wide"), half=False)
-                else:
-                    wide[value] = _cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
+                wide[value] = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
             node.replace_input_with(slot, wide[value])
         for value in node.outputs:
             if value.dtype != ir.DataType.FLOAT16:
                 continue
             value.type = ir.TensorType(ir.DataType.FLOAT)
             uses = consumers(value)
-            rounded = _cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
+            rounded = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
             for use in uses:
                 use.node.replace_input_with(use.slot, rounded)
-    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-        graph.initializers.pop(name)
     return copy
 
 
-def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+def computed(model: ir.Model) -> frozenset[str]:
+    """Names of the nodes that run in FP16."""
+    made = ((n, v) for n in model.graph for v in n.outputs if not is_border(n))
+    return frozenset(name_of(n) for n, v in made if v.dtype == ir.DataType.FLOAT16)
+
+
+def is_border(node: ir.Node) -> bool:
+    """Whether a node is a Cast between FP32 and FP16 that `halve` put there."""
+    return node.op_type == "Cast" and node.metadata_props.get(TAG) == BORDER
+
+
+def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
+    """A tensor in another floating-point type, by a Cast behind what makes it."""
     node = ir.node("Cast", [value], {"to": int(to)}, name=f"{name}/Cast")
     node.metadata_props[TAG] = BORDER
     result = node.outputs[0]
@@ -122,8 +120,8 @@ def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Va
     return result
 
 
-def _initializer(graph: ir.Graph, array: np.ndarray, name: str, *, half: bool = True) -> ir.Value:
-    stored = array.astype(np.float16) if half else array
+def _initializer(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    stored = array.astype(np.float16)
     value = ir.Value(name=name, const_value=ir.tensor(stored, name=name), shape=ir.Shape(array.shape))
     value.type = ir.TensorType(ir.DataType.from_numpy(stored.dtype))
     graph.register_initializer(value)

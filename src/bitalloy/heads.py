@@ -164,6 +164,9 @@ class Squares:
         self.energy = float(np.square(self._weighed(signal)).sum())
         """||y||^2. Of weighed boxes the sizes stand for y: an error as large as the box is 0 dB."""
 
+    noise = 0.0
+    """Errors that float32 arithmetic makes anyway are small beside y."""
+
     def error(self, found: np.ndarray) -> float:
         """||y_found - y||^2, weighed."""
         return float(np.square(self._weighed(found - self._value)).sum())
@@ -195,6 +198,11 @@ class Reference:
     def energy(self) -> np.ndarray:
         """(heads,): ||y||^2; of divergences twice the number of positions, see `Divergence.energy`."""
         return np.array([part.energy for part in self.parts])
+
+    @property
+    def noise(self) -> np.ndarray:
+        """(heads,): errors that float32 arithmetic makes between any two models, see `Divergence.noise`."""
+        return np.array([part.noise for part in self.parts])
 
     def error(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
         """(heads,): ||y_found - y||^2, weighed by relevance; of divergences 2 KL in nats."""

@@ -1,62 +1,93 @@
-"""What flipping single units between float and INT8 does to a plan: all flips at once, from the tables.
+"""What moving single units to another precision does to a plan: all moves at once, from the tables.
 
-The same numbers as `UnitGraph.rounded`, `UnitGraph.borders` and `ProbeMatrix.damage` give for every flipped plan by
-itself. A flip touches the unit's own sites, the edges beside it and the borders on their tensors, so that hundreds of
-neighbouring plans come down to a few products of matrices.
+The same numbers as `UnitGraph.rounded`, `borders` and `casts` and `ProbeMatrix.damage` give for every plan by itself.
+A move touches the unit's own sites, the edges beside it and the borders on their tensors, so that hundreds of
+neighbouring plans come down to a few products with sparse matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from bitalloy.matrix import ProbeMatrix, shrink
 from bitalloy.plans import CostTable
-from bitalloy.records import AGAIN, UnitGraph
+from bitalloy.records import AGAIN, HALF, Placement, UnitGraph
 
 
 @dataclass(frozen=True)
-class Flips:
-    """Plans that differ from one plan in a single unit, in the order of the units of `Moves`."""
+class Neighbours:
+    """Plans that differ from one plan in a single unit, in the order of the moves."""
 
     together: np.ndarray
-    """(flips, heads): relative error energy of the plan, interactions included."""
+    """(moves, heads): relative error energy of the plan, interactions included."""
     alone: np.ndarray
-    """(flips, heads): the same with sites taken as independent."""
+    """(moves, heads): the same with sites taken as independent."""
     latency_us: np.ndarray
-    """(flips,)"""
+    """(moves,)"""
     saved_bytes: np.ndarray
-    """(flips,)"""
+    """(moves,)"""
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Precisions of the units at both ends of some edges."""
+
+    edge: np.ndarray
+    up8: np.ndarray
+    down8: np.ndarray
+    up16: np.ndarray
+    down16: np.ndarray
+
+
+_Crossing = Callable[[_Ends], tuple[np.ndarray, np.ndarray]]
+"""Of edges: whether there is a border of some kind, and its direction."""
 
 
 class Moves:
-    """Flips of units.
+    """Moves of units between precisions.
 
     Args:
         units: of the model.
-        free: ids of those that may be flipped.
+        moves: id of a unit that goes to INT8, with `HALF` behind to FP16; where it is there already, back to FP32.
         matrix: probe matrix.
-        cost: of units and borders.
+        cost: of units, borders and casts.
     """
 
-    def __init__(self, units: UnitGraph, free: Sequence[str], matrix: ProbeMatrix, cost: CostTable) -> None:
+    def __init__(self, units: UnitGraph, moves: Sequence[str], matrix: ProbeMatrix, cost: CostTable) -> None:
         self._units, self._matrix, self._cost = units, matrix, cost
-        self._index = {u: i for i, u in enumerate(free)}
-        column, outside = matrix.column, len(free)
-        self._sites = len(matrix.sites)  # one more column stands for "no site"
-        own = [
-            (column[s], self._index[u.id])
-            for u in units.units
-            if u.id in self._index
-            for s in (*(w.id for w in u.weights), *(e.id for e in u.inner))
-            if s in column
+        self._place = place = {u.id: i for i, u in enumerate(units.units)}
+        outside, column, edges = len(place), matrix.column, units.edges
+        self._sites = len(matrix.sites)  # one more stands for "no site"
+        self._unit = np.array([place[m.removesuffix(HALF)] for m in moves], np.int64)
+        self._to16 = np.array([m.endswith(HALF) for m in moves], bool)
+        of: dict[int, list[int]] = {}
+        for move, unit in enumerate(self._unit):
+            of.setdefault(int(unit), []).append(move)
+
+        own = []  # site, move, whether it is the one of FP16
+        for i, unit in enumerate(units.units):
+            sites = [(w.id, False) for w in unit.weights] + [(e.id, False) for e in unit.inner]
+            sites.append((unit.id + HALF, True))
+            own += [(column[s], move, half) for s, half in sites if s in column for move in of.get(i, ())]
+        self._own = np.array(own, np.int64).reshape(-1, 3).T
+
+        self._up, self._down = (
+            np.array([place.get(end or "", outside) for end in ends], np.int64)
+            for ends in ([e.producer for e in edges], [e.consumer for e in edges])
+        )
+        beside = [
+            (i, move)
+            for i in range(len(edges))
+            for end in {self._up[i], self._down[i]}
+            for move in of.get(int(end), ())
         ]
-        self._own = np.array(own, np.int64).reshape(-1, 2)
-        edges = units.edges
-        self._producer = np.array([self._index.get(e.producer or "", outside) for e in edges], np.int64)
-        self._consumer = np.array([self._index.get(e.consumer or "", outside) for e in edges], np.int64)
+        self._edge, self._mover = np.array(beside, np.int64).reshape(-1, 2).T
+        self._ends = np.array([e.placement is Placement.ENDS for e in edges], bool)
+        self._entry = np.array([e.placement is Placement.ENTRY for e in edges], bool)
         self._rooted = np.array([e.rooted for e in edges], bool)
         self._entering = np.array([column.get(e.id, self._sites) for e in edges], np.int64)
         self._leaving = np.array(
@@ -64,73 +95,108 @@ class Moves:
         )
         tensors: dict[str, int] = {}
         self._tensor = np.array([tensors.setdefault(e.tensor, len(tensors)) for e in edges], np.int64)
-        price = np.zeros(len(tensors))
-        price[self._tensor] = [cost.border_us + e.elements * cost.border_us_per_element for e in edges]
-        self._price = np.repeat(price, 2)  # to INT8 and back
+        elements = np.zeros(len(tensors))
+        elements[self._tensor] = [e.elements for e in edges]
+        # of a tensor and a direction: once, however many edges cross there
+        self._border_us = np.repeat(cost.border_us + elements * cost.border_us_per_element, 2)
+        self._cast_us = np.repeat(cost.cast_us + elements * cost.cast_us_per_element, 2)
+        keys = (2 * self._tensor[self._edge])[:, None] + np.arange(2)
+        pairs, at = np.unique(keys * len(self._unit) + self._mover[:, None], return_inverse=True)
+        self._key, self._pair_mover = np.divmod(pairs, max(len(self._unit), 1))
+        self._pair = at.reshape(keys.shape)
+
         times = {c.unit: c for c in cost.units}
-        alone = [frozenset({u}) for u in free]
-        self._gain_us = np.array([times[u].us(one) - times[u].fp32_us for u, one in zip(free, alone, strict=True)])
-        self._gain_bytes = np.array([times[u].saved_bytes(one) for u, one in zip(free, alone, strict=True)], np.float64)
-        self._rows = [r.astype(np.float64) for r in matrix.rows]
-        self._squares = [o.astype(np.float64) for o in matrix.own]
+        given = [(times[u], [frozenset[str](), frozenset({u}), frozenset({u + HALF})]) for u in place]
+        self._us = np.array([[c.us(p) for p in plans] for c, plans in given])
+        self._bytes = np.array([[c.saved_bytes(p) for p in plans] for c, plans in given], np.float64)
+        self._rows = [r.reshape(-1, self._sites).T.astype(np.float64) for r in matrix.rows]
+        self._squares = [o.reshape(-1, self._sites).T.astype(np.float64) for o in matrix.own]
         self._energy = matrix.energy.mean(axis=0)
         self._site_damage = matrix.site_damage().mean(axis=0)
 
-    def flips(self, int8: frozenset[str]) -> Flips:
-        """All plans that are one flip away from a plan."""
-        count = len(self._index)
-        state = np.zeros(count + 1, bool)
-        state[[self._index[u] for u in int8]] = True
-        turn = np.where(state[:count], -1.0, 1.0)
-        chosen = self._matrix.select(self._units.rounded(int8))
-        change = self._changes(state, turn)
-        latency = self._cost.latency_us(self._units, int8) + turn * self._gain_us + self._borders(state)
+    def neighbours(self, plan: frozenset[str]) -> Neighbours:
+        """All plans that are one move away from a plan."""
+        in8, in16 = np.zeros((2, len(self._place) + 1), bool)
+        for member in plan:
+            (in16 if member.endswith(HALF) else in8)[self._place[member.removesuffix(HALF)]] = True
+        there = np.where(self._to16, in16[self._unit], in8[self._unit])
+        to8, to16 = ~self._to16 & ~there, self._to16 & ~there
+        before, after = self._beside(in8, in16, to8, to16)
+        chosen = self._matrix.select(self._units.rounded(plan))
+        change = self._changes(in8, in16, to8, to16, before, after)
+
+        was, now = (one + 2 * two for one, two in ((in8[self._unit], in16[self._unit]), (to8, to16)))
+        latency = self._cost.latency_us(self._units, plan) + self._us[self._unit, now] - self._us[self._unit, was]
+        for price, crossing in ((self._border_us, self._borders), (self._cast_us, self._casts)):
+            latency = latency + self._priced(price, crossing, self._everywhere(in8, in16), before, after)
+        saved = self._cost.saved_bytes(plan) + self._bytes[self._unit, now] - self._bytes[self._unit, was]
         together = []
         for rows, squares, energy in zip(self._rows, self._squares, self._energy, strict=True):
-            total = (rows @ chosen)[..., None] + rows @ change
-            own = (squares @ chosen)[..., None] + squares @ change
+            total, own = ((chosen @ part + change @ part).T for part in (rows, squares))
             products = np.square(total) - own
-            together.append((own.mean(axis=(0, 1)) + shrink(products) * products.mean(axis=(0, 1))) / energy)
-        alone = (self._site_damage @ chosen)[:, None] + self._site_damage @ change
-        saved = self._cost.saved_bytes(int8) + turn * self._gain_bytes
-        return Flips(np.stack(together, axis=1), alone.T, latency, saved)
+            kept = shrink(products.reshape(self._matrix.samples, -1, products.shape[1]))
+            together.append((own.mean(axis=0) + kept * products.mean(axis=0)) / energy)
+        alone = self._site_damage @ chosen + change @ self._site_damage.T
+        return Neighbours(np.stack(together, axis=1), np.asarray(alone), latency, saved)
 
-    def _changes(self, state: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """(sites, flips): +1 where a flip rounds a site, -1 where it no longer does."""
-        change = np.zeros((self._sites + 1, len(self._index)))
-        site, unit = self._own.T
-        change[site, unit] = turn[unit]
-        up, down = state[self._producer], state[self._consumer]
-        before = self._site(up, down)
-        for unit, after in self._beside(up, down):
-            moved = unit < len(self._index)
-            site = self._site(*after)
-            np.add.at(change, (site[moved], unit[moved]), 1.0)
-            np.add.at(change, (before[moved], unit[moved]), -1.0)
-        return change[:-1]
+    def _everywhere(self, in8: np.ndarray, in16: np.ndarray) -> _Ends:
+        """Of all edges, before any move."""
+        up, down = self._up, self._down
+        return _Ends(np.arange(len(up)), in8[up], in8[down], in16[up], in16[down])
 
-    def _borders(self, state: np.ndarray) -> np.ndarray:
-        """(flips,): change of the price of borders, once per tensor and direction."""
-        count = len(self._index)
-        up, down = state[self._producer], state[self._consumer]
-        crossing = np.zeros(len(self._price))
-        np.add.at(crossing, (2 * self._tensor + up)[up != down], 1.0)
-        change = np.zeros((len(self._price), count))
-        for unit, (one, two) in self._beside(up, down):
-            moved = unit < count
-            for sign, (a, b) in ((-1.0, (up, down)), (1.0, (one, two))):
-                border = moved & (a != b)
-                np.add.at(change, ((2 * self._tensor + a)[border], unit[border]), sign)
-        after = crossing[:, None] + change > 0.5
-        return np.asarray(self._price @ (after.astype(np.float64) - (crossing > 0.5)[:, None]))
+    def _beside(self, in8: np.ndarray, in16: np.ndarray, to8: np.ndarray, to16: np.ndarray) -> tuple[_Ends, _Ends]:
+        """Of the edges beside each move's unit, before and after the move."""
+        up, down = self._up[self._edge], self._down[self._edge]
+        unit = self._unit[self._mover]
+        before = _Ends(self._edge, in8[up], in8[down], in16[up], in16[down])
+        new8, new16 = to8[self._mover], to16[self._mover]
+        moved = (
+            np.where(end == unit, new, old)
+            for new, old_of in ((new8, in8), (new16, in16))
+            for end, old in ((up, old_of[up]), (down, old_of[down]))
+        )
+        return before, _Ends(self._edge, *moved)
 
-    def _beside(self, up: np.ndarray, down: np.ndarray) -> tuple[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]], ...]:
-        """For either end of the edges: the unit there, and the ends' precisions after its flip."""
-        outside, loop = len(self._index), self._producer == self._consumer
-        consumer = np.where(loop, outside, self._consumer)  # a unit that feeds itself is flipped once
-        return (self._producer, (~up, np.where(loop, ~down, down))), (consumer, (up, ~down))
+    def _changes(
+        self, in8: np.ndarray, in16: np.ndarray, to8: np.ndarray, to16: np.ndarray, before: _Ends, after: _Ends
+    ) -> csr_array:
+        """(moves, sites): +1 where a move rounds a site, -1 where it no longer does."""
+        site, move, half = self._own
+        unit = self._unit[move]
+        turned = np.where(half, to16[move].astype(np.int8) - in16[unit], to8[move].astype(np.int8) - in8[unit])
+        one, two = self._site(before), self._site(after)
+        sites = np.concatenate([site, one, two])
+        moves = np.concatenate([move, self._mover, self._mover])
+        values = np.concatenate([turned, np.full(len(one), -1), np.full(len(two), 1)]).astype(np.float64)
+        real = sites < self._sites
+        return csr_array((values[real], (moves[real], sites[real])), shape=(len(self._unit), self._sites))
 
-    def _site(self, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """Column that each edge rounds, for the precisions of its ends; see `UnitEdge.site`."""
-        entering = np.where(down & ~up, self._entering, self._sites)
-        return np.where(self._rooted & up, self._leaving, entering)
+    def _site(self, ends: _Ends) -> np.ndarray:
+        """Column that each edge rounds; see `UnitEdge.site`."""
+        edge, up, down = ends.edge, ends.up8, ends.down8
+        entering = down & (self._entry[edge] | (self._ends[edge] & ~up))
+        found = np.where(entering, self._entering[edge], self._sites)
+        return np.where(self._ends[edge] & self._rooted[edge] & up, self._leaving[edge], found)
+
+    def _borders(self, ends: _Ends) -> tuple[np.ndarray, np.ndarray]:
+        """Where INT8 begins (direction 0) or ends (1) at a price, and which; see `UnitGraph.borders`."""
+        priced = self._ends[ends.edge] | (self._entry[ends.edge] & ~ends.up8)
+        return (ends.up8 != ends.down8) & priced, ends.up8
+
+    def _casts(self, ends: _Ends) -> tuple[np.ndarray, np.ndarray]:
+        """Where FP16 begins (0) or ends (1) beside FP32, and which; see `UnitGraph.casts`."""
+        return ~ends.up8 & ~ends.down8 & (ends.up16 != ends.down16), ends.up16
+
+    def _priced(
+        self, price: np.ndarray, crossing: _Crossing, everywhere: _Ends, before: _Ends, after: _Ends
+    ) -> np.ndarray:
+        """(moves,): change of the price of borders of one kind, once per tensor and direction."""
+        crosses, way = crossing(everywhere)
+        count = np.bincount((2 * self._tensor + way)[crosses], minlength=len(price))[self._key]
+        change = np.zeros(len(self._key))
+        for sign, ends in ((-1.0, before), (1.0, after)):
+            crosses, way = crossing(ends)
+            pair = np.take_along_axis(self._pair, way.astype(np.int64)[:, None], axis=1)[:, 0]
+            change += sign * np.bincount(pair[crosses], minlength=len(change))
+        turned = (count + change > 0.5).astype(np.float64) - (count > 0.5)
+        return np.bincount(self._pair_mover, weights=price[self._key] * turned, minlength=len(self._unit))

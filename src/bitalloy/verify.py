@@ -11,6 +11,9 @@ from bitalloy.matrix import draws, interval
 from bitalloy.records import Estimate, Head
 from bitalloy.runtime import Artefact, Session
 
+FLOAT32 = "(float32)"
+"""In place of a model's name: what float32 arithmetic alone makes of the outputs."""
+
 
 def output_sqnr(
     reference: Session,
@@ -24,13 +27,15 @@ def output_sqnr(
     """SQNR in dB of each model's heads against the reference, over the given samples.
 
     Returns:
-        model -> one estimate per head, with a 95 % bootstrap interval over samples.
+        model -> one estimate per head, with a 95 % bootstrap interval over samples; and under `FLOAT32` the highest
+        SQNR that can be told from the rounding of the outputs themselves.
     """
     energy: list[list[float]] = []
-    damage: dict[str, list[list[float]]] = {name: [] for name in models}
+    damage: dict[str, list[list[float]]] = {name: [] for name in (*models, FLOAT32)}
     for sample in feeds:
         exact = Reference(reference.run(sample), heads)
         energy.append(exact.energy.tolist())
+        damage[FLOAT32].append(exact.noise.tolist())
         for name, session in models.items():
             damage[name].append(exact.error(session.run(sample)).tolist())
         if progress is not None:

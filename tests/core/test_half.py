@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from tests.core.micro import build
 
 from bitalloy.apply import apply
 from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.records import HALF, Precision, TensorRange
-from bitalloy.runtime import OrtSession
+from bitalloy.runtime import AS_WRITTEN, OrtSession
 from bitalloy.targets import TENSORRT
 from bitalloy.targets.base import split
 from bitalloy.targets.half import judge, tensors
@@ -114,3 +116,23 @@ def test_specified_computes_every_rounding_that_the_graph_says(case) -> None:
     # sums in another order fall on the other side of a rounding here and there
     assert (found == expected).mean() > 0.98
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_int8_of_other_devices_is_computed_as_written() -> None:
+    """All weights and values at the ends of int8: kernels that add pairs of products in 16 bits would saturate."""
+    random = np.random.default_rng(0)
+    weight = random.choice([-127, 127], (64, 8)).astype(np.int8)
+    scale, zero = numpy_helper.from_array(np.float32(0.01), "s"), numpy_helper.from_array(np.int8(0), "z")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["e"]),
+        helper.make_node("MatMul", ["d", "e"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, k]) for n, k in (("x", 64), ("y", 8))]
+    constants = [scale, zero, numpy_helper.from_array(weight, "w")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    x = random.choice(np.float32([-1.27, 1.27]), (4, 64))
+    found = AS_WRITTEN.open(ir.serde.deserialize_model(model)).run({"x": x})["y"]
+    np.testing.assert_allclose(found, x.astype(np.float64) @ (0.01 * weight.astype(np.float64)), atol=1e-3)

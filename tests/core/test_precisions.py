@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.core.micro import build
+from tests.core.neighbours import same_one_by_one
 
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
@@ -74,6 +75,13 @@ def test_every_unit_has_its_precisions(problem: Problem, plans: list[frozenset[s
     assert allowed.pop("e") == (Precision.FP32, Precision.FP16)
     assert set(allowed.values()) == {(Precision.FP32, Precision.FP16, Precision.INT8)} and len(allowed) == 5
     assert len(plans) == 2 * 3**5
+
+
+def test_moves_are_what_each_plan_gives_by_itself(problem: Problem, plans: list[frozenset[str]]) -> None:
+    """Where kernels round what they read."""
+    assert len(problem.moves) == 2 * 5 + 1
+    for plan in plans[::17]:
+        same_one_by_one(problem, plan)
 
 
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.65, 0.8, 0.95])

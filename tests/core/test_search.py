@@ -6,27 +6,34 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from tests.core.neighbours import same_one_by_one
 
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.moves import Moves
 from bitalloy.plans import Budget, CostTable, UnitCost
-from bitalloy.records import Secant
+from bitalloy.records import HALF, Precision, Secant, UnitGraph
 from bitalloy.search import GAP, Limits, Problem, Program, polish, search
+from bitalloy.targets import ORT_CPU
+from bitalloy.targets.base import split
+from bitalloy.targets.half import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 
 
-def problem_of(case, seed: int) -> Problem:
+def problem_of(case, seed: int, units: UnitGraph | None = None) -> Problem:
     """Tables with damages of very different size and a gain in time for every unit, drawn at random."""
-    random, units = np.random.default_rng(seed), case.units
+    random, units = np.random.default_rng(seed), units or case.units
+    halves = {u.id + HALF for u in units.units if Precision.FP16 in u.allowed}
     sites = sorted(
-        {s for u in units.quantizable() for s in units.rounded(frozenset({u}))} | units.rounded(units.quantizable())
+        {s for u in units.quantizable() for s in units.rounded(frozenset({u}))}
+        | units.rounded(units.quantizable())
+        | halves
     )
     size = 10 ** random.normal(-2.0, 0.5, len(sites))
     heads = tuple(h.name for h in case.heads)
@@ -47,7 +54,9 @@ def problem_of(case, seed: int) -> Problem:
             unit=u.id,
             fp32_us=(slow := float(random.uniform(50, 200))),
             int8_us=slow * float(random.uniform(0.3, 1.1)) if u.id in free else None,
+            fp16_us=0.6 * slow if u.id + HALF in halves else None,
             fp32_bytes=400,
+            fp16_bytes=200,
             int8_bytes=100,
         )
         for u in units.units
@@ -59,6 +68,8 @@ def problem_of(case, seed: int) -> Problem:
         units=tuple(rows_),
         border_us_per_element=1e-3,
         border_us=4.0,
+        cast_us_per_element=2e-3 * bool(halves),
+        cast_us=3.0 * bool(halves),
         fixed_us=20.0,
         float_us=1000.0,
         int8_us=500.0,
@@ -73,19 +84,15 @@ def every_plan(problem: Problem) -> list[frozenset[str]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_flips_are_what_each_plan_gives_by_itself(case, seed: int) -> None:
-    problem, random = problem_of(case, seed), np.random.default_rng(seed)
-    moves = Moves(problem.units, problem.free, problem.matrix, problem.cost)
-    plan = frozenset(u for u in problem.free if random.random() < 0.5)
-    flips = moves.flips(plan)
-    damage, latency, size = problem.neighbours(plan)
-    for i, unit in enumerate(problem.free):
-        other = plan ^ {unit}
-        chosen = problem.matrix.select(problem.units.rounded(other))
-        np.testing.assert_allclose(flips.together[i], problem.matrix.damage(chosen).mean(axis=0), rtol=1e-6)
-        np.testing.assert_allclose(damage[i], problem.damage(other), rtol=1e-6)
-        assert latency[i] == pytest.approx(problem.latency_us(other), rel=1e-9)
-        assert size[i] == problem.size_bytes(other)
+@pytest.mark.parametrize("half", [frozenset(), OPERATORS])
+def test_moves_are_what_each_plan_gives_by_itself(case, seed: int, half: frozenset[str]) -> None:
+    """Where kernels read and write integers; also beside FP16, which no target of that kind has."""
+    units = split(case.graph, replace(ORT_CPU, half=half), case.heads)
+    problem, random = problem_of(case, seed, units), np.random.default_rng(seed)
+    assert len(problem.moves) == sum(len(m) for m in problem.members.values()) > len(problem.free) * bool(half)
+    for _ in range(4):
+        draws = (random.choice(["", *problem.members[u]]) for u in problem.free)
+        same_one_by_one(problem, frozenset(str(m) for m in draws if m))
 
 
 @pytest.mark.parametrize("seed", range(3))

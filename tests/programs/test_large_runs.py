@@ -65,7 +65,8 @@ def test_a_large_model_runs_end_to_end(inside: Any, lowered: None) -> None:
     assert 0 < noise < np.square(exact).sum() * 10 ** (-summary["sqnr_db"]["y"]["mixed"]["measured"] / 10 + 0.5)
 
 
-def test_a_program_with_a_large_graph(inside: Any, promptable: Path, drawn: Path, lowered: None) -> None:
-    inside.run(promptable, "--data", drawn / "images", "--size", "0.75x").succeeded()
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt", "ort-cuda"])
+def test_a_program_with_a_large_graph(inside: Any, promptable: Path, drawn: Path, lowered: None, target: str) -> None:
+    inside.run(promptable, "--data", drawn / "images", "--size", "0.75x", "--target", target).succeeded()
     assert {"mixed/encoder.onnx", "mixed/decoder.onnx", "mixed/program.json"} <= inside.files()
     assert inside.summary()["sqnr_db"]["low_res_masks"]["mixed"]["measured"] > 15

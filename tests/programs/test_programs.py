@@ -280,14 +280,3 @@ def test_mistakes_are_refused(inside: Any, inputs: Any, promptable: Path, langua
     assert "No tokenizer at" in inside.run(copy, "--data", drawn / "questions.jsonl", out="b").refused()
     (copy / "decoder.onnx").write_bytes(b"nonsense")
     assert "cannot be read as ONNX" in inside.run(copy, "--data", drawn / "questions.jsonl", out="c").refused()
-
-
-def test_fp16_is_left_to_models_of_one_graph(language: Path, drawn: Path, tmp_path: Path) -> None:
-    prepared = prepare(language, out=tmp_path / "run", data=drawn / "questions.jsonl")
-    ready = api.calibrate(
-        prepared.model, prepared.data, api.Settings(targets=("tensorrt",), calibration_samples=2), work=prepared.work
-    )
-    assert ready.units.quantizable() == ready.units.lowest()
-    assert any("FP16 is planned for models of one graph" in note for note in ready.notes)
-    with pytest.raises(api.BitalloyError, match=r"INT8 on ort-cuda: there is nothing to plan. FP16 is planned"):
-        api.calibrate(prepared.model, prepared.data, api.Settings(targets=("ort-cuda",)), work=prepared.work)

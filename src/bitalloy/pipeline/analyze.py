@@ -36,7 +36,7 @@ from bitalloy.records import (
     UnitGraph,
 )
 from bitalloy.regions import ancestors, path_of, region_id
-from bitalloy.runtime import ONLY, Artefact, available_cores
+from bitalloy.runtime import AS_WRITTEN, ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Prober, Switchboard, choose, late, picked, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.store import key_of
@@ -54,7 +54,6 @@ COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.1
 """Range methods among which a tensor's is chosen, and how much of its width a range must differ by to be compared."""
 RANGE_SAMPLES = 8
 """On which the choice is measured."""
-ONE_GRAPH = "FP16 is planned for models of one graph; in a program of several, units run in INT8 or FP32."
 VERIFY_SAMPLES = 16
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
@@ -127,11 +126,11 @@ class Calibrated:
         return Artefact(parts, self.graph.program, self.target.runtime)
 
     def executable(self, artefact: Artefact) -> Artefact:
-        """The same for ONNX Runtime on this machine, with the numbers of FP16 as the graph says: see `specified`."""
+        """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
         if not self.target.half:
             return artefact
         models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
-        return Artefact(models, artefact.program, artefact.runtime)
+        return Artefact(models, artefact.program, AS_WRITTEN)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
@@ -220,9 +219,6 @@ def calibrate(
     devices = [target(name) for name in settings.targets]
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
-    if isinstance(model, Joined) and any(device.half for device in devices):
-        devices = [replace(device, half=frozenset()) for device in devices]
-        notes = (*notes, ONE_GRAPH)
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
     units = [split(model, device, heads, exclude=excluded) for device in devices]
@@ -230,9 +226,8 @@ def calibrate(
         if not found.lowest():
             left = " after --exclude" if excluded else ""
             what = "INT8 or FP16" if device.half else "INT8"
-            also = f" {ONE_GRAPH}" if ONE_GRAPH in notes else ""
             raise BitalloyError(
-                f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan.{also}"
+                f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
     info = data.info
     decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured

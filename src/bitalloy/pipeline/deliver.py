@@ -32,7 +32,7 @@ from bitalloy.roofline import estimate
 from bitalloy.runtime import ONLY, Artefact
 from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
-from bitalloy.verify import artefact_sqnr
+from bitalloy.verify import FLOAT32, artefact_sqnr
 
 BENCH_REPEATS = 40
 MAX_ROUNDS = 3
@@ -357,7 +357,9 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
                     seed=analysis.settings.seed,
                     progress=progress.advance,
                 )
-        return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
+        return msgspec.json.encode(
+            Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
+        )
 
     key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)

@@ -39,6 +39,8 @@ class Measured(Record, frozen=True, kw_only=True):
     latency: LatencySpread
     sqnr_int8: tuple[Estimate, ...]
     sqnr_mixed: tuple[Estimate, ...]
+    float32: tuple[Estimate, ...]
+    """The highest SQNR per head that can be told from the rounding of the outputs themselves."""
 
     @property
     def ratio(self) -> float:

@@ -16,6 +16,8 @@ from bitalloy.pipeline.rounds import shortfall
 from bitalloy.program import Joined
 from bitalloy.runtime import ORT
 
+HALF_DB = 3.01
+
 
 def summarize(
     analysis: Analysis,
@@ -77,7 +79,7 @@ def summarize(
         evaluations=tuple(evaluations),
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *metrics.notes),
+        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *_unresolved(planned, measured), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
@@ -91,6 +93,17 @@ def summarize(
 def _runtime(analysis: Analysis) -> dict[str, str]:
     runtime = analysis.target.runtime
     return {} if runtime is ORT else {runtime.name: runtime.version()}
+
+
+def _unresolved(planned: Planned, measured: Measured) -> list[str]:
+    """Divergences so small that the rounding of float32 scores makes half of what is measured, or more."""
+    rows = zip(planned.plan.heads, measured.sqnr_mixed, measured.float32, strict=True)
+    return [
+        f"{head.head}: {10 ** (-found.value / 10):.2g} nats were measured, about {10 ** (-least.value / 10):.2g} of "
+        "which are float32 rounding of the scores themselves, which predictions leave out: the plan does less."
+        for head, found, least in rows
+        if is_divergence(head.head) and found.value > least.value - HALF_DB
+    ]
 
 
 def _nats(pair: HeadComparison) -> HeadComparison:

@@ -12,12 +12,14 @@ import onnx_ir as ir
 
 from bitalloy.errors import ModelError
 from bitalloy.graph import Graph, load_open
+from bitalloy.halving import Fresh, cast, is_border
 from bitalloy.program.wiring import Program
 from bitalloy.records import ModelInfo, TensorSpec
-from bitalloy.values import BORDER, TAG, consumers, name_of, static_shape
+from bitalloy.values import BORDER, TAG, consumers, is_float, name_of, namer, static_shape
 
 ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """Operators that no float graph has: a rewriting put them there."""
+HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 HEADS, PROTECT = "bitalloy.heads", "bitalloy.protect"
 """Metadata keys of an exported graph: outputs that count (JSON, empty for all), and what stays in float by default."""
 
@@ -130,10 +132,11 @@ def divide(model: ir.Model, program: Program) -> dict[str, ir.Model]:
     """One model per graph out of a joined model that was rewritten since.
 
     1. A node goes to the graph that its name starts with.
-    2. Rounding goes to the graph that reads its result; so tensors on wires stay float32, and an INT8 consumer
-       rounds what the wire brings itself.
+    2. Rounding goes to the graph that reads its result; so tensors on wires stay float32, and a consumer in INT8 or
+       FP16 rounds what the wire brings itself.
     3. Rounding that a producer's own unit asks for goes to its graph as well, so that the producer can run in
        INT8 too. Rounding twice on the same scale changes nothing.
+    4. What is made in FP16 leaves its graph through a Cast back: wires, outputs and caches stay float32.
 
     Inputs and outputs are those of the program's graphs: names, types, shapes and order.
 
@@ -158,11 +161,12 @@ def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
             raise ModelError(f"The model has no tensor '{owner}/{tensor}': it was not made from this program.")
         return found
 
+    fresh = namer(model)
     plain = [joined(name, str(v.name)) for v in original.outputs]
-    ends = [_rounded(value) for value in plain]
+    ends = [_leaving(model.graph, value, fresh) for value in plain]
     for value, end in zip(plain, ends, strict=True):
-        if end is not value:
-            value.name = f"{value.name}/float"  # the name belongs to what leaves
+        if end is not value:  # the name belongs to what leaves
+            value.name = fresh(f"{value.name}/{'float' if is_float(value) else 'half'}")
     wires = {w.input: w for w in program.wires if w.target == name}
     starts: list[ir.Value] = []
     for value in original.inputs:
@@ -171,9 +175,7 @@ def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
             starts.append(joined(name, str(value.name)))
             continue
         start = ir.Value(name=value.name, shape=value.shape, type=value.type)
-        for use in consumers(_unrounded(joined(wire.source, wire.output))):
-            if _owner(use.node, program) in (None, name):
-                use.node.replace_input_with(use.slot, start)
+        _arrive(model.graph, start, _unrounded(joined(wire.source, wire.output)), (None, name), program, fresh)
         starts.append(start)
     kept = _behind(ends, program, name)
     nodes = [n for n in model.graph if n in kept]
@@ -191,27 +193,52 @@ def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
     return ir.Model(part, ir_version=model.ir_version)
 
 
-def _rounded(value: ir.Value) -> ir.Value:
-    """The value as its own unit rounds it, where it does."""
+def _leaving(graph: ir.Graph, value: ir.Value, fresh: Fresh) -> ir.Value:
+    """The value as its own unit rounds it, where it does; of one in FP16 the float32 that it is cast back to."""
     for use in consumers(value):
         if use.node.op_type == "QuantizeLinear" and use.node.metadata_props.get(TAG, BORDER) != BORDER:
             for after in consumers(use.node.outputs[0]):
                 return after.node.outputs[0]
-    return value
+        if not is_float(value) and is_border(use.node):
+            return use.node.outputs[0]
+    return value if value.dtype != HALF else cast(graph, value, SINGLE, fresh(f"{value.name}/single"))
+
+
+def _arrive(
+    graph: ir.Graph,
+    start: ir.Value,
+    value: ir.Value,
+    owners: Collection[str | None],
+    program: Program,
+    fresh: Fresh,
+) -> None:
+    """Let those nodes that belong to `owners` read `start` in place of `value`, in the type in which they read that."""
+    half: ir.Value | None = None
+    for use in consumers(value):
+        if value.dtype == HALF and is_border(use.node):
+            _arrive(graph, start, use.node.outputs[0], owners, program, fresh)
+        elif _owner(use.node, program) in owners:
+            if value.dtype == HALF and half is None:
+                half = cast(graph, start, HALF, fresh(f"{start.name}/half"))
+            use.node.replace_input_with(use.slot, start if half is None else half)
 
 
 def _unrounded(value: ir.Value) -> ir.Value:
     """What was rounded, where the value is the result of rounding."""
     node = value.producer()
-    while node is not None and node.op_type in ROUNDING and node.inputs[0] is not None:
+    while node is not None and _rounds(node) and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value
 
 
+def _rounds(node: ir.Node) -> bool:
+    return node.op_type in ROUNDING or is_border(node)
+
+
 def _owner(node: ir.Node, program: Program) -> str | None:
     """Graph that a node belongs to; None for rounding, which belongs to whoever reads it."""
-    if node.op_type in ROUNDING:
+    if _rounds(node):
         return None
     owner = name_of(node).partition("/")[0]
     if owner not in program.graphs:

@@ -8,6 +8,7 @@ is rounded by can be carried over, operand by operand:
 2. A rounded tensor: the same pair of QuantizeLinear and DequantizeLinear on the operand of the open form; operands
    that are the same tensor on the same scale share one pair.
 3. A rounded output of the graph: likewise.
+4. A node in FP16 runs in FP16, with Cast nodes where it meets others (`bitalloy.halving`).
 
 A node that only one of the forms has (shape arithmetic, a Concat with an empty cache) is left as it is.
 """
@@ -18,7 +19,8 @@ import onnx
 import onnx_ir as ir
 
 from bitalloy.errors import ModelError
-from bitalloy.values import TAG, constant, name_of
+from bitalloy.halving import computed, halve, is_border
+from bitalloy.values import TAG, constant, name_of, namer
 from bitalloy.weights import pack
 
 ALIAS = "/to_last"
@@ -48,16 +50,18 @@ class _Carrier:
         self._stored: dict[str, ir.Value] = {}
 
     def carry(self) -> ir.Model:
+        half = computed(self._mixed)
         open_nodes = {name_of(n): n for n in self._model.graph}
         last = {str(v.name): v for v in self._model.graph.outputs}
         missing: list[str | None] = []
         jobs: list[tuple[ir.Node, int, ir.Node, ir.Value]] = []
         for node in self._mixed.graph:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") or is_border(node):
                 continue
             other = open_nodes.get(name_of(node).removesuffix(ALIAS))
-            if other is None:
-                missing += [node.name] if any(_rounding(v) is not None for v in node.inputs) else []
+            if other is None or (node.name in half and any(v.dtype is None for v in other.outputs)):
+                rounded = node.name in half or any(_rounding(v) is not None for v in node.inputs)
+                missing += [node.name] if rounded else []
                 continue
             if TAG in node.metadata_props:
                 other.metadata_props[TAG] = node.metadata_props[TAG]
@@ -79,6 +83,7 @@ class _Carrier:
             pair = _rounding(value)
             if pair is not None and not _is_stored(pair):
                 self._leave(last[str(value.name)], pair)
+        halve(self._model, half, namer(self._model))
         for name in [n for n, v in self._model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
             self._model.graph.initializers.pop(name)
         try:
@@ -150,8 +155,10 @@ class _Carrier:
 
 
 def _rounding(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes a value, where one does."""
+    """The DequantizeLinear that makes a value, where one does, perhaps with a Cast to FP16 behind."""
     node = value.producer() if value is not None else None
+    if node is not None and is_border(node) and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 

@@ -4,9 +4,10 @@ from bitalloy.runtime.artefact import Artefact, Chain
 from bitalloy.runtime.base import ONLY, Kernel, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.runtime.optimized import Rewritten, match
-from bitalloy.runtime.ort import ORT, OrtSession, available_cores
+from bitalloy.runtime.ort import AS_WRITTEN, ORT, OrtSession, available_cores
 
 __all__ = [
+    "AS_WRITTEN",
     "ONLY",
     "OPENVINO",
     "ORT",

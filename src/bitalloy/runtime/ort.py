@@ -40,6 +40,9 @@ class OrtSession:
         provider: what executes it; nodes that it does not take run on the CPU.
         shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
             no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
+        integers: False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written.
+            On CPUs without VNNI the integer kernels that else take their place saturate sums of two products in 16
+            bits.
 
     Worker threads stop spinning when a run ends, so sessions that take turns do not slow each other down.
 
@@ -57,6 +60,7 @@ class OrtSession:
         written: Path | None = None,
         provider: str = CPU,
         shared: bool = False,
+        integers: bool = True,
     ) -> None:
         options = ort.SessionOptions()
         if shared:
@@ -65,6 +69,8 @@ class OrtSession:
         options.intra_op_num_threads = threads or available_cores()
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not integers:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
@@ -200,6 +206,8 @@ ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite)
 """The runtime of the core."""
 ORT_GPU = Runtime("ONNX Runtime on CUDA", partial(OrtSession, provider=CUDA), _version, partial(rewrite, provider=CUDA))
 """The same with its CUDA provider, whose kernels the host starts and does not wait for."""
+AS_WRITTEN = Runtime(ORT.name, partial(OrtSession, integers=False), ORT.version)
+"""The same for models of devices that are not here: with the numbers that the graph says."""
 
 
 def cuda_missing() -> str:

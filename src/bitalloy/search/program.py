@@ -112,28 +112,14 @@ class Problem:
 
     def neighbours(self, plan: frozenset[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the plans one move away, in the order of `moves`: damage (moves, heads), latency in us, bytes."""
-        if self._flips is None:
-            plans = [self.moved(plan, m) for m in self.moves]
-            damage = np.stack([self.damage(p) for p in plans])
-            return damage, np.array([self.latency_us(p) for p in plans]), np.array([self.size_bytes(p) for p in plans])
-        flips, kept = self._flips.flips(plan), self._kept
-        linear = SHRINK * flips.together + (1 - SHRINK) * flips.alone
+        found = self._neighbours.neighbours(plan)
+        linear = SHRINK * found.together + (1 - SHRINK) * found.alone
         damage = np.asarray(linear * bend(self.secant, linear))
-        return damage[kept], flips.latency_us[kept], (self.float_bytes - flips.saved_bytes)[kept]
+        return damage, found.latency_us, self.float_bytes - found.saved_bytes
 
     @cached_property
-    def _kept(self) -> list[int]:
-        """Places among `free` of the units that have a choice."""
-        place = {unit: i for i, unit in enumerate(self.free)}
-        return [place[m] for m in self.moves]
-
-    @cached_property
-    def _flips(self) -> Moves | None:
-        """All moves at once, where they are between FP32 and INT8 with both ends of an edge rounding."""
-        half = any(m.endswith(HALF) for members in self.members.values() for m in members)
-        if half or any(e.placement is not Placement.ENDS for e in self.units.edges):
-            return None
-        return Moves(self.units, self.free, self.matrix, self.cost)
+    def _neighbours(self) -> Moves:
+        return Moves(self.units, self.moves, self.matrix, self.cost)
 
     @cached_property
     def aims(self) -> np.ndarray:
