@@ -9,7 +9,7 @@ import numpy as np
 from bitalloy.heads import Reference
 from bitalloy.matrix import draws, interval
 from bitalloy.records import Estimate, Head
-from bitalloy.runtime import Artefact, Session
+from bitalloy.runtime import Session
 
 
 def output_sqnr(
@@ -44,20 +44,3 @@ def output_sqnr(
         )
         for name, rows in damage.items()
     }
-
-
-def artefact_sqnr(
-    reference: Artefact,
-    models: Mapping[str, Artefact],
-    heads: Sequence[Head],
-    feeds: Iterable[Mapping[str, np.ndarray]],
-    *,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, tuple[Estimate, ...]]:
-    """`output_sqnr` of artefacts, whose sessions are opened for it and closed again."""
-    exact, sessions = reference.session(), {name: model.session() for name, model in models.items()}
-    found = output_sqnr(exact, sessions, heads, feeds, seed=seed, progress=progress)
-    for session in (exact, *sessions.values()):
-        session.close()
-    return found

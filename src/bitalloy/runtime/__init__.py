@@ -1,7 +1,7 @@
 """Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
 
 from bitalloy.runtime.artefact import ONLY, Artefact, Chain
-from bitalloy.runtime.base import Kernel, Runtime, Session
+from bitalloy.runtime.base import Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.runtime.ort import ORT, OrtSession, available_cores
 
@@ -13,6 +13,7 @@ __all__ = [
     "Chain",
     "Kernel",
     "OrtSession",
+    "Reopener",
     "Runtime",
     "Session",
     "available_cores",

@@ -8,27 +8,30 @@ at the box before they are enlarged, end at multiples of a prototype's pixel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from bitalloy.data import Geometry, ImageSpec, image_feed
-from bitalloy.masks import Rle, encode
-from bitalloy.tasks.base import Progress, Run, Task, TaskResult, check_models, few_images, nothing
+from bitalloy.masks import Rle, encode, packed, unpacked
+from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     DetectionData,
     compare_precision,
+    detections_of,
+    ids_of,
     on_image,
     open_detection,
     precision_of,
+    seen_of,
     shifts,
 )
 from bitalloy.tasks.precision import Detections, match_boxes, match_masks
 from bitalloy.tasks.resample import sample
 from bitalloy.tasks.yolo import decode, detections, has_masks, mask_parts, select
 
-__all__ = ["TASK", "draw_masks", "evaluate_instances", "find_instances"]
+__all__ = ["TASK", "draw_masks", "find_instances", "measure_instances", "observe_instances"]
 
 
 def draw_masks(
@@ -91,55 +94,57 @@ def find_instances(
     ]
 
 
-def evaluate_instances(
-    models: Mapping[str, Run],
+def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
+    """Boxes and masks on one image.
+
+    Raises:
+        DataError: labels, images and models do not fit each other.
+    """
+    entry = data.labels.images[sample]
+    opened = data.labels.open_image(entry, data.image.channels)
+    feed, geometry = image_feed(opened, data.image)
+    found: dict[str, Seen] = {}
+    for name, run in models.items():
+        outputs = run({data.image.input: feed})
+        classes = len(decode(outputs)[1])
+        data.labels.category_ids(classes, data.names)
+        boxes, masks = find_instances(outputs, data.image, geometry, opened.size)
+        found[name] = {**seen_of(boxes, classes), **packed(masks), "size": np.array(opened.size)}
+    return found
+
+
+def measure_instances(
+    seen: Mapping[str, Sequence[Seen]],
     data: DetectionData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
     """Box AP, mask AP and confidence shift of several models on the same images, side by side.
 
     Labels without any mask still give box AP, with a note.
 
     Raises:
-        DataError: labels, images and models do not fit each other.
+        DataError: the images have no labels that count, or a label has no mask or a broken one.
     """
-    check_models(models)
-    chosen, with_masks = data.choose(limit, seed), data.labels.has_masks()
-    found: dict[str, list[Detections]] = {name: [] for name in models}
-    drawn: dict[str, list[list[Rle]]] = {name: [] for name in models}
-    sizes = []
-    category_ids: np.ndarray | None = None
-    for entry in chosen:
-        opened = data.labels.open_image(entry, data.image.channels)
-        feed, geometry = image_feed(opened, data.image)
-        sizes.append(opened.size)
-        for name, run in models.items():
-            outputs = run({data.image.input: feed})
-            if category_ids is None:
-                category_ids = data.labels.category_ids(len(decode(outputs)[1]), data.names)
-            boxes, masks = find_instances(outputs, data.image, geometry, opened.size)
-            found[name].append(boxes)
-            drawn[name].append(masks)
-            progress(1)
-    assert category_ids is not None, "an annotation file lists at least one image"
-    weights = resampled_weights(len(chosen), RESAMPLES, seed)
+    entries, category_ids = data.entries(samples), ids_of(seen, data)
+    found = {name: detections_of(one) for name, one in seen.items()}
+    weights = resampled_weights(len(entries), resamples, seed)
     by_box = {
-        name: precision_of(match_boxes(data.labels, chosen, one, category_ids), chosen, one, weights, seed)
+        name: precision_of(match_boxes(data.labels, entries, one, category_ids), entries, one, weights, seed)
         for name, one in found.items()
     }
     metrics = compare_precision("box ", by_box)
-    notes = few_images(len(chosen))
-    if with_masks:
-        by_mask = {
-            name: precision_of(
-                match_masks(data.labels, chosen, sizes, one, drawn[name], category_ids), chosen, one, weights, seed
-            )
-            for name, one in found.items()
-        }
+    notes = few_images(len(entries))
+    if data.labels.has_masks():
+        by_mask = {}
+        for name, one in found.items():
+            sizes = [(int(s["size"][0]), int(s["size"][1])) for s in seen[name]]
+            drawn = [unpacked(s, size) for s, size in zip(seen[name], sizes, strict=True)]
+            matches = match_masks(data.labels, entries, sizes, one, drawn, category_ids)
+            by_mask[name] = precision_of(matches, entries, one, weights, seed)
         metrics += compare_precision("mask ", by_mask)
     else:
         notes += (f"No mask AP: '{data.labels.path.name}' has no masks.",)
@@ -151,5 +156,6 @@ TASK: Task[DetectionData] = Task(
     labels="a COCO annotation file with boxes and masks",
     matches=lambda model: has_masks(model.inputs, model.outputs),
     open=open_detection,
-    evaluate=evaluate_instances,
+    observe=observe_instances,
+    measure=measure_instances,
 )
