@@ -24,7 +24,7 @@ from bitalloy.pipeline.records import Measured, Planned
 from bitalloy.pipeline.repair import repair
 from bitalloy.pipeline.rounds import Standing, following, judged, misfit, seeks_speed
 from bitalloy.pipeline.summary import summarize
-from bitalloy.pipeline.work import Workspace
+from bitalloy.pipeline.work import Progress, Workspace
 from bitalloy.plans import Budget, CostTable, ParetoPoint
 from bitalloy.program import Joined
 from bitalloy.records import Estimate, Latency
@@ -347,23 +347,23 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
     samples = _verification_samples(analysis)
 
     def make() -> bytes:
-        with work.scratch() as folder:
-            models, sqnr = _placed(analysis, mixed, folder), dict[str, tuple[Estimate, ...]]()
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
+        timed = 0 if planned.cost.estimated else BENCH_REPEATS
+        with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
 
             def compare(sessions: Mapping[str, Session]) -> None:
-                with work.stage("verify", len(samples)) as progress:
-                    sqnr.update(
-                        output_sqnr(
-                            sessions["float"],
-                            {name: sessions[name] for name in ("int8", "mixed")},
-                            analysis.heads,
-                            (analysis.data.feeds(i) for i in samples),
-                            seed=analysis.settings.seed,
-                            progress=progress.advance,
-                        )
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions[name] for name in ("int8", "mixed")},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
                     )
+                )
 
-            latency = _latency(analysis, planned, models, compare, work)
+            latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
         return msgspec.json.encode(Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"]))
 
     key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)
@@ -375,7 +375,7 @@ def _latency(
     planned: Planned,
     models: Mapping[str, Artefact],
     then: Callable[[Mapping[str, Session]], None],
-    work: Workspace,
+    progress: Progress,
 ) -> LatencySpread:
     """Measured in turns, or from the cost table with a count of 0, where that estimates; `then` gets the sessions."""
     if planned.cost.estimated:
@@ -388,15 +388,14 @@ def _latency(
         reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
         return LatencySpread(reference=reference, int8=int8, mixed=mixed)
     together = not (models["mixed"].large or analysis.graph.large)
-    with work.stage("benchmark", BENCH_REPEATS) as progress:
-        times = bench.sittings(
-            {name: model.reopener() if together else model.session for name, model in models.items()},
-            analysis.data.feeds(0),
-            repeats=BENCH_REPEATS,
-            together=together,
-            progress=progress.advance,
-            then=then,
-        )
+    times = bench.sittings(
+        {name: model.reopener() if together else model.session for name, model in models.items()},
+        analysis.data.feeds(0),
+        repeats=BENCH_REPEATS,
+        together=together,
+        progress=progress.advance,
+        then=then,
+    )
     return LatencySpread(
         reference=bench.summarize(times["float"]),
         int8=bench.summarize(times["int8"]),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bitalloy.store import RunDirectory
 
@@ -47,6 +47,8 @@ class Workspace:
     progress: Progress = field(default_factory=Silent)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage, all of its results together; 0 where everything was stored."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Sessions and the like that several stages use, under the key of what decides them."""
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
         """The stored result of a stage, made now where it is missing."""
