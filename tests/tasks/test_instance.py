@@ -316,7 +316,7 @@ def test_real_labels_through_the_post_processing(real: Path) -> None:
     path = real / "coco-val-94/instances.json"
     labels = Labels(path)
     data = TASK.open(path, interface(640, 80, 40, 160))
-    oracle = Oracle(labels, [entry.id for entry in data.choose(8, 2)], 640, 160)
+    oracle = Oracle(labels, [entry.id for entry in data.entries(data.choose(8, 2))], 640, 160)
     result = TASK.evaluate({"float": oracle}, data, limit=8, seed=2)
     assert by_name(result)["box AP50-95"] > 0.97
     assert by_name(result)["mask AP50-95"] > 0.8 and by_name(result)["mask AP50"] > 0.95

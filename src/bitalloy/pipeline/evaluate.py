@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -35,6 +36,10 @@ from bitalloy.tasks.bootstrap import RESAMPLES
 
 SHARD = 32
 """Samples that are stored together."""
+STREAMS = 4
+"""Samples that are in memory at the same time, at most."""
+JUDGED = 4
+"""Models of which what is known stays in memory."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,18 @@ class Evaluator:
         self._task: Task[TaskData] = task
         self._data: list[TaskData] = [task.open(path, interface) for path in labels]
         self._kept: dict[tuple[str, str], bytes] = {}
+        self._judged: dict[str, Any] = {}
 
     @property
     def reference(self) -> Subject:
         """The float model."""
         return Subject(("float",), self._analysis.original)
 
-    def subject(self, lowered: frozenset[str], artefact: Artefact | None = None) -> Subject:
-        """The model of a plan, made when it is needed, or `artefact` where it is there already."""
+    def subject(self, lowered: frozenset[str]) -> Subject:
+        """The model of a plan, made when it is needed."""
 
         def make() -> Artefact:
-            return self._analysis.executable(artefact or self._analysis.artefact(lowered))
+            return self._analysis.executable(self._analysis.artefact(lowered))
 
         return Subject((self._analysis.key, *sorted(lowered)), make)
 
@@ -102,8 +108,8 @@ class Evaluator:
         keys = {name: self._key(data, subject) for name, subject in subjects.items()}
 
         def make() -> bytes:
-            seen = {name: self._seen(data, samples, keys[name], subject, stage) for name, subject in subjects.items()}
-            return msgspec.json.encode(self._task.measure(seen, data, samples, seed=seed, resamples=resamples))
+            judged = {n: self._judged_of(data, samples, keys[n], subject, stage) for n, subject in subjects.items()}
+            return msgspec.json.encode(self._task.measure(judged, data, samples, seed=seed, resamples=resamples))
 
         key = key_of(seen=keys, resamples=resamples)
         return msgspec.json.decode(self._work.cached(stage, key, make), type=TaskResult)
@@ -122,6 +128,15 @@ class Evaluator:
             runner=analysis.target.runtime.name,
             **analysis.execution,
         )
+
+    def _judged_of(self, data: TaskData, samples: Sequence[int], key: str, subject: Subject, stage: str) -> Any:
+        """What is known of one model; the last few are kept, and the reference, which is always among them."""
+        if key not in self._judged:
+            self._judged[key] = self._task.judge(self._seen(data, samples, key, subject, stage), data, samples)
+        self._judged[key] = self._judged.pop(key)
+        for old in list(self._judged)[:-JUDGED]:
+            del self._judged[old]
+        return self._judged[key]
 
     def _seen(self, data: TaskData, samples: Sequence[int], key: str, subject: Subject, stage: str) -> list[Seen]:
         """Of one model on all samples, from shards where they exist; the model is made where one is missing."""
@@ -150,7 +165,7 @@ class Evaluator:
         in less time.
         """
         graph = self._analysis.graph
-        streams = 1 if graph.large else available_cores()
+        streams = 1 if graph.large else min(available_cores(), STREAMS)
         sessions: dict[str, Session] = {}
         with self._work.scratch() as folder, ThreadPoolExecutor(streams) as pool:
 

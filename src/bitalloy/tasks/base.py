@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ from bitalloy.records import Estimate, MetricValue, Record, TensorSpec
 
 __all__ = [
     "Interface",
+    "Judge",
     "Measure",
     "Observe",
     "Progress",
@@ -144,12 +145,20 @@ class Observe(Protocol[DataIn]):
         ...
 
 
+class Judge(Protocol[DataIn]):
+    """What can be said of a model without the others."""
+
+    def __call__(self, seen: Sequence[Seen], data: DataIn, samples: Sequence[int], /) -> Any:
+        """Match what was observed of one model with the labels; what `measure` takes."""
+        ...
+
+
 class Measure(Protocol[DataIn]):
-    """Metrics from what was observed."""
+    """Metrics of models that were judged."""
 
     def __call__(
         self,
-        seen: Mapping[str, Sequence[Seen]],
+        judged: Mapping[str, Any],
         data: DataIn,
         samples: Sequence[int],
         /,
@@ -160,13 +169,18 @@ class Measure(Protocol[DataIn]):
         """Put models side by side.
 
         Args:
-            seen: by name, the first of them the reference: one entry per sample.
+            judged: by name, the first of them the reference.
             data: labelled samples.
             samples: which of them were observed.
             seed: of the bootstrap.
             resamples: its draws; with 0 the intervals have no width.
         """
         ...
+
+
+def as_seen(seen: Sequence[Seen], _: TaskData, __: Sequence[int], /) -> Sequence[Seen]:
+    """All that is said of a model is said beside the others."""
+    return seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +196,8 @@ class Task(Generic[DataT]):
     """Read labels for a model that matches. Raises DataError where they are broken or do not fit."""
     observe: Observe[DataT]
     measure: Measure[DataT]
+    judge: Judge[DataT] = as_seen
+    """By default what was observed itself."""
 
     def evaluate(
         self,
@@ -213,7 +229,8 @@ class Task(Generic[DataT]):
                 seen[name].append(one)
                 if progress is not None:
                     progress(1)
-        return self.measure(seen, data, samples, seed=seed)
+        judged = {name: self.judge(one, data, samples) for name, one in seen.items()}
+        return self.measure(judged, data, samples, seed=seed)
 
 
 def pack(seen: Sequence[Seen]) -> bytes:

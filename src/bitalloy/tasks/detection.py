@@ -27,10 +27,12 @@ __all__ = [
     "ConfidenceShift",
     "DetectionData",
     "DetectionResult",
+    "Matched",
     "class_names",
     "confidence_shift",
     "decode",
     "evaluate_detection",
+    "judge_detector",
     "looks_like_yolo",
     "measure_detectors",
     "observe_detectors",
@@ -142,7 +144,7 @@ def evaluate_detection(
     data = DetectionData(read_coco(annotations, images), image, tuple(names) if names is not None else None)
     samples = data.choose(limit, seed)
     seen = [observe_detectors({"model": run}, data, i)["model"] for i in samples]
-    return _results({"model": seen}, data, samples, seed, resamples)["model"]
+    return _results({"model": judge_detector(seen, data, samples)}, data, samples, seed, resamples)["model"]
 
 
 def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
@@ -162,8 +164,29 @@ def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: in
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What one model found, matched with the labels."""
+
+    detections: tuple[Detections, ...]
+    """Per image, in its pixels."""
+    boxes: Matches
+    masks: Matches | None = None
+    """Of instance segmentation, where the labels have masks."""
+
+
+def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
+    """Match detections with labels.
+
+    Raises:
+        DataError: the images have no labels that count.
+    """
+    found = detections_of(seen)
+    return Matched(tuple(found), match_boxes(data.labels, data.entries(samples), found, ids_of(seen, data)))
+
+
 def measure_detectors(
-    seen: Mapping[str, Sequence[Seen]],
+    judged: Mapping[str, Matched],
     data: DetectionData,
     samples: Sequence[int],
     /,
@@ -171,12 +194,8 @@ def measure_detectors(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Box AP and confidence shift of several models on the same images, side by side.
-
-    Raises:
-        DataError: the images have no labels that count.
-    """
-    results = _results(seen, data, samples, seed, resamples)
+    """Box AP and confidence shift of several models on the same images, side by side."""
+    results = _results(judged, data, samples, seed, resamples)
     return TaskResult(
         task="detection",
         metrics=compare_precision("", results),
@@ -195,21 +214,16 @@ def detections_of(seen: Sequence[Seen]) -> list[Detections]:
     return [Detections(one["boxes"], one["scores"], one["classes"]) for one in seen]
 
 
-def ids_of(seen: Mapping[str, Sequence[Seen]], data: DetectionData) -> np.ndarray:
-    """Category id per class index of the models."""
-    return data.labels.category_ids(int(next(iter(seen.values()))[0]["of"]), data.names)
+def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
+    """Category id per class index of a model."""
+    return data.labels.category_ids(int(seen[0]["of"]), data.names)
 
 
 def _results(
-    seen: Mapping[str, Sequence[Seen]], data: DetectionData, samples: Sequence[int], seed: int, resamples: int
+    judged: Mapping[str, Matched], data: DetectionData, samples: Sequence[int], seed: int, resamples: int
 ) -> dict[str, DetectionResult]:
-    entries, category_ids = data.entries(samples), ids_of(seen, data)
-    weights = resampled_weights(len(entries), resamples, seed)
-    found = {name: detections_of(one) for name, one in seen.items()}
-    return {
-        name: precision_of(match_boxes(data.labels, entries, one, category_ids), entries, one, weights, seed)
-        for name, one in found.items()
-    }
+    entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
+    return {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
 
 
 def precision_of(
@@ -328,4 +342,5 @@ TASK: Task[DetectionData] = Task(
     open=open_detection,
     observe=observe_detectors,
     measure=measure_detectors,
+    judge=judge_detector,
 )

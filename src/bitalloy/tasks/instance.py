@@ -9,6 +9,7 @@ at the box before they are enlarged, end at multiples of a prototype's pixel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,20 +19,21 @@ from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     DetectionData,
+    Matched,
     compare_precision,
-    detections_of,
     ids_of,
+    judge_detector,
     on_image,
     open_detection,
     precision_of,
     seen_of,
     shifts,
 )
-from bitalloy.tasks.precision import Detections, match_boxes, match_masks
+from bitalloy.tasks.precision import Detections, match_masks
 from bitalloy.tasks.resample import sample
 from bitalloy.tasks.yolo import decode, detections, has_masks, mask_parts, select
 
-__all__ = ["TASK", "draw_masks", "find_instances", "measure_instances", "observe_instances"]
+__all__ = ["TASK", "draw_masks", "find_instances", "judge_instances", "measure_instances", "observe_instances"]
 
 
 def draw_masks(
@@ -113,8 +115,23 @@ def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: in
     return found
 
 
+def judge_instances(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
+    """Match boxes and masks with labels; boxes only, where these have no mask at all.
+
+    Raises:
+        DataError: the images have no labels that count, or a label has no mask or a broken one.
+    """
+    boxes = judge_detector(seen, data, samples)
+    if not data.labels.has_masks():
+        return boxes
+    sizes = [(int(one["size"][0]), int(one["size"][1])) for one in seen]
+    drawn = [unpacked(one, size) for one, size in zip(seen, sizes, strict=True)]
+    entries, ids = data.entries(samples), ids_of(seen, data)
+    return replace(boxes, masks=match_masks(data.labels, entries, sizes, boxes.detections, drawn, ids))
+
+
 def measure_instances(
-    seen: Mapping[str, Sequence[Seen]],
+    judged: Mapping[str, Matched],
     data: DetectionData,
     samples: Sequence[int],
     /,
@@ -125,26 +142,17 @@ def measure_instances(
     """Box AP, mask AP and confidence shift of several models on the same images, side by side.
 
     Labels without any mask still give box AP, with a note.
-
-    Raises:
-        DataError: the images have no labels that count, or a label has no mask or a broken one.
     """
-    entries, category_ids = data.entries(samples), ids_of(seen, data)
-    found = {name: detections_of(one) for name, one in seen.items()}
-    weights = resampled_weights(len(entries), resamples, seed)
-    by_box = {
-        name: precision_of(match_boxes(data.labels, entries, one, category_ids), entries, one, weights, seed)
-        for name, one in found.items()
-    }
+    entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
+    by_box = {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
     metrics = compare_precision("box ", by_box)
     notes = few_images(len(entries))
-    if data.labels.has_masks():
-        by_mask = {}
-        for name, one in found.items():
-            sizes = [(int(s["size"][0]), int(s["size"][1])) for s in seen[name]]
-            drawn = [unpacked(s, size) for s, size in zip(seen[name], sizes, strict=True)]
-            matches = match_masks(data.labels, entries, sizes, one, drawn, category_ids)
-            by_mask[name] = precision_of(matches, entries, one, weights, seed)
+    by_mask = {
+        name: precision_of(one.masks, entries, one.detections, weights, seed)
+        for name, one in judged.items()
+        if one.masks is not None
+    }
+    if by_mask:
         metrics += compare_precision("mask ", by_mask)
     else:
         notes += (f"No mask AP: '{data.labels.path.name}' has no masks.",)
@@ -158,4 +166,5 @@ TASK: Task[DetectionData] = Task(
     open=open_detection,
     observe=observe_instances,
     measure=measure_instances,
+    judge=judge_instances,
 )
