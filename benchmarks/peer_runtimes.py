@@ -65,7 +65,7 @@ def main() -> None:
     spec, labels = ImageSpec(**job["image"]), read_coco(Path(job["labels"]))
     data = DetectionData(labels, spec)
     sessions = {m["name"]: opener(m, job["threads"]) for m in job["models"]}
-    feed, _ = image_feed(labels.open_image(data.choose(1, job["seed"])[0]), spec)
+    feed, _ = image_feed(labels.open_image(labels.images[data.choose(1, job["seed"])[0]]), spec)
     times = bench.sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
     opened = {name: make() for name, make in sessions.items()}
     runs = {name: session.run for name, session in opened.items()}
