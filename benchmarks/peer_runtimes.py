@@ -25,7 +25,7 @@ from bitalloy import bench
 from bitalloy.data import ImageSpec, image_feed
 from bitalloy.runtime import OrtSession
 from bitalloy.tasks.coco import read_coco
-from bitalloy.tasks.detection import DetectionData, evaluate_detectors
+from bitalloy.tasks.detection import TASK, DetectionData
 
 
 class OpenVinoModel:
@@ -65,11 +65,11 @@ def main() -> None:
     spec, labels = ImageSpec(**job["image"]), read_coco(Path(job["labels"]))
     data = DetectionData(labels, spec)
     sessions = {m["name"]: opener(m, job["threads"]) for m in job["models"]}
-    feed, _ = image_feed(labels.open_image(data.choose(1, job["seed"])[0]), spec)
+    feed, _ = image_feed(labels.open_image(labels.images[data.choose(1, job["seed"])[0]]), spec)
     times = bench.sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
     opened = {name: make() for name, make in sessions.items()}
     runs = {name: session.run for name, session in opened.items()}
-    precision = evaluate_detectors(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
+    precision = TASK.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
     result = {
         "times_ms": {name: [round(float(t), 3) for t in series] for name, series in times.items()},
         "ap": msgspec.to_builtins(precision.values),

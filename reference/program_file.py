@@ -68,7 +68,7 @@ def evaluate_promptable(program: Path, folder: Path, *, count: int = VALIDATION_
     folder = shapes.write_coco(folder, count=count, size=int(encoder.inputs[0].shape[-1]), split="val")
     run = promptable.join(*(OrtSession(program / f"{name}.onnx").run for name in ("encoder", "decoder")))
     data = promptable.open_prompts(folder / "instances.json", interface)
-    result = promptable.evaluate_prompts({"float": run}, data)
+    result = promptable.TASK.evaluate({"float": run}, data)
     found = {m.name: m.values["float"] for m in result.metrics if m.name.startswith("mIoU")}
     return {"val_images": count, "notes": list(result.notes)} | {
         name: [round(v, 4) for v in (value.value, value.low, value.high)] for name, value in found.items()
@@ -85,7 +85,7 @@ def evaluate_language(program: Path, folder: Path, *, count: int = VALIDATION_IM
     models = {"float": chat.join(*graphs, cache_size(outline.open_inputs))}
     scores: dict[str, Any] = {"val_images": count, "notes": []}
     for labels in ("questions.jsonl", "captions.json"):
-        result = language.evaluate_language(models, language.open_language(folder / labels, known))
+        result = language.TASK.evaluate(models, language.open_language(folder / labels, known))
         scores["notes"] += result.notes
         for metric in result.metrics:
             value = metric.values["float"]

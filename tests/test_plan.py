@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,13 +15,19 @@ import pytest
 
 import bitalloy
 from bitalloy.matrix import decibel
+from bitalloy.outcome import Evaluation
 from bitalloy.pipeline.deliver import Course
-from bitalloy.pipeline.evaluate import fastest_that_keeps
+from bitalloy.pipeline.evaluate import Evaluator, _first_that_holds, fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.exact import measured
 from bitalloy.pipeline.neighbours import beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import read_tables
+from bitalloy.pipeline.programs import interface_of
 from bitalloy.pipeline.repair import TOLERATED_DB
 from bitalloy.plans import FIRST, Budget
+from bitalloy.runtime import OrtSession
+from bitalloy.store import RunDirectory
+from bitalloy.tasks.base import TaskResult
+from bitalloy.tasks.detection import TASK
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +133,105 @@ def test_the_fastest_plan_that_keeps_a_task_metric(analysis: Any, table: Any, in
     for most in (1.0, -1.0):
         planned = bitalloy.plan(analysis, Budget(max_drop={"AP50-95": most}), table=table)
         assert len(planned.plan.pareto) > 3
-        point, tried = fastest_that_keeps(analysis, planned, [inputs.labels], 4, bitalloy.Workspace())
+        evaluator = Evaluator(analysis, [inputs.labels], 4, bitalloy.Workspace())
+        point, tried = fastest_that_keeps(evaluator, planned, (analysis.units.lowest(), 1.0))
         assert 1 <= len(tried) <= np.ceil(np.log2(len(planned.plan.pareto)))
         assert all(e.kept == (most > 0) for e in tried)
         found[most] = point
     assert found[1.0] == min(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
     assert found[-1.0].int8_units == ()
+
+
+@pytest.mark.parametrize("count", range(1, 14))
+def test_the_search_for_the_first_that_holds(count: int) -> None:
+    """From every guess, for every answer; a right guess costs two looks, a wrong one twice those of halving."""
+    for answer in range(count):
+        for guess in range(count):
+            looked: list[int] = []
+
+            def holds(index: int, answer: int = answer, looked: list[int] = looked) -> bool:
+                looked.append(index)
+                return index >= answer
+
+            assert _first_that_holds(count, guess, holds) == answer
+            assert len(set(looked)) == len(looked) <= 2 * np.ceil(np.log2(count)) and count - 1 not in looked
+            assert guess != answer or len(looked) <= 2
+
+
+def runs_of(monkeypatch: pytest.MonkeyPatch, image: str) -> dict[int, int]:
+    """Session -> runs that get an image, counted where they happen from now on."""
+    counts: dict[int, int] = {}
+    kept: list[OrtSession] = []  # or a number might come again
+    plain = OrtSession.run
+
+    def run(self: OrtSession, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if image in feeds:
+            kept.append(self)
+            counts[id(self)] = counts.get(id(self), 0) + 1
+        return plain(self, feeds)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    return counts
+
+
+def test_a_model_is_executed_once_over_the_labels(
+    analysis: Any, table: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is compared, in a run directory or without one; what is stored is found again."""
+    image = analysis.graph.info.inputs[0].name
+    planned = bitalloy.plan(analysis, Budget(max_drop={FIRST: 0.02}), table=table)
+    int8, fast = analysis.units.lowest(), planned.plan.lowered()
+    found = []
+    for store in (None, RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")):
+        with monkeypatch.context() as patch:
+            counts = runs_of(patch, image)
+            evaluator = Evaluator(analysis, [inputs.labels], 4, bitalloy.Workspace(store))
+            point, tried = fastest_that_keeps(evaluator, planned, (int8, 1.0))
+            found.append((point, tried, measure_metrics(evaluator, int8, fast)))
+            again = len(found) == 3
+            assert set(counts.values()) == (set() if again else {4})
+            plans = {frozenset(p.lowered()) for p in planned.plan.pareto if len(p.int8_units) in used(tried)}
+            assert again or 3 <= len(counts) <= len(plans | {int8, fast}) + 1
+    assert found[0] == found[1] == found[2]
+
+
+def used(tried: Sequence[Evaluation]) -> set[int]:
+    """Sizes of the plans that were evaluated."""
+    return {e.int8_units for e in tried}
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(
+    analysis: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what one evaluation by the task's own means gives, with a thread for every core."""
+    monkeypatch.setattr("bitalloy.pipeline.evaluate.SHARD", 2)
+    image = analysis.graph.info.inputs[0].name
+    plain, done = OrtSession.run, []
+
+    def stops(self: OrtSession, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if image in feeds:
+            done.append(1)
+            if len(done) > 4:
+                raise KeyboardInterrupt
+        return plain(self, feeds)
+
+    def compared() -> TaskResult:
+        evaluator = Evaluator(analysis, [inputs.labels], None, bitalloy.Workspace(RunDirectory(tmp_path / "run")))
+        (result,) = evaluator.results({"float": evaluator.reference, "int8": evaluator.subject(int8)}, "evaluate")
+        return result
+
+    int8 = analysis.units.lowest()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OrtSession, "run", stops)
+        compared()
+    with monkeypatch.context() as patch:
+        counts = runs_of(patch, image)
+        result = compared()
+    data = TASK.open(inputs.labels, interface_of(analysis.graph))
+    total = len(data.choose(None, 0))
+    assert sorted(counts.values()) == [total - 4, total]
+    models = {"float": analysis.original().session().run, "int8": analysis.artefact(int8).session().run}
+    assert result == TASK.evaluate(models, data, seed=analysis.settings.seed)
 
 
 def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table: Any, inputs: Any) -> None:
@@ -188,7 +289,7 @@ def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, t
     planned = bitalloy.plan(wrong, budget, table=table, front=False)
     assert worst.id in planned.plan.int8_units()
     course = Course(wrong, planned, bitalloy.Workspace())
-    course.search(planned)
+    course.search()
     first = course.rounds()[0].repair
     assert first is not None and min(first.gap_db.values()) < -TOLERATED_DB
     own = next(r for r in first.remeasured if r.units == (worst.id,))

@@ -30,7 +30,7 @@ SUMMARY = {
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
 """Results that the seed decides; the others hold measured times."""
-STAGES = ("calibrate", "probe", "secant", "cost", "search", "benchmark", "verify", "front", "evaluate")
+STAGES = ("calibrate", "probe", "secant", "cost", "search", "verify", "front", "evaluate")
 
 KILLED = """
 import os, signal

@@ -50,11 +50,13 @@ def sittings(
     repeats: int,
     together: bool = True,
     progress: Callable[[int], None] | None = None,
+    then: Callable[[Mapping[str, Session]], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """`interleave` with sessions that are made anew a few times.
 
     Where its memory lies makes the same model faster or slower. Models that do not fit into memory together take
-    turns as a whole (`together` is False): then one session exists at a time.
+    turns as a whole (`together` is False): then one session exists at a time. `then` gets the sessions of all models
+    when all times are taken; the last ones, where they are together.
     """
     parts = []
     for turn in range(SITTINGS):
@@ -63,9 +65,16 @@ def sittings(
         for group in [list(models)] if together else [[name] for name in models]:
             sessions = {name: models[name]() for name in group}
             found.update(interleave(sessions, feeds, repeats=share, progress=progress))
+            if then is not None and together and turn == SITTINGS - 1:
+                then(sessions)
             for session in sessions.values():
                 session.close()
         parts.append(found)
+    if then is not None and not together:
+        sessions = {name: open_() for name, open_ in models.items()}
+        then(sessions)
+        for session in sessions.values():
+            session.close()
     return {name: np.concatenate([p[name] for p in parts]) for name in models}
 
 

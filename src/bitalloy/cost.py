@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 from bitalloy import bench
 from bitalloy.plans import CostTable, UnitCost
 from bitalloy.records import UnitGraph
-from bitalloy.runtime import Artefact, available_cores
+from bitalloy.runtime import Artefact, Reopener, available_cores
 from bitalloy.tracing import Traced, profile, trace
 
 MIXTURES, LARGE_MIXTURES = 6, 2
@@ -78,12 +78,13 @@ def measure(
         models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles = []
-        for model in models:
-            profiles.append(_profile(model, units, feeds, folder))
+        openers = [m.artefact.session if large else m.artefact.reopener() for m in models]
+        for model, opener in zip(models, openers, strict=True):
+            profiles.append(_profile(model, opener, units, feeds, folder))
             if progress is not None:
                 progress(1)
         times = bench.sittings(
-            {str(i): m.artefact.session for i, m in enumerate(models)},
+            {str(i): opener for i, opener in enumerate(openers)},
             feeds,
             repeats=repeats,
             together=not large,
@@ -178,11 +179,13 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
     return frozenset(chosen)
 
 
-def _profile(model: Traced, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path) -> Profile:
+def _profile(
+    model: Traced, opener: Reopener, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path
+) -> Profile:
     index = {u.id: i for i, u in enumerate(units.units)}
     times: dict[int, float] = defaultdict(float)
     borders = 0.0
-    for timed in profile(model, feeds, folder):
+    for timed in profile(model, feeds, folder, opener):
         if timed.unit is None:
             borders += timed.us
         else:

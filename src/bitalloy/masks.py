@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Mask", "Rle", "decode", "encode", "from_coco", "interior_point", "overlap", "run_lengths"]
+__all__ = [
+    "Mask",
+    "Rle",
+    "decode",
+    "encode",
+    "from_coco",
+    "interior_point",
+    "overlap",
+    "packed",
+    "run_lengths",
+    "unpacked",
+]
 
 Mask = npt.NDArray[np.bool_]
 """(height, width)."""
@@ -46,6 +58,20 @@ def decode(rle: Rle) -> Mask:
     with warnings.catch_warnings():  # pycocotools' arrays have an `__array__` of before numpy 2
         warnings.simplefilter("ignore", DeprecationWarning)
         return np.asarray(coco.decode(rle), np.bool_)
+
+
+def packed(masks: Sequence[Rle]) -> dict[str, np.ndarray]:
+    """Packed masks of one image as two arrays: `masks`, the counts of all as bytes, and `lengths` of each."""
+    counts = [bytes(mask["counts"]) for mask in masks]
+    lengths = np.array([len(c) for c in counts], np.int64)
+    return {"masks": np.frombuffer(b"".join(counts), np.uint8), "lengths": lengths}
+
+
+def unpacked(arrays: Mapping[str, np.ndarray], size: tuple[int, int]) -> list[Rle]:
+    """The inverse of `packed`, on an image of `size` (width, height)."""
+    ends = np.cumsum(arrays["lengths"])
+    parts = np.split(arrays["masks"], ends[:-1]) if len(ends) else []
+    return [{"size": [size[1], size[0]], "counts": part.tobytes()} for part in parts]
 
 
 def from_coco(segmentation: bytes, height: int, width: int) -> Rle:

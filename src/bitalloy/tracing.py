@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.errors import ModelError
-from bitalloy.runtime import Artefact, Kernel, Rewritten, match
+from bitalloy.runtime import Artefact, Kernel, Reopener, Rewritten, match
 from bitalloy.values import TAG
 
 PROFILE_RUNS, WARM_UP = 8, 2
@@ -104,15 +104,18 @@ def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
     return Traced(artefact, ids, made, before)
 
 
-def profile(traced: Traced, feeds: Mapping[str, np.ndarray], folder: Path) -> list[Timed]:
+def profile(
+    traced: Traced, feeds: Mapping[str, np.ndarray], folder: Path, opener: Reopener | None = None
+) -> list[Timed]:
     """Run a model a few times and tell what was executed, in order.
 
     Args:
         traced: the model.
         feeds: one sample.
         folder: an existing one, in which the runtime may write.
+        opener: of the model, where there is one.
     """
-    session = traced.artefact.session(profile=folder / "profile")
+    session = (opener or traced.artefact.session)(profile=folder / "profile")
     try:
         for _ in range(PROFILE_RUNS + WARM_UP):
             session.run(feeds)

@@ -88,7 +88,7 @@ def test_the_task_measures_them(tmp_path: Path) -> None:
     interface = Interface(inputs=(*encoder.inputs, *decoder.inputs[1:]), outputs=decoder.outputs)
     data = promptable.open_prompts(write_coco(tmp_path / "val", count=16, size=224) / "instances.json", interface)
     encode, decode = (session.run for session in sessions())
-    result = promptable.evaluate_prompts({"float": promptable.join(encode, decode)}, data)
+    result = promptable.TASK.evaluate({"float": promptable.join(encode, decode)}, data)
     found = {m.name: m.values["float"].value for m in result.metrics}
     assert found["mIoU, box prompts"] > 0.65 and found["mIoU, point prompts"] > 0.6
 
@@ -130,10 +130,10 @@ def test_answers_are_measured_by_the_task(tmp_path: Path) -> None:
     run = chat.join(*graphs, cache_size(read_outline(folder).open_inputs))
     drawn = write_coco(tmp_path / "val", count=40, size=96)
     data = language.open_language(drawn / "questions.jsonl", known)
-    found = {m.name: m.values["float"].value for m in language.evaluate_language({"float": run}, data).metrics}
+    found = {m.name: m.values["float"].value for m in language.TASK.evaluate({"float": run}, data).metrics}
     assert found["yes/no accuracy"] > 0.7
     data = language.open_language(drawn / "captions.json", known)
-    found = {m.name: m.values["float"].value for m in language.evaluate_language({"float": run}, data).metrics}
+    found = {m.name: m.values["float"].value for m in language.TASK.evaluate({"float": run}, data).metrics}
     assert found["perplexity"] < 6  # of 932 words
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import bitalloy
 from bitalloy.errors import ModelError
-from bitalloy.runtime import OPENVINO, ORT, OrtSession
+from bitalloy.runtime import ONLY, OPENVINO, ORT, Artefact, OrtSession
 from bitalloy.runtime.openvino import OpenVinoSession
 from bitalloy.targets.patterns import has_vnni
 from bitalloy.tracing import profile, trace
@@ -105,6 +108,40 @@ def test_session_keeps_the_contract(rewrite) -> None:
     session.close()
     with pytest.raises(ModelError, match="OpenVINO cannot load"):
         OpenVinoSession(b"nothing")
+
+
+@pytest.mark.parametrize("runtime", [ORT, OPENVINO], ids=lambda r: r.name)
+def test_runs_side_by_side_give_the_same_bits(runtime, inputs) -> None:
+    rng = np.random.default_rng(0)
+    session = runtime.open(inputs.detector)
+    spec = bitalloy.load(inputs.detector).info.inputs[0]
+    feeds = [{spec.name: rng.random(spec.shape).astype(np.float32)} for _ in range(6)]
+    expected = [session.run(f) for f in feeds]
+    both = runtime.open(inputs.detector, streams=2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(both.run, feeds))
+    for one, other in zip(expected, found, strict=True):
+        assert list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_kept_model_is_the_same_model(inputs, tmp_path) -> None:
+    """Sessions of what OpenVINO compiled once: same bits, same kernels in the same precisions."""
+    artefact = Artefact({ONLY: inputs.detector}, runtime=OPENVINO)
+    spec = bitalloy.load(inputs.detector).info.inputs[0]
+    feeds = {spec.name: np.random.default_rng(0).random(spec.shape).astype(np.float32)}
+    opened, reopener = artefact.session(profile=tmp_path), artefact.reopener()
+    first, second = reopener(profile=tmp_path), reopener()
+    expected = opened.run(feeds)
+    for session in (first, second, first):
+        found = session.run(feeds)
+        assert list(found) == list(expected)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    # the runtime numbers what it adds anew for every model
+    facts = [
+        [(re.sub(r"_\d+", "", " ".join((k.name, *k.layers))), k.op, k.precision) for k in session.kernels()]
+        for session in (opened, first)
+    ]
+    assert facts[0] == facts[1] and len(facts[0]) > 5
 
 
 def test_missing_runtime_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, inside, inputs) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from bitalloy.masks import encode, packed, unpacked
 from bitalloy.records import TensorSpec
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import Interface
+from bitalloy.tasks.base import Interface, pack, unpack
 
 IMAGE = ("images", (1, 3, 640, 640))
 
@@ -42,6 +44,20 @@ def test_a_model_finds_its_task(
 ) -> None:
     task = find_task(interface(inputs, outputs))
     assert (task.name if task else None) == expected
+
+
+def test_what_is_observed_survives_storage() -> None:
+    rng = np.random.default_rng(0)
+    seen = [
+        {"boxes": rng.random((k, 4)).astype(np.float32), "scores": rng.random(k), "of": np.array(80)} for k in (3, 0, 1)
+    ]
+    found = unpack(pack(seen))
+    assert len(found) == 3
+    for one, other in zip(seen, found, strict=True):
+        assert list(one) == list(other)
+        assert all(np.array_equal(one[n], other[n]) and one[n].dtype == other[n].dtype for n in one)
+    masks = [encode(rng.random((7, 9)) > p) for p in (0.5, 2.0, 0.1)]
+    assert unpacked(packed(masks), (9, 7)) == masks and unpacked(packed([]), (9, 7)) == []
 
 
 def test_names_are_unique() -> None:

@@ -22,13 +22,13 @@ from bitalloy.runtime import OrtSession
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
+    TASK,
     DetectionData,
     DetectionResult,
     class_names,
     confidence_shift,
     decode,
     evaluate_detection,
-    evaluate_detectors,
     looks_like_yolo,
     paired_difference,
     suppress,
@@ -472,7 +472,7 @@ def test_several_models_side_by_side(tmp_path: Path) -> None:
 
     models = {name: named(name, Oracle(content, wrong)) for name, wrong in kinds.items()}
     told: list[int] = []
-    result = evaluate_detectors(models, data, seed=4, progress=told.append)
+    result = TASK.evaluate(models, data, seed=4, progress=told.append)
     assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
     alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
     first, second = result.metrics
@@ -489,10 +489,10 @@ def test_collapsed_model_is_measured(tmp_path: Path) -> None:
     content = separate_content()
     data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
     broken = Oracle(content, lambda rows: np.full_like(rows, np.nan))
-    result = evaluate_detectors({"float": Oracle(content), "int8": broken}, data)
+    result = TASK.evaluate({"float": Oracle(content), "int8": broken}, data)
     assert result.metrics[0].values["int8"].value == 0 and result.confidence_shift == {}
     with pytest.raises(DataError, match="No model"):
-        evaluate_detectors({}, data)
+        TASK.evaluate({}, data)
 
 
 # -- labels that do not fit -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from bitalloy.errors import DataError
 from bitalloy.masks import decode, encode
 from bitalloy.records import TensorSpec
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.instance import TASK, draw_masks, evaluate_instances, find_instances
+from bitalloy.tasks.instance import TASK, draw_masks, find_instances
 from bitalloy.tasks.yolo import mask_parts
 
 Masks = Sequence[np.ndarray]
@@ -271,7 +271,7 @@ def test_perfect_masks_reach_one_and_worse_ones_are_seen(shapes: Path) -> None:
         "mixed": Oracle(labels, labels.ids, 160, 40),
     }
     told: list[int] = []
-    result = evaluate_instances(models, data, progress=told.append)
+    result = TASK.evaluate(models, data, progress=told.append)
     assert sum(told) == 18 and [m.name for m in result.metrics][2:] == ["mask AP50-95", "mask AP50"]
     assert by_name(result) == pytest.approx(
         {"box AP50-95": 1, "box AP50": 1, "mask AP50-95": 1, "mask AP50": 1}, abs=1e-6
@@ -298,7 +298,7 @@ def test_mask_ap_is_that_of_pycocotools(shapes: Path) -> None:
         return np.random.default_rng(k).permutation(k) / 20 + 0.1
 
     oracle = Oracle(labels, labels.ids, 160, 40, noisy, uneven)
-    result = evaluate_instances({"float": oracle}, data)
+    result = TASK.evaluate({"float": oracle}, data)
     found = []
     for image, outputs in zip(labels.ids, oracle.answers, strict=True):
         pixels = labels.pixels(image)
@@ -316,8 +316,8 @@ def test_real_labels_through_the_post_processing(real: Path) -> None:
     path = real / "coco-val-94/instances.json"
     labels = Labels(path)
     data = TASK.open(path, interface(640, 80, 40, 160))
-    oracle = Oracle(labels, [entry.id for entry in data.choose(8, 2)], 640, 160)
-    result = evaluate_instances({"float": oracle}, data, limit=8, seed=2)
+    oracle = Oracle(labels, [entry.id for entry in data.entries(data.choose(8, 2))], 640, 160)
+    result = TASK.evaluate({"float": oracle}, data, limit=8, seed=2)
     assert by_name(result)["box AP50-95"] > 0.97
     assert by_name(result)["mask AP50-95"] > 0.8 and by_name(result)["mask AP50"] > 0.95
 
@@ -336,9 +336,7 @@ def changed(shapes: Path, folder: Path, change: Callable[[dict[str, Any]], objec
 def test_labels_without_masks_give_box_ap_only(shapes: Path, tmp_path: Path) -> None:
     path = changed(shapes, tmp_path, lambda c: [a.pop("segmentation") for a in c["annotations"]])
     labels = Labels(shapes / "instances.json")
-    result = evaluate_instances(
-        {"float": Oracle(labels, labels.ids, 160, 160)}, TASK.open(path, interface(160, 8, 40, 160))
-    )
+    result = TASK.evaluate({"float": Oracle(labels, labels.ids, 160, 160)}, TASK.open(path, interface(160, 8, 40, 160)))
     assert [m.name for m in result.metrics] == ["box AP50-95", "box AP50"]
     assert "No mask AP: 'instances.json' has no masks." in result.notes
 
@@ -356,4 +354,4 @@ def test_broken_masks_are_named(shapes: Path, tmp_path: Path, segmentation: Any,
     labels = Labels(shapes / "instances.json")
     data = TASK.open(path, interface(160, 8, 40, 160))
     with pytest.raises(DataError, match=message):
-        evaluate_instances({"float": Oracle(labels, labels.ids, 160, 160)}, data)
+        TASK.evaluate({"float": Oracle(labels, labels.ids, 160, 160)}, data)

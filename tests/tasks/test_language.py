@@ -19,10 +19,10 @@ from bitalloy.data import ImageSpec
 from bitalloy.errors import DataError
 from bitalloy.records import TensorSpec
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.captions import QUESTION, CaptionData, evaluate_captions
+from bitalloy.tasks.captions import QUESTION, CaptionData
 from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join, log_probabilities, open_chat
-from bitalloy.tasks.language import TASK, evaluate_language
-from bitalloy.tasks.questions import LETTER, SHORT, Question, QuestionData, evaluate_questions, read_answer
+from bitalloy.tasks.language import TASK
+from bitalloy.tasks.questions import LETTER, SHORT, Question, QuestionData, read_answer
 
 INPUTS = (
     TensorSpec(name="pixel_values", dtype="FLOAT", shape=(1, 3, 32, 32)),
@@ -262,7 +262,7 @@ def test_perplexity_and_agreement_equal_a_count_by_hand(tmp_path: Path, rng: np.
     first, second = rng.normal(0, 2, (2, 64, 64))
     second = first + 0.3 * second
     told: list[int] = []
-    result = evaluate_language({"float": bigram(first), "int8": bigram(second)}, data, progress=told.append)
+    result = TASK.evaluate({"float": bigram(first), "int8": bigram(second)}, data, progress=told.append)
     tables = {"float": log_softmax(first, axis=1), "int8": log_softmax(second, axis=1)}
     losses: dict[str, list[float]] = {"float": [], "int8": []}
     same, divergence = [], []
@@ -306,7 +306,7 @@ def test_no_knowledge_has_the_perplexity_of_the_vocabulary(real: Path) -> None:
     def uniform(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"logits": np.zeros((1, len(expanded(feeds)), 5000), np.float32)}
 
-    result = evaluate_captions({"float": uniform, "int8": uniform}, data, limit=6, seed=1)
+    result = TASK.evaluate({"float": uniform, "int8": uniform}, data, limit=6, seed=1)
     perplexity = result.metrics[0]
     assert perplexity.values["int8"].value == pytest.approx(5000) and perplexity.values["int8"].n == 6
     assert perplexity.drops["int8"].value == 0 and by_name(result, "int8")["KL divergence"] == 0
@@ -317,7 +317,7 @@ def test_a_broken_model_still_has_a_number(tmp_path: Path) -> None:
     wrong = np.full((64, 64), -1e9)
     wrong[:, 0] = 1e9
     nan = np.full((64, 64), np.nan)
-    result = evaluate_captions({"float": bigram(nan), "int8": bigram(wrong)}, data)
+    result = TASK.evaluate({"float": bigram(nan), "int8": bigram(wrong)}, data)
     assert by_name(result)["perplexity"] == pytest.approx(64)
     assert by_name(result, "int8")["perplexity"] == pytest.approx(math.exp(100))
     assert all(math.isfinite(v) for model in ("float", "int8") for v in by_name(result, model).values())
@@ -417,7 +417,7 @@ def test_answers_are_generated_read_and_counted(tmp_path: Path) -> None:
     }
     told: list[int] = []
     models = {"float": Scripted(words, good), "int8": Scripted(words, bad)}
-    result = evaluate_language(models, data, progress=told.append)
+    result = TASK.evaluate(models, data, progress=told.append)
     names = ["yes/no accuracy", "yes/no F1", "choice accuracy", "exact match", "answer agreement"]
     assert by_name(result) == dict.fromkeys(names, 1.0) and sum(told) == 4
     assert by_name(result, "int8") == pytest.approx(
@@ -523,7 +523,7 @@ def test_the_embedded_sample_has_captions_and_questions(shapes: Path) -> None:
         logits[0, -1, 2 if done else words.encode(answer)[0]] = 1
         return {"logits": logits}
 
-    result = evaluate_questions({"float": knowing}, questions)
+    result = TASK.evaluate({"float": knowing}, questions)
     assert set(by_name(result).values()) == {1.0} and len(result.metrics) == 5
     captions = TASK.open(shapes / "captions.json", interface(words))
     assert isinstance(captions, CaptionData) and len(captions.captions) == 6

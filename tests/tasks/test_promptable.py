@@ -18,7 +18,7 @@ from bitalloy.masks import decode
 from bitalloy.records import TensorSpec
 from bitalloy.samples.shapes import scene
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.promptable import TASK, Prompt, PromptData, evaluate_prompts, feeds_of, join, prepare, to_mask
+from bitalloy.tasks.promptable import TASK, Prompt, PromptData, feeds_of, join, prepare, to_mask
 
 
 def interface(side: int = 256) -> Interface:
@@ -174,7 +174,7 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
         "mixed": Oracle(data, 160, 40),
     }
     told: list[int] = []
-    result = evaluate_prompts(models, data, progress=told.append)
+    result = TASK.evaluate(models, data, progress=told.append)
     assert sum(told) == 18
     names = [f"{what}, {kind} prompts" for what in ("mIoU", "agreement") for kind in ("box", "point")]
     assert by_name(result) == dict.fromkeys(names, 1.0)
@@ -188,13 +188,13 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
     drop = result.metrics[0].drops["int8"]
     assert drop.value == pytest.approx(1 - np.mean(ious)) and drop.low > 0
     assert result.notes[0] == f"{len(ious)} objects on 6 images."
-    assert evaluate_prompts({"float": Oracle(data, 160, 160)}, data, limit=2).metrics[0].values["float"].n == 2
+    assert TASK.evaluate({"float": Oracle(data, 160, 160)}, data, limit=2).metrics[0].values["float"].n == 2
 
 
 def test_real_coco(real: Path) -> None:
     data = TASK.open(real / "coco-val-94/instances.json", interface(1024))
     chosen = _only(data, 5)
-    result = evaluate_prompts({"float": Oracle(chosen, 1024, 256)}, chosen)
+    result = TASK.evaluate({"float": Oracle(chosen, 1024, 256)}, chosen)
     found = by_name(result)
     assert found["mIoU, box prompts"] > 0.85 and found["agreement, box prompts"] == 1
 
@@ -221,7 +221,7 @@ def test_agreement_needs_no_labels(shapes: Path, tmp_path: Path) -> None:
     def nothing_found(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"masks": -np.ones((1, 1, 160, 160), np.float32), "iou": np.ones((1, 1))}
 
-    result = evaluate_prompts({"float": half, "same": half, "int8": nothing_found}, data)
+    result = TASK.evaluate({"float": half, "same": half, "int8": nothing_found}, data)
     assert [m.name for m in result.metrics] == ["agreement, box prompts", "agreement, point prompts"]
     assert set(by_name(result, "same").values()) == {1.0} and set(by_name(result, "int8").values()) == {0.0}
     assert result.notes[0] == "54 cells of a grid on 6 images."
@@ -270,12 +270,12 @@ def silent(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_prompts_outside_the_image(shapes: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
     data = opened(shapes, tmp_path, lambda c: c["annotations"][1].update({key: value}))
     with pytest.raises(DataError, match=message):
-        evaluate_prompts({"float": silent}, data)
+        TASK.evaluate({"float": silent}, data)
 
 
 def test_a_box_may_reach_over_the_border_by_rounding(shapes: Path, tmp_path: Path) -> None:
     data = opened(shapes, tmp_path, lambda c: c["annotations"][1].update(bbox=[-0.4, 10, 20, 150.3]))
-    evaluate_prompts({"float": silent}, data, limit=6)
+    TASK.evaluate({"float": silent}, data, limit=6)
 
 
 def test_crowds_empty_masks_and_empty_images_are_left_out(shapes: Path, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_crowds_empty_masks_and_empty_images_are_left_out(shapes: Path, tmp_path
         rows[1]["segmentation"] = {"size": [160, 160], "counts": [160 * 160]}
 
     data = opened(shapes, tmp_path, change)
-    result = evaluate_prompts({"float": silent}, data)
+    result = TASK.evaluate({"float": silent}, data)
     assert data.labels is not None
     left = len(data.labels.boxes) - 2
     assert result.notes[:2] == (
@@ -304,7 +304,7 @@ def test_no_objects_and_no_masks(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="6 evaluated images have no labelled object"):
-        evaluate_prompts({"float": silent}, opened(shapes, tmp_path / "a", crowd))
+        TASK.evaluate({"float": silent}, opened(shapes, tmp_path / "a", crowd))
     with pytest.raises(DataError, match="has no masks to compare with"):
         opened(shapes, tmp_path / "b", lambda c: [a.pop("segmentation") for a in c["annotations"]])
 

@@ -20,7 +20,6 @@ from bitalloy.tasks.semantic import (
     SemanticData,
     best_classes,
     confusion,
-    evaluate_semantic,
     mean_iou,
     official_size,
     open_semantic,
@@ -280,7 +279,7 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
 
     told: list[int] = []
     models = {"float": Oracle(data), "int8": Oracle(data, change=moved), "mixed": Oracle(data, 40)}
-    result = evaluate_semantic(models, data, seed=7, progress=told.append)
+    result = TASK.evaluate(models, data, seed=7, progress=told.append)
     assert by_name(result) == {"mIoU": 1, "pixel accuracy": 1, "pixel agreement": 1} and sum(told) == 18
     miou, accuracy = slow_scores(truth, models["int8"].predictions, 9)
     assert by_name(result, "int8") == pytest.approx(
@@ -295,7 +294,7 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
 def test_interval_is_that_of_repeated_images(shapes: Path) -> None:
     data = TASK.open(shapes, interface(160))
     wrong = Oracle(data, change=lambda label: np.roll(label, 9, axis=0))
-    result = evaluate_semantic({"float": wrong}, data, seed=2).metrics[0].values["float"]
+    result = TASK.evaluate({"float": wrong}, data, seed=2).metrics[0].values["float"]
     pairs = [
         (np.asarray(Image.open(file.label)).astype(int) - 1, predicted)
         for file, predicted in zip(data.files, wrong.predictions, strict=True)
@@ -312,9 +311,9 @@ def test_interval_is_that_of_repeated_images(shapes: Path) -> None:
 
 def test_limit_and_wrong_outputs(shapes: Path) -> None:
     data = TASK.open(shapes, interface(160))
-    assert evaluate_semantic({"float": Oracle(data)}, data, limit=2).metrics[0].values["float"].n == 2
+    assert TASK.evaluate({"float": Oracle(data)}, data, limit=2).metrics[0].values["float"].n == 2
     with pytest.raises(DataError, match=r"\[1, 5, 4, 4\]; expected \[1, 9, height, width\]"):
-        evaluate_semantic({"float": lambda _: {"logits": np.zeros((1, 5, 4, 4))}}, data)
+        TASK.evaluate({"float": lambda _: {"logits": np.zeros((1, 5, 4, 4))}}, data)
 
 
 def test_nothing_labelled(tmp_path: Path) -> None:
@@ -322,7 +321,7 @@ def test_nothing_labelled(tmp_path: Path) -> None:
     write(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
     data = TASK.open(tmp_path, interface(64))
     with pytest.raises(DataError, match="1 evaluated label maps have no labelled pixel"):
-        evaluate_semantic({"float": Oracle(data)}, data)
+        TASK.evaluate({"float": Oracle(data)}, data)
 
 
 @pytest.mark.parametrize("protocol", ["squash", "official"])
@@ -330,6 +329,6 @@ def test_real_ade20k(real: Path, protocol: str) -> None:
     """Ground truth at a quarter of 512 pixels, as SegFormer's outputs are, keeps most of its mIoU."""
     data = open_semantic(real / "ade20k-val-3", interface(None, 150), protocol=protocol)  # type: ignore[arg-type]
     assert len(data.files) == 3
-    result = evaluate_semantic({"small": Oracle(data, 128)}, data)
+    result = TASK.evaluate({"small": Oracle(data, 128)}, data)
     assert by_name(result, "small")["mIoU"] > 0.75 and by_name(result, "small")["pixel accuracy"] > 0.97
     assert result.notes[0] == f"Protocol: {protocol}."

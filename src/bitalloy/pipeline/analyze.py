@@ -266,6 +266,28 @@ def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
     return tuple(split(model, target(name), heads, exclude=excluded) for name in settings.targets)
 
 
+def switchboard(ready: Calibrated, at_once: int, work: Workspace) -> Switchboard:
+    """The model with a gate at every site, for so many samples at the same time; one for all stages of a run.
+
+    Of a large model every stage makes its own, so that its memory is free afterwards.
+    """
+    at_once = min(at_once, available_cores())
+    key = key_of(
+        model=ready.graph.info.sha256,
+        shapes=ready.graph.info.inputs,
+        target=ready.target.name,
+        units=ready.units,
+        ranges=ready.calibration.ranges,
+        at_once=at_once,
+    )
+    board: Switchboard | None = work.shared.get(key)
+    if board is None:
+        board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=at_once)
+        if not ready.graph.large:
+            work.shared[key] = board
+    return board
+
+
 def _secant(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
     """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
     found = next((p for p in zip(parts, matrices, strict=True) if p[0].units.quantizable()), None)
@@ -277,7 +299,7 @@ def _secant(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: 
 
     def make() -> bytes:
         with work.stage("secant", count * len(FRACTIONS)) as progress:
-            board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=count)
+            board = switchboard(ready, count, work)
             feeds = [ready.data.feeds(i) for i in range(count)]
             sites = ready.units.rounded(ready.units.quantizable())
             return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
@@ -464,13 +486,11 @@ def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: W
     def make() -> bytes:
         lowered = first.units.quantizable()
         with work.stage("ranges", len(samples)) as progress:
-            models = {
-                name: part.executable(part.artefact(lowered)) for name, part in (("first", first), ("chosen", chosen))
-            }
-            feeds = (first.data.feeds(i) for i in samples)
-            seed = first.settings.seed
+            parts = {"first": first, "chosen": chosen}
+            models = {name: p.executable(p.artefact(lowered)) for name, p in parts.items()}
+            feeds, seed = (first.data.feeds(i) for i in samples), first.settings.seed
             sqnr = artefact_sqnr(first.original(), models, first.heads, feeds, seed=seed, progress=progress.advance)
-        means = {name: sum(values[i].value for i in plain) for name, values in sqnr.items()}
+        means = {name: sum(sqnr[name][i].value for i in plain) for name in parts}
         record = RangeChoice(
             heads=tuple(h.name for h in first.heads),
             methods=dict(Counter(r.method for r in chosen.calibration.ranges)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,23 +16,23 @@ from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis, unseen
-from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
+from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
-from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
+from bitalloy.pipeline.planning import Facts, Tables, damage_of, operators_of, plan_around, plan_tables
 from bitalloy.pipeline.protection import read_advice
 from bitalloy.pipeline.records import Measured, Planned
 from bitalloy.pipeline.repair import repair
 from bitalloy.pipeline.rounds import Standing, following, judged, misfit, seeks_speed
 from bitalloy.pipeline.summary import summarize
-from bitalloy.pipeline.work import Workspace
+from bitalloy.pipeline.work import Progress, Workspace
 from bitalloy.plans import Budget, CostTable, ParetoPoint
 from bitalloy.program import Joined
-from bitalloy.records import Latency
+from bitalloy.records import Estimate, Latency
 from bitalloy.roofline import estimate
-from bitalloy.runtime import ONLY, Artefact
+from bitalloy.runtime import ONLY, Artefact, Session
 from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
-from bitalloy.verify import FLOAT32, artefact_sqnr
+from bitalloy.verify import FLOAT32, output_sqnr
 
 BENCH_REPEATS = 40
 MAX_ROUNDS = 3
@@ -141,8 +141,9 @@ def verify(
     off its prediction, the units responsible are measured and the probe matrix is corrected (`repair`); where it only
     misses a floor, the floor is raised by the gap. Where a latency limit is not used up, the search may go beyond it by
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
-    plans of the front are evaluated until the fastest is found that keeps it. The neighbours of the plan on the front
-    are measured beside it. The plan that is kept is the best measured one.
+    plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
+    all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
+    beside it. The plan that is kept is the best measured one.
 
     Args:
         analysis: of the model.
@@ -158,24 +159,19 @@ def verify(
     """
     work = work or Workspace()
     files = [labels] if isinstance(labels, Path) else list(labels or ())
+    evaluator = Evaluator(analysis, files, limit, work) if files else None
     course = Course(analysis, planned, work)
-    course.search(planned)
+    if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
+        course.search()
     evaluations: tuple[Evaluation, ...] = ()
     if course.budget.max_drop:
-        point, evaluations = fastest_that_keeps(analysis, course.completed(), files, limit, work)
+        point, evaluations = fastest_that_keeps(evaluator, course.completed(), course.everything)
         course.decide(point, "metric")
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
     final = _with_measured(final, best.measured)
-    metrics = measure_metrics(
-        analysis,
-        final.plan.lowered(),
-        lambda folder: _placed(analysis, best.mixed, folder),
-        files,
-        limit,
-        work,
-    )
+    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.lowered())
     known = course.known()
     sizes = _sizes(analysis, best.mixed)
     summary = summarize(known, final, sizes, best.measured, metrics, course.rounds(), work.seconds, evaluations)
@@ -210,7 +206,7 @@ class Course:
     """
 
     def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
-        self._analysis, self._work = analysis, work
+        self._analysis, self._work, self._first = analysis, work, planned
         self.tables = tables_of(analysis, planned.cost)
         """As corrected so far."""
         self._base, self._findings = self.tables, tuple[Finding, ...]()
@@ -220,9 +216,9 @@ class Course:
         self.budget = planned.plan.budget
         """As the user gave it."""
 
-    def search(self, planned: Planned) -> None:
+    def search(self) -> None:
         """Measure, correct and search, until nothing is left to correct or the rounds are used up."""
-        asked = self.budget
+        planned, asked = self._first, self.budget
         while True:
             repaired = self._try(planned, asked, "search").round.repair is not None
             if len(self._tried) == MAX_ROUNDS:
@@ -253,10 +249,16 @@ class Course:
         self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, source)
 
     def completed(self) -> Planned:
-        """The best plan as the corrected tables see it, with the front around it."""
-        plan_, budget = self.best.planned.plan, self.budget
+        """The best plan, or the first before any was tried, as the tables see it now, with the front around it."""
+        plan_, budget = (self.best.planned if self._tried else self._first).plan, self.budget
         gap, solved = plan_.optimality_gap, plan_.solved
         return plan_around(self.tables, budget, plan_.lowered(), gap=gap, solved=solved, work=self._work)
+
+    @property
+    def everything(self) -> tuple[frozenset[str], float]:
+        """The plan that lowers all it can, and its predicted damage."""
+        lowered = self._analysis.units.lowest()
+        return lowered, damage_of(self.tables, self.budget, lowered)
 
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
@@ -344,19 +346,23 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
     samples = unseen(analysis.matrix.samples, len(analysis.data))
 
     def make() -> bytes:
-        with work.scratch() as folder:
-            models = _placed(analysis, mixed, folder)
-            latency = _latency(analysis, planned, models, work)
-            with work.stage("verify", len(samples)) as progress:
-                reference = models.pop("float")
-                sqnr = artefact_sqnr(
-                    reference,
-                    models,
-                    analysis.heads,
-                    (analysis.data.feeds(i) for i in samples),
-                    seed=analysis.settings.seed,
-                    progress=progress.advance,
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
+        timed = 0 if planned.cost.estimated else BENCH_REPEATS
+        with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
+
+            def compare(sessions: Mapping[str, Session]) -> None:
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions[name] for name in ("int8", "mixed")},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
+                    )
                 )
+
+            latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
         return msgspec.json.encode(
             Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
         )
@@ -365,22 +371,32 @@ def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Worksp
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
-def _latency(analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], work: Workspace) -> LatencySpread:
-    """Measured in turns; from the cost table, with a count of 0, where that is an estimate."""
+def _latency(
+    analysis: Analysis,
+    planned: Planned,
+    models: Mapping[str, Artefact],
+    then: Callable[[Mapping[str, Session]], None],
+    progress: Progress,
+) -> LatencySpread:
+    """Measured in turns, or from the cost table with a count of 0, where that estimates; `then` gets the sessions."""
     if planned.cost.estimated:
+        sessions = {name: model.session() for name, model in models.items()}
+        then(sessions)
+        for session in sessions.values():
+            session.close()
         plans = (frozenset[str](), analysis.units.lowest(), planned.plan.lowered())
         us = [planned.cost.latency_us(analysis.units, p) / 1e3 for p in plans]
         reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
         return LatencySpread(reference=reference, int8=int8, mixed=mixed)
     together = not (models["mixed"].large or analysis.graph.large)
-    with work.stage("benchmark", BENCH_REPEATS) as progress:
-        times = bench.sittings(
-            {name: model.session for name, model in models.items()},
-            analysis.data.feeds(0),
-            repeats=BENCH_REPEATS,
-            together=together,
-            progress=progress.advance,
-        )
+    times = bench.sittings(
+        {name: model.reopener() if together else model.session for name, model in models.items()},
+        analysis.data.feeds(0),
+        repeats=BENCH_REPEATS,
+        together=together,
+        progress=progress.advance,
+        then=then,
+    )
     return LatencySpread(
         reference=bench.summarize(times["float"]),
         int8=bench.summarize(times["int8"]),

@@ -19,11 +19,11 @@ import numpy as np
 from bitalloy.errors import BitalloyError, DataError
 from bitalloy.heads import is_divergence
 from bitalloy.matrix import draws, interval
-from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, versions
+from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, switchboard, versions
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
-from bitalloy.sensitivity import Correction, Finding, Measurement, Switchboard, alike, correct, groups
+from bitalloy.sensitivity import Correction, Finding, Measurement, alike, correct, groups
 from bitalloy.sensitivity import sensitivities as table_of
 from bitalloy.store import key_of
 
@@ -184,7 +184,7 @@ def measured(
         ranges=ready.calibration.ranges,
         versions=versions(),
     )
-    board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=len(samples))
+    board = switchboard(ready, len(samples), work)
     start = board.gates(around) if around else None
     names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
 

@@ -12,8 +12,9 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.work import Workspace
 from bitalloy.plans import ParetoPoint, Plan
 from bitalloy.records import Estimate, Record
+from bitalloy.runtime import Session
 from bitalloy.store import key_of
-from bitalloy.verify import artefact_sqnr
+from bitalloy.verify import output_sqnr
 
 NEIGHBOURS = 6
 """Plans beside the chosen one, as many faster as slower ones where the front has them."""
@@ -57,20 +58,27 @@ def measure_beside(
     def make() -> bytes:
         artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
         reference = analysis.original()
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
         with work.stage("neighbours", REPEATS + len(samples)) as progress:
+
+            def compare(sessions: Mapping[str, Session]) -> None:
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions[name] for name in artefacts},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
+                    )
+                )
+
             times = bench.sittings(
-                {"float": reference.session, **{name: a.session for name, a in artefacts.items()}},
+                {"float": reference.reopener(), **{name: a.reopener() for name, a in artefacts.items()}},
                 analysis.data.feeds(0),
                 repeats=REPEATS,
                 progress=progress.advance,
-            )
-            sqnr = artefact_sqnr(
-                reference,
-                artefacts,
-                analysis.heads,
-                (analysis.data.feeds(i) for i in samples),
-                seed=analysis.settings.seed,
-                progress=progress.advance,
+                then=compare,
             )
         return msgspec.json.encode(
             Sitting(

@@ -111,6 +111,11 @@ def plan_around(
     return Planned(found, tables.cost, tuple(case.protected))
 
 
+def damage_of(tables: Tables, budget: Budget, lowered: frozenset[str]) -> float:
+    """Predicted damage of any plan, as the points of a front have it."""
+    return _narrowed(tables, budget).problem.total(lowered)
+
+
 @dataclass(frozen=True)
 class _Case:
     """Tables after the family's advice and the budget's patterns."""

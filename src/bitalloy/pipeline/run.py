@@ -93,8 +93,9 @@ def deliver(
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
-    found = []
+    shared, found = prepared.work.seconds, []
     for index, part in enumerate(analysis.targets):
+        work = replace(prepared.work, seconds=dict(shared))
         if budget.limited:
             planned = plan(part, budget, front=False, work=work)
         else:

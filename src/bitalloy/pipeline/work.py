@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bitalloy.store import RunDirectory
 
@@ -46,18 +46,21 @@ class Workspace:
     store: RunDirectory | None = None
     progress: Progress = field(default_factory=Silent)
     seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each stage, all of its results together; 0 where everything was stored."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Sessions and the like that several stages use, under the key of what decides them."""
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
         """The stored result of a stage, made now where it is missing."""
         start = time.perf_counter()
         found = self.store.get(stage, key) if self.store else None
         if found is not None:
-            self.seconds[stage] = 0.0
+            self.seconds.setdefault(stage, 0.0)
             return found
         data = make()
         if self.store:
             self.store.put(stage, key, data)
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         return data
 
     def shard(self, stage: str, key: str, name: str, make: Callable[[], bytes]) -> bytes:

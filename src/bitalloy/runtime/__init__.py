@@ -1,7 +1,7 @@
 """Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
 
 from bitalloy.runtime.artefact import Artefact, Chain
-from bitalloy.runtime.base import ONLY, Kernel, Runtime, Session
+from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.runtime.optimized import Rewritten, match
 from bitalloy.runtime.ort import AS_WRITTEN, ORT, OrtSession, available_cores
@@ -15,6 +15,7 @@ __all__ = [
     "Chain",
     "Kernel",
     "OrtSession",
+    "Reopener",
     "Rewritten",
     "Runtime",
     "Session",

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from bitalloy.program import FILE, Program
 from bitalloy.program.wiring import write_wiring
-from bitalloy.runtime.base import ONLY, Kernel, Runtime, Session
+from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.ort import ORT
 from bitalloy.weights import is_large, pack, save
 
@@ -89,19 +89,28 @@ class Artefact:
         """Bytes of all files."""
         return sum(self.sizes.values())
 
-    def session(self, *, profile: Path | None = None) -> Session:
+    def session(self, *, profile: Path | None = None, streams: int = 1) -> Session:
         """Load into the runtime; of a program a `Chain`. In ONNX Runtime a `large` one in memory is slower than a file.
 
         Args:
             profile: path prefix of a profile; `kernels` of the session then tells what was executed.
+            streams: threads that may run it at the same time, see `Opener`.
         """
         if self.program is None:
-            return self.runtime.open(self.models[ONLY], profile=profile)
+            return self.runtime.open(self.models[ONLY], profile=profile, streams=streams)
         parts = {
-            name: self.runtime.open(m, profile=None if profile is None else profile.with_name(f"{profile.name}-{name}"))
+            name: self.runtime.open(
+                m, profile=None if profile is None else profile.with_name(f"{profile.name}-{name}"), streams=streams
+            )
             for name, m in self.models.items()
         }
         return Chain(parts, self.program)
+
+    def reopener(self) -> Reopener:
+        """`session`, to be called several times: a runtime that keeps what it makes of a model makes it once."""
+        if self.program is not None or self.runtime.keep is None:
+            return self.session
+        return self.runtime.keep(self.models[ONLY])
 
     def placed(self, folder: Path) -> Artefact:
         """The same with its large graphs in files in a folder, which is made where absent."""

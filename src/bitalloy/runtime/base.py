@@ -46,7 +46,10 @@ class Session(Protocol):
         ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Execute once. Shapes and dtypes of `feeds` are those of the graph inputs."""
+        """Execute once. Shapes and dtypes of `feeds` are those of the graph inputs.
+
+        As many threads may call it at the same time as the session was opened with `streams`.
+        """
         ...
 
     def kernels(self) -> Sequence[Kernel]:
@@ -58,15 +61,24 @@ class Session(Protocol):
         ...
 
 
+class Reopener(Protocol):
+    """Makes sessions of one model."""
+
+    def __call__(self, *, profile: Path | None = None) -> Session:
+        """As `Opener`."""
+        ...
+
+
 class Opener(Protocol):
     """Makes a session of a model in memory or in a file."""
 
-    def __call__(self, model: ir.Model | Path, *, profile: Path | None = None) -> Session:
+    def __call__(self, model: ir.Model | Path, *, profile: Path | None = None, streams: int = 1) -> Session:
         """Load a model with one thread per available core.
 
         Args:
             model: weights of a large one in memory may be lent to the session, so it must outlive it unchanged.
             profile: where the runtime may write a profile, as a path prefix; None times nothing.
+            streams: runs at the same time, which share the cores: more throughput, and more latency of each.
 
         Raises:
             ModelError: the runtime refuses the model.
@@ -95,3 +107,5 @@ class Runtime:
     Raises:
         ModelError: the runtime cannot write it.
     """
+    keep: Callable[[ir.Model | Path], Reopener] | None = None
+    """Compiles a model once for many sessions, each with memory of its own; None where `open` is quick enough."""

@@ -33,7 +33,7 @@ class OrtSession:
     Args:
         model: a model, one that is packed or serialized already, or the path of an .onnx file. The weights of a large
             model are lent to the session and stay where they are; from a file the runtime reads and repacks its own.
-        threads: intra-op threads; None takes one per available core.
+        threads: intra-op threads; None takes one per available core, shared between the `streams`.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `kernels` reads it back.
         written: file for the graph as the session runs it, after all optimisations; the weights go beside it.
@@ -43,6 +43,7 @@ class OrtSession:
         integers: False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written.
             On CPUs without VNNI the integer kernels that else take their place saturate sums of two products in 16
             bits.
+        streams: threads of Python that may call `run` at the same time.
 
     Worker threads stop spinning when a run ends, so sessions that take turns do not slow each other down.
 
@@ -61,12 +62,13 @@ class OrtSession:
         provider: str = CPU,
         shared: bool = False,
         integers: bool = True,
+        streams: int = 1,
     ) -> None:
         options = ort.SessionOptions()
         if shared:
             _register_shared_memory()
             options.add_session_config_entry("session.use_env_allocators", "1")
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = threads or max(1, available_cores() // streams)
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not integers:

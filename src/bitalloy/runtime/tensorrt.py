@@ -10,8 +10,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -70,6 +72,7 @@ class TensorRtSession:
         model: with Q/DQ and Cast nodes; static shapes.
         cache: file that keeps measured kernel times, so that the next build is quick and chooses the same kernels.
         profile: anything but None times every layer of every run; `kernels` tells the result. Nothing is written.
+        streams: threads of Python that may call `run` at the same time. They take turns: there is one GPU.
 
     Raises:
         BitalloyError: TensorRT, its bindings or a GPU is missing.
@@ -77,7 +80,12 @@ class TensorRtSession:
     """
 
     def __init__(
-        self, model: ir.Model | bytes | str | Path, *, cache: Path | None = None, profile: Path | None = None
+        self,
+        model: ir.Model | bytes | str | Path,
+        *,
+        cache: Path | None = None,
+        profile: Path | None = None,
+        streams: int = 1,
     ) -> None:
         if reason := missing():
             raise BitalloyError(f"The model cannot run on TensorRT here: {reason}.")
@@ -99,6 +107,7 @@ class TensorRtSession:
         self._device = {n: _checked(self._cuda.cudaMalloc(max(array.nbytes, 1))) for n, array in self._host.items()}
         for name, address in self._device.items():
             self._context.set_tensor_address(name, int(address))
+        self._turns: AbstractContextManager[object] = Lock() if streams > 1 else nullcontext()
         self._times: dict[str, list[float]] = defaultdict(list)
         if profile is not None:
             self._context.profiler = self._profiler()
@@ -106,17 +115,20 @@ class TensorRtSession:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Execute once, copies to and from the GPU included."""
         kinds = self._cuda.cudaMemcpyKind
-        for name in self.input_names:
-            given = np.ascontiguousarray(feeds[name], self._host[name].dtype)
-            if given.shape != self._host[name].shape:
-                raise ModelError(f"Input '{name}' has shape {given.shape}; the engine takes {self._host[name].shape}.")
-            np.copyto(self._host[name], given)
-            self._copy(self._device[name], self._host[name].ctypes.data, name, kinds.cudaMemcpyHostToDevice)
-        self.execute()
-        for name in self.output_names:
-            self._copy(self._host[name].ctypes.data, self._device[name], name, kinds.cudaMemcpyDeviceToHost)
-        _checked(self._cuda.cudaStreamSynchronize(self._stream))
-        return {name: self._host[name].copy() for name in self.output_names}
+        with self._turns:
+            for name in self.input_names:
+                given = np.ascontiguousarray(feeds[name], self._host[name].dtype)
+                if given.shape != self._host[name].shape:
+                    raise ModelError(
+                        f"Input '{name}' has shape {given.shape}; the engine takes {self._host[name].shape}."
+                    )
+                np.copyto(self._host[name], given)
+                self._copy(self._device[name], self._host[name].ctypes.data, name, kinds.cudaMemcpyHostToDevice)
+            self.execute()
+            for name in self.output_names:
+                self._copy(self._host[name].ctypes.data, self._device[name], name, kinds.cudaMemcpyDeviceToHost)
+            _checked(self._cuda.cudaStreamSynchronize(self._stream))
+            return {name: self._host[name].copy() for name in self.output_names}
 
     def execute(self) -> None:
         """Run the engine on what lies in the GPU's memory, and wait for it."""

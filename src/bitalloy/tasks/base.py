@@ -1,16 +1,18 @@
 """What the pipeline needs to know of any task.
 
-A task recognises its models by their inputs and outputs, opens labels for one, and measures several models on the
-same labelled samples. A model is a function from feeds to outputs: a session's `run`, or several graphs wired
-together behind one function.
+A task recognises its models by their inputs and outputs and opens labels for one. It observes models on one labelled
+sample at a time, and measures several models by what was observed of them. What is observed is small and says all that
+metrics need, so that a model is executed once however often it is compared. A model is a function from feeds to
+outputs: a session's `run`, or several graphs wired together behind one function.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,25 +22,30 @@ from bitalloy.errors import DataError
 from bitalloy.records import Estimate, MetricValue, Record, TensorSpec
 
 __all__ = [
-    "Evaluate",
     "Interface",
+    "Judge",
+    "Measure",
+    "Observe",
     "Progress",
     "Run",
+    "Seen",
     "Task",
     "TaskData",
     "TaskMetric",
     "TaskResult",
     "Tokenizer",
-    "check_models",
     "few_images",
     "image_input",
-    "nothing",
+    "pack",
+    "unpack",
 ]
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 """Feeds of one sample -> outputs in graph order."""
 Progress = Callable[[int], None]
 """Told 1 after each model on each sample."""
+Seen = Mapping[str, np.ndarray]
+"""What is kept of a model's outputs on one sample, e.g. its detections: some kilobytes."""
 FEW = 20
 """Images below which a note warns that intervals are rough."""
 
@@ -106,8 +113,17 @@ class TaskResult(Record, frozen=True, kw_only=True):
 class TaskData(Protocol):
     """Labelled samples, opened for one model."""
 
+    @property
+    def paired(self) -> bool:
+        """Whether what is observed of a model depends on the reference, which then runs beside it."""
+        ...
+
     def fingerprint(self) -> str:
         """SHA-256 over labels, names and preprocessing, hexadecimal: equal for data that gives equal metrics."""
+        ...
+
+    def choose(self, limit: int | None, seed: int) -> Sequence[int]:
+        """Numbers of at most `limit` samples, ascending; None takes all."""
         ...
 
 
@@ -115,29 +131,56 @@ DataT = TypeVar("DataT", bound=TaskData)
 DataIn = TypeVar("DataIn", bound=TaskData, contravariant=True)
 
 
-class Evaluate(Protocol[DataIn]):
-    """Measure models on the same samples."""
+class Observe(Protocol[DataIn]):
+    """Run models on one sample."""
+
+    def __call__(self, models: Mapping[str, Run], data: DataIn, sample: int, /) -> dict[str, Seen]:
+        """What each model does on a sample.
+
+        Args:
+            models: by name, run in this order; where the data is `paired` the first is the reference.
+            data: labelled samples.
+            sample: one of `data.choose`.
+        """
+        ...
+
+
+class Judge(Protocol[DataIn]):
+    """What can be said of a model without the others."""
+
+    def __call__(self, seen: Sequence[Seen], data: DataIn, samples: Sequence[int], /) -> Any:
+        """Match what was observed of one model with the labels; what `measure` takes."""
+        ...
+
+
+class Measure(Protocol[DataIn]):
+    """Metrics of models that were judged."""
 
     def __call__(
         self,
-        models: Mapping[str, Run],
+        judged: Mapping[str, Any],
         data: DataIn,
+        samples: Sequence[int],
         /,
         *,
-        limit: int | None = None,
-        seed: int = 0,
-        progress: Progress = ...,
+        seed: int = ...,
+        resamples: int = ...,
     ) -> TaskResult:
-        """Run every model on every sample, one sample after the other.
+        """Put models side by side.
 
         Args:
-            models: by name; the first is the reference.
+            judged: by name, the first of them the reference.
             data: labelled samples.
-            limit: largest number of images; None takes all.
-            seed: of the choice of images and of the bootstrap.
-            progress: told about each run.
+            samples: which of them were observed.
+            seed: of the bootstrap.
+            resamples: its draws; with 0 the intervals have no width.
         """
         ...
+
+
+def as_seen(seen: Sequence[Seen], _: TaskData, __: Sequence[int], /) -> Sequence[Seen]:
+    """All that is said of a model is said beside the others."""
+    return seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +194,62 @@ class Task(Generic[DataT]):
     """Whether a model looks like one for this task."""
     open: Callable[[Path, Interface], DataT]
     """Read labels for a model that matches. Raises DataError where they are broken or do not fit."""
-    evaluate: Evaluate[DataT]
+    observe: Observe[DataT]
+    measure: Measure[DataT]
+    judge: Judge[DataT] = as_seen
+    """By default what was observed itself."""
+
+    def evaluate(
+        self,
+        models: Mapping[str, Run],
+        data: DataT,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> TaskResult:
+        """Observe models on the same samples, one sample after the other, and measure them.
+
+        Args:
+            models: by name; the first is the reference.
+            data: labelled samples.
+            limit: largest number of images; None takes all.
+            seed: of the choice of images and of the bootstrap.
+            progress: told about each run.
+
+        Raises:
+            DataError: no model, or models, labels and samples do not fit each other.
+        """
+        if not models:
+            raise DataError("No model to evaluate. Give at least one; the first is the reference.")
+        samples = data.choose(limit, seed)
+        seen: dict[str, list[Seen]] = {name: [] for name in models}
+        for sample in samples:
+            for name, one in self.observe(models, data, sample).items():
+                seen[name].append(one)
+                if progress is not None:
+                    progress(1)
+        judged = {name: self.judge(one, data, samples) for name, one in seen.items()}
+        return self.measure(judged, data, samples, seed=seed)
 
 
-def nothing(_: int) -> None:
-    """Progress that is not shown."""
+def pack(seen: Sequence[Seen]) -> bytes:
+    """What was observed on some samples as an .npz without pickled objects."""
+    buffer = io.BytesIO()
+    arrays = {f"{i}/{name}": value for i, one in enumerate(seen) for name, value in one.items()}
+    np.savez(buffer, count=np.array(len(seen)), **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpack(data: bytes) -> list[Seen]:
+    """The inverse of `pack`."""
+    with np.load(io.BytesIO(data)) as arrays:
+        found: list[dict[str, np.ndarray]] = [{} for _ in range(int(arrays["count"]))]
+        for key in arrays.files:
+            if key != "count":
+                number, name = key.split("/", 1)
+                found[int(number)][name] = arrays[key]
+    return list(found)
 
 
 def image_input(model: Interface) -> TensorSpec | None:
@@ -166,9 +260,3 @@ def image_input(model: Interface) -> TensorSpec | None:
 def few_images(n: int) -> tuple[str, ...]:
     """A note where intervals rest on few images."""
     return (f"Intervals rest on {n} images only and are rough.",) if n < FEW else ()
-
-
-def check_models(models: Mapping[str, Run]) -> None:
-    """Raise where there is nothing to measure."""
-    if not models:
-        raise DataError("No model to evaluate. Give at least one; the first is the reference.")

@@ -28,7 +28,8 @@ class Measured:
 def resampled_weights(images: int, count: int, seed: int) -> np.ndarray:
     """(count, images) int: how often each image is drawn when `images` are drawn with replacement."""
     draws = np.random.default_rng(seed).integers(0, images, (count, images))
-    return np.stack([np.bincount(draw, minlength=images) for draw in draws])
+    counts = [np.bincount(draw, minlength=images) for draw in draws]
+    return np.array(counts, np.intp).reshape(count, images)
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray) -> Measured:

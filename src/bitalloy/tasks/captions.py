@@ -6,7 +6,7 @@ Every caption is fed after the prompt, so that one run gives the probabilities o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,12 @@ import numpy as np
 
 from bitalloy.data import choose, open_image
 from bitalloy.errors import DataError
-from bitalloy.tasks.base import Progress, Run, TaskResult, check_models, few_images, nothing
+from bitalloy.tasks.base import Run, Seen, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
 from bitalloy.tasks.chat import Chat, log_probabilities
 from bitalloy.tasks.coco import LabelledImage, find_images
 
-__all__ = ["QUESTION", "CaptionData", "evaluate_captions", "read_captions"]
+__all__ = ["QUESTION", "CaptionData", "measure_captions", "observe_captions", "read_captions"]
 
 QUESTION = "Provide a one-sentence caption for the provided image."
 _WORST = 100.0
@@ -47,6 +47,15 @@ class CaptionData:
     captions: tuple[tuple[str, tuple[str, ...]], ...]
     """File name of the image and its captions, in the order of the image ids."""
     chat: Chat
+
+    @property
+    def paired(self) -> bool:
+        """The divergence from the reference needs all of its probabilities, which are too many to be kept."""
+        return True
+
+    def choose(self, limit: int | None, seed: int) -> list[int]:
+        """Numbers of at most `limit` images."""
+        return choose([name for name, _ in self.captions], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of names, captions, preprocessing and prompt."""
@@ -87,42 +96,44 @@ def read_captions(path: Path, chat: Chat) -> CaptionData:
     )
 
 
-def evaluate_captions(
-    models: Mapping[str, Run],
+def observe_captions(models: Mapping[str, Run], data: CaptionData, sample: int, /) -> dict[str, Seen]:
+    """Sums over the tokens of the captions of one image (see `_sums`), and how many these are.
+
+    Raises:
+        DataError: the image is damaged, or a model's outputs are not logits.
+    """
+    file, captions = data.captions[sample]
+    image = data.chat.feed(open_image(data.folder / file))
+    sums, tokens = {name: np.zeros(3) for name in models}, 0
+    for caption in captions:
+        turn = data.chat.turn(QUESTION, caption)
+        feeds = data.chat.feeds(image, (*turn.prompt, *turn.answer[:-1]))
+        tokens += len(turn.answer)
+        reference: np.ndarray | None = None
+        for name, run in models.items():
+            found = log_probabilities(run(dict(feeds)), len(turn.answer))
+            reference = found if reference is None else reference
+            sums[name] += _sums(reference, found, np.array(turn.answer))
+    return {name: {"sums": total, "tokens": np.array(tokens)} for name, total in sums.items()}
+
+
+def measure_captions(
+    seen: Mapping[str, Sequence[Seen]],
     data: CaptionData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
     """Perplexity, and agreement with the first model, over the tokens of the captions and their ends.
 
-    `perplexity` is exp of the mean loss per token. `top-1 agreement` is the part of positions at which a model's best
-    token is the first model's. `KL divergence` is the mean over positions of KL(first || model), in nats.
-
-    Raises:
-        DataError: images are damaged, or a model's outputs are not logits.
+    Perplexity is the exponential of the mean loss per token. `top-1 agreement` is the part of positions at which a
+    model's best token is the first model's. `KL divergence` is the mean over positions of KL(first || model), in nats.
     """
-    check_models(models)
-    chosen = choose([name for name, _ in data.captions], limit=limit, seed=seed)
-    sums = {name: np.zeros((len(chosen), 3)) for name in models}
-    tokens = np.zeros(len(chosen))
-    for i, index in enumerate(chosen):
-        file, captions = data.captions[index]
-        image = data.chat.feed(open_image(data.folder / file))
-        for caption in captions:
-            turn = data.chat.turn(QUESTION, caption)
-            feeds = data.chat.feeds(image, (*turn.prompt, *turn.answer[:-1]))
-            tokens[i] += len(turn.answer)
-            reference: np.ndarray | None = None
-            for name, run in models.items():
-                found = log_probabilities(run(dict(feeds)), len(turn.answer))
-                reference = found if reference is None else reference
-                sums[name][i] += _sums(reference, found, np.array(turn.answer))
-        for _ in models:
-            progress(1)
-    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    sums = {name: np.array([one["sums"] for one in part]) for name, part in seen.items()}
+    tokens = np.array([float(one["tokens"]) for one in next(iter(seen.values()))])
+    n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     loss, agreed, divergence = (
         {name: ratio(total[:, column], tokens, weights) for name, total in sums.items()} for column in range(3)
     )

@@ -16,17 +16,7 @@ import numpy as np
 from bitalloy.data import Geometry, ImageSpec, choose, image_feed, infer_image_spec
 from bitalloy.errors import DataError
 from bitalloy.records import Estimate, MetricValue, Record
-from bitalloy.tasks.base import (
-    Interface,
-    Progress,
-    Run,
-    Task,
-    TaskMetric,
-    TaskResult,
-    check_models,
-    few_images,
-    nothing,
-)
+from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, estimate, metric_value, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco
 from bitalloy.tasks.precision import Detections, Matches, average_precision, match_boxes
@@ -37,12 +27,15 @@ __all__ = [
     "ConfidenceShift",
     "DetectionData",
     "DetectionResult",
+    "Matched",
     "class_names",
     "confidence_shift",
     "decode",
     "evaluate_detection",
-    "evaluate_detectors",
+    "judge_detector",
     "looks_like_yolo",
+    "measure_detectors",
+    "observe_detectors",
     "open_detection",
     "paired_difference",
     "suppress",
@@ -67,10 +60,18 @@ class DetectionData:
         parts = (self.labels.fingerprint(), self.image.describe(), repr(self.names))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def choose(self, limit: int | None, seed: int) -> list[LabelledImage]:
-        """At most `limit` images, in the order of their ids."""
-        entries = self.labels.images
-        return [entries[i] for i in choose([e.file_name for e in entries], limit=limit, seed=seed)]
+    @property
+    def paired(self) -> bool:
+        """Every model is observed alone."""
+        return False
+
+    def choose(self, limit: int | None, seed: int) -> list[int]:
+        """Numbers of at most `limit` images, in the order of their ids."""
+        return choose([e.file_name for e in self.labels.images], limit=limit, seed=seed)
+
+    def entries(self, samples: Sequence[int]) -> list[LabelledImage]:
+        """Images by their numbers."""
+        return [self.labels.images[i] for i in samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,55 +142,88 @@ def evaluate_detection(
         DataError: labels, images and model do not fit each other.
     """
     data = DetectionData(read_coco(annotations, images), image, tuple(names) if names is not None else None)
-    return _detect({"model": run}, data, limit, seed, nothing, resamples)["model"]
+    samples = data.choose(limit, seed)
+    seen = [observe_detectors({"model": run}, data, i)["model"] for i in samples]
+    return _results({"model": judge_detector(seen, data, samples)}, data, samples, seed, resamples)["model"]
 
 
-def evaluate_detectors(
-    models: Mapping[str, Run],
-    data: DetectionData,
-    /,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress = nothing,
-) -> TaskResult:
-    """Box AP and confidence shift of several models on the same images, side by side.
+def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
+    """Detections on one image.
 
     Raises:
         DataError: labels, images and models do not fit each other.
     """
-    check_models(models)
-    results = _detect(models, data, limit, seed, progress, RESAMPLES)
-    n = next(iter(results.values())).ap.n
+    entry = data.labels.images[sample]
+    opened = data.labels.open_image(entry, data.image.channels)
+    feed, geometry = image_feed(opened, data.image)
+    found: dict[str, Seen] = {}
+    for name, run in models.items():
+        boxes, scores = decode(run({data.image.input: feed}))
+        data.labels.category_ids(len(scores), data.names)
+        found[name] = seen_of(on_image(suppress(boxes, scores), geometry, opened.size), len(scores))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What one model found, matched with the labels."""
+
+    detections: tuple[Detections, ...]
+    """Per image, in its pixels."""
+    boxes: Matches
+    masks: Matches | None = None
+    """Of instance segmentation, where the labels have masks."""
+
+
+def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
+    """Match detections with labels.
+
+    Raises:
+        DataError: the images have no labels that count.
+    """
+    found = detections_of(seen)
+    return Matched(tuple(found), match_boxes(data.labels, data.entries(samples), found, ids_of(seen, data)))
+
+
+def measure_detectors(
+    judged: Mapping[str, Matched],
+    data: DetectionData,
+    samples: Sequence[int],
+    /,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> TaskResult:
+    """Box AP and confidence shift of several models on the same images, side by side."""
+    results = _results(judged, data, samples, seed, resamples)
     return TaskResult(
         task="detection",
         metrics=compare_precision("", results),
         confidence_shift=shifts(results),
-        notes=few_images(n),
+        notes=few_images(len(samples)),
     )
 
 
-def _detect(
-    models: Mapping[str, Run], data: DetectionData, limit: int | None, seed: int, progress: Progress, resamples: int
+def seen_of(found: Detections, classes: int) -> dict[str, np.ndarray]:
+    """Detections of one image by a model of so many classes, as arrays."""
+    return {"boxes": found.boxes, "scores": found.scores, "classes": found.classes, "of": np.array(classes)}
+
+
+def detections_of(seen: Sequence[Seen]) -> list[Detections]:
+    """Detections per image."""
+    return [Detections(one["boxes"], one["scores"], one["classes"]) for one in seen]
+
+
+def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
+    """Category id per class index of a model."""
+    return data.labels.category_ids(int(seen[0]["of"]), data.names)
+
+
+def _results(
+    judged: Mapping[str, Matched], data: DetectionData, samples: Sequence[int], seed: int, resamples: int
 ) -> dict[str, DetectionResult]:
-    chosen = data.choose(limit, seed)
-    category_ids: np.ndarray | None = None
-    found: dict[str, list[Detections]] = {name: [] for name in models}
-    for entry in chosen:
-        opened = data.labels.open_image(entry, data.image.channels)
-        feed, geometry = image_feed(opened, data.image)
-        for name, run in models.items():
-            boxes, scores = decode(run({data.image.input: feed}))
-            if category_ids is None:
-                category_ids = data.labels.category_ids(len(scores), data.names)
-            found[name].append(on_image(suppress(boxes, scores), geometry, opened.size))
-            progress(1)
-    assert category_ids is not None, "an annotation file lists at least one image"
-    weights = resampled_weights(len(chosen), resamples, seed)
-    return {
-        name: precision_of(match_boxes(data.labels, chosen, one, category_ids), chosen, one, weights, seed)
-        for name, one in found.items()
-    }
+    entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
+    return {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
 
 
 def precision_of(
@@ -306,5 +340,7 @@ TASK: Task[DetectionData] = Task(
     labels="a COCO annotation file with boxes",
     matches=lambda model: looks_like_yolo(model.inputs, model.outputs),
     open=open_detection,
-    evaluate=evaluate_detectors,
+    observe=observe_detectors,
+    measure=measure_detectors,
+    judge=judge_detector,
 )

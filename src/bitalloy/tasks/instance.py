@@ -8,27 +8,32 @@ at the box before they are enlarged, end at multiples of a prototype's pixel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from bitalloy.data import Geometry, ImageSpec, image_feed
-from bitalloy.masks import Rle, encode
-from bitalloy.tasks.base import Progress, Run, Task, TaskResult, check_models, few_images, nothing
+from bitalloy.masks import Rle, encode, packed, unpacked
+from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     DetectionData,
+    Matched,
     compare_precision,
+    ids_of,
+    judge_detector,
     on_image,
     open_detection,
     precision_of,
+    seen_of,
     shifts,
 )
-from bitalloy.tasks.precision import Detections, match_boxes, match_masks
+from bitalloy.tasks.precision import Detections, match_masks
 from bitalloy.tasks.resample import sample
 from bitalloy.tasks.yolo import decode, detections, has_masks, mask_parts, select
 
-__all__ = ["TASK", "draw_masks", "evaluate_instances", "find_instances"]
+__all__ = ["TASK", "draw_masks", "find_instances", "judge_instances", "measure_instances", "observe_instances"]
 
 
 def draw_masks(
@@ -91,55 +96,63 @@ def find_instances(
     ]
 
 
-def evaluate_instances(
-    models: Mapping[str, Run],
-    data: DetectionData,
-    /,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress = nothing,
-) -> TaskResult:
-    """Box AP, mask AP and confidence shift of several models on the same images, side by side.
-
-    Labels without any mask still give box AP, with a note.
+def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
+    """Boxes and masks on one image.
 
     Raises:
         DataError: labels, images and models do not fit each other.
     """
-    check_models(models)
-    chosen, with_masks = data.choose(limit, seed), data.labels.has_masks()
-    found: dict[str, list[Detections]] = {name: [] for name in models}
-    drawn: dict[str, list[list[Rle]]] = {name: [] for name in models}
-    sizes = []
-    category_ids: np.ndarray | None = None
-    for entry in chosen:
-        opened = data.labels.open_image(entry, data.image.channels)
-        feed, geometry = image_feed(opened, data.image)
-        sizes.append(opened.size)
-        for name, run in models.items():
-            outputs = run({data.image.input: feed})
-            if category_ids is None:
-                category_ids = data.labels.category_ids(len(decode(outputs)[1]), data.names)
-            boxes, masks = find_instances(outputs, data.image, geometry, opened.size)
-            found[name].append(boxes)
-            drawn[name].append(masks)
-            progress(1)
-    assert category_ids is not None, "an annotation file lists at least one image"
-    weights = resampled_weights(len(chosen), RESAMPLES, seed)
-    by_box = {
-        name: precision_of(match_boxes(data.labels, chosen, one, category_ids), chosen, one, weights, seed)
-        for name, one in found.items()
-    }
+    entry = data.labels.images[sample]
+    opened = data.labels.open_image(entry, data.image.channels)
+    feed, geometry = image_feed(opened, data.image)
+    found: dict[str, Seen] = {}
+    for name, run in models.items():
+        outputs = run({data.image.input: feed})
+        classes = len(decode(outputs)[1])
+        data.labels.category_ids(classes, data.names)
+        boxes, masks = find_instances(outputs, data.image, geometry, opened.size)
+        found[name] = {**seen_of(boxes, classes), **packed(masks), "size": np.array(opened.size)}
+    return found
+
+
+def judge_instances(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
+    """Match boxes and masks with labels; boxes only, where these have no mask at all.
+
+    Raises:
+        DataError: the images have no labels that count, or a label has no mask or a broken one.
+    """
+    boxes = judge_detector(seen, data, samples)
+    if not data.labels.has_masks():
+        return boxes
+    sizes = [(int(one["size"][0]), int(one["size"][1])) for one in seen]
+    drawn = [unpacked(one, size) for one, size in zip(seen, sizes, strict=True)]
+    entries, ids = data.entries(samples), ids_of(seen, data)
+    return replace(boxes, masks=match_masks(data.labels, entries, sizes, boxes.detections, drawn, ids))
+
+
+def measure_instances(
+    judged: Mapping[str, Matched],
+    data: DetectionData,
+    samples: Sequence[int],
+    /,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> TaskResult:
+    """Box AP, mask AP and confidence shift of several models on the same images, side by side.
+
+    Labels without any mask still give box AP, with a note.
+    """
+    entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
+    by_box = {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
     metrics = compare_precision("box ", by_box)
-    notes = few_images(len(chosen))
-    if with_masks:
-        by_mask = {
-            name: precision_of(
-                match_masks(data.labels, chosen, sizes, one, drawn[name], category_ids), chosen, one, weights, seed
-            )
-            for name, one in found.items()
-        }
+    notes = few_images(len(entries))
+    by_mask = {
+        name: precision_of(one.masks, entries, one.detections, weights, seed)
+        for name, one in judged.items()
+        if one.masks is not None
+    }
+    if by_mask:
         metrics += compare_precision("mask ", by_mask)
     else:
         notes += (f"No mask AP: '{data.labels.path.name}' has no masks.",)
@@ -151,5 +164,7 @@ TASK: Task[DetectionData] = Task(
     labels="a COCO annotation file with boxes and masks",
     matches=lambda model: has_masks(model.inputs, model.outputs),
     open=open_detection,
-    evaluate=evaluate_instances,
+    observe=observe_instances,
+    measure=measure_instances,
+    judge=judge_instances,
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitalloy.tasks.base import Interface, Progress, Run, Task, TaskResult, image_input, nothing
-from bitalloy.tasks.captions import CaptionData, evaluate_captions, read_captions
+from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, image_input
+from bitalloy.tasks.bootstrap import RESAMPLES
+from bitalloy.tasks.captions import CaptionData, measure_captions, observe_captions, read_captions
 from bitalloy.tasks.chat import IDS, open_chat
-from bitalloy.tasks.questions import QuestionData, evaluate_questions, is_lines, read_questions
+from bitalloy.tasks.questions import QuestionData, is_lines, measure_questions, observe_questions, read_questions
 
-__all__ = ["TASK", "LanguageData", "evaluate_language", "open_language"]
+__all__ = ["TASK", "LanguageData", "open_language"]
 
 LanguageData = CaptionData | QuestionData
 
@@ -25,19 +26,24 @@ def open_language(path: Path, model: Interface) -> LanguageData:
     return read_questions(path, chat) if is_lines(path) else read_captions(path, chat)
 
 
-def evaluate_language(
-    models: Mapping[str, Run],
+def _observe(models: Mapping[str, Run], data: LanguageData, sample: int, /) -> dict[str, Seen]:
+    if isinstance(data, QuestionData):
+        return observe_questions(models, data, sample)
+    return observe_captions(models, data, sample)
+
+
+def _measure(
+    seen: Mapping[str, Sequence[Seen]],
     data: LanguageData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """`evaluate_captions` or `evaluate_questions`."""
     if isinstance(data, QuestionData):
-        return evaluate_questions(models, data, limit=limit, seed=seed, progress=progress)
-    return evaluate_captions(models, data, limit=limit, seed=seed, progress=progress)
+        return measure_questions(seen, data, samples, seed=seed, resamples=resamples)
+    return measure_captions(seen, data, samples, seed=seed, resamples=resamples)
 
 
 def _matches(model: Interface) -> bool:
@@ -50,5 +56,6 @@ TASK: Task[LanguageData] = Task(
     labels="a COCO caption file, or a file of questions as JSON lines",
     matches=_matches,
     open=open_language,
-    evaluate=evaluate_language,
+    observe=_observe,
+    measure=_measure,
 )

@@ -17,8 +17,9 @@ A model is one function that takes all three inputs; `join` makes it of an encod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -29,17 +30,7 @@ from bitalloy import masks
 from bitalloy.data import ImageFolder, ImageSpec, choose, image_feed, infer_image_spec, open_image
 from bitalloy.errors import DataError
 from bitalloy.masks import Mask, interior_point, overlap
-from bitalloy.tasks.base import (
-    Interface,
-    Progress,
-    Run,
-    Task,
-    TaskResult,
-    check_models,
-    few_images,
-    image_input,
-    nothing,
-)
+from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco
 from bitalloy.tasks.resample import resize
@@ -49,9 +40,10 @@ __all__ = [
     "TASK",
     "Prompt",
     "PromptData",
-    "evaluate_prompts",
     "grid",
     "join",
+    "measure_prompts",
+    "observe_prompts",
     "open_prompts",
     "prepare",
     "prompts_of",
@@ -87,7 +79,7 @@ class Prompt:
         return Prompt(np.array([[x, y], [0.0, 0.0]]), np.array([1.0, -1.0]))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PromptData:
     """Images, perhaps with COCO masks whose boxes and inner points are the prompts, opened for one model."""
 
@@ -106,6 +98,20 @@ class PromptData:
             for file in self.files:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
+
+    @property
+    def paired(self) -> bool:
+        """Every model is observed alone."""
+        return False
+
+    @cached_property
+    def objects(self) -> Mapping[int, Sequence[LabelledBox]]:
+        """Image id -> its objects; empty without labels."""
+        return self.labels.objects() if self.labels is not None else {}
+
+    def choose(self, limit: int | None, seed: int) -> list[int]:
+        """Numbers of at most `limit` images."""
+        return choose([file.name for file in self.files], limit=limit, seed=seed)
 
     def open(self, index: int) -> Image.Image:
         """Read an image."""
@@ -239,78 +245,70 @@ def join(encode: Run, decode: Run) -> Run:
     return run
 
 
-def evaluate_prompts(
-    models: Mapping[str, Run],
+def observe_prompts(models: Mapping[str, Run], data: PromptData, sample: int, /) -> dict[str, Seen]:
+    """Masks for all prompts on one image, packed, and their IoU with the labels (objects, kinds).
+
+    Crowds and objects without a pixel are left out.
+
+    Raises:
+        DataError: prompts or masks are broken, or models do not fit.
+    """
+    opened = data.open(sample)
+    canvas, covered = prepare(opened, data.image)
+    drawn: dict[str, list[masks.Rle]] = {name: [] for name in models}
+    quality: dict[str, list[float]] = {name: [] for name in models}
+    for prompts, truth in _asked(data, sample, opened.size):
+        for kind in KINDS:
+            feeds = {data.image.input: canvas, **feeds_of(prompts[kind], opened.size, covered)}
+            for name, run in models.items():
+                found = to_mask(run(dict(feeds)), kind, canvas.shape[-1], covered, opened.size)
+                drawn[name].append(masks.encode(found))
+                quality[name].append(overlap(truth, found) if truth is not None else 0.0)
+    return {
+        name: {
+            **masks.packed(drawn[name]),
+            "quality": np.reshape(quality[name], (-1, len(KINDS))),
+            "size": np.array(opened.size),
+        }
+        for name in models
+    }
+
+
+def measure_prompts(
+    seen: Mapping[str, Sequence[Seen]],
     data: PromptData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
     """Mean IoU with the labels, and agreement with the first model, for box and point prompts, side by side.
 
-    Both are means over objects; without labels there is agreement only. Crowds and objects without a pixel are left
-    out.
+    Both are means over objects; without labels there is agreement only.
 
     Raises:
-        DataError: prompts or masks are broken, models do not fit, or no object is left.
+        DataError: no object is left.
     """
-    check_models(models)
-    chosen = choose([file.name for file in data.files], limit=limit, seed=seed)
-    totals = {(name, kind): np.zeros((len(chosen), 2)) for name in models for kind in KINDS}
-    counts = np.zeros(len(chosen))
-    objects = data.labels.objects() if data.labels else {}
-    for i, index in enumerate(chosen):
-        opened = data.open(index)
-        canvas, covered = prepare(opened, data.image)
-        for prompts, truth in _asked(data, index, objects, opened.size):
-            counts[i] += 1
-            for kind, prompt in prompts.items():
-                feeds = {data.image.input: canvas, **feeds_of(prompt, opened.size, covered)}
-                reference: Mask | None = None
-                for name, run in models.items():
-                    found = to_mask(run(dict(feeds)), kind, canvas.shape[-1], covered, opened.size)
-                    reference = found if reference is None else reference
-                    quality = overlap(truth, found) if truth is not None else 0.0
-                    totals[name, kind][i] += quality, overlap(reference, found)
-        for _ in models:
-            progress(1)
-    return _result(models, totals, counts, seed, data)
-
-
-def _asked(
-    data: PromptData, index: int, objects: Mapping[int, list[LabelledBox]], size: tuple[int, int]
-) -> Iterator[tuple[dict[str, Prompt], Mask | None]]:
-    """Prompts of every object on an image, and its mask; `objects` by image id."""
-    if data.labels is None:
-        yield from ((prompts, None) for prompts in grid(size))
-        return
-    entry = data.labels.images[index]
-    for box in objects[entry.id]:
-        truth = None if box.iscrowd else masks.decode(data.labels.mask(box, size))
-        if truth is not None and truth.any():
-            yield prompts_of(data.labels, entry, box, truth), truth
-
-
-def _result(
-    models: Mapping[str, Run],
-    totals: Mapping[tuple[str, str], np.ndarray],
-    counts: np.ndarray,
-    seed: int,
-    data: PromptData,
-) -> TaskResult:
+    reference = next(iter(seen.values()))
+    counts = np.array([float(len(one["quality"])) for one in reference])
+    totals = {(name, kind): np.zeros((len(samples), 2)) for name in seen for kind in KINDS}
+    for i, first in enumerate(reference):
+        for name, part in seen.items():
+            same = _agreement(first, part[i])
+            for k, kind in enumerate(KINDS):
+                totals[name, kind][i] = sum(part[i]["quality"][:, k]), sum(same[:, k])
     used = counts > 0
     if not used.any():
         where = data.labels.path if data.labels else data.files[0].parent
         raise DataError(f"The {len(counts)} evaluated images have no labelled object in '{where}'. Take more images.")
     n, objects = int(used.sum()), counts[used]
-    weights = resampled_weights(n, RESAMPLES, seed)
+    weights = resampled_weights(n, resamples, seed)
     columns = {"mIoU": 0, "agreement": 1} if data.labels else {"agreement": 1}
     metrics = tuple(
         compare(
             f"{what}, {kind} prompts",
-            {name: ratio(totals[name, kind][used, column], objects, weights) for name in models},
+            {name: ratio(totals[name, kind][used, column], objects, weights) for name in seen},
             n,
         )
         for what, column in columns.items()
@@ -321,6 +319,25 @@ def _result(
     if n < len(used):
         notes.append(f"{len(used) - n} images without a labelled object were left out.")
     return TaskResult(task="promptable", metrics=metrics, notes=(*notes, *few_images(n)))
+
+
+def _agreement(first: Seen, other: Seen) -> np.ndarray:
+    """(objects, kinds): IoU of the masks of two models on one image."""
+    size = int(first["size"][0]), int(first["size"][1])
+    pairs = zip(masks.unpacked(first, size), masks.unpacked(other, size), strict=True)
+    return np.reshape([overlap(masks.decode(a), masks.decode(b)) for a, b in pairs], (-1, len(KINDS)))
+
+
+def _asked(data: PromptData, index: int, size: tuple[int, int]) -> Iterator[tuple[dict[str, Prompt], Mask | None]]:
+    """Prompts of every object on an image, and its mask."""
+    if data.labels is None:
+        yield from ((prompts, None) for prompts in grid(size))
+        return
+    entry = data.labels.images[index]
+    for box in data.objects[entry.id]:
+        truth = None if box.iscrowd else masks.decode(data.labels.mask(box, size))
+        if truth is not None and truth.any():
+            yield prompts_of(data.labels, entry, box, truth), truth
 
 
 def _matches(model: Interface) -> bool:
@@ -334,5 +351,6 @@ TASK: Task[PromptData] = Task(
     labels="a COCO annotation file with masks, or a folder of images",
     matches=_matches,
     open=open_prompts,
-    evaluate=evaluate_prompts,
+    observe=observe_prompts,
+    measure=measure_prompts,
 )

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,21 @@ import numpy as np
 
 from bitalloy.data import choose, open_image
 from bitalloy.errors import DataError
-from bitalloy.tasks.base import Progress, Run, TaskMetric, TaskResult, check_models, few_images, nothing
+from bitalloy.tasks.base import Run, Seen, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
 from bitalloy.tasks.chat import Chat
 from bitalloy.tasks.coco import find_images
 
-__all__ = ["Kind", "Question", "QuestionData", "evaluate_questions", "is_lines", "read_answer", "read_questions"]
+__all__ = [
+    "Kind",
+    "Question",
+    "QuestionData",
+    "is_lines",
+    "measure_questions",
+    "observe_questions",
+    "read_answer",
+    "read_questions",
+]
 
 Kind = Literal["yes/no", "choice", "open"]
 SHORT = "Answer the question using a single word or phrase."
@@ -62,7 +72,7 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True):
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QuestionData:
     """Questions about images, opened for one model."""
 
@@ -71,6 +81,23 @@ class QuestionData:
     """Where the images lie."""
     questions: tuple[Question, ...]
     chat: Chat
+
+    @property
+    def paired(self) -> bool:
+        """Every model is observed alone."""
+        return False
+
+    @cached_property
+    def by_image(self) -> dict[str, list[Question]]:
+        """Image -> what is asked about it, in the order of the names of the images."""
+        found: dict[str, list[Question]] = {name: [] for name in sorted({q.image for q in self.questions})}
+        for question in self.questions:
+            found[question.image].append(question)
+        return found
+
+    def choose(self, limit: int | None, seed: int) -> list[int]:
+        """Numbers of at most `limit` images, in the order of their names."""
+        return choose(list(self.by_image), limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of questions, preprocessing and prompt."""
@@ -167,36 +194,42 @@ def read_answer(text: str, question: Question) -> str:
     return _plain(text)
 
 
-def evaluate_questions(
-    models: Mapping[str, Run],
+def observe_questions(models: Mapping[str, Run], data: QuestionData, sample: int, /) -> dict[str, Seen]:
+    """Answers to all questions about one image, generated greedily.
+
+    Raises:
+        DataError: the image is damaged, or a model's outputs are not logits.
+    """
+    file = list(data.by_image)[sample]
+    questions = data.by_image[file]
+    image = data.chat.feed(open_image(data.folder / file))
+    found: dict[str, Seen] = {}
+    for name, run in models.items():
+        answers = [read_answer(data.chat.answer(run, image, q.prompt()), q) for q in questions]
+        found[name] = {"answers": np.frombuffer(msgspec.json.encode(answers), np.uint8)}
+    return found
+
+
+def measure_questions(
+    seen: Mapping[str, Sequence[Seen]],
     data: QuestionData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
     """Part of right answers by kind of question, and agreement of the answers with the first model's.
 
-    Answers are generated greedily. `yes/no F1` counts yes as positive. Intervals draw images with all their questions.
-
-    Raises:
-        DataError: images are damaged, or a model's outputs are not logits.
+    `yes/no F1` counts yes as positive. Intervals draw images with all their questions.
     """
-    check_models(models)
-    by_image: dict[str, list[Question]] = {}
-    for question in data.questions:
-        by_image.setdefault(question.image, []).append(question)
-    names = sorted(by_image)
-    chosen = [names[i] for i in choose(names, limit=limit, seed=seed)]
-    answers: dict[str, list[list[str]]] = {name: [] for name in models}
-    for file in chosen:
-        image = data.chat.feed(open_image(data.folder / file))
-        for name, run in models.items():
-            answers[name].append([read_answer(data.chat.answer(run, image, q.prompt()), q) for q in by_image[file]])
-            progress(1)
-    asked = [by_image[file] for file in chosen]
-    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    answers = {
+        name: [msgspec.json.decode(one["answers"].tobytes(), type=list[str]) for one in part]
+        for name, part in seen.items()
+    }
+    every = list(data.by_image.values())
+    asked = [every[i] for i in samples]
+    n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     total = sum(map(len, asked))
     return TaskResult(
         task="language",

@@ -14,6 +14,7 @@ Two protocols, whose numbers differ; a result says which one it used.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,7 @@ from PIL import Image
 from bitalloy.data import ImageSpec, choose, image_feed, infer_image_spec, open_image
 from bitalloy.errors import DataError
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
-from bitalloy.tasks.base import (
-    Interface,
-    Progress,
-    Run,
-    Task,
-    TaskResult,
-    check_models,
-    few_images,
-    image_input,
-    nothing,
-)
+from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
 from bitalloy.tasks.resample import resize
 
@@ -45,8 +36,9 @@ __all__ = [
     "SemanticData",
     "best_classes",
     "confusion",
-    "evaluate_semantic",
+    "measure_semantic",
     "mean_iou",
+    "observe_semantic",
     "official_size",
     "open_semantic",
 ]
@@ -68,6 +60,15 @@ class SemanticData:
     reduce_zero_label: bool = True
     """ADE20K's way: 0 in a label map means unlabelled, k means class k - 1."""
     protocol: Protocol = "squash"
+
+    @property
+    def paired(self) -> bool:
+        """Every model is observed alone."""
+        return False
+
+    def choose(self, limit: int | None, seed: int) -> list[int]:
+        """Numbers of at most `limit` images, in the order of their names."""
+        return choose([f.name for f in self.files], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of names and label maps, preprocessing and protocol."""
@@ -178,14 +179,35 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
         return np.asarray(each.sum(axis=-1) / occurs.sum(axis=-1))
 
 
-def evaluate_semantic(
-    models: Mapping[str, Run],
+def observe_semantic(models: Mapping[str, Run], data: SemanticData, sample: int, /) -> dict[str, Seen]:
+    """Pixel counts per class of one image (3, classes), see `mean_iou`, and the classes of its pixels, compressed.
+
+    Raises:
+        DataError: a label map is broken or does not fit image or model.
+    """
+    file = data.files[sample]
+    opened = open_image(file.image, data.image.channels)
+    label = read_label(file, opened.size, data.classes, reduce_zero_label=data.reduce_zero_label)
+    feed, sizes = prepare(opened, data)
+    found: dict[str, Seen] = {}
+    for name, run in models.items():
+        predicted = best_classes(_logits(run({data.image.input: feed}), data.classes), sizes)
+        matrix = confusion(label, predicted, data.classes)
+        found[name] = {
+            "counts": np.stack([matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)]),
+            "pixels": np.frombuffer(zlib.compress(predicted.tobytes()), np.uint8),
+        }
+    return found
+
+
+def measure_semantic(
+    seen: Mapping[str, Sequence[Seen]],
     data: SemanticData,
+    samples: Sequence[int],
     /,
     *,
-    limit: int | None = None,
     seed: int = 0,
-    progress: Progress = nothing,
+    resamples: int = RESAMPLES,
 ) -> TaskResult:
     """mIoU, pixel accuracy, and agreement with the first model, on the same images side by side.
 
@@ -193,29 +215,20 @@ def evaluate_semantic(
     labelled or not, to which a model gives the class that the first model gives.
 
     Raises:
-        DataError: a label map is broken or does not fit image or model, or nothing is labelled.
+        DataError: nothing is labelled.
     """
-    check_models(models)
-    chosen = [data.files[i] for i in choose([f.name for f in data.files], limit=limit, seed=seed)]
-    counts = {name: np.zeros((len(chosen), 3, data.classes)) for name in models}
-    agreed = {name: np.zeros(len(chosen)) for name in models}
-    pixels = np.zeros(len(chosen))
-    for i, file in enumerate(chosen):
-        opened = open_image(file.image, data.image.channels)
-        label = read_label(file, opened.size, data.classes, reduce_zero_label=data.reduce_zero_label)
-        feed, sizes = prepare(opened, data)
-        pixels[i] = label.size
-        reference: np.ndarray | None = None
-        for name, run in models.items():
-            predicted = best_classes(_logits(run({data.image.input: feed}), data.classes), sizes)
-            matrix = confusion(label, predicted, data.classes)
-            counts[name][i] = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-            reference = predicted if reference is None else reference
-            agreed[name][i] = np.count_nonzero(predicted == reference)
-            progress(1)
-    n, weights = len(chosen), resampled_weights(len(chosen), RESAMPLES, seed)
+    n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
+    counts = {name: np.array([one["counts"] for one in part], np.float64) for name, part in seen.items()}
     if not any(c[:, 1].any() for c in counts.values()):
         raise DataError(f"The {n} evaluated label maps have no labelled pixel. Take more images.")
+    pixels, agreed = np.zeros(n), {name: np.zeros(n) for name in seen}
+    for i in range(n):
+        reference: np.ndarray | None = None
+        for name, part in seen.items():
+            predicted = np.frombuffer(zlib.decompress(part[i]["pixels"].tobytes()), np.uint8)
+            reference = predicted if reference is None else reference
+            agreed[name][i] = np.count_nonzero(predicted == reference)
+            pixels[i] = predicted.size
     quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
     accuracy = {name: ratio(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
     agreement = {name: ratio(a, pixels, weights) for name, a in agreed.items()}
@@ -256,5 +269,6 @@ TASK: Task[SemanticData] = Task(
     labels="a folder of images and label maps",
     matches=_matches,
     open=open_semantic,
-    evaluate=evaluate_semantic,
+    observe=observe_semantic,
+    measure=measure_semantic,
 )
