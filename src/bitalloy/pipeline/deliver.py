@@ -16,11 +16,12 @@ from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics
+from bitalloy.pipeline.debiasing import Debiased, debias
+from bitalloy.pipeline.evaluate import fastest_that_keeps, measure_metrics, missed_drops
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, operators_of, plan_around, plan_tables
 from bitalloy.pipeline.protection import read_advice
-from bitalloy.pipeline.records import Measured, Planned
+from bitalloy.pipeline.records import Measured, Metrics, Planned
 from bitalloy.pipeline.repair import repair
 from bitalloy.pipeline.rounds import Standing, following, judged, misfit, seeks_speed
 from bitalloy.pipeline.summary import summarize
@@ -143,7 +144,8 @@ def verify(
     misses a floor, the floor is raised by the gap. Where a latency limit is not used up, the search may go beyond it by
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
     plans of the front are evaluated until the fastest is found that keeps it. The neighbours of the plan on the front
-    are measured beside it. The plan that is kept is the best measured one.
+    are measured beside it. The plan that is kept is the best measured one. Last, the mean errors of its layers are
+    taken out of their biases where that pays (`debias`).
 
     Args:
         analysis: of the model.
@@ -168,19 +170,42 @@ def verify(
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
-    final = _with_measured(final, best.measured)
-    metrics = measure_metrics(
-        analysis,
-        final.plan.lowered(),
-        lambda folder: _placed(analysis, best.mixed, folder),
-        files,
-        limit,
-        work,
+    corrected = (
+        debias(analysis, final, best.measured, course.samples, work) if analysis.settings.bias_correction else None
     )
-    known = course.known()
-    sizes = _sizes(analysis, best.mixed)
-    summary = summarize(known, final, sizes, best.measured, metrics, course.rounds(), work.seconds, evaluations)
-    return Verified(analysis, final, best.mixed, summary, course.tables)
+    mixed, measured = _shipped(analysis, best, corrected)
+
+    def metrics_of(mixed: Artefact, more: Sequence[str]) -> Metrics:
+        identity = [*_identity(final), *more]
+        return measure_metrics(analysis, identity, lambda f: _placed(analysis, mixed, f), files, limit, work)
+
+    metrics = metrics_of(mixed, corrected.identity if corrected else ())
+    if corrected and corrected.correction.kept and missed_drops(course.budget, metrics.metrics):
+        plain = metrics_of(best.mixed, ())
+        if not missed_drops(course.budget, plain.metrics):
+            corrected = corrected.without("without it the limit on the task metric holds")
+            mixed, measured, metrics = best.mixed, best.measured, plain
+    final = _with_measured(final, measured)
+    summary = summarize(
+        course.known(),
+        final,
+        _sizes(analysis, mixed),
+        measured,
+        metrics,
+        course.rounds(),
+        work.seconds,
+        evaluations,
+        (*analysis.corrections, *((corrected.correction,) if corrected else ())),
+    )
+    return Verified(analysis, final, mixed, summary, course.tables)
+
+
+def _shipped(analysis: Analysis, best: Trial, corrected: Debiased | None) -> tuple[Artefact, Measured]:
+    """The best plan with its biases corrected where that pays, and its measurement."""
+    if corrected is None or not corrected.correction.kept:
+        return best.mixed, best.measured
+    mixed = analysis.artefact(best.planned.plan.lowered(), corrected.arrays)
+    return mixed, msgspec.structs.replace(best.measured, sqnr_mixed=corrected.sqnr)
 
 
 @dataclass(frozen=True)
@@ -215,7 +240,8 @@ class Course:
         self.tables = tables_of(analysis, planned.cost)
         """As corrected so far."""
         self._base, self._findings = self.tables, tuple[Finding, ...]()
-        self._samples = _verification_samples(analysis)
+        self.samples = _verification_samples(analysis)
+        """On which plans are measured."""
         self._tried: list[Trial] = []
         self._decided: Trial | None = None
         self.budget = planned.plan.budget
@@ -265,7 +291,7 @@ class Course:
         points = beside(final.plan)
         if len(points) < 2:
             return final
-        sitting = measure_beside(self._analysis, points, self._samples, self._work)
+        sitting = measure_beside(self._analysis, points, self.samples, self._work)
         better = self._better(final, points, sitting)
         if better is not None and self._tried_before(better) is None:
             self._try(self._from_front(better), self.budget, "front")
@@ -301,7 +327,7 @@ class Course:
         measured = _measure(self._analysis, planned, mixed, self._work)
         fix = None
         if not self._analysis.graph.large:
-            fix = repair(self._analysis, self._base, self._findings, planned, measured, self._samples, self._work)
+            fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
         pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]

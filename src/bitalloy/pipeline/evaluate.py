@@ -27,16 +27,25 @@ Placed = Callable[[Path], Mapping[str, Artefact]]
 
 def measure_metrics(
     analysis: Analysis,
-    lowered: frozenset[str],
+    identity: Sequence[str],
     models: Placed,
     labels: Sequence[Path],
     limit: int | None,
     work: Workspace,
 ) -> Metrics:
-    """Task metrics of float, all-INT8 and mixed model, on the same samples."""
+    """Task metrics of float, all-INT8 and mixed model, on the same samples.
+
+    Args:
+        analysis: of the model.
+        identity: what decides the mixed model beside the analysis.
+        models: makes the three.
+        labels: for the task.
+        limit: evaluate at most so many samples.
+        work: where to keep and show results.
+    """
     found = [
         _metrics_of(result)
-        for result in _results(analysis, MODELS, sorted(lowered), models, labels, limit, work, stage="evaluate")
+        for result in _results(analysis, MODELS, list(identity), models, labels, limit, work, stage="evaluate")
     ]
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},
