@@ -96,6 +96,8 @@ def exponents(
         places: of the graph.
         feeds: samples.
     """
+    if not places:
+        return {}
     maxima = channel_maxima(graph.model, {p.tensor: p.axis for p in places}, feeds)
     found = {}
     for place in places:

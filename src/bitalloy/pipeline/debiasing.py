@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from bitalloy.biases import Bias, find_biases, mean_outputs
+from bitalloy.biases import corrections, find_biases
 from bitalloy.outcome import Correction
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.records import Measured, Planned
 from bitalloy.pipeline.rounds import judged, shortfall
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import Estimate, Record
-from bitalloy.runtime import ONLY, Artefact
 from bitalloy.store import key_of
 from bitalloy.verify import artefact_sqnr
 
 BIAS = "bias"
 FITTED, LEAST = 16, 4
 """Samples that the offsets come from, and the fewest that will do."""
-GROUPS = 4
-"""Layers are corrected in so many groups, first ones first, each group with those before it corrected."""
 BETTER_DB, WORSE_DB = 0.1, 0.2
 """Mean SQNR that must be gained, and what no head may lose."""
 
@@ -79,9 +76,11 @@ def debias(
         return _untried(len(biases), f"needs {LEAST} samples beside the {len(samples)} of the verification")
 
     def make() -> bytes:
-        offsets = _fit(analysis, biases, lowered, fitted, work)
+        with work.stage("debias", len(fitted)) as progress:
+            feeds = (analysis.data.feeds(i) for i in fitted)
+            offsets = corrections(analysis.graph, biases, analysis.ranges, analysis.target, feeds, progress.advance)
         model = analysis.executable(analysis.artefact(lowered, offsets))
-        with work.stage("bias correction", len(samples)) as progress:
+        with work.stage("debias", len(samples)) as progress:
             found = artefact_sqnr(
                 analysis.original(),
                 {"corrected": model},
@@ -101,30 +100,7 @@ def debias(
         floors=planned.plan.budget,
         **analysis.execution,
     )
-    return msgspec.json.decode(work.cached("bias correction", key, make), type=Debiased)
-
-
-def _fit(
-    analysis: Analysis, biases: Sequence[Bias], lowered: frozenset[str], fitted: Sequence[int], work: Workspace
-) -> dict[str, np.ndarray]:
-    """Node -> (channels,): minus the mean difference of the mixed from the float model."""
-    size = -(-len(biases) // GROUPS)
-    groups = [biases[i : i + size] for i in range(0, len(biases), size)]
-    offsets: dict[str, np.ndarray] = {}
-    with work.stage("bias correction", len(fitted) * (len(groups) + 1)) as progress:
-
-        def means(
-            lowered: frozenset[str], wanted: Sequence[Bias], so_far: Mapping[str, np.ndarray]
-        ) -> dict[Bias, np.ndarray]:
-            model = analysis.executable(Artefact({ONLY: analysis.variant(lowered, so_far).model})).models[ONLY]
-            feeds = (analysis.data.feeds(i) for i in fitted)
-            return mean_outputs(model, wanted, feeds, progress.advance)  # type: ignore[arg-type]
-
-        exact = means(frozenset(), biases, {})
-        for group in groups:
-            rounded = means(lowered, group, offsets)
-            offsets |= {b.node: exact[b] - rounded[b] for b in group}
-    return offsets
+    return msgspec.json.decode(work.cached("debias", key, make), type=Debiased)
 
 
 def _judge(

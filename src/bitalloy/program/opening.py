@@ -115,9 +115,8 @@ class _Carrier:
         array = constant(value)
         assert value is not None and array is not None
         name = str(value.name)
-        while name in self._model.graph.initializers or any(
-            v.name == name for n in self._model.graph for v in n.outputs
-        ):
+        taken = {v.name for n in self._model.graph for v in n.outputs} | set(self._model.graph.initializers)
+        while name in taken:
             name += "'"
         copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
         self._model.graph.register_initializer(copy)
