@@ -34,9 +34,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Joined:
             "bias": rng.standard_normal(WIDTH),
         }
         nodes = [
-            helper.make_node("LayerNormalization", [given, "gain", "shift"], ["n"], name="/norm", axis=-1),
-            helper.make_node("MatMul", ["n", "weight"], ["m"], name="/up"),
-            helper.make_node("Add", ["m", "bias"], [made], name="/add"),
+            helper.make_node("LayerNormalization", [given, "gain", "shift"], ["n"], name="norm", axis=-1),
+            helper.make_node("MatMul", ["n", "weight"], ["m"], name="up"),
+            helper.make_node("Add", ["m", "bias"], [made], name="add"),
         ]
         specs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, "rows", WIDTH]) for n in (given, made)]
         constants = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()]

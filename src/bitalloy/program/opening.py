@@ -88,7 +88,7 @@ class _Carrier:
         for other, slot, pair, operand in jobs:
             other.replace_input_with(slot, self._store(pair) if _is_stored(pair) else self._round(operand, pair))
         for other, slot, value in changes:
-            other.replace_input_with(slot, self._constant_of(value))
+            self._change(other, slot, value)
         for value in self._mixed.graph.outputs:
             pair = _rounding(value)
             if pair is not None and not _is_stored(pair):
@@ -110,17 +110,20 @@ class _Carrier:
                 found.append(slot)
         return found
 
-    def _constant_of(self, value: ir.Value | None) -> ir.Value:
-        """A constant of the mixed model in this one, under a name that is free."""
-        array = constant(value)
-        assert value is not None and array is not None
-        name = str(value.name)
+    def _change(self, node: ir.Node, slot: int, value: ir.Value | None) -> None:
+        """Give an operand other values; one that others read too is replaced by a constant of its own."""
+        array, operand = constant(value), node.inputs[slot]
+        assert array is not None and operand is not None
+        name = str(operand.name)
+        if len(operand.uses()) == 1 and not operand.is_graph_output():
+            operand.const_value = ir.tensor(array, name=name)
+            return
         taken = {v.name for n in self._model.graph for v in n.outputs} | set(self._model.graph.initializers)
         while name in taken:
             name += "'"
-        copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
-        self._model.graph.register_initializer(copy)
-        return copy
+        own = ir.Value(name=name, shape=operand.shape, type=operand.type, const_value=ir.tensor(array, name=name))
+        self._model.graph.register_initializer(own)
+        node.replace_input_with(slot, own)
 
     def _store(self, pair: ir.Node) -> ir.Value:
         """INT8 or INT32 integers of the mixed model, with their scale."""
