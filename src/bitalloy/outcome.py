@@ -125,11 +125,6 @@ class Correction(Record, frozen=True, kw_only=True):
     samples: int = 0
     """On which the SQNR was measured."""
 
-    @property
-    def gain_db(self) -> float:
-        """Mean over heads; 0 where it was not measured."""
-        return sum(self.with_db[h] - self.without_db[h] for h in self.with_db) / max(len(self.with_db), 1)
-
 
 class AuditedUnit(Record, frozen=True, kw_only=True):
     """A planned unit beside what the runtime ran for it."""
