@@ -60,7 +60,9 @@ def find_biases(graph: Graph, units: UnitGraph, lowered: frozenset[str]) -> tupl
                 continue
             holder = uses[0].node
         entering = layer.inputs[0]
-        if (holder.op_type == "Add") != (layer.op_type == "MatMul") or site.node not in roots or entering is None:
+        if entering is None or 0 in static_shape(entering) or site.node not in roots:
+            continue
+        if layer.op_type not in ("Conv", "Gemm", "MatMul") or (holder.op_type == "Add") != (layer.op_type == "MatMul"):
             continue
         slot = bias_slot(holder)
         bias = constant(holder.inputs[slot]) if slot is not None else None

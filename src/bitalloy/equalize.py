@@ -210,7 +210,8 @@ class _Finder:
                 found.append(Operand(name_of(node), 1, 1 if attribute(node, "transB", 0) else 0))
             else:
                 return ()
-        return () if value.name in self._outputs else tuple(found)
+        empty = 0 in static_shape(value)  # as a cache before the first token
+        return () if empty or value.name in self._outputs else tuple(found)
 
     def _added(self, value: ir.Value, size: int) -> tuple[ir.Value, Operand] | None:
         """The Add of a constant vector that alone reads a tensor: its result, and the vector."""
