@@ -76,8 +76,10 @@ def scaled(
     count = min(len(data), settings.calibration_samples)
     fitted = range(min(FITTED, count))
     judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
-    few = msgspec.structs.replace(settings, calibration_samples=len(fitted), equalize=False)
-    key = key_of(model=model.identity, data=data.info, settings=settings, **decisive)
+    few = msgspec.structs.replace(
+        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=True
+    )
+    key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
 
     def make() -> bytes:
         return msgspec.json.encode(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
