@@ -32,7 +32,7 @@ from bitalloy.numerics import QuantParams, bias_int32, quantize
 from bitalloy.records import HALF, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
-from bitalloy.values import BORDER, namer
+from bitalloy.values import BORDER, bias_slot, namer
 from bitalloy.values import TAG as TAG
 from bitalloy.weights import pack, save, to_bytes
 
@@ -63,6 +63,7 @@ def apply(
     lowered: frozenset[str],
     ranges: Mapping[str, tuple[float, float]],
     target: Target,
+    offsets: Mapping[str, np.ndarray] | None = None,
 ) -> Mixed:
     """Rewrite a graph so that a plan's units run in INT8 or FP16 and all others as they are.
 
@@ -72,6 +73,7 @@ def apply(
         lowered: the plan: ids of the units in INT8, and those in FP16 with `HALF` behind.
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
+        offsets: node -> (channels,) that is added to its constant bias (`bitalloy.biases`), before that is rounded.
 
     Raises:
         BitalloyError: a unit is unknown or may not run in its precision.
@@ -96,6 +98,8 @@ def apply(
     for unit in units.units:
         for name in (*unit.core, *unit.tail):
             writer.nodes[name].metadata_props[TAG] = unit.id
+    for name, offset in (offsets or {}).items():
+        writer.shift(writer.nodes[name], offset)
     inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
         if unit.id in int8:
@@ -137,6 +141,15 @@ class _Writer:
         for name in unit.tail:
             for value in list(self.nodes[name].outputs):
                 self._pair(str(value.name), self.params(unit.root), unit.id)
+
+    def shift(self, node: ir.Node, offset: np.ndarray) -> None:
+        """Add to the bias of a Conv or Gemm, or to the constant of an Add."""
+        slot = bias_slot(node)
+        assert slot is not None, "only constant biases are shifted"
+        bias = constant(node.inputs[slot])
+        assert bias is not None
+        shifted = (bias + offset.reshape(bias.shape)).astype(np.float32)
+        node.replace_input_with(slot, self._constant(f"{node.name}/corrected_bias", shifted))
 
     def enter(self, edge: UnitEdge) -> None:
         if edge.tensor not in self._entries:

@@ -39,6 +39,13 @@ Floors = Annotated[
         "stricter. May be given more than once."
     ),
 ]
+Equalize = Annotated[
+    bool,
+    typer.Option(
+        "--equalize/--no-equalize",
+        help="Scale channels between layers (SmoothQuant, cross-layer equalization) where measurement says it pays.",
+    ),
+]
 Kept = Annotated[
     list[str] | None,
     typer.Option(
@@ -110,6 +117,14 @@ def run(
             help="Keep in float what the model's family advises, unless measurement overrules it.",
         ),
     ] = True,
+    equalize: Equalize = True,
+    bias_correction: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction/--no-bias-correction",
+            help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
+        ),
+    ] = True,
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
@@ -170,6 +185,8 @@ def run(
         seed=seed,
         exclude=tuple(exclude or ()),
         protect=protect,
+        equalize=equalize,
+        bias_correction=bias_correction,
     )
     with Bars() as bars:
         prepared = pipeline.prepare(
@@ -223,6 +240,14 @@ def _show(verified: Verified, folder: Path) -> None:
         cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
+    for correction in summary.corrections:
+        verdict = f"{'used' if correction.kept else 'not used'} at {correction.places} places"
+        out_console.print(
+            f"Correction `{correction.name}` {verdict}: {correction.reason}.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
     half = f" and {summary.fp16_units} in FP16" if summary.fp16_units else ""
     report = folder / "report.html"
     out_console.print(
@@ -326,6 +351,7 @@ def sensitivity(
         list[str] | None,
         typer.Option(help="Leave out of the analysis: glob over node names, regions or operator types."),
     ] = None,
+    equalize: Equalize = True,
     samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
@@ -377,6 +403,7 @@ def sensitivity(
                 probes=probes,
                 seed=seed,
                 exclude=tuple(exclude or ()),
+                equalize=equalize,
             ),
             selection=pipeline.Selection(tuple(units or ()), tuple(regions or ()), tuple(sites or ())),
             exact=exact,

@@ -58,6 +58,13 @@ class Graph:
     metadata: Mapping[str, str] = field(default_factory=dict)
     runnable: bool = True
     """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
+    rewritten: str = ""
+    """Tells a graph with other weights of the same function (`bitalloy.equalize`) from the file's; empty for that."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from all other graphs: the file's hash, and what was rewritten since."""
+        return self.info.sha256 + self.rewritten
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:

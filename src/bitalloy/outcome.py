@@ -106,6 +106,28 @@ class Evaluation(Record, frozen=True, kw_only=True):
     """Whether all limits hold."""
 
 
+class Correction(Record, frozen=True, kw_only=True):
+    """A light correction of the model, decided by measurement."""
+
+    name: str
+    """`smoothing` or `cross-layer` (scaling between layers), or `bias`."""
+    places: int
+    """Tensors that are scaled, or layers whose bias is corrected."""
+    kept: bool
+    """Whether the shipped model has it."""
+    reason: str
+    """Why it is kept or not."""
+    model: str = ""
+    """On which it was measured: `int8` or `mixed`; empty where it was not."""
+    without_db: dict[str, float] = msgspec.field(default_factory=dict)
+    """Measured SQNR by head, divergences left out."""
+    with_db: dict[str, float] = msgspec.field(default_factory=dict)
+    fitted_samples: int = 0
+    """That decided the factors or offsets."""
+    samples: int = 0
+    """On which the SQNR was measured."""
+
+
 class AuditedUnit(Record, frozen=True, kw_only=True):
     """A planned unit beside what the runtime ran for it."""
 
@@ -260,3 +282,5 @@ class Summary(Record, frozen=True, kw_only=True):
     """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False
     """True where the target cannot run on this machine: all latencies follow from peak rates of `device`."""
+    corrections: tuple[Correction, ...] = ()
+    """Light corrections that were tried, in order; those that were switched off are left out."""

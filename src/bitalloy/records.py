@@ -418,3 +418,7 @@ class Settings(Record, frozen=True, kw_only=True):
     """Glob patterns over node names and regions that stay in float."""
     protect: bool = True
     """Whether what the model's family keeps in float stays so, unless measurement overrules it."""
+    equalize: bool = True
+    """Whether channels are scaled between layers where measurement says that it pays (`bitalloy.equalize`)."""
+    bias_correction: bool = True
+    """Whether the mean error of INT8 layers is taken out of their biases where measurement says that it pays."""

@@ -75,3 +75,10 @@ def namer(model: ir.Model) -> Callable[[str], str]:
         return name
 
     return fresh
+
+
+def bias_slot(node: ir.Node) -> int | None:
+    """Which operand of a Conv, Gemm or Add is a constant that it adds; None where none or both are."""
+    slots = (0, 1) if node.op_type == "Add" else (2,)
+    found = [s for s in slots if s < len(node.inputs) and constant(node.inputs[s]) is not None]
+    return found[0] if len(found) == 1 else None

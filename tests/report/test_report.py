@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from bitalloy.outcome import Comparison, HeadComparison
+from bitalloy.outcome import Comparison, Correction, HeadComparison
 from bitalloy.plans import Budget
 from bitalloy.records import SensitivityTable
 from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
@@ -222,6 +222,29 @@ class TestVariants:
         run = make_run()
         empty = msgspec.structs.replace(run.table, rows=())
         Page(type(run)(run.summary, run.plan, empty, run.units, run.cost).render()).payload()
+
+    def test_with_corrections(self, make_run: Make) -> None:
+        tried = Correction(
+            name="bias",
+            places=7,
+            kept=True,
+            reason="mean SQNR of the mixed model +1.20 dB",
+            model="mixed",
+            without_db={"boxes": 30.0, "scores": 20.0},
+            with_db={"boxes": 31.4, "scores": 21.0},
+            fitted_samples=12,
+            samples=16,
+        )
+        untried = Correction(name="smoothing", places=0, kept=False, reason=f"no place {EVIL}")
+        run = make_run().with_summary(corrections=(untried, tried))
+        page = run.render()
+        ids = [a["id"] for t, a in Page(page).tags if t == "section" and "id" in a]
+        assert ids.index("corrections") == ids.index("latency") + 1
+        _, (other, line) = figures.corrections(run.summary, ("boxes", "scores"))
+        assert line[:5] == ("bias", "yes", "7", "mixed model", "16, 12")
+        assert line[5:7] == ("30.0 dB → 31.4 dB", "20.0 dB → 21.0 dB")
+        assert other[1] == "no" and set(other[3:7]) == {formats.NONE}
+        assert EVIL not in page
 
 
 class TestRegionTree:

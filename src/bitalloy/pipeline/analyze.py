@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 
 from bitalloy.apply import Mixed
@@ -21,6 +22,8 @@ from bitalloy.graph import Graph
 from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix
+from bitalloy.outcome import Correction
+from bitalloy.pipeline.scaling import scaled
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined, divide, reopen
 from bitalloy.records import (
@@ -74,10 +77,14 @@ class Calibrated:
     excluded: frozenset[str]
     """Nodes that the user keeps in float."""
     calibration: Calibration
+    given: Graph
+    """The model as loaded: the reference of all measurements. `graph` computes the same, perhaps with other weights."""
     key: str
     """Of model, data and settings."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know, e.g. that the data is the embedded sample."""
+    corrections: tuple[Correction, ...] = ()
+    """What scaling between layers did."""
     others: tuple[Calibrated, ...] = ()
     """The same on the other targets of the settings."""
 
@@ -105,22 +112,27 @@ class Calibrated:
         """What decides how models are executed here, beside the machine."""
         return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
 
-    def variant(self, lowered: frozenset[str]) -> Mixed:
-        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
-        return rewrite(self.graph, self.units, lowered, self.ranges, self.target)
+    def variant(self, lowered: frozenset[str], offsets: Mapping[str, np.ndarray] | None = None) -> Mixed:
+        """The model in which the given units run in INT8, and those with `HALF` behind in FP16.
 
-    def artefact(self, lowered: frozenset[str]) -> Artefact:
+        Args:
+            lowered: the plan.
+            offsets: node -> what is added to its bias.
+        """
+        return rewrite(self.graph, self.units, lowered, self.ranges, self.target, offsets)
+
+    def artefact(self, lowered: frozenset[str], offsets: Mapping[str, np.ndarray] | None = None) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(lowered).model
+        model = self.variant(lowered, offsets).model
         if not isinstance(self.graph, Joined):
             return Artefact({ONLY: model}, runtime=self.target.runtime)
         parts = divide(model, self.graph.program)
         for name, opened in self.graph.opened.items():
             try:
-                parts[name] = reopen(parts[name], opened.clone())
+                parts[name] = reopen(parts[name], opened.clone(), self.graph.program.graphs[name].model)
             except ModelError:
                 continue
         return Artefact(parts, self.graph.program, self.target.runtime)
@@ -135,7 +147,7 @@ class Calibrated:
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
         if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: _given(self.graph)}, runtime=self.target.runtime)
+            return Artefact({ONLY: _given(self.given)}, runtime=self.target.runtime)
         program = self.graph.program
         return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, self.target.runtime)
 
@@ -219,6 +231,13 @@ def calibrate(
     devices = [target(name) for name in settings.targets]
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
+    given, corrections = model, tuple[Correction, ...]()
+    if settings.equalize:
+
+        def trial(graph: Graph, few: Settings) -> Calibrated:
+            return calibrate(graph, data, few, work=work)
+
+        model, corrections = scaled(model, data, settings, trial, work, versions=versions())
     heads = find_heads(model)
     excluded = _excluded(model, settings.exclude)
     units = [split(model, device, heads, exclude=excluded) for device in devices]
@@ -230,9 +249,10 @@ def calibrate(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
     info = data.info
-    decisive = msgspec.structs.replace(settings, protect=True)  # decides plans, not what is measured
+    # the rest decides plans, not what is measured
+    decisive = msgspec.structs.replace(settings, protect=True, equalize=True, bias_correction=True)
     key = key_of(
-        model=model.info.sha256,
+        model=model.identity,
         data=info,
         settings=decisive,
         versions=versions(),
@@ -252,6 +272,8 @@ def calibrate(
             info=info,
             excluded=excluded,
             calibration=calibration,
+            given=given,
+            corrections=corrections,
             key=key_of(analysis=key, target=device.name) if index else key,
             notes=notes,
         )

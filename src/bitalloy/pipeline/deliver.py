@@ -16,7 +16,8 @@ from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis, unseen
-from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics
+from bitalloy.pipeline.debiasing import Debiased, debias
+from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics, missed_drops
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, damage_of, operators_of, plan_around, plan_tables
 from bitalloy.pipeline.protection import read_advice
@@ -143,7 +144,8 @@ def verify(
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
     plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
     all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
-    beside it. The plan that is kept is the best measured one.
+    beside it. The plan that is kept is the best measured one. Last, the mean errors of its
+    layers are taken out of their biases where that pays (`debias`).
 
     Args:
         analysis: of the model.
@@ -170,12 +172,39 @@ def verify(
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
-    final = _with_measured(final, best.measured)
-    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.lowered())
-    known = course.known()
-    sizes = _sizes(analysis, best.mixed)
-    summary = summarize(known, final, sizes, best.measured, metrics, course.rounds(), work.seconds, evaluations)
-    return Verified(analysis, final, best.mixed, summary, course.tables)
+    corrected = (
+        debias(analysis, final, best.measured, course.samples, work) if analysis.settings.bias_correction else None
+    )
+    mixed, measured = _shipped(analysis, best, corrected)
+
+    int8, lowered = analysis.units.lowest(), final.plan.lowered()
+    metrics = measure_metrics(evaluator, int8, lowered, corrected)
+    if corrected and corrected.correction.kept and missed_drops(course.budget, metrics.metrics):
+        plain = measure_metrics(evaluator, int8, lowered)
+        if not missed_drops(course.budget, plain.metrics):
+            corrected = corrected.without("without it the limit on the task metric holds")
+            mixed, measured, metrics = best.mixed, best.measured, plain
+    final = _with_measured(final, measured)
+    summary = summarize(
+        course.known(),
+        final,
+        _sizes(analysis, mixed),
+        measured,
+        metrics,
+        course.rounds(),
+        work.seconds,
+        evaluations,
+        (*analysis.corrections, *((corrected.correction,) if corrected else ())),
+    )
+    return Verified(analysis, final, mixed, summary, course.tables)
+
+
+def _shipped(analysis: Analysis, best: Trial, corrected: Debiased | None) -> tuple[Artefact, Measured]:
+    """The best plan with its biases corrected where that pays, and its measurement."""
+    if corrected is None or not corrected.correction.kept:
+        return best.mixed, best.measured
+    mixed = analysis.artefact(best.planned.plan.lowered(), corrected.arrays)
+    return mixed, msgspec.structs.replace(best.measured, sqnr_mixed=corrected.sqnr)
 
 
 @dataclass(frozen=True)
@@ -210,7 +239,8 @@ class Course:
         self.tables = tables_of(analysis, planned.cost)
         """As corrected so far."""
         self._base, self._findings = self.tables, tuple[Finding, ...]()
-        self._samples = unseen(analysis.matrix.samples, len(analysis.data))
+        self.samples = unseen(analysis.matrix.samples, len(analysis.data))
+        """On which plans are measured."""
         self._tried: list[Trial] = []
         self._decided: Trial | None = None
         self.budget = planned.plan.budget
@@ -266,7 +296,7 @@ class Course:
         points = beside(final.plan)
         if len(points) < 2:
             return final
-        sitting = measure_beside(self._analysis, points, self._samples, self._work)
+        sitting = measure_beside(self._analysis, points, self.samples, self._work)
         better = self._better(final, points, sitting)
         if better is not None and self._tried_before(better) is None:
             self._try(self._from_front(better), self.budget, "front")
@@ -302,7 +332,7 @@ class Course:
         measured = _measure(self._analysis, planned, mixed, self._work)
         fix = None
         if not self._analysis.graph.large:
-            fix = repair(self._analysis, self._base, self._findings, planned, measured, self._samples, self._work)
+            fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
         pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]

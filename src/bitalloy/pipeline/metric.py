@@ -89,7 +89,7 @@ def measure_metric(
             f"{[list(o.shape) for o in model.info.outputs]}. Leave out --metric to measure SQNR."
         )
     key = key_of(
-        model=model.info.sha256,
+        model=model.identity,
         shapes=model.info.inputs,
         target=ready.target.name,
         ranges=ready.calibration.ranges,

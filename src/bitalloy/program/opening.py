@@ -9,12 +9,14 @@ is rounded by can be carried over, operand by operand:
    that are the same tensor on the same scale share one pair.
 3. A rounded output of the graph: likewise.
 4. A node in FP16 runs in FP16, with Cast nodes where it meets others (`bitalloy.halving`).
+5. A float constant that the rewriting changed (a scaled weight, a corrected bias) takes the place of the same operand.
 
 A node that only one of the forms has (shape arithmetic, a Concat with an empty cache) is left as it is.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -27,25 +29,27 @@ ALIAS = "/to_last"
 """Ending of the node that `bitalloy.apply` puts before a Softmax: it has the operand of the Softmax."""
 
 
-def reopen(mixed: ir.Model, model: ir.Model) -> ir.Model:
+def reopen(mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> ir.Model:
     """Write the roundings of one form of a graph into the other, in place.
 
     Args:
         mixed: rewritten by a plan, with fixed sizes; not changed.
         model: float, from `load_open` of the same file.
+        fixed: float, with fixed sizes, from the same file; tells which constants were changed.
 
     Returns:
         `model`, with its own inputs, outputs and sizes.
 
     Raises:
-        ModelError: a rounded operand is missing in the open form, or a stored one is computed there.
+        ModelError: a rounded or changed operand is missing in the open form, or a stored one is computed there.
     """
-    return _Carrier(mixed, model).carry()
+    return _Carrier(mixed, model, fixed).carry()
 
 
 class _Carrier:
-    def __init__(self, mixed: ir.Model, model: ir.Model) -> None:
+    def __init__(self, mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> None:
         self._mixed, self._model = mixed, model
+        self._before = {name_of(n): n for n in fixed.graph}
         self._pairs: dict[tuple[ir.Value, str], ir.Value] = {}
         self._stored: dict[str, ir.Value] = {}
 
@@ -55,13 +59,14 @@ class _Carrier:
         last = {str(v.name): v for v in self._model.graph.outputs}
         missing: list[str | None] = []
         jobs: list[tuple[ir.Node, int, ir.Node, ir.Value]] = []
+        changes: list[tuple[ir.Node, int, ir.Value | None]] = []
         for node in self._mixed.graph:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear") or is_border(node):
                 continue
             other = open_nodes.get(name_of(node).removesuffix(ALIAS))
             if other is None or (node.name in half and any(v.dtype is None for v in other.outputs)):
                 rounded = node.name in half or any(_rounding(v) is not None for v in node.inputs)
-                missing += [node.name] if rounded else []
+                missing += [node.name] if rounded or self._changed(node) else []
                 continue
             if TAG in node.metadata_props:
                 other.metadata_props[TAG] = node.metadata_props[TAG]
@@ -73,12 +78,20 @@ class _Carrier:
                         missing.append(node.name)
                     else:
                         jobs.append((other, slot, pair, operand))
+            for slot in self._changed(node):
+                operand = other.inputs[slot] if slot < len(other.inputs) else None
+                if constant(operand) is None:
+                    missing.append(node.name)
+                else:
+                    changes.append((other, slot, node.inputs[slot]))
         if missing:
             raise ModelError(
-                f"{len(missing)} rounded nodes differ between fixed and open sizes, the first is '{missing[0]}'."
+                f"{len(missing)} rewritten nodes differ between fixed and open sizes, the first is '{missing[0]}'."
             )
         for other, slot, pair, operand in jobs:
             other.replace_input_with(slot, self._store(pair) if _is_stored(pair) else self._round(operand, pair))
+        for other, slot, value in changes:
+            self._change(other, slot, value)
         for value in self._mixed.graph.outputs:
             pair = _rounding(value)
             if pair is not None and not _is_stored(pair):
@@ -91,6 +104,30 @@ class _Carrier:
         except onnx.checker.ValidationError as error:
             raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
         return self._model
+
+    def _changed(self, node: ir.Node) -> list[int]:
+        """Slots of the float constants of a node that the rewriting changed."""
+        before, found = self._before.get(name_of(node)), []
+        for slot, value in enumerate(node.inputs if before is not None else ()):
+            now, then = constant(value), constant(before.inputs[slot]) if slot < len(before.inputs) else None  # type: ignore[union-attr]
+            if now is not None and then is not None and now.dtype == np.float32 and not np.array_equal(now, then):
+                found.append(slot)
+        return found
+
+    def _change(self, node: ir.Node, slot: int, value: ir.Value | None) -> None:
+        """Give an operand other values; one that others read too is replaced by a constant of its own."""
+        array, operand = constant(value), node.inputs[slot]
+        assert array is not None and operand is not None
+        name = str(operand.name)
+        if len(operand.uses()) == 1 and not operand.is_graph_output():
+            operand.const_value = ir.tensor(array, name=name)
+            return
+        taken = {v.name for n in self._model.graph for v in n.outputs} | set(self._model.graph.initializers)
+        while name in taken:
+            name += "'"
+        own = ir.Value(name=name, shape=operand.shape, type=operand.type, const_value=ir.tensor(array, name=name))
+        self._model.graph.register_initializer(own)
+        node.replace_input_with(slot, own)
 
     def _store(self, pair: ir.Node) -> ir.Value:
         """INT8 or INT32 integers of the mixed model, with their scale."""

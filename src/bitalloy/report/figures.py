@@ -214,6 +214,35 @@ def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]
     return header, lines
 
 
+def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and lines of the light corrections that were tried."""
+    names = list(heads)
+    header = (
+        "Correction", "Used", "Places", "Measured on", "Samples, fitted on", *(f"{h}, without → with" for h in names),
+        "Why",
+    )  # fmt: skip
+    lines = []
+    for one in summary.corrections:
+        pairs = (
+            f"{formats.decibel(one.without_db[h])} → {formats.decibel(one.with_db[h])}"
+            if h in one.with_db
+            else formats.NONE
+            for h in names
+        )
+        lines.append(
+            (
+                one.name,
+                "yes" if one.kept else "no",
+                str(one.places),
+                {"int8": "all-INT8 model", "mixed": "mixed model"}.get(one.model, formats.NONE),
+                f"{one.samples}, {one.fitted_samples}" if one.model else formats.NONE,
+                *pairs,
+                one.reason,
+            )
+        )
+    return header, lines
+
+
 def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
     """Names of the heads, in the order in which plans list them, which ends with divergences: they have a row each."""
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)

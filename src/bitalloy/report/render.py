@@ -56,6 +56,7 @@ def render(
     round_header, round_lines = figures.rounds(summary, heads)
     repair_header, repair_lines = figures.repairs(summary, heads)
     evaluation_header, evaluation_lines = figures.evaluations(summary)
+    correction_header, correction_lines = figures.corrections(summary, heads)
     return environment.get_template("template.html").render(
         policy=_policy(style, script),
         style=Markup(style),
@@ -79,6 +80,8 @@ def render(
         repair_lines=repair_lines,
         evaluation_header=evaluation_header,
         evaluation_lines=evaluation_lines,
+        correction_header=correction_header,
+        correction_lines=correction_lines,
         points=_points(plan, cost),
         regions=region_tree(tables),
     )

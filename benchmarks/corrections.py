@@ -1,0 +1,86 @@
+"""SQNR of rounded models without and with each light correction, whether or not `bitalloy run` would keep it.
+
+Scaling between layers: everything in INT8, each rule by itself. Bias correction: everything in INT8, and random halves
+of the units. Factors, ranges and offsets come from the first samples, SQNR from the last ones.
+
+    python benchmarks/corrections.py --model yolo11n.onnx --images coco128-calib/images --out DIR
+    python benchmarks/corrections.py --model mobilevlm-shapes --out DIR
+
+The last line is JSON: `scaling` and `bias`, by rule or plan: `places`, and dB by head `without` and `with`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bitalloy import Calibrated, Settings, calibrate
+from bitalloy.biases import corrections, find_biases
+from bitalloy.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
+from bitalloy.pipeline import prepare
+from bitalloy.verify import artefact_sqnr
+
+
+def compare(
+    parts: dict[str, Calibrated], plan: frozenset[str], offsets: dict[str, np.ndarray], samples: range
+) -> dict[str, dict[str, float]]:
+    """SQNR in dB by head of a plan on `without` and on `with`, the latter with offsets."""
+    first = parts["without"]
+    models = {
+        name: part.executable(part.artefact(plan, offsets if name == "with" else None)) for name, part in parts.items()
+    }
+    found = artefact_sqnr(first.original(), models, first.heads, (first.data.feeds(i) for i in samples))
+    return {n: {h.name: round(e.value, 2) for h, e in zip(first.heads, found[n], strict=True)} for n in parts}
+
+
+def main() -> None:
+    """Measure and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="an .onnx file or a name of the zoo")
+    parser.add_argument("--images", type=Path, help="folder of images, or .npz feeds; the embedded sample without it")
+    parser.add_argument("--out", type=Path, required=True, help="run directory")
+    parser.add_argument("--samples", type=int, default=16, help="fitted, and as many others measured")
+    parser.add_argument("--halves", type=int, default=2, help="random plans of half of the units")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    prepared = prepare(options.model, out=options.out, data=options.images, seed=options.seed)
+    model, data = prepared.model, prepared.data
+    settings = Settings(seed=options.seed, calibration_samples=options.samples, equalize=False)
+    count = min(options.samples, len(data) // 2)
+    judged = range(len(data) - count, len(data))
+    feeds = [data.feeds(i) for i in range(count)]
+    plain = calibrate(model, data, settings, work=prepared.work)
+    result: dict[str, dict[str, object]] = {"scaling": {}, "bias": {}}
+
+    places = find_places(model)
+    factors = exponents(model, places, feeds)
+    for rule in (SMOOTHING, CROSS_LAYER):
+        own = {p: powers for p, powers in factors.items() if p.rule == rule}
+        entry: dict[str, object] = {"found": sum(p.rule == rule for p in places), "places": len(own)}
+        if own:
+            parts = {"without": plain, "with": calibrate(scale(model, own), data, settings, work=prepared.work)}
+            entry |= compare(parts, plain.units.lowest(), {}, judged)
+        result["scaling"][rule] = entry
+        print(rule, entry, flush=True)
+
+    generator, units = np.random.default_rng(options.seed), sorted(plain.units.lowest())
+    plans = {"all": frozenset(units)}
+    for number in range(options.halves):
+        plans[f"half {number}"] = frozenset(u for u in units if generator.random() < 0.5)
+    biases = find_biases(plain.graph, plain.units, plans["all"])
+    offsets = corrections(plain.graph, biases, plain.ranges, plain.target, feeds)
+    for name, plan in plans.items():
+        own_offsets = {b.node: offsets[b.node] for b in find_biases(plain.graph, plain.units, plan)}
+        found = compare({"without": plain, "with": plain}, plan, own_offsets, judged)
+        result["bias"][name] = {"places": len(own_offsets), **found}
+        print(name, result["bias"][name], flush=True)
+    facts = {"benchmark": "corrections", "model": options.model, "samples": count, "seed": options.seed}
+    print(json.dumps({**facts, "model_sha256": model.info.sha256[:16], **result}))
+
+
+if __name__ == "__main__":
+    main()

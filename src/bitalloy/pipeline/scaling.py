@@ -1,0 +1,159 @@
+"""Whether scaling channels between layers pays: each rule is tried on the all-INT8 model and kept where it gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from bitalloy.data import Dataset
+from bitalloy.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
+from bitalloy.graph import Graph
+from bitalloy.outcome import Correction
+from bitalloy.pipeline.work import Workspace
+from bitalloy.records import Head, Record, Settings, UnitGraph
+from bitalloy.runtime import Artefact
+from bitalloy.store import key_of
+from bitalloy.verify import artefact_sqnr
+
+FITTED, JUDGED = 8, 8
+"""Samples that decide factors and ranges, and those after them on which the SQNR is measured."""
+BETTER_DB = 0.1
+"""What a rule must gain in mean SQNR over the heads to be kept."""
+
+
+class Trial(Protocol):
+    """What is asked of a calibrated model."""
+
+    @property
+    def heads(self) -> tuple[Head, ...]: ...
+
+    @property
+    def units(self) -> UnitGraph: ...
+
+    @property
+    def others(self) -> Sequence[Trial]: ...
+
+    def artefact(self, lowered: frozenset[str]) -> Artefact: ...
+
+    def executable(self, artefact: Artefact) -> Artefact: ...
+
+    def original(self) -> Artefact: ...
+
+
+class Scaled(Record, frozen=True, kw_only=True):
+    """What was found."""
+
+    corrections: tuple[Correction, ...]
+    factors: dict[str, tuple[int, ...]]
+    """Tensor -> power of two per channel, of the rules that are kept."""
+
+
+def scaled(
+    model: Graph,
+    data: Dataset,
+    settings: Settings,
+    calibrated: Callable[[Graph, Settings], Trial],
+    work: Workspace,
+    **decisive: object,
+) -> tuple[Graph, tuple[Correction, ...]]:
+    """The model with channels scaled by the rules that pay, and what each of them did.
+
+    Args:
+        model: as loaded.
+        data: samples.
+        settings: of the analysis.
+        calibrated: makes a model ready to be rounded, as it is given.
+        work: where to keep and show results.
+        decisive: what decides the result beside the model, data and settings.
+    """
+    places = find_places(model)
+    if not places:
+        reason = "large models share their weights" if model.large else "no place where the rule applies"
+        return model, tuple(_untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
+    count = min(len(data), settings.calibration_samples)
+    fitted = range(min(FITTED, count))
+    judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
+    few = msgspec.structs.replace(
+        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=True
+    )
+    key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
+
+    def make() -> bytes:
+        return msgspec.json.encode(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
+
+    found = msgspec.json.decode(work.cached("equalize", key, make), type=Scaled)
+    factors = {p: found.factors[p.tensor] for p in places if p.tensor in found.factors}
+    return scale(model, factors) if factors else model, found.corrections
+
+
+def _try(
+    model: Graph,
+    places: Sequence[Place],
+    data: Dataset,
+    fitted: Sequence[int],
+    judged: Sequence[int],
+    calibrated: Callable[[Graph], Trial],
+    work: Workspace,
+) -> Scaled:
+    with work.stage("equalize", None):
+        all_factors = exponents(model, places, (data.feeds(i) for i in fitted))
+    kept: dict[Place, tuple[int, ...]] = {}
+    corrections = []
+    base: Trial | None = None
+    for rule in (SMOOTHING, CROSS_LAYER):
+        factors = {p: powers for p, powers in all_factors.items() if p.rule == rule}
+        if not factors:
+            even = any(p.rule == rule for p in places)
+            reason = "channels differ too little to be scaled" if even else "no place where the rule applies"
+            corrections.append(_untried(rule, 0, reason))
+            continue
+        base = base or _with_int8(calibrated(model))
+        if base is None:
+            corrections.append(_untried(rule, len(factors), "no unit runs in INT8"))
+            continue
+        changed = _with_int8(calibrated(scale(model, {**kept, **factors})))
+        assert changed is not None, "scaling leaves operators as they are"
+        without, with_ = _sqnr(base, {"without": base, "with": changed}, data, judged, work)
+        gain = float(np.mean([with_[h] - without[h] for h in with_]))
+        corrections.append(
+            Correction(
+                name=rule,
+                places=len(factors),
+                kept=gain > BETTER_DB,
+                reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB",
+                model="int8",
+                without_db=without,
+                with_db=with_,
+                fitted_samples=len(fitted),
+                samples=len(judged),
+            )
+        )
+        if gain > BETTER_DB:
+            kept, base = {**kept, **factors}, changed
+    return Scaled(corrections=tuple(corrections), factors={p.tensor: powers for p, powers in kept.items()})
+
+
+def _with_int8(trial: Trial) -> Trial | None:
+    """The first target that has INT8."""
+    return next((t for t in (trial, *trial.others) if t.units.quantizable()), None)
+
+
+def _sqnr(
+    base: Trial, trials: Mapping[str, Trial], data: Dataset, samples: Sequence[int], work: Workspace
+) -> tuple[dict[str, float], ...]:
+    """SQNR in dB of all-INT8 models by head, divergences left out."""
+    models = {name: t.executable(t.artefact(t.units.lowest())) for name, t in trials.items()}
+    feeds = (data.feeds(i) for i in samples)
+    with work.stage("equalize", len(samples)) as progress:
+        found = artefact_sqnr(base.original(), models, base.heads, feeds, progress=progress.advance)
+    return tuple(
+        {h.name: round(e.value, 3) for h, e in zip(base.heads, found[name], strict=True) if not h.kind}
+        for name in trials
+    )
+
+
+def _untried(rule: str, places: int, reason: str) -> Correction:
+    return Correction(name=rule, places=places, kept=False, reason=reason)
