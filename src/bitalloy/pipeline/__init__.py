@@ -1,7 +1,8 @@
 """The stages in their order. The only package that knows it."""
 
-from bitalloy.pipeline.analyze import Analysis, Calibrated, analyze, calibrate
+from bitalloy.pipeline.analyze import Analysis, analyze
 from bitalloy.pipeline.audit import audit, audit_run
+from bitalloy.pipeline.calibration import Calibrated, calibrate
 from bitalloy.pipeline.deliver import Verified, apply, float_bytes, measure_cost, plan, verify
 from bitalloy.pipeline.doctor import doctor
 from bitalloy.pipeline.exact import MODES, Selection, confirm, measure_exact

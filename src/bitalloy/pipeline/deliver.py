@@ -15,7 +15,8 @@ from bitalloy.errors import BudgetError
 from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis, unseen
+from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.calibration import unseen
 from bitalloy.pipeline.debiasing import Debiased, debias
 from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics, missed_drops
 from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured

@@ -19,7 +19,8 @@ import numpy as np
 from bitalloy.errors import BitalloyError, DataError
 from bitalloy.heads import is_divergence
 from bitalloy.matrix import draws, interval
-from bitalloy.pipeline.analyze import Analysis, Calibrated, part_of, switchboard, versions
+from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.calibration import Calibrated, part_of, switchboard, versions
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors

@@ -11,7 +11,7 @@ import numpy as np
 
 from bitalloy.data import ImageSpec
 from bitalloy.errors import BitalloyError, DataError
-from bitalloy.pipeline.analyze import Calibrated, versions
+from bitalloy.pipeline.calibration import Calibrated, versions
 from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, Thing, chosen
 from bitalloy.pipeline.prepare import image_spec
 from bitalloy.pipeline.work import Workspace

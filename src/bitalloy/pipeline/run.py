@@ -10,8 +10,9 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.errors import BudgetError
-from bitalloy.pipeline.analyze import Analysis, analyze, units_of
+from bitalloy.pipeline.analyze import Analysis, analyze
 from bitalloy.pipeline.audit import audit
+from bitalloy.pipeline.calibration import units_of
 from bitalloy.pipeline.constraints import constrain
 from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
 from bitalloy.pipeline.exact import confirm

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from bitalloy.heads import is_divergence
-from bitalloy.pipeline.analyze import analyze, calibrate
+from bitalloy.pipeline.analyze import analyze
+from bitalloy.pipeline.calibration import calibrate
 from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, ONE, Selection, chosen, confirm, measure_exact
 from bitalloy.pipeline.metric import MetricTable, measure_metric
 from bitalloy.pipeline.prepare import ImageChoice, prepare

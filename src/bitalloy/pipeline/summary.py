@@ -9,7 +9,8 @@ from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.heads import KL, is_divergence
 from bitalloy.matrix import draws, estimate
 from bitalloy.outcome import Comparison, Correction, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
-from bitalloy.pipeline.analyze import Analysis, part_of, versions
+from bitalloy.pipeline.analyze import Analysis
+from bitalloy.pipeline.calibration import part_of, versions
 from bitalloy.pipeline.evaluate import missed_drops
 from bitalloy.pipeline.records import Measured, Metrics, Planned, ratio_limit
 from bitalloy.pipeline.rounds import shortfall
