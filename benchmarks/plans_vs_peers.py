@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that keeps the models")
     parser.add_argument("--peers-python", type=Path, required=True, help="interpreter of the peers' environment")
     parser.add_argument("--targets", default="ort-cpu,openvino-cpu", help="of bitalloy, separated by commas")
+    parser.add_argument("--skip", default="", help="peers to leave out, separated by commas, such as nncf-control")
     parser.add_argument("--samples", type=int, default=128, help="images for the calibration of peers")
     parser.add_argument("--repeats", type=int, default=60, help="timed rounds")
     parser.add_argument("--limit", type=int, help="evaluate at most so many images")
@@ -115,6 +116,8 @@ def main() -> None:
         entry = {"runtime": runtime, "precision": "f32"}
         models.append({"name": f"{runtime} float", "path": str(options.model), **entry})
         for kind, suffix in PEERS[target].items():
+            if kind in options.skip.split(","):
+                continue
             made[kind] = peer(kind, suffix, options, image)
             models.append({"name": kind, "path": str(options.out / f"{kind}{suffix}"), **entry})
         name = f"bitalloy {target}"

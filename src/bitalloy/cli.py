@@ -240,7 +240,7 @@ def _show(verified: Verified, folder: Path) -> None:
         cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
-    for correction in summary.corrections:
+    for correction in (c for c in summary.corrections if c.places):
         verdict = f"{'used' if correction.kept else 'not used'} at {correction.places} places"
         out_console.print(
             f"Correction `{correction.name}` {verdict}: {correction.reason}.",

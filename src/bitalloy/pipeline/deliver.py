@@ -19,7 +19,7 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.calibration import unseen
 from bitalloy.pipeline.debiasing import Debiased, debias
 from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics, missed_drops
-from bitalloy.pipeline.neighbours import Sitting, beside, measure_beside, with_measured
+from bitalloy.pipeline.neighbours import NEIGHBOURS, SHOWN, Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, damage_of, operators_of, plan_around, plan_tables
 from bitalloy.pipeline.protection import read_advice
 from bitalloy.pipeline.records import Measured, Planned
@@ -294,7 +294,7 @@ class Course:
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
         final = self.completed()
-        points = beside(final.plan)
+        points = beside(final.plan, SHOWN if self.budget.max_drop else NEIGHBOURS)
         if len(points) < 2:
             return final
         sitting = measure_beside(self._analysis, points, self.samples, self._work)

@@ -16,8 +16,9 @@ from bitalloy.runtime import Session
 from bitalloy.store import key_of
 from bitalloy.verify import output_sqnr
 
-NEIGHBOURS = 6
-"""Plans beside the chosen one, as many faster as slower ones where the front has them."""
+NEIGHBOURS, SHOWN = 6, 2
+"""Plans beside the chosen one, as many faster as slower ones where the front has them: those that may take its place,
+and those that are only shown."""
 REPEATS = 15
 """Timed rounds of the sitting."""
 
