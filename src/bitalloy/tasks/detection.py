@@ -73,6 +73,12 @@ class DetectionData:
         """Images by their numbers."""
         return [self.labels.images[i] for i in samples]
 
+    def opened(self, sample: int) -> tuple[dict[str, np.ndarray], Geometry, tuple[int, int]]:
+        """Feeds of one image, where it lies on the canvas, and its own width and height."""
+        image = self.labels.open_image(self.labels.images[sample], self.image.channels)
+        feed, geometry = image_feed(image, self.image)
+        return {self.image.input: feed}, geometry, image.size
+
 
 @dataclass(frozen=True, slots=True)
 class DetectionResult:
@@ -153,14 +159,12 @@ def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: in
     Raises:
         DataError: labels, images and models do not fit each other.
     """
-    entry = data.labels.images[sample]
-    opened = data.labels.open_image(entry, data.image.channels)
-    feed, geometry = image_feed(opened, data.image)
+    feeds, geometry, size = data.opened(sample)
     found: dict[str, Seen] = {}
     for name, run in models.items():
-        boxes, scores = decode(run({data.image.input: feed}))
+        boxes, scores = decode(run(feeds))
         data.labels.category_ids(len(scores), data.names)
-        found[name] = seen_of(on_image(suppress(boxes, scores), geometry, opened.size), len(scores))
+        found[name] = seen_of(on_image(suppress(boxes, scores), geometry, size), len(scores))
     return found
 
 

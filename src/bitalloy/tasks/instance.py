@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bitalloy.data import Geometry, ImageSpec, image_feed
+from bitalloy.data import Geometry, ImageSpec
 from bitalloy.masks import Rle, encode, packed, unpacked
 from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
@@ -102,16 +102,14 @@ def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: in
     Raises:
         DataError: labels, images and models do not fit each other.
     """
-    entry = data.labels.images[sample]
-    opened = data.labels.open_image(entry, data.image.channels)
-    feed, geometry = image_feed(opened, data.image)
+    feeds, geometry, size = data.opened(sample)
     found: dict[str, Seen] = {}
     for name, run in models.items():
-        outputs = run({data.image.input: feed})
+        outputs = run(feeds)
         classes = len(decode(outputs)[1])
         data.labels.category_ids(classes, data.names)
-        boxes, masks = find_instances(outputs, data.image, geometry, opened.size)
-        found[name] = {**seen_of(boxes, classes), **packed(masks), "size": np.array(opened.size)}
+        boxes, masks = find_instances(outputs, data.image, geometry, size)
+        found[name] = {**seen_of(boxes, classes), **packed(masks), "size": np.array(size)}
     return found
 
 
