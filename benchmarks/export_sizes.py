@@ -4,16 +4,6 @@
 
 The exported files are compared with torch on random inputs as always, which is part of the time; they are deleted
 unless `--keep` is given. Prints a table row per model, and a line of JSON at the end.
-
-Measured on 2026-11-24 (AMD EPYC, 2 cores of which 1 used, 24 GB, lowest priority on a busy machine, so wall times are
-high; torch 2.13.0, transformers 5.23.0, kornia 0.9.0, ONNX Runtime 1.32):
-
-    model              seconds  CPU seconds  peak GB  files GB  largest difference
-    yolo11x               61.0         23.0     1.55     0.228  1.9e-07
-    yolo11x-seg          102.7         28.7     1.69     0.249  2.8e-06
-    segformer-b5         157.9         58.4     2.99     0.339  1.0e-06
-    mobilesam            111.1         26.0     0.92     0.045  2.4e-06
-    mobilevlm-v2-1.7b    652.1        198.0    11.46     6.646  3.0e-06
 """
 
 from __future__ import annotations

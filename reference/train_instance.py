@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from bitalloy.samples import shapes
 from bitalloy.zoo import SAMPLE, resolve
-from bitalloy.zoo.networks.yolo11 import STRIDES, Conv, Segment, Yolo11
+from bitalloy.zoo.networks.yolo11 import STRIDES, Segment, Yolo11
+from bitalloy.zoo.networks.yolo11_blocks import Conv
 from detection_loss import Assignment, detection_loss
 from sample_file import evaluate, export
 from training import Batch, Recipe, collate, main

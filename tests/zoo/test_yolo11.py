@@ -40,7 +40,8 @@ def test_counts_of_the_network_are_those_of_the_listing(name: str) -> None:
     """Counted by torch, on networks without memory behind their tensors."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from bitalloy.zoo.networks.yolo11 import Conv, Yolo11
+    from bitalloy.zoo.networks.yolo11 import Yolo11
+    from bitalloy.zoo.networks.yolo11_blocks import Conv
 
     _, variant = zoo.find(name)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -25,9 +25,8 @@ from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Pub
 from bitalloy.zoo.exporting import Facts, Signature, export_graph, write_program
 from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
 
-EXTRA = "mobilevlm"
+EXTRA, TOKENIZER = "mobilevlm", "tokenizer.model"
 SIDE = 336
-TOKENIZER = "tokenizer.model"
 PROMPT, BEFORE = 256, 35
 """Positions of a usual prompt, and of its part before the image."""
 CLIP = {
@@ -290,7 +289,6 @@ SHAPES = Variant(
     remote=Remote(file="a folder, from reference/train_language.py", licence="Apache-2.0"),
     note="A reduced MobileVLM V2 for the embedded sample.",
 )  # fmt: skip
-"""Of the embedded sample; trained by `reference/train_language.py`."""
 FAMILY = Family(
     name="mobilevlm",
     task="vision-language generation",
