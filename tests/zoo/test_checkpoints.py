@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bitalloy import zoo
 from bitalloy.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import Remote
@@ -82,6 +84,23 @@ def test_pickled_module_needs_permission_and_gives_its_state_dict(tmp_path: Path
     want = module.float().state_dict()
     assert got.keys() == want.keys()
     assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_by_python_itself_needs_permission(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(pickle.dumps({"model": print}))
+    with pytest.raises(ModelError, match="--trust-checkpoint"):
+        checkpoints.read(path)
+
+
+def test_a_refused_checkpoint_leaves_no_folder(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
+    (tmp_path / "there").mkdir()
+    for folder in ("new", "there"):
+        with pytest.raises(ModelError, match="no checkpoint of yolo11n"):
+            zoo.export("yolo11n", checkpoint=tmp_path / "a.pt", folder=tmp_path / folder)
+    assert not (tmp_path / "new").exists() and (tmp_path / "there").is_dir()
 
 
 def test_code_in_a_trusted_pickle_does_not_run(tmp_path: Path) -> None:

@@ -131,11 +131,15 @@ def export(
         raise ModelError(f"'{checkpoint}' is an ONNX file already: give it to `bitalloy run`.")
     if not is_onnx and family.missing:
         raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return family.export(variant, checkpoint, options, folder)
     except OSError as error:
         raise BitalloyError(f"'{name}' cannot be written to '{folder}': {error}. Choose another folder.") from error
+    finally:
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _variant_names() -> list[str]:

@@ -50,7 +50,7 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if not re.search(r"[Uu]nsupported (global: )?GLOBAL", str(error)):
+        if not re.search(r"[Uu]nsupported (global: )?GLOBAL", str(error)) and not _is_pickle(path, error):
             raise _damaged(path, error) from error
         if not trust:
             raise ModelError(
@@ -62,6 +62,12 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
     except (EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
     return _tensors(content, path)
+
+
+def _is_pickle(path: Path, error: pickle.UnpicklingError) -> bool:
+    """Whether a file starts as Python's own pickles do, with an instruction that files of tensors never have."""
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO and "nsupported operand" in str(error)
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor], *, source: Path, name: str) -> None:
