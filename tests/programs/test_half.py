@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from tests.programs.test_programs import axes, decibels, run
+from tests.programs.test_programs import axes, decibels, random_feeds, run
 
 import bitalloy as api
 from bitalloy.halving import specified
@@ -98,14 +98,7 @@ def test_arithmetic_is_the_same_with_open_sizes(analyses: Any, target: str, tmp_
         both = {"fixed": specified(model), "open": specified(shipped.models[name])}
         for form, one in both.items():
             Artefact({"model": one}).save(tmp_path / f"{name}-{form}.onnx")
-        feeds = {}
-        for spec in analysis.graph.program.graphs[name].info.inputs:
-            if spec.dtype == "FLOAT":
-                feeds[spec.name] = random.standard_normal(spec.shape).astype(np.float32)
-            else:
-                feeds[spec.name] = np.ones(spec.shape, np.int64)
-        if "position_ids" in feeds:
-            feeds["position_ids"] = np.arange(feeds["position_ids"].size)[None]
+        feeds = random_feeds(analysis.graph.program.graphs[name], random)
         expected, found = (run(tmp_path / f"{name}-{form}.onnx", feeds) for form in ("fixed", "open"))
         assert expected.keys() == found.keys()
         for key, value in expected.items():

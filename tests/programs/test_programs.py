@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import bitalloy as api
+from bitalloy.graph import Graph
 from bitalloy.pipeline import prepare
 from bitalloy.pipeline.programs import cache_size, interface_of, runner
 from bitalloy.program import divide, load_program
@@ -29,6 +30,19 @@ def session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def random_feeds(graph: Graph, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Normal numbers, ones for integers, and positions in order."""
+    feeds: dict[str, np.ndarray] = {}
+    for spec in graph.info.inputs:
+        if spec.dtype == "FLOAT":
+            feeds[spec.name] = rng.standard_normal(spec.shape).astype(np.float32)
+        else:
+            feeds[spec.name] = np.ones(spec.shape, np.int64)
+    if "position_ids" in feeds:
+        feeds["position_ids"] = np.arange(feeds["position_ids"].size)[None]
+    return feeds
 
 
 def run(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -211,14 +225,7 @@ def test_roundings_are_the_same_with_open_sizes(spoken: Any, tmp_path: Path) -> 
     for name, model in fixed.items():
         path = tmp_path / f"{name}.onnx"
         Artefact({"model": model}).save(path)
-        feeds = {}
-        for spec in analysis.graph.program.graphs[name].info.inputs:
-            if spec.dtype == "FLOAT":
-                feeds[spec.name] = rng.standard_normal(spec.shape).astype(np.float32)
-            else:
-                feeds[spec.name] = np.ones(spec.shape, np.int64)
-        if "position_ids" in feeds:
-            feeds["position_ids"] = np.arange(feeds["position_ids"].size)[None]
+        feeds = random_feeds(analysis.graph.program.graphs[name], rng)
         expected, found = run(path, feeds), run(tmp_path / "open" / f"{name}.onnx", feeds)
         assert expected.keys() == found.keys()
         for key, value in expected.items():

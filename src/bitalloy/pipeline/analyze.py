@@ -13,12 +13,7 @@ from bitalloy.graph import Graph
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.calibration import COMPARED, Calibrated, calibrate, part_of, switchboard, unseen
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import (
-    RangeChoice,
-    Secant,
-    SensitivityTable,
-    Settings,
-)
+from bitalloy.records import RangeChoice, Secant, SensitivityTable, Settings
 from bitalloy.sensitivity import Prober, choose, late, picked, secant, sensitivities, settled, views
 from bitalloy.sensitivity.exact import FRACTIONS
 from bitalloy.verify import artefact_sqnr

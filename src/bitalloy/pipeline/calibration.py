@@ -24,15 +24,7 @@ from bitalloy.outcome import Correction
 from bitalloy.pipeline.scaling import scaled
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined, divide, reopen
-from bitalloy.records import (
-    Calibration,
-    DataInfo,
-    Head,
-    Precision,
-    Settings,
-    TensorRange,
-    UnitGraph,
-)
+from bitalloy.records import Calibration, DataInfo, Head, Precision, Settings, TensorRange, UnitGraph
 from bitalloy.regions import ancestors, path_of, region_id
 from bitalloy.runtime import AS_WRITTEN, ONLY, Artefact, available_cores
 from bitalloy.sensitivity import Switchboard
@@ -227,7 +219,7 @@ def switchboard(ready: Calibrated, at_once: int, work: Workspace) -> Switchboard
     """
     at_once = min(at_once, available_cores())
     key = key_of(
-        model=ready.graph.info.sha256,
+        model=ready.graph.identity,
         shapes=ready.graph.info.inputs,
         target=ready.target.name,
         units=ready.units,

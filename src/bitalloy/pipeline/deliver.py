@@ -330,7 +330,7 @@ class Course:
     def _try(self, planned: Planned, asked: Budget, source: str) -> Trial:
         """Make and measure a plan, and repair the tables where its prediction is off."""
         mixed = apply(self._analysis, planned)
-        measured = _measure(self._analysis, planned, mixed, self._work)
+        measured = _measure(self._analysis, planned, mixed, self.samples, self._work)
         fix = None
         if not self._analysis.graph.large:
             fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
@@ -373,9 +373,9 @@ class Course:
         return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
 
 
-def _measure(analysis: Analysis, planned: Planned, mixed: Artefact, work: Workspace) -> Measured:
-    samples = unseen(analysis.matrix.samples, len(analysis.data))
-
+def _measure(
+    analysis: Analysis, planned: Planned, mixed: Artefact, samples: Sequence[int], work: Workspace
+) -> Measured:
     def make() -> bytes:
         sqnr: dict[str, tuple[Estimate, ...]] = {}
         timed = 0 if planned.cost.estimated else BENCH_REPEATS
