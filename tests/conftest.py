@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bitalloy.cli import main, out_console
 from bitalloy.samples import shapes
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 QUICK = ("--samples", "8", "--probes", "2", "--calibration-samples", "8")
 """Options that make a run as small as it can be."""

@@ -294,7 +294,7 @@ values = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(width=32,
 
 class TestMerge:
     @given(samples=st.lists(st.tuples(values, values), min_size=1, max_size=6), cut=st.integers(0, 6))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_shards_equal_one_pass(self, samples: list[tuple[np.ndarray, np.ndarray]], cut: int) -> None:
         def of(part: Sequence[tuple[np.ndarray, np.ndarray]]) -> Statistics:
             return observed({"a": [s[0] for s in part], "b": [s[1] for s in part]})
@@ -320,7 +320,7 @@ class TestMerge:
             assert whole.zeros[i] == (x == 0).sum()
 
     @given(x=values)
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_grid_is_the_finest_that_covers_the_range_and_zero(self, x: np.ndarray) -> None:
         stats = observed({"x": [x]})
         low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)

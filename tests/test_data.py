@@ -56,7 +56,7 @@ def save_image(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8)) -> Pat
 # -- fitting ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     image=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     canvas=st.tuples(st.integers(8, 200), st.integers(8, 200)),

@@ -23,7 +23,7 @@ from bitalloy.graph import Graph, constant, static_shape
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 YOLO = DATA / "models" / "yolo11n.onnx"
-PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=15)
 Array = np.ndarray[Any, Any]
 Dims = Sequence[int | str | None]
 node = helper.make_node

@@ -32,7 +32,7 @@ def coco_says(segmentation: Any, height: int, width: int) -> np.ndarray:
         return np.asarray(coco.annToMask({"image_id": 1, "segmentation": segmentation}), bool)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mask=MASKS)
 def test_packed_and_readable_forms_come_back(mask: np.ndarray) -> None:
     np.testing.assert_array_equal(decode(encode(mask)), mask)
@@ -76,7 +76,7 @@ def test_broken_segmentations(segmentation: str, message: str) -> None:
         from_coco(segmentation.encode(), 8, 10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mask=MASKS)
 def test_interior_point_is_as_deep_as_any(mask: np.ndarray) -> None:
     if not mask.any():

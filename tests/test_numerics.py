@@ -82,7 +82,7 @@ def assert_like_runtime(x: np.ndarray, p: QuantParams) -> None:
 
 class TestAgainstOnnxRuntime:
     @given(x=arrays, low=floats, high=floats, form=formats, bits=st.sampled_from([8, 16]))
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_activation(self, x: np.ndarray, low: float, high: float, form: dict[str, bool], bits: int) -> None:
         assert_like_runtime(x, activation_params(min(low, high), max(low, high), bits=bits, **form))
 
@@ -92,7 +92,7 @@ class TestAgainstOnnxRuntime:
         zero=st.integers(0, 255),
         signed=st.booleans(),
     )
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_ties(self, steps: np.ndarray, scale: float, zero: int, signed: bool) -> None:
         """The points (k / 2) * scale land on or next to every tie and both ends."""
         qmin, qmax, dtype = (-128, 127, np.int8) if signed else (0, 255, np.uint8)
@@ -101,7 +101,7 @@ class TestAgainstOnnxRuntime:
         assert_like_runtime((steps / 2).astype(np.float32) * np.float32(scale), p)
 
     @given(data=st.data(), symmetric=st.booleans())
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_per_axis(self, data: st.DataObject, symmetric: bool) -> None:
         shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=4, max_side=4))
         axis = data.draw(st.integers(0, len(shape) - 1))
@@ -120,7 +120,7 @@ class TestAgainstOnnxRuntime:
         assert_like_runtime(np.float32([-np.inf, np.inf, -0.0, 0.0]), activation_params(-1.0, 2.0))
 
     @given(x=hnp.arrays(np.float32, 40, elements=st.floats(width=32, allow_nan=False)))
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_fp16_cast(self, x: np.ndarray) -> None:
         graph = helper.make_graph(
             [
@@ -182,7 +182,7 @@ class TestActivationParams:
         assert (p.zero_point, p.zero_point.dtype, p.qmin, p.qmax) == (zero, dtype, qmin, qmin + 255)
 
     @given(low=floats, high=floats, form=formats, bits=st.integers(2, 16))
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=500)
     def test_scale_is_normal_and_all_integers_are_finite(
         self, low: float, high: float, form: dict[str, bool], bits: int
     ) -> None:
@@ -195,7 +195,7 @@ class TestActivationParams:
         assert fake_quantize(np.zeros(1, np.float32), p)[0] == 0
 
     @given(x=hnp.arrays(np.float32, 50, elements=moderate), form=formats, bits=st.sampled_from([4, 8, 16]))
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_error_is_at_most_half_a_step_inside_the_range(
         self, x: np.ndarray, form: dict[str, bool], bits: int
     ) -> None:
@@ -206,7 +206,7 @@ class TestActivationParams:
         assert (error <= step / 2 * (1 + 1e-5) + slack).all()
 
     @given(x=arrays, low=floats, high=floats, form=formats)
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_monotone_and_idempotent(self, x: np.ndarray, low: float, high: float, form: dict[str, bool]) -> None:
         p = activation_params(min(low, high), max(low, high), **form)
         x = np.sort(x)
@@ -274,7 +274,7 @@ class TestWeightParams:
         reduced=st.booleans(),
         axis=st.sampled_from([0, 1, None]),
     )
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_error_is_at_most_half_a_step(self, w: np.ndarray, reduced: bool, axis: int | None) -> None:
         p = weight_params(w, axis=axis, reduced=reduced)
         assert (p.scale >= TINY).all()
@@ -300,7 +300,7 @@ class TestBias:
         b=hnp.arrays(np.float32, 6, elements=floats),
         scale=hnp.arrays(np.float32, 6, elements=single(0, 1e30)),
     )
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_always_fits_and_is_within_half_a_step(self, b: np.ndarray, scale: np.ndarray) -> None:
         q, used = bias_int32(b, scale)
         assert (q.dtype, used.dtype, used.shape) == (np.int32, np.float32, b.shape)
@@ -377,7 +377,6 @@ class TestSqnr:
             sqnr_db_of(r, np.zeros(3, np.float32))
 
     @given(x=hnp.arrays(np.float32, 400, elements=st.floats(-1, 1, width=32)), bits=st.integers(6, 12))
-    @settings(deadline=None)
     def test_a_bit_is_worth_six_decibels(self, x: np.ndarray, bits: int) -> None:
         """Bounded by the worst case: every error half a step."""
         assume(np.abs(x).max() > 1e-3)

@@ -18,7 +18,7 @@ from bitalloy.errors import UnsupportedOpError
 from bitalloy.records import Edge
 from bitalloy.runtime.ort import OrtSession
 
-PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=15)
 Array = np.ndarray[Any, Any]
 node = onnx.helper.make_node
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bitalloy.errors import UnsupportedOpError
 
-PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=15)
 Array = np.ndarray[Any, Any]
 LIVE = pytest.mark.parametrize("live", [(), (1,)], ids=["constant", "computed"])
 

@@ -14,7 +14,7 @@ from bitalloy.adjoint import build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.errors import UnsupportedOpError
 
-PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=12)
 Array = np.ndarray[Any, Any]
 
 

@@ -30,7 +30,7 @@ def test_nothing_in_int8_is_the_identity(case) -> None:
     assert case.graph.to_bytes() == before
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_plan_keeps_the_interface_and_equals_the_switched_network(case, board, data) -> None:
     """The artefact, executed without fusion, must round exactly the sites that the plan names and no others."""

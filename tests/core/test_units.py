@@ -74,7 +74,7 @@ def test_an_int8_tail_is_rounded_once(case) -> None:
     assert all(e.id in alone for e in into_concat)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data())
 def test_more_int8_units_never_round_fewer_weights(case_units, data) -> None:
     free = sorted(case_units.quantizable())

@@ -211,7 +211,7 @@ def test_decode_refuses_other_shapes(shape: tuple[int, ...]) -> None:
         decode({"y": np.zeros(shape)})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 40),
