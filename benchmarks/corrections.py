@@ -18,20 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy import Calibrated, Settings, calibrate
-from bitalloy.biases import corrections, find_biases
+from bitalloy.biases import find_biases, mean_inputs, offsets
 from bitalloy.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
 from bitalloy.pipeline import prepare
 from bitalloy.verify import artefact_sqnr
 
 
-def compare(
-    parts: dict[str, Calibrated], plan: frozenset[str], offsets: dict[str, np.ndarray], samples: range
-) -> dict[str, dict[str, float]]:
-    """SQNR in dB by head of a plan on `without` and on `with`, the latter with offsets."""
+def compare(parts: dict[str, Calibrated], plan: frozenset[str], samples: range) -> dict[str, dict[str, float]]:
+    """SQNR in dB by head of a plan on `without` and on `with`."""
     first = parts["without"]
-    models = {
-        name: part.executable(part.artefact(plan, offsets if name == "with" else None)) for name, part in parts.items()
-    }
+    models = {name: part.executable(part.artefact(plan)) for name, part in parts.items()}
     found = artefact_sqnr(first.original(), models, first.heads, (first.data.feeds(i) for i in samples))
     return {n: {h.name: round(e.value, 2) for h, e in zip(first.heads, found[n], strict=True)} for n in parts}
 
@@ -49,7 +45,7 @@ def main() -> None:
 
     prepared = prepare(options.model, out=options.out, data=options.images, seed=options.seed)
     model, data = prepared.model, prepared.data
-    settings = Settings(seed=options.seed, calibration_samples=options.samples, equalize=False)
+    settings = Settings(seed=options.seed, calibration_samples=options.samples, equalize=False, bias_correction=False)
     count = min(options.samples, len(data) // 2)
     judged = range(len(data) - count, len(data))
     feeds = [data.feeds(i) for i in range(count)]
@@ -63,7 +59,7 @@ def main() -> None:
         entry: dict[str, object] = {"found": sum(p.rule == rule for p in places), "places": len(own)}
         if own:
             parts = {"without": plain, "with": calibrate(scale(model, own), data, settings, work=prepared.work)}
-            entry |= compare(parts, plain.units.lowest(), {}, judged)
+            entry |= compare(parts, plain.units.lowest(), judged)
         result["scaling"][rule] = entry
         print(rule, entry, flush=True)
 
@@ -71,12 +67,12 @@ def main() -> None:
     plans = {"all": frozenset(units)}
     for number in range(options.halves):
         plans[f"half {number}"] = frozenset(u for u in units if generator.random() < 0.5)
-    biases = find_biases(plain.graph, plain.units, plans["all"])
-    offsets = corrections(plain.graph, biases, plain.ranges, plain.target, feeds)
+    biases = find_biases(plain.graph, plain.units)
+    found = offsets(plain.graph, biases, plain.target, mean_inputs(plain.graph, biases, feeds))
+    parts = {"without": plain, "with": plain.corrected(found)}
+    layers = {u.id: sum(w.id in found for w in u.weights) for u in plain.units.units}
     for name, plan in plans.items():
-        own_offsets = {b.node: offsets[b.node] for b in find_biases(plain.graph, plain.units, plan)}
-        found = compare({"without": plain, "with": plain}, plan, own_offsets, judged)
-        result["bias"][name] = {"places": len(own_offsets), **found}
+        result["bias"][name] = {"places": sum(layers[u] for u in plan), **compare(parts, plan, judged)}
         print(name, result["bias"][name], flush=True)
     facts = {"benchmark": "corrections", "model": options.model, "samples": count, "seed": options.seed}
     print(json.dumps({**facts, "model_sha256": model.info.sha256[:16], **result}))

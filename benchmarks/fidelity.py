@@ -38,7 +38,7 @@ from bitalloy.matrix import ProbeMatrix, bend, decibel
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.records import AGAIN
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Switchboard, damage, secant
+from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage, secant
 from bitalloy.targets import target
 from bitalloy.targets.base import split
 from bitalloy.verify import output_sqnr
@@ -81,7 +81,7 @@ def main() -> None:
     ranges = statistics.ranges(options.ranges)
 
     start = time.perf_counter()
-    prober = Prober(model, units, heads, ranges, device)
+    prober = Prober(model, heads, [Scheme(units, device, ranges)])
     built = time.perf_counter()
     each = max(2, -(-options.probes // len(heads)))
     shards = [prober.measure(f, sample=i, probes=each, seed=options.seed) for i, f in enumerate(feeds)]
@@ -92,7 +92,7 @@ def main() -> None:
     float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
 
     convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
-    board = Switchboard(model, units, ranges, device, at_once=len(feeds))
+    board = Switchboard(model, Scheme(units, device, ranges), at_once=len(feeds))
     if options.scope == "sites":
         found_sites = sorted(s for s in units.rounded(units.quantizable()) if not s.endswith(AGAIN))
         things = {s: frozenset({s}) for s in found_sites}

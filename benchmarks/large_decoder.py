@@ -40,7 +40,7 @@ from bitalloy.heads import Reference, find_heads
 from bitalloy.matrix import ProbeMatrix, decibel
 from bitalloy.records import HALF, Precision, TensorRange
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober
+from bitalloy.sensitivity import Prober, Scheme
 from bitalloy.targets import target
 from bitalloy.targets.base import split
 from bitalloy.targets.half import judge, tensors
@@ -168,7 +168,7 @@ def main() -> None:
         }
         units = judge(model, units, known)
     with step("build"):
-        prober = Prober(model, units, heads, ranges, device)
+        prober = Prober(model, heads, [Scheme(units, device, ranges)])
     with step("probe"):
         parts = [prober.measure(f, sample=i, probes=options.probes, seed=options.seed) for i, f in enumerate(samples)]
     matrix = ProbeMatrix.concatenate(parts)

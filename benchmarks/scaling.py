@@ -29,7 +29,7 @@ from bitalloy import load
 from bitalloy.calibrate import collect
 from bitalloy.heads import find_heads
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober
+from bitalloy.sensitivity import Prober, Scheme
 from bitalloy.targets import target
 from bitalloy.targets.base import split
 
@@ -63,7 +63,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter([feeds])).ranges("minmax")
     session = OrtSession(model.to_bytes())
     start = time.perf_counter()
-    prober = Prober(model, units, heads, ranges, device)
+    prober = Prober(model, heads, [Scheme(units, device, ranges)])
     build = time.perf_counter() - start
     each = max(2, -(-options.probes // len(heads)))
     passes, probes = [], []

@@ -51,7 +51,7 @@ from bitalloy.matrix import ProbeMatrix, decibel
 from bitalloy.numerics import activation_params
 from bitalloy.records import UnitGraph, WeightSite
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Switchboard, damage
+from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage
 from bitalloy.targets import target
 from bitalloy.targets.base import Core, Target, split, weight_params
 
@@ -214,7 +214,7 @@ def main() -> None:
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter(feeds)).ranges("minmax")
     calibrated = time.perf_counter()
     stick = Yardstick(model, feeds)
-    prober = Prober(model, units, heads, ranges, device)
+    prober = Prober(model, heads, [Scheme(units, device, ranges)])
     build = time.perf_counter() - calibrated
     prober.measure(feeds[0], sample=0, probes=min(options.probes), seed=options.seed)  # the first one allocates
     tables, spent, pace = {}, {}, {}
@@ -231,7 +231,7 @@ def main() -> None:
                 spent[probes, count] = seconds
         pace[probes] = stick.read()
     del prober
-    board = Switchboard(model, units, ranges, device, at_once=len(feeds))
+    board = Switchboard(model, Scheme(units, device, ranges), at_once=len(feeds))
     sets = [board.gates(table[n][0]) for n in names]
     begun, marks = time.perf_counter(), []
 

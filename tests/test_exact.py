@@ -49,7 +49,7 @@ def places(inputs: Any) -> dict[str, Place]:
     for name, data in (("classifier", inputs.images), ("detector", inputs.scenes)):
         model = bitalloy.load(getattr(inputs, name))
         ready = bitalloy.calibrate(model, bitalloy.open_data(model, data, limit=4), QUICK)
-        found[name] = Place(ready, Switchboard(model, ready.units, ready.ranges, ready.target, segments=6))
+        found[name] = Place(ready, Switchboard(model, ready.scheme(), segments=6))
     return found
 
 
@@ -135,7 +135,7 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
 def test_the_number_of_segments_does_not_matter(place: Place) -> None:
     ready = place.ready
     feeds = ready.data.feeds(0)
-    whole = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, segments=1)
+    whole = Switchboard(ready.graph, ready.scheme(), segments=1)
     for unit in sorted(ready.units.quantizable()):
         sites = ready.units.rounded(frozenset({unit}))
         one, many = (b.run(feeds, b.gates(sites)) for b in (whole, place.board))
@@ -359,7 +359,7 @@ def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any,
     ready = bitalloy.calibrate(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK)
     unit = sorted(ready.units.quantizable())[0]
     table = bitalloy.measure_metric(ready, inputs.labels, bitalloy.Selection(units=(unit,)), limit=4)
-    board = Switchboard(model, ready.units, ready.ranges, ready.target)
+    board = Switchboard(model, ready.scheme())
     spec, names = image_spec(model), class_names(model.metadata)
     assert spec is not None
     float_, rounded = (

@@ -14,7 +14,7 @@ from bitalloy.errors import ModelError
 from bitalloy.graph import Graph, load
 from bitalloy.heads import KL, Reference, find_heads, is_divergence
 from bitalloy.records import Head
-from bitalloy.sensitivity import Prober, Switchboard, damage
+from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split
 
@@ -155,14 +155,14 @@ def test_predicted_damage_is_that_of_execution(tmp_path: Path, node: NodeProto, 
     ranges = {e.root: (-4.0, 4.0) for e in units.edges}
     random = np.random.default_rng(3)
     feeds = [{"x": random.normal(0, 1, (1, 3, SIDE, SIDE)).astype(np.float32)} for _ in range(3)]
-    prober = Prober(graph, units, heads, ranges, ORT_CPU)
+    prober = Prober(graph, heads, [Scheme(units, ORT_CPU, ranges)])
     sites = units.rounded(units.quantizable())
     damages = []
     for sample, feed in enumerate(feeds):
         matrix = prober.measure(feed, sample=sample, probes=(2, 512), seed=0)
         assert [r.shape[1] for r in matrix.rows] == [2, 512]
         damages.append(matrix.damage(matrix.select(sites))[:, 1])
-    board = Switchboard(graph, units, ranges, ORT_CPU)
+    board = Switchboard(graph, Scheme(units, ORT_CPU, ranges))
     # all errors at a fraction of their size, so that the second order is all there is
     exact, energy = damage(board, [board.gates(sites, FRACTION)], heads, feeds)
     assert (energy[:, 1] == energy[0, 1]).all()

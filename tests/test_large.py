@@ -34,7 +34,7 @@ from bitalloy.heads import find_heads
 from bitalloy.numerics import fake_quantize
 from bitalloy.program import Program, Wire, divide, join
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Switchboard
+from bitalloy.sensitivity import Prober, Scheme, Switchboard
 from bitalloy.sensitivity.columns import columns
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split, weight_params
@@ -156,7 +156,7 @@ def test_sessions_borrow_them(large: Graph) -> None:
 def test_the_reverse_pass_borrows_them_too(large: Graph) -> None:
     """No transposed copy of a matrix, whichever way round it is stored."""
     heads, units = find_heads(large), split(large, ORT_CPU, find_heads(large))
-    taps = [c.tap(c.site) for c in columns(large, units, ranges_of(large), ORT_CPU)]
+    taps = [c.tap(c.site) for c in columns(large, Scheme(units, ORT_CPU, ranges_of(large)))]
     adjoint = build(large, {h.name: h.tensor for h in heads}, taps, RULES)
     own = [constant(large.value[name]) for name in ("w0", "w1", "w2", "w3", "k")]
     floats = [w for m in (adjoint.primal, *(h.model for h in adjoint.heads)) for w in m.weights.values()]
@@ -172,8 +172,8 @@ def test_same_measurement_as_with_copies(large: Graph, small: Graph, monkeypatch
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         assert Graph(graph.info, graph.model, graph.source).large == (limit == 1)
         units = split(graph, ORT_CPU, find_heads(graph))
-        prober = Prober(graph, units, find_heads(graph), ranges_of(graph), ORT_CPU)
-        board = Switchboard(graph, units, ranges_of(graph), ORT_CPU)
+        prober = Prober(graph, find_heads(graph), [Scheme(units, ORT_CPU, ranges_of(graph))])
+        board = Switchboard(graph, Scheme(units, ORT_CPU, ranges_of(graph)))
         gates = board.gates(units.rounded(units.quantizable()))
         found.append((prober.measure(inputs(1)[0], sample=0, probes=3, seed=0), board.run(inputs(1)[0], gates)))
     (rows, outputs), (expected, wanted) = found
@@ -205,7 +205,7 @@ def test_rounded_weights_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for limit in (1, 1 << 40):
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         fresh = Graph(model.info, model.model, model.source)
-        board = Switchboard(fresh, units, {"x": (0.0, 1.0), "h": (-5.0, 5.0)}, ORT_CPU)
+        board = Switchboard(fresh, Scheme(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)}))
         found.append(board.run({"x": np.eye(SIZE, dtype=np.float32)}, board.gates([site.id]))["y"])
     for y in found:
         np.testing.assert_array_equal(-y, w + delta)
@@ -439,7 +439,7 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     from bitalloy import graph as graphs, weights
     from bitalloy.graph import load
     from bitalloy.heads import find_heads
-    from bitalloy.sensitivity import Prober
+    from bitalloy.sensitivity import Prober, Scheme
     from bitalloy.targets import ORT_CPU
     from bitalloy.targets.base import split
     graphs.LARGE_BYTES = weights.LARGE_BYTES = 1 << 20
@@ -447,7 +447,7 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     units = split(graph, ORT_CPU, find_heads(graph))
     ranges = {str(v): (-4.0, 4.0) for v in graph.value}
     before = anonymous()
-    prober = Prober(graph, units, find_heads(graph), ranges, ORT_CPU)
+    prober = Prober(graph, find_heads(graph), [Scheme(units, ORT_CPU, ranges)])
     rows = prober.measure({"x0": np.eye(2, 1600, dtype=np.float32)}, sample=0, probes=2, seed=0)
     print(json.dumps({"grown": anonymous() - before, "large": graph.large, "sites": len(rows.sites)}))
     """
@@ -576,8 +576,8 @@ def test_the_decoder_is_analysed_with_an_empty_cache(llama: ModuleType, decoder:
     units = split(net, ORT_CPU, heads)
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     ranges = collect(net.model, [t for t in net.value if t in tensors], [feeds]).ranges("minmax")
-    matrix = Prober(net, units, heads, ranges, ORT_CPU).measure(feeds, sample=0, probes=64, seed=0)
-    board = Switchboard(net, units, ranges, ORT_CPU)
+    matrix = Prober(net, heads, [Scheme(units, ORT_CPU, ranges)]).measure(feeds, sample=0, probes=64, seed=0)
+    board = Switchboard(net, Scheme(units, ORT_CPU, ranges))
     unit = "/layers.0/mlp/down_proj/MatMul"
     site = next(w.id for u in units.units if u.id == unit for w in u.weights)
     rounded = board.run(feeds, board.gates([site]))["logits"]

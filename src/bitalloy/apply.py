@@ -4,8 +4,8 @@ Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
 Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
         Cases 1 and 2 do not exist on targets whose kernels round only what they read (`Placement.ENTRY`).
 Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float ones read the original.
-Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: INT32 with scale input * weight, on
-        targets that want them so.
+Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: moved where they have an offset
+        (`bitalloy.biases`), then INT32 with scale input * weight, on targets that want them so.
 Case 5. Units in FP16: `halving`, after all pairs stand; these stay in float32, with a Cast between.
 
 Case 6. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
@@ -29,7 +29,7 @@ from bitalloy.errors import BitalloyError, ModelError
 from bitalloy.graph import Graph, attribute, constant, consumers, name_of
 from bitalloy.halving import halve
 from bitalloy.numerics import QuantParams, bias_int32, quantize
-from bitalloy.records import HALF, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.records import HALF, Offset, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets import Target
 from bitalloy.targets.base import weight_params
 from bitalloy.values import BORDER, bias_slot, namer
@@ -63,7 +63,7 @@ def apply(
     lowered: frozenset[str],
     ranges: Mapping[str, tuple[float, float]],
     target: Target,
-    offsets: Mapping[str, np.ndarray] | None = None,
+    offsets: Mapping[str, Offset] | None = None,
 ) -> Mixed:
     """Rewrite a graph so that a plan's units run in INT8 or FP16 and all others as they are.
 
@@ -73,7 +73,7 @@ def apply(
         lowered: the plan: ids of the units in INT8, and those in FP16 with `HALF` behind.
         ranges: tensor -> calibrated (low, high).
         target: decides formats.
-        offsets: node -> (channels,) that is added to its constant bias (`bitalloy.biases`), before that is rounded.
+        offsets: weight site -> what is added to a bias where the weight is rounded.
 
     Raises:
         BitalloyError: a unit is unknown or may not run in its precision.
@@ -98,8 +98,9 @@ def apply(
     for unit in units.units:
         for name in (*unit.core, *unit.tail):
             writer.nodes[name].metadata_props[TAG] = unit.id
-    for name, offset in (offsets or {}).items():
-        writer.shift(writer.nodes[name], offset)
+    for site in (w for u in units.units if u.id in int8 for w in u.weights):
+        if offset := (offsets or {}).get(site.id):
+            writer.shift(writer.nodes[offset.node], np.array(offset.values))
     inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
         if unit.id in int8:

@@ -33,8 +33,8 @@ def channel_maxima(
         DataError: `feeds` is empty.
     """
     found: dict[str, np.ndarray] = {}
-    for seen in _run(model, tensors, (("Abs",),), "ReduceMax", feeds, {}):
-        found = {t: np.maximum(found.get(t, 0.0), v[0]) for t, v in seen.items()}
+    for seen in _run(model, tensors, ("Abs", "ReduceMax"), feeds):
+        found = {t: np.maximum(found.get(t, 0.0), v) for t, v in seen.items()}
     if not found:
         raise DataError("There is no sample to measure channels with. Give at least one.")
     return found
@@ -44,76 +44,67 @@ def channel_means(
     model: ir.Model,
     tensors: Mapping[str, int],
     feeds: Iterable[Mapping[str, np.ndarray]],
-    limits: Mapping[str, tuple[float, float]],
     progress: Callable[[int], None] | None = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean of every channel over samples and positions: as it is, and clipped.
+) -> dict[str, np.ndarray]:
+    """Mean of every channel over samples and positions.
 
     Args:
         model: not changed.
         tensors: float32 inputs, or results of nodes with a known rank -> axis of their channels.
         feeds: samples, consumed one by one.
-        limits: tensor -> (low, high) to which its values are clipped.
         progress: called with 1 after each sample.
 
     Returns:
-        tensor -> two times (channels,) float64.
+        tensor -> (channels,) float64.
 
     Raises:
         DataError: `feeds` is empty.
     """
     total: dict[str, np.ndarray] = {}
     count = 0
-    for seen in _run(model, tensors, ((), ("Clip",)), "ReduceMean", feeds, limits):
+    for seen in _run(model, tensors, ("ReduceMean",), feeds):
         count += 1
-        total = {t: total.get(t, 0.0) + np.array(v, np.float64) for t, v in seen.items()}
+        total = {t: total.get(t, 0.0) + v.astype(np.float64) for t, v in seen.items()}
         if progress is not None:
             progress(1)
     if not count:
         raise DataError("There is no sample to measure channels with. Give at least one.")
-    return {t: (v[0] / count, v[1] / count) for t, v in total.items()}
+    return {t: v / count for t, v in total.items()}
 
 
 def _run(
     model: ir.Model,
     tensors: Mapping[str, int],
-    forms: Sequence[tuple[str, ...]],
-    reduction: str,
+    operators: Sequence[str],
     feeds: Iterable[Mapping[str, np.ndarray]],
-    limits: Mapping[str, tuple[float, float]],
-) -> Iterable[dict[str, list[np.ndarray]]]:
-    """Per sample: tensor -> (channels,) for each form, which is what is done to it before the reduction."""
+) -> Iterable[dict[str, np.ndarray]]:
+    """Per sample: tensor -> (channels,), by operators of which the last one reduces all other axes."""
     copy = model.clone()
     values = {str(v.name): v for v in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))}
     axes_are_inputs = int(copy.opset_imports[""]) >= AXES_ARE_INPUTS
     copy.graph.outputs.clear()
-    names: dict[str, list[str]] = {t: [] for t in tensors}
+    names: dict[str, str] = {}
     for tensor, axis in tensors.items():
-        shape = values[tensor].shape
-        assert shape is not None, "tensors with channels have a known rank"
-        axes = [a for a in range(len(shape)) if a != axis % len(shape)]
-        for form in forms:
-            value = values[tensor]
-            for operator in (*form, reduction):
-                name, inputs, attributes = f"{_PREFIX}{tensor}/{len(form)}/{operator}", [value], dict[str, object]()
-                if operator == "Clip":
-                    ends = (np.array(end, np.float32) for end in limits[tensor])
-                    inputs += [_constant(copy, f"{name}/{i}", end) for i, end in enumerate(ends)]
-                elif operator == reduction:
-                    attributes = {"keepdims": 0} if axes_are_inputs else {"keepdims": 0, "axes": axes}
-                    inputs += [_constant(copy, f"{name}/axes", np.array(axes, np.int64))] if axes_are_inputs else []
-                node = ir.node(operator, inputs, attributes, name=name)  # type: ignore[arg-type]
-                value = node.outputs[0]
-                value.name, value.type = f"{name}/value", ir.TensorType(ir.DataType.FLOAT)
-                copy.graph.append(node)
-            copy.graph.outputs.append(value)
-            names[tensor].append(str(value.name))
+        value = values[tensor]
+        assert value.shape is not None, "tensors with channels have a known rank"
+        axes = [a for a in range(len(value.shape)) if a != axis % len(value.shape)]
+        for operator in operators:
+            name, inputs, attributes = f"{_PREFIX}{tensor}/{operator}", [value], dict[str, object]()
+            if operator == operators[-1]:
+                attributes = {"keepdims": 0} if axes_are_inputs else {"keepdims": 0, "axes": axes}
+                inputs += [_constant(copy, f"{name}/axes", np.array(axes, np.int64))] if axes_are_inputs else []
+            node = ir.node(operator, inputs, attributes, name=name)  # type: ignore[arg-type]
+            value = node.outputs[0]
+            value.name, value.type = f"{name}/value", ir.TensorType(ir.DataType.FLOAT)
+            copy.graph.append(node)
+        copy.graph.outputs.append(value)
+        names[tensor] = str(value.name)
     RemoveUnusedNodesPass()(copy)
     session = OrtSession(copy)
     try:
         for sample in feeds:
             seen = session.run(sample)
-            yield {t: [seen[n] for n in own] for t, own in names.items()}
+            yield {t: seen[n] for t, n in names.items()}
     finally:
         session.close()
 

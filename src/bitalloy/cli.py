@@ -39,6 +39,13 @@ Floors = Annotated[
         "stricter. May be given more than once."
     ),
 ]
+BiasCorrection = Annotated[
+    bool,
+    typer.Option(
+        "--bias-correction/--no-bias-correction",
+        help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
+    ),
+]
 Equalize = Annotated[
     bool,
     typer.Option(
@@ -118,13 +125,7 @@ def run(
         ),
     ] = True,
     equalize: Equalize = True,
-    bias_correction: Annotated[
-        bool,
-        typer.Option(
-            "--bias-correction/--no-bias-correction",
-            help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
-        ),
-    ] = True,
+    bias_correction: BiasCorrection = True,
     samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
@@ -352,6 +353,7 @@ def sensitivity(
         typer.Option(help="Leave out of the analysis: glob over node names, regions or operator types."),
     ] = None,
     equalize: Equalize = True,
+    bias_correction: BiasCorrection = True,
     samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
@@ -404,6 +406,7 @@ def sensitivity(
                 seed=seed,
                 exclude=tuple(exclude or ()),
                 equalize=equalize,
+                bias_correction=bias_correction,
             ),
             selection=pipeline.Selection(tuple(units or ()), tuple(regions or ()), tuple(sites or ())),
             exact=exact,

@@ -117,10 +117,8 @@ class Correction(Record, frozen=True, kw_only=True):
     """Whether the shipped model has it."""
     reason: str
     """Why it is kept or not."""
-    model: str = ""
-    """On which it was measured: `int8` or `mixed`; empty where it was not."""
     without_db: dict[str, float] = msgspec.field(default_factory=dict)
-    """Measured SQNR by head, divergences left out."""
+    """Measured SQNR of the all-INT8 model by head, divergences left out; empty where it was not tried."""
     with_db: dict[str, float] = msgspec.field(default_factory=dict)
     fitted_samples: int = 0
     """That decided the factors or offsets."""

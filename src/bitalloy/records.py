@@ -130,6 +130,15 @@ class WeightSite(Record, frozen=True, kw_only=True):
         return f"{self.tensor}->{self.node}#{self.slot}"
 
 
+class Offset(Record, frozen=True, kw_only=True):
+    """What is added to a constant bias where the weight behind which it stands is rounded."""
+
+    node: str
+    """That adds the bias."""
+    values: tuple[float, ...]
+    """Per channel."""
+
+
 class HalfSafety(Record, frozen=True, kw_only=True):
     """What calibration and weights say about a unit in FP16."""
 

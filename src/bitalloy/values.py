@@ -82,3 +82,9 @@ def bias_slot(node: ir.Node) -> int | None:
     slots = (0, 1) if node.op_type == "Add" else (2,)
     found = [s for s in slots if s < len(node.inputs) and constant(node.inputs[s]) is not None]
     return found[0] if len(found) == 1 else None
+
+
+def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
+    """Numbers per channel, shaped to be added to what a Conv, Gemm or MatMul gives."""
+    rank = len(node.outputs[0].shape or ())
+    return channels.reshape(-1, *(1,) * (rank - 2)) if node.op_type == "Conv" else channels

@@ -14,7 +14,7 @@ from bitalloy.errors import BitalloyError
 from bitalloy.graph import load
 from bitalloy.heads import find_heads
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Switchboard
+from bitalloy.sensitivity import Scheme, Switchboard
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split
 
@@ -140,4 +140,4 @@ def test_unknown_and_forbidden_units_are_refused(case) -> None:
 
 @pytest.fixture(scope="module")
 def board(case) -> Switchboard:
-    return Switchboard(case.graph, case.units, case.ranges, ORT_CPU)
+    return Switchboard(case.graph, Scheme(case.units, ORT_CPU, case.ranges))

@@ -13,7 +13,7 @@ from bitalloy.heads import Reference
 from bitalloy.matrix import ProbeMatrix, decibel
 from bitalloy.records import HALF, Precision
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, views
+from bitalloy.sensitivity import Prober, Scheme, views
 from bitalloy.targets import ORT_CPU, ORT_CUDA, TENSORRT, Target
 from bitalloy.targets.base import split
 
@@ -39,13 +39,12 @@ def everything(case) -> bytes:
     return model.SerializeToString()
 
 
-def pairs(case, targets):
-    return [(split(case.graph, t, case.heads), t) for t in targets]
+def schemes(case, ranges, targets: tuple[Target, ...]) -> list[Scheme]:
+    return [Scheme(split(case.graph, t, case.heads), t, ranges) for t in targets]
 
 
 def prober(case, ranges, targets: tuple[Target, ...]) -> Prober:
-    (units, first), *others = pairs(case, targets)
-    return Prober(case.graph, units, case.heads, ranges, first, others=[(u, t, ranges) for u, t in others])
+    return Prober(case.graph, case.heads, schemes(case, ranges, targets))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def joint(case, ranges) -> dict[str, ProbeMatrix]:
     """Target -> its columns of one matrix."""
     together = prober(case, ranges, TARGETS)
     rows = [together.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
-    found = views(case.graph, [(u, t, ranges) for u, t in pairs(case, TARGETS)])
+    found = views(case.graph, schemes(case, ranges, TARGETS))
     whole = ProbeMatrix.concatenate(rows)
     return {t.name: whole.view(v) for t, v in zip(TARGETS, found, strict=True)}
 

@@ -16,7 +16,7 @@ from bitalloy.plans import Budget
 from bitalloy.records import HALF, Precision, Secant, TensorRange
 from bitalloy.roofline import estimate
 from bitalloy.search import Limits, Problem, Program, search
-from bitalloy.sensitivity import Prober
+from bitalloy.sensitivity import Prober, Scheme
 from bitalloy.targets import TENSORRT
 from bitalloy.targets.base import Device, split
 from bitalloy.targets.half import judge, tensors
@@ -50,7 +50,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     ranges = {t: (-4.0, 4.0) for t in tensors(graph, units)}
     known = {t: TensorRange(tensor=t, low=-4, high=4, method="", magnitude=4, subnormal=0.01) for t in ranges}
     units = judge(graph, units, known)
-    prober = Prober(graph, units, heads, ranges, TENSORRT)
+    prober = Prober(graph, heads, [Scheme(units, TENSORRT, ranges)])
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32) * 0.3} for _ in range(4)]
     matrix = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=8, seed=0) for i, f in enumerate(feeds)])

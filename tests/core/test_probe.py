@@ -11,19 +11,19 @@ from bitalloy.graph import load
 from bitalloy.heads import find_heads
 from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
 from bitalloy.records import DataInfo, Secant
-from bitalloy.sensitivity import Prober, Switchboard, damage, secant, sensitivities
+from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage, secant, sensitivities
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split
 
 
 @pytest.fixture(scope="module")
 def board(case) -> Switchboard:
-    return Switchboard(case.graph, case.units, case.ranges, ORT_CPU)
+    return Switchboard(case.graph, Scheme(case.units, ORT_CPU, case.ranges))
 
 
 @pytest.fixture(scope="module")
 def matrix(case) -> ProbeMatrix:
-    prober = Prober(case.graph, case.units, case.heads, case.ranges, ORT_CPU)
+    prober = Prober(case.graph, case.heads, [Scheme(case.units, ORT_CPU, case.ranges)])
     return ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)])
 
 
@@ -66,7 +66,7 @@ def test_a_closed_board_is_the_float_network(case, board) -> None:
 
 
 def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
-    prober = Prober(case.graph, case.units, case.heads, case.ranges, ORT_CPU)
+    prober = Prober(case.graph, case.heads, [Scheme(case.units, ORT_CPU, case.ranges)])
     forward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (0, 1)]
     backward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (1, 0)]
     for a, b in zip(forward[0].rows, backward[1].rows, strict=True):
@@ -160,9 +160,9 @@ def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
     assert {leaving, inside} <= units.rounded(units.quantizable())
     ranges = {e.root: (-4.0, 4.0) for e in units.edges}
     feeds = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
-    board = Switchboard(loaded, units, ranges, ORT_CPU)
+    board = Switchboard(loaded, Scheme(units, ORT_CPU, ranges))
     for part in (heads, heads[1:]):
-        prober = Prober(loaded, units, part, ranges, ORT_CPU)
+        prober = Prober(loaded, part, [Scheme(units, ORT_CPU, ranges)])
         rows = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=0) for i, f in enumerate(feeds)])
         for sites in ({leaving}, {inside}, {leaving, inside}):
             exact, _ = damage(board, [board.gates(sites)], part, feeds)

@@ -14,6 +14,7 @@ from bitalloy.apply import apply
 from bitalloy.equalize import exponents, find_places, scale
 from bitalloy.heads import find_heads
 from bitalloy.program import Joined, divide, join, load_program, reopen
+from bitalloy.records import Offset
 from bitalloy.runtime import OrtSession
 from bitalloy.targets import ORT_CPU
 from bitalloy.targets.base import split
@@ -89,14 +90,20 @@ def test_scaled_float_graphs_compute_the_same_at_any_size(program: Joined) -> No
 def test_rounded_graphs_with_corrected_biases_are_the_same_with_open_sizes(program: Joined) -> None:
     changed = scaled(program)
     ranges = {t: (-40.0, 40.0) for t in changed.value}
-    offsets = {"first/add": np.linspace(-1, 1, WIDTH), "second/add": np.linspace(1, 2, WIDTH)}
-    mixed = apply(changed, _units(changed), frozenset({"first/up", "second/up"}), ranges, ORT_CPU, offsets).model
+    units, plan = _units(changed), frozenset({"first/up", "second/up"})
+    added = {
+        "first/up": ("first/add", np.linspace(-1, 1, WIDTH)),
+        "second/up": ("second/add", np.linspace(1, 2, WIDTH)),
+    }
+    offsets = {}
+    for site in (w for u in units.units if u.id in plan for w in u.weights):
+        node, values = added[site.node]
+        offsets[site.id] = Offset(node=node, values=tuple(values.tolist()))
+    mixed = apply(changed, units, plan, ranges, ORT_CPU, offsets).model
     fixed, opened = divide(mixed, changed.program), shipped(changed, mixed)
     x = rows(COUNT)
     np.testing.assert_allclose(run(opened, x), run(fixed, x), rtol=1e-5, atol=1e-5)
-    plain = shipped(
-        changed, apply(changed, _units(changed), frozenset({"first/up", "second/up"}), ranges, ORT_CPU).model
-    )
+    plain = shipped(changed, apply(changed, units, plan, ranges, ORT_CPU).model)
     moved = run(opened, rows(9)) - run(plain, rows(9))
     assert np.abs(moved).mean() > 0.5
     assert opened["first"].graph.inputs[0].shape[1] == "rows"  # type: ignore[index]

@@ -92,8 +92,8 @@ def _probe(
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
     methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
-    ways = [(p.units, p.target, p.ranges_by(method)) for method in methods for p in parts]
-    ways += [(u, t, late(u, ready.ranges, ranges)) for u, t, ranges in ways[len(parts) :]]
+    schemes = [p.scheme(method) for method in methods for p in parts]
+    schemes += [replace(s, ranges=late(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
     def make() -> bytes:
         prober: Prober | None = None
@@ -103,15 +103,7 @@ def _probe(
 
                 def shard(n: int = index) -> bytes:
                     nonlocal prober
-                    prober = prober or Prober(
-                        ready.graph,
-                        ready.units,
-                        ready.heads,
-                        ready.ranges,
-                        ready.target,
-                        stops=ready.excluded,
-                        others=ways[1:],
-                    )
+                    prober = prober or Prober(ready.graph, ready.heads, schemes, stops=ready.excluded)
                     return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
 
                 rows.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
@@ -122,9 +114,9 @@ def _probe(
         return ProbeMatrix.concatenate(rows).to_bytes()
 
     matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
-    if len(ways) == 1:
+    if len(schemes) == 1:
         return list(parts), [matrix], None
-    found = views(ready.graph, ways)
+    found = views(ready.graph, schemes)
     by_part = [found[i : len(methods) * len(parts) : len(parts)] for i in range(len(parts))]
     decider = next((i for i, p in enumerate(parts) if p.units.quantizable()), None)
     if len(methods) == 1 or decider is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import msgspec
-import numpy as np
 import onnx_ir as ir
 
 from bitalloy.apply import Mixed
@@ -21,13 +21,14 @@ from bitalloy.graph import Graph
 from bitalloy.halving import specified
 from bitalloy.heads import find_heads
 from bitalloy.outcome import Correction
+from bitalloy.pipeline.debiasing import debias
 from bitalloy.pipeline.scaling import scaled
 from bitalloy.pipeline.work import Workspace
 from bitalloy.program import Joined, divide, reopen
-from bitalloy.records import Calibration, DataInfo, Head, Precision, Settings, TensorRange, UnitGraph
+from bitalloy.records import Calibration, DataInfo, Head, Offset, Precision, Settings, TensorRange, UnitGraph
 from bitalloy.regions import ancestors, path_of, region_id
 from bitalloy.runtime import AS_WRITTEN, ONLY, Artefact, available_cores
-from bitalloy.sensitivity import Switchboard
+from bitalloy.sensitivity import Scheme, Switchboard
 from bitalloy.store import key_of
 from bitalloy.targets import Target, target
 from bitalloy.targets.base import split
@@ -63,7 +64,9 @@ class Calibrated:
     notes: tuple[str, ...] = ()
     """What a reader of the results must know, e.g. that the data is the embedded sample."""
     corrections: tuple[Correction, ...] = ()
-    """What scaling between layers did."""
+    """What scaling between layers and bias correction did."""
+    offsets: Mapping[str, Offset] = field(default_factory=dict)
+    """Weight site -> what is added to a bias where the weight is rounded; empty without bias correction."""
     others: tuple[Calibrated, ...] = ()
     """The same on the other targets of the settings."""
 
@@ -72,9 +75,10 @@ class Calibrated:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
 
-    def ranges_by(self, method: str) -> dict[str, tuple[float, float]]:
-        """The same by another method, where it gives something else."""
-        return {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
+    def scheme(self, method: str = "") -> Scheme:
+        """How the target rounds the model, with ranges by another method where that gives something else."""
+        ranges = {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
+        return Scheme(self.units, self.target, ranges, self.offsets)
 
     def on(self, methods: Mapping[str, str]) -> Calibrated:
         """The same, with the ranges of some tensors by another method."""
@@ -91,21 +95,20 @@ class Calibrated:
         """What decides how models are executed here, beside the machine."""
         return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
 
-    def variant(self, lowered: frozenset[str], offsets: Mapping[str, np.ndarray] | None = None) -> Mixed:
-        """The model in which the given units run in INT8, and those with `HALF` behind in FP16.
+    def corrected(self, offsets: Mapping[str, Offset]) -> Self:
+        """The same with biases moved."""
+        return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
 
-        Args:
-            lowered: the plan.
-            offsets: node -> what is added to its bias.
-        """
-        return rewrite(self.graph, self.units, lowered, self.ranges, self.target, offsets)
+    def variant(self, lowered: frozenset[str]) -> Mixed:
+        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
+        return rewrite(self.graph, self.units, lowered, self.ranges, self.target, self.offsets)
 
-    def artefact(self, lowered: frozenset[str], offsets: Mapping[str, np.ndarray] | None = None) -> Artefact:
+    def artefact(self, lowered: frozenset[str]) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(lowered, offsets).model
+        model = self.variant(lowered).model
         if not isinstance(self.graph, Joined):
             return Artefact({ONLY: model}, runtime=self.target.runtime)
         parts = divide(model, self.graph.program)
@@ -173,7 +176,7 @@ def calibrate(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
     info = data.info
-    # the rest decides plans, not what is measured
+    # the rest decides plans, not what is measured, or has keys of its own
     decisive = msgspec.structs.replace(settings, protect=True, equalize=True, bias_correction=True)
     key = key_of(
         model=model.identity,
@@ -185,7 +188,7 @@ def calibrate(
     )
     calibration = _calibrate(model, units, data, info, settings, key, work)
     ranges = {r.tensor: r for r in calibration.ranges}
-    first, *others = (
+    parts = [
         Calibrated(
             graph=model,
             target=device,
@@ -202,8 +205,13 @@ def calibrate(
             notes=notes,
         )
         for index, (device, found) in enumerate(zip(devices, units, strict=True))
-    )
-    return replace(first, others=tuple(others))
+    ]
+    if settings.bias_correction:
+        debiased = debias(parts, data, calibration.data.count, work)
+        corrections = (*corrections, debiased.correction)
+        offsets = debiased.offsets or ({},) * len(parts)
+        parts = [replace(p.corrected(o), corrections=corrections) for p, o in zip(parts, offsets, strict=True)]
+    return replace(parts[0], others=tuple(parts[1:]))
 
 
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
@@ -224,11 +232,12 @@ def switchboard(ready: Calibrated, at_once: int, work: Workspace) -> Switchboard
         target=ready.target.name,
         units=ready.units,
         ranges=ready.calibration.ranges,
+        offsets=ready.offsets,
         at_once=at_once,
     )
     board: Switchboard | None = work.shared.get(key)
     if board is None:
-        board = Switchboard(ready.graph, ready.units, ready.ranges, ready.target, at_once=at_once)
+        board = Switchboard(ready.graph, ready.scheme(), at_once=at_once)
         if not ready.graph.large:
             work.shared[key] = board
     return board

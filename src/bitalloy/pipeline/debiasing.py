@@ -1,127 +1,127 @@
-"""Bias correction of the plan that would be shipped: fitted on some samples, judged on others, kept where it gains."""
+"""Bias correction of the INT8 layers: fitted on some samples, judged on others, kept where it gains.
+
+It is decided before the network is probed, on the all-INT8 model, so that every prediction and every plan rests on
+corrected layers.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from typing import Protocol, Self
 
 import msgspec
 import numpy as np
 
-from bitalloy.biases import corrections, find_biases
+from bitalloy.biases import find_biases, mean_inputs, offsets
+from bitalloy.data import Dataset
+from bitalloy.graph import Graph
 from bitalloy.outcome import Correction
-from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.records import Measured, Planned
-from bitalloy.pipeline.rounds import judged, shortfall
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import Estimate, Record
+from bitalloy.records import Head, Offset, Record, UnitGraph
+from bitalloy.runtime import Artefact
 from bitalloy.store import key_of
+from bitalloy.targets import Target
 from bitalloy.verify import artefact_sqnr
 
 BIAS = "bias"
 FITTED, LEAST = 16, 4
 """Samples that the offsets come from, and the fewest that will do."""
+JUDGED = 8
+"""Samples on which the SQNR is measured."""
 BETTER_DB, WORSE_DB = 0.1, 0.2
 """Mean SQNR that must be gained, and what no head may lose."""
+
+
+class Part(Protocol):
+    """What is asked of a model that is calibrated for a target."""
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def units(self) -> UnitGraph: ...
+
+    @property
+    def heads(self) -> tuple[Head, ...]: ...
+
+    @property
+    def key(self) -> str: ...
+
+    def corrected(self, offsets: dict[str, Offset]) -> Self: ...
+
+    def artefact(self, lowered: frozenset[str]) -> Artefact: ...
+
+    def executable(self, artefact: Artefact) -> Artefact: ...
+
+    def original(self) -> Artefact: ...
 
 
 class Debiased(Record, frozen=True, kw_only=True):
     """What was found."""
 
     correction: Correction
-    offsets: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
-    """Node -> (channels,) added to its bias, where the correction is kept."""
-    sqnr: tuple[Estimate, ...] = ()
-    """Per head, of the corrected model, where it was measured."""
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The offsets as `bitalloy.apply` takes them."""
-        return {node: np.array(values) for node, values in self.offsets.items()}
-
-    @property
-    def identity(self) -> list[str]:
-        """What decides the shipped model beside analysis and plan."""
-        return [f"biases {hashlib.sha256(msgspec.json.encode(self.offsets)).hexdigest()}"] if self.offsets else []
-
-    def without(self, reason: str) -> Debiased:
-        """The same, not kept."""
-        correction = msgspec.structs.replace(self.correction, kept=False, reason=reason)
-        return Debiased(correction=correction, sqnr=self.sqnr)
+    offsets: tuple[dict[str, Offset], ...] = ()
+    """For each target: weight site -> offset; empty where the correction is not kept."""
 
 
-def debias(
-    analysis: Analysis, planned: Planned, measured: Measured, samples: Sequence[int], work: Workspace
-) -> Debiased:
-    """Correct the biases of a plan's INT8 layers, and say whether it pays.
+def debias(parts: Sequence[Part], data: Dataset, count: int, work: Workspace) -> Debiased:
+    """Correct the biases of all layers that can run in INT8, and say whether it pays.
 
-    It is kept where the mean SQNR of the heads rises by more than `BETTER_DB`, none falls by more than `WORSE_DB`, and
-    no floor is missed that was kept.
+    It is kept, on all targets, where on the first one with INT8 the mean SQNR of the heads of the all-INT8 model rises
+    by more than `BETTER_DB`, and none falls by more than `WORSE_DB`.
 
     Args:
-        analysis: of the model.
-        planned: the plan.
-        measured: its measurement on `samples`.
-        samples: on which the corrected model is measured; the offsets come from others.
+        parts: the model on each target.
+        data: samples.
+        count: how many of them the ranges come from; these are used.
         work: where to keep and show results.
     """
-    lowered = planned.plan.lowered()
-    biases = find_biases(analysis.graph, analysis.units, lowered)
-    fitted = [i for i in range(len(analysis.data)) if i not in samples][:FITTED]
-    if not biases:
+    lead = next((p for p in parts if p.units.quantizable()), None)
+    if lead is None:
+        return _untried(0, "no unit runs in INT8")
+    graph, found = lead.graph, [find_biases(p.graph, p.units) for p in parts]
+    places = len(find_biases(graph, lead.units))
+    if not places:
         return _untried(0, "no INT8 layer with a bias")
-    if analysis.graph.large:
-        return _untried(len(biases), "not tried on large models")
+    if graph.large:
+        return _untried(places, "not tried on large models")
+    judged = range(count - min(JUDGED, count // 2), count)
+    fitted = range(min(FITTED, judged.start))
     if len(fitted) < LEAST:
-        return _untried(len(biases), f"needs {LEAST} samples beside the {len(samples)} of the verification")
+        return _untried(places, f"needs {LEAST} samples beside the {len(judged)} on which it is judged, of {count}")
 
     def make() -> bytes:
-        with work.stage("debias", len(fitted)) as progress:
-            feeds = (analysis.data.feeds(i) for i in fitted)
-            offsets = corrections(analysis.graph, biases, analysis.ranges, analysis.target, feeds, progress.advance)
-        model = analysis.executable(analysis.artefact(lowered, offsets))
-        with work.stage("debias", len(samples)) as progress:
-            found = artefact_sqnr(
-                analysis.original(),
-                {"corrected": model},
-                analysis.heads,
-                (analysis.data.feeds(i) for i in samples),
-                seed=analysis.settings.seed,
-                progress=progress.advance,
-            )["corrected"]
-        correction = _judge(planned, measured, found, len(biases), len(fitted), len(samples))
-        kept = {node: tuple(values.tolist()) for node, values in offsets.items()} if correction.kept else {}
-        return msgspec.json.encode(Debiased(correction=correction, offsets=kept, sqnr=found))
+        with work.stage("debias", len(fitted) + len(judged)) as progress:
+            union = {b.tensor: b for biases in found for b in biases}
+            means = mean_inputs(graph, union.values(), (data.feeds(i) for i in fitted), progress.advance)
+            all_ = tuple(offsets(graph, b, p.target, means) for b, p in zip(found, parts, strict=True))
+            trials = {"without": lead, "with": lead.corrected(all_[list(parts).index(lead)])}
+            models = {name: t.executable(t.artefact(t.units.lowest())) for name, t in trials.items()}
+            feeds = (data.feeds(i) for i in judged)
+            sqnr = artefact_sqnr(lead.original(), models, lead.heads, feeds, progress=progress.advance)
+        without, with_ = (
+            {h.name: round(e.value, 3) for h, e in zip(lead.heads, sqnr[name], strict=True) if not h.kind}
+            for name in trials
+        )
+        changes = [with_[h] - without[h] for h in with_]
+        gain, worst = float(np.mean(changes)), min(changes)
+        correction = Correction(
+            name=BIAS,
+            places=places,
+            kept=gain > BETTER_DB and worst >= -WORSE_DB,
+            reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB, worst head {worst:+.2f} dB",
+            without_db=without,
+            with_db=with_,
+            fitted_samples=len(fitted),
+            samples=len(judged),
+        )
+        return msgspec.json.encode(Debiased(correction=correction, offsets=all_ if correction.kept else ()))
 
-    key = key_of(
-        analysis=analysis.key,
-        mixed=sorted(lowered),
-        samples=list(samples),
-        floors=planned.plan.budget,
-        **analysis.execution,
-    )
+    key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
     return msgspec.json.decode(work.cached("debias", key, make), type=Debiased)
-
-
-def _judge(
-    planned: Planned, measured: Measured, found: tuple[Estimate, ...], places: int, fitted: int, samples: int
-) -> Correction:
-    before = judged(planned, measured)
-    after = judged(planned, msgspec.structs.replace(measured, sqnr_mixed=found))
-    changes = [after[h] - before[h] for h in after]
-    gain, worst, budget = float(np.mean(changes)), min(changes), planned.plan.budget
-    missed = sum(shortfall(budget, after).values()) > sum(shortfall(budget, before).values())
-    return Correction(
-        name=BIAS,
-        places=places,
-        kept=gain > BETTER_DB and worst >= -WORSE_DB and not missed,
-        reason=f"mean SQNR of the mixed model {gain:+.2f} dB, worst head {worst:+.2f} dB",
-        model="mixed",
-        without_db={h: round(v, 3) for h, v in before.items()},
-        with_db={h: round(v, 3) for h, v in after.items()},
-        fitted_samples=fitted,
-        samples=samples,
-    )
 
 
 def _untried(places: int, reason: str) -> Debiased:

@@ -17,8 +17,7 @@ from bitalloy.heads import is_divergence
 from bitalloy.outcome import Audit, Evaluation, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.calibration import unseen
-from bitalloy.pipeline.debiasing import Debiased, debias
-from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics, missed_drops
+from bitalloy.pipeline.evaluate import Evaluator, fastest_that_keeps, measure_metrics
 from bitalloy.pipeline.neighbours import NEIGHBOURS, SHOWN, Sitting, beside, measure_beside, with_measured
 from bitalloy.pipeline.planning import Facts, Tables, damage_of, operators_of, plan_around, plan_tables
 from bitalloy.pipeline.protection import read_advice
@@ -145,8 +144,7 @@ def verify(
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
     plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
     all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
-    beside it. The plan that is kept is the best measured one. Last, the mean errors of its
-    layers are taken out of their biases where that pays (`debias`).
+    beside it. The plan that is kept is the best measured one.
 
     Args:
         analysis: of the model.
@@ -173,18 +171,8 @@ def verify(
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
-    corrected = (
-        debias(analysis, final, best.measured, course.samples, work) if analysis.settings.bias_correction else None
-    )
-    mixed, measured = _shipped(analysis, best, corrected)
-
-    int8, lowered = analysis.units.lowest(), final.plan.lowered()
-    metrics = measure_metrics(evaluator, int8, lowered, corrected)
-    if corrected and corrected.correction.kept and missed_drops(course.budget, metrics.metrics):
-        plain = measure_metrics(evaluator, int8, lowered)
-        if not missed_drops(course.budget, plain.metrics):
-            corrected = corrected.without("without it the limit on the task metric holds")
-            mixed, measured, metrics = best.mixed, best.measured, plain
+    mixed, measured = best.mixed, best.measured
+    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.lowered())
     final = _with_measured(final, measured)
     summary = summarize(
         course.known(),
@@ -195,17 +183,8 @@ def verify(
         course.rounds(),
         work.seconds,
         evaluations,
-        (*analysis.corrections, *((corrected.correction,) if corrected else ())),
     )
     return Verified(analysis, final, mixed, summary, course.tables)
-
-
-def _shipped(analysis: Analysis, best: Trial, corrected: Debiased | None) -> tuple[Artefact, Measured]:
-    """The best plan with its biases corrected where that pays, and its measurement."""
-    if corrected is None or not corrected.correction.kept:
-        return best.mixed, best.measured
-    mixed = analysis.artefact(best.planned.plan.lowered(), corrected.arrays)
-    return mixed, msgspec.structs.replace(best.measured, sqnr_mixed=corrected.sqnr)
 
 
 @dataclass(frozen=True)

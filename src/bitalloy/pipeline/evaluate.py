@@ -24,7 +24,6 @@ from bitalloy.graph import Graph
 from bitalloy.heads import is_divergence
 from bitalloy.outcome import Evaluation, MetricComparison
 from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.debiasing import Debiased
 from bitalloy.pipeline.programs import interface_of, runner
 from bitalloy.pipeline.records import Metrics, Planned
 from bitalloy.pipeline.work import Workspace
@@ -85,14 +84,13 @@ class Evaluator:
         """The float model."""
         return Subject(("float",), self._analysis.original)
 
-    def subject(self, lowered: frozenset[str], corrected: Debiased | None = None) -> Subject:
-        """The model of a plan, with its biases corrected or not, made when it is needed."""
-        offsets, more = (corrected.arrays, corrected.identity) if corrected else ({}, [])
+    def subject(self, lowered: frozenset[str]) -> Subject:
+        """The model of a plan, made when it is needed."""
 
         def make() -> Artefact:
-            return self._analysis.executable(self._analysis.artefact(lowered, offsets))
+            return self._analysis.executable(self._analysis.artefact(lowered))
 
-        return Subject((self._analysis.key, *sorted(lowered), *more), make)
+        return Subject((self._analysis.key, *sorted(lowered)), make)
 
     def results(self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES) -> list[TaskResult]:
         """What the task measures on each file of labels; the first model is the reference, and it is the float model.
@@ -202,24 +200,17 @@ def _for_each_thread(graph: Graph, session: Session) -> Run:
     return run
 
 
-def measure_metrics(
-    evaluator: Evaluator | None, int8: frozenset[str], mixed: frozenset[str], corrected: Debiased | None = None
-) -> Metrics:
+def measure_metrics(evaluator: Evaluator | None, int8: frozenset[str], mixed: frozenset[str]) -> Metrics:
     """Task metrics of float, all-INT8 and mixed model, on the same samples; none without labels.
 
     Args:
         evaluator: of the model.
         int8: the plan that lowers all it can.
         mixed: the plan.
-        corrected: its biases.
     """
     if evaluator is None:
         return Metrics(metrics={}, confidence_shift={})
-    subjects = {
-        "float": evaluator.reference,
-        "int8": evaluator.subject(int8),
-        "mixed": evaluator.subject(mixed, corrected),
-    }
+    subjects = {"float": evaluator.reference, "int8": evaluator.subject(int8), "mixed": evaluator.subject(mixed)}
     found = [_metrics_of(result) for result in evaluator.results(subjects, "evaluate")]
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},

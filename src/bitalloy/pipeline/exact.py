@@ -183,6 +183,7 @@ def measured(
         data=ready.info,
         target=ready.target.name,
         ranges=ready.calibration.ranges,
+        offsets=ready.offsets,
         versions=versions(),
     )
     board = switchboard(ready, len(samples), work)

@@ -93,6 +93,7 @@ def measure_metric(
         shapes=model.info.inputs,
         target=ready.target.name,
         ranges=ready.calibration.ranges,
+        offsets=ready.offsets,
         labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
         limit=limit,
         seed=ready.settings.seed,
@@ -105,7 +106,7 @@ def measure_metric(
 
             def shard(sites: frozenset[str] = sites, spec: ImageSpec = spec) -> bytes:
                 nonlocal board
-                board = board or Switchboard(model, ready.units, ready.ranges, ready.target)
+                board = board or Switchboard(model, ready.scheme())
                 gates = board.gates(sites)
 
                 def run(feeds: Mapping[str, np.ndarray], board: Switchboard = board) -> dict[str, np.ndarray]:

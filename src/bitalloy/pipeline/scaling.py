@@ -77,7 +77,7 @@ def scaled(
     fitted = range(min(FITTED, count))
     judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
     few = msgspec.structs.replace(
-        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=True
+        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
     )
     key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
 
@@ -124,7 +124,6 @@ def _try(
                 places=len(factors),
                 kept=gain > BETTER_DB,
                 reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB",
-                model="int8",
                 without_db=without,
                 with_db=with_,
                 fitted_samples=len(fitted),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from bitalloy.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.heads import KL, is_divergence
 from bitalloy.matrix import draws, estimate
-from bitalloy.outcome import Comparison, Correction, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
+from bitalloy.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.calibration import part_of, versions
 from bitalloy.pipeline.evaluate import missed_drops
@@ -29,7 +29,6 @@ def summarize(
     rounds: Sequence[Round],
     seconds: Mapping[str, float],
     evaluations: Sequence[Evaluation] = (),
-    corrections: Sequence[Correction] = (),
 ) -> Summary:
     """Put predictions and measurements of a run side by side."""
     matrix, units = analysis.matrix, analysis.units
@@ -89,7 +88,7 @@ def summarize(
         fp16_units=len(planned.plan.fp16_units()),
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
-        corrections=tuple(corrections),
+        corrections=analysis.corrections,
     )
 
 

@@ -218,7 +218,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     """Header and lines of the light corrections that were tried."""
     names = list(heads)
     header = (
-        "Correction", "Used", "Places", "Measured on", "Samples, fitted on", *(f"{h}, without → with" for h in names),
+        "Correction", "Used", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),
         "Why",
     )  # fmt: skip
     lines = []
@@ -234,8 +234,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
                 one.name,
                 "yes" if one.kept else "no",
                 str(one.places),
-                {"int8": "all-INT8 model", "mixed": "mixed model"}.get(one.model, formats.NONE),
-                f"{one.samples}, {one.fitted_samples}" if one.model else formats.NONE,
+                f"{one.samples}, {one.fitted_samples}" if one.samples else formats.NONE,
                 *pairs,
                 one.reason,
             )

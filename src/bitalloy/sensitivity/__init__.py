@@ -1,6 +1,6 @@
 """How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
 
-from bitalloy.sensitivity.columns import views
+from bitalloy.sensitivity.columns import Scheme, views
 from bitalloy.sensitivity.correct import Correction, Finding, correct, damage_of
 from bitalloy.sensitivity.exact import Measurement, Switchboard, damage, secant
 from bitalloy.sensitivity.probe import Prober
@@ -13,6 +13,7 @@ __all__ = [
     "Measurement",
     "Prober",
     "Switchboard",
+    "Scheme",
     "alike",
     "choose",
     "correct",

@@ -4,7 +4,8 @@ Case 1. A tensor on its way into a unit, or inside one: dequantize(quantize(x)) 
 Case 2. The same where a graph input enters the one Conv that reads it: seen behind that Conv, so that no gradient is
         needed upstream.
 Case 3. The output of an INT8 Concat, whose operands are rounded already: rounded once more, on one scale.
-Case 4. A weight: seen at the output of its node, which is applied to the weight's error.
+Case 4. A weight: seen at the output of its node, which is applied to the weight's error; with the offset that is added
+        to the bias where the weight is rounded.
 Case 5. A unit in FP16, all its roundings together, seen at its root: weights and the output of every node, and inputs
         of the graph. Other inputs are taken as they are: in a run of FP16 units what enters a unit is rounded where it
         is made, and counting it again would take one rounding for two.
@@ -15,7 +16,7 @@ Columns are told apart by what they round and how. Targets that round a site ali
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -24,11 +25,23 @@ from bitalloy.adjoint import Tap
 from bitalloy.adjoint.builder import Builder
 from bitalloy.graph import Graph, attribute, constant, is_float, name_of, static_shape
 from bitalloy.numerics import QuantParams, dequantize, fake_fp16, quantize
-from bitalloy.records import AGAIN, HALF, Edge, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.records import AGAIN, HALF, Edge, Offset, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.targets.base import Target, weight_params
-from bitalloy.values import FULL_SLOTS
+from bitalloy.values import FULL_SLOTS, beside_output
 
 Ranges = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A quantization scheme: how a target rounds what it can round."""
+
+    units: UnitGraph
+    target: Target
+    ranges: Ranges
+    """Tensor -> calibrated (low, high)."""
+    offsets: Mapping[str, Offset] = field(default_factory=dict)
+    """Weight site -> what is added to a bias where the weight is rounded."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +56,20 @@ class Column:
     """Makes its local error under a name."""
 
 
-def views(graph: Graph, wanted: Sequence[tuple[UnitGraph, Target, Ranges]]) -> list[dict[str, str]]:
-    """For every way to round: site -> name of its column in the matrix that `Prober` measures for all of them."""
-    return names([columns(graph, units, ranges, target) for units, target, ranges in wanted])
+def views(graph: Graph, wanted: Sequence[Scheme]) -> list[dict[str, str]]:
+    """For every scheme: site -> name of its column in the matrix that `Prober` measures for all of them."""
+    return names([columns(graph, scheme) for scheme in wanted])
 
 
-def columns(graph: Graph, units: UnitGraph, ranges: Ranges, target: Target) -> list[Column]:
-    """All columns of a target, one per site."""
+def columns(graph: Graph, scheme: Scheme) -> list[Column]:
+    """All columns of a scheme, one per site."""
+    units, target, ranges = scheme.units, scheme.target, scheme.ranges
     int8 = units.quantizable()
     found = []
     for unit in units.units:
         if unit.id in int8:
             found += [_edge(e.id, (e,), e.tensor, ranges, target) for e in unit.inner]
-            found += [_weight(graph, site, target) for site in unit.weights]
+            found += [_weight(graph, site, target, scheme.offsets.get(site.id)) for site in unit.weights]
     roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
     for edge in units.edges:
         if edge.rounds(int8) and (edge.consumer in int8 or not edge.passed_on):
@@ -76,7 +90,7 @@ def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
 
 
 def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
-    """For every way to round: site -> name of its column.
+    """For every scheme: site -> name of its column.
 
     What differs from a former one's is `site on target`; further ranges on that target get a number.
     """
@@ -147,7 +161,7 @@ def _again(
     )
 
 
-def _weight(graph: Graph, site: WeightSite, target: Target) -> Column:
+def _weight(graph: Graph, site: WeightSite, target: Target, offset: Offset | None) -> Column:
     """Case 4. The error is a constant.
 
     Of a large model it is computed at every run instead, so that only the integers are kept beside the weight.
@@ -165,11 +179,14 @@ def _weight(graph: Graph, site: WeightSite, target: Target) -> Column:
         def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
             x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
             change = p.const(delta) if delta is not None else _change(p, values[site.tensor], rounded, params)
-            return p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
+            made = p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
+            if offset is None:
+                return made
+            return p.like("Add", made, p.const(beside_output(node, np.array(offset.values, np.float32))))
 
         return Tap(name, (Edge(tensor=str(output.name), node="", slot=0),), error)
 
-    return Column(site.id, target.name, ("weight", site.id, *_format(params)), tap)
+    return Column(site.id, target.name, ("weight", site.id, offset is not None, *_format(params)), tap)
 
 
 def _half(graph: Graph, unit: Unit, target: Target) -> Column:

@@ -24,9 +24,10 @@ from bitalloy.graph import Graph, name_of
 from bitalloy.heads import Reference
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.numerics import QuantParams
-from bitalloy.records import AGAIN, Edge, Head, Secant, UnitGraph, WeightSite
+from bitalloy.records import AGAIN, Edge, Head, Offset, Secant, WeightSite
 from bitalloy.runtime import OrtSession
 from bitalloy.runtime.ort import available_cores
+from bitalloy.sensitivity.columns import Scheme
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.base import Target, weight_params
@@ -41,9 +42,7 @@ class Switchboard:
 
     Args:
         graph: the model in normal form.
-        units: its units on the target.
-        ranges: tensor -> calibrated (low, high).
-        target: decides formats.
+        scheme: decides what is rounded, and how.
         segments: number of parts that can run again by themselves.
         at_once: samples that will be measured at the same time, each on its share of the cores. That keeps all cores
             busy in small layers, too. Of a large model it is one: each takes memory.
@@ -52,13 +51,12 @@ class Switchboard:
     def __init__(
         self,
         graph: Graph,
-        units: UnitGraph,
-        ranges: Mapping[str, tuple[float, float]],
-        target: Target,
+        scheme: Scheme,
         *,
         segments: int = SEGMENTS,
         at_once: int = 1,
     ) -> None:
+        units, target = scheme.units, scheme.target
         self.at_once = 1 if graph.large else min(max(at_once, 1), available_cores())
         threads = available_cores() // self.at_once
         parts = cut(graph, segments)
@@ -71,7 +69,7 @@ class Switchboard:
             return self._column.setdefault(site, len(self._column))
 
         def edge(site: str, uses: Sequence[Edge], root: str) -> None:
-            params = target.activation(*ranges[root])
+            params = target.activation(*scheme.ranges[root])
             split: dict[int, list[Edge]] = defaultdict(list)
             for use in uses:
                 if not use.node:
@@ -86,7 +84,8 @@ class Switchboard:
                 for inner in unit.inner:
                     edge(inner.id, (inner,), inner.tensor)
                 for weight in unit.weights:
-                    self._segments[place[weight.node]].weights.append((column(weight.id), weight))
+                    offset = scheme.offsets.get(weight.id)
+                    self._segments[place[weight.node]].weights.append((column(weight.id), weight, offset))
         for entry in units.edges:
             if entry.rounds(int8):
                 edge(entry.id, entry.uses, entry.root)
@@ -145,7 +144,7 @@ class Segment:
     def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target, threads: int) -> None:
         self._graph, self._nodes, self._target, self._threads = graph, nodes, target, threads
         self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
-        self.weights: list[tuple[int, WeightSite]] = []
+        self.weights: list[tuple[int, WeightSite, Offset | None]] = []
         """Gates with their columns."""
         self.inputs = reads(nodes)
         """Tensors that it reads."""
@@ -175,8 +174,8 @@ class Segment:
         keeper = Gatekeeper(model, large=self._graph.large)
         for _, uses, params in self.edges:
             keeper.edge(uses, params)
-        for _, site in self.weights:
-            keeper.weight(site, weight_params(self._target, self._graph.node[site.node], site))
+        for _, site, offset in self.weights:
+            keeper.weight(site, weight_params(self._target, self._graph.node[site.node], site), offset)
         keeper.close()
         return OrtSession(model, threads=self._threads, shared=True)
 

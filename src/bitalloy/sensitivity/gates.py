@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from bitalloy.graph import attribute, constant
 from bitalloy.numerics import QuantParams, dequantize, quantize
-from bitalloy.records import Edge, WeightSite
+from bitalloy.records import Edge, Offset, WeightSite
+from bitalloy.values import beside_output
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
@@ -42,16 +43,22 @@ class Gatekeeper:
         self._gates.shape = ir.Shape((self._count,))
         self._graph.inputs.append(self._gates)
 
-    def weight(self, site: WeightSite, params: QuantParams) -> None:
-        """A gate on the error of a weight, added to the output of its node."""
+    def weight(self, site: WeightSite, params: QuantParams, offset: Offset | None = None) -> None:
+        """A gate on the error of a weight and the offset that goes with it, added to the output of its node."""
         node = self._nodes[site.node]
         before, delta = self._change(node.inputs[site.slot], params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
         y = node.outputs[0]
         uses = list(y.uses())
+        shift = None
+        if offset is not None:
+            values = beside_output(node, np.array(offset.values, np.float32))
+            shift = self._constant(f"gate/{self._count}/offset", values)
 
         def error() -> list[ir.Node]:
-            return [*before, ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)]  # type: ignore[arg-type]
+            made = ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)  # type: ignore[arg-type]
+            moved = [] if shift is None else [ir.node("Add", [made.outputs[0], shift])]
+            return [*before, made, *moved]
 
         result = self._gated(y, error, after=node)
         for user, slot in uses:

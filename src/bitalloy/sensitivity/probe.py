@@ -23,10 +23,9 @@ from bitalloy.errors import DataError
 from bitalloy.graph import Graph
 from bitalloy.heads import Reference, needs_values
 from bitalloy.matrix import ProbeMatrix
-from bitalloy.records import Head, UnitGraph
+from bitalloy.records import Head
 from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity.columns import columns, merge
-from bitalloy.targets import Target
+from bitalloy.sensitivity.columns import Scheme, columns, merge
 
 AT_ONCE = 2
 """Probes per reverse execution: they share the reading of the errors; more of them leave the cache."""
@@ -37,13 +36,10 @@ class Prober:
 
     Args:
         graph: the model in normal form.
-        units: its units; every site that an INT8 plan could round gets a column.
         heads: the parts of the outputs.
-        ranges: tensor -> calibrated (low, high).
-        target: decides formats.
+        schemes: of one target or several. Every site that an INT8 plan could round gets a column; what two schemes
+            round alike is measured once. The passes through the network are the same.
         stops: nodes through which nothing is measured.
-        others: units of further targets, or the same with other ranges. Their columns stand behind those of the first;
-            what both round alike is measured once. The passes through the network are the same.
 
     Raises:
         UnsupportedOpError: an operator between a site and a head has no adjoint rule.
@@ -52,16 +48,13 @@ class Prober:
     def __init__(
         self,
         graph: Graph,
-        units: UnitGraph,
         heads: Sequence[Head],
-        ranges: Mapping[str, tuple[float, float]],
-        target: Target,
+        schemes: Sequence[Scheme],
         *,
         stops: frozenset[str] = frozenset(),
-        others: Sequence[tuple[UnitGraph, Target, Mapping[str, tuple[float, float]]]] = (),
     ) -> None:
         self._heads = tuple(heads)
-        wanted = [columns(graph, u, r, t) for u, t, r in ((units, target, ranges), *others)]
+        wanted = [columns(graph, scheme) for scheme in schemes]
         taps = [c.tap(name) for name, c in merge(wanted).items()]
         tensors = tuple(dict.fromkeys(h.tensor for h in heads))
         self.sites = tuple(t.id for t in taps)
