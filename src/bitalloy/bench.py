@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from bitalloy.records import Latency
-from bitalloy.runtime import Session
+from bitalloy.runtime import Session, available_cores
 
 SITTINGS = 3
 TOLERANCE = 1.05
@@ -63,7 +64,8 @@ def sittings(
         share = repeats * (turn + 1) // SITTINGS - repeats * turn // SITTINGS
         found = {}
         for group in [list(models)] if together else [[name] for name in models]:
-            sessions = {name: models[name]() for name in group}
+            with ThreadPoolExecutor(available_cores()) as pool:  # loading a model keeps one core busy
+                sessions = dict(zip(group, pool.map(lambda name: models[name](), group), strict=True))
             found.update(interleave(sessions, feeds, repeats=share, progress=progress))
             if then is not None and together and turn == SITTINGS - 1:
                 then(sessions)

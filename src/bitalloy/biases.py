@@ -58,7 +58,9 @@ def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
                 continue
             holder = uses[0].node
         entering = layer.inputs[0]
-        if entering is None or site.slot != 1 or 0 in static_shape(entering) or not _plain(layer):
+        if entering is None or constant(entering) is not None or 0 in static_shape(entering):
+            continue
+        if site.slot != 1 or not _plain(layer):
             continue
         if (holder.op_type == "Add") != (layer.op_type == "MatMul"):
             continue

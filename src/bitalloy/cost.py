@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 from bitalloy import bench
 from bitalloy.plans import CostTable, UnitCost
 from bitalloy.records import UnitGraph
-from bitalloy.runtime import Artefact, Reopener, available_cores
+from bitalloy.runtime import Artefact, Reopener, available_cores, reopeners
 from bitalloy.tracing import Traced, profile, trace
 
 MIXTURES, LARGE_MIXTURES = 6, 2
@@ -78,7 +78,8 @@ def measure(
         models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles = []
-        openers = [m.artefact.session if large else m.artefact.reopener() for m in models]
+        artefacts = [m.artefact for m in models]
+        openers = [a.session for a in artefacts] if large else reopeners(artefacts)
         for model, opener in zip(models, openers, strict=True):
             profiles.append(_profile(model, opener, units, feeds, folder))
             if progress is not None:

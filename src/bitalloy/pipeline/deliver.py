@@ -30,7 +30,7 @@ from bitalloy.plans import Budget, CostTable, ParetoPoint
 from bitalloy.program import Joined
 from bitalloy.records import Estimate, Latency
 from bitalloy.roofline import estimate
-from bitalloy.runtime import ONLY, Artefact, Session
+from bitalloy.runtime import ONLY, Artefact, Session, reopeners
 from bitalloy.sensitivity import Finding
 from bitalloy.store import key_of
 from bitalloy.verify import FLOAT32, output_sqnr
@@ -399,8 +399,9 @@ def _latency(
         reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
         return LatencySpread(reference=reference, int8=int8, mixed=mixed)
     together = not (models["mixed"].large or analysis.graph.large)
+    openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
     times = bench.sittings(
-        {name: model.reopener() if together else model.session for name, model in models.items()},
+        dict(zip(models, openers, strict=True)),
         analysis.data.feeds(0),
         repeats=BENCH_REPEATS,
         together=together,

@@ -12,7 +12,7 @@ from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.work import Workspace
 from bitalloy.plans import ParetoPoint, Plan
 from bitalloy.records import Estimate, Record
-from bitalloy.runtime import Session
+from bitalloy.runtime import Session, reopeners
 from bitalloy.store import key_of
 from bitalloy.verify import output_sqnr
 
@@ -58,7 +58,7 @@ def measure_beside(
 
     def make() -> bytes:
         artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
-        reference = analysis.original()
+        openers = reopeners([analysis.original(), *artefacts.values()])
         sqnr: dict[str, tuple[Estimate, ...]] = {}
         with work.stage("neighbours", REPEATS + len(samples)) as progress:
 
@@ -75,7 +75,7 @@ def measure_beside(
                 )
 
             times = bench.sittings(
-                {"float": reference.reopener(), **{name: a.reopener() for name, a in artefacts.items()}},
+                dict(zip(("float", *artefacts), openers, strict=True)),
                 analysis.data.feeds(0),
                 repeats=REPEATS,
                 progress=progress.advance,

@@ -1,6 +1,6 @@
 """Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
 
-from bitalloy.runtime.artefact import Artefact, Chain
+from bitalloy.runtime.artefact import Artefact, Chain, reopeners
 from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.runtime.optimized import Rewritten, match
@@ -21,4 +21,5 @@ __all__ = [
     "Session",
     "available_cores",
     "match",
+    "reopeners",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from bitalloy.program import FILE, Program
 from bitalloy.program.wiring import write_wiring
 from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
-from bitalloy.runtime.ort import ORT
+from bitalloy.runtime.ort import ORT, available_cores
 from bitalloy.weights import is_large, pack, save
 
 
@@ -143,6 +144,12 @@ class Artefact:
         (path / FILE).unlink(missing_ok=True)
         files = [f for name, model in models.items() for f in save(model, path / f"{name}.onnx")]
         return (*files, write_wiring(path, {name: f"{name}.onnx" for name in self.models}, self.program.wires))
+
+
+def reopeners(artefacts: Sequence[Artefact]) -> list[Reopener]:
+    """`Artefact.reopener` of each, side by side: compiling a model keeps one core busy."""
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return list(pool.map(Artefact.reopener, artefacts))
 
 
 def _size(model: ir.Model | Path) -> int:
