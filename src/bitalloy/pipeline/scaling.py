@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import msgspec
-import numpy as np
 
 from bitalloy.data import Dataset
 from bitalloy.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
 from bitalloy.graph import Graph
 from bitalloy.outcome import Correction
+from bitalloy.pipeline.trials import Trial, compare, first_with_int8, gains, untried
 from bitalloy.pipeline.work import Workspace
-from bitalloy.records import Head, Record, Settings, UnitGraph
-from bitalloy.runtime import Artefact
+from bitalloy.records import Record, Settings
 from bitalloy.store import key_of
-from bitalloy.verify import artefact_sqnr
 
 FITTED, JUDGED = 8, 8
 """Samples that decide factors and ranges, and those after them on which the SQNR is measured."""
 BETTER_DB = 0.1
 """What a rule must gain in mean SQNR over the heads to be kept."""
-
-
-class Trial(Protocol):
-    """What is asked of a calibrated model."""
-
-    @property
-    def heads(self) -> tuple[Head, ...]: ...
-
-    @property
-    def units(self) -> UnitGraph: ...
-
-    @property
-    def others(self) -> Sequence[Trial]: ...
-
-    def artefact(self, lowered: frozenset[str]) -> Artefact: ...
-
-    def executable(self, artefact: Artefact) -> Artefact: ...
-
-    def original(self) -> Artefact: ...
 
 
 class Scaled(Record, frozen=True, kw_only=True):
@@ -72,7 +50,7 @@ def scaled(
     places = find_places(model)
     if not places:
         reason = "large models share their weights" if model.large else "no place where the rule applies"
-        return model, tuple(_untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
+        return model, tuple(untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
     count = min(len(data), settings.calibration_samples)
     fitted = range(min(FITTED, count))
     judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
@@ -108,16 +86,16 @@ def _try(
         if not factors:
             even = any(p.rule == rule for p in places)
             reason = "channels differ too little to be scaled" if even else "no place where the rule applies"
-            corrections.append(_untried(rule, 0, reason))
+            corrections.append(untried(rule, 0, reason))
             continue
-        base = base or _with_int8(calibrated(model))
+        base = base or _tried(calibrated(model))
         if base is None:
-            corrections.append(_untried(rule, len(factors), "no unit runs in INT8"))
+            corrections.append(untried(rule, len(factors), "no unit runs in INT8"))
             continue
-        changed = _with_int8(calibrated(scale(model, {**kept, **factors})))
+        changed = _tried(calibrated(scale(model, {**kept, **factors})))
         assert changed is not None, "scaling leaves operators as they are"
-        without, with_ = _sqnr(base, {"without": base, "with": changed}, data, judged, work)
-        gain = float(np.mean([with_[h] - without[h] for h in with_]))
+        without, with_ = compare(base, changed, data, judged, "equalize", work)
+        gain, _ = gains(without, with_)
         corrections.append(
             Correction(
                 name=rule,
@@ -135,24 +113,6 @@ def _try(
     return Scaled(corrections=tuple(corrections), factors={p.tensor: powers for p, powers in kept.items()})
 
 
-def _with_int8(trial: Trial) -> Trial | None:
-    """The first target that has INT8."""
-    return next((t for t in (trial, *trial.others) if t.units.quantizable()), None)
-
-
-def _sqnr(
-    base: Trial, trials: Mapping[str, Trial], data: Dataset, samples: Sequence[int], work: Workspace
-) -> tuple[dict[str, float], ...]:
-    """SQNR in dB of all-INT8 models by head, divergences left out."""
-    models = {name: t.executable(t.artefact(t.units.lowest())) for name, t in trials.items()}
-    feeds = (data.feeds(i) for i in samples)
-    with work.stage("equalize", len(samples)) as progress:
-        found = artefact_sqnr(base.original(), models, base.heads, feeds, progress=progress.advance)
-    return tuple(
-        {h.name: round(e.value, 3) for h, e in zip(base.heads, found[name], strict=True) if not h.kind}
-        for name in trials
-    )
-
-
-def _untried(rule: str, places: int, reason: str) -> Correction:
-    return Correction(name=rule, places=places, kept=False, reason=reason)
+def _tried(trial: Trial) -> Trial | None:
+    """On the target that decides."""
+    return first_with_int8((trial, *trial.others))

@@ -135,7 +135,7 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         members = (*core.nodes, *tails[name])
         floats = all(len(n.outputs) == 1 and is_float(n.outputs[0]) for n in core.nodes)
         half = floats and all(n.op_type in target.half for n in members)
-        if target.placement is not Placement.ENDS:
+        if target.placement is not Placement.ENDS or not int8:
             pass  # what a unit makes is not rounded by it
         elif root in joined:
             int8, reason = False, "joins outputs of different meaning, which one scale cannot serve"
