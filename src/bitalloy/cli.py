@@ -242,9 +242,9 @@ def _show(verified: Verified, folder: Path) -> None:
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
     for correction in (c for c in summary.corrections if c.places):
-        verdict = f"{'used' if correction.kept else 'not used'} at {correction.places} places"
+        verdict = "kept" if correction.kept else "not kept"
         out_console.print(
-            f"Correction `{correction.name}` {verdict}: {correction.reason}.",
+            f"Correction `{correction.name}` at {correction.places} places, {verdict}: {correction.reason}.",
             soft_wrap=True,
             highlight=False,
             markup=False,

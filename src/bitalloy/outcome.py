@@ -112,9 +112,9 @@ class Correction(Record, frozen=True, kw_only=True):
     name: str
     """`smoothing` or `cross-layer` (scaling between layers), or `bias`."""
     places: int
-    """Tensors that are scaled, or layers whose bias is corrected."""
+    """Tensors that are scaled, or layers that may run in INT8 and have a bias; it is corrected where they do."""
     kept: bool
-    """Whether the shipped model has it."""
+    """Whether rounded models have it."""
     reason: str
     """Why it is kept or not."""
     without_db: dict[str, float] = msgspec.field(default_factory=dict)

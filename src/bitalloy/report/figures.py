@@ -218,7 +218,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     """Header and lines of the light corrections that were tried."""
     names = list(heads)
     header = (
-        "Correction", "Used", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),
+        "Correction", "Kept", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),
         "Why",
     )  # fmt: skip
     lines = []
