@@ -55,7 +55,7 @@ def main() -> None:
     for index in track(range(options.many), description="probe", console=console):
         stored = store.get("interval-rows", key, f"{index:06d}")
         if stored is None:
-            prober = prober or Prober(model, ready.heads, [ready.scheme()])
+            prober = prober or Prober(ready.graph, ready.heads, [ready.scheme()])
             stored = prober.measure(data.feeds(index), sample=index, probes=each, seed=options.seed).to_bytes()
             store.put("interval-rows", key, stored, f"{index:06d}")
         shards.append(ProbeMatrix.from_bytes(stored))

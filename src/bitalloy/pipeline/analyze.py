@@ -12,6 +12,7 @@ from bitalloy.data import Dataset
 from bitalloy.graph import Graph
 from bitalloy.matrix import ProbeMatrix
 from bitalloy.pipeline.calibration import COMPARED, Calibrated, calibrate, part_of, switchboard, unseen
+from bitalloy.pipeline.trials import deciding
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import RangeChoice, Secant, SensitivityTable, Settings
 from bitalloy.sensitivity import Prober, choose, late, picked, secant, sensitivities, settled, views
@@ -118,7 +119,7 @@ def _probe(
         return list(parts), [matrix], None
     found = views(ready.graph, schemes)
     by_part = [found[i : len(methods) * len(parts) : len(parts)] for i in range(len(parts))]
-    decider = next((i for i, p in enumerate(parts) if p.units.quantizable()), None)
+    decider = deciding(parts)
     if len(methods) == 1 or decider is None:
         return list(parts), [matrix.view(candidates[0]) for candidates in by_part], None
     best = choose(matrix, by_part[decider], parts[decider].units)
@@ -162,11 +163,11 @@ def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: W
 
 def _secant(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
     """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
-    found = next((p for p in zip(parts, matrices, strict=True) if p[0].units.quantizable()), None)
-    if found is None:
+    at = deciding(parts)
+    if at is None:
         ones = (1.0,) * len(matrices[0].heads)
         return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
-    ready, matrix = found
+    ready, matrix = parts[at], matrices[at]
     count = min(SECANT_SAMPLES, matrix.samples)
 
     def make() -> bytes:

@@ -13,7 +13,7 @@ import msgspec
 from bitalloy.biases import find_biases, mean_inputs, offsets
 from bitalloy.data import Dataset
 from bitalloy.outcome import Correction
-from bitalloy.pipeline.trials import Trial, compare, first_with_int8, gains, untried
+from bitalloy.pipeline.trials import Trial, compare, deciding, gains, untried
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import Offset, Record
 from bitalloy.store import key_of
@@ -47,11 +47,11 @@ def debias(parts: Sequence[Trial], data: Dataset, count: int, work: Workspace) -
         count: how many of them the ranges come from; these are used.
         work: where to keep and show results.
     """
-    lead = first_with_int8(parts)
-    if lead is None:
+    at = deciding(parts)
+    if at is None:
         return _none(0, "no unit runs in INT8")
-    graph, found = lead.graph, [find_biases(p.graph, p.units) for p in parts]
-    places = len(find_biases(graph, lead.units))
+    lead, graph, found = parts[at], parts[at].graph, [find_biases(p.graph, p.units) for p in parts]
+    places = len(found[at])
     if not places:
         return _none(0, "no INT8 layer with a bias")
     if graph.large:
@@ -66,8 +66,7 @@ def debias(parts: Sequence[Trial], data: Dataset, count: int, work: Workspace) -
             union = {b.tensor: b for biases in found for b in biases}
             means = mean_inputs(graph, union.values(), (data.feeds(i) for i in fitted), progress.advance)
         added = tuple(offsets(graph, b, p.target, means) for b, p in zip(found, parts, strict=True))
-        own = next(o for o, p in zip(added, parts, strict=True) if p is lead)
-        without, with_ = compare(lead, lead.corrected(own), data, judged, "debias", work)
+        without, with_ = compare(lead, lead.corrected(added[at]), data, judged, "debias", work)
         gain, worst = gains(without, with_)
         correction = Correction(
             name=BIAS,

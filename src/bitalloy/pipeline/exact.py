@@ -21,6 +21,7 @@ from bitalloy.heads import is_divergence
 from bitalloy.matrix import draws, interval
 from bitalloy.pipeline.analyze import Analysis
 from bitalloy.pipeline.calibration import Calibrated, part_of, switchboard, versions
+from bitalloy.pipeline.trials import deciding
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph
 from bitalloy.regions import ancestors
@@ -233,7 +234,7 @@ def confirm(
         work: where to keep and show results.
     """
     work, parts = work or Workspace(), list(analysis.targets)
-    lead = next((i for i, part in enumerate(parts) if part.units.quantizable()), None)
+    lead = deciding(parts)
     if lead is None:
         return analysis
     confirmed, correction = _confirmed(parts[lead], worst, flagged=flagged, samples=samples, work=work)

@@ -10,7 +10,7 @@ from bitalloy.data import Dataset
 from bitalloy.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
 from bitalloy.graph import Graph
 from bitalloy.outcome import Correction
-from bitalloy.pipeline.trials import Trial, compare, first_with_int8, gains, untried
+from bitalloy.pipeline.trials import Trial, compare, deciding, gains, untried
 from bitalloy.pipeline.work import Workspace
 from bitalloy.records import Record, Settings
 from bitalloy.store import key_of
@@ -115,4 +115,6 @@ def _try(
 
 def _tried(trial: Trial) -> Trial | None:
     """On the target that decides."""
-    return first_with_int8((trial, *trial.others))
+    parts = (trial, *trial.others)
+    at = deciding(parts)
+    return None if at is None else parts[at]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 import numpy as np
@@ -47,9 +47,9 @@ class Trial(Protocol):
     def original(self) -> Artefact: ...
 
 
-def first_with_int8(trials: Iterable[Trial]) -> Trial | None:
-    """The first target that has INT8."""
-    return next((t for t in trials if t.units.quantizable()), None)
+def deciding(trials: Sequence[Trial]) -> int | None:
+    """Position of the first target that has INT8: what is measured on it holds for all."""
+    return next((i for i, t in enumerate(trials) if t.units.quantizable()), None)
 
 
 def compare(

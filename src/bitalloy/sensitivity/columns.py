@@ -186,7 +186,7 @@ def _weight(graph: Graph, site: WeightSite, target: Target, offset: Offset | Non
 
         return Tap(name, (Edge(tensor=str(output.name), node="", slot=0),), error)
 
-    return Column(site.id, target.name, ("weight", site.id, offset is not None, *_format(params)), tap)
+    return Column(site.id, target.name, ("weight", site.id, offset, *_format(params)), tap)
 
 
 def _half(graph: Graph, unit: Unit, target: Target) -> Column:
