@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy import Calibrated, Settings, calibrate
-from bitalloy.biases import find_biases, mean_inputs, offsets
-from bitalloy.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
+from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline import prepare
-from bitalloy.verify import artefact_sqnr
+from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
 
 
 def compare(parts: dict[str, Calibrated], plan: frozenset[str], samples: range) -> dict[str, dict[str, float]]:

@@ -30,18 +30,20 @@ from rich.progress import Progress
 from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
-from bitalloy.apply import apply
-from bitalloy.bench import interleave
-from bitalloy.calibrate import collect
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix, bend, decibel
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.records import AGAIN
+from bitalloy.measure.bench import interleave
+from bitalloy.measure.sqnr import output_sqnr
+from bitalloy.model.heads import find_heads
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
-from bitalloy.records import AGAIN
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage, secant
+from bitalloy.rewrite.apply import apply
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Switchboard, damage, secant
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
-from bitalloy.verify import output_sqnr
+from bitalloy.targets.recipe import Recipe
 
 
 def agreement(exact_db: np.ndarray, predicted_db: np.ndarray) -> dict[str, float]:
@@ -81,7 +83,7 @@ def main() -> None:
     ranges = statistics.ranges(options.ranges)
 
     start = time.perf_counter()
-    prober = Prober(model, heads, [Scheme(units, device, ranges)])
+    prober = Prober(model, heads, [Recipe(units, device, ranges)])
     built = time.perf_counter()
     each = max(2, -(-options.probes // len(heads)))
     shards = [prober.measure(f, sample=i, probes=each, seed=options.seed) for i, f in enumerate(feeds)]
@@ -92,7 +94,7 @@ def main() -> None:
     float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
 
     convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
-    board = Switchboard(model, Scheme(units, device, ranges), at_once=len(feeds))
+    board = Switchboard(model, Recipe(units, device, ranges), at_once=len(feeds))
     if options.scope == "sites":
         found_sites = sorted(s for s in units.rounded(units.quantizable()) if not s.endswith(AGAIN))
         things = {s: frozenset({s}) for s in found_sites}

@@ -22,10 +22,11 @@ import numpy as np
 from rich.console import Console
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, measure_cost, plan
-from bitalloy.matrix import bend, decibel
-from bitalloy.pipeline import Analysis, prepare
-from bitalloy.records import HALF, Precision
-from bitalloy.verify import artefact_sqnr
+from bitalloy.core.records import HALF, Precision
+from bitalloy.measure.sqnr import artefact_sqnr
+from bitalloy.pipeline import prepare
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.matrix import bend, decibel
 
 TARGETS = ("tensorrt", "ort-cuda")
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import track
 
 from bitalloy import RunDirectory, Settings, Workspace, calibrate, load, open_data
-from bitalloy.matrix import ProbeMatrix, draws, estimate
-from bitalloy.sensitivity import Prober
-from bitalloy.store import key_of
+from bitalloy.core.store import key_of
+from bitalloy.sensitivity.matrix import ProbeMatrix, draws, estimate
+from bitalloy.sensitivity.probe import Prober
 
 
 def main() -> None:

@@ -31,19 +31,20 @@ from pathlib import Path
 
 import numpy as np
 
-from bitalloy import graph
-from bitalloy.apply import apply
-from bitalloy.calibrate import collect
-from bitalloy.graph import Graph
-from bitalloy.halving import specified
-from bitalloy.heads import Reference, find_heads
-from bitalloy.matrix import ProbeMatrix, decibel
-from bitalloy.records import HALF, Precision, TensorRange
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.records import HALF, Precision, TensorRange
+from bitalloy.model import load as graph
+from bitalloy.model.heads import Reference, find_heads
+from bitalloy.model.load import Graph
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.cast import specified
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
-from bitalloy.targets.half import judge, tensors
+from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.safety import judge, tensors
 
 FLOAT_RUNS = 3
 LLAMA = Path(__file__).resolve().parents[1] / "reference" / "llama.py"
@@ -168,7 +169,7 @@ def main() -> None:
         }
         units = judge(model, units, known)
     with step("build"):
-        prober = Prober(model, heads, [Scheme(units, device, ranges)])
+        prober = Prober(model, heads, [Recipe(units, device, ranges)])
     with step("probe"):
         parts = [prober.measure(f, sample=i, probes=options.probes, seed=options.seed) for i, f in enumerate(samples)]
     matrix = ProbeMatrix.concatenate(parts)

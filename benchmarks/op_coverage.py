@@ -33,12 +33,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.errors import BitalloyError, ModelError, UnsupportedOpError
-from bitalloy.graph import OPSETS, Graph, load
-from bitalloy.records import Edge
-from bitalloy.runtime import OrtSession
+from bitalloy.core.errors import BitalloyError, ModelError, UnsupportedOpError
+from bitalloy.core.records import Edge
+from bitalloy.model.load import OPSETS, Graph, load
+from bitalloy.runtime.ort import OrtSession
 
 FLOAT, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
 PROBES = 4

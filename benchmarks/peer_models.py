@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy.data import ImageSpec, image_feed, open_dataset
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.datasets import open_dataset
+from bitalloy.data.images import ImageSpec, image_feed
 from bitalloy.tasks.base import Run
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco
 from bitalloy.tasks.detection import decode, on_image, suppress

@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bitalloy import bench
-from bitalloy.data import ImageSpec, image_feed
-from bitalloy.runtime import OrtSession
+from bitalloy.data.images import ImageSpec, image_feed
+from bitalloy.measure import bench
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import TASK, DetectionData
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, confirm, load, measure_cost, open_data, plan
-from bitalloy.bench import interleave
+from bitalloy.measure.bench import interleave
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from plan_prediction import random_plans
 

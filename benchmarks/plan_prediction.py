@@ -29,14 +29,15 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import RunDirectory, Settings, Workspace, analyze, confirm, load, open_data
-from bitalloy.heads import Reference
-from bitalloy.matrix import bend, decibel
-from bitalloy.pipeline import Analysis, image_spec
+from bitalloy.core.store import key_of
+from bitalloy.model.heads import Reference
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
-from bitalloy.runtime import OrtSession
-from bitalloy.search import Problem
-from bitalloy.store import key_of
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.search.program import Problem
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.matrix import bend, decibel
 from bitalloy.tasks.detection import class_names, evaluate_detection
+from bitalloy.tasks.open import image_spec
 
 
 def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequence[int]) -> list[frozenset[str]]:

@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bitalloy import load
-from bitalloy.pipeline import image_spec
-from bitalloy.runtime import available_cores
+from bitalloy.runtime.ort import available_cores
+from bitalloy.tasks.open import image_spec
 
 HERE = Path(__file__).resolve().parent
 RUNTIMES = {"ort-cpu": "ort", "openvino-cpu": "openvino"}

@@ -26,12 +26,13 @@ import numpy as np
 from rich.console import Console
 
 from bitalloy import load
-from bitalloy.calibrate import collect
-from bitalloy.heads import find_heads
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme
+from bitalloy.calibrate.streaming import collect
+from bitalloy.model.heads import find_heads
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
+from bitalloy.targets.recipe import Recipe
 
 
 def export(scale: str, size: int, seed: int, path: Path) -> None:
@@ -63,7 +64,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter([feeds])).ranges("minmax")
     session = OrtSession(model.to_bytes())
     start = time.perf_counter()
-    prober = Prober(model, heads, [Scheme(units, device, ranges)])
+    prober = Prober(model, heads, [Recipe(units, device, ranges)])
     build = time.perf_counter() - start
     each = max(2, -(-options.probes // len(heads)))
     passes, probes = [], []

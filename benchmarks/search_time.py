@@ -19,20 +19,11 @@ import time
 
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.plans import Budget, CostTable, UnitCost
-from bitalloy.records import (
-    AGAIN,
-    HALF,
-    Edge,
-    Precision,
-    Secant,
-    Unit,
-    UnitEdge,
-    UnitGraph,
-    WeightSite,
-)
-from bitalloy.search import Problem, search
+from bitalloy.core.plans import Budget, CostTable, UnitCost
+from bitalloy.core.records import AGAIN, HALF, Edge, Precision, Secant, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.search.choice import search
+from bitalloy.search.program import Problem
+from bitalloy.sensitivity.matrix import ProbeMatrix
 
 BOTH = (Precision.FP32, Precision.INT8)
 HEADS = ("boxes", "scores")

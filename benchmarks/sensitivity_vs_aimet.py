@@ -44,16 +44,18 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
-from bitalloy.calibrate import collect
-from bitalloy.graph import Graph, constant, name_of
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix, decibel
-from bitalloy.numerics import activation_params
-from bitalloy.records import UnitGraph, WeightSite
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.records import UnitGraph, WeightSite
+from bitalloy.formats.affine import activation_params
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, constant, name_of
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Switchboard, damage
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import Core, Target, split, weight_params
+from bitalloy.targets.recipe import Recipe
 
 CHILD = Path(__file__).with_name("aimet_sensitivity.py")
 
@@ -214,7 +216,7 @@ def main() -> None:
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter(feeds)).ranges("minmax")
     calibrated = time.perf_counter()
     stick = Yardstick(model, feeds)
-    prober = Prober(model, heads, [Scheme(units, device, ranges)])
+    prober = Prober(model, heads, [Recipe(units, device, ranges)])
     build = time.perf_counter() - calibrated
     prober.measure(feeds[0], sample=0, probes=min(options.probes), seed=options.seed)  # the first one allocates
     tables, spent, pace = {}, {}, {}
@@ -231,7 +233,7 @@ def main() -> None:
                 spent[probes, count] = seconds
         pace[probes] = stick.read()
     del prober
-    board = Switchboard(model, Scheme(units, device, ranges), at_once=len(feeds))
+    board = Switchboard(model, Recipe(units, device, ranges), at_once=len(feeds))
     sets = [board.gates(table[n][0]) for n in names]
     begun, marks = time.perf_counter(), []
 

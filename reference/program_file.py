@@ -13,12 +13,13 @@ from typing import Any
 import onnx
 
 from bitalloy import zoo
-from bitalloy.pipeline.programs import cache_size, interface
-from bitalloy.program import load_program, read_outline
-from bitalloy.runtime import OrtSession
+from bitalloy.model.graphs.outline import read_outline
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples import shapes
 from bitalloy.tasks import chat, language, promptable
 from bitalloy.tasks.base import Interface
+from bitalloy.tasks.open import cache_size, interface
 from bitalloy.zoo.base import Export, Variant
 from bitalloy.zoo.exporting import write_program
 from sample_file import store_weights_as_float16

@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy import graph, zoo
-from bitalloy.runtime import OrtSession
+from bitalloy import zoo
+from bitalloy.model import load as graph
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples import shapes
 from bitalloy.tasks import find_task
 from bitalloy.tasks.base import Interface

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-from bitalloy.data import ImageSpec
+from bitalloy.data.images import ImageSpec
 from bitalloy.samples import shapes, words
 from bitalloy.tasks.captions import QUESTION
 from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, Turn

@@ -20,7 +20,7 @@ from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from bitalloy.cli import main, out_console
+from bitalloy.cli.main import main, out_console
 from bitalloy.samples import shapes
 
 settings.register_profile("steady", deadline=None, derandomize=True)

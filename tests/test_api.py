@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import bitalloy
-from bitalloy.cli import app
+from bitalloy.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 NAMES = [

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bitalloy.audit import audit
-from bitalloy.records import Precision, Unit, UnitGraph
-from bitalloy.runtime import Kernel
-from bitalloy.tracing import Timed
+from bitalloy.core.records import Precision, Unit, UnitGraph
+from bitalloy.measure.audit import audit
+from bitalloy.measure.tracing import Timed
+from bitalloy.runtime.base import Kernel
 
 
 def unit(name: str) -> Unit:

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bitalloy.calibrate import METHODS, Statistics, clipping, collect, statistics, streaming
-from bitalloy.calibrate.statistics import ARRAYS, BINS, observe
-from bitalloy.errors import BitalloyError, DataError, ModelError
-from bitalloy.numerics import activation_params, fake_quantize
+from bitalloy.calibrate import clipping, statistics, streaming
+from bitalloy.calibrate.statistics import ARRAYS, BINS, METHODS, Statistics, observe
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.errors import BitalloyError, DataError, ModelError
+from bitalloy.formats.affine import activation_params, fake_quantize
 
 Feeds = list[dict[str, np.ndarray]]
 

@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import bitalloy
-from bitalloy.equalize import CROSS_LAYER, SMOOTHING
-from bitalloy.outcome import Summary
-from bitalloy.pipeline.debiasing import BETTER_DB, WORSE_DB
-from bitalloy.runtime import OrtSession
+from bitalloy.core.outcome import Summary
+from bitalloy.corrections.debiasing import BETTER_DB, WORSE_DB
+from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING
+from bitalloy.runtime.ort import OrtSession
 
 ROWS, WIDTH, COUNT = 32, 16, 28
 QUICK = bitalloy.Settings(samples=4, probes=2, calibration_samples=16, bias_correction=False)

@@ -9,21 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitalloy.data import (
-    ArrayDataset,
-    FeedFolder,
-    ImageFolder,
-    ImageSpec,
-    Subset,
-    choose,
-    image_feed,
-    infer_image_spec,
-    letterbox,
-    open_dataset,
-    open_image,
-)
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose, open_dataset
+from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, letterbox, open_image
 
 RGB = TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 8, 8))
 IDS = TensorSpec(name="ids", dtype="INT64", shape=(1, "length"))

@@ -10,16 +10,16 @@ import onnx
 import pytest
 
 import bitalloy
-from bitalloy.bench import unsteadiness
-from bitalloy.outcome import LatencySpread, Triple
-from bitalloy.pipeline import rounds
-from bitalloy.pipeline.records import Measured, Metrics
-from bitalloy.pipeline.summary import summarize
-from bitalloy.plans import Budget
-from bitalloy.records import Estimate, Latency
-from bitalloy.runtime import OrtSession
+from bitalloy.core.outcome import LatencySpread, Triple
+from bitalloy.core.planned import Measured, Metrics
+from bitalloy.core.plans import Budget
+from bitalloy.core.records import Estimate, Latency
+from bitalloy.measure.bench import unsteadiness
 from bitalloy.runtime.artefact import ONLY
-from bitalloy.search import GAP
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.search.program import GAP
+from bitalloy.verify import rounds
+from bitalloy.verify.summary import summarize
 
 FLOOR_DB = 5.0
 SIZES = {ONLY: Triple(reference=1, int8=1, mixed=1)}

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import entropy
 
-from bitalloy.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
-from bitalloy.heads import Reference
-from bitalloy.records import Head
-from bitalloy.runtime import OrtSession
+from bitalloy.core.records import Head
+from bitalloy.model.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
+from bitalloy.model.heads import Reference
+from bitalloy.runtime.ort import OrtSession
 
 GIVEN = {LOGITS: lambda x: x, PROBABILITIES: lambda x: softmax(x, axis=1), LOGARITHMS: lambda x: log_softmax(x, axis=1)}
 

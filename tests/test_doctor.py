@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from bitalloy.pipeline.doctor import CORE, NOT_SHOWN, extras
+from bitalloy.cli.doctor import CORE, NOT_SHOWN, extras
 
 
 def test_doctor_tells_the_facts_of_this_machine(inside: Any) -> None:

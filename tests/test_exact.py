@@ -17,20 +17,19 @@ import pytest
 from onnx import TensorProto, helper
 
 import bitalloy
-from bitalloy.errors import BitalloyError
-from bitalloy.graph import name_of
-from bitalloy.heads import head_of, is_divergence
-from bitalloy.matrix import bend, decibel
-from bitalloy.numerics import activation_params
-from bitalloy.pipeline import Calibrated
-from bitalloy.pipeline.exact import ALL_BUT_ONE, EVERYTHING, chosen
-from bitalloy.pipeline.metric import MetricTable
-from bitalloy.records import AGAIN, SensitivityTable
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Switchboard
-from bitalloy.sensitivity.exact import Segment
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.records import AGAIN, SensitivityTable
+from bitalloy.core.store import RunDirectory
+from bitalloy.formats.affine import activation_params
+from bitalloy.model.heads import head_of, is_divergence
+from bitalloy.model.load import name_of
+from bitalloy.rewrite.calibrated import Calibrated
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Segment, Switchboard
+from bitalloy.sensitivity.matrix import bend, decibel
+from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, chosen
 from bitalloy.sensitivity.segments import cut, extract, reads
-from bitalloy.store import RunDirectory
+from bitalloy.tasks.metric import MetricTable
 
 QUICK = bitalloy.Settings(samples=4, probes=8, calibration_samples=8)
 
@@ -146,7 +145,7 @@ def test_the_number_of_segments_does_not_matter(place: Place) -> None:
 
 def test_rounding_a_weight_is_the_model_with_the_rounded_weight(place: Place) -> None:
     """The oracle is a float model whose initializer was replaced."""
-    from bitalloy.graph import constant
+    from bitalloy.model.load import constant
     from bitalloy.targets.base import weight_params
 
     ready = place.ready
@@ -352,8 +351,8 @@ def test_confirmation_keeps_the_measured_damage_of_everything(analysis: bitalloy
 
 
 def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any, tmp_path: Path) -> None:
-    from bitalloy.pipeline import image_spec
     from bitalloy.tasks.detection import class_names, evaluate_detection, paired_difference
+    from bitalloy.tasks.open import image_spec
 
     model = bitalloy.load(inputs.detector)
     ready = bitalloy.calibrate(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK)

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy import graph
-from bitalloy.errors import ModelError
-from bitalloy.graph import Graph, constant, static_shape
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model.load import Graph, constant, static_shape
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 YOLO = DATA / "models" / "yolo11n.onnx"

@@ -10,13 +10,15 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from bitalloy.errors import ModelError
-from bitalloy.graph import Graph, load
-from bitalloy.heads import KL, Reference, find_heads, is_divergence
-from bitalloy.records import Head
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.errors import ModelError
+from bitalloy.core.records import Head
+from bitalloy.model.heads import KL, Reference, find_heads, is_divergence
+from bitalloy.model.load import Graph, load
+from bitalloy.sensitivity.exact import Switchboard, damage
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 SIDE = 6
 FRACTION = 1 / 16
@@ -102,8 +104,8 @@ def test_what_the_metadata_leaves_out_is_no_head(tmp_path: Path) -> None:
     nodes = [last("Tanh", "logits"), helper.make_node("Relu", ["t"], ["cache"], name="other")]
     for metadata, want in (
         ({}, ["logits", "cache"]),
-        ({"bitalloy.heads": '["cache"]'}, ["cache"]),
-        ({"bitalloy.heads": '["absent"]'}, ["logits", "cache"]),
+        ({"bitalloy.model.heads": '["cache"]'}, ["cache"]),
+        ({"bitalloy.model.heads": '["absent"]'}, ["logits", "cache"]),
         ({"bitalloy.family": "segformer"}, ["logits", "logits KL"]),
         ({"bitalloy.family": "mobilesam"}, ["logits", "cache"]),  # knows neither
         ({"bitalloy.family": "unknown"}, ["logits", "cache"]),
@@ -155,14 +157,14 @@ def test_predicted_damage_is_that_of_execution(tmp_path: Path, node: NodeProto, 
     ranges = {e.root: (-4.0, 4.0) for e in units.edges}
     random = np.random.default_rng(3)
     feeds = [{"x": random.normal(0, 1, (1, 3, SIDE, SIDE)).astype(np.float32)} for _ in range(3)]
-    prober = Prober(graph, heads, [Scheme(units, ORT_CPU, ranges)])
+    prober = Prober(graph, heads, [Recipe(units, ORT_CPU, ranges)])
     sites = units.rounded(units.quantizable())
     damages = []
     for sample, feed in enumerate(feeds):
         matrix = prober.measure(feed, sample=sample, probes=(2, 512), seed=0)
         assert [r.shape[1] for r in matrix.rows] == [2, 512]
         damages.append(matrix.damage(matrix.select(sites))[:, 1])
-    board = Switchboard(graph, Scheme(units, ORT_CPU, ranges))
+    board = Switchboard(graph, Recipe(units, ORT_CPU, ranges))
     # all errors at a fraction of their size, so that the second order is all there is
     exact, energy = damage(board, [board.gates(sites, FRACTION)], heads, feeds)
     assert (energy[:, 1] == energy[0, 1]).all()

@@ -23,21 +23,25 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy import weights
-from bitalloy.adjoint import build
+from bitalloy.adjoint.engine import build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.apply import apply
-from bitalloy.calibrate import collect
-from bitalloy.errors import ModelError
-from bitalloy.graph import Graph, constant, load
-from bitalloy.heads import find_heads
-from bitalloy.numerics import fake_quantize
-from bitalloy.program import Program, Wire, divide, join
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, Switchboard
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.errors import ModelError
+from bitalloy.formats.affine import fake_quantize
+from bitalloy.model import weights
+from bitalloy.model.graphs.joining import join
+from bitalloy.model.graphs.wiring import Program, Wire
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, constant, load
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.divide import divide
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import columns
-from bitalloy.targets import ORT_CPU
+from bitalloy.sensitivity.exact import Switchboard
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split, weight_params
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 Array = np.ndarray[Any, Any]
@@ -93,7 +97,7 @@ def small(tmp_path: Path) -> Graph:
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Graph) -> Graph:
     """The same network, treated as one whose weights must not be copied."""
-    from bitalloy import graph
+    from bitalloy.model import load as graph
 
     monkeypatch.setattr(weights, "LARGE_BYTES", 1)
     monkeypatch.setattr(graph, "LARGE_BYTES", 1)
@@ -156,7 +160,7 @@ def test_sessions_borrow_them(large: Graph) -> None:
 def test_the_reverse_pass_borrows_them_too(large: Graph) -> None:
     """No transposed copy of a matrix, whichever way round it is stored."""
     heads, units = find_heads(large), split(large, ORT_CPU, find_heads(large))
-    taps = [c.tap(c.site) for c in columns(large, Scheme(units, ORT_CPU, ranges_of(large)))]
+    taps = [c.tap(c.site) for c in columns(large, Recipe(units, ORT_CPU, ranges_of(large)))]
     adjoint = build(large, {h.name: h.tensor for h in heads}, taps, RULES)
     own = [constant(large.value[name]) for name in ("w0", "w1", "w2", "w3", "k")]
     floats = [w for m in (adjoint.primal, *(h.model for h in adjoint.heads)) for w in m.weights.values()]
@@ -172,8 +176,8 @@ def test_same_measurement_as_with_copies(large: Graph, small: Graph, monkeypatch
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         assert Graph(graph.info, graph.model, graph.source).large == (limit == 1)
         units = split(graph, ORT_CPU, find_heads(graph))
-        prober = Prober(graph, find_heads(graph), [Scheme(units, ORT_CPU, ranges_of(graph))])
-        board = Switchboard(graph, Scheme(units, ORT_CPU, ranges_of(graph)))
+        prober = Prober(graph, find_heads(graph), [Recipe(units, ORT_CPU, ranges_of(graph))])
+        board = Switchboard(graph, Recipe(units, ORT_CPU, ranges_of(graph)))
         gates = board.gates(units.rounded(units.quantizable()))
         found.append((prober.measure(inputs(1)[0], sample=0, probes=3, seed=0), board.run(inputs(1)[0], gates)))
     (rows, outputs), (expected, wanted) = found
@@ -205,7 +209,7 @@ def test_rounded_weights_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for limit in (1, 1 << 40):
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         fresh = Graph(model.info, model.model, model.source)
-        board = Switchboard(fresh, Scheme(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)}))
+        board = Switchboard(fresh, Recipe(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)}))
         found.append(board.run({"x": np.eye(SIZE, dtype=np.float32)}, board.gates([site.id]))["y"])
     for y in found:
         np.testing.assert_array_equal(-y, w + delta)
@@ -222,7 +226,7 @@ def test_calibration_sees_the_same(large: Graph, small: Graph) -> None:
 
 
 def test_half_precision_weights_are_widened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitalloy import graph
+    from bitalloy.model import load as graph
 
     w = normal(SIZE, 2 * SIZE).astype(np.float16)
     body = helper.make_graph(
@@ -439,7 +443,7 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     from bitalloy import graph as graphs, weights
     from bitalloy.graph import load
     from bitalloy.heads import find_heads
-    from bitalloy.sensitivity import Prober, Scheme
+    from bitalloy.sensitivity import Prober, Recipe
     from bitalloy.targets import ORT_CPU
     from bitalloy.targets.base import split
     graphs.LARGE_BYTES = weights.LARGE_BYTES = 1 << 20
@@ -447,7 +451,7 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     units = split(graph, ORT_CPU, find_heads(graph))
     ranges = {str(v): (-4.0, 4.0) for v in graph.value}
     before = anonymous()
-    prober = Prober(graph, find_heads(graph), [Scheme(units, ORT_CPU, ranges)])
+    prober = Prober(graph, find_heads(graph), [Recipe(units, ORT_CPU, ranges)])
     rows = prober.measure({"x0": np.eye(2, 1600, dtype=np.float32)}, sample=0, probes=2, seed=0)
     print(json.dumps({"grown": anonymous() - before, "large": graph.large, "sites": len(rows.sites)}))
     """
@@ -576,8 +580,8 @@ def test_the_decoder_is_analysed_with_an_empty_cache(llama: ModuleType, decoder:
     units = split(net, ORT_CPU, heads)
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     ranges = collect(net.model, [t for t in net.value if t in tensors], [feeds]).ranges("minmax")
-    matrix = Prober(net, heads, [Scheme(units, ORT_CPU, ranges)]).measure(feeds, sample=0, probes=64, seed=0)
-    board = Switchboard(net, Scheme(units, ORT_CPU, ranges))
+    matrix = Prober(net, heads, [Recipe(units, ORT_CPU, ranges)]).measure(feeds, sample=0, probes=64, seed=0)
+    board = Switchboard(net, Recipe(units, ORT_CPU, ranges))
     unit = "/layers.0/mlp/down_proj/MatMul"
     site = next(w.id for u in units.units if u.id == unit for w in u.weights)
     rounded = board.run(feeds, board.gates([site]))["logits"]

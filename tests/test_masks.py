@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-from bitalloy.masks import decode, encode, from_coco, interior_point, overlap, run_lengths
+from bitalloy.data.masks import decode, encode, from_coco, interior_point, overlap, run_lengths
 
 
 def random_mask(seed: int, height: int, width: int, density: float) -> np.ndarray:

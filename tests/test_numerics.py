@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from bitalloy import numerics
-from bitalloy.errors import DataError, ModelError
-from bitalloy.numerics import (
+from bitalloy.core.errors import DataError, ModelError
+from bitalloy.formats import affine as numerics
+from bitalloy.formats.affine import (
     QuantParams,
     activation_params,
     bias_int32,

@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 
 import bitalloy
-from bitalloy.matrix import decibel
-from bitalloy.outcome import Evaluation
-from bitalloy.pipeline.deliver import Course
-from bitalloy.pipeline.evaluate import Evaluator, _first_that_holds, fastest_that_keeps, measure_metrics
-from bitalloy.pipeline.exact import measured
-from bitalloy.pipeline.neighbours import beside, measure_beside, with_measured
-from bitalloy.pipeline.planning import read_tables
-from bitalloy.pipeline.programs import interface_of
-from bitalloy.pipeline.repair import TOLERATED_DB
-from bitalloy.plans import FIRST, Budget
-from bitalloy.runtime import OrtSession
-from bitalloy.store import RunDirectory
+from bitalloy.core.outcome import Evaluation
+from bitalloy.core.plans import FIRST, Budget
+from bitalloy.core.store import RunDirectory
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.search.planning import read_tables
+from bitalloy.sensitivity.matrix import decibel
+from bitalloy.sensitivity.measuring import measured
 from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.detection import TASK
+from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.tasks.open import interface_of
+from bitalloy.verify.course import Course
+from bitalloy.verify.keeping import _first_that_holds, fastest_that_keeps, measure_metrics
+from bitalloy.verify.neighbours import beside, measure_beside, with_measured
+from bitalloy.verify.repair import TOLERATED_DB
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     analysis: Any, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And gives what one evaluation by the task's own means gives, with a thread for every core."""
-    monkeypatch.setattr("bitalloy.pipeline.evaluate.SHARD", 2)
+    monkeypatch.setattr("bitalloy.tasks.evaluate.SHARD", 2)
     image = analysis.graph.info.inputs[0].name
     plain, done = OrtSession.run, []
 

@@ -16,19 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.apply import apply
-from bitalloy.errors import ModelError
-from bitalloy.graph import Graph, consumers, load
-from bitalloy.halving import specified
-from bitalloy.heads import find_heads
-from bitalloy.program import Program, Wire, divide, join, load_program
-from bitalloy.records import HALF, Edge, Precision
-from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CPU, TARGETS
+from bitalloy.core.errors import ModelError
+from bitalloy.core.records import HALF, Edge, Precision
+from bitalloy.model.graphs.joining import join
+from bitalloy.model.graphs.wiring import Program, Wire, load_program
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, consumers, load
+from bitalloy.model.weights import to_bytes
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.divide import divide
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.targets import TARGETS
 from bitalloy.targets.base import split
-from bitalloy.weights import to_bytes
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 node = helper.make_node
 Array = np.ndarray[Any, Any]

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from bitalloy.outcome import Summary
-from bitalloy.runtime import OrtSession
+from bitalloy.core.outcome import Summary
+from bitalloy.runtime.ort import OrtSession
 
 RESULTS = {
     "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz",

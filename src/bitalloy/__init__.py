@@ -8,7 +8,7 @@ verified = bitalloy.verify(analysis, planned)
 print(verified.summary.headline)
 """
 
-from bitalloy.errors import (
+from bitalloy.core.errors import (
     BitalloyError,
     BudgetError,
     DataError,
@@ -17,33 +17,24 @@ from bitalloy.errors import (
     RunDirectoryError,
     UnsupportedOpError,
 )
-from bitalloy.outcome import Summary
-from bitalloy.pipeline import (
-    Analysis,
-    Calibrated,
-    Planned,
-    Selection,
-    Verified,
-    Workspace,
-    analyze,
-    apply,
-    calibrate,
-    confirm,
-    load,
-    measure_cost,
-    measure_exact,
-    measure_metric,
-    open_data,
-    plan,
-    plan_again,
-    publish,
-    run,
-    verify,
-)
-from bitalloy.pipeline import render as report
-from bitalloy.plans import Budget, Keep
-from bitalloy.records import Precision, Settings
-from bitalloy.store import RunDirectory
+from bitalloy.core.outcome import Summary
+from bitalloy.core.planned import Planned
+from bitalloy.core.plans import Budget, Keep
+from bitalloy.core.records import Precision, Settings
+from bitalloy.core.store import RunDirectory
+from bitalloy.core.work import Workspace
+from bitalloy.measure.cost import measure_cost
+from bitalloy.pipeline.analyze import analyze
+from bitalloy.pipeline.calibrate import calibrate
+from bitalloy.pipeline.plan import plan, plan_again
+from bitalloy.pipeline.prepare import load, open_data
+from bitalloy.pipeline.run import publish, run
+from bitalloy.pipeline.run import render as report
+from bitalloy.pipeline.ship import Verified, apply, verify
+from bitalloy.rewrite.calibrated import Calibrated
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
+from bitalloy.tasks.metric import measure_metric
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """`python -m bitalloy`."""
 
-from bitalloy.cli import main
+from bitalloy.cli.main import main
 
 main()

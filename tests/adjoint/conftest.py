@@ -13,11 +13,11 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from bitalloy import graph
-from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.graph import Graph
-from bitalloy.records import Edge
+from bitalloy.core.records import Edge
+from bitalloy.model import load as graph
+from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import OrtSession
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitalloy.errors import UnsupportedOpError
+from bitalloy.core.errors import UnsupportedOpError
 
 PROPERTY = settings(max_examples=12)
 Array = np.ndarray[Any, Any]

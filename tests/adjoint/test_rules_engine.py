@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.errors import UnsupportedOpError
-from bitalloy.records import Edge
+from bitalloy.core.errors import UnsupportedOpError
+from bitalloy.core.records import Edge
 from bitalloy.runtime.ort import OrtSession
 
 PROPERTY = settings(max_examples=15)

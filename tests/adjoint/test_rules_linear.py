@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitalloy.adjoint import build
+from bitalloy.adjoint.engine import build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.errors import UnsupportedOpError
+from bitalloy.core.errors import UnsupportedOpError
 
 PROPERTY = settings(max_examples=12)
 Array = np.ndarray[Any, Any]

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from bitalloy import graph
-from bitalloy.adjoint import Tap, build
+from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.graph import attribute, constant, static_shape
-from bitalloy.records import Edge
+from bitalloy.core.records import Edge
+from bitalloy.model import load as graph
+from bitalloy.model.load import attribute, constant, static_shape
 from bitalloy.runtime.ort import OrtSession
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitalloy.errors import UnsupportedOpError
+from bitalloy.core.errors import UnsupportedOpError
 
 Array = np.ndarray[Any, Any]
 

@@ -11,12 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.graph import Graph, load
-from bitalloy.heads import find_heads
-from bitalloy.records import Head, UnitGraph
-from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.records import Head, UnitGraph
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, load
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.graph import Graph, load
+from bitalloy.model.load import Graph, load
 
 Node = tuple[str, Sequence[str], str, Mapping[str, object]]
 """Operator, inputs, output, attributes. The node is named after its output."""

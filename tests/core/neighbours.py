@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitalloy.search import Problem
+from bitalloy.search.program import Problem
 
 
 def same_one_by_one(problem: Problem, plan: frozenset[str]) -> None:

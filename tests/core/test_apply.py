@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from bitalloy.apply import TAG, apply
-from bitalloy.errors import BitalloyError
-from bitalloy.graph import load
-from bitalloy.heads import find_heads
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Scheme, Switchboard
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.errors import BitalloyError
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import load
+from bitalloy.rewrite.apply import TAG, apply
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 
 def rewritten(case, int8) -> bytes:
@@ -68,8 +69,8 @@ def test_fused_kernels_do_not_saturate(case) -> None:
         if weight.name == "w1":
             extreme = np.where(numpy_helper.to_array(weight) > 0, 0.4, -0.4).astype(np.float32)
             weight.CopyFrom(numpy_helper.from_array(extreme, "w1"))
-    from bitalloy.graph import Graph  # the same graph with other weights
-    from bitalloy.values import constant
+    from bitalloy.model.load import Graph
+    from bitalloy.model.read import constant
 
     graph: Graph = case.graph
     changed = graph.clone()
@@ -140,4 +141,4 @@ def test_unknown_and_forbidden_units_are_refused(case) -> None:
 
 @pytest.fixture(scope="module")
 def board(case) -> Switchboard:
-    return Switchboard(case.graph, Scheme(case.units, ORT_CPU, case.ranges))
+    return Switchboard(case.graph, Recipe(case.units, ORT_CPU, case.ranges))

@@ -7,16 +7,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.apply import apply
-from bitalloy.biases import find_biases, mean_inputs, offsets
-from bitalloy.graph import Graph, load
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix, decibel
-from bitalloy.records import Offset, UnitGraph
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.records import Offset, UnitGraph
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, load
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Switchboard, damage
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 
 def test_biases_of_int8_layers_are_found(case) -> None:
@@ -54,12 +56,12 @@ def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
 
 
 def test_gates_move_biases_as_the_rewritten_model_does(case) -> None:
-    scheme = Scheme(case.units, ORT_CPU, case.ranges, offsets_of(case))
+    scheme = Recipe(case.units, ORT_CPU, case.ranges, offsets_of(case))
     board, int8 = Switchboard(case.graph, scheme), case.units.quantizable()
     gated = board.run(case.feeds[0], board.gates(case.units.rounded(int8)))["y"]
     rewritten = apply(case.graph, case.units, int8, case.ranges, ORT_CPU, scheme.offsets).to_bytes()
     expected = OrtSession(rewritten, optimize=False).run(case.feeds[0])["y"]
-    plain = Switchboard(case.graph, Scheme(case.units, ORT_CPU, case.ranges))
+    plain = Switchboard(case.graph, Recipe(case.units, ORT_CPU, case.ranges))
     without = plain.run(case.feeds[0], plain.gates(case.units.rounded(int8)))["y"]
     assert np.abs(gated - expected).max() < 0.05 * np.abs(without - expected).max()
 
@@ -67,7 +69,7 @@ def test_gates_move_biases_as_the_rewritten_model_does(case) -> None:
 def test_the_probe_matrix_sees_the_offsets(case) -> None:
     """Against execution, with offsets so small that the network stays linear and so large that rounding is nothing."""
     offsets = {s: Offset(node=o.node, values=(0.02,) * len(o.values)) for s, o in offsets_of(case).items()}
-    scheme = Scheme(case.units, ORT_CPU, case.ranges, offsets)
+    scheme = Recipe(case.units, ORT_CPU, case.ranges, offsets)
     prober, board = Prober(case.graph, case.heads, [scheme]), Switchboard(case.graph, scheme)
     rows = [prober.measure(f, sample=i, probes=64, seed=1) for i, f in enumerate(case.feeds)]
     matrix, site = ProbeMatrix.concatenate(rows), next(s for s in offsets if s.endswith("/body/cv1/Conv#1"))

@@ -7,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitalloy.apply import apply
-from bitalloy.halving import specified
-from bitalloy.heads import Reference
-from bitalloy.matrix import ProbeMatrix, decibel
-from bitalloy.records import HALF, Precision
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, views
-from bitalloy.targets import ORT_CPU, ORT_CUDA, TENSORRT, Target
-from bitalloy.targets.base import split
+from bitalloy.core.records import HALF, Precision
+from bitalloy.model.heads import Reference
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.cast import specified
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.columns import views
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.probe import Prober
+from bitalloy.targets.base import Target, split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.ort_cuda import ORT_CUDA
+from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.tensorrt import TENSORRT
 
 TARGETS = (ORT_CPU, TENSORRT, ORT_CUDA)
 
@@ -39,8 +43,8 @@ def everything(case) -> bytes:
     return model.SerializeToString()
 
 
-def schemes(case, ranges, targets: tuple[Target, ...]) -> list[Scheme]:
-    return [Scheme(split(case.graph, t, case.heads), t, ranges) for t in targets]
+def schemes(case, ranges, targets: tuple[Target, ...]) -> list[Recipe]:
+    return [Recipe(split(case.graph, t, case.heads), t, ranges) for t in targets]
 
 
 def prober(case, ranges, targets: tuple[Target, ...]) -> Prober:

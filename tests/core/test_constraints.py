@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from bitalloy.errors import BitalloyError
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.pipeline.constraints import constrain
-from bitalloy.pipeline.planning import operators_of
-from bitalloy.plans import Budget, CostTable, Keep, UnitCost
-from bitalloy.records import Precision, Secant
-from bitalloy.search import Problem, search
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.plans import Budget, CostTable, Keep, UnitCost
+from bitalloy.core.records import Precision, Secant
+from bitalloy.search.choice import search
+from bitalloy.search.constraints import constrain
+from bitalloy.search.planning import operators_of
+from bitalloy.search.program import Problem
+from bitalloy.sensitivity.matrix import ProbeMatrix
 
 
 def keep(*texts: str) -> tuple[Keep, ...]:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
-from bitalloy.graph import Graph, load
-from bitalloy.runtime import OrtSession
-from bitalloy.values import constant
+from bitalloy.model.load import Graph, load
+from bitalloy.model.read import constant
+from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
+from bitalloy.runtime.ort import OrtSession
 
 WIDTH = 8
 

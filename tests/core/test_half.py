@@ -9,14 +9,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.core.micro import build
 
-from bitalloy.apply import apply
-from bitalloy.halving import specified
-from bitalloy.heads import find_heads
-from bitalloy.records import HALF, Precision, TensorRange
-from bitalloy.runtime import AS_WRITTEN, OrtSession
-from bitalloy.targets import TENSORRT
+from bitalloy.core.records import HALF, Precision, TensorRange
+from bitalloy.model.heads import find_heads
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.cast import specified
+from bitalloy.runtime.ort import AS_WRITTEN, OrtSession
 from bitalloy.targets.base import split
-from bitalloy.targets.half import judge, tensors
+from bitalloy.targets.safety import judge, tensors
+from bitalloy.targets.tensorrt import TENSORRT
 
 SHAPES = {"x": (1, 2, 4, 4)}
 

@@ -10,16 +10,18 @@ import pytest
 from tests.core.micro import build
 from tests.core.neighbours import same_one_by_one
 
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.plans import Budget
-from bitalloy.records import HALF, Precision, Secant, TensorRange
-from bitalloy.roofline import estimate
-from bitalloy.search import Limits, Problem, Program, search
-from bitalloy.sensitivity import Prober, Scheme
-from bitalloy.targets import TENSORRT
+from bitalloy.core.plans import Budget
+from bitalloy.core.records import HALF, Precision, Secant, TensorRange
+from bitalloy.measure.roofline import estimate
+from bitalloy.model.heads import find_heads
+from bitalloy.search.choice import search
+from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import Device, split
-from bitalloy.targets.half import judge, tensors
+from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.safety import judge, tensors
+from bitalloy.targets.tensorrt import TENSORRT
 
 SLOW = Device(
     name="a device of round numbers",
@@ -50,7 +52,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     ranges = {t: (-4.0, 4.0) for t in tensors(graph, units)}
     known = {t: TensorRange(tensor=t, low=-4, high=4, method="", magnitude=4, subnormal=0.01) for t in ranges}
     units = judge(graph, units, known)
-    prober = Prober(graph, heads, [Scheme(units, TENSORRT, ranges)])
+    prober = Prober(graph, heads, [Recipe(units, TENSORRT, ranges)])
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32) * 0.3} for _ in range(4)]
     matrix = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=8, seed=0) for i, f in enumerate(feeds)])

@@ -7,23 +7,26 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.graph import load
-from bitalloy.heads import find_heads
-from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
-from bitalloy.records import DataInfo, Secant
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, damage, secant, sensitivities
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.records import DataInfo, Secant
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import load
+from bitalloy.sensitivity.exact import Switchboard, damage, secant
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
+from bitalloy.sensitivity.probe import Prober
+from bitalloy.sensitivity.table import sensitivities
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
 def board(case) -> Switchboard:
-    return Switchboard(case.graph, Scheme(case.units, ORT_CPU, case.ranges))
+    return Switchboard(case.graph, Recipe(case.units, ORT_CPU, case.ranges))
 
 
 @pytest.fixture(scope="module")
 def matrix(case) -> ProbeMatrix:
-    prober = Prober(case.graph, case.heads, [Scheme(case.units, ORT_CPU, case.ranges)])
+    prober = Prober(case.graph, case.heads, [Recipe(case.units, ORT_CPU, case.ranges)])
     return ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)])
 
 
@@ -59,14 +62,14 @@ def test_whole_plans_agree_with_exact_execution(case, board, matrix) -> None:
 
 
 def test_a_closed_board_is_the_float_network(case, board) -> None:
-    from bitalloy.runtime import OrtSession
+    from bitalloy.runtime.ort import OrtSession
 
     y = board.run(case.feeds[0], board.gates(()))["y"]
     np.testing.assert_allclose(y, OrtSession(case.graph.to_bytes()).run(case.feeds[0])["y"], rtol=1e-5, atol=1e-4)
 
 
 def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
-    prober = Prober(case.graph, case.heads, [Scheme(case.units, ORT_CPU, case.ranges)])
+    prober = Prober(case.graph, case.heads, [Recipe(case.units, ORT_CPU, case.ranges)])
     forward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (0, 1)]
     backward = [prober.measure(case.feeds[i], sample=i, probes=2, seed=0) for i in (1, 0)]
     for a, b in zip(forward[0].rows, backward[1].rows, strict=True):
@@ -120,8 +123,8 @@ def test_table_splits_weights_from_activations(case, matrix) -> None:
 
 
 def test_relevance_weighs_boxes_by_confidence_and_size() -> None:
-    from bitalloy.heads import Reference
-    from bitalloy.records import Head
+    from bitalloy.core.records import Head
+    from bitalloy.model.heads import Reference
 
     head = Head(name="detections", output="y", tensor="t", axis=1, start=0, stop=4, scores=(4, 6))
     y = np.zeros((1, 6, 2))
@@ -160,9 +163,9 @@ def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
     assert {leaving, inside} <= units.rounded(units.quantizable())
     ranges = {e.root: (-4.0, 4.0) for e in units.edges}
     feeds = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
-    board = Switchboard(loaded, Scheme(units, ORT_CPU, ranges))
+    board = Switchboard(loaded, Recipe(units, ORT_CPU, ranges))
     for part in (heads, heads[1:]):
-        prober = Prober(loaded, part, [Scheme(units, ORT_CPU, ranges)])
+        prober = Prober(loaded, part, [Recipe(units, ORT_CPU, ranges)])
         rows = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=64, seed=0) for i, f in enumerate(feeds)])
         for sites in ({leaving}, {inside}, {leaving, inside}):
             exact, _ = damage(board, [board.gates(sites)], part, feeds)

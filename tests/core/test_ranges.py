@@ -9,16 +9,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.graph import load
-from bitalloy.heads import Reference, find_heads
-from bitalloy.matrix import ProbeMatrix, decibel
+from bitalloy.core.records import AGAIN, Settings
+from bitalloy.model.heads import Reference, find_heads
+from bitalloy.model.load import load
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.records import AGAIN, Settings
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity import Prober, Scheme, Switchboard, choose, damage, late, picked, views
-from bitalloy.targets import ORT_CPU
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.columns import views
+from bitalloy.sensitivity.exact import Switchboard, damage
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.probe import Prober
+from bitalloy.sensitivity.ranges import choose, late, picked
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 SCALES = (3.0, 1.0, 0.45)
 """Candidates: ranges of so many times what was seen. The first wastes steps, the last cuts tails off."""
@@ -34,7 +38,7 @@ def probed(case, candidates) -> tuple[ProbeMatrix, list[dict[str, str]], list[di
     """One matrix for all candidates, and the columns of each: everywhere, and only behind Concats."""
     first, *others = candidates
     behind = [late(case.units, first, r) for r in others]
-    schemes = [Scheme(case.units, ORT_CPU, r) for r in (*candidates, *behind)]
+    schemes = [Recipe(case.units, ORT_CPU, r) for r in (*candidates, *behind)]
     prober = Prober(case.graph, case.heads, schemes)
     rows = [prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
     found = views(case.graph, schemes)
@@ -47,7 +51,7 @@ def alone(case, candidates) -> dict[str, np.ndarray]:
     roots = {e.id: e.root for e in case.units.edges} | {e.id: e.tensor for u in case.units.units for e in u.inner}
     found: dict[str, np.ndarray] = {}
     for number, ranges in enumerate(candidates):
-        board = Switchboard(case.graph, Scheme(case.units, ORT_CPU, ranges))
+        board = Switchboard(case.graph, Recipe(case.units, ORT_CPU, ranges))
         sites = [s for s in board.sites if s in roots]
         exact, _ = damage(board, [board.gates({s}) for s in sites], case.heads, case.feeds)
         for site, values in zip(sites, exact.mean(axis=0).T, strict=True):
@@ -77,7 +81,7 @@ def test_all_units_on_chosen_ranges_are_predicted(case, candidates, probed) -> N
         view = matrix.view(picked(names, behind, best, case.units))
         sites = case.units.rounded(case.units.quantizable())
         assert sites <= set(view.sites) and any(s.endswith(AGAIN) for s in sites)
-        board = Switchboard(case.graph, Scheme(case.units, ORT_CPU, ranges))
+        board = Switchboard(case.graph, Recipe(case.units, ORT_CPU, ranges))
         exact, _ = damage(board, [board.gates(sites)], case.heads, case.feeds)
         found = decibel(view.damage(view.select(sites)).mean(axis=0))
         expected = decibel(exact.mean(axis=0)[:, 0])
@@ -114,7 +118,7 @@ def test_an_outlier_is_cut_where_the_network_does_not_listen(tmp_path: Path, nee
     units = split(net, ORT_CPU, heads)
     wide = dict.fromkeys(("x", "a", "b", "y"), (-240.0, 240.0))
     narrow = {**wide, "b": (-4.0, 4.0)}
-    schemes = [Scheme(units, ORT_CPU, wide), Scheme(units, ORT_CPU, narrow)]
+    schemes = [Recipe(units, ORT_CPU, wide), Recipe(units, ORT_CPU, narrow)]
     prober = Prober(net, heads, schemes)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((1, 1, 16, 16)).astype(np.float32)} for _ in range(4)]

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from tests.core.neighbours import same_one_by_one
 
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.plans import Budget, CostTable, UnitCost
-from bitalloy.records import HALF, Precision, Secant, UnitGraph
-from bitalloy.search import GAP, Limits, Problem, Program, polish, search
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.plans import Budget, CostTable, UnitCost
+from bitalloy.core.records import HALF, Precision, Secant, UnitGraph
+from bitalloy.search.choice import search
+from bitalloy.search.front import polish
+from bitalloy.search.program import GAP, Limits, Problem, Program
+from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.base import split
-from bitalloy.targets.half import OPERATORS
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.safety import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from bitalloy.apply import apply
-from bitalloy.graph import load
-from bitalloy.heads import find_heads
-from bitalloy.records import Precision
-from bitalloy.regions import ancestors, path_of
-from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.records import Precision
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import load
+from bitalloy.model.regions import ancestors, path_of
+from bitalloy.rewrite.apply import apply
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 
 def test_patterns_become_units(case) -> None:

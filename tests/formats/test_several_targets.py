@@ -11,10 +11,12 @@ import onnx
 import pytest
 
 import bitalloy
-from bitalloy.errors import BitalloyError
-from bitalloy.pipeline import Workspace
-from bitalloy.plans import CostTable, Plan
-from bitalloy.records import Precision, UnitGraph
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.plans import CostTable, Plan
+from bitalloy.core.records import Precision, UnitGraph
+from bitalloy.core.work import Workspace
+from bitalloy.pipeline.audit import audit_run
+from bitalloy.sensitivity.measuring import confirm
 from bitalloy.targets import TARGETS
 
 NAMES = ("ort-cpu", "tensorrt", "ort-cuda")
@@ -70,14 +72,14 @@ def test_a_device_that_is_not_here_is_not_audited(result: tuple[Path, Any], name
     folder = result[0] / name
     assert not (folder / "audit.json").exists()
     with pytest.raises(BitalloyError, match="machine with an NVIDIA GPU") as error:
-        bitalloy.pipeline.audit_run(folder)
+        audit_run(folder)
     assert name in str(error.value) and TARGETS[name].missing() in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp16_on_a_cpu_is_said_to_be_executed_in_fp32(result: tuple[Path, Any], name: str) -> None:
     folder = result[0] if name == "ort-cpu" else result[0] / name
-    plan, found = read(folder, "plan", Plan), bitalloy.pipeline.audit_run(folder, here=True)
+    plan, found = read(folder, "plan", Plan), audit_run(folder, here=True)
     assert {u.unit: u.planned for u in found.units} == {c.unit: c.precision for c in plan.choices}
     assert found.note == (
         "" if name == "ort-cpu" else f"Executed by ONNX Runtime on this CPU. This says nothing about {name}."
@@ -110,7 +112,7 @@ def test_estimates_are_called_estimates_everywhere(result: tuple[Path, Any]) -> 
 
 def test_the_network_is_analysed_once(inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All runs of the float network and its adjoint, counted where they happen."""
-    from bitalloy.runtime import OrtSession
+    from bitalloy.runtime.ort import OrtSession
 
     counts = []
     plain, values = OrtSession.run, OrtSession.run_values
@@ -122,7 +124,7 @@ def test_the_network_is_analysed_once(inputs: Any, monkeypatch: pytest.MonkeyPat
         model = bitalloy.load(inputs.classifier)
         data = bitalloy.open_data(model, inputs.images)
         analysis = bitalloy.analyze(model, data, bitalloy.Settings(targets=targets, **QUICK))
-        bitalloy.pipeline.confirm(analysis, 3, flagged=False, samples=2, work=Workspace())
+        confirm(analysis, 3, flagged=False, samples=2, work=Workspace())
         found.append(len(counts))
         assert [a.target.name for a in analysis.targets] == list(targets)
     assert found[0] == found[1] > 0

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from tests.targets.conftest import rewrite
 
-from bitalloy.errors import BitalloyError, ModelError
-from bitalloy.halving import specified
-from bitalloy.runtime import Artefact, OrtSession
+from bitalloy.core.errors import BitalloyError, ModelError
+from bitalloy.measure.tracing import Traced
+from bitalloy.rewrite.cast import specified
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.runtime.tensorrt import INSTALL, Layer, TensorRtSession, missing, read_layers
-from bitalloy.tracing import Traced
 
 ABSENT = missing()
 ENGINE = {

@@ -10,14 +10,17 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.apply import apply
-from bitalloy.equalize import exponents, find_places, scale
-from bitalloy.heads import find_heads
-from bitalloy.program import Joined, divide, join, load_program, reopen
-from bitalloy.records import Offset
-from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CPU
+from bitalloy.core.records import Offset
+from bitalloy.model.graphs.joining import Joined, join
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.heads import find_heads
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.divide import divide
+from bitalloy.rewrite.equalize import exponents, find_places, scale
+from bitalloy.rewrite.reopen import reopen
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 WIDTH, COUNT = 8, 5
 

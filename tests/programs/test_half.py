@@ -12,15 +12,15 @@ from PIL import Image
 from tests.programs.test_programs import axes, decibels, random_feeds, run
 
 import bitalloy as api
-from bitalloy.halving import specified
-from bitalloy.matrix import decibel
+from bitalloy.core.records import HALF, Precision
+from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline import prepare
-from bitalloy.pipeline.programs import interface_of, runner
-from bitalloy.program import divide
-from bitalloy.records import HALF, Precision
-from bitalloy.runtime import Artefact
+from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.divide import divide
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.sensitivity.matrix import decibel
 from bitalloy.tasks.chat import IDS, open_chat
-from bitalloy.verify import artefact_sqnr
+from bitalloy.tasks.open import interface_of, runner
 
 TARGETS = ("tensorrt", "ort-cuda")
 FEW = api.Settings(targets=TARGETS, samples=4, probes=16, calibration_samples=6)

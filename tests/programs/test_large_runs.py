@@ -11,7 +11,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy import graph, weights
+from bitalloy.model import load as graph
+from bitalloy.model import weights
 
 SIDE = 192
 

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 import bitalloy as api
-from bitalloy.graph import Graph
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.load import Graph
 from bitalloy.pipeline import prepare
-from bitalloy.pipeline.programs import cache_size, interface_of, runner
-from bitalloy.program import divide, load_program
-from bitalloy.runtime import Artefact
+from bitalloy.rewrite.divide import divide
+from bitalloy.runtime.artefact import Artefact
 from bitalloy.tasks.chat import IDS, open_chat
+from bitalloy.tasks.open import cache_size, interface_of, runner
 
 Array = np.ndarray[Any, Any]
 QUICK = api.Settings(samples=4, probes=4, calibration_samples=6)

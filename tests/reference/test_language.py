@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitalloy.program import load_program, read_outline
-from bitalloy.runtime import OrtSession
+from bitalloy.model.graphs.outline import read_outline
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples import shapes
 from bitalloy.tasks.chat import IMAGE_TOKEN
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bitalloy import zoo
-from bitalloy.runtime import OrtSession
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples import shapes
 
 torch = pytest.importorskip("torch")

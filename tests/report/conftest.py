@@ -10,18 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from bitalloy.matrix import decibel
-from bitalloy.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
-from bitalloy.plans import (
-    Budget,
-    Choice,
-    CostTable,
-    HeadDamage,
-    ParetoPoint,
-    Plan,
-    UnitCost,
-)
-from bitalloy.records import (
+from bitalloy.core.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
+from bitalloy.core.plans import Budget, Choice, CostTable, HeadDamage, ParetoPoint, Plan, UnitCost
+from bitalloy.core.records import (
     DataInfo,
     Edge,
     Estimate,
@@ -36,6 +27,7 @@ from bitalloy.records import (
     WeightSite,
 )
 from bitalloy.report import render
+from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 
 SHA = "5f3c" * 16

@@ -18,12 +18,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from bitalloy.outcome import Comparison, Correction, HeadComparison
-from bitalloy.plans import Budget
-from bitalloy.records import SensitivityTable
-from bitalloy.report import charts, figures, formats, sensitivity_csv, sensitivity_json
+from bitalloy.core.outcome import Comparison, Correction, HeadComparison
+from bitalloy.core.plans import Budget
+from bitalloy.core.records import SensitivityTable
+from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, region_tree
 from bitalloy.report.render import embedded_json
+from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
 Make = Callable[..., Any]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitalloy import graph, zoo
-from bitalloy.runtime import OrtSession
+from bitalloy import zoo
+from bitalloy.model import load as graph
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples.shapes import CLASSES, scene, write_coco
 from bitalloy.tasks import find_task
 from bitalloy.tasks.base import Interface

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from bitalloy import zoo
-from bitalloy.pipeline.programs import cache_size, interface
-from bitalloy.program import load_program, read_outline
-from bitalloy.runtime import OrtSession
+from bitalloy.model.graphs.outline import read_outline
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples.shapes import scene, write_coco
 from bitalloy.targets.base import macs
 from bitalloy.tasks import chat, language, promptable
 from bitalloy.tasks.base import Interface
+from bitalloy.tasks.open import cache_size, interface
 from bitalloy.zoo import mobilesam, mobilevlm
 from bitalloy.zoo.base import Variant
 from bitalloy.zoo.mobilevlm_chat import DEVIATION as CLIP_DEVIATION

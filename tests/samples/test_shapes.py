@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bitalloy.errors import DataError, RunDirectoryError
+from bitalloy.core.errors import DataError, RunDirectoryError
 from bitalloy.samples import drawing, shapes, words
 from bitalloy.samples.shapes import CLASSES, Scene, scene, write_coco
 

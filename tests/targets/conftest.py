@@ -17,15 +17,16 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from bitalloy.apply import apply
-from bitalloy.calibrate import collect
-from bitalloy.graph import Graph, constant, load
-from bitalloy.heads import find_heads
-from bitalloy.records import HALF, UnitGraph
-from bitalloy.runtime import ONLY, Artefact
-from bitalloy.targets import Target, target
-from bitalloy.targets.base import split
-from bitalloy.values import TAG
+from bitalloy.calibrate.streaming import collect
+from bitalloy.core.records import HALF, UnitGraph
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, constant, load
+from bitalloy.model.read import TAG
+from bitalloy.rewrite.apply import apply
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
+from bitalloy.targets import target
+from bitalloy.targets.base import Target, split
 
 RESIDUAL = """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4,4,3,3] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
     c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w2)  a = Add(d, r)  s = Relu(a)

@@ -13,12 +13,14 @@ import pytest
 from onnx import helper, numpy_helper
 
 import bitalloy
-from bitalloy.errors import ModelError
-from bitalloy.runtime import ONLY, OPENVINO, ORT, Artefact, OrtSession
-from bitalloy.runtime.openvino import OpenVinoSession
+from bitalloy.core.errors import ModelError
+from bitalloy.measure.tracing import profile, trace
+from bitalloy.model.weights import to_bytes
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.openvino import OPENVINO, OpenVinoSession
+from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.targets.patterns import has_vnni
-from bitalloy.tracing import profile, trace
-from bitalloy.weights import to_bytes
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'bitalloy[openvino]'")
 

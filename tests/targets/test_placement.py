@@ -9,15 +9,16 @@ import numpy as np
 import onnx
 import pytest
 
-from bitalloy.apply import apply
-from bitalloy.errors import BitalloyError
-from bitalloy.halving import specified
-from bitalloy.heads import find_heads
-from bitalloy.records import HALF, Precision
-from bitalloy.runtime import OrtSession
-from bitalloy.targets import ORT_CUDA, TENSORRT
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.records import HALF, Precision
+from bitalloy.model.heads import find_heads
+from bitalloy.model.weights import to_bytes
+from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.cast import specified
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
-from bitalloy.weights import to_bytes
+from bitalloy.targets.ort_cuda import ORT_CUDA
+from bitalloy.targets.tensorrt import TENSORRT
 
 Rewrite = Callable[[str, str], Any]
 

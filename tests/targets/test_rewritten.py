@@ -12,12 +12,14 @@ import pytest
 from onnx import numpy_helper
 from tests.targets.conftest import CASES
 
-from bitalloy.audit import audit, reconcile
-from bitalloy.outcome import Audit
-from bitalloy.records import Precision, Unit, UnitGraph
-from bitalloy.runtime import ONLY, ORT, Artefact
-from bitalloy.tracing import profile, rewritten, trace
-from bitalloy.values import TAG
+from bitalloy.core.outcome import Audit
+from bitalloy.core.records import Precision, Unit, UnitGraph
+from bitalloy.measure.audit import audit, reconcile
+from bitalloy.measure.tracing import profile, rewritten, trace
+from bitalloy.model.read import TAG
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.ort import ORT
 
 FLOATS = {
     "activations": """(float[1,3,16,16] x, float[8,3,3,3] w1, float[8,8,3,3] w2, float[8] w3, float[8] w4)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitalloy.masks import encode, packed, unpacked
-from bitalloy.records import TensorSpec
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.masks import encode, packed, unpacked
 from bitalloy.tasks import TASKS, find_task
 from bitalloy.tasks.base import Interface, pack, unpack
 

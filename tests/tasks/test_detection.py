@@ -15,10 +15,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bitalloy.data import ImageSpec, infer_image_spec, letterbox, open_image
-from bitalloy.errors import DataError
-from bitalloy.records import MetricValue, TensorSpec
-from bitalloy.runtime import OrtSession
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import MetricValue, TensorSpec
+from bitalloy.data.images import ImageSpec, infer_image_spec, letterbox, open_image
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (

@@ -14,10 +14,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bitalloy.data import Geometry, ImageSpec, letterbox, open_image
-from bitalloy.errors import DataError
-from bitalloy.masks import decode, encode
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.images import Geometry, ImageSpec, letterbox, open_image
+from bitalloy.data.masks import decode, encode
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.instance import TASK, draw_masks, find_instances
 from bitalloy.tasks.yolo import mask_parts

@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from bitalloy.data import ImageSpec
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.images import ImageSpec
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.captions import QUESTION, CaptionData
 from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join, log_probabilities, open_chat

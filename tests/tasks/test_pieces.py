@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.programs.conftest import sentencepiece_model, write_tokenizer
 
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
 from bitalloy.tasks.pieces import read_pieces
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import bitalloy
-from bitalloy.errors import DataError
-from bitalloy.runtime import OrtSession
+from bitalloy.core.errors import DataError
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks import semantic
 from bitalloy.tasks.base import Interface
 

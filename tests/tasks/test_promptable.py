@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitalloy.data import ImageSpec
-from bitalloy.errors import DataError
-from bitalloy.masks import decode
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.images import ImageSpec
+from bitalloy.data.masks import decode
 from bitalloy.samples.shapes import scene
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.promptable import TASK, Prompt, PromptData, feeds_of, join, prepare, to_mask

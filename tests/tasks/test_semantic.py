@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitalloy.data import open_image
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.images import open_image
 from bitalloy.tasks.ade import LabelledFile, find_pairs, read_label
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.bootstrap import RESAMPLES, estimate, resampled_weights

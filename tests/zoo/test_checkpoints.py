@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bitalloy import zoo
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import Remote
 

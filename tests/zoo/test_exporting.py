@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from bitalloy import graph, regions
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model import regions
 from bitalloy.zoo import exporting
 from bitalloy.zoo.base import Protection
 from bitalloy.zoo.exporting import Facts, Signature, export_graph
@@ -64,7 +65,7 @@ def test_regions_and_facts_are_in_the_file_and_survive_loading(tmp_path: Path) -
     paths = {regions.region_id(regions.path_of(n)) for n in loaded.nodes if n.op_type == "Gemm"}
     assert paths == {"encoder/stage 0", "encoder/stage 1", "head"}  # a module without words keeps its own path
     assert loaded.metadata["bitalloy.family"] == "family"
-    assert json.loads(loaded.metadata["bitalloy.heads"]) == ["y"]
+    assert json.loads(loaded.metadata["bitalloy.model.heads"]) == ["y"]
     assert json.loads(loaded.metadata["bitalloy.shapes"]) == {"x": [1, 8]}
     assert json.loads(loaded.metadata["bitalloy.protect"])[0]["pattern"] == "*/head/*"
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitalloy import graph, zoo
-from bitalloy.errors import ModelError
-from bitalloy.regions import path_of
+from bitalloy import zoo
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model.regions import path_of
 from bitalloy.targets.base import macs
-from bitalloy.zoo import Options, mobilesam
-from bitalloy.zoo.base import Exported
+from bitalloy.zoo import mobilesam
+from bitalloy.zoo.base import Exported, Options
 
 torch = pytest.importorskip("torch")
 models = pytest.importorskip("kornia.models.sam")

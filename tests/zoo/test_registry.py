@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitalloy import zoo
-from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.zoo import listing
 from bitalloy.zoo.base import Family, Variant
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitalloy import graph, zoo
-from bitalloy.errors import ModelError
-from bitalloy.regions import path_of, region_id
-from bitalloy.zoo import Options, segformer
+from bitalloy import zoo
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model.regions import path_of, region_id
+from bitalloy.zoo import segformer
+from bitalloy.zoo.base import Options
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

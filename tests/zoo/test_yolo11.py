@@ -11,13 +11,15 @@ import onnx
 import pytest
 from PIL import Image
 
-from bitalloy import graph, relevance, zoo
-from bitalloy.errors import ModelError
-from bitalloy.heads import find_heads
-from bitalloy.regions import path_of, region_id
+from bitalloy import zoo
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model import relevance
+from bitalloy.model.heads import find_heads
+from bitalloy.model.regions import path_of, region_id
 from bitalloy.targets.base import macs
-from bitalloy.zoo import Options, yolo11
-from bitalloy.zoo.base import Exported
+from bitalloy.zoo import yolo11
+from bitalloy.zoo.base import Exported, Options
 
 torch = pytest.importorskip("torch")
 NAMES = [v.name for v in yolo11.VARIANTS]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.graph import static_shape
+from bitalloy.model.load import static_shape
 
 SHARED_ELEMENTS = 4096
 DOMAINS = {"FusedMatMul": "com.microsoft"}

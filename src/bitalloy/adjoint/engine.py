@@ -23,10 +23,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
-from bitalloy.errors import UnsupportedOpError
-from bitalloy.graph import Graph, constant, consumers, is_float, name_of, static_shape
-from bitalloy.records import Edge
-from bitalloy.weights import Packed, pack
+from bitalloy.core.errors import UnsupportedOpError
+from bitalloy.core.records import Edge
+from bitalloy.model.load import Graph, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.weights import Packed, pack
 
 REVERSE_OPSET = 17
 PARTS = 16

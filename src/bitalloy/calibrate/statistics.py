@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitalloy.calibrate.clipping import entropy_threshold, mse_range, quantile
-from bitalloy.errors import BitalloyError, DataError
-from bitalloy.numerics import FP16_MAX, FP16_TINY
+from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.formats.affine import FP16_MAX, FP16_TINY
 
 BINS = 2048
 MOMENTUM = 0.9

@@ -21,9 +21,9 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from bitalloy.calibrate.statistics import ARRAYS, Statistics, observe
-from bitalloy.errors import DataError, ModelError
+from bitalloy.core.errors import DataError, ModelError
+from bitalloy.model.weights import Packed, pack
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.weights import Packed, pack
 
 VALUES = 2048
 """Most values of one tensor that leave the session per sample."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import describe_spec
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
 
 Feeds = dict[str, np.ndarray]
 

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import DataInfo, TensorSpec
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
 from bitalloy.data.images import ImageSpec, image_feed, no_image_input, open_image
-from bitalloy.errors import DataError
-from bitalloy.records import DataInfo, TensorSpec
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _ARRAYS = frozenset({".npz", ".npy"})

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from bitalloy.errors import DataError
-from bitalloy.records import Record, TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import Record, TensorSpec
 
 Layout = Literal["NCHW", "NHWC"]
 Fit = Literal["letterbox", "stretch", "crop"]

@@ -10,21 +10,22 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.audit import audit as compare
-from bitalloy.audit import reconcile
-from bitalloy.errors import BitalloyError, RunDirectoryError
-from bitalloy.outcome import Audit
-from bitalloy.pipeline.analyze import Analysis
-from bitalloy.pipeline.deliver import apply
-from bitalloy.pipeline.planning import read_record
-from bitalloy.pipeline.records import Planned
-from bitalloy.pipeline.work import Workspace
-from bitalloy.plans import Plan
-from bitalloy.records import UnitGraph
-from bitalloy.runtime import ONLY, Artefact
-from bitalloy.store import key_of
+from bitalloy.core.errors import BitalloyError, RunDirectoryError
+from bitalloy.core.outcome import Audit
+from bitalloy.core.planned import Planned
+from bitalloy.core.plans import Plan
+from bitalloy.core.records import UnitGraph
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.measure.audit import audit as compare
+from bitalloy.measure.audit import reconcile
+from bitalloy.measure.tracing import Traced, profile, rewritten, trace
+from bitalloy.pipeline.ship import apply
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
+from bitalloy.search.planning import read_record
+from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets import target
-from bitalloy.tracing import Traced, profile, rewritten, trace
 
 
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:

@@ -6,17 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitalloy import graph, zoo
-from bitalloy.data import Dataset, ImageSpec, infer_image_spec, open_dataset
-from bitalloy.errors import BitalloyError, DataError
-from bitalloy.graph import Graph
-from bitalloy.pipeline.programs import holds_arrays, image_facts, interface_of, open_samples, speaks, takes_prompts
-from bitalloy.pipeline.work import Progress, Silent, Workspace
-from bitalloy.program import Outline, is_program, join, load_program, read_interface, read_outline
+from bitalloy import zoo
+from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.store import RunDirectory, key_of
+from bitalloy.core.work import Progress, Silent, Workspace
+from bitalloy.data.datasets import Dataset, open_dataset
+from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.model import load as graph
+from bitalloy.model.graphs.joining import join
+from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.load import Graph
 from bitalloy.samples.shapes import write_coco
-from bitalloy.store import RunDirectory, key_of
 from bitalloy.tasks import find_task, semantic
-from bitalloy.tasks.detection import looks_like_yolo
+from bitalloy.tasks.open import (
+    ImageChoice,
+    holds_arrays,
+    image_facts,
+    image_spec,
+    interface_of,
+    open_samples,
+    speaks,
+    takes_prompts,
+)
 
 SAMPLE_NOTE = (
     "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
@@ -25,9 +37,6 @@ SAMPLE_NOTE = (
 SAMPLE_IMAGES, CALIBRATION_IMAGES = 100, 64
 SMALLEST, LARGEST = 64, 640
 """Sides of the images of the embedded sample, in pixels."""
-
-ImageChoice = ImageSpec | Mapping[str, object] | None
-"""How images are prepared: in full, or some arguments of `infer_image_spec`, or as inferred."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,7 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
     """Read a model by path or by its name among the samples; a program's graphs are joined into one.
 
     Sizes that a file leaves open are those given, or else the usual ones that its exporter noted. See
-    `bitalloy.graph.load` for what is refused, and `bitalloy.run` for models that must be exported first.
+    `bitalloy.model.load.load` for what is refused, and `bitalloy.run` for models that must be exported first.
     """
     path = zoo.resolve(model).path
     if is_program(path):
@@ -154,16 +163,6 @@ def open_data(
         split="train",
     )
     return open_dataset(folder / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
-
-
-def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
-    """How images become feeds for a model, or None where it takes no image.
-
-    What is given counts before what the model's file says, and this before what is inferred from the input.
-    """
-    detector = looks_like_yolo(model.info.inputs, model.info.outputs)
-    known = {**image_facts(model.metadata), **overrides}
-    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]
 
 
 def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None:

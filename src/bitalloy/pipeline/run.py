@@ -9,22 +9,26 @@ from pathlib import Path
 
 import msgspec
 
-from bitalloy.errors import BudgetError
-from bitalloy.pipeline.analyze import Analysis, analyze
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.planned import Planned
+from bitalloy.core.plans import Budget, Keep
+from bitalloy.core.records import Settings
+from bitalloy.core.store import RunDirectory
+from bitalloy.core.work import Progress, Workspace
+from bitalloy.measure.cost import measure_cost
+from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit
-from bitalloy.pipeline.calibration import units_of
-from bitalloy.pipeline.constraints import constrain
-from bitalloy.pipeline.deliver import Verified, measure_cost, plan, verify
-from bitalloy.pipeline.exact import confirm
-from bitalloy.pipeline.planning import COST, FACTS, MATRIX, UNITS, operators_of
-from bitalloy.pipeline.prepare import ImageChoice, Prepared, prepare
-from bitalloy.pipeline.records import Planned
-from bitalloy.pipeline.work import Progress, Workspace
-from bitalloy.plans import Budget, Keep
-from bitalloy.records import Settings
-from bitalloy.report import render as render_html
-from bitalloy.report import sensitivity_csv
-from bitalloy.store import RunDirectory
+from bitalloy.pipeline.calibrate import units_of
+from bitalloy.pipeline.plan import plan
+from bitalloy.pipeline.prepare import Prepared, prepare
+from bitalloy.pipeline.ship import Verified, verify
+from bitalloy.report.render import render as render_html
+from bitalloy.report.tables import sensitivity_csv
+from bitalloy.search.constraints import constrain
+from bitalloy.search.planning import COST, FACTS, MATRIX, UNITS, operators_of
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.measuring import confirm
+from bitalloy.tasks.open import ImageChoice
 
 DEFAULT_RATIO = 0.7
 CONFIRMED, CONFIRM_SAMPLES = 12, 4

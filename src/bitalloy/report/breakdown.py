@@ -12,11 +12,11 @@ from typing import TypeAlias
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.matrix import CEILING_DB
-from bitalloy.plans import CostTable, Plan, UnitCost
-from bitalloy.records import Placement, Sensitivity, SensitivityTable, Unit, UnitGraph
-from bitalloy.regions import ROOT, ancestors
+from bitalloy.core.plans import CostTable, Plan, UnitCost
+from bitalloy.core.records import Placement, Sensitivity, SensitivityTable, Unit, UnitGraph
+from bitalloy.model.regions import ROOT, ancestors
 from bitalloy.report import charts, formats
+from bitalloy.sensitivity.matrix import CEILING_DB
 
 
 @dataclass(frozen=True)

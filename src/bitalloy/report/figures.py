@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitalloy.bench import TOLERANCE
-from bitalloy.heads import is_divergence
-from bitalloy.outcome import Comparison, Round, Summary, Triple
-from bitalloy.plans import FIRST, CostTable, Plan
-from bitalloy.records import Estimate, Latency, MetricValue, UnitGraph
+from bitalloy.core.outcome import Comparison, Round, Summary, Triple
+from bitalloy.core.plans import FIRST, CostTable, Plan
+from bitalloy.core.records import Estimate, Latency, MetricValue, UnitGraph
+from bitalloy.measure.bench import TOLERANCE
+from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
 
 WIDE_GAP_DB = 3.0

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from bitalloy.heads import is_divergence
-from bitalloy.matrix import CEILING_DB
-from bitalloy.records import DataInfo, Estimate, MetricValue, RangeChoice
+from bitalloy.core.records import DataInfo, Estimate, MetricValue, RangeChoice
+from bitalloy.model.heads import is_divergence
+from bitalloy.sensitivity.matrix import CEILING_DB
 
 NONE = "–"
 MINUS = "−"

@@ -14,9 +14,9 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.outcome import Audit, Summary
-from bitalloy.plans import CostTable, ParetoPoint, Plan
-from bitalloy.records import SensitivityTable, UnitGraph
+from bitalloy.core.outcome import Audit, Summary
+from bitalloy.core.plans import CostTable, ParetoPoint, Plan
+from bitalloy.core.records import SensitivityTable, UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
 

@@ -7,7 +7,7 @@ import io
 
 import msgspec
 
-from bitalloy.records import SensitivityTable
+from bitalloy.core.records import SensitivityTable
 
 COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact")
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.program import FILE, Program
-from bitalloy.program.wiring import write_wiring
+from bitalloy.model.graphs.wiring import FILE, Program, write_wiring
+from bitalloy.model.weights import is_large, pack, save
 from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.ort import ORT, available_cores
-from bitalloy.weights import is_large, pack, save
 
 
 class Chain:

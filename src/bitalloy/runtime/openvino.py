@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.model.weights import MESSAGE_BYTES, to_bytes, weight_bytes
 from bitalloy.runtime.base import Kernel, Reopener, Runtime
 from bitalloy.runtime.ort import available_cores
-from bitalloy.weights import MESSAGE_BYTES, to_bytes, weight_bytes
 
 _TYPES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 _RESULT = "/sink_port_0"

@@ -15,9 +15,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitalloy.errors import BitalloyError, ModelError
+from bitalloy.core.errors import BitalloyError, ModelError
+from bitalloy.model.weights import Packed, pack
 from bitalloy.runtime.base import Kernel, Runtime
-from bitalloy.weights import Packed, pack
 
 ort.set_default_logger_severity(3)
 

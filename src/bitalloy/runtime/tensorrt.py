@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.model.weights import to_bytes
 from bitalloy.runtime.base import Kernel, Runtime
-from bitalloy.weights import to_bytes
 
 INSTALL = "pip install 'bitalloy[tensorrt]'"
 WORKSPACE_BYTES = 4 << 30

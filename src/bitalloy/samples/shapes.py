@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bitalloy.errors import DataError, RunDirectoryError
-from bitalloy.masks import interior_point, run_lengths
+from bitalloy.core.errors import DataError, RunDirectoryError
+from bitalloy.data.masks import interior_point, run_lengths
 from bitalloy.samples import words
 from bitalloy.samples.drawing import CLASSES, COLORS, draw
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from bitalloy.bench import TOLERANCE
-from bitalloy.errors import BudgetError
-from bitalloy.matrix import CEILING_DB, decibel, draws, estimate
-from bitalloy.plans import Budget, Choice, HeadDamage, Plan
-from bitalloy.records import HALF, HalfSafety, Precision, Unit
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.plans import Budget, Choice, HeadDamage, Plan
+from bitalloy.core.records import HALF, HalfSafety, Precision, Unit
+from bitalloy.measure.bench import TOLERANCE
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate
 
 
 def search(

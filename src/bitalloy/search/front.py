@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from bitalloy.matrix import decibel
-from bitalloy.plans import ParetoPoint
-from bitalloy.records import HALF
+from bitalloy.core.plans import ParetoPoint
+from bitalloy.core.records import HALF
 from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.sensitivity.matrix import decibel
 
 FRONT_BUDGETS = 24
 """Latencies, evenly spread, for which the front has the least damaging plan; where plans coincide, more are tried."""

@@ -26,12 +26,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
-from bitalloy.heads import DETECTIONS
-from bitalloy.matrix import ProbeMatrix, bend, straight
-from bitalloy.moves import Moves
-from bitalloy.plans import CostTable
-from bitalloy.records import AGAIN, HALF, Placement, Precision, Secant, UnitGraph
+from bitalloy.core.plans import CostTable
+from bitalloy.core.records import AGAIN, HALF, Placement, Precision, Secant, UnitGraph
+from bitalloy.model.heads import DETECTIONS
+from bitalloy.search.moves import Moves
 from bitalloy.search.withheld import withheld
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, straight
 
 SHRINK = 0.5
 NODE_LIMIT = 2000

@@ -16,32 +16,19 @@ Columns are told apart by what they round and how. Targets that round a site ali
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint import Tap
 from bitalloy.adjoint.builder import Builder
-from bitalloy.graph import Graph, attribute, constant, is_float, name_of, static_shape
-from bitalloy.numerics import QuantParams, dequantize, fake_fp16, quantize
-from bitalloy.records import AGAIN, HALF, Edge, Offset, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.adjoint.engine import Tap
+from bitalloy.core.records import AGAIN, HALF, Edge, Offset, Precision, Unit, UnitEdge, WeightSite
+from bitalloy.formats.affine import QuantParams, dequantize, fake_fp16, quantize
+from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
+from bitalloy.model.read import FULL_SLOTS, beside_output
 from bitalloy.targets.base import Target, weight_params
-from bitalloy.values import FULL_SLOTS, beside_output
-
-Ranges = Mapping[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A quantization scheme: how a target rounds what it can round."""
-
-    units: UnitGraph
-    target: Target
-    ranges: Ranges
-    """Tensor -> calibrated (low, high)."""
-    offsets: Mapping[str, Offset] = field(default_factory=dict)
-    """Weight site -> what is added to a bias where the weight is rounded."""
+from bitalloy.targets.recipe import Ranges, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,12 +43,12 @@ class Column:
     """Makes its local error under a name."""
 
 
-def views(graph: Graph, wanted: Sequence[Scheme]) -> list[dict[str, str]]:
+def views(graph: Graph, wanted: Sequence[Recipe]) -> list[dict[str, str]]:
     """For every scheme: site -> name of its column in the matrix that `Prober` measures for all of them."""
     return names([columns(graph, scheme) for scheme in wanted])
 
 
-def columns(graph: Graph, scheme: Scheme) -> list[Column]:
+def columns(graph: Graph, scheme: Recipe) -> list[Column]:
     """All columns of a scheme, one per site."""
     units, target, ranges = scheme.units, scheme.target, scheme.ranges
     int8 = units.quantizable()

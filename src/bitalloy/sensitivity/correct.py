@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix, bend
-from bitalloy.records import Secant
+from bitalloy.core.records import Secant
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend
 
 ROUNDS = 10
 STEP = 0.7

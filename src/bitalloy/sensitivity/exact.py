@@ -20,17 +20,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitalloy.graph import Graph, name_of
-from bitalloy.heads import Reference
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.numerics import QuantParams
-from bitalloy.records import AGAIN, Edge, Head, Offset, Secant, WeightSite
-from bitalloy.runtime import OrtSession
-from bitalloy.runtime.ort import available_cores
-from bitalloy.sensitivity.columns import Scheme
+from bitalloy.core.records import AGAIN, Edge, Head, Offset, Secant, WeightSite
+from bitalloy.formats.affine import QuantParams
+from bitalloy.model.heads import Reference
+from bitalloy.model.load import Graph, name_of
+from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
+from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.base import Target, weight_params
+from bitalloy.targets.recipe import Recipe
 
 FRACTIONS = (0.125, 0.35, 1.0)
 SEGMENTS = 24
@@ -51,7 +50,7 @@ class Switchboard:
     def __init__(
         self,
         graph: Graph,
-        scheme: Scheme,
+        scheme: Recipe,
         *,
         segments: int = SEGMENTS,
         at_once: int = 1,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.graph import attribute, constant
-from bitalloy.numerics import QuantParams, dequantize, quantize
-from bitalloy.records import Edge, Offset, WeightSite
-from bitalloy.values import beside_output
+from bitalloy.core.records import Edge, Offset, WeightSite
+from bitalloy.formats.affine import QuantParams, dequantize, quantize
+from bitalloy.model.load import attribute, constant
+from bitalloy.model.read import beside_output
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"

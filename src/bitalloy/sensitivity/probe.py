@@ -4,7 +4,7 @@ For a random cotangent v with independent signs (Rademacher) over the elements o
 gradient at a rounding site with local error e, the product a = <g, e> satisfies E[a^2] = ||J e||^2, and for a plan
 that rounds several sites E[(sum a)^2] = ||sum J e||^2 (Hutchinson, "A stochastic estimator of the trace of the
 influence matrix", 1990). For a head that gives a distribution the signs are shaped so that a^2 estimates twice the KL
-divergence (`bitalloy.divergence`). One reverse pass gives a for every site at once. Rows of the matrix are pairs
+divergence (`bitalloy.model.divergence`). One reverse pass gives a for every site at once. Rows of the matrix are pairs
 (sample, probe) for each head; columns are sites in the formats of the targets (`columns`).
 """
 
@@ -17,15 +17,16 @@ from functools import partial
 import numpy as np
 import onnxruntime as ort
 
-from bitalloy.adjoint import Adjoint, build
+from bitalloy.adjoint.engine import Adjoint, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.errors import DataError
-from bitalloy.graph import Graph
-from bitalloy.heads import Reference, needs_values
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.records import Head
-from bitalloy.runtime import OrtSession
-from bitalloy.sensitivity.columns import Scheme, columns, merge
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import Head
+from bitalloy.model.heads import Reference, needs_values
+from bitalloy.model.load import Graph
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.columns import columns, merge
+from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.recipe import Recipe
 
 AT_ONCE = 2
 """Probes per reverse execution: they share the reading of the errors; more of them leave the cache."""
@@ -49,7 +50,7 @@ class Prober:
         self,
         graph: Graph,
         heads: Sequence[Head],
-        schemes: Sequence[Scheme],
+        schemes: Sequence[Recipe],
         *,
         stops: frozenset[str] = frozenset(),
     ) -> None:

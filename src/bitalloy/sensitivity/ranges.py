@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix
-from bitalloy.records import AGAIN, UnitGraph
+from bitalloy.core.records import AGAIN, UnitGraph
+from bitalloy.sensitivity.matrix import ProbeMatrix
 
 ENOUGH = 0.9
 """Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""

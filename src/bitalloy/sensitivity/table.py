@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bitalloy.matrix import ProbeMatrix, bend, decibel, draws, estimate
-from bitalloy.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable, UnitGraph
-from bitalloy.regions import ancestors
+from bitalloy.core.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable, UnitGraph
+from bitalloy.model.regions import ancestors
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate
 
 SETTLED = 0.98
 FLAG_DB = 1.0

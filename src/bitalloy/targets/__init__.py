@@ -1,6 +1,6 @@
 """What each device can do: units, allowed precisions, and where roundings happen."""
 
-from bitalloy.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError
 from bitalloy.targets.base import Target
 from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU

@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.numerics import QuantParams, activation_params, symmetric_params
-from bitalloy.records import Edge, Head, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.regions import path_of, region_id
-from bitalloy.runtime import Runtime
+from bitalloy.core.records import Edge, Head, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.formats.affine import QuantParams, activation_params, symmetric_params
+from bitalloy.model.load import Graph, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.regions import path_of, region_id
+from bitalloy.runtime.base import Runtime
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, consumers, name_of, static_shape
-from bitalloy.records import Edge, Placement
-from bitalloy.runtime import OPENVINO
+from bitalloy.core.records import Edge, Placement
+from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Target
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
 

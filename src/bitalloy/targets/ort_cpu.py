@@ -25,9 +25,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, consumers, name_of
-from bitalloy.records import Edge
-from bitalloy.runtime import ORT
+from bitalloy.core.records import Edge
+from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
+from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Target
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
 

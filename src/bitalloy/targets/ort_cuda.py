@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph
+from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
-from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.patterns import MOVERS
+from bitalloy.targets.safety import OPERATORS
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bitalloy.graph import attribute, constant, consumers, name_of, static_shape
-from bitalloy.records import WeightSite
+from bitalloy.core.records import WeightSite
+from bitalloy.model.load import attribute, constant, consumers, name_of, static_shape
 from bitalloy.targets.base import Core
 
 MOVERS = frozenset({

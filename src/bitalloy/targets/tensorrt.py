@@ -26,12 +26,13 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.graph import Graph, attribute, constant, name_of
-from bitalloy.records import Edge, Placement
-from bitalloy.runtime import ORT, tensorrt
+from bitalloy.core.records import Edge, Placement
+from bitalloy.model.load import Graph, attribute, constant, name_of
+from bitalloy.runtime import tensorrt
+from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import A10, Core, Target
-from bitalloy.targets.half import OPERATORS
 from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
+from bitalloy.targets.safety import OPERATORS
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
 
 __all__ = ["IGNORED", "LabelledFile", "find_pairs", "read_label"]
 

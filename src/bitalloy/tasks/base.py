@@ -17,9 +17,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from bitalloy.data import ImageSpec
-from bitalloy.errors import DataError
-from bitalloy.records import Estimate, MetricValue, Record, TensorSpec
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import Estimate, MetricValue, Record, TensorSpec
+from bitalloy.data.images import ImageSpec
 
 __all__ = [
     "Interface",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitalloy.records import Estimate, MetricValue
+from bitalloy.core.records import Estimate, MetricValue
 from bitalloy.tasks.base import TaskMetric
 
 __all__ = ["RESAMPLES", "Measured", "compare", "estimate", "metric_value", "ratio", "resampled_weights"]

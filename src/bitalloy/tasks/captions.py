@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bitalloy.data import choose, open_image
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data.datasets import choose
+from bitalloy.data.images import open_image
 from bitalloy.tasks.base import Run, Seen, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
 from bitalloy.tasks.chat import Chat, log_probabilities

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from bitalloy.data import ImageSpec, image_feed, infer_image_spec
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec
 from bitalloy.tasks.base import Interface, Run, Tokenizer
 
 __all__ = [

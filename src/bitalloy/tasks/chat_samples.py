@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bitalloy.data import ImageFolder, Samples, choose, open_image
+from bitalloy.data.datasets import ImageFolder, Samples, choose
+from bitalloy.data.images import open_image
 from bitalloy.tasks.base import Interface, image_input
 from bitalloy.tasks.captions import QUESTION, read_captions
 from bitalloy.tasks.chat import AFTER, BEFORE, IMAGE_TOKEN, MASK, POSITIONS, Chat, empty_cache, open_chat

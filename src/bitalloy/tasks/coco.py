@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from bitalloy import masks
-from bitalloy.data import open_image
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data import masks
+from bitalloy.data.images import open_image
 
 __all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco"]
 

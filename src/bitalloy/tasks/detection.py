@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bitalloy.data import Geometry, ImageSpec, choose, image_feed, infer_image_spec
-from bitalloy.errors import DataError
-from bitalloy.records import Estimate, MetricValue, Record
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import Estimate, MetricValue, Record
+from bitalloy.data.datasets import choose
+from bitalloy.data.images import Geometry, ImageSpec, image_feed, infer_image_spec
 from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, estimate, metric_value, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from bitalloy.data import Geometry, ImageSpec
-from bitalloy.masks import Rle, encode, packed, unpacked
+from bitalloy.data.images import Geometry, ImageSpec
+from bitalloy.data.masks import Rle, encode, packed, unpacked
 from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (

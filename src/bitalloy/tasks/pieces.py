@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
 
 __all__ = ["FILE", "Pieces", "read_pieces"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy.errors import DataError
-from bitalloy.masks import Rle
+from bitalloy.core.errors import DataError
+from bitalloy.data.masks import Rle
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage
 
 __all__ = ["CategoryMatches", "Detections", "Matches", "average_precision", "match_boxes", "match_masks"]

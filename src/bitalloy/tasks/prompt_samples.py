@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bitalloy import masks
-from bitalloy.data import Samples, choose
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data import masks
+from bitalloy.data.datasets import Samples, choose
 from bitalloy.tasks.base import Interface
 from bitalloy.tasks.promptable import KINDS, Prompt, PromptData, feeds_of, grid, open_prompts, prepare, prompts_of
 

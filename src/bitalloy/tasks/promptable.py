@@ -26,10 +26,11 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from bitalloy import masks
-from bitalloy.data import ImageFolder, ImageSpec, choose, image_feed, infer_image_spec, open_image
-from bitalloy.errors import DataError
-from bitalloy.masks import Mask, interior_point, overlap
+from bitalloy.core.errors import DataError
+from bitalloy.data import masks
+from bitalloy.data.datasets import ImageFolder, choose
+from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.masks import Mask, interior_point, overlap
 from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco

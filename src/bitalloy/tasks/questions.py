@@ -18,8 +18,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from bitalloy.data import choose, open_image
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data.datasets import choose
+from bitalloy.data.images import open_image
 from bitalloy.tasks.base import Run, Seen, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
 from bitalloy.tasks.chat import Chat

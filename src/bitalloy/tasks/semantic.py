@@ -24,8 +24,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from bitalloy.data import ImageSpec, choose, image_feed, infer_image_spec, open_image
-from bitalloy.errors import DataError
+from bitalloy.core.errors import DataError
+from bitalloy.data.datasets import choose
+from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
 from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from bitalloy.errors import DataError
-from bitalloy.records import TensorSpec
-from bitalloy.runtime import OrtSession
+from bitalloy.core.errors import DataError
+from bitalloy.core.records import TensorSpec
+from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.precision import Detections
 
 __all__ = [

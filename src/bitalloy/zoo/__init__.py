@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from bitalloy.errors import BitalloyError, MissingExtraError, ModelError
-from bitalloy.program import FILE as PROGRAM
+from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.model.graphs.wiring import FILE as PROGRAM
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.core.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

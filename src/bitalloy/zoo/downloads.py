@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
-from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.core.errors import MissingExtraError, ModelError
 from bitalloy.zoo.base import RANDOM, Remote
 
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")

@@ -19,8 +19,8 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
-from bitalloy.errors import ModelError
-from bitalloy.regions import REGION
+from bitalloy.core.errors import ModelError
+from bitalloy.model.regions import REGION
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.zoo.base import Protection, Regions
 
@@ -130,7 +130,7 @@ def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
     texts = {
         "bitalloy.family": facts.family,
         "bitalloy.variant": facts.variant,
-        "bitalloy.heads": json.dumps(facts.heads),
+        "bitalloy.model.heads": json.dumps(facts.heads),
         "bitalloy.shapes": json.dumps(facts.shapes),
         "bitalloy.image": json.dumps(facts.image),
         "bitalloy.protect": json.dumps(

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy import relevance
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
+from bitalloy.model import relevance
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
 from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image, write_program

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy.errors import MissingExtraError, ModelError
+from bitalloy.core.errors import MissingExtraError, ModelError
 from bitalloy.zoo.base import Variant
 
 __all__ = ["BACKGROUND", "DEVIATION", "MEAN", "Run", "cache_size", "generate", "prompt", "tokenize", "tokenizer"]

@@ -17,8 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitalloy import relevance
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
+from bitalloy.model import relevance
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
 from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import onnx
 
-from bitalloy import graph, relevance
-from bitalloy.errors import ModelError
+from bitalloy.core.errors import ModelError
+from bitalloy.model import load as graph
+from bitalloy.model import relevance
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
 from bitalloy.zoo.exporting import Facts, Signature, annotate, export_graph, random_image

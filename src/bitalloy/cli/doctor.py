@@ -1,0 +1,107 @@
+"""What is available on this machine, with the install line for what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+
+from bitalloy.core.errors import MissingExtraError
+from bitalloy.core.records import Record
+from bitalloy.measure.cost import device
+from bitalloy.runtime.ort import available_cores
+from bitalloy.targets import TARGETS
+from bitalloy.targets.patterns import has_vnni
+
+NOT_SHOWN = frozenset({"ultralytics", "zoo"})
+"""Extras that nobody needs: one is for a test, one is the sum of others."""
+_REQUIREMENT = re.compile(r"""(?P<package>[\w.-]+)[^;]*;.*\bextra *== *['"](?P<extra>[\w.-]+)['"]$""")
+CORE = ("bitalloy", "onnxruntime", "onnx", "onnx-ir", "numpy", "scipy")
+
+
+class TargetCheck(Record, frozen=True, kw_only=True):
+    """Whether a target can be measured here."""
+
+    name: str
+    runtime: str
+    version: str | None
+    """None where the runtime is not installed."""
+    problem: str = ""
+    """What is missing and the install line; empty where nothing is."""
+    estimated: bool = False
+    """Whether its latencies are estimates, and its models verified on the CPU."""
+
+
+class ExtraCheck(Record, frozen=True, kw_only=True):
+    """Whether the packages of an extra are installed."""
+
+    name: str
+    missing: tuple[str, ...]
+    install: str
+
+
+class Diagnosis(Record, frozen=True, kw_only=True):
+    """The machine as bitalloy sees it."""
+
+    device: str
+    system: str
+    python: str
+    threads: int
+    """That every runtime uses: the cores that this process may run on."""
+    vnni: bool
+    """Whether products of uint8 and int8 are added in 32 bits; without, INT8 gains less and weights are limited."""
+    versions: dict[str, str]
+    targets: tuple[TargetCheck, ...]
+    extras: tuple[ExtraCheck, ...]
+
+
+def doctor() -> Diagnosis:
+    """Look at this machine. Nothing is imported that is not there, nothing is measured."""
+    targets = []
+    for target in TARGETS.values():
+        version, problem = None, ""
+        try:
+            version = target.runtime.version()
+        except MissingExtraError as error:
+            problem = str(error)
+        problem = problem or target.missing()
+        targets.append(
+            TargetCheck(
+                name=target.name,
+                runtime=target.runtime.name,
+                version=version,
+                problem=problem,
+                estimated=target.device is not None,
+            )
+        )
+    checks = []
+    for name, packages in extras().items():
+        missing = tuple(p for p in packages if not _installed(p))
+        checks.append(ExtraCheck(name=name, missing=missing, install=f"pip install 'bitalloy[{name}]'"))
+    return Diagnosis(
+        device=device(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        threads=available_cores(),
+        vnni=has_vnni(),
+        versions={name: importlib.metadata.version(name) for name in CORE},
+        targets=tuple(targets),
+        extras=tuple(checks),
+    )
+
+
+def extras() -> dict[str, tuple[str, ...]]:
+    """Extra -> its packages, as this installation declares them."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("bitalloy") or ():
+        if (match := _REQUIREMENT.match(line)) and match["extra"] not in NOT_SHOWN:
+            found.setdefault(match["extra"], []).append(match["package"])
+    return {name: tuple(packages) for name, packages in sorted(found.items())}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

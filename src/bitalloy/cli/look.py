@@ -1,0 +1,127 @@
+"""Commands that look at what there is: models, targets, this machine, and what a runtime ran."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from bitalloy.cli.console import SHOWN_LINES, out_console
+
+
+def models(
+    json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
+) -> None:
+    """List the models that are known by name, with published and measured figures.
+
+    Example: bitalloy models --json
+    """
+    import json
+
+    from bitalloy.zoo import listing
+
+    if json_output:
+        sys.stdout.write(json.dumps(listing.as_json(), indent=2) + "\n")
+        return
+    for part in listing.tables():
+        out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+
+
+def targets(
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List devices and runtimes; `bitalloy doctor` tells which of them are here.
+
+    Example: bitalloy run model.onnx --data images/ --target ort-cpu
+    """
+    import json
+
+    from bitalloy.targets import TARGETS
+
+    if json_output:
+        listed = [
+            {"name": t.name, "description": t.describe, "fp16": bool(t.half), "estimated": t.device is not None}
+            for t in TARGETS.values()
+        ]
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+        return
+    for entry in TARGETS.values():
+        line = f"{entry.name:<12} {entry.describe}"
+        out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def audit(
+    run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="Of a target whose device is not here: what this CPU makes of its model."),
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Run the mixed model again and tell in which precision the runtime executed every unit.
+
+    A model for a GPU is audited on a machine that has it: elsewhere nothing is known about the target.
+
+    Example: bitalloy audit runs/last
+    """
+    import msgspec
+
+    from bitalloy.pipeline.audit import audit_run
+
+    found = audit_run(run_directory, here=here)
+    if json_output:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        return
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share_of_time.items())
+    line = f"{found.runtime} {found.version}. Share of kernel time: {shares}."
+    out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+    differing = found.differences()
+    as_planned = sum(u.executed == u.planned for u in found.units)
+    inside = len(found.units) - as_planned - len(differing)
+    line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
+    for text in (line, *(g.sentence() for g in found.graphs)):
+        out_console.print(text, soft_wrap=True, highlight=False, markup=False)
+    if differing:
+        table = Table("unit", "planned", "executed", "likely cause")
+        for unit in differing[:SHOWN_LINES]:
+            table.add_row(escape(unit.unit), unit.planned, unit.executed, escape(unit.cause))
+        out_console.print(table)
+        if len(differing) > SHOWN_LINES:
+            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
+    if found.note:
+        out_console.print(found.note, style="yellow", soft_wrap=True)
+
+
+def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """Tell what is available on this machine, with the install line for what is not.
+
+    Example: bitalloy doctor --json
+    """
+    import msgspec
+
+    from bitalloy.cli.doctor import doctor as examine
+
+    found = examine()
+    if json_output:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        return
+    lines = [
+        f"processor    {found.device}, {found.threads} threads, VNNI or its equal: {'yes' if found.vnni else 'no'}",
+        f"system       {found.system}, Python {found.python}",
+        f"versions     {', '.join(f'{name} {version}' for name, version in found.versions.items())}",
+    ]
+    verified = "; latencies are estimates, models are verified on the CPU"
+    lines += [
+        f"target       {t.name}: {t.problem or f'{t.runtime} {t.version}'}{verified * t.estimated}"
+        for t in found.targets
+    ]
+    lines += [
+        f"extra        {e.name}: " + (f"lacks {', '.join(e.missing)}; {e.install}" if e.missing else "installed")
+        for e in found.extras
+    ]
+    for line in lines:
+        out_console.print(line, soft_wrap=True, highlight=False, markup=False)

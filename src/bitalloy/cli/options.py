@@ -1,0 +1,256 @@
+"""Text of command-line options as values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.plans import FIRST, Budget, Keep
+from bitalloy.core.records import Precision
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+MOST_BYTES = 2**62
+RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
+Text = TypeVar("Text", str, str | None)
+
+
+def latency(text: str | None) -> tuple[float | None, float | None]:
+    """(ratio, milliseconds) of a latency budget.
+
+    >>> latency("0.7x"), latency("12ms"), latency(None)
+    ((0.7, None), (None, 12.0), (None, None))
+    """
+    if text is None:
+        return None, None
+    number, unit = _split(text, "--latency", "0.7x or 12ms", ("x", "ms"))
+    return (number, None) if unit == "x" else (None, number)
+
+
+def size(text: str | None, float_bytes: int) -> int | None:
+    """A size budget in bytes.
+
+    >>> size("8MB", 10_000_000), size("0.5x", 10_000_000)
+    (8000000, 5000000)
+    """
+    if text is None:
+        return None
+    number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *UNITS))
+    return int(min(number * (float_bytes if unit == "x" else UNITS[unit]), MOST_BYTES))
+
+
+def targets(text: str) -> tuple[str, ...]:
+    """Names of targets.
+
+    >>> targets("ort-cpu, tensorrt")
+    ('ort-cpu', 'tensorrt')
+    """
+    return tuple(name.strip() for name in text.split(","))
+
+
+def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
+    """Floors on the SQNR in dB: one of every head, and those of single heads.
+
+    >>> floors(["20", "boxes=30"])
+    (20.0, {'boxes': 30.0})
+    """
+    found = _named("--max-drop-db", texts, "a number of dB such as 20, or one for a head such as boxes=30")
+    return found.pop("", None), found
+
+
+def drops(texts: Sequence[str]) -> dict[str, float]:
+    """Largest drops of task metrics by name; a bare number is in points of the first metric.
+
+    >>> drops(["AP50-95=0.003"]), drops(["0.3"])
+    ({'AP50-95': 0.003}, {'(first)': 0.003})
+    """
+    found = _named("--max-drop", texts, "a metric and its drop such as AP50-95=0.003, or points such as 0.3")
+    if any(value < 0 for value in found.values()):
+        raise BitalloyError(
+            f"--max-drop is '{' '.join(texts)}'; expected a drop of at least 0, which is how much worse."
+        )
+    return {name or FIRST: value if name else round(value / 100, 9) for name, value in found.items()}
+
+
+def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
+    """What stays in a precision, in order.
+
+    >>> keeps(["fp32:neck*"])
+    (Keep(precision=<Precision.FP32: 'fp32'>, pattern='neck*'),)
+    """
+    found = []
+    for text in texts:
+        name, colon, pattern = text.partition(":")
+        if name.lower() not in tuple(Precision) or not colon or not pattern:
+            raise BitalloyError(
+                f"--keep is '{text}'; expected a precision ({', '.join(Precision)}) and a pattern, such as "
+                "fp32:'neck*' or int8:'model.{4..8}'."
+            )
+        found.append(Keep(precision=Precision(name.lower()), pattern=pattern))
+    return tuple(found)
+
+
+def budget(
+    *,
+    latency_text: str | None,
+    size_text: str | None,
+    floor_texts: Sequence[str] | None,
+    drop_texts: Sequence[str] | None,
+    keep_texts: Sequence[str] | None,
+    float_bytes: int,
+) -> Budget:
+    """All limits together.
+
+    Args:
+        latency_text: see `latency`.
+        size_text: see `size`.
+        floor_texts: see `floors`.
+        drop_texts: see `drops`.
+        keep_texts: see `keeps`.
+        float_bytes: size of the float model's files.
+    """
+    ratio, milliseconds = latency(latency_text)
+    least, heads = floors(floor_texts or ())
+    return Budget(
+        latency_ratio=ratio,
+        latency_ms=milliseconds,
+        size_bytes=size(size_text, float_bytes),
+        min_sqnr_db=least,
+        head_sqnr_db=heads,
+        max_drop=drops(drop_texts or ()),
+        keep=keeps(keep_texts or ()),
+    )
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width in pixels.
+
+    >>> image_size("480x640")
+    (480, 640)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip())
+    if not found:
+        raise BitalloyError(f"--image-size is '{text}'; expected height and width, such as 480x640.")
+    return int(found[1]), int(found[2])
+
+
+def samples(text: str) -> int | None:
+    """A number of samples, or None for `auto`.
+
+    >>> samples("auto"), samples("16")
+    (None, 16)
+    """
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise BitalloyError(f"--samples is '{text}'; expected a whole number of at least 1, or auto.")
+    return int(text)
+
+
+def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Input shapes.
+
+    >>> shapes(["images=1x3x640x640"])
+    {'images': (1, 3, 640, 640)}
+    """
+    found = {}
+    for text in texts:
+        name, _, dims = text.rpartition("=")
+        if not name or not re.fullmatch(r"[1-9]\d*([x,][1-9]\d*)*", dims):
+            raise BitalloyError(f"--shape is '{text}'; expected an input and its sizes, such as images=1x3x640x640.")
+        found[name] = tuple(int(d) for d in re.split("[x,]", dims))
+    return found
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Comma-separated numbers.
+
+    >>> numbers("--mean", "0.5,0.25")
+    (0.5, 0.25)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.") from None
+
+
+def choice(option: str, text: Text, among: Sequence[str]) -> Text:
+    """One of a few words.
+
+    >>> choice("--layout", "NHWC", ("NCHW", "NHWC"))
+    'NHWC'
+    """
+    if text is None or text in among:
+        return text
+    raise BitalloyError(f"{option} is '{text}'; expected one of: {', '.join(among)}.")
+
+
+def finite(option: str, value: float | None, *, positive: bool = False) -> float | None:
+    """A number, neither NaN nor infinite.
+
+    >>> finite("--scale", 0.5, positive=True)
+    0.5
+    """
+    if value is None or (math.isfinite(value) and (value > 0 or not positive)):
+        return value
+    raise BitalloyError(f"{option} is {value}; expected a finite number{' above 0' * positive}.")
+
+
+def image(
+    scale: float | None, mean: str | None, std: str | None, layout: str | None, fit: str | None
+) -> dict[str, object]:
+    """What was said about the preprocessing of images; the rest is inferred.
+
+    >>> image(None, "0.5", None, "NHWC", None)
+    {'mean': (0.5,), 'layout': 'NHWC'}
+    """
+    given = {
+        "scale": finite("--scale", scale, positive=True),
+        "mean": numbers("--mean", mean),
+        "std": numbers("--std", std),
+        "layout": choice("--layout", layout, ("NCHW", "NHWC")),
+        "fit": choice("--fit", fit, ("letterbox", "stretch", "crop")),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool, evaluate: bool) -> None:
+    """Refuse options of `sensitivity` that mean nothing together."""
+    if metric != evaluate:
+        missing = "--eval with a COCO annotation file" if metric else "--metric"
+        raise BitalloyError(f"{'--metric' if metric else '--eval'} needs {missing} beside it.")
+    if mode is not None and not exact and not metric:
+        raise BitalloyError(f"--mode {mode} is a way to measure. Add --method exact, or leave it out.")
+    if confirm is not None and (exact or metric):
+        raise BitalloyError("--confirm measures what --method probe predicted; here everything is measured already.")
+
+
+def _named(option: str, texts: Sequence[str], expected: str) -> dict[str, float]:
+    """Numbers by the name before the last `=`; one without a name has the empty one."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise BitalloyError(f"{option} is '{text}'; expected {expected}, with a finite number.")
+        if name in found:
+            raise BitalloyError(f"{option} is given twice for the same: '{text}' is the second. Give it once.")
+        found[name] = value
+    return found
+
+
+def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    known = {u.lower(): u for u in units}
+    if match is None or match.group(2).lower() not in known or float(match.group(1)) <= 0:
+        raise BitalloyError(f"{option} is '{text}'; expected a number with a unit, such as {example}.")
+    return float(match.group(1)), known[match.group(2).lower()]

@@ -1,0 +1,64 @@
+"""What passes between the delivering stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitalloy.core.outcome import LatencySpread, MetricComparison
+from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.records import Estimate, Record
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with the cost table that it rests on."""
+
+    plan: Plan
+    cost: CostTable
+    protected: tuple[str, ...] = ()
+    """Units that stay in float because the model's family advises it and measurement bears it out."""
+
+    @property
+    def predicted_ratio(self) -> float:
+        """Predicted latency over that of the float model."""
+        return self.plan.predicted_latency_us / self.cost.all_float_us
+
+    @property
+    def predicted_ratio_interval(self) -> Estimate | None:
+        """The same with its 95 % prediction interval."""
+        found = self.plan.predicted_latency_interval_us
+        if found is None:
+            return None
+        value, low, high = (round(us / self.cost.all_float_us, 4) for us in (found.value, found.low, found.high))
+        return Estimate(value=value, low=low, high=high)
+
+
+class Measured(Record, frozen=True, kw_only=True):
+    """What one round measured on the real runtime."""
+
+    latency: LatencySpread
+    sqnr_int8: tuple[Estimate, ...]
+    sqnr_mixed: tuple[Estimate, ...]
+    float32: tuple[Estimate, ...]
+    """The highest SQNR per head that can be told from the rounding of the outputs themselves."""
+
+    @property
+    def ratio(self) -> float:
+        """Latency of the mixed model over float, medians of the same interleaved run."""
+        return self.latency.mixed.median_ms / self.latency.reference.median_ms
+
+
+class Metrics(Record, frozen=True, kw_only=True):
+    """Task metrics of the three models."""
+
+    metrics: dict[str, MetricComparison]
+    confidence_shift: dict[str, Estimate]
+    notes: tuple[str, ...] = ()
+
+
+def ratio_limit(budget: Budget, planned: Planned) -> float | None:
+    """The tightest latency limit of a budget, over the float model; None without one."""
+    limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
+    if budget.latency_ms is not None:
+        limits.append(budget.latency_ms * 1e3 / planned.cost.all_float_us)
+    return min(limits) if limits else None

@@ -1,0 +1,123 @@
+"""The run directory: results under the hash of what they were made from, written whole or not at all.
+
+    run/
+      summary.json, report.html, mixed.onnx, plan.json, ...   what the user reads
+      cache/<stage>-<key>                                     one result per stage and inputs
+      cache/<stage>-<key>.d/<shard>                           parts of a sharded stage
+
+A key is the SHA-256 of everything that decides the result (model, data, settings, version of bitalloy), so a changed
+input can never meet an old result, and the same command again finds all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from bitalloy.core.errors import RunDirectoryError
+
+MARKER = ".bitalloy-run"
+
+
+class RunDirectory:
+    """A folder that keeps results across runs.
+
+    Args:
+        path: created where absent; a folder with other content is refused, so that nothing of the user's is mixed
+            with results.
+
+    Raises:
+        RunDirectoryError: the folder cannot be written, or holds something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()) and not (self.path / MARKER).exists():
+                raise RunDirectoryError(
+                    f"'{self.path}' is not empty and is not a run directory of bitalloy. Give another --out."
+                )
+            self.cache = self.path / "cache"
+            """Where results of the stages lie."""
+            self.cache.mkdir(exist_ok=True)
+            (self.path / MARKER).touch()
+        except OSError as error:
+            raise RunDirectoryError(f"The run directory '{self.path}' cannot be written: {error}") from error
+        for leftover in self.path.rglob("*.partial"):
+            leftover.unlink(missing_ok=True)
+        for leftover in self.cache.glob("scratch-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def get(self, stage: str, key: str, shard: str | None = None) -> bytes | None:
+        """A stored result, or None."""
+        path = self._place(stage, key, shard)
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, stage: str, key: str, data: bytes, shard: str | None = None) -> None:
+        """Store a result."""
+        self._write(self._place(stage, key, shard), data)
+
+    def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
+        """The stored result of a stage, made now where it is missing."""
+        data = self.get(stage, key)
+        if data is None:
+            data = make()
+            self.put(stage, key, data)
+        return data
+
+    def publish(self, name: str, data: bytes | str) -> Path:
+        """Write a file that the user reads, at the top of the run directory."""
+        path = self.path / name
+        self._write(path, data.encode() if isinstance(data, str) else data)
+        return path
+
+    def publish_files(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Let `write` put a file or folder, each file whole or not at all, at the top of the run directory."""
+        path = self.path / name
+        try:
+            write(path)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"'{path}' cannot be written: {error}. Free space or give another --out."
+            ) from error
+        return path
+
+    def _place(self, stage: str, key: str, shard: str | None) -> Path:
+        name = f"{stage}-{key[:24]}"
+        return self.cache / name if shard is None else self.cache / f"{name}.d" / shard
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary: Path | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise RunDirectoryError(
+                f"'{path}' cannot be written: {error}. Free space or give another --out."
+            ) from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def key_of(**parts: object) -> str:
+    """SHA-256 over named parts, in canonical JSON; records are allowed."""
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()

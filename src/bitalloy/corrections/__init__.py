@@ -1,0 +1,1 @@
+"""Light corrections of a model, each tried on executed models and kept where it gains."""

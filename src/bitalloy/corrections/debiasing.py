@@ -1,0 +1,89 @@
+"""Bias correction of the INT8 layers: fitted on some samples, judged on others, kept where it gains.
+
+It is decided before the network is probed, on the all-INT8 model, so that every prediction and every plan rests on
+corrected layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from bitalloy.core.outcome import Correction
+from bitalloy.core.records import Offset, Record
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.corrections.trials import compare, gains, untried
+from bitalloy.data.datasets import Dataset
+from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.rewrite.calibrated import Calibrated, deciding
+
+BIAS = "bias"
+FITTED, LEAST = 16, 4
+"""Samples that the offsets come from, and the fewest that will do."""
+JUDGED = 8
+"""Samples on which the SQNR is measured."""
+BETTER_DB, WORSE_DB = 0.1, 0.2
+"""Mean SQNR that must be gained, and what no head may lose."""
+
+
+class Debiased(Record, frozen=True, kw_only=True):
+    """What was found."""
+
+    correction: Correction
+    offsets: tuple[dict[str, Offset], ...] = ()
+    """For each target: weight site -> offset; empty where the correction is not kept."""
+
+
+def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> Debiased:
+    """Correct the biases of all layers that can run in INT8, and say whether it pays.
+
+    It is kept, on all targets, where on the first one with INT8 the mean SQNR of the heads of the all-INT8 model rises
+    by more than `BETTER_DB`, and none falls by more than `WORSE_DB`.
+
+    Args:
+        parts: the model on each target.
+        data: samples.
+        count: how many of them the ranges come from; these are used.
+        work: where to keep and show results.
+    """
+    at = deciding(parts)
+    if at is None:
+        return _none(0, "no unit runs in INT8")
+    lead, graph, found = parts[at], parts[at].graph, [find_biases(p.graph, p.units) for p in parts]
+    places = len(found[at])
+    if not places:
+        return _none(0, "no INT8 layer with a bias")
+    if graph.large:
+        return _none(places, "not tried on large models")
+    judged = range(count - min(JUDGED, count // 2), count)
+    fitted = range(min(FITTED, judged.start))
+    if len(fitted) < LEAST:
+        return _none(places, f"needs {LEAST} samples beside the {len(judged)} on which it is judged, of {count}")
+
+    def make() -> bytes:
+        with work.stage("debias", len(fitted)) as progress:
+            union = {b.tensor: b for biases in found for b in biases}
+            means = mean_inputs(graph, union.values(), (data.feeds(i) for i in fitted), progress.advance)
+        added = tuple(offsets(graph, b, p.target, means) for b, p in zip(found, parts, strict=True))
+        without, with_ = compare(lead, lead.corrected(added[at]), data, judged, "debias", work)
+        gain, worst = gains(without, with_)
+        correction = Correction(
+            name=BIAS,
+            places=places,
+            kept=gain > BETTER_DB and worst >= -WORSE_DB,
+            reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB, worst head {worst:+.2f} dB",
+            without_db=without,
+            with_db=with_,
+            fitted_samples=len(fitted),
+            samples=len(judged),
+        )
+        return msgspec.json.encode(Debiased(correction=correction, offsets=added if correction.kept else ()))
+
+    key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
+    return msgspec.json.decode(work.cached("debias", key, make), type=Debiased)
+
+
+def _none(places: int, reason: str) -> Debiased:
+    return Debiased(correction=untried(BIAS, places, reason))

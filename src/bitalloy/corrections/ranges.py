@@ -1,0 +1,73 @@
+"""Whether ranges that were chosen tensor by tensor pay: the all-INT8 model on both kinds, executed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from bitalloy.core.records import RangeChoice
+from bitalloy.core.work import Workspace
+from bitalloy.measure.sqnr import artefact_sqnr
+from bitalloy.rewrite.calibrated import Calibrated, deciding, unseen
+from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.probing import Probed
+from bitalloy.sensitivity.ranges import choose, picked
+
+RANGE_SAMPLES = 8
+"""On which the choice of ranges is measured."""
+
+
+def choose_ranges(
+    parts: Sequence[Calibrated], probed: Probed, work: Workspace
+) -> tuple[list[Calibrated], list[ProbeMatrix], RangeChoice | None]:
+    """Choose the range of every tensor on the target that decides, and keep the choice where it pays there.
+
+    Args:
+        parts: the model on each target.
+        probed: its probe matrix, with the columns of all methods of calibration.
+        work: where to keep and show results.
+
+    Returns:
+        The parts on their ranges, the matrix of each, and what the choice brought; None where there was none.
+    """
+    at = deciding(parts)
+    if len(probed.methods) == 1 or at is None:
+        return list(parts), probed.first(), None
+    best = choose(probed.matrix, probed.views[at], parts[at].units)
+    chosen = [p.on({t: probed.methods[i] for t, i in best.items() if i}) for p in parts]
+    choice = _measured_choice(parts[at], chosen[at], probed.matrix.samples, work)
+    if not choice.kept:
+        return list(parts), probed.first(), choice
+    names = [
+        picked(candidates, late, best, part.units)
+        for candidates, late, part in zip(probed.views, probed.late, parts, strict=True)
+    ]
+    return chosen, [probed.matrix.view(n) for n in names], choice
+
+
+def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: Workspace) -> RangeChoice:
+    """Execute the all-INT8 model on both kinds of ranges."""
+    samples = unseen(probed, len(first.data))[:RANGE_SAMPLES]
+    plain = [i for i, h in enumerate(first.heads) if not h.kind]
+
+    def make() -> bytes:
+        lowered = first.units.quantizable()
+        with work.stage("ranges", len(samples)) as progress:
+            parts = {"first": first, "chosen": chosen}
+            models = {name: p.executable(p.artefact(lowered)) for name, p in parts.items()}
+            feeds, seed = (first.data.feeds(i) for i in samples), first.settings.seed
+            sqnr = artefact_sqnr(first.original(), models, first.heads, feeds, seed=seed, progress=progress.advance)
+        means = {name: sum(sqnr[name][i].value for i in plain) for name in parts}
+        record = RangeChoice(
+            heads=tuple(h.name for h in first.heads),
+            methods=dict(Counter(r.method for r in chosen.calibration.ranges)),
+            samples=len(samples),
+            first_db=sqnr["first"],
+            chosen_db=sqnr["chosen"],
+            kept=means["chosen"] > means["first"],
+        )
+        return msgspec.json.encode(record)
+
+    return msgspec.json.decode(work.cached("ranges", first.key, make), type=RangeChoice)

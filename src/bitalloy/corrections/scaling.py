@@ -1,0 +1,121 @@
+"""Whether scaling channels between layers pays: each rule is tried on the all-INT8 model and kept where it gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from bitalloy.core.outcome import Correction
+from bitalloy.core.records import Record, Settings
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.corrections.trials import compare, gains, untried
+from bitalloy.data.datasets import Dataset
+from bitalloy.model.load import Graph
+from bitalloy.rewrite.calibrated import Calibrated, deciding
+from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
+
+FITTED, JUDGED = 8, 8
+"""Samples that decide factors and ranges, and those after them on which the SQNR is measured."""
+BETTER_DB = 0.1
+"""What a rule must gain in mean SQNR over the heads to be kept."""
+
+
+class Scaled(Record, frozen=True, kw_only=True):
+    """What was found."""
+
+    corrections: tuple[Correction, ...]
+    factors: dict[str, tuple[int, ...]]
+    """Tensor -> power of two per channel, of the rules that are kept."""
+
+
+def scaled(
+    model: Graph,
+    data: Dataset,
+    settings: Settings,
+    calibrated: Callable[[Graph, Settings], Calibrated],
+    work: Workspace,
+    **decisive: object,
+) -> tuple[Graph, tuple[Correction, ...]]:
+    """The model with channels scaled by the rules that pay, and what each of them did.
+
+    Args:
+        model: as loaded.
+        data: samples.
+        settings: of the analysis.
+        calibrated: makes a model ready to be rounded, as it is given.
+        work: where to keep and show results.
+        decisive: what decides the result beside the model, data and settings.
+    """
+    places = find_places(model)
+    if not places:
+        reason = "large models share their weights" if model.large else "no place where the rule applies"
+        return model, tuple(untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
+    count = min(len(data), settings.calibration_samples)
+    fitted = range(min(FITTED, count))
+    judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
+    few = msgspec.structs.replace(
+        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
+    )
+    key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
+
+    def make() -> bytes:
+        return msgspec.json.encode(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
+
+    found = msgspec.json.decode(work.cached("equalize", key, make), type=Scaled)
+    factors = {p: found.factors[p.tensor] for p in places if p.tensor in found.factors}
+    return scale(model, factors) if factors else model, found.corrections
+
+
+def _try(
+    model: Graph,
+    places: Sequence[Place],
+    data: Dataset,
+    fitted: Sequence[int],
+    judged: Sequence[int],
+    calibrated: Callable[[Graph], Calibrated],
+    work: Workspace,
+) -> Scaled:
+    with work.stage("equalize", None):
+        all_factors = exponents(model, places, (data.feeds(i) for i in fitted))
+    kept: dict[Place, tuple[int, ...]] = {}
+    corrections = []
+    base: Calibrated | None = None
+    for rule in (SMOOTHING, CROSS_LAYER):
+        factors = {p: powers for p, powers in all_factors.items() if p.rule == rule}
+        if not factors:
+            even = any(p.rule == rule for p in places)
+            reason = "channels differ too little to be scaled" if even else "no place where the rule applies"
+            corrections.append(untried(rule, 0, reason))
+            continue
+        base = base or _tried(calibrated(model))
+        if base is None:
+            corrections.append(untried(rule, len(factors), "no unit runs in INT8"))
+            continue
+        changed = _tried(calibrated(scale(model, {**kept, **factors})))
+        assert changed is not None, "scaling leaves operators as they are"
+        without, with_ = compare(base, changed, data, judged, "equalize", work)
+        gain, _ = gains(without, with_)
+        corrections.append(
+            Correction(
+                name=rule,
+                places=len(factors),
+                kept=gain > BETTER_DB,
+                reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB",
+                without_db=without,
+                with_db=with_,
+                fitted_samples=len(fitted),
+                samples=len(judged),
+            )
+        )
+        if gain > BETTER_DB:
+            kept, base = {**kept, **factors}, changed
+    return Scaled(corrections=tuple(corrections), factors={p.tensor: powers for p, powers in kept.items()})
+
+
+def _tried(trial: Calibrated) -> Calibrated | None:
+    """On the target that decides."""
+    parts = (trial, *trial.others)
+    at = deciding(parts)
+    return None if at is None else parts[at]

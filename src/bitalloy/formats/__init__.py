@@ -1,0 +1,1 @@
+"""How numbers are stored: one module for each number format."""

@@ -1,0 +1,1 @@
+"""Everything that asks a runtime: latency, cost, what was executed, and SQNR of shipped models."""

@@ -1,0 +1,187 @@
+"""What the runtime really ran: every planned unit beside the precision of the kernels that did its work.
+
+Case 1. Planned in INT8, and its work ran in INT8 kernels: as planned. The same for FP16 and FP32.
+Case 2. Planned in INT8, run in float: the runtime did not fuse the rounding into an integer kernel.
+Case 3. Planned in float, run in INT8: the unit only moves or joins integers that its neighbours exchange.
+Case 4. Planned in FP16, run in FP32: the provider has no FP16 kernel, and casts.
+Case 5. No kernel of its own: it runs inside the kernel of another unit, as that kernel's names or the graph that the
+        runtime made say. It shares that kernel's precision, except that what was planned in float behind integers may
+        be computed in float there: then nothing is claimed.
+Case 6. Neither: its nodes were folded into constants, or removed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from bitalloy.core.outcome import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
+from bitalloy.core.records import HALF, Precision, Unit, UnitGraph
+from bitalloy.measure.tracing import Timed, Traced
+from bitalloy.runtime.optimized import Rewritten
+
+SECONDARY = (
+    "Reorder",
+    "Reshape",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Transpose",
+    "Subgraph",
+    "FakeQuantize",
+    "Cast",
+)
+"""Beginnings of kernels that stand beside the work of a unit; they decide only where nothing else ran for it."""
+
+
+def audit(
+    units: UnitGraph,
+    lowered: frozenset[str],
+    kernels: Sequence[Timed],
+    runtime: str,
+    version: str,
+    *,
+    graphs: Sequence[AuditedGraph] = (),
+) -> Audit:
+    """Compare a plan with a profile of its model.
+
+    Args:
+        units: of the plan's target.
+        lowered: units that the plan puts in INT8, and those in FP16 with `HALF` behind.
+        kernels: of the rewritten model, in order, with the units of each (`tracing.profile`, then `reconcile`).
+        runtime: its name.
+        version: its version.
+        graphs: what the runtime made of each graph (`reconcile`).
+    """
+    own: dict[str, list[Timed]] = defaultdict(list)
+    taken: dict[str, list[Timed]] = defaultdict(list)
+    for timed in kernels:
+        for place, unit in enumerate(timed.units):
+            (taken if place else own)[unit].append(timed)
+    return Audit(
+        runtime=runtime,
+        version=version,
+        units=tuple(_audited(u, _planned(u.id, lowered), own[u.id], taken[u.id], runtime, graphs) for u in units.units),
+        share_of_time=_shares(kernels),
+        kernels=tuple(
+            AuditedKernel(
+                op=t.kernel.op, precision=t.kernel.precision, unit=t.unit, us=round(t.us, 3), graph=t.kernel.graph
+            )
+            for t in kernels
+        ),
+        graphs=tuple(graphs),
+    )
+
+
+def reconcile(
+    traced: Traced, kernels: Sequence[Timed], made: Mapping[str, Rewritten | str]
+) -> tuple[list[Timed], tuple[AuditedGraph, ...]]:
+    """Bring a profile and the graphs that ran together: kernels get the units of their nodes, nodes whether they ran.
+
+    Args:
+        traced: the model that was profiled.
+        kernels: its profile.
+        made: what the runtime made of each of its graphs (`tracing.rewritten`).
+    """
+    ran = {(t.kernel.graph, t.kernel.name) for t in kernels}
+    known: dict[tuple[str, str], tuple[str, ...]] = {}
+    graphs = []
+    for name, found in made.items():
+        if isinstance(found, str):
+            graphs.append(AuditedGraph(graph=name, unknown=found))
+            continue
+        nodes = []
+        for node in found.nodes:
+            units = traced.units_of(node.sources)
+            known[name, node.name] = units
+            names = tuple(map(traced.name_before, node.sources))
+            nodes.append(AuditedNode(op=node.op, units=units, nodes=names, ran=(name, node.name) in ran))
+        lists = ([traced.name_before(n) for n in part] for part in (found.unfused, found.folded, found.removed))
+        unfused, folded, removed = map(tuple, lists)
+        graphs.append(AuditedGraph(graph=name, nodes=tuple(nodes), unfused=unfused, folded=folded, removed=removed))
+    merged = []
+    for timed in kernels:
+        more = known.get((timed.kernel.graph, timed.kernel.name), ())
+        merged.append(replace(timed, units=tuple(dict.fromkeys((*timed.units, *more)))))
+    return merged, tuple(graphs)
+
+
+def _planned(unit: str, lowered: frozenset[str]) -> Precision:
+    if unit in lowered:
+        return Precision.INT8
+    return Precision.FP16 if unit + HALF in lowered else Precision.FP32
+
+
+def _audited(
+    unit: Unit,
+    planned: Precision,
+    own: Sequence[Timed],
+    taken: Sequence[Timed],
+    runtime: str,
+    graphs: Sequence[AuditedGraph],
+) -> AuditedUnit:
+    own, taken = list(own), _main(taken)
+    if taken and not _main(own):  # only rounding and layout changes of its own
+        taker = max(taken, key=lambda t: t.us)
+        cause = f"runs inside {taker.kernel.op} of '{taker.unit}'"
+        # what stands behind the sums of an integer kernel may be computed in float
+        integer = taker.kernel.precision == Precision.INT8
+        executed = "" if integer and planned is not Precision.INT8 else taker.kernel.precision
+        if executed not in ("", planned):
+            cause = f"{_cause(planned, executed, runtime)}; it {cause}"
+    else:
+        executed = _decisive(_main(own) or own)
+        cause = _cause(planned, executed, runtime) if executed else _absence(unit, graphs)
+    return AuditedUnit(
+        unit=unit.id,
+        kind=unit.kind,
+        planned=planned,
+        executed=executed,
+        kernels=tuple(t.kernel.op for t in own),
+        us=round(sum(t.us for t in own), 3),
+        cause=cause,
+    )
+
+
+def _main(kernels: Sequence[Timed]) -> list[Timed]:
+    return [t for t in kernels if not t.kernel.op.startswith(SECONDARY)]
+
+
+def _decisive(kernels: Sequence[Timed]) -> str:
+    """Precision in which most of the time was spent; empty without kernels."""
+    times: dict[str, float] = defaultdict(float)
+    for timed in kernels:
+        times[timed.kernel.precision] += timed.us
+    return max(times, key=lambda precision: times[precision]) if times else ""
+
+
+def _cause(planned: Precision, executed: str, runtime: str) -> str:
+    if executed == planned:
+        return ""
+    if planned is Precision.INT8:
+        return "the runtime made no integer kernel of it: a pattern that it does not fuse, or an integer one is missing"
+    if executed == Precision.INT8:
+        return "it handles integers that its neighbours exchange; no rounding of its own"
+    if planned is Precision.FP16 and executed == Precision.FP32:
+        return f"{runtime} has no FP16 kernel for it on this processor: Cast to FP32"
+    return f"the runtime chose {executed} by itself"
+
+
+def _absence(unit: Unit, graphs: Sequence[AuditedGraph]) -> str:
+    """Case 6, as far as the graphs tell."""
+    nodes = {*unit.core, *unit.tail}
+    if nodes & {n for g in graphs for n in g.folded}:
+        return "computed before the model runs: folded into a constant"
+    if nodes & {n for g in graphs for n in g.removed}:
+        return "removed: nothing that the model gives depends on it"
+    if takers := [n.op for g in graphs for n in g.nodes if unit.id in n.units]:
+        return f"its nodes became {', '.join(dict.fromkeys(takers))}, which did not run"
+    return "runs inside a neighbour's kernel, or was removed"
+
+
+def _shares(kernels: Sequence[Timed]) -> dict[str, float]:
+    times: dict[str, float] = defaultdict(float)
+    for timed in kernels:
+        times[timed.kernel.precision or "other"] += timed.us
+    total = sum(times.values())
+    return {name: round(us / total, 4) for name, us in sorted(times.items())} if total else {}

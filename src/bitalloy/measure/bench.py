@@ -1,0 +1,92 @@
+"""Latency of several models side by side: interleaved runs, medians, spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from bitalloy.core.records import Latency
+from bitalloy.runtime.base import Session
+from bitalloy.runtime.ort import available_cores
+
+SITTINGS = 3
+TOLERANCE = 1.05
+"""A measured latency up to 5 % above its limit counts as met; medians of two runs differ by as much."""
+
+UNSTEADY = 1.5
+"""Median over the 10th percentile of a series of times, from which on other work on the machine decides them."""
+
+
+def interleave(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Wall time of single inferences in ms, per model (repeats,), one run of each model in every round.
+
+    The order of the models changes from round to round, so that none always follows the same one.
+    """
+    names = list(sessions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            sessions[name].run(feeds)
+            if turn >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+        if progress is not None and turn >= warmup:
+            progress(1)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def sittings(
+    models: Mapping[str, Callable[[], Session]],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    repeats: int,
+    together: bool = True,
+    progress: Callable[[int], None] | None = None,
+    then: Callable[[Mapping[str, Session]], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """`interleave` with sessions that are made anew a few times.
+
+    Where its memory lies makes the same model faster or slower. Models that do not fit into memory together take
+    turns as a whole (`together` is False): then one session exists at a time. `then` gets the sessions of all models
+    when all times are taken; the last ones, where they are together.
+    """
+    parts = []
+    for turn in range(SITTINGS):
+        share = repeats * (turn + 1) // SITTINGS - repeats * turn // SITTINGS
+        found = {}
+        for group in [list(models)] if together else [[name] for name in models]:
+            with ThreadPoolExecutor(available_cores()) as pool:  # loading a model keeps one core busy
+                sessions = dict(zip(group, pool.map(lambda name: models[name](), group), strict=True))
+            found.update(interleave(sessions, feeds, repeats=share, progress=progress))
+            if then is not None and together and turn == SITTINGS - 1:
+                then(sessions)
+            for session in sessions.values():
+                session.close()
+        parts.append(found)
+    if then is not None and not together:
+        sessions = {name: open_() for name, open_ in models.items()}
+        then(sessions)
+        for session in sessions.values():
+            session.close()
+    return {name: np.concatenate([p[name] for p in parts]) for name in models}
+
+
+def summarize(times_ms: np.ndarray) -> Latency:
+    """Median and spread of a series of times."""
+    p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
+    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))
+
+
+def unsteadiness(latency: Latency) -> float:
+    """How much longer the median run took than the fast ones, without which no median is worth anything."""
+    return latency.median_ms / latency.p10_ms if latency.p10_ms > 0 else 1.0

@@ -1,0 +1,1 @@
+"""What a model is: read, brought to normal form, and described."""

@@ -1,0 +1,166 @@
+"""A program before its sizes are known: what is fed and what comes out, read without the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from bitalloy.core.errors import ModelError
+from bitalloy.core.records import TensorSpec
+from bitalloy.model.graphs.wiring import FILE, Wire, free_names, read_wiring
+
+SHAPES = "bitalloy.shapes"
+"""Metadata key of the usual shapes of inputs with open sizes, as JSON."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Interfaces of the graphs as their files give them; open sizes are names."""
+
+    folder: Path
+    files: Mapping[str, Path]
+    wires: tuple[Wire, ...]
+    inputs: Mapping[str, tuple[TensorSpec, ...]]
+    outputs: Mapping[str, tuple[TensorSpec, ...]]
+    metadata: Mapping[str, Mapping[str, str]]
+
+    @cached_property
+    def names(self) -> Mapping[tuple[str, str], str]:
+        """(graph, tensor) -> name in the whole, see `Program.names`."""
+        inputs, outputs = (
+            {g: [s.name for s in specs] for g, specs in side.items()} for side in (self.inputs, self.outputs)
+        )
+        return free_names(inputs, outputs, self.wires)
+
+    @property
+    def free_inputs(self) -> tuple[TensorSpec, ...]:
+        """What is fed from outside, under its name in the whole; usual sizes stand for open ones."""
+        found = []
+        for graph, specs in self.inputs.items():
+            usual = self._usual(graph)
+            for spec in specs:
+                if (graph, spec.name) in self.names:
+                    shape = (
+                        usual.get(spec.name, spec.shape) if any(isinstance(d, str) for d in spec.shape) else spec.shape
+                    )
+                    found.append(TensorSpec(name=self.names[graph, spec.name], dtype=spec.dtype, shape=tuple(shape)))
+        return tuple(found)
+
+    @property
+    def open_inputs(self) -> tuple[TensorSpec, ...]:
+        """What is fed from outside, with the sizes that the files leave open as names."""
+        return tuple(
+            TensorSpec(name=self.names[graph, s.name], dtype=s.dtype, shape=s.shape)
+            for graph, specs in self.inputs.items()
+            for s in specs
+            if (graph, s.name) in self.names
+        )
+
+    @property
+    def free_outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out at the end, under its name in the whole."""
+        return tuple(
+            TensorSpec(name=self.names[graph, s.name], dtype=s.dtype, shape=s.shape)
+            for graph, specs in self.outputs.items()
+            for s in specs
+            if (graph, s.name) in self.names
+        )
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Metadata of all graphs in one; where several have a key, the first counts."""
+        found: dict[str, str] = {}
+        for texts in self.metadata.values():
+            found = {**texts, **found}
+        return found
+
+    def shapes(self, feeds: Mapping[str, np.ndarray] | None = None) -> dict[str, tuple[int, ...]]:
+        """`graph:input` -> shape, for `load_program`: those of `feeds`, or else the usual ones of the files.
+
+        Only inputs with open sizes are named.
+        """
+        found = {}
+        for graph, specs in self.inputs.items():
+            usual = self._usual(graph)
+            for spec in specs:
+                name = self.names.get((graph, spec.name))
+                if name is None or all(isinstance(d, int) for d in spec.shape):
+                    continue
+                if feeds is not None and name in feeds:
+                    found[f"{graph}:{spec.name}"] = tuple(feeds[name].shape)
+                elif spec.name in usual:
+                    found[f"{graph}:{spec.name}"] = usual[spec.name]
+        return found
+
+    def _usual(self, graph: str) -> dict[str, tuple[int, ...]]:
+        return usual_shapes(self.metadata[graph])
+
+
+def usual_shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Input -> shape, as an exporter wrote them into a file's metadata; empty where it did not."""
+    try:
+        return {str(name): tuple(int(d) for d in shape) for name, shape in json.loads(metadata[SHAPES]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def read_outline(path: str | Path) -> Outline:
+    """Read the interfaces of a program.
+
+    Args:
+        path: folder with a `program.json`, or that file.
+
+    Raises:
+        ModelError: the file or a graph is missing or malformed.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    files, wires = read_wiring(file)
+    inputs: dict[str, tuple[TensorSpec, ...]] = {}
+    outputs: dict[str, tuple[TensorSpec, ...]] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for name, location in files.items():
+        if not location.is_file():
+            raise ModelError(f"Graph '{name}' of '{file}': No model file at '{location}'.")
+        proto = _proto(location)
+        weights = {i.name for i in proto.graph.initializer}
+        inputs[name] = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
+        outputs[name] = tuple(_spec(v) for v in proto.graph.output)
+        metadata[name] = {p.key: p.value for p in proto.metadata_props}
+    return Outline(file.parent, files, wires, inputs, outputs, metadata)
+
+
+def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, ...]]]:
+    """Inputs of a file, open sizes as names, and the usual shapes that its exporter noted; nothing of no ONNX file."""
+    try:
+        proto = _proto(path)
+    except ModelError:
+        return (), {}  # loading it says what is wrong
+    weights = {i.name for i in proto.graph.initializer}
+    inputs = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
+    return inputs, usual_shapes({p.key: p.value for p in proto.metadata_props})
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether a path is a `program.json` or a folder that holds one."""
+    path = Path(path)
+    return path.name == FILE or (path / FILE).is_file()
+
+
+def _proto(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"'{path}' cannot be read as ONNX ({error}). Export or download it again.") from error
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
+    return TensorSpec(name=value.name, dtype=onnx.TensorProto.DataType.Name(kind.elem_type), shape=shape)

@@ -1,0 +1,223 @@
+"""Find the parts of the outputs that mean different things.
+
+Case 1. An output made by a Concat of a few computed tensors: each operand is a head. One number over all of them would
+        let boxes in pixels (0 to 640) drown scores (0 to 1).
+Case 2. Any other float output is one head. Outputs that the file's metadata or its family leaves out are none.
+Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
+        move (`bitalloy.model.divergence`). It is added where that is certain: a Sigmoid (perhaps reshaped), Softmax or
+        LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
+
+The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names. Its boxes make a second
+head, `detections`: errors relative to the size of the box, weighed by the squared score of the anchor, because average
+precision sees small boxes of confident anchors and hardly any of the other thousands. In models of a known family
+other heads are weighed by its relevance (`bitalloy.model.relevance`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.core.errors import ModelError
+from bitalloy.core.records import Head
+from bitalloy.model.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
+from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
+from bitalloy.model.relevance import FAMILY, MEANINGS, Meaning
+
+MAX_PARTS = 8
+YOLO_PARTS = ("boxes", "scores", "coefficients")
+DETECTIONS = "detections"
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that leave every element of a Sigmoid as it is."""
+KL = " KL"
+"""Ending of the names of heads that measure a divergence."""
+COUNTED = "bitalloy.model.heads"
+"""Metadata key of the outputs that count, as JSON; an empty list for all."""
+LEAST_SIZE = 1.0
+"""Pixels; smaller boxes count as this large."""
+
+
+def find_heads(graph: Graph) -> tuple[Head, ...]:
+    """Heads of all float outputs that count, in order, divergences last.
+
+    Raises:
+        ModelError: the model has no float output.
+    """
+    outputs = [v for v in graph.model.graph.outputs if is_float(v)]
+    if not outputs:
+        raise ModelError(f"The model has no float output to compare; its outputs are {list(graph.output_names)}.")
+    family = graph.metadata.get(FAMILY, "")
+    meaning = MEANINGS.get(family)
+    counted = _counted(graph, outputs, meaning)
+    found, divergences = [], []
+    for output in outputs:
+        if output.name not in counted:
+            continue
+        whole = Head(name=str(output.name), output=str(output.name), tensor=str(output.name))
+        parts = [msgspec.structs.replace(h, family=family if meaning else "") for h in _parts(output) or [whole]]
+        found += parts
+        for head in parts:
+            means = _distribution(graph.value[head.tensor], head, meaning) if head.scores is None else None
+            if means is not None:
+                divergences.append(msgspec.structs.replace(means, name=head.name + KL))
+    return (*found, *divergences)
+
+
+def is_divergence(name: str) -> bool:
+    """Whether a head of this name measures a KL divergence: its damage is in nats, and its dB are below 1 nat."""
+    return name.endswith(KL)
+
+
+def _counted(graph: Graph, outputs: Iterable[ir.Value], meaning: Meaning | None) -> set[str]:
+    shapes = {str(v.name): static_shape(v) for v in outputs}
+    named = set(json.loads(graph.metadata.get(COUNTED, "[]"))) & set(shapes)
+    if not named and meaning is not None:
+        named = set(meaning.weights({name: np.zeros(shape) for name, shape in shapes.items()}))
+    return named or set(shapes)
+
+
+def _distribution(value: ir.Value, head: Head, meaning: Meaning | None) -> Head | None:
+    """The head as a distribution, where it certainly is one."""
+    node, shape = value.producer(), static_shape(value)
+    operator = node.op_type if node is not None else ""
+    source = node
+    while source is not None and source.op_type in MOVES and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
+    if source is not None and source.op_type == "Sigmoid":
+        return msgspec.structs.replace(head, kind=BERNOULLI, given=PROBABILITIES)
+    if node is not None and operator in ("Softmax", "LogSoftmax"):
+        axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
+        given = PROBABILITIES if operator == "Softmax" else LOGARITHMS
+        return msgspec.structs.replace(head, kind=CATEGORICAL, given=given, classes=axis)
+    if head.axis is not None:
+        return None
+    classes = (meaning.classes if meaning is not None else {}).get(head.output)
+    if classes is None and head.output == "logits" and len(shape) == 2:
+        classes = 1
+    if classes is None or classes >= len(shape) or shape[classes] < 2:
+        return None
+    return msgspec.structs.replace(head, kind=CATEGORICAL, given=LOGITS, classes=classes)
+
+
+def _parts(output: ir.Value) -> list[Head]:
+    node, shape = output.producer(), static_shape(output)
+    if node is None or node.op_type != "Concat" or not 2 <= len(node.inputs) <= MAX_PARTS:
+        return []
+    if any(constant(v) is not None for v in node.inputs) or len(set(node.inputs)) != len(node.inputs):
+        return []
+    axis = int(attribute(node, "axis", 0)) % len(shape)  # type: ignore[call-overload]
+    sizes = [static_shape(v)[axis] for v in node.inputs if v is not None]
+    yolo = len(shape) == 3 and axis == 1 and sizes[0] == 4 and len(sizes) <= len(YOLO_PARTS)
+    heads, start = [], 0
+    for position, (value, size) in enumerate(zip(node.inputs, sizes, strict=True)):
+        assert value is not None
+        name = YOLO_PARTS[position] if yolo else f"{output.name}[{start}:{start + size}]"
+        heads.append(
+            Head(
+                name=name,
+                output=str(output.name),
+                tensor=str(value.name),
+                axis=axis,
+                start=start,
+                stop=start + size,
+            )
+        )
+        start += size
+    if yolo:
+        heads.append(msgspec.structs.replace(heads[0], name=DETECTIONS, scores=(heads[1].start, heads[1].stop)))
+    return heads
+
+
+def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
+    """The part of the outputs that belongs to a head, in float64."""
+    value = outputs[head.output].astype(np.float64)
+    return value if head.axis is None else _along(value, head.axis, head.start, head.stop)
+
+
+def needs_values(head: Head) -> bool:
+    """Whether errors of a head are weighed by its float values."""
+    return bool(head.scores or head.kind or head.family)
+
+
+class Squares:
+    """Squared errors of a head, weighed by relevance: what SQNR is made of.
+
+    Args:
+        head: part of the outputs.
+        exact: float outputs of one sample.
+        weights: of the head's elements by its family; None where all count alike.
+    """
+
+    def __init__(self, head: Head, exact: Mapping[str, np.ndarray], weights: np.ndarray | None) -> None:
+        self._value = signal = head_of(exact, head)
+        self._factors = None if weights is None else np.sqrt(weights)
+        if head.scores is not None and head.axis is not None:
+            scores = _along(exact[head.output].astype(np.float64), head.axis, *head.scores)
+            confidence = np.clip(scores.max(axis=head.axis, keepdims=True), 0.0, 1.0)
+            size = np.maximum(_along(self._value, head.axis, 2, 4), LEAST_SIZE)
+            signal = np.concatenate([size, size], axis=head.axis)
+            self._factors = np.square(confidence) / signal
+        self.energy = float(np.square(self._weighed(signal)).sum())
+        """||y||^2. Of weighed boxes the sizes stand for y: an error as large as the box is 0 dB."""
+
+    noise = 0.0
+    """Errors that float32 arithmetic makes anyway are small beside y."""
+
+    def error(self, found: np.ndarray) -> float:
+        """||y_found - y||^2, weighed."""
+        return float(np.square(self._weighed(found - self._value)).sum())
+
+    def cotangents(self, signs: np.ndarray) -> np.ndarray:
+        """Probes v with E[<v, e>^2] = ||e||^2, weighed, from independent signs (probes, *shape of the head)."""
+        return self._weighed(signs)
+
+    def _weighed(self, value: np.ndarray) -> np.ndarray:
+        return value if self._factors is None else value * self._factors.astype(value.dtype)
+
+
+class Reference:
+    """The float outputs of one sample, against which other outputs are measured, head by head.
+
+    Args:
+        exact: float outputs.
+        heads: parts of the outputs.
+    """
+
+    def __init__(self, exact: Mapping[str, np.ndarray], heads: Sequence[Head]) -> None:
+        self._heads = tuple(heads)
+        families = {h.family for h in heads if h.family}
+        weights = {name: w for f in families for name, w in MEANINGS[f].weights(exact).items()}
+        self.parts = tuple(_measure(h, exact, weights.get(h.output) if h.family else None) for h in heads)
+        """How the errors of each head are measured."""
+
+    @property
+    def energy(self) -> np.ndarray:
+        """(heads,): ||y||^2; of divergences twice the number of positions, see `Divergence.energy`."""
+        return np.array([part.energy for part in self.parts])
+
+    @property
+    def noise(self) -> np.ndarray:
+        """(heads,): errors that float32 arithmetic makes between any two models, see `Divergence.noise`."""
+        return np.array([part.noise for part in self.parts])
+
+    def error(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(heads,): ||y_found - y||^2, weighed by relevance; of divergences 2 KL in nats."""
+        return np.array([p.error(head_of(found, h)) for h, p in zip(self._heads, self.parts, strict=True)])
+
+
+def _measure(head: Head, exact: Mapping[str, np.ndarray], weights: np.ndarray | None) -> Squares | Divergence:
+    if weights is not None:
+        weights = np.broadcast_to(weights, exact[head.output].shape).astype(np.float64)
+        weights = weights if head.axis is None else _along(weights, head.axis, head.start, head.stop)
+        weights = None if (weights == 1.0).all() else weights
+    if head.kind:
+        return Divergence(head, head_of(exact, head), weights)
+    return Squares(head, exact, weights)
+
+
+def _along(value: np.ndarray, axis: int, start: int, stop: int | None) -> np.ndarray:
+    return value[(slice(None),) * axis + (slice(start, stop),)]

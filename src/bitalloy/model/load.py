@@ -1,0 +1,417 @@
+"""Load an ONNX file: read it, refuse what is unsafe or unsupported, fix its shapes, bring it to normal form.
+
+The file itself is never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from bitalloy.core.errors import ModelError
+from bitalloy.core.records import ModelInfo, TensorSpec
+from bitalloy.model.normalize import normalize, tidy
+from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
+
+__all__ = [
+    "Consumer",
+    "Graph",
+    "attribute",
+    "constant",
+    "consumers",
+    "is_float",
+    "load",
+    "load_open",
+    "name_of",
+    "static_shape",
+]
+
+OPSETS = range(13, 24)
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+QUANTIZED = frozenset({
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear",
+})  # fmt: skip
+DEFAULT_DOMAINS = ("", "ai.onnx")
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model in normal form. Read it; never change it: `clone` gives a copy to rewrite."""
+
+    info: ModelInfo
+    model: ir.Model
+    source: Path
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    runnable: bool = True
+    """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
+    rewritten: str = ""
+    """Tells a graph with other weights of the same function (`rewrite.equalize`) from the file's; empty for that."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from all other graphs: the file's hash, and what was rewritten since."""
+        return self.info.sha256 + self.rewritten
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """Nodes in topological order."""
+        return tuple(self.model.graph)
+
+    @cached_property
+    def node(self) -> Mapping[str, ir.Node]:
+        """Node by name."""
+        return {name_of(n): n for n in self.model.graph}
+
+    @cached_property
+    def value(self) -> Mapping[str, ir.Value]:
+        """Tensor by name: inputs, initializers and node outputs."""
+        found = {v.name: v for v in self.model.graph.inputs if v.name}
+        found.update(self.model.graph.initializers)
+        found.update({v.name: v for n in self.model.graph for v in n.outputs if v.name})
+        return found
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the graph inputs, in order."""
+        return tuple(str(v.name) for v in self.model.graph.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph outputs, in order."""
+        return tuple(str(v.name) for v in self.model.graph.outputs)
+
+    def clone(self) -> ir.Model:
+        """A deep copy that may be rewritten; the tensors' memory is shared."""
+        return self.model.clone()
+
+    @cached_property
+    def large(self) -> bool:
+        """Whether its weights are shared by all that works with them, because copies would not fit."""
+        return is_large(self.model)
+
+    def to_bytes(self) -> bytes:
+        """The normal form as a serialized `ModelProto`.
+
+        Raises:
+            ModelError: it does not fit into the 2 GB of one message.
+        """
+        return to_bytes(self.model)
+
+
+def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+    """Read and normalise an ONNX file.
+
+    Args:
+        path: an .onnx file; external data must lie in its folder or below. Of a large model the weights there are
+            mapped, not read: the file must stay as it is while the model is in use.
+        shapes: input name -> static shape, for inputs with symbolic dimensions. A leading symbolic
+            dimension (the batch) is bound to 1 without being asked. A size may be 0, as of an empty cache.
+
+    Raises:
+        ModelError: the file is missing, not ONNX, fails the checker, has unsafe or missing external
+            data, unbound dimensions, control flow, unknown operators, NaN or infinite weights, or is
+            quantized already.
+    """
+    source = Path(path)
+    try:
+        return _load(source, shapes or {})
+    except UnicodeDecodeError as error:  # names are decoded where they are first read
+        raise ModelError(
+            f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
+        ) from error
+
+
+def load_open(path: str | Path) -> ir.Model:
+    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load`.
+
+    Raises:
+        ModelError: as `load`, except for unbound dimensions.
+    """
+    source = Path(path)
+    proto, _, size = _read(source)
+    _refuse(proto, source)
+    del proto.graph.value_info[:]
+    parsed = _parsed(proto, source)
+    if size >= LARGE_BYTES:
+        hold(parsed, source.parent)
+    del proto
+    shapes = {value.name: value.shape for value in parsed.graph.outputs}
+    model = tidy(parsed)
+    for value in model.graph.outputs:
+        value.shape = shapes[value.name]  # inference forgets the names of open sizes
+    if size >= LARGE_BYTES:
+        release(model)
+    return model
+
+
+def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+    proto, digest, size = _read(source)
+    _refuse(proto, source)
+    _bind(proto, shapes)
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
+    _check(proto, source)
+    _forget_shapes(proto)
+    parsed = _parsed(proto, source)
+    if size >= LARGE_BYTES:
+        hold(parsed, source.parent)
+    inputs = tuple(_spec(v) for v in _inputs(proto))
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    names = [n.name for n in proto.graph.node if n.name]
+    runnable = len(set(names)) == len(names)
+    del proto
+    model = normalize(parsed)
+    if size >= LARGE_BYTES:
+        release(model)
+    info = ModelInfo(
+        name=source.stem,
+        sha256=digest,
+        size_bytes=size,
+        opset=int(model.opset_imports[""]),
+        nodes=len(model.graph),
+        parameters=sum(int(np.prod(static_shape(v))) for v in model.graph.initializers.values() if is_float(v)),
+        inputs=inputs,
+        outputs=tuple(
+            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=static_shape(v))
+            for v in model.graph.outputs
+        ),
+    )
+    return Graph(info, model, source, metadata, runnable)
+
+
+def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
+    """The model, the SHA-256 and the size of its bytes and those of its external data.
+
+    External data is read into the model, except for the big weights of a large one.
+    """
+    if not source.is_file():
+        raise ModelError(
+            f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
+        )
+    data = source.read_bytes()
+    digest, size = hashlib.sha256(data), len(data)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(
+            f"'{source}' is not an ONNX file or is truncated ({error}). Export or download it again."
+        ) from error
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"'{source}' holds no ONNX graph: it is empty, truncated, or another kind of file.")
+    for file in _external_files(proto, source):
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    mappable = len(proto.graph.initializer) if size >= LARGE_BYTES else 0
+    try:
+        for index, tensor in enumerate(_all_tensors(proto.graph)):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL and not (index < mappable and is_mapped(tensor)):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
+    except Exception as error:  # the onnx package raises ValueError, its own checker error, or OSError
+        raise ModelError(f"The external data of '{source}' cannot be read: {error}") from error
+    return proto, digest.hexdigest(), size
+
+
+def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
+    folder = source.parent.resolve()
+    files: set[Path] = set()
+    for tensor in _all_tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = {e.key: e.value for e in tensor.external_data}.get("location", "")
+        target = (folder / location).resolve()
+        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+            raise ModelError(
+                f"Weight '{tensor.name}' of '{source}' points outside the model's folder ('{location}'). "
+                "Refused: external data must lie beside the model."
+            )
+        if not target.is_file():
+            raise ModelError(
+                f"Weight '{tensor.name}' of '{source}' is in the external file '{location}', which is missing. "
+                "Copy it beside the model."
+            )
+        files.add(target)
+    return sorted(files)
+
+
+def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Tensors of a graph and its subgraphs, the graph's own initializers first."""
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        for attr in node.attribute:
+            tensors += [attr.t] if attr.HasField("t") else []
+            tensors += list(attr.tensors)
+            for sub in [attr.g, *attr.graphs] if attr.HasField("g") else attr.graphs:
+                tensors += _all_tensors(sub)
+    return tensors
+
+
+def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that must be fed: old files list their weights as inputs too."""
+    names = {i.name for i in proto.graph.initializer}
+    return [v for v in proto.graph.input if v.name not in names]
+
+
+def _refuse(proto: onnx.ModelProto, source: Path) -> None:
+    for item in [*proto.opset_import, *proto.graph.node]:
+        item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
+    opset = next((o.version for o in proto.opset_import if not o.domain), None)
+    if opset not in OPSETS:
+        raise ModelError(
+            f"'{source}' uses opset {opset}; supported are {OPSETS[0]} to {OPSETS[-1]}. Export it again with opset 17, "
+            "or convert it with onnx.version_converter."
+        )
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"'{source}' has sparse weights, which are not supported. Export it with dense weights.")
+    for node in proto.graph.node:
+        label = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
+        if node.op_type in CONTROL_FLOW:
+            raise ModelError(
+                f"Control flow is not supported: {label}. Export with fixed shapes so that it is traced away."
+            )
+        if node.domain:
+            raise ModelError(
+                f"Operator domain '{node.domain}' is not supported: {label}. Export with standard ONNX operators."
+            )
+        if node.op_type in QUANTIZED:
+            raise ModelError(f"The model is quantized already: {label}. Give the float model.")
+        if node.op_type in RANDOM:
+            raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
+        if any(a.name == "training_mode" and a.i for a in node.attribute):
+            raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")
+    for value in [*_inputs(proto), *proto.graph.output]:
+        if value.type.WhichOneof("value") not in (None, "tensor_type"):
+            raise ModelError(f"'{value.name}' is not a tensor; sequences, maps and optionals are not supported.")
+        kind = value.type.tensor_type.elem_type
+        if kind not in onnx.TensorProto.DataType.values():
+            raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
+        if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE):
+            raise ModelError(
+                f"'{value.name}' is {onnx.TensorProto.DataType.Name(kind)}; bitalloy analyses the float32 model. "
+                "Export in float32."
+            )
+
+
+def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give every input a static shape: its own, the one asked for, or 1 for a leading symbolic dimension."""
+    values = _inputs(proto)
+    unknown = sorted(set(shapes) - {v.name for v in values})
+    if unknown:
+        raise ModelError(f"No input called {unknown}; the model's inputs are {[v.name for v in values]}.")
+    for name, sizes in shapes.items():
+        if any(size < 0 for size in sizes):
+            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: no size may be negative.")
+    for value in values:
+        kind = value.type.tensor_type
+        if not kind.HasField("shape"):
+            for _ in shapes.get(value.name, ()):
+                kind.shape.dim.add()
+            if value.name not in shapes:
+                raise ModelError(
+                    f"Input '{value.name}' has no shape. Add --shape {value.name}=1x3x640x640 (with your sizes)."
+                )
+        dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
+        if len(shapes.get(value.name, dims)) != len(dims):
+            raise ModelError(
+                f"Input '{value.name}' has {len(dims)} dimensions, but the shape {list(shapes[value.name])} was given."
+            )
+    symbols = _symbols(values, shapes)
+    for value in values:
+        dims = value.type.tensor_type.shape.dim
+        given: Sequence[int | None] = shapes.get(value.name, [None] * len(dims))
+        text = "x".join(str(d.dim_value or d.dim_param or "?") for d in dims)
+        for axis, (dim, wanted) in enumerate(zip(dims, given, strict=True)):
+            if dim.dim_value > 0 and wanted not in (None, dim.dim_value):
+                raise ModelError(
+                    f"Input '{value.name}' is fixed to {dim.dim_value} on axis {axis}, but {wanted} was given."
+                )
+            found = (dim.dim_value or None, wanted, symbols.get(dim.dim_param), 1 if axis == 0 else None)
+            size = next((s for s in found if s is not None), None)
+            if size is None:
+                raise ModelError(
+                    f"Input '{value.name}' has symbolic shape {text} and no size was given. "
+                    f"Add --shape {value.name}={text} with numbers in place of the names."
+                )
+            dim.dim_value = size
+
+
+def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes of named dimensions: those given, then 1 for names that lead a shape."""
+    sizes: dict[str, int] = {}
+    leading: dict[str, int] = {}
+    for value in values:
+        dims = value.type.tensor_type.shape.dim
+        for axis, dim in enumerate(dims):
+            if not dim.dim_param:
+                continue
+            if axis == 0:
+                leading[dim.dim_param] = 1
+            if value.name in shapes:
+                size = shapes[value.name][axis]
+                if sizes.setdefault(dim.dim_param, size) != size:
+                    raise ModelError(
+                        f"Dimension '{dim.dim_param}' was given as {sizes[dim.dim_param]} and as {size} (input "
+                        f"'{value.name}'). Give it the same size everywhere."
+                    )
+    return {**leading, **sizes}
+
+
+def _check(proto: onnx.ModelProto, source: Path) -> None:
+    """Run the ONNX checker; what is not in the message (see `_read`) is an input to it."""
+    outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        inputs = {i.name for i in proto.graph.input}
+        light = onnx.ModelProto()
+        light.CopyFrom(proto)
+        del light.graph.initializer[:]
+        light.graph.initializer.extend(inside)
+        light.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside if t.name not in inputs
+        )
+        proto = light
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"'{source}' is not valid ONNX: {str(error).strip()}") from error
+
+
+def _forget_shapes(proto: onnx.ModelProto) -> None:
+    """Drop the shapes that the exporter wrote: they may be symbolic or stale. Inference finds them again."""
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+
+
+def _parsed(proto: onnx.ModelProto, source: Path) -> ir.Model:
+    try:
+        return ir.serde.deserialize_model(proto)
+    except Exception as error:  # onnx_ir wraps whatever it stumbles over in its own error type
+        raise ModelError(f"'{source}' cannot be read: {error}") from error
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    return TensorSpec(
+        name=value.name,
+        dtype=onnx.TensorProto.DataType.Name(kind.elem_type),
+        shape=tuple(d.dim_value for d in kind.shape.dim),
+    )

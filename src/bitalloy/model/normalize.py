@@ -1,0 +1,453 @@
+"""The normal form that every later stage relies on, and the passes that bring a model to it.
+
+1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
+2. Shapes are static, shape arithmetic is folded away.
+3. No Constant, Dropout or CastLike nodes, none of the operators in `EXPANDED`, and Identity only where an output
+   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, and a Concat has no
+   empty operands (an empty cache).
+4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
+5. Inputs and outputs keep their names, types and order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import (
+    LiftConstantsToInitializersPass,
+    RemoveInitializersFromInputsPass,
+    RemoveUnusedNodesPass,
+    ShapeInferencePass,
+    TopologicalSortPass,
+)
+
+from bitalloy.core.errors import ModelError
+from bitalloy.model.read import attribute, constant, consumers, static_shape
+from bitalloy.model.weights import LENT_BYTES, pack
+
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
+"""A failed inference is logged with its traceback; whether it matters is known, and said, later."""
+MAX_FOLDED_ELEMENTS = 1 << 24
+IR_VERSIONS = range(8, 12)
+"""What ONNX Runtime reads and the supported opsets need."""
+EXPANDED = frozenset({"Attention", "RotaryEmbedding"})
+"""Operators that ONNX defines by others: these take their place, so that the products inside can be analysed."""
+MAY_BE_INFINITE = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})
+"""Operators with a use for an infinite constant: masks and open bounds."""
+
+
+def normalize(model: ir.Model) -> ir.Model:
+    """Bring a model with static input shapes to normal form, in place.
+
+    Raises:
+        ModelError: shapes cannot be determined, a part cannot be evaluated, weights are NaN or infinite, or
+            the model computes in half precision.
+    """
+    _settle(model)
+    _fill_missing_shapes(model)
+    _drop_empty_operands(model)
+    _fold_batch_norm(model)
+    RemoveUnusedNodesPass()(model)
+    _refuse_numbers(model)
+    return model
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """The part of `normalize` that needs no static shapes, in place: names of nodes are those of the normal form."""
+    _settle(model)
+    _fold_batch_norm(model)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _settle(model: ir.Model) -> None:
+    """Constants, names and order of the nodes, shapes as far as they follow from those of the inputs."""
+    model.ir_version = min(max(model.ir_version, IR_VERSIONS[0]), IR_VERSIONS[-1])
+    for step in (
+        RemoveInitializersFromInputsPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        _drop_identities,
+        RemoveUnusedNodesPass(),
+        TopologicalSortPass(),
+    ):
+        step(model)
+    _name_nodes(model)
+    while True:
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        if not (
+            _expand_functions(model) or _resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)
+        ):
+            break
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """Remove Identity, and Dropout, which is the identity in inference.
+
+    Case 1: the result is a graph output, and the operand an input, a constant or another output: Identity stays.
+    Case 2: the result is a graph output otherwise: the operand takes its name.
+    Case 3: any other: consumers read the operand.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type not in ("Identity", "Dropout"):
+            continue
+        if node.op_type == "Dropout":
+            _refuse_training(node)
+        source, result = _first_input(node), node.outputs[0]
+        is_output = result in graph.outputs
+        if is_output and (source.producer() is None or source in graph.outputs):
+            node.op_type = "Identity"
+            node.attributes.clear()
+            node.resize_inputs(1)
+            node.resize_outputs(1)
+            continue
+        source.type = source.type or result.type
+        ir.convenience.replace_all_uses_with(result, source, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        if is_output:
+            source.name = result.name
+
+
+def _refuse_training(node: ir.Node) -> None:
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    switch = constant(training)
+    if (training is not None and (switch is None or switch.any())) or any(
+        o.uses() or o.is_graph_output() for o in node.outputs[1:]
+    ):
+        raise ModelError(f"The model is in training mode: node '{node.name}' (Dropout). Export it in evaluation mode.")
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Keep the file's names; the second node of a name and nameless nodes get one of their own."""
+    taken = {node.name for node in model.graph if node.name}
+    seen: set[str] = set()
+    for node in model.graph:
+        name = base = node.name or node.outputs[0].name or node.op_type
+        suffix = 0
+        while name in seen or (name in taken and name != node.name):
+            suffix += 1
+            name = f"{base}_{suffix}"
+        node.name = name
+        seen.add(name)
+
+
+def _fold_constants(model: ir.Model) -> bool:
+    """Evaluate, in ONNX Runtime, every node whose inputs are all known; True where anything changed."""
+    graph = model.graph
+    known: set[ir.Value] = set(graph.initializers.values())
+    folded: list[ir.Node] = []
+    for node in graph:
+        if (_asks_shape(node) or all(v is None or v in known for v in node.inputs)) and _small(node):
+            folded.append(node)
+            known.update(node.outputs)
+    if not folded:
+        return False
+    inside = set(folded)
+    wanted = [
+        v for n in folded for v in n.outputs if v in graph.outputs or any(c.node not in inside for c in consumers(v))
+    ]
+    arrays = _evaluate(model, folded)
+    for value in wanted:
+        if value in graph.outputs:
+            raise ModelError(
+                f"Output '{value.name}' does not depend on any input: there is nothing to analyse in it. "
+                "Export the model without this output."
+            )
+        name, array = str(value.name), arrays[str(value.name)]
+        new = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        new.shape, new.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        ir.convenience.replace_all_uses_with(value, new)
+        value.name = f"{name}/folded"
+        graph.register_initializer(new)
+    for node in reversed(folded):
+        graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
+    return True
+
+
+def _asks_shape(node: ir.Node) -> bool:
+    """Whether a node only reads the shape of a tensor whose shape is known."""
+    if node.op_type not in ("Shape", "Size"):
+        return False
+    shape = _first_input(node).shape
+    return shape is not None and shape.is_static()
+
+
+def _small(node: ir.Node) -> bool:
+    sizes = [int(np.prod(v.shape.numpy())) for v in node.outputs if v.shape is not None and v.shape.is_static()]
+    return node.op_type == "Cast" or all(s <= MAX_FOLDED_ELEMENTS for s in sizes)
+
+
+def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> Mapping[str, np.ndarray]:
+    """Results of a closed set of nodes by tensor name; Shape and Size need no data, only static shapes."""
+    known: dict[str, np.ndarray] = {}
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    proto.graph.name = "constants"
+    for node in nodes:
+        if _asks_shape(node):
+            shape = np.array(static_shape(_first_input(node)), np.int64)
+            start, end = attribute(node, "start", 0), attribute(node, "end", None)
+            asked = shape[start:end] if node.op_type == "Shape" else np.prod(shape, dtype=np.int64)
+            known[str(node.outputs[0].name)] = np.asarray(asked, np.int64)
+            continue
+        proto.graph.node.append(ir.serde.serialize_node(node))
+        known.update({str(v.name): a for v in node.inputs if (a := constant(v)) is not None and v is not None})
+        proto.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name)
+    if not proto.graph.node:
+        return known
+    used = {name for node in proto.graph.node for name in node.input}
+    fed = {name: array for name, array in known.items() if name in used and array.nbytes >= LENT_BYTES}
+    proto.graph.initializer.extend(
+        ir.serde.serialize_tensor(ir.tensor(array, name=name))
+        for name, array in known.items()
+        if name in used and name not in fed
+    )
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), array.shape)
+        for name, array in fed.items()
+    )
+    names = [o.name for o in proto.graph.output]
+    try:
+        results = _session(proto).run(names, fed)
+    except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
+        raise ModelError(f"The constant part of the model cannot be evaluated: {error}") from error
+    return {**known, **dict(zip(names, (np.asarray(r) for r in results), strict=True))}
+
+
+def _session(proto: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _expand_functions(model: ir.Model) -> bool:
+    """Put the body by which ONNX defines an operator in its place; True where anything changed.
+
+    The body depends on the ranks of the inputs: a node waits until these are known.
+    """
+    found = [
+        n for n in model.graph
+        if n.op_type in EXPANDED and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
+    ]  # fmt: skip
+    for node in found:
+        proto = onnx.ModelProto(ir_version=model.ir_version)
+        for domain, version in model.opset_imports.items():
+            proto.opset_import.add(domain=domain, version=version)
+        proto.graph.name = "call"
+        proto.graph.node.append(ir.serde.serialize_node(node))
+        given = {str(v.name): v for v in node.inputs if v is not None}
+        proto.graph.input.extend(ir.serde.serialize_value(v) for v in given.values())
+        if None in node.inputs:  # the inliner asks for the type of an input that is left out as well
+            proto.graph.value_info.append(onnx.helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None))
+        proto.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name)
+        body = onnx.inliner.inline_selected_functions(proto, [("", node.op_type)], inline_schema_functions=True)
+        inner = ir.serde.deserialize_model(body).graph
+        results = dict(zip((o for o in node.outputs if o.name), list(inner.outputs), strict=True))
+        for value in inner.inputs:
+            ir.convenience.replace_all_uses_with(value, given[str(value.name)])
+        parts = list(inner)
+        for part in parts:
+            part.name = f"{node.name}/{(part.outputs[0].name or part.op_type).removesuffix('__1')}"
+            for value in part.outputs:
+                value.name = f"{node.name}/{value.name}" if value.name else value.name
+        inner.outputs.clear()
+        inner.remove(parts)
+        model.graph.insert_before(node, parts)
+        for old, new in results.items():
+            name = old.name
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            old.name, new.name = f"{name}/expanded", name
+        model.graph.remove(node, safe=True)
+    if found:
+        _drop_identities(model)
+        _name_nodes(model)
+    return bool(found)
+
+
+def _resolve_cast_like(model: ir.Model) -> bool:
+    """Write CastLike, which only reads the type of its second input, as Cast."""
+    found = [n for n in model.graph if n.op_type == "CastLike" and n.inputs[1] is not None and n.inputs[1].dtype]
+    for node in found:
+        like = node.inputs[1]
+        assert like is not None and like.dtype is not None
+        node.op_type = "Cast"
+        node.resize_inputs(1)
+        node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
+    return bool(found)
+
+
+def _drop_empty_operands(model: ir.Model) -> None:
+    """Leave operands without elements out of a Concat; one with a single operand left is the identity."""
+    single = False
+    for node in model.graph:
+        if node.op_type != "Concat" or not np.prod(static_shape(node.outputs[0])):
+            continue
+        kept = [v for v in node.inputs if v is not None and np.prod(static_shape(v))]
+        if len(kept) == len(node.inputs):
+            continue
+        node.resize_inputs(len(kept))
+        for slot, value in enumerate(kept):
+            node.replace_input_with(slot, value)
+        if len(kept) == 1:
+            node.op_type = "Identity"
+            node.attributes.clear()
+            single = True
+    if single:
+        _drop_identities(model)
+
+
+def _resolve_ceil_mode(model: ir.Model) -> bool:
+    """Make pools agree with the runtime where their last window would start in the padding.
+
+    With `ceil_mode` such a window is dropped (ONNX says so for all versions since opset 22, and so does
+    ONNX Runtime), but shape inference counts it. Where that undoes every rounding up, `ceil_mode` is cleared.
+    """
+    changed = False
+    for node in model.graph:
+        if node.op_type not in ("AveragePool", "MaxPool") or not attribute(node, "ceil_mode", 0):
+            continue
+        shape = _first_input(node).shape
+        if shape is None or not shape.is_static() or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+            continue
+        size = [int(d) for d in shape.numpy()[2:]]
+        rank = len(size)
+        kernel, strides, dilations, pads = (
+            [int(x) for x in attribute(node, name, default)]  # type: ignore[attr-defined]
+            for name, default in (
+                ("kernel_shape", ()),
+                ("strides", (1,) * rank),
+                ("dilations", (1,) * rank),
+                ("pads", (0,) * 2 * rank),
+            )
+        )
+        if [len(kernel), len(strides), len(dilations), len(pads)] != [rank, rank, rank, 2 * rank] or 0 in strides:
+            continue  # the runtime will say what is wrong
+        room = [size[i] + pads[i] + pads[rank + i] - (kernel[i] - 1) * dilations[i] - 1 for i in range(rank)]
+        down = [r // s for r, s in zip(room, strides, strict=True)]
+        up = [-(-r // s) for r, s in zip(room, strides, strict=True)]
+        dropped = [up[i] > down[i] and up[i] * strides[i] >= size[i] + pads[i] for i in range(rank)]
+        if not any(dropped):
+            continue
+        if any(u > d and not gone for u, d, gone in zip(up, down, dropped, strict=True)):
+            raise ModelError(
+                f"Node '{node.name}' ({node.op_type}) rounds its size up on one axis and drops a window on another, "
+                "which shape inference gets wrong. Export it with explicit padding and ceil_mode=0."
+            )
+        node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)
+        changed = True
+    if changed:
+        for node in model.graph:
+            for value in node.outputs:
+                value.shape = None
+    return changed
+
+
+def _fill_missing_shapes(model: ir.Model) -> None:
+    """Ask the runtime, on zeros, for shapes that static inference left open."""
+    missing = [
+        v
+        for n in model.graph
+        for v in n.outputs
+        if v.name and (v.shape is None or not v.shape.is_static() or v.dtype is None)
+    ]
+    if not missing:
+        return
+    try:
+        packed = pack(model)
+        proto = onnx.ModelProto.FromString(packed.data)
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=str(v.name)) for v in missing)
+        feeds = {str(v.name): np.zeros(static_shape(v), _numpy_type(v)) for v in model.graph.inputs}
+        session = _session(proto)
+        arrays = session.run(None, {**feeds, **packed.weights})
+    except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
+        raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
+    for value, array in zip(missing, arrays, strict=True):
+        value.shape = ir.Shape(array.shape)
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+
+
+def _numpy_type(value: ir.Value) -> np.dtype:
+    return value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+
+
+def _fold_batch_norm(model: ir.Model) -> None:
+    """Case 1: Conv whose only consumer is BatchNormalization in inference form; weights and bias absorb it."""
+    for node in list(model.graph):
+        if node.op_type != "BatchNormalization" or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+            continue
+        source = _first_input(node)
+        conv = source.producer()
+        if conv is None or conv.op_type != "Conv" or len(source.uses()) != 1 or source in model.graph.outputs:
+            continue
+        weight = constant(conv.inputs[1])
+        bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else np.float32(0)
+        terms = [constant(v) for v in node.inputs[1:5]]
+        if weight is None or bias is None or any(t is None for t in terms):
+            continue
+        gamma, beta, mean, variance = (np.asarray(t, np.float64) for t in terms)
+        if {t.shape for t in (gamma, beta, mean, variance)} != {weight.shape[:1]}:
+            continue  # the runtime will say what is wrong
+        with np.errstate(all="ignore"):  # a damaged checkpoint is told by its NaN
+            factor = gamma / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
+            new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
+            new_bias = (beta + (bias - mean) * factor).astype(np.float32)
+        values = [
+            _initializer(model, f"{conv.name}/{kind}", a) for kind, a in (("weight", new_weight), ("bias", new_bias))
+        ]
+        fused = ir.Node(
+            "",
+            "Conv",
+            [conv.inputs[0], *values],
+            attributes=list(conv.attributes.values()),
+            name=conv.name,
+            metadata_props=dict(conv.metadata_props),
+        )
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
+        )
+        model.graph.remove(conv, safe=True)
+
+
+def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    taken = {v.name for n in model.graph for v in n.outputs} | set(model.graph.initializers)
+    while name in taken:
+        name += "'"
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    value.const_value = ir.tensor(array, name=name)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _refuse_numbers(model: ir.Model) -> None:
+    for name, value in model.graph.initializers.items():
+        array = constant(value)
+        if array is None or array.dtype != np.float32 or np.isfinite(array).all():
+            continue
+        users = {c.node.op_type for c in consumers(value)}
+        if np.isnan(array).any() or not users <= MAY_BE_INFINITE:
+            raise ModelError(
+                f"Weight '{name}' holds NaN or infinite values. The checkpoint is damaged; export it again."
+            )
+    for node in model.graph:
+        for result in node.outputs:
+            if result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+                raise ModelError(
+                    f"Node '{node.name}' ({node.op_type}) computes in {result.dtype.name}; bitalloy analyses the "
+                    "float32 model. Export in float32."
+                )
+
+
+def _first_input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0] if node.inputs else None
+    if value is None:
+        raise ModelError(f"Node '{node.name}' ({node.op_type}) has no first input. The file is damaged.")
+    return value

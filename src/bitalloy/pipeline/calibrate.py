@@ -1,0 +1,151 @@
+"""From a model and samples to a model that is ready to be rounded: units on each target, and calibrated ranges."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+import onnx_ir as ir
+
+from bitalloy.calibrate.gather import gather
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.outcome import Correction
+from bitalloy.core.records import Calibration, Precision, Settings, UnitGraph
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.corrections.debiasing import debias
+from bitalloy.corrections.scaling import scaled
+from bitalloy.data.datasets import Dataset
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph
+from bitalloy.model.regions import ancestors, path_of, region_id
+from bitalloy.rewrite.calibrated import Calibrated, versions
+from bitalloy.targets import target
+from bitalloy.targets.base import split
+from bitalloy.targets.safety import judge
+
+RANGE_RATIO = 16.0
+"""A Concat whose operands' ranges differ by more than this stays in float."""
+
+
+def calibrate(
+    model: Graph,
+    data: Dataset,
+    settings: Settings | None = None,
+    *,
+    notes: tuple[str, ...] = (),
+    work: Workspace | None = None,
+) -> Calibrated:
+    """Find what can be rounded, and the ranges: all that exact measurement needs. Arguments as for `analyze`.
+
+    Raises:
+        ModelError: NaN or infinite values inside the model.
+        DataError: the data is empty or does not fit.
+    """
+    settings, work = settings or Settings(), work or Workspace()
+    if len(set(settings.targets)) != len(settings.targets) or not settings.targets:
+        raise BitalloyError(f"Targets are {', '.join(settings.targets) or 'none'}; expected one or more, each once.")
+    devices = [target(name) for name in settings.targets]
+    for device in devices:
+        device.runtime.version()  # where it is not installed, that is said before any work
+    given, corrections = model, tuple[Correction, ...]()
+    if settings.equalize:
+
+        def trial(graph: Graph, few: Settings) -> Calibrated:
+            return calibrate(graph, data, few, work=work)
+
+        model, corrections = scaled(model, data, settings, trial, work, versions=versions())
+    heads = find_heads(model)
+    excluded = _excluded(model, settings.exclude)
+    units = [split(model, device, heads, exclude=excluded) for device in devices]
+    for device, found in zip(devices, units, strict=True):
+        if not found.lowest():
+            left = " after --exclude" if excluded else ""
+            what = "INT8 or FP16" if device.half else "INT8"
+            raise BitalloyError(
+                f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
+            )
+    info = data.info
+    # the rest decides plans, not what is measured, or has keys of its own
+    decisive = msgspec.structs.replace(settings, protect=True, equalize=True, bias_correction=True)
+    key = key_of(
+        model=model.identity,
+        data=info,
+        settings=decisive,
+        versions=versions(),
+        shapes=model.info.inputs,
+        heads=heads,
+    )
+    calibration = gather(model, units, data, info, settings, key, work)
+    ranges = {r.tensor: r for r in calibration.ranges}
+    parts = [
+        Calibrated(
+            graph=model,
+            target=device,
+            units=judge(model, _restrict(found, calibration), ranges),
+            heads=heads,
+            settings=settings,
+            data=data,
+            info=info,
+            excluded=excluded,
+            calibration=calibration,
+            given=given,
+            corrections=corrections,
+            key=key_of(analysis=key, target=device.name) if index else key,
+            notes=notes,
+        )
+        for index, (device, found) in enumerate(zip(devices, units, strict=True))
+    ]
+    if settings.bias_correction:
+        debiased = debias(parts, data, calibration.data.count, work)
+        corrections = (*corrections, debiased.correction)
+        offsets = debiased.offsets or ({},) * len(parts)
+        parts = [replace(p.corrected(o), corrections=corrections) for p, o in zip(parts, offsets, strict=True)]
+    return replace(parts[0], others=tuple(parts[1:]))
+
+
+def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
+    """The units of a model on each target, without samples; calibration may keep more of them in float."""
+    excluded, heads = _excluded(model, settings.exclude), find_heads(model)
+    return tuple(split(model, target(name), heads, exclude=excluded) for name in settings.targets)
+
+
+def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the nodes that match a pattern by name, region or operator type."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {
+            str(n.name)
+            for n in model.nodes
+            if fnmatch.fnmatchcase(str(n.name), pattern)
+            or n.op_type == pattern
+            or any(fnmatch.fnmatchcase(r, pattern) for r in _regions(n))
+        }
+        if not hits:
+            raise BitalloyError(f"--exclude '{pattern}' matches no node, region or operator of the model.")
+        found |= hits
+    return frozenset(found)
+
+
+def _regions(node: ir.Node) -> tuple[str, ...]:
+    """Regions of a node, the root left out."""
+    return ancestors(region_id(path_of(node)))[:-1]
+
+
+def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
+    """Keep in float every Concat that would put tensors of very different range on one scale."""
+    ranges = {r.tensor: max(abs(r.low), abs(r.high)) for r in calibration.ranges}
+    entering: dict[str, list[float]] = {}
+    for edge in units.edges:
+        if edge.consumer is not None:
+            entering.setdefault(edge.consumer, []).append(ranges.get(edge.root, 0.0))
+    changed = []
+    for unit in units.units:
+        sizes = [s for s in entering.get(unit.id, []) if s > 0]
+        if unit.kind == "Concat" and Precision.INT8 in unit.allowed and sizes and max(sizes) > RANGE_RATIO * min(sizes):
+            reason = f"operands' ranges differ by a factor of {max(sizes) / min(sizes):.0f}, too much for one scale"
+            unit = unit.without(Precision.INT8, reason)
+        changed.append(unit)
+    return msgspec.structs.replace(units, units=tuple(changed))

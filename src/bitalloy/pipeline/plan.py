@@ -1,0 +1,77 @@
+"""Plan again from what a finished run left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.planned import Planned
+from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.store import RunDirectory
+from bitalloy.core.work import Progress, Silent, Workspace
+from bitalloy.measure.cost import measure_cost
+from bitalloy.report.text import plan_json
+from bitalloy.search.planning import (
+    PLAN,
+    plan_tables,
+    read_record,
+    read_tables,
+    tables_of,
+)
+from bitalloy.sensitivity.analysis import Analysis
+
+REPLANNED = "replanned.json"
+
+
+def plan_again(
+    folder: str | Path, budget: Budget | Callable[[int], Budget] | None = None, *, progress: Progress | None = None
+) -> Planned:
+    """Plan from what a finished run left, without its model and data; nothing is analysed or measured.
+
+    The plan is also written into the run directory, as `replanned.json`. Its `plan.json` stays: that one belongs to
+    the model beside it.
+
+    Args:
+        folder: a run directory.
+        budget: limits, or a function that makes them from the size of the float model in bytes. Where it limits
+            nothing, the limits of the run hold, but for task metrics, which tables do not know.
+        progress: where to show what goes on.
+
+    Raises:
+        RunDirectoryError: the folder is not a run directory, or its run has not finished.
+        BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
+    """
+    tables = read_tables(folder)
+    asked = budget(tables.facts.float_bytes) if callable(budget) else budget or Budget()
+    if asked.max_drop:
+        raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
+    if not asked.limited:
+        before = read_record(Path(folder) / PLAN, Plan).budget
+        asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
+    store = RunDirectory(folder)
+    planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))
+    store.publish(REPLANNED, plan_json(planned))
+    return planned
+
+
+def plan(
+    analysis: Analysis,
+    budget: Budget,
+    *,
+    table: CostTable | None = None,
+    front: bool = True,
+    work: Workspace | None = None,
+) -> Planned:
+    """Choose the precision of every unit for a budget, and the Pareto front; `verify` makes its own in the end.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
+    """
+    work = work or Workspace()
+    table = table or measure_cost(analysis, work=work)
+    return plan_tables(tables_of(analysis, table), budget, front=front, work=work)

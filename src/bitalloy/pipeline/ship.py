@@ -1,0 +1,117 @@
+"""From an analysis and a budget to a verified mixed-precision model and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from bitalloy.core.outcome import Audit, Evaluation, Summary, Triple
+from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.plans import Budget
+from bitalloy.core.work import Workspace
+from bitalloy.measure.sizes import float_sizes
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.search.planning import Tables
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.verify.course import Course
+from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
+from bitalloy.verify.summary import summarize
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The shipped model and what was measured on it."""
+
+    analysis: Analysis
+    planned: Planned
+    mixed: Artefact
+    """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
+    summary: Summary
+    tables: Tables
+    """What the plan rests on in the end: the matrix as corrected by what was measured."""
+    audit: Audit | None = None
+    """What the runtime ran for it, where `audit` was called."""
+    others: tuple[Verified, ...] = ()
+    """Of the other targets."""
+
+
+def apply(analysis: Analysis, planned: Planned) -> Artefact:
+    """The mixed-precision model of a plan, checked; `save` writes it."""
+    return analysis.artefact(planned.plan.lowered())
+
+
+def verify(
+    analysis: Analysis,
+    planned: Planned,
+    *,
+    labels: Path | Sequence[Path] | None = None,
+    limit: int | None = None,
+    work: Workspace | None = None,
+) -> Verified:
+    """Run the float, the all-INT8 and the mixed model side by side; correct tables and plan by what is measured.
+
+    Where the measured latency misses the budget, the cost table is corrected by what was measured. Where the SQNR is
+    off its prediction, the units responsible are measured and the probe matrix is corrected (`repair`); where it only
+    misses a floor, the floor is raised by the gap. Where a latency limit is not used up, the search may go beyond it by
+    what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
+    plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
+    all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
+    beside it. The plan that is kept is the best measured one.
+
+    Args:
+        analysis: of the model.
+        planned: the first plan.
+        labels: for the model's task (`bitalloy.tasks`), e.g. a COCO annotation file for a detector; its metrics are
+            measured on the three models where given. Several may be given, such as questions and captions.
+        limit: evaluate at most so many images.
+        work: where to keep and show results.
+
+    Raises:
+        DataError: labels do not fit the images or the model.
+        BudgetError: a task metric is limited that is not measured.
+    """
+    work = work or Workspace()
+    files = [labels] if isinstance(labels, Path) else list(labels or ())
+    evaluator = Evaluator(analysis, files, limit, work) if files else None
+    course = Course(analysis, planned, work)
+    if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
+        course.search()
+    evaluations: tuple[Evaluation, ...] = ()
+    if course.budget.max_drop:
+        point, evaluations = fastest_that_keeps(evaluator, course.completed(), course.everything)
+        course.decide(point, "metric")
+    unmeasured = analysis.graph.large or planned.cost.estimated
+    final = course.completed() if unmeasured else course.beside_neighbours()
+    best = course.best
+    mixed, measured = best.mixed, best.measured
+    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.lowered())
+    final = _with_measured(final, measured)
+    summary = summarize(
+        course.known(),
+        final,
+        sizes_of(analysis, mixed),
+        measured,
+        metrics,
+        course.rounds(),
+        work.seconds,
+        evaluations,
+    )
+    return Verified(analysis, final, mixed, summary, course.tables)
+
+
+def _with_measured(planned: Planned, measured: Measured) -> Planned:
+    heads = tuple(
+        msgspec.structs.replace(head, measured_db=found)
+        for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+    )
+    return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))
+
+
+def sizes_of(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
+    """By graph."""
+    reference, int8, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
+    return {name: Triple(reference=reference[name], int8=int8[name], mixed=own[name]) for name in own}

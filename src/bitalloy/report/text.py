@@ -1,0 +1,97 @@
+"""Results as lines of text: tables of units and fronts."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.planned import Planned
+from bitalloy.core.records import Estimate, Sensitivity, SensitivityTable
+from bitalloy.model.heads import is_divergence
+from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
+from bitalloy.tasks.metric import MetricTable
+
+
+def plan_json(planned: Planned) -> str:
+    """A plan as `plan.json` has it."""
+    return msgspec.json.format(msgspec.json.encode(planned.plan), indent=2).decode() + "\n"
+
+
+def front_json(planned: Planned) -> str:
+    """The front alone, fastest first, with what its numbers belong to."""
+    plan = planned.plan
+    found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.all_float_us, "front": plan.pareto}
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
+
+
+def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line for each plan of the front, fastest first; the chosen one is marked."""
+    plan, whole = planned.plan, planned.cost.all_float_us
+    heads = [(i, h.head) for i, h in enumerate(plan.heads) if not is_divergence(h.head)]
+    lines = []
+    for point in plan.pareto:
+        mark = "chosen" if point.lowered() == plan.lowered() else ""
+        lines.append(
+            (
+                str(len(point.int8_units)),
+                f"{point.predicted_latency_us / 1e3:.2f}",
+                f"{point.predicted_latency_us / whole:.3f}x",
+                f"{point.size_bytes / 1e6:.2f}",
+                *(f"{point.sqnr_db[i]:.1f}" for i, _ in heads),
+                f"{100 * point.optimality_gap:.1f} %",
+                mark,
+            )
+        )
+    return ("INT8 units", "ms", "of float", "MB", *(f"{name}, dB" for _, name in heads), "gap", ""), lines
+
+
+def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line for each unit in graph order."""
+    return ("unit", "precision", "why"), [(c.unit, c.precision, c.reason) for c in planned.plan.choices]
+
+
+def plan_line(planned: Planned) -> str:
+    """A plan in one line."""
+    plan = planned.plan
+    heads = ", ".join(f"{h.head} {h.predicted_db.value:.1f} dB" for h in plan.heads if not is_divergence(h.head))
+    unsolved = "" if plan.solved else " The solver stopped at its limit of nodes: a better plan may exist."
+    return (
+        f"{len(plan.int8_units())} of {len(plan.choices)} units in INT8: {planned.predicted_ratio:.3f}x of float's "
+        f"time, {plan.predicted_size_bytes / 1e6:.2f} MB, {heads}. Predicted, not measured.{unsolved}"
+    )
+
+
+def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line of cells for each thing, worst first.
+
+    With leave-one-out the worst is what gains most when it alone stays in float.
+    """
+    if isinstance(table, MetricTable):
+        best_first = table.method == ALL_BUT_ONE
+        order = sorted(table.rows, key=lambda r: r.drop.value if best_first else -r.drop.value)
+        cells: list[tuple[str, ...]] = [
+            (r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order
+        ]
+        return ("", "", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
+    found: dict[tuple[str, str], list[Sensitivity]] = {}
+    for row in table.rows:
+        found.setdefault((row.scope, row.id), []).append(row)
+    whole = {r.head: r.sqnr_db.value for r in found.get(("all", EVERYTHING), [])}
+
+    def badness(rows: list[Sensitivity]) -> float:
+        rows = [r for r in rows if not is_divergence(r.head)]
+        if table.method == ALL_BUT_ONE:
+            return -np.inf if rows[0].scope == "all" else -max(r.sqnr_db.value - whole[r.head] for r in rows)
+        return min(r.sqnr_db.value for r in rows)
+
+    lines = []
+    for (scope, name), rows in sorted(found.items(), key=lambda item: (badness(item[1]), item[0])):
+        mark = "exact" if rows[0].exact else "flagged" if any(r.flagged for r in rows) else ""
+        lines.append((scope, name, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
+    heads = [r.head for r in next(iter(found.values()))] if found else []
+    without = " without it" if table.method == ALL_BUT_ONE else ""
+    return ("", "", *(f"{head}, dB{without}" for head in heads), ""), lines
+
+
+def _interval(value: Estimate, form: str) -> str:
+    return f"{value.value:{form}} ({value.low:{form}} to {value.high:{form}})"

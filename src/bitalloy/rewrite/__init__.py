@@ -1,0 +1,1 @@
+"""Everything that writes a model: rounding, casts, corrected weights, graphs taken apart."""

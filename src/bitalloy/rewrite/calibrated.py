@@ -1,0 +1,147 @@
+"""A calibrated model, and the models that plans make of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import msgspec
+import onnx_ir as ir
+
+from bitalloy.core.errors import ModelError
+from bitalloy.core.outcome import Correction
+from bitalloy.core.records import Calibration, DataInfo, Head, Offset, Settings, UnitGraph
+from bitalloy.core.store import key_of
+from bitalloy.data.datasets import Dataset
+from bitalloy.model.graphs.joining import Joined
+from bitalloy.model.load import Graph
+from bitalloy.rewrite.apply import Mixed
+from bitalloy.rewrite.apply import apply as rewrite
+from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.divide import divide
+from bitalloy.rewrite.reopen import reopen
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.ort import AS_WRITTEN, available_cores
+from bitalloy.targets.base import Target
+from bitalloy.targets.recipe import Recipe
+
+VERIFY_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A model that is ready to be rounded, on the first target of its settings."""
+
+    graph: Graph
+    target: Target
+    units: UnitGraph
+    heads: tuple[Head, ...]
+    settings: Settings
+    data: Dataset
+    info: DataInfo
+    """Of all of `data`."""
+    excluded: frozenset[str]
+    """Nodes that the user keeps in float."""
+    calibration: Calibration
+    given: Graph
+    """The model as loaded: the reference of all measurements. `graph` computes the same, perhaps with other weights."""
+    key: str
+    """Of model, data and settings."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results must know, e.g. that the data is the embedded sample."""
+    corrections: tuple[Correction, ...] = ()
+    """What scaling between layers and bias correction did."""
+    offsets: Mapping[str, Offset] = field(default_factory=dict)
+    """Weight site -> what is added to a bias where the weight is rounded; empty without bias correction."""
+    others: tuple[Calibrated, ...] = ()
+    """The same on the other targets of the settings."""
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Tensor -> (low, high)."""
+        return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
+
+    def scheme(self, method: str = "") -> Recipe:
+        """How the target rounds the model, with ranges by another method where that gives something else."""
+        ranges = {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
+        return Recipe(self.units, self.target, ranges, self.offsets)
+
+    def on(self, methods: Mapping[str, str]) -> Calibrated:
+        """The same, with the ranges of some tensors by another method."""
+        ranges = []
+        for r in self.calibration.ranges:
+            if r.tensor in methods:
+                low, high = r.others[methods[r.tensor]]
+                r = msgspec.structs.replace(r, low=low, high=high, method=methods[r.tensor])
+            ranges.append(r)
+        return replace(self, calibration=msgspec.structs.replace(self.calibration, ranges=tuple(ranges)))
+
+    @property
+    def execution(self) -> dict[str, object]:
+        """What decides how models are executed here, beside the machine."""
+        return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
+
+    def corrected(self, offsets: Mapping[str, Offset]) -> Self:
+        """The same with biases moved."""
+        return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
+
+    def variant(self, lowered: frozenset[str]) -> Mixed:
+        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
+        return rewrite(self.graph, self.units, lowered, self.ranges, self.target, self.offsets)
+
+    def artefact(self, lowered: frozenset[str]) -> Artefact:
+        """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
+
+        A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
+        """
+        model = self.variant(lowered).model
+        if not isinstance(self.graph, Joined):
+            return Artefact({ONLY: model}, runtime=self.target.runtime)
+        parts = divide(model, self.graph.program)
+        for name, opened in self.graph.opened.items():
+            try:
+                parts[name] = reopen(parts[name], opened.clone(), self.graph.program.graphs[name].model)
+            except ModelError:
+                continue
+        return Artefact(parts, self.graph.program, self.target.runtime)
+
+    def executable(self, artefact: Artefact) -> Artefact:
+        """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
+        if not self.target.half:
+            return artefact
+        models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
+        return Artefact(models, artefact.program, AS_WRITTEN)
+
+    def original(self) -> Artefact:
+        """The float model as it was given, or in normal form where the runtime refuses that."""
+        if not isinstance(self.graph, Joined):
+            return Artefact({ONLY: _given(self.given)}, runtime=self.target.runtime)
+        program = self.graph.program
+        return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, self.target.runtime)
+
+
+def _given(graph: Graph) -> Path | ir.Model:
+    return graph.source if graph.runnable else graph.model
+
+
+def unseen(probed: int, total: int) -> list[int]:
+    """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
+    found = list(range(probed, total))[:VERIFY_SAMPLES]
+    return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a number."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
+    }
+
+
+def deciding(trials: Sequence[Calibrated]) -> int | None:
+    """Position of the first target that has INT8: what is measured on it holds for all."""
+    return next((i for i, t in enumerate(trials) if t.units.quantizable()), None)

@@ -1,0 +1,283 @@
+"""Scale channels between layers so that one INT8 step fits all of them; the float network computes the same numbers.
+
+A tensor whose channels differ much in size wastes most of its 256 levels on the small ones. Where nothing but linear
+layers reads it, channel j may be divided by any s_j > 0 if the weights that read it are multiplied by s_j:
+
+Case 1. A normalization with a weight per channel: LayerNormalization, or a Mul by a constant vector (as RMSNorm and
+        exports before opset 17 have it), perhaps with an Add of one behind it. Weight and bias are divided.
+        SmoothQuant, Xiao et al. 2022, https://arxiv.org/abs/2211.10438.
+Case 2. A linear layer (Conv, Gemm, MatMul with or without an Add of a constant vector), perhaps with positively
+        homogeneous operators behind it (Relu, LeakyRelu, PRelu, pooling). Its outputs, weights and bias, are divided.
+        Cross-layer equalization, Nagel et al. 2019, https://arxiv.org/abs/1906.04721.
+
+All readers must be linear layers with a constant weight that nothing else reads: MatMul and Gemm over the last axis,
+Conv (also grouped and depthwise) over channels. A tensor that is read otherwise, or leaves the graph, stays as it is.
+
+In both cases s_j = sqrt(max|X_j| / max|W_j|), over samples of the tensor and over the weights that read it:
+SmoothQuant's factor with alpha = 0.5, and that of Nagel et al. with the range of the activation in place of that of the
+first layer's weights, which bitalloy rounds per output channel, so that their scale has no effect. s_j is rounded to a
+power of two: then every product and sum of the float network is scaled without any rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.calibrate.channels import channel_maxima
+from bitalloy.model.graphs.joining import Joined
+from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
+
+SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
+"""Names of cases 1 and 2."""
+HOMOGENEOUS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LeakyRelu", "MaxPool", "PRelu", "Relu"})
+"""Operators with f(s x) = s f(x) for s > 0, channel by channel."""
+POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
+"""Those of them that know channels only on axis 1."""
+LARGEST = 8
+"""Largest power of two by which a channel is scaled beside the median one: what no sample showed must not explode."""
+SomeGraph = TypeVar("SomeGraph", bound=Graph)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A constant operand with a factor per channel."""
+
+    node: str
+    slot: int
+    axis: int
+    """That the channels run along. Of a grouped convolution's weights it is 1: the channels of one group."""
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor whose channels may be scaled."""
+
+    rule: str
+    """SMOOTHING or CROSS_LAYER."""
+    tensor: str
+    """That the linear layers read."""
+    axis: int
+    """Of its channels."""
+    divided: tuple[Operand, ...]
+    multiplied: tuple[Operand, ...]
+    """Weights that read the tensor."""
+
+
+def find_places(graph: Graph) -> tuple[Place, ...]:
+    """All places of a graph, in its order. Of a large model none: its weights are shared, not copied.
+
+    In a program a tensor that leaves one of its graphs stays as it is, also where a wire carries it on.
+    """
+    if graph.large:
+        return ()
+    outputs = set(graph.output_names)
+    if isinstance(graph, Joined):
+        parts, names = graph.program.graphs, graph.program.names
+        outputs |= {names.get((part, t), f"{part}/{t}") for part in parts for t in parts[part].output_names}
+    finder = _Finder(outputs)
+    found = (finder.normalized(node) or finder.linear(node) for node in graph.nodes)
+    return tuple(place for place in found if place is not None)
+
+
+def exponents(
+    graph: Graph, places: Sequence[Place], feeds: Iterable[Mapping[str, np.ndarray]]
+) -> dict[Place, tuple[int, ...]]:
+    """The factors of every place that has any to gain, as powers of two per channel.
+
+    Args:
+        graph: in normal form.
+        places: of the graph.
+        feeds: samples.
+    """
+    if not places:
+        return {}
+    maxima = channel_maxima(graph.model, {p.tensor: p.axis for p in places}, feeds)
+    found = {}
+    for place in places:
+        weights = np.max([_reach(graph.node[o.node], o) for o in place.multiplied], axis=0)
+        seen = maxima[place.tensor].astype(np.float64)
+        alive = (seen > 0) & (weights > 0)
+        if not alive.any():
+            continue
+        wanted = np.zeros(len(seen))
+        wanted[alive] = 0.5 * (np.log2(seen[alive]) - np.log2(weights[alive]))
+        wanted[alive] -= np.median(wanted[alive])
+        powers = np.clip(np.rint(wanted), -LARGEST, LARGEST).astype(int)
+        if powers.any():
+            found[place] = tuple(powers.tolist())
+    return found
+
+
+def scale(graph: SomeGraph, factors: Mapping[Place, Sequence[int]]) -> SomeGraph:
+    """The same network with other weights: each place divided by 2^factor, channel by channel.
+
+    Args:
+        graph: in normal form; not changed.
+        factors: from `exponents`; places of one graph, each tensor once.
+
+    Returns:
+        A graph with the same names, whose `rewritten` tells it from the one given.
+    """
+    model = graph.clone()
+    nodes = {name_of(n): n for n in model.graph}
+    for place, powers in factors.items():
+        steps = np.exp2(np.asarray(powers, np.float32))
+        for operand in place.divided:
+            _scale(model, nodes[operand.node], operand, 1 / steps)
+        for operand in place.multiplied:
+            _scale(model, nodes[operand.node], operand, steps)
+    said = [(p.tensor, list(powers)) for p, powers in factors.items()]
+    digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest() if factors else graph.rewritten
+    return replace(graph, model=model, rewritten=digest)
+
+
+class _Finder:
+    def __init__(self, outputs: Collection[str]) -> None:
+        self._outputs = outputs
+        """Tensors that leave the graph."""
+
+    def normalized(self, node: ir.Node) -> Place | None:
+        """Case 1."""
+        out, slots = node.outputs[0], list[int]()
+        if node.op_type not in ("LayerNormalization", "Mul") or not static_shape(out):
+            return None
+        last, size = len(static_shape(out)) - 1, static_shape(out)[-1]
+        if node.op_type == "LayerNormalization":
+            slots = [s for s in (1, 2) if s < len(node.inputs) and node.inputs[s] is not None]
+            if not all(_is_vector(node.inputs[s], size) for s in slots):
+                return None
+        else:
+            slots = [s for s in (0, 1) if _is_vector(node.inputs[s], size)]
+            if len(slots) != 1:
+                return None
+        divided = [Operand(name_of(node), slot, -1) for slot in slots]
+        added = self._added(out, size)
+        if added is not None:
+            divided.append(added[1])
+            out = added[0]
+        readers = self._readers(out, last)
+        return Place(SMOOTHING, str(out.name), last, tuple(divided), readers) if readers else None
+
+    def linear(self, node: ir.Node) -> Place | None:
+        """Case 2."""
+        weights = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or weights is None or not _is_own(node.inputs[1]):
+            return None
+        out = node.outputs[0]
+        shape = static_shape(out)
+        if node.op_type == "Conv":
+            axis, of_weights = 1, 0
+        elif weights.ndim == 2:
+            axis, of_weights = len(shape) - 1, 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
+        else:
+            return None
+        divided = [Operand(name_of(node), 1, of_weights)]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            if not _is_vector(bias, shape[axis]):
+                return None
+            divided.append(Operand(name_of(node), 2, -1))
+        added = self._added(out, shape[axis]) if node.op_type == "MatMul" else None
+        if added is not None:
+            divided.append(added[1])
+            out = added[0]
+        while (after := self._only_reader(out)) is not None and _is_homogeneous(after, out, axis, node.op_type):
+            out = after.outputs[0]
+        readers = self._readers(out, axis)
+        return Place(CROSS_LAYER, str(out.name), axis, tuple(divided), readers) if readers else None
+
+    def _readers(self, value: ir.Value, axis: int) -> tuple[Operand, ...]:
+        """Weights of the linear layers that read a tensor; none where anything else does."""
+        found = []
+        last = axis == len(static_shape(value)) - 1
+        for use in consumers(value):
+            node, weight = use.node, use.node.inputs[1] if len(use.node.inputs) > 1 else None
+            array = constant(weight)
+            if use.slot != 0 or array is None or not _is_own(weight):
+                return ()
+            if node.op_type == "Conv" and axis == 1:
+                found.append(Operand(name_of(node), 1, 1, int(attribute(node, "group", 1))))  # type: ignore[call-overload]
+            elif node.op_type == "MatMul" and last and array.ndim == 2:
+                found.append(Operand(name_of(node), 1, 0))
+            elif node.op_type == "Gemm" and last and not attribute(node, "transA", 0):
+                found.append(Operand(name_of(node), 1, 1 if attribute(node, "transB", 0) else 0))
+            else:
+                return ()
+        empty = 0 in static_shape(value)  # as a cache before the first token
+        return () if empty or value.name in self._outputs else tuple(found)
+
+    def _added(self, value: ir.Value, size: int) -> tuple[ir.Value, Operand] | None:
+        """The Add of a constant vector that alone reads a tensor: its result, and the vector."""
+        node = self._only_reader(value)
+        if node is None or node.op_type != "Add":
+            return None
+        slots = [s for s in (0, 1) if _is_vector(node.inputs[s], size)]
+        if len(slots) != 1 or len(static_shape(node.outputs[0])) != len(static_shape(value)):
+            return None
+        return node.outputs[0], Operand(name_of(node), slots[0], -1)
+
+    def _only_reader(self, value: ir.Value) -> ir.Node | None:
+        uses = consumers(value)
+        return uses[0].node if len(uses) == 1 and value.name not in self._outputs else None
+
+
+def _is_homogeneous(node: ir.Node, value: ir.Value, axis: int, source: str) -> bool:
+    """Whether a node carries factors of the channels of its first operand through; pools know them on axis 1 only."""
+    if node.op_type not in HOMOGENEOUS or node.inputs[0] is not value or len(node.outputs) != 1:
+        return False
+    if node.op_type == "PRelu":
+        return constant(node.inputs[1]) is not None
+    return node.op_type not in POOLS or (axis == 1 and source == "Conv")
+
+
+def _is_vector(value: ir.Value | None, size: int) -> bool:
+    """Whether a value is a constant with one number for each of `size` channels along its last axis."""
+    array = constant(value)
+    return array is not None and array.dtype == np.float32 and array.size == size and array.shape[-1:] == (size,)
+
+
+def _is_own(value: ir.Value | None) -> bool:
+    """Whether a weight is read once, and is no output."""
+    return value is not None and len(consumers(value)) == 1 and not value.is_graph_output()
+
+
+def _reach(node: ir.Node, operand: Operand) -> np.ndarray:
+    """(channels,): largest magnitude of the weights that read each channel."""
+    array = constant(node.inputs[operand.slot])
+    assert array is not None, "weights of a place are constants"
+    parts = np.abs(np.moveaxis(array, operand.axis, 0)).reshape(array.shape[operand.axis], -1)
+    if operand.groups == 1:
+        return np.asarray(parts.max(axis=1))
+    grouped = np.abs(array).reshape(operand.groups, array.shape[0] // operand.groups, array.shape[1], -1)
+    return np.asarray(grouped.max(axis=(1, 3)).reshape(-1))
+
+
+def _scale(model: ir.Model, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:
+    """Multiply a constant operand by a factor per channel; one that others read too is copied first."""
+    value = node.inputs[operand.slot]
+    array = constant(value)
+    assert value is not None and array is not None, "operands of a place are constants"
+    if operand.groups > 1:
+        rows = np.repeat(steps.reshape(operand.groups, -1), array.shape[0] // operand.groups, axis=0)
+        factor = rows.reshape(*rows.shape, *[1] * (array.ndim - 2))
+    else:
+        axis = operand.axis % array.ndim
+        factor = steps.reshape([-1 if d == axis else 1 for d in range(array.ndim)])
+    scaled = np.asarray(array * factor, np.float32)
+    if _is_own(value):
+        value.const_value = ir.tensor(scaled, name=value.name)
+        return
+    name = f"{node.name}/scaled{operand.slot}"
+    while name in model.graph.initializers or any(v.name == name for n in model.graph for v in n.outputs):
+        name += "'"
+    own = ir.Value(name=name, shape=ir.Shape(scaled.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    own.const_value = ir.tensor(scaled, name=name)
+    model.graph.register_initializer(own)
+    node.replace_input_with(operand.slot, own)

@@ -1,0 +1,132 @@
+"""What a budget keeps in a precision: patterns turned into units without a choice.
+
+A pattern is a shell glob over the ids of units, their nodes, their regions and operator types, or one of these by name.
+`{4..20}` in it stands for every number from 4 to 20. Where two patterns name the same unit the later one holds, so that
+a part can be taken out of a larger one.
+
+Case 1. FP32 (or FP16) takes the choice from every unit that is named.
+Case 2. INT8 takes it from every named unit that can run in INT8. The others of a region stay what they are and their
+        reason says so; a pattern of which nothing can run in INT8 is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.plans import Keep
+from bitalloy.core.records import Precision, Unit, UnitGraph
+from bitalloy.model.regions import ancestors
+
+MOST_NUMBERS = 1000
+"""That a range in a pattern may stand for."""
+
+
+@dataclass(frozen=True)
+class Constrained:
+    """Units after the patterns."""
+
+    units: UnitGraph
+    """In which what is kept has no choice; its reason says by which pattern."""
+    kept: frozenset[str]
+    """Ids of units that a pattern decides."""
+
+
+def constrain(
+    units: UnitGraph, keeps: Sequence[Keep], operators: Mapping[str, str], *, full: UnitGraph | None = None
+) -> Constrained:
+    """Take the choice from all units that patterns name.
+
+    Args:
+        units: to be narrowed.
+        keeps: patterns in order.
+        operators: node -> operator type, of the nodes of the units.
+        full: the same units with all that each could run in, where `units` lacks some by advice that patterns overrule.
+
+    Raises:
+        BitalloyError: a pattern matches nothing, or nothing of it can run in what it asks for.
+    """
+    full = full or units
+    decided: dict[str, Keep] = {}
+    missed: dict[str, Keep] = {}
+    for keep in keeps:
+        named = _named(full, keep, operators)
+        able = [u for u in named if keep.precision in u.allowed]
+        if not able:
+            raise BitalloyError(_impossible(keep, named))
+        for unit in named:
+            place = decided if keep.precision in unit.allowed else missed
+            place[unit.id] = keep
+    changed = []
+    for unit, whole in zip(units.units, full.units, strict=True):
+        if unit.id in decided:
+            unit = _fixed(whole, decided[unit.id])
+        elif unit.id in missed:
+            asked = f"{missed[unit.id].precision.upper()} was asked for ({missed[unit.id]})"
+            unit = msgspec.structs.replace(unit, reason=f"{unit.reason}; {asked}" if unit.reason else asked)
+        changed.append(unit)
+    return Constrained(msgspec.structs.replace(units, units=tuple(changed)), frozenset(decided))
+
+
+def _fixed(unit: Unit, keep: Keep) -> Unit:
+    reason = f"kept in {keep.precision.upper()} as asked ({keep})"
+    unit = msgspec.structs.replace(unit, allowed=(keep.precision,), reason=reason)
+    return unit if keep.precision is Precision.INT8 else msgspec.structs.replace(unit, inner=(), weights=())
+
+
+def _named(units: UnitGraph, keep: Keep, operators: Mapping[str, str]) -> list[Unit]:
+    """Units that a pattern matches; at least one."""
+    patterns = _expanded(keep)
+    found = [u for u in units.units if any(fnmatch.fnmatchcase(n, p) for n in _names(u, operators) for p in patterns)]
+    if found:
+        return found
+    known = sorted({name for unit in units.units for name in _names(unit, operators)})
+    close = difflib.get_close_matches(keep.pattern, known, n=3, cutoff=0.5)
+    regions = sorted({r for unit in units.units for r in ancestors(unit.region)[:-1] if "/" not in r})
+    hint = f"Close to it: {', '.join(close)}." if close else f"Regions are: {', '.join(regions[:12]) or 'none'}."
+    raise BitalloyError(
+        f"--keep '{keep}' matches no unit, node, region or operator type of the model. {hint} Patterns are shell "
+        "globs: '*' stands for any text, and {4..20} for any number from 4 to 20."
+    )
+
+
+def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
+    """Everything that a pattern may call a unit: itself, nodes, regions but the root, operator types."""
+    nodes = (*unit.core, *unit.tail)
+    types = {operators[n] for n in nodes if n in operators}
+    return {unit.id, unit.kind, *nodes, *ancestors(unit.region)[:-1], *types}
+
+
+def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
+    unit = named[0]
+    why = unit.reason or f"{unit.kind} has no {keep.precision.upper()} form on this target"
+    others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
+    return (
+        f"--keep '{keep}' asks for {keep.precision.upper()} where it is not possible: '{unit.id}' cannot, because "
+        f"{why}.{others} Leave it out, or name other units; {', '.join(named[0].allowed)} is what this one has."
+    )
+
+
+def _expanded(keep: Keep) -> list[str]:
+    """A pattern for every number of its ranges."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", keep.pattern)
+    if match is None:
+        return [keep.pattern]
+    low, high = int(match[1]), int(match[2])
+    if not low <= high < low + MOST_NUMBERS:
+        raise BitalloyError(
+            f"--keep '{keep}' has the range {match[0]}; expected the smaller number first and at most {MOST_NUMBERS} "
+            "numbers, such as {4..20}."
+        )
+    before, after = keep.pattern[: match.start()], keep.pattern[match.end() :]
+    return [
+        text
+        for number in range(low, high + 1)
+        for text in _expanded(Keep(precision=keep.precision, pattern=f"{before}{number}{after}"))
+    ]

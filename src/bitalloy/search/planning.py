@@ -1,0 +1,226 @@
+"""Plans from tables alone: after an analysis, or again from a run directory that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from bitalloy.core.errors import BudgetError, RunDirectoryError
+from bitalloy.core.planned import Planned
+from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.records import Record, Secant, UnitGraph
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.measure.sizes import float_bytes
+from bitalloy.model.load import Graph, name_of
+from bitalloy.search.choice import complete, search
+from bitalloy.search.constraints import constrain
+from bitalloy.search.front import FRONT_BUDGETS
+from bitalloy.search.program import Problem
+from bitalloy.search.protection import Advice, protect, read_advice
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.matrix import ProbeMatrix
+
+PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "planning.npz", "planning.json"
+"""The plan in a run directory, and the files that it rests on; the matrix is the probe matrix as last corrected."""
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class Facts(Record, frozen=True, kw_only=True):
+    """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
+
+    key: str
+    """Of the analysis."""
+    float_bytes: int
+    """Size of the float model's files."""
+    operators: dict[str, str]
+    """Node -> operator type."""
+    advice: tuple[Advice, ...]
+    """What the model's family keeps in float; empty where that was switched off."""
+    seed: int
+    secant: Secant
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that a plan is made from: no network, no data."""
+
+    units: UnitGraph
+    matrix: ProbeMatrix
+    cost: CostTable
+    facts: Facts
+
+
+def operators_of(graph: Graph) -> dict[str, str]:
+    """Node -> operator type."""
+    return {name_of(node): node.op_type for node in graph.nodes}
+
+
+def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Workspace | None = None) -> Planned:
+    """Choose the precision of every unit for a budget, and the Pareto front where it is wanted.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message says what can.
+        BitalloyError: a pattern of the budget names nothing, or asks for what cannot be.
+    """
+    case, work = _narrowed(tables, budget), work or Workspace()
+
+    def make() -> bytes:
+        with work.stage("search", FRONT_BUDGETS if front else 1) as progress:
+            found = search(case.problem, budget, front=front, seed=tables.facts.seed, progress=progress.advance)
+        return msgspec.json.encode(case.explained(found))
+
+    try:
+        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=Plan)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
+    return Planned(plan, tables.cost, tuple(case.protected))
+
+
+def plan_around(
+    tables: Tables,
+    budget: Budget,
+    lowered: frozenset[str],
+    *,
+    gap: float,
+    solved: bool = True,
+    front: bool = True,
+    work: Workspace,
+) -> Planned:
+    """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
+    case = _narrowed(tables, budget)
+
+    def make() -> bytes:
+        with work.stage("front", FRONT_BUDGETS if front else 1) as progress:
+            found = complete(
+                case.problem,
+                budget,
+                lowered,
+                gap=gap,
+                solved=solved,
+                front=front,
+                seed=tables.facts.seed,
+                progress=progress.advance,
+            )
+        return msgspec.json.encode(case.explained(found))
+
+    key = case.key(around=sorted(lowered), front=front)
+    found = msgspec.json.decode(work.cached("front", key, make), type=Plan)
+    return Planned(found, tables.cost, tuple(case.protected))
+
+
+def damage_of(tables: Tables, budget: Budget, lowered: frozenset[str]) -> float:
+    """Predicted damage of any plan, as the points of a front have it."""
+    return _narrowed(tables, budget).problem.total(lowered)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Tables after the family's advice and the budget's patterns."""
+
+    tables: Tables
+    budget: Budget
+    problem: Problem
+    protected: Mapping[str, str]
+    freed: Mapping[str, str]
+    kept: frozenset[str]
+    """By patterns of the budget."""
+
+    def key(self, **more: object) -> str:
+        tables = self.tables
+        return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
+
+    def explained(self, plan: Plan) -> Plan:
+        """With what measurement frees from advice in the reasons."""
+        choices = (
+            msgspec.structs.replace(c, reason=f"{c.reason}; {self.freed[c.unit]}") if c.unit in self.freed else c
+            for c in plan.choices
+        )
+        return msgspec.structs.replace(plan, choices=tuple(choices))
+
+
+def _narrowed(tables: Tables, budget: Budget) -> _Case:
+    facts = tables.facts
+    advised = protect(facts.advice, tables.units, tables.matrix)
+    asked = constrain(advised.units, budget.keep, facts.operators, full=tables.units)
+    return _Case(
+        tables,
+        budget,
+        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes),
+        {name: why for name, why in advised.kept.items() if name not in asked.kept},
+        {name: why for name, why in advised.freed.items() if name not in asked.kept},
+        asked.kept,
+    )
+
+
+def _hints(case: _Case) -> str:
+    """What else stands in the way of a budget."""
+    parts = []
+    if count := len(case.protected):
+        parts.append(f" {count} units stay in float by advice of the model's family; --no-protect frees them.")
+    if case.kept:
+        parts.append(f" {len(case.kept)} units are kept in a precision by --keep.")
+    return "".join(parts)
+
+
+def read_tables(folder: str | Path) -> Tables:
+    """The tables that a finished run left.
+
+    Raises:
+        RunDirectoryError: the folder is not a run directory, or its run has not finished.
+    """
+    path = Path(folder)
+    missing = [name for name in ("summary.json", PLAN, UNITS, COST, MATRIX, FACTS) if not (path / name).is_file()]
+    if missing:
+        raise RunDirectoryError(
+            f"'{path}' has no {missing[0]}, so there is nothing to plan from. Expected the run directory of a finished "
+            "`bitalloy run` of this version; finish it with the same command, or name another."
+        )
+    try:
+        matrix = ProbeMatrix.from_bytes((path / MATRIX).read_bytes())
+    except (OSError, ValueError, KeyError) as error:
+        raise RunDirectoryError(f"'{path / MATRIX}' is damaged: {error}. Give the run's command again.") from error
+    return Tables(
+        read_record(path / UNITS, UnitGraph),
+        matrix,
+        read_record(path / COST, CostTable),
+        read_record(path / FACTS, Facts),
+    )
+
+
+def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """A record of a run directory.
+
+    Raises:
+        RunDirectoryError: the file is absent, damaged, or of another version.
+    """
+    if not path.is_file():
+        raise RunDirectoryError(
+            f"'{path.parent}' has no {path.name}. Expected the run directory of a finished `bitalloy run` of this "
+            "version; finish it with the same command, or name another."
+        )
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunDirectoryError(
+            f"'{path}' cannot be read: {error}. Expected a file of a finished `bitalloy run` of this version; give the "
+            "run's command again."
+        ) from error
+
+
+def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
+    """What plans are made from."""
+    graph, settings = analysis.graph, analysis.settings
+    facts = Facts(
+        key=analysis.key,
+        float_bytes=float_bytes(graph),
+        operators=operators_of(graph),
+        advice=read_advice(graph) if settings.protect else (),
+        seed=settings.seed,
+        secant=analysis.secant,
+    )
+    return Tables(analysis.units, analysis.matrix, cost, facts)

@@ -1,0 +1,229 @@
+"""The probe matrix as numbers: damage of any set of sites, with bootstrap intervals over samples."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm, t
+
+from bitalloy.core.records import Estimate, Secant
+from bitalloy.model.heads import is_divergence
+
+BOOTSTRAPS = 400
+FLOOR_DB, CEILING_DB = -60.0, 160.0
+
+
+@dataclass(frozen=True)
+class ProbeMatrix:
+    """Rows of the probe matrix for a set of samples.
+
+    `rows[h]` is (samples, probes of head h, sites). `own[h]`, of the same shape, is the sum of the squares of the parts
+    (blocks of channels) that add up to a row's entry. `energy` is (samples, heads): ||y||^2 of each head.
+    """
+
+    heads: tuple[str, ...]
+    sites: tuple[str, ...]
+    rows: tuple[np.ndarray, ...]
+    own: tuple[np.ndarray, ...]
+    energy: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.energy.shape[0])
+
+    @cached_property
+    def column(self) -> Mapping[str, int]:
+        """Column of each site."""
+        return {s: i for i, s in enumerate(self.sites)}
+
+    @cached_property
+    def plain(self) -> np.ndarray:
+        """(heads,): False for divergences, which are in nats and not comparable with relative squared errors."""
+        return np.array([not is_divergence(h) for h in self.heads])
+
+    def select(self, sites: Iterable[str]) -> np.ndarray:
+        """0/1 vector (sites,) of a set of sites; sites that reach no head are ignored."""
+        chosen = np.zeros(len(self.sites), np.float64)
+        chosen[[self.column[s] for s in sites if s in self.column]] = 1.0
+        return chosen
+
+    def damage(self, chosen: np.ndarray) -> np.ndarray:
+        """Relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
+
+        `chosen` is (sites,), 1 where the plan rounds. The square of the sum splits into the squares of all parts of all
+        sites, and the products of different parts. Roundings are nearly independent, so the products are mostly noise
+        around zero; their sum is shrunk towards zero by how uncertain its mean is (`shrink`), which leaves real
+        interactions in and takes most of the noise out. The denominator is the mean over all samples, so that the mean
+        over samples is the ratio of total energies.
+        """
+        return self._energies((rows @ chosen, own @ chosen) for rows, own in zip(self.rows, self.own, strict=True))
+
+    def site_damage(self) -> np.ndarray:
+        """Relative error energy of every site alone, (samples, heads, sites)."""
+        pairs = zip(self.rows, self.own, strict=True)
+        return self._energies((rows.astype(np.float64), own.astype(np.float64)) for rows, own in pairs)
+
+    def _energies(self, heads: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        columns = []
+        for (total, own), energy in zip(heads, self.energy.mean(axis=0), strict=True):
+            products = np.square(total) - own
+            columns.append((own + shrink(products) * products).mean(axis=1) / energy)
+        return np.stack(columns, axis=1)
+
+    def resampled(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Relative error energy of a plan for bootstrap draws of the samples, (draws, heads).
+
+        `weights` is (draws, samples), see `draws`.
+        """
+        columns = []
+        for rows, own, energy in zip(self.rows, self.own, self.energy.T, strict=True):
+            squares = own @ chosen
+            products = np.square(rows @ chosen) - squares
+            mean, second = (weights @ part.mean(axis=1) for part in (products, np.square(products)))
+            spread = np.maximum(second - np.square(mean), 0.0) / max(products.size - 1, 1)
+            kept = np.maximum(1.0 - spread / np.where(mean != 0, np.square(mean), 1.0), 0.0) * (mean != 0)
+            columns.append((weights @ squares.mean(axis=1) + kept * mean) / (weights @ energy))
+        return np.stack(columns, axis=1)
+
+    def view(self, names: Mapping[str, str]) -> ProbeMatrix:
+        """The columns of one target: `names` maps its sites to columns. Sites without a column are left out."""
+        known = {site: self.column[name] for site, name in names.items() if name in self.column}
+        if tuple(known) == self.sites:
+            return self
+        at = np.array(list(known.values()), np.int64)
+        rows, own = (tuple(r[..., at] for r in block) for block in (self.rows, self.own))
+        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy)
+
+    def scaled(self, factors: np.ndarray) -> ProbeMatrix:
+        """With every column times its factor; `factors` are (heads, sites)."""
+        rows = tuple((r * f).astype(r.dtype) for r, f in zip(self.rows, factors, strict=True))
+        own = tuple((o * f * f).astype(o.dtype) for o, f in zip(self.own, factors, strict=True))
+        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
+
+    def subset(self, samples: slice) -> ProbeMatrix:
+        """The rows of some of the samples."""
+        rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))
+        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy[samples])
+
+    def to_bytes(self) -> bytes:
+        """The matrix as a compressed .npz without pickled objects."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
+        arrays |= {f"own_{i}": r for i, r in enumerate(self.own)}
+        np.savez_compressed(
+            buffer, heads=np.array(self.heads), sites=np.array(self.sites), energy=self.energy, **arrays
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> ProbeMatrix:
+        """Read what `to_bytes` wrote."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            heads = tuple(str(h) for h in file["heads"])
+            rows, own = (tuple(file[f"{part}_{i}"] for i in range(len(heads))) for part in ("rows", "own"))
+            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"])
+
+    @staticmethod
+    def concatenate(parts: Sequence[ProbeMatrix]) -> ProbeMatrix:
+        """Stack shards of different samples."""
+        first = parts[0]
+        rows, own = (
+            tuple(np.concatenate([getattr(p, name)[h] for p in parts]) for h in range(len(first.heads)))
+            for name in ("rows", "own")
+        )
+        return ProbeMatrix(first.heads, first.sites, rows, own, np.concatenate([p.energy for p in parts]))
+
+
+def decibel(damage: np.ndarray) -> np.ndarray:
+    """SQNR in dB of a relative error energy, clipped to a range that JSON and plots can carry."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(-10 * np.log10(damage), FLOOR_DB, CEILING_DB))
+
+
+def draws(samples: int, seed: int) -> np.ndarray:
+    """Bootstrap weights (draws, samples): how often each sample is drawn, divided by the number of samples."""
+    generator = np.random.default_rng([seed, 17])
+    return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
+
+
+def shrink(values: np.ndarray) -> np.ndarray:
+    """Positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2.
+
+    The mean is over the first two axes (samples, probes); the result has the shape of the others.
+    """
+    count = values.shape[0] * values.shape[1]
+    mean = values.mean(axis=(0, 1))
+    if count < 2:
+        return np.zeros_like(mean)
+    squared = np.square(mean)
+    noise = values.var(axis=(0, 1), ddof=1) / count
+    return np.asarray(np.maximum(1.0 - noise / np.where(squared > 0, squared, 1.0), 0.0) * (squared > 0))
+
+
+def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
+    """Factor from linear to true damage, for a linear damage of shape (..., heads).
+
+    A plan whose linear damage is t^2 times that of the all-INT8 network is taken to bend like the all-INT8 network
+    with all errors scaled by t. Between the measured fractions the logarithm of the factor is linear in t; at t = 0
+    the factor is 1.
+    """
+    linear = np.maximum(np.array(secant.linear), 1e-30)
+    t = np.sqrt(np.maximum(damage, 0.0) / linear)
+    points = [0.0, *secant.fractions]
+    factors: np.ndarray = np.ones_like(t)
+    for head in range(len(secant.heads)):
+        known = [secant.damage[i][head] / (f * f * linear[head]) for i, f in enumerate(secant.fractions)]
+        logs = np.log(np.clip([1.0, *known], 1e-6, 1e6))
+        factors[..., head] = np.exp(np.interp(t[..., head], points, logs))
+    return factors
+
+
+def straight(secant: Secant, damage: float | np.ndarray) -> np.ndarray:
+    """Largest linear damage (heads,) whose true damage stays within `damage` (heads,); the inverse of `bend`."""
+    linear = np.maximum(np.array(secant.linear), 1e-30)
+    grid = np.square(np.linspace(0.0, 2.0, 20001))[:, None] * linear
+    true = np.maximum.accumulate(grid * bend(secant, grid), axis=0)
+    inside = true <= damage
+    return np.array([grid[inside[:, h], h].max(initial=0.0) for h in range(len(secant.heads))])
+
+
+def estimate(
+    matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray, secant: Secant | None = None
+) -> tuple[Estimate, ...]:
+    """SQNR of rounding the chosen sites together, per head, with a 95 % bootstrap interval over samples (`around`).
+
+    How far interactions are shrunk is decided anew for every draw, so that its uncertainty is part of the interval.
+    With a secant the linear numbers are corrected by `bend`, interval and all.
+    """
+    damage, resampled = matrix.damage(chosen).mean(axis=0), matrix.resampled(chosen, weights)
+    if secant is not None:
+        damage, resampled = damage * bend(secant, damage), resampled * bend(secant, resampled)
+    return tuple(around(d, r, matrix.samples) for d, r in zip(damage, resampled.T, strict=True))
+
+
+def interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
+    """SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
+    return around(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
+
+
+def around(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
+    """A relative error energy in dB, with an interval of 95 % from its bootstrap draws.
+
+    Both sides reach as far as the farther percentile, times what Student's t and the bootstrap's own bias,
+    sqrt(n / (n - 1)), add for n samples: damages are heavy-tailed, and a few samples rarely show the tail (Hesterberg,
+    "What Teachers Should Know About the Bootstrap", 2015). One sample leaves the interval open.
+    """
+    value, draws_db = float(decibel(np.asarray(damage))), decibel(resampled)
+    if samples < 2:
+        return Estimate(value=round(value, 3), low=FLOOR_DB, high=CEILING_DB)
+    low, high = np.percentile(draws_db, [2.5, 97.5])
+    widening = t.ppf(0.975, samples - 1) / norm.ppf(0.975) * np.sqrt(samples / (samples - 1))
+    reach = max(high - value, value - low, 0.0) * widening
+    low, high = np.clip([value - reach, value + reach], FLOOR_DB, CEILING_DB)
+    return Estimate(value=round(value, 3), low=round(float(low), 3), high=round(float(high), 3))

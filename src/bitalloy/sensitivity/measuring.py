@@ -1,0 +1,309 @@
+"""Sensitivities by execution: chosen things rounded one at a time, or all but one, in shards that survive a stop.
+
+A shard is one measurement: one sample with one set of gates. Its key holds what decides it and nothing else, so other
+patterns, sample counts and modes find what they share.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph, part_of
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.model.heads import is_divergence
+from bitalloy.model.regions import ancestors
+from bitalloy.rewrite.calibrated import Calibrated, deciding, versions
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.correct import Correction, Finding, correct
+from bitalloy.sensitivity.exact import Measurement
+from bitalloy.sensitivity.matrix import draws, interval
+from bitalloy.sensitivity.switchboards import switchboard
+from bitalloy.sensitivity.table import alike, groups
+from bitalloy.sensitivity.table import sensitivities as table_of
+
+ONE, ALL_BUT_ONE = "one-at-a-time", "leave-one-out"
+MODES = (ONE, ALL_BUT_ONE)
+SAMPLES = 8
+EVERYTHING = "(everything)"
+"""Id of the row of a leave-one-out table for which nothing is left out; its scope is `all`."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Glob patterns over the ids of units, regions and sites. Without any, all units are meant."""
+
+    units: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.regions or self.sites)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What is measured by itself."""
+
+    scope: str
+    id: str
+    part: str
+    sites: frozenset[str]
+    """That are rounded in the measurement."""
+
+
+class Row(Record, frozen=True, kw_only=True):
+    """One measurement on one sample, per head."""
+
+    error: tuple[float, ...]
+    """||y_rounded - y||^2."""
+    energy: tuple[float, ...]
+    """||y||^2."""
+
+
+def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Thing]:
+    """What a selection names, each with the sites that its measurement rounds.
+
+    Raises:
+        BitalloyError: a pattern matches nothing that may be rounded.
+    """
+    patterns = {"unit": selection.units or (() if selection else ("*",)), "region": selection.regions}
+    patterns["site"] = selection.sites
+    found = []
+    for scope, globs in patterns.items():
+        known = [
+            (name, part, sites)
+            for kind, name, part, sites in groups(units)
+            if kind == scope and (part == "all" or scope == "site") and not (mode == ONE and name.endswith(AGAIN))
+        ]
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name, *_ in known):
+                raise BitalloyError(
+                    f"--{scope}s '{glob}' matches no {scope} that may run in INT8. The model has {len(known)} of them, "
+                    f"such as '{known[len(known) // 2][0]}'. Patterns are shell globs: '*' stands for any text."
+                )
+        matching = [k for k in known if any(fnmatch.fnmatchcase(k[0], g) for g in globs)]
+        found += [Thing(scope, name, part, _rounded(units, scope, name, sites, mode)) for name, part, sites in matching]
+    return found
+
+
+def _rounded(units: UnitGraph, scope: str, name: str, sites: frozenset[str], mode: str) -> frozenset[str]:
+    if mode == ONE:
+        return sites
+    int8 = units.quantizable()
+    if scope == "site":
+        return units.rounded(int8) - sites
+    left_out = {u.id for u in units.units if u.id == name or (scope == "region" and name in ancestors(u.region))}
+    return units.rounded(int8 - left_out)
+
+
+def measure_exact(
+    ready: Calibrated,
+    selection: Selection | None = None,
+    *,
+    mode: str = ONE,
+    samples: int | None = None,
+    work: Workspace | None = None,
+) -> SensitivityTable:
+    """Sensitivities of units, regions and sites by execution.
+
+    Args:
+        ready: the calibrated model.
+        selection: what to measure; all units without it.
+        mode: `one-at-a-time` rounds one thing alone; `leave-one-out` rounds everything but one thing.
+        samples: first samples of the data to measure on; 8 without it.
+        work: where to keep and show results.
+
+    Raises:
+        BitalloyError: a pattern matches nothing.
+    """
+    things = chosen(ready.units, selection or Selection(), mode)
+    if mode == ALL_BUT_ONE:
+        whole = ready.units.rounded(ready.units.quantizable())
+        things.append(Thing("all", EVERYTHING, "all", whole))
+    count = min(samples or SAMPLES, len(ready.data))
+    around = ready.units.rounded(ready.units.quantizable()) if mode == ALL_BUT_ONE else frozenset()
+    damage, energy = measured(ready, [t.sites for t in things], range(count), around=around, work=work or Workspace())
+    weights = draws(count, ready.settings.seed)
+    share = energy / energy.mean(axis=0)
+    rows = [
+        Sensitivity(
+            id=thing.id, scope=thing.scope, part=thing.part, head=head.name, exact=True,
+            sqnr_db=interval(damage[:, h, t], share[:, h], weights),
+        )
+        for t, thing in enumerate(things)
+        for h, head in enumerate(ready.heads)
+    ]  # fmt: skip
+    halves = [damage[start::2].mean(axis=0) for start in (0, 1)] if count >= 4 else []
+    return SensitivityTable(
+        model_sha256=ready.graph.info.sha256,
+        data=part_of(ready.info, count),
+        samples=count,
+        probes=0,
+        seed=ready.settings.seed,
+        settled=bool(halves)
+        and all(alike(halves[0][i], halves[1][i]) for i, h in enumerate(ready.heads) if not h.kind),
+        rows=tuple(rows),
+        method=mode,
+    )
+
+
+def measured(
+    ready: Calibrated,
+    sets: Sequence[frozenset[str]],
+    samples: Sequence[int],
+    *,
+    around: frozenset[str] = frozenset(),
+    work: Workspace,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measured damage of sets of sites, from shards where they exist.
+
+    Args:
+        ready: the calibrated model.
+        sets: what is rounded in each measurement.
+        samples: indices into the data.
+        around: sites from which the sets differ little: what they have in common at the start is executed once.
+        work: where to keep and show results.
+
+    Returns:
+        (samples, heads, sets): error energy over the mean of ||y||^2, and (samples, heads): ||y||^2.
+
+    Raises:
+        DataError: an output is NaN or infinite.
+    """
+    key = key_of(
+        model=ready.graph.identity,
+        shapes=ready.graph.info.inputs,
+        data=ready.info,
+        target=ready.target.name,
+        ranges=ready.calibration.ranges,
+        offsets=ready.offsets,
+        versions=versions(),
+    )
+    board = switchboard(ready, len(samples), work)
+    start = board.gates(around) if around else None
+    names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
+
+    def measure(index: int) -> list[Row]:
+        measurement: Measurement | None = None
+
+        def shard(sites: frozenset[str]) -> bytes:
+            nonlocal measurement
+            if measurement is None:
+                measurement = Measurement(board, ready.heads, ready.data.feeds(index), start)
+            error = measurement.error(board.gates(sites))
+            if not np.isfinite(error).all():
+                raise DataError(f"The rounded model's output is NaN or infinite on sample {index}.")
+            return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(measurement.energy.tolist())))
+
+        rows = []
+        for sites in sets:
+            raw = work.shard("exact", key, f"{index:06d}-{names[sites]}", partial(shard, sites))
+            rows.append(msgspec.json.decode(raw, type=Row))
+            progress.advance(1)
+        return rows
+
+    with work.stage("exact", len(samples) * len(sets)) as progress, ThreadPoolExecutor(board.at_once) as pool:
+        rows = list(pool.map(measure, samples))
+    energy = np.array([row[0].energy for row in rows])
+    error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
+    return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
+
+
+def confirm(
+    analysis: Analysis, worst: int, *, flagged: bool = True, samples: int = SAMPLES, work: Workspace | None = None
+) -> Analysis:
+    """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
+
+    The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
+    fitted to what was measured (`sensitivity.correct`), so that plans made from the result, and the other rows of the
+    table, rest on it too. Of several targets the first with INT8 is measured, and the others are corrected alike.
+
+    Args:
+        analysis: whose table is doubtful.
+        worst: number of units with the lowest SQNR on any head.
+        flagged: whether everything flagged is measured too; where much is, that takes minutes.
+        samples: at most so many samples, the first of the matrix.
+        work: where to keep and show results.
+    """
+    work, parts = work or Workspace(), list(analysis.targets)
+    lead = deciding(parts)
+    if lead is None:
+        return analysis
+    confirmed, correction = _confirmed(parts[lead], worst, flagged=flagged, samples=samples, work=work)
+    if correction is None:
+        return analysis
+    for index, part in enumerate(parts):
+        if index != lead:
+            matrix = correction.carried_over(part.matrix)
+            table = table_of(matrix, part.units, part.table.data, correction.secant, seed=part.settings.seed)
+            key = key_of(analysis=part.key, confirmed=confirmed.key)
+            parts[index] = replace(part, matrix=matrix, secant=correction.secant, table=table, key=key)
+        else:
+            parts[index] = confirmed
+    return replace(parts[0], others=tuple(replace(p, others=()) for p in parts[1:]))
+
+
+def _confirmed(
+    analysis: Analysis, worst: int, *, flagged: bool, samples: int, work: Workspace
+) -> tuple[Analysis, Correction | None]:
+    units, matrix = analysis.units, analysis.matrix
+    doubtful = _doubtful(analysis.table, worst, flagged=flagged)
+    things = [
+        Thing(scope, name, part, sites)
+        for scope, name, part, sites in groups(units)
+        if (scope, name, part) in doubtful and not (scope == "site" and name.endswith(AGAIN))
+    ]
+    if not things:
+        return analysis, None
+    count = min(samples, matrix.samples)
+    key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
+
+    def make() -> bytes:
+        found = measured(analysis, [t.sites for t in things], range(count), work=work)
+        return msgspec.json.encode([part.tolist() for part in found])
+
+    damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
+    findings = []
+    for t, thing in enumerate(things):
+        predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
+        part = predicted[:count].mean(axis=0) / energy.mean(axis=0)
+        # measured over predicted on the same samples, times the prediction on all of them
+        ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
+        findings.append(Finding(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
+    correction = correct(matrix, analysis.secant, findings, units.rounded(units.quantizable()))
+    weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
+    estimates = {
+        (thing.scope, thing.id, thing.part, head.name): interval(damage[:, h, t], share[:, h], weights)
+        for t, thing in enumerate(things)
+        for h, head in enumerate(analysis.heads)
+    }
+    fixed, bent = correction.matrix, correction.secant
+    table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
+    rows = tuple(_with(r, estimates) for r in table.rows)
+    table = msgspec.structs.replace(table, rows=rows)
+    return replace(analysis, matrix=fixed, secant=bent, table=table, key=key), correction
+
+
+def _doubtful(table: SensitivityTable, worst: int, *, flagged: bool) -> set[tuple[str, str, str]]:
+    """(scope, id, part) of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
+    lowest: dict[str, float] = {}
+    for row in table.rows:
+        if row.scope == "unit" and row.part == "all" and not is_divergence(row.head):
+            lowest[row.id] = min(lowest.get(row.id, np.inf), row.sqnr_db.value)
+    marked = {(r.scope, r.id, r.part) for r in table.rows if flagged and r.flagged and r.scope != "region"}
+    return marked | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}
+
+
+def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str], Estimate]) -> Sensitivity:
+    found = estimates.get((row.scope, row.id, row.part, row.head))
+    return row if found is None else msgspec.structs.replace(row, sqnr_db=found, flagged=False, exact=True)

@@ -1,0 +1,113 @@
+"""The probe matrix of a model, from shards where they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from bitalloy.calibrate.gather import COMPARED
+from bitalloy.core.records import Secant
+from bitalloy.core.work import Workspace
+from bitalloy.rewrite.calibrated import Calibrated, deciding
+from bitalloy.sensitivity.columns import views
+from bitalloy.sensitivity.exact import FRACTIONS, secant
+from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.probe import Prober
+from bitalloy.sensitivity.ranges import late
+from bitalloy.sensitivity.switchboards import switchboard
+from bitalloy.sensitivity.table import settled
+
+MIN_SAMPLES, MAX_SAMPLES = 8, 16
+
+
+LEAST_PROBES = 2
+"""Of a head in every sample."""
+
+
+SECANT_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One matrix for all targets and methods of calibration, and the columns in it."""
+
+    matrix: ProbeMatrix
+    methods: tuple[str, ...]
+    """Of calibration; the first one, empty, stands for the ranges that a tensor has."""
+    views: tuple[tuple[Mapping[str, str], ...], ...]
+    """[target][method]: site -> name of its column."""
+    late: tuple[tuple[Mapping[str, str], ...], ...]
+    """[target][method]: the same on the ranges of `ranges.late`."""
+
+    def first(self) -> list[ProbeMatrix]:
+        """The matrix of each target on the first ranges."""
+        if sum(map(len, self.views)) == 1:
+            return [self.matrix]
+        return [self.matrix.view(candidates[0]) for candidates in self.views]
+
+
+def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
+    """Probe a model once for all its targets and all methods of calibration that are compared.
+
+    Args:
+        parts: the model on each target.
+        work: where to keep and show results.
+    """
+    ready = parts[0]
+    settings, data, key = ready.settings, ready.data, ready.key
+    most = min(len(data), settings.samples or MAX_SAMPLES)
+    plain = sum(not h.kind for h in ready.heads)
+    shared = max(LEAST_PROBES, -(-settings.probes // plain))
+    probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
+    methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
+    schemes = [p.scheme(method) for method in methods for p in parts]
+    schemes += [replace(s, ranges=late(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
+
+    def make() -> bytes:
+        prober: Prober | None = None
+        rows: list[ProbeMatrix] = []
+        with work.stage("probe", most) as progress:
+            for index in range(most):
+
+                def shard(n: int = index) -> bytes:
+                    nonlocal prober
+                    prober = prober or Prober(ready.graph, ready.heads, schemes, stops=ready.excluded)
+                    return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
+
+                rows.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
+                progress.advance(1)
+                enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
+                if enough and settled(ProbeMatrix.concatenate(rows), ready.units):
+                    break
+        return ProbeMatrix.concatenate(rows).to_bytes()
+
+    matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    found = views(ready.graph, schemes)
+    size, end = len(parts), len(methods) * len(parts)
+    return Probed(
+        matrix,
+        tuple(methods),
+        tuple(tuple(found[i:end:size]) for i in range(size)),
+        tuple((found[i], *found[end + i :: size]) for i in range(size)),
+    )
+
+
+def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
+    """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
+    at = deciding(parts)
+    if at is None:
+        ones = (1.0,) * len(matrices[0].heads)
+        return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
+    ready, matrix = parts[at], matrices[at]
+    count = min(SECANT_SAMPLES, matrix.samples)
+
+    def make() -> bytes:
+        with work.stage("secant", count * len(FRACTIONS)) as progress:
+            board = switchboard(ready, count, work)
+            feeds = [ready.data.feeds(i) for i in range(count)]
+            sites = ready.units.rounded(ready.units.quantizable())
+            return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
+
+    return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)

@@ -1,0 +1,230 @@
+"""Programs as tasks see them: which graphs read an image, which a prompt, and how samples come about.
+
+Two kinds are known by what they take:
+
+1. Promptable segmentation: an image, `point_coords` and `point_labels`. A sample is an image with one prompt.
+2. Language: an image, the token ids `before` and `after` it, and a decoder with an empty cache. A sample is an image
+   with the tokens of a question, or of a question with its answer. The graph that embeds the tokens puts the image's
+   features between their vectors, so the joined graph leads from the image to the logits.
+
+Any other program is fed from .npz files with the names of its free inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.errors import DataError, ModelError
+from bitalloy.core.records import TensorSpec
+from bitalloy.data.datasets import Samples, open_dataset
+from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.model.graphs.joining import Joined
+from bitalloy.model.graphs.outline import SHAPES, Outline, usual_shapes
+from bitalloy.model.graphs.wiring import Program
+from bitalloy.model.load import Graph
+from bitalloy.runtime.artefact import Chain
+from bitalloy.runtime.base import Session
+from bitalloy.tasks import chat, promptable
+from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
+from bitalloy.tasks.chat_samples import ChatSamples
+from bitalloy.tasks.detection import looks_like_yolo
+from bitalloy.tasks.pieces import read_pieces
+from bitalloy.tasks.prompt_samples import PromptSamples
+from bitalloy.zoo.mobilevlm_chat import tokenizer as sentence_pieces
+
+IMAGE = "bitalloy.image"
+"""Metadata key of how images are prepared, as JSON: arguments of `infer_image_spec`."""
+
+
+def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
+    """What a file says about the preparation of its images.
+
+    Raises:
+        ModelError: the entry is damaged.
+    """
+    try:
+        found = msgspec.json.decode(metadata.get(IMAGE, "{}"), type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ModelError(f"The model's metadata '{IMAGE}' is damaged: {error}. Export the model again.") from error
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+
+
+def speaks(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether a program takes an image and the tokens around it."""
+    return {chat.BEFORE, chat.AFTER, chat.MASK, chat.POSITIONS} <= {i.name for i in inputs} and _takes_image(inputs)
+
+
+def takes_prompts(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether a program takes an image and points."""
+    return {promptable.COORDINATES, promptable.LABELS} <= {i.name for i in inputs} and _takes_image(inputs)
+
+
+def interface(
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    metadata: Mapping[str, str],
+    folder: Path,
+    image: ImageSpec | None = None,
+) -> Interface:
+    """A model as its task sees it.
+
+    Args:
+        inputs: free inputs.
+        outputs: free outputs.
+        metadata: of its files.
+        folder: of its files; of a language program the tokenizer lies there.
+        image: preparation of images; what the files say without it, or else the task's own way.
+    """
+    facts = image_facts(metadata)
+    if image is None and facts:
+        image = infer_image_spec(inputs, task=None, **facts)  # type: ignore[arg-type]
+    if not speaks(inputs):
+        return Interface(inputs=inputs, outputs=outputs, metadata=metadata, image=image)
+    picture = image_input(Interface(inputs=inputs, outputs=outputs))
+    assert picture is not None, "a program that speaks takes an image"
+    asked = (picture, TensorSpec(name=chat.IDS, dtype="INT64", shape=(1, "ids")))
+    return Interface(inputs=asked, outputs=outputs, metadata=metadata, image=image, tokenizer=tokenizer(folder))
+
+
+def interface_of(graph: Graph) -> Interface:
+    """A loaded model as its task sees it."""
+    folder = graph.source if isinstance(graph, Joined) else graph.source.parent
+    return interface(graph.info.inputs, graph.info.outputs, graph.metadata, folder)
+
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that lies beside the graphs of a language program.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+        MissingExtraError: reading one of its kind needs a package that is not installed.
+    """
+    if (pieces := read_pieces(folder)) is not None:
+        return pieces
+    return chat.SentencePieces(sentence_pieces(folder))
+
+
+def runner(graph: Graph, session: Session) -> Run:
+    """The function from a task's feeds to outputs; what an image gives is kept for all that is asked about it."""
+    if not isinstance(session, Chain) or not isinstance(graph, Joined):
+        return session.run
+    inputs, program = graph.info.inputs, graph.program
+    if speaks(inputs):
+        owner = {t: session.part(name) for name, g in program.graphs.items() for t in g.input_names}
+        picture = image_input(Interface(inputs=inputs, outputs=()))
+        assert picture is not None
+        return chat.join(owner[picture.name].run, owner[chat.BEFORE].run, owner[chat.MASK].run, cache_size(inputs))
+    if takes_prompts(inputs) and len(program.graphs) == 2:
+        return _prompted(program, session)
+    return session.run
+
+
+def cache_size(inputs: Sequence[TensorSpec]) -> tuple[int, int, int]:
+    """Layers, heads and width per head of a decoder's cache."""
+    keys = [i for i in inputs if i.name.startswith("past.") and i.name.endswith(".key")]
+    if not keys or any(not isinstance(d, int) for k in keys for d in (k.shape[1], k.shape[3])):
+        raise ModelError(
+            f"The decoder has no cache of keys and values (1, heads, past, width) called 'past.0.key'; its inputs are "
+            f"{[i.name for i in inputs]}. Export it as `bitalloy export` does."
+        )
+    return len(keys), int(keys[0].shape[1]), int(keys[0].shape[3])
+
+
+def open_samples(
+    outline: Outline, paths: Sequence[Path], *, image: ImageSpec | None, limit: int | None, seed: int
+) -> Samples:
+    """Samples of a program, all of the same shapes.
+
+    Args:
+        outline: the program.
+        paths: of a promptable one: a COCO annotation file with masks, or images (asked over a grid). Of one that
+            speaks: questions (JSON lines) or captions (COCO), or images (asked for a caption); several are mixed. Of
+            any: .npz feeds.
+        image: preparation of images; what the files say without it.
+        limit: at most so many samples, chosen by `seed`.
+        seed: of the choice.
+
+    Raises:
+        DataError: nothing usable there, or it does not fit.
+    """
+    inputs = outline.open_inputs
+    is_feeds = all(holds_arrays(path) for path in paths)
+    if is_feeds or not (speaks(inputs) or takes_prompts(inputs)):
+        if len(paths) != 1:
+            raise DataError(f"Give one folder or file of .npz feeds, not {len(paths)}.")
+        return _alike(open_dataset(paths[0], inputs, image=image, limit=limit, seed=seed))
+    known = interface(inputs, outline.free_outputs, outline.facts, outline.folder, image)
+    if speaks(inputs):
+        return ChatSamples.open(paths, known, cache_size(inputs), _image_tokens(outline), limit=limit, seed=seed)
+    if len(paths) != 1:
+        raise DataError(f"Give one annotation file or folder of images, not {len(paths)}.")
+    return PromptSamples.open(paths[0], known, limit=limit, seed=seed)
+
+
+def _image_tokens(outline: Outline) -> int:
+    """Vectors that stand for an image: the second size of what the graph that embeds tokens gets by its wire."""
+    for wire in outline.wires:
+        if chat.BEFORE in {i.name for i in outline.inputs[wire.target]}:
+            shapes = [o.shape for o in outline.outputs[wire.source] if o.name == wire.output]
+            shapes.append(usual_shapes(outline.metadata[wire.target]).get(wire.input, ()))
+            for shape in shapes:
+                if len(shape) == 3 and isinstance(shape[1], int):
+                    return int(shape[1])
+    raise ModelError(
+        f"The graphs do not say how many vectors stand for an image. Export them as `bitalloy export` does, or write "
+        f"the shape of the features into the metadata '{SHAPES}'."
+    )
+
+
+def _prompted(program: Program, session: Chain) -> Run:
+    encoder, decoder = program.order
+    names = {w.output: w.input for w in program.wires}
+
+    def encode(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = session.part(encoder).run(feeds)
+        return {names[name]: value for name, value in found.items() if name in names}
+
+    return promptable.join(encode, session.part(decoder).run)
+
+
+def _takes_image(inputs: Sequence[TensorSpec]) -> bool:
+    return image_input(Interface(inputs=tuple(inputs), outputs=())) is not None
+
+
+def holds_arrays(path: Path) -> bool:
+    """Whether a path is a file of arrays or a folder with some."""
+    suffixes = {".npz", ".npy"}
+    if path.is_file():
+        return path.suffix.lower() in suffixes
+    return path.is_dir() and any(f.suffix.lower() in suffixes for f in path.iterdir())
+
+
+def _alike(samples: Samples) -> Samples:
+    """The samples, if all have the shapes of the first: the analysis runs at one size."""
+    first = {name: value.shape for name, value in samples.feeds(0).items()}
+    for index in range(1, len(samples)):
+        for name, value in samples.feeds(index).items():
+            if value.shape != first[name]:
+                raise DataError(
+                    f"'{name}' has shape {list(first[name])} in '{samples.name(0)}' and {list(value.shape)} in "
+                    f"'{samples.name(index)}'; all samples need the same shapes. Cut or pad them."
+                )
+    return samples
+
+
+ImageChoice = ImageSpec | Mapping[str, object] | None
+"""How images are prepared: in full, or some arguments of `infer_image_spec`, or as inferred."""
+
+
+def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
+    """How images become feeds for a model, or None where it takes no image.
+
+    What is given counts before what the model's file says, and this before what is inferred from the input.
+    """
+    detector = looks_like_yolo(model.info.inputs, model.info.outputs)
+    known = {**image_facts(model.metadata), **overrides}
+    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]

@@ -1,0 +1,285 @@
+"""The rounds of one verification: plans that were made and measured, and the tables as corrected by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.outcome import LatencySpread, Round
+from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.plans import Budget, ParetoPoint
+from bitalloy.core.records import Estimate, Latency
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Progress, Workspace
+from bitalloy.measure import bench
+from bitalloy.measure.sqnr import FLOAT32, output_sqnr
+from bitalloy.model.heads import is_divergence
+from bitalloy.rewrite.calibrated import unseen
+from bitalloy.runtime.artefact import Artefact, reopeners
+from bitalloy.runtime.base import Session
+from bitalloy.search.planning import damage_of, plan_around, plan_tables, tables_of
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.correct import Finding
+from bitalloy.verify.neighbours import NEIGHBOURS, SHOWN, Sitting, beside, measure_beside, with_measured
+from bitalloy.verify.repair import repair
+from bitalloy.verify.rounds import Standing, following, judged, misfit, seeks_speed
+
+BENCH_REPEATS = 40
+
+
+MAX_ROUNDS = 3
+
+
+BETTER_DB, STEADY = 0.1, 0.02
+"""What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was made and measured."""
+
+    planned: Planned
+    mixed: Artefact
+    measured: Measured
+    round: Round
+
+    @property
+    def standing(self) -> Standing:
+        """What counts for the budget."""
+        size = self.mixed.size_bytes
+        return Standing(
+            self.measured.ratio, self.measured.latency.mixed.median_ms, size, judged(self.planned, self.measured)
+        )
+
+
+class Course:
+    """The rounds of one verification: what was tried, and the tables as corrected so far.
+
+    Args:
+        analysis: of the model.
+        planned: the first plan.
+        work: where to keep and show results.
+    """
+
+    def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
+        self._analysis, self._work, self._first = analysis, work, planned
+        self.tables = tables_of(analysis, planned.cost)
+        """As corrected so far."""
+        self._base, self._findings = self.tables, tuple[Finding, ...]()
+        self.samples = unseen(analysis.matrix.samples, len(analysis.data))
+        """On which plans are measured."""
+        self._tried: list[Trial] = []
+        self._decided: Trial | None = None
+        self.budget = planned.plan.budget
+        """As the user gave it."""
+
+    def search(self) -> None:
+        """Measure, correct and search, until nothing is left to correct or the rounds are used up."""
+        planned, asked = self._first, self.budget
+        while True:
+            repaired = self._try(planned, asked, "search").round.repair is not None
+            if len(self._tried) == MAX_ROUNDS:
+                return
+            next_ = following(
+                self._analysis.units, asked, self.budget, planned, self._tried[-1].measured, repaired=repaired
+            )
+            if next_ is None and not repaired:
+                return
+            if repaired:
+                changed = next_[0] if next_ else asked
+                asked = msgspec.structs.replace(
+                    changed, min_sqnr_db=self.budget.min_sqnr_db, head_sqnr_db=self.budget.head_sqnr_db
+                )
+            elif next_:
+                asked = next_[0]
+            if next_:
+                self.tables = replace(self.tables, cost=next_[1])
+            try:
+                planned = plan_tables(self.tables, asked, front=False, work=self._work)
+            except BudgetError:
+                return
+            if any(planned.plan.lowered() == t.planned.plan.lowered() for t in self._tried):
+                return
+
+    def decide(self, point: ParetoPoint, source: str) -> None:
+        """Take a plan of the front, whatever the others measured."""
+        self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, source)
+
+    def completed(self) -> Planned:
+        """The best plan, or the first before any was tried, as the tables see it now, with the front around it."""
+        plan_, budget = (self.best.planned if self._tried else self._first).plan, self.budget
+        gap, solved = plan_.optimality_gap, plan_.solved
+        return plan_around(self.tables, budget, plan_.lowered(), gap=gap, solved=solved, work=self._work)
+
+    @property
+    def everything(self) -> tuple[frozenset[str], float]:
+        """The plan that lowers all it can, and its predicted damage."""
+        lowered = self._analysis.units.lowest()
+        return lowered, damage_of(self.tables, self.budget, lowered)
+
+    def beside_neighbours(self) -> Planned:
+        """`completed`, with the neighbours on its front measured; one that does better takes its place."""
+        final = self.completed()
+        points = beside(final.plan, SHOWN if self.budget.max_drop else NEIGHBOURS)
+        if len(points) < 2:
+            return final
+        sitting = measure_beside(self._analysis, points, self.samples, self._work)
+        better = self._better(final, points, sitting)
+        if better is not None and self._tried_before(better) is None:
+            self._try(self._from_front(better), self.budget, "front")
+            final = self.completed()
+        return replace(final, plan=with_measured(final.plan, points, sitting))
+
+    def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: Sitting) -> ParetoPoint | None:
+        """The neighbour that fits the budget better than the chosen plan, by enough to be no accident of timing."""
+        if self.budget.max_drop:
+            return None  # none of them was evaluated
+        heads = [h.head for h in final.plan.heads]
+        found = []
+        for i, point in enumerate(points):
+            values = {h: e.value for h, e in zip(heads, sitting.sqnr[i], strict=True) if not is_divergence(h)}
+            standing = Standing(sitting.ratio[i], sitting.milliseconds[i], point.size_bytes, values)
+            found.append((misfit(self.budget, standing, tolerance=1.0), i))
+        own = next(m for m, i in found if points[i].lowered() == final.plan.lowered())
+        best, index = min(found)
+        gain = own[1] - best[1]
+        enough = STEADY * own[1] if seeks_speed(self.budget) else BETTER_DB
+        return points[index] if best[0] <= own[0] and gain > enough else None
+
+    def _from_front(self, point: ParetoPoint) -> Planned:
+        lowered = point.lowered()
+        return plan_around(self.tables, self.budget, lowered, gap=point.optimality_gap, front=False, work=self._work)
+
+    def _tried_before(self, point: ParetoPoint) -> Trial | None:
+        return next((t for t in self._tried if t.planned.plan.lowered() == point.lowered()), None)
+
+    def _try(self, planned: Planned, asked: Budget, source: str) -> Trial:
+        """Make and measure a plan, and repair the tables where its prediction is off."""
+        mixed = self._analysis.artefact(planned.plan.lowered())
+        measured = _measure(self._analysis, planned, mixed, self.samples, self._work)
+        fix = None
+        if not self._analysis.graph.large:
+            fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
+        if fix is not None:
+            self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
+        pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
+        trial = Trial(
+            planned,
+            mixed,
+            measured,
+            Round(
+                latency_ratio_limit=asked.latency_ratio,
+                min_sqnr_db=asked.min_sqnr_db,
+                head_sqnr_db=asked.head_sqnr_db,
+                predicted_ratio=round(planned.predicted_ratio, 4),
+                measured_ratio=round(measured.ratio, 4),
+                sqnr_db=tuple(judged(planned, measured).values()),
+                predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
+                int8_units=len(planned.plan.int8_units()),
+                source=source,
+                repair=fix.record if fix is not None else None,
+            ),
+        )
+        self._tried.append(trial)
+        return trial
+
+    @property
+    def best(self) -> Trial:
+        """The plan that fits the budget best, as measured."""
+        return self._decided or min(self._tried, key=lambda t: misfit(self.budget, t.standing))
+
+    def rounds(self) -> tuple[Round, ...]:
+        """What was done, with the mark of the plan that is kept."""
+        best = self.best
+        return tuple(msgspec.structs.replace(t.round, shipped=t is best) for t in self._tried)
+
+    def known(self) -> Analysis:
+        """The analysis with the matrix as corrected."""
+        facts = self.tables.facts
+        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
+
+
+def _measure(
+    analysis: Analysis, planned: Planned, mixed: Artefact, samples: Sequence[int], work: Workspace
+) -> Measured:
+    def make() -> bytes:
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
+        timed = 0 if planned.cost.estimated else BENCH_REPEATS
+        with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
+
+            def compare(sessions: Mapping[str, Session]) -> None:
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions[name] for name in ("int8", "mixed")},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
+                    )
+                )
+
+            latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
+        return msgspec.json.encode(
+            Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
+        )
+
+    key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)
+    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+
+
+def _latency(
+    analysis: Analysis,
+    planned: Planned,
+    models: Mapping[str, Artefact],
+    then: Callable[[Mapping[str, Session]], None],
+    progress: Progress,
+) -> LatencySpread:
+    """Measured in turns, or from the cost table with a count of 0, where that estimates; `then` gets the sessions."""
+    if planned.cost.estimated:
+        sessions = {name: model.session() for name, model in models.items()}
+        then(sessions)
+        for session in sessions.values():
+            session.close()
+        plans = (frozenset[str](), analysis.units.lowest(), planned.plan.lowered())
+        us = [planned.cost.latency_us(analysis.units, p) / 1e3 for p in plans]
+        reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
+        return LatencySpread(reference=reference, int8=int8, mixed=mixed)
+    together = not (models["mixed"].large or analysis.graph.large)
+    openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
+    times = bench.sittings(
+        dict(zip(models, openers, strict=True)),
+        analysis.data.feeds(0),
+        repeats=BENCH_REPEATS,
+        together=together,
+        progress=progress.advance,
+        then=then,
+    )
+    return LatencySpread(
+        reference=bench.summarize(times["float"]),
+        int8=bench.summarize(times["int8"]),
+        mixed=bench.summarize(times["mixed"]),
+    )
+
+
+def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
+    """Float, all-INT8 and mixed model as they run on this machine, what is large of them in files of a folder."""
+    return {
+        "float": analysis.original(),
+        "int8": analysis.executable(all_int8(analysis)).placed(folder / "int8"),
+        "mixed": analysis.executable(mixed).placed(folder / "mixed"),
+    }
+
+
+def _identity(planned: Planned) -> list[str]:
+    """What decides a mixed model beside the analysis."""
+    return sorted(planned.plan.lowered())
+
+
+def all_int8(analysis: Analysis) -> Artefact:
+    """The model in which every unit that may run in INT8 does, and of the others what may run in FP16."""
+    return analysis.artefact(analysis.units.lowest())

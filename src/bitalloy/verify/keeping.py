@@ -1,0 +1,189 @@
+"""The fastest plan of a front that keeps the task metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.outcome import Evaluation, MetricComparison
+from bitalloy.core.planned import Metrics, Planned
+from bitalloy.core.plans import FIRST, Budget, ParetoPoint
+from bitalloy.model.heads import is_divergence
+from bitalloy.tasks.base import TaskMetric, TaskResult
+from bitalloy.tasks.evaluate import Evaluator
+
+
+def measure_metrics(evaluator: Evaluator | None, int8: frozenset[str], mixed: frozenset[str]) -> Metrics:
+    """Task metrics of float, all-INT8 and mixed model, on the same samples; none without labels.
+
+    Args:
+        evaluator: of the model.
+        int8: the plan that lowers all it can.
+        mixed: the plan.
+    """
+    if evaluator is None:
+        return Metrics(metrics={}, confidence_shift={})
+    subjects = {"float": evaluator.reference, "int8": evaluator.subject(int8), "mixed": evaluator.subject(mixed)}
+    found = [_metrics_of(result) for result in evaluator.results(subjects, "evaluate")]
+    return Metrics(
+        metrics={name: value for part in found for name, value in part.metrics.items()},
+        confidence_shift={name: value for part in found for name, value in part.confidence_shift.items()},
+        notes=tuple(note for part in found for note in part.notes),
+    )
+
+
+def fastest_that_keeps(
+    evaluator: Evaluator | None, planned: Planned, int8: tuple[frozenset[str], float]
+) -> tuple[ParetoPoint, tuple[Evaluation, ...]]:
+    """The fastest plan of the front whose task metrics drop by no more than the budget allows.
+
+    Damage falls along the front, so there is a place from which on the limits hold. The search for it starts where the
+    limits would be reached if drops were proportional to damage, as the all-INT8 model shows; it goes away from there
+    in steps that double, and halves what is left. Plans that miss another limit of the budget are not candidates, where
+    any meets them. The last one, with the least damage, is taken unseen where none before it holds, and the result's
+    own metrics tell. Only values of the metrics count, not their intervals.
+
+    Args:
+        evaluator: with labels for the task.
+        planned: a plan with its front.
+        int8: the plan that lowers all it can, and its predicted damage.
+
+    Returns:
+        The plan, and all that were evaluated, in order.
+
+    Raises:
+        BudgetError: a metric that the task does not have, or no labels.
+    """
+    budget = planned.plan.budget
+    if evaluator is None:
+        raise BudgetError(
+            "A limit on the drop of a task metric needs labels. Give --eval (labels=...) with the task's."
+        )
+    candidates = _candidates(planned, budget)
+    evaluations: list[Evaluation] = []
+
+    def drops(lowered: frozenset[str]) -> dict[str, float]:
+        subjects = {"float": evaluator.reference, "candidate": evaluator.subject(lowered)}
+        found = evaluator.results(subjects, "candidate", resamples=0)
+        return _drops(budget, [metric for result in found for metric in result.metrics])
+
+    def keeps(index: int) -> bool:
+        point = candidates[index]
+        found = drops(point.lowered())
+        kept = _kept(budget, found)
+        evaluations.append(
+            Evaluation(
+                int8_units=len(point.int8_units),
+                predicted_ratio=round(point.predicted_latency_us / planned.cost.all_float_us, 4),
+                drops={name: round(drop, 6) for name, drop in found.items()},
+                kept=kept,
+            )
+        )
+        return kept
+
+    plan, damage = int8
+    allowed = _allowed_damage(budget, drops(plan), damage)
+    guess = next((i for i, point in enumerate(candidates) if point.damage <= allowed), len(candidates) - 1)
+    chosen = _first_that_holds(len(candidates), guess, keeps)
+    if not evaluations:
+        keeps(chosen)
+    return candidates[chosen], tuple(evaluations)
+
+
+def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> int:
+    """The least of `count` indices at which something holds that stays true behind it; the last is not looked at.
+
+    >>> _first_that_holds(9, 4, lambda i: i >= 5)
+    5
+    """
+    low, high, at, step = 0, count - 1, guess, 1
+    below = above = False
+    while low < high:
+        at = min(max(at, low), high - 1)
+        if holds(at):
+            high, above = at, True
+            at = high - step
+        else:
+            low, below = at + 1, True
+            at = low + step - 1
+        step *= 2
+        if below and above:
+            at = (low + high) // 2
+    return low
+
+
+def _allowed_damage(budget: Budget, drops: Mapping[str, float], damage: float) -> float:
+    """Damage at which the limits are reached, from the drops at a known damage; infinite where they hold there."""
+    found = [math.inf]
+    for name, most in _limits(budget, drops).items():
+        if drops[name] > most:
+            found.append(damage * max(most, 0.0) / drops[name] if drops[name] > 0 else 0.0)
+    return min(found)
+
+
+def _limits(budget: Budget, drops: Mapping[str, float]) -> dict[str, float]:
+    """The limits of a budget by the names of the metrics; `drops` has one for each, in the same order."""
+    return dict(zip(drops, budget.max_drop.values(), strict=True))
+
+
+def _kept(budget: Budget, drops: Mapping[str, float]) -> bool:
+    return all(drops[name] <= most for name, most in _limits(budget, drops).items())
+
+
+def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
+    """Metric -> (drop of the mixed model, limit), where a limit is missed."""
+    found = {}
+    for name, most in budget.max_drop.items():
+        key = next(iter(metrics), "") if name == FIRST else name
+        drop = metrics[key].drop_mixed if key in metrics else None
+        if drop is not None and drop.value > most:
+            found[key] = (drop.value, most)
+    return found
+
+
+def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
+    """Plans of the front within the other limits, fastest first; all of them where none is."""
+    whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]
+    latency = [budget.latency_ratio * whole] if budget.latency_ratio is not None else []
+    latency += [budget.latency_ms * 1e3] if budget.latency_ms is not None else []
+    floors = {i: f for i, head in enumerate(heads) if (f := budget.floor_db(head)) is not None}
+
+    def within(point: ParetoPoint) -> bool:
+        return (
+            all(point.predicted_latency_us <= most * (1 + 1e-9) for most in latency)
+            and (budget.size_bytes is None or point.size_bytes <= budget.size_bytes)
+            and all(point.sqnr_db[i] >= floor for i, floor in floors.items() if not is_divergence(heads[i]))
+        )
+
+    points = sorted(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
+    return [p for p in points if within(p)] or points
+
+
+def _metrics_of(result: TaskResult) -> Metrics:
+    return Metrics(
+        metrics={metric.name: _comparison(metric) for metric in result.metrics},
+        confidence_shift=result.confidence_shift,
+        notes=result.notes,
+    )
+
+
+def _comparison(metric: TaskMetric) -> MetricComparison:
+    return MetricComparison(
+        reference=metric.values["float"],
+        int8=metric.values["int8"],
+        mixed=metric.values["mixed"],
+        drop_int8=metric.drops["int8"],
+        drop_mixed=metric.drops["mixed"],
+    )
+
+
+def _drops(budget: Budget, metrics: Sequence[TaskMetric]) -> dict[str, float]:
+    """Drops of the candidate in the metrics that the budget limits, in its order."""
+    known = {m.name: m.drops["candidate"].value for m in metrics}
+    found = {}
+    for name in budget.max_drop:
+        if name != FIRST and name not in known:
+            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(known)}.")
+        found[next(iter(known)) if name == FIRST else name] = known[next(iter(known)) if name == FIRST else name]
+    return found

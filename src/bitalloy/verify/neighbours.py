@@ -1,0 +1,119 @@
+"""The plans beside the chosen one, measured: a front that is not only predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.plans import ParetoPoint, Plan
+from bitalloy.core.records import Estimate, Record
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.measure import bench
+from bitalloy.measure.sqnr import output_sqnr
+from bitalloy.runtime.artefact import reopeners
+from bitalloy.runtime.base import Session
+from bitalloy.sensitivity.analysis import Analysis
+
+NEIGHBOURS, SHOWN = 6, 2
+"""Plans beside the chosen one, as many faster as slower ones where the front has them: those that may take its place,
+and those that are only shown."""
+REPEATS = 15
+"""Timed rounds of the sitting."""
+
+
+class Sitting(Record, frozen=True, kw_only=True):
+    """Plans measured side by side, in the order in which they were given."""
+
+    ratio: tuple[float, ...]
+    """Median latency over that of float in the same rounds."""
+    milliseconds: tuple[float, ...]
+    sqnr: tuple[tuple[Estimate, ...], ...]
+    """Per plan and head."""
+
+
+def beside(plan: Plan, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
+    """The chosen plan of a front and its neighbours by latency, fastest first; the float model is none."""
+    points = [p for p in sorted(plan.pareto, key=lambda p: p.predicted_latency_us) if p.lowered()]
+    chosen = next((i for i, p in enumerate(points) if p.lowered() == plan.lowered()), None)
+    if chosen is None:
+        return ()
+    start = min(max(chosen - count // 2, 0), max(len(points) - count - 1, 0))
+    return tuple(points[start : start + count + 1])
+
+
+def measure_beside(
+    analysis: Analysis, points: Sequence[ParetoPoint], samples: Sequence[int], work: Workspace
+) -> Sitting:
+    """Latency and output SQNR of plans and the float model, interleaved.
+
+    Args:
+        analysis: of the model.
+        points: the plans.
+        samples: indices of the samples for the SQNR.
+        work: where to keep and show results.
+    """
+    plans = [p.lowered() for p in points]
+
+    def make() -> bytes:
+        artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
+        openers = reopeners([analysis.original(), *artefacts.values()])
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
+        with work.stage("neighbours", REPEATS + len(samples)) as progress:
+
+            def compare(sessions: Mapping[str, Session]) -> None:
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions[name] for name in artefacts},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
+                    )
+                )
+
+            times = bench.sittings(
+                dict(zip(("float", *artefacts), openers, strict=True)),
+                analysis.data.feeds(0),
+                repeats=REPEATS,
+                progress=progress.advance,
+                then=compare,
+            )
+        return msgspec.json.encode(
+            Sitting(
+                ratio=tuple(round(ratio_of(times, name), 4) for name in artefacts),
+                milliseconds=tuple(round(float(np.median(times[name])), 4) for name in artefacts),
+                sqnr=tuple(sqnr[name] for name in artefacts),
+            )
+        )
+
+    key = key_of(
+        analysis=analysis.key,
+        plans=[sorted(p) for p in plans],
+        samples=samples,
+        **analysis.execution,
+    )
+    return msgspec.json.decode(work.cached("neighbours", key, make), type=Sitting)
+
+
+def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
+    """Median over the rounds of a model's time over float's: what slows a round slows both."""
+    return float(np.median(times[name] / times["float"]))
+
+
+def with_measured(plan: Plan, points: Sequence[ParetoPoint], found: Sitting) -> Plan:
+    """The plan with what was measured on its front."""
+    measured = {
+        p.lowered(): (ratio, tuple(e.value for e in sqnr))
+        for p, ratio, sqnr in zip(points, found.ratio, found.sqnr, strict=True)
+    }
+    front = tuple(
+        msgspec.structs.replace(p, measured_ratio=known[0], measured_db=known[1])
+        if (known := measured.get(p.lowered()))
+        else p
+        for p in plan.pareto
+    )
+    return msgspec.structs.replace(plan, pareto=front)

@@ -1,0 +1,138 @@
+"""Where a measured plan differs from its prediction: find the units responsible, measure them, correct the tables.
+
+The few units of the plan that are predicted to do most damage to the heads in question, and pairs of the first of them,
+are executed by themselves on the samples of the verification. What each of them really does there, and what the plan as
+a whole does, is put into the probe matrix (`sensitivity.correct`), on which the next search rests. Leaving units out of
+the plan would tell less: on 16 samples, what a unit adds to a plan is mostly the accident of products with all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.outcome import Remeasured, Repair
+from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Workspace
+from bitalloy.model.heads import is_divergence
+from bitalloy.search.planning import Tables
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.correct import Finding, correct, damage_of
+from bitalloy.sensitivity.matrix import decibel
+from bitalloy.sensitivity.measuring import measured as execute
+
+TOLERATED_DB = 1.5
+"""A head whose measured SQNR differs by less from the prediction needs no repair."""
+UNITS, PAIRED = 8, 3
+"""Units that are measured by themselves, and how many of the first in pairs too."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A plan beside its measurement."""
+
+    predicted_db: np.ndarray
+    """(heads,): SQNR."""
+    measured_db: np.ndarray
+    wide: np.ndarray
+    """(heads,): whether the prediction is off."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What is known after a repair."""
+
+    tables: Tables
+    findings: tuple[Finding, ...]
+    """All that the tables were fitted to."""
+    record: Repair
+
+
+def gap_of(planned: Planned, found: Measured) -> Gap:
+    """Compare what was measured with what the plan says.
+
+    A head is off where the difference is above `TOLERATED_DB`, or the measured SQNR is below the prediction's interval.
+    """
+    heads = planned.plan.heads
+    predicted = np.array([h.predicted_db.value for h in heads])
+    measured = np.array([e.value for e in found.sqnr_mixed])
+    low = np.array([h.predicted_db.low for h in heads])
+    plain = np.array([not is_divergence(h.head) for h in heads])
+    return Gap(predicted, measured, plain & ((np.abs(measured - predicted) > TOLERATED_DB) | (measured < low)))
+
+
+def repair(
+    analysis: Analysis,
+    base: Tables,
+    before: Sequence[Finding],
+    planned: Planned,
+    found: Measured,
+    samples: list[int],
+    work: Workspace,
+) -> Repaired | None:
+    """Correct tables by what the units responsible really do; None where the prediction holds.
+
+    Args:
+        analysis: of the model.
+        base: tables before any repair.
+        before: what earlier repairs found; the tables are fitted to all of it.
+        planned: the plan.
+        found: its measurement.
+        samples: on which it was measured.
+        work: where to keep and show results.
+    """
+    gap, int8 = gap_of(planned, found), planned.plan.int8_units()
+    if not gap.wide.any() or not int8:
+        return None
+    matrix, secant, units = base.matrix, base.facts.secant, base.units
+    known = {f.sites for f in before}
+    sets = [s for s in _suspects(base, int8, gap.wide) if units.rounded(s) not in known]
+    sites = [units.rounded(s) for s in sets]
+    key = key_of(analysis=base.facts.key, sets=[sorted(s) for s in sites], samples=samples)
+
+    def make() -> bytes:
+        damage, _ = execute(analysis, sites, samples, work=work)
+        return msgspec.json.encode(damage.mean(axis=0).T.tolist())
+
+    damage = np.array(msgspec.json.decode(work.cached("repair", key, make))) if sets else np.zeros((0, 0))
+    new = [Finding(s, d) for s, d in zip(sites, damage, strict=True)]
+    whole = Finding(units.rounded(planned.plan.lowered()), 10 ** (-gap.measured_db / 10))
+    findings = (*before, *new, whole)
+    correction = correct(matrix, secant, findings, units.rounded(units.quantizable()))
+    fixed, bent = correction.matrix, correction.secant
+    names = [h.head for h in planned.plan.heads]
+    order = {u.id: i for i, u in enumerate(units.units)}
+    changes = [
+        Remeasured(
+            units=tuple(sorted(left, key=order.__getitem__)),
+            change_db=_named(names, decibel(damage_of(matrix, secant, f.sites)) - decibel(f.damage)),
+        )
+        for left, f in zip(sets, new, strict=True)
+    ]
+    record = Repair(
+        gap_db=_named(names, gap.measured_db - gap.predicted_db),
+        remeasured=tuple(sorted(changes, key=lambda c: -max(map(abs, c.change_db.values()), default=0.0))),
+        left_db=_named(names, gap.measured_db - decibel(damage_of(fixed, bent, whole.sites))),
+    )
+    number = key_of(before=base.facts.key, findings=[(sorted(f.sites), f.damage.tolist()) for f in findings])
+    facts = msgspec.structs.replace(base.facts, key=number, secant=bent)
+    return Repaired(replace(base, matrix=fixed, facts=facts), findings, record)
+
+
+def _suspects(tables: Tables, int8: frozenset[str], wide: np.ndarray) -> list[frozenset[str]]:
+    """Units, and pairs of the first of them, by their predicted part of the damage to the heads that are off."""
+    matrix, secant, units = tables.matrix, tables.facts.secant, tables.units
+    whole = np.maximum(damage_of(matrix, secant, units.rounded(int8)), 1e-30)
+    alone = {u: damage_of(matrix, secant, units.rounded(frozenset({u}))) / whole for u in int8}
+    first = sorted(alone, key=lambda u: (-float(alone[u][wide].max()), u))[:UNITS]
+    return [frozenset({u}) for u in first] + [frozenset(pair) for pair in combinations(first[:PAIRED], 2)]
+
+
+def _named(heads: list[str], values: np.ndarray) -> dict[str, float]:
+    """By name of the head, divergences left out."""
+    return {h: round(float(v), 3) for h, v in zip(heads, values, strict=True) if not is_divergence(h)}

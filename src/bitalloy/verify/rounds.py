@@ -1,0 +1,99 @@
+"""What a measurement says about a budget: how far it is missed, and what to search with next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.planned import Measured, Planned, ratio_limit
+from bitalloy.core.plans import Budget, CostTable
+from bitalloy.core.records import UnitGraph
+from bitalloy.measure.bench import TOLERANCE
+from bitalloy.measure.cost import corrected
+from bitalloy.model.heads import is_divergence
+
+MARGIN_DB = 0.2
+"""By which a floor is raised beyond the gap to it."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A plan as it was measured."""
+
+    ratio: float
+    """Latency over float."""
+    milliseconds: float
+    size_bytes: int
+    sqnr_db: dict[str, float]
+    """By head, divergences left out."""
+
+
+def judged(planned: Planned, measured: Measured) -> dict[str, float]:
+    """Measured SQNR in dB of the heads of a plan, divergences left out."""
+    pairs = zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+    return {head.head: estimate.value for head, estimate in pairs if not is_divergence(head.head)}
+
+
+def shortfall(budget: Budget, sqnr_db: dict[str, float]) -> dict[str, float]:
+    """By head: dB that are missing to its floor; only what is below."""
+    floors = {head: budget.floor_db(head) for head in sqnr_db}
+    return {h: f - sqnr_db[h] for h, f in floors.items() if f is not None and f > sqnr_db[h]}
+
+
+def misfit(budget: Budget, found: Standing, *, tolerance: float = TOLERANCE) -> tuple[float, float]:
+    """How far a measured plan misses the budget, then its damage or, under a floor, its latency: smaller is better."""
+    miss = 0.0
+    if budget.latency_ratio is not None:
+        miss += max(0.0, found.ratio / (budget.latency_ratio * tolerance) - 1)
+    if budget.latency_ms is not None:
+        miss += max(0.0, found.milliseconds / (budget.latency_ms * tolerance) - 1)
+    if budget.size_bytes is not None:
+        miss += max(0.0, found.size_bytes / budget.size_bytes - 1)
+    miss += max(shortfall(budget, found.sqnr_db).values(), default=0.0)
+    return miss, found.ratio if seeks_speed(budget) else -float(np.mean(list(found.sqnr_db.values())))
+
+
+def seeks_speed(budget: Budget) -> bool:
+    """Whether the fastest plan above a floor is wanted, not the least damaging one within limits."""
+    return budget.has_floor and budget.latency_ratio is None and budget.latency_ms is None and budget.size_bytes is None
+
+
+def following(
+    units: UnitGraph, asked: Budget, budget: Budget, planned: Planned, measured: Measured, *, repaired: bool = False
+) -> tuple[Budget, CostTable] | None:
+    """What to search with next, or None where the measurement meets the user's budget and uses it.
+
+    Case 1. Too slow: the cost table is corrected by the measured plan. Under a floor on SQNR alone, this is a plan that
+            is slower than the float model.
+    Case 2. Too much damage: the floors are raised by the gaps, except where the tables were repaired: they predict the
+            measured damage now.
+    Case 3. Faster than a limit asks for, where the least damage within it is sought: the limit of the search is raised
+            by the ratio, so that the time left buys accuracy.
+    """
+    before, table = asked, planned.cost
+    limit = ratio_limit(budget, planned)
+    if limit is None and budget.size_bytes is None:
+        limit = 1.0
+    if planned.cost.estimated:
+        limit = None  # an estimate has nothing to correct it by
+    if limit is not None and measured.ratio > limit * TOLERANCE:
+        table = corrected(table, units, planned.plan.lowered(), measured.ratio)
+        asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
+    elif limit is not None and not budget.has_floor and measured.ratio * TOLERANCE < limit:
+        asked = _slower(asked, limit / measured.ratio)
+    missing = {} if repaired else shortfall(budget, judged(planned, measured))
+    if missing:
+        raised = {h: round((asked.floor_db(h) or 0.0) + gap + MARGIN_DB, 3) for h, gap in missing.items()}
+        asked = msgspec.structs.replace(asked, head_sqnr_db={**asked.head_sqnr_db, **raised})
+    changed = asked != before or table is not planned.cost
+    return (asked, table) if changed else None
+
+
+def _slower(asked: Budget, factor: float) -> Budget:
+    """A budget with its limits on latency raised."""
+    ratio, milliseconds = (
+        None if value is None else round(value * factor, 4) for value in (asked.latency_ratio, asked.latency_ms)
+    )
+    return msgspec.structs.replace(asked, latency_ratio=ratio, latency_ms=milliseconds)

@@ -1,0 +1,198 @@
+"""What a run says: the summary record and its headline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
+from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
+from bitalloy.core.records import part_of
+from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
+from bitalloy.model.graphs.joining import Joined
+from bitalloy.model.heads import KL, is_divergence
+from bitalloy.rewrite.calibrated import versions
+from bitalloy.runtime.ort import ORT
+from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.matrix import draws, estimate
+from bitalloy.verify.keeping import missed_drops
+from bitalloy.verify.rounds import shortfall
+
+HALF_DB = 3.01
+
+
+def summarize(
+    analysis: Analysis,
+    planned: Planned,
+    sizes: Mapping[str, Triple],
+    measured: Measured,
+    metrics: Metrics,
+    rounds: Sequence[Round],
+    seconds: Mapping[str, float],
+    evaluations: Sequence[Evaluation] = (),
+) -> Summary:
+    """Put predictions and measurements of a run side by side."""
+    matrix, units = analysis.matrix, analysis.units
+    weights = draws(matrix.samples, analysis.settings.seed)
+    everything = matrix.select(units.rounded(units.lowest()))
+    predicted_int8 = estimate(matrix, everything, weights, analysis.secant)
+    sqnr = {
+        head.head: HeadComparison(
+            int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_int8[i].value),
+            mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
+        )
+        for i, head in enumerate(planned.plan.heads)
+    }
+    divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
+    latency = measured.latency
+    return Summary(
+        headline=_headline(planned, measured, sqnr, metrics),
+        model=analysis.graph.info.name,
+        model_sha256=analysis.graph.info.sha256,
+        target=analysis.target.name,
+        device=planned.cost.device,
+        threads=planned.cost.threads,
+        budget=planned.plan.budget,
+        latency_ms=Triple(
+            reference=latency.reference.median_ms, int8=latency.int8.median_ms, mixed=latency.mixed.median_ms
+        ),
+        latency_ratio=round(measured.ratio, 4),
+        predicted_latency_ratio=round(planned.predicted_ratio, 4),
+        predicted_latency_ratio_interval=planned.predicted_ratio_interval,
+        latency_spread_ms=measured.latency,
+        size_bytes=_total(sizes),
+        sqnr_db=sqnr,
+        sqnr_interval_db={
+            h.head: e for h, e in zip(planned.plan.heads, measured.sqnr_mixed, strict=True) if h.head in sqnr
+        },
+        metrics=metrics.metrics,
+        confidence_shift=metrics.confidence_shift,
+        units=len(units.lowest()),
+        int8_units=len(planned.plan.int8_units()),
+        samples=matrix.samples,
+        probes=int(sum(r.shape[1] for r in matrix.rows)),
+        settled=analysis.table.settled,
+        flagged_units=tuple(sorted({r.id for r in analysis.table.rows if r.flagged and r.scope == "unit"})),
+        fp16_margin=analysis.calibration.abs_max_fp16_margin,
+        calibration=analysis.calibration.data,
+        analysis=part_of(analysis.info, matrix.samples),
+        seconds=dict(seconds),
+        rounds=tuple(rounds),
+        evaluations=tuple(evaluations),
+        seed=analysis.settings.seed,
+        versions=versions() | _runtime(analysis),
+        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *_unresolved(planned, measured), *metrics.notes),
+        graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
+        protected_units=planned.protected,
+        kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
+        workload=_workload(analysis),
+        fp16_units=len(planned.plan.fp16_units()),
+        ranges=analysis.choice,
+        latency_estimated=planned.cost.estimated,
+        corrections=analysis.corrections,
+    )
+
+
+def _runtime(analysis: Analysis) -> dict[str, str]:
+    runtime = analysis.target.runtime
+    return {} if runtime is ORT else {runtime.name: runtime.version()}
+
+
+def _unresolved(planned: Planned, measured: Measured) -> list[str]:
+    """Divergences so small that the rounding of float32 scores makes half of what is measured, or more."""
+    rows = zip(planned.plan.heads, measured.sqnr_mixed, measured.float32, strict=True)
+    return [
+        f"{head.head}: {10 ** (-found.value / 10):.2g} nats were measured, about {10 ** (-least.value / 10):.2g} of "
+        "which are float32 rounding of the scores themselves, which predictions leave out: the plan does less."
+        for head, found, least in rows
+        if is_divergence(head.head) and found.value > least.value - HALF_DB
+    ]
+
+
+def _nats(pair: HeadComparison) -> HeadComparison:
+    """Divergences in nats from their dB below 1 nat, with four digits."""
+
+    def convert(one: Comparison) -> Comparison:
+        predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
+        return Comparison(predicted=predicted, measured=float(f"{10 ** (-one.measured / 10):.4g}"))
+
+    return HeadComparison(int8=convert(pair.int8), mixed=convert(pair.mixed))
+
+
+def _total(sizes: Mapping[str, Triple]) -> Triple:
+    """Bytes of all graphs."""
+    return Triple(
+        reference=sum(s.reference for s in sizes.values()),
+        int8=sum(s.int8 for s in sizes.values()),
+        mixed=sum(s.mixed for s in sizes.values()),
+    )
+
+
+def _workload(analysis: Analysis) -> str:
+    """What one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
+    graph = analysis.graph
+    if not isinstance(graph, Joined):
+        return "one inference"
+    fed = [s for s in graph.info.inputs if 0 not in s.shape]
+    shapes = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in fed)
+    return f"one run of {', then '.join(graph.program.order)}: {shapes}"
+
+
+def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:
+    ratio = measured.ratio
+    latency = measured.latency
+    parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
+    parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
+    for name, metric in metrics.metrics.items():
+        parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
+    runs = "is estimated to run" if planned.cost.estimated else "runs"
+    lead = (
+        f"The mixed model {runs} in {ratio:.2f}x of float's time"
+        if ratio < 1
+        else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
+    )
+    if not planned.plan.lowered():
+        lead = "Nothing runs in INT8, so the mixed model is NOT faster than float: deploy the float model"
+    limit = ratio_limit(planned.plan.budget, planned)
+    if limit is not None and ratio > limit * TOLERANCE:
+        lead += f", which misses the budget of {limit:.2f}x"
+    short = shortfall(planned.plan.budget, {name: pair.mixed.measured for name, pair in sqnr.items()})
+    if short:
+        lead += f", and misses the floor on {', '.join(f'{name} by {gap:.1f} dB' for name, gap in short.items())}"
+    over = missed_drops(planned.plan.budget, metrics.metrics)
+    if over:
+        said = ", ".join(f"{name} drops by {drop:.4f}, not {most:g}" for name, (drop, most) in over.items())
+        lead += f", and misses its limit: {said}"
+    return f"{lead}: {'; '.join(parts)}."
+
+
+def _estimated(planned: Planned) -> tuple[str, ...]:
+    if not planned.cost.estimated:
+        return ()
+    note = (
+        f"{planned.plan.target} does not run on this machine. Latencies are estimated from peak rates for "
+        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every FP16 "
+        "and INT8 rounding as the model says."
+    )
+    return (note,)
+
+
+def _busy(latency: LatencySpread) -> tuple[str, ...]:
+    worst = max(unsteadiness(one) for one in (latency.reference, latency.int8, latency.mixed))
+    if worst < UNSTEADY:
+        return ()
+    note = (
+        f"The machine was busy: half of the inferences took at least {worst:.1f} times as long as the fastest tenth. "
+        "All latencies here are worth little; give the same command again on a quiet machine, with another --out."
+    )
+    return (note,)
+
+
+def _milliseconds(value: float) -> str:
+    """Three significant digits: small models take microseconds, large ones seconds.
+
+    >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
+    ('0.0482 ms', '73.8 ms', '1234 ms')
+    """
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f} ms"
