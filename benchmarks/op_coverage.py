@@ -36,7 +36,7 @@ from rich.table import Table
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import BitalloyError, ModelError, UnsupportedOpError
-from bitalloy.core.records import Edge
+from bitalloy.core.units import Edge
 from bitalloy.model.load import OPSETS, Graph, load
 from bitalloy.runtime.ort import OrtSession
 

@@ -45,7 +45,7 @@ from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.records import UnitGraph, WeightSite
+from bitalloy.core.units import UnitGraph, WeightSite
 from bitalloy.formats.affine import activation_params
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, constant, name_of

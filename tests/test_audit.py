@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bitalloy.core.records import Precision, Unit, UnitGraph
+from bitalloy.core.records import Precision
+from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit
 from bitalloy.measure.tracing import Timed
 from bitalloy.runtime.base import Kernel

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import ModelError
-from bitalloy.core.records import HALF, Edge, Precision
+from bitalloy.core.records import HALF, Precision
+from bitalloy.core.units import Edge
 from bitalloy.model.graphs.joining import join
 from bitalloy.model.graphs.wiring import Program, Wire, load_program
 from bitalloy.model.heads import find_heads

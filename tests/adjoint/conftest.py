@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
-from bitalloy.core.records import Edge
+from bitalloy.core.units import Edge
 from bitalloy.model import load as graph
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import OrtSession

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import UnsupportedOpError
-from bitalloy.core.records import Edge
+from bitalloy.core.units import Edge
 from bitalloy.runtime.ort import OrtSession
 
 PROPERTY = settings(max_examples=15)

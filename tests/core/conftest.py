@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.core.records import Head, UnitGraph
+from bitalloy.core.records import Head
+from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load
 from bitalloy.runtime.ort import OrtSession

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.core.records import Offset, UnitGraph
+from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load
 from bitalloy.rewrite.apply import apply

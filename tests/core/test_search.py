@@ -16,7 +16,8 @@ import pytest
 from tests.core.neighbours import same_one_by_one
 
 from bitalloy.core.plans import Budget, CostTable, UnitCost
-from bitalloy.core.records import HALF, Precision, Secant, UnitGraph
+from bitalloy.core.records import HALF, Precision, Secant
+from bitalloy.core.units import UnitGraph
 from bitalloy.search.choice import search
 from bitalloy.search.front import polish
 from bitalloy.search.program import GAP, Limits, Problem, Program

@@ -13,7 +13,8 @@ import pytest
 import bitalloy
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import CostTable, Plan
-from bitalloy.core.records import Precision, UnitGraph
+from bitalloy.core.records import Precision
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.pipeline.audit import audit_run
 from bitalloy.sensitivity.measuring import confirm

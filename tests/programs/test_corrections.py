@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.core.records import Offset
+from bitalloy.core.units import Offset
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.heads import find_heads

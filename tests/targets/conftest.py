@@ -18,7 +18,8 @@ import pytest
 from onnx import numpy_helper
 
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.records import HALF, UnitGraph
+from bitalloy.core.records import HALF
+from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, constant, load
 from bitalloy.model.read import TAG

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.core.errors import UnsupportedOpError
-from bitalloy.core.records import Edge
+from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph, constant, consumers, is_float, name_of, static_shape
 from bitalloy.model.weights import Packed, pack
 

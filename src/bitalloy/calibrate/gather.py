@@ -9,7 +9,8 @@ import msgspec
 from bitalloy.calibrate.statistics import Statistics
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.errors import DataError
-from bitalloy.core.records import Calibration, DataInfo, Settings, TensorRange, UnitGraph, part_of
+from bitalloy.core.records import Calibration, DataInfo, Settings, TensorRange, part_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.load import Graph

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from bitalloy.core.records import HALF, Estimate, Precision, Record, UnitGraph
+from bitalloy.core.records import HALF, Estimate, Precision, Record
+from bitalloy.core.units import UnitGraph
 
 FIRST = "(first)"
 """In a budget: the first metric of the task, whatever it is called."""

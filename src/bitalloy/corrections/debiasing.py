@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import msgspec
 
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Offset, Record
+from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
+from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import compare, gains, untried
 from bitalloy.data.datasets import Dataset

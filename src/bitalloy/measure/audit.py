@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bitalloy.core.outcome import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
-from bitalloy.core.records import HALF, Precision, Unit, UnitGraph
+from bitalloy.core.records import HALF, Precision
+from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.tracing import Timed, Traced
 from bitalloy.runtime.optimized import Rewritten
 

@@ -20,8 +20,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from bitalloy.core.plans import CostTable, UnitCost
-from bitalloy.core.records import UnitGraph
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.roofline import estimate

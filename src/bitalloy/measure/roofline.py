@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.plans import CostTable, UnitCost
-from bitalloy.core.records import Placement, Precision, Unit, UnitGraph
+from bitalloy.core.records import Precision
+from bitalloy.core.units import Placement, Unit, UnitGraph
 from bitalloy.model.load import Graph, constant, is_float, static_shape
 from bitalloy.targets.base import Device
 

@@ -14,8 +14,8 @@ from bitalloy.core.errors import BitalloyError, RunDirectoryError
 from bitalloy.core.outcome import Audit
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Plan
-from bitalloy.core.records import UnitGraph
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.audit import audit as compare
 from bitalloy.measure.audit import reconcile

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from bitalloy.calibrate.gather import gather
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, Precision, Settings, UnitGraph
+from bitalloy.core.records import Calibration, Precision, Settings
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
 from bitalloy.corrections.scaling import scaled

@@ -13,7 +13,8 @@ import msgspec
 from markupsafe import Markup
 
 from bitalloy.core.plans import CostTable, Plan, UnitCost
-from bitalloy.core.records import Placement, Sensitivity, SensitivityTable, Unit, UnitGraph
+from bitalloy.core.records import Sensitivity, SensitivityTable
+from bitalloy.core.units import Placement, Unit, UnitGraph
 from bitalloy.model.regions import ROOT, ancestors
 from bitalloy.report import charts, formats
 from bitalloy.sensitivity.matrix import CEILING_DB

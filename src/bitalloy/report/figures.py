@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from bitalloy.core.outcome import Comparison, Round, Summary, Triple
 from bitalloy.core.plans import FIRST, CostTable, Plan
-from bitalloy.core.records import Estimate, Latency, MetricValue, UnitGraph
+from bitalloy.core.records import Estimate, Latency, MetricValue
+from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats

@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from bitalloy.core.outcome import Audit, Summary
 from bitalloy.core.plans import CostTable, ParetoPoint, Plan
-from bitalloy.core.records import SensitivityTable, UnitGraph
+from bitalloy.core.records import SensitivityTable
+from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
 

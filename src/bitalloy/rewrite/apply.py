@@ -26,7 +26,8 @@ import onnx
 import onnx_ir as ir
 
 from bitalloy.core.errors import BitalloyError, ModelError
-from bitalloy.core.records import HALF, Offset, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.core.records import HALF, Precision
+from bitalloy.core.units import Offset, Placement, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats.affine import QuantParams, bias_int32, quantize
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
 from bitalloy.model.read import BORDER, bias_slot, namer

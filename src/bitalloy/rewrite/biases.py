@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.calibrate.channels import channel_means
-from bitalloy.core.records import Offset, UnitGraph, WeightSite
+from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats.affine import fake_quantize
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.model.read import bias_slot

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, DataInfo, Head, Offset, Settings, UnitGraph
+from bitalloy.core.records import Calibration, DataInfo, Head, Settings
 from bitalloy.core.store import key_of
+from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph

@@ -9,7 +9,8 @@ import numpy as np
 
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.plans import Budget, Choice, HeadDamage, Plan
-from bitalloy.core.records import HALF, HalfSafety, Precision, Unit
+from bitalloy.core.records import HALF, Precision
+from bitalloy.core.units import HalfSafety, Unit
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program

@@ -21,7 +21,8 @@ import msgspec
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Keep
-from bitalloy.core.records import Precision, Unit, UnitGraph
+from bitalloy.core.records import Precision
+from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
 
 MOST_NUMBERS = 1000

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from bitalloy.core.plans import CostTable
-from bitalloy.core.records import AGAIN, HALF, Placement, UnitGraph
+from bitalloy.core.records import AGAIN, HALF
+from bitalloy.core.units import Placement, UnitGraph
 from bitalloy.sensitivity.matrix import ProbeMatrix, shrink
 
 

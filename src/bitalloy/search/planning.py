@@ -12,8 +12,9 @@ import msgspec
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, Plan
-from bitalloy.core.records import Record, Secant, UnitGraph
+from bitalloy.core.records import Record, Secant
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
 from bitalloy.model.load import Graph, name_of

@@ -27,7 +27,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
 from bitalloy.core.plans import CostTable
-from bitalloy.core.records import AGAIN, HALF, Placement, Precision, Secant, UnitGraph
+from bitalloy.core.records import AGAIN, HALF, Precision, Secant
+from bitalloy.core.units import Placement, UnitGraph
 from bitalloy.model.heads import DETECTIONS
 from bitalloy.search.moves import Moves
 from bitalloy.search.withheld import withheld

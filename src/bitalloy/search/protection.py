@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import ModelError
-from bitalloy.core.records import Precision, UnitGraph
+from bitalloy.core.records import Precision
+from bitalloy.core.units import UnitGraph
 from bitalloy.model.graphs.joining import PROTECT
 from bitalloy.model.load import Graph
 from bitalloy.sensitivity.matrix import ProbeMatrix

@@ -23,7 +23,8 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
-from bitalloy.core.records import AGAIN, HALF, Edge, Offset, Precision, Unit, UnitEdge, WeightSite
+from bitalloy.core.records import AGAIN, HALF, Precision
+from bitalloy.core.units import Edge, Offset, Unit, UnitEdge, WeightSite
 from bitalloy.formats.affine import QuantParams, dequantize, fake_fp16, quantize
 from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
 from bitalloy.model.read import FULL_SLOTS, beside_output

@@ -20,7 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitalloy.core.records import AGAIN, Edge, Head, Offset, Secant, WeightSite
+from bitalloy.core.records import AGAIN, Head, Secant
+from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.affine import QuantParams
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph, name_of

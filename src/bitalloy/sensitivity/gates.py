@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.records import Edge, Offset, WeightSite
+from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.affine import QuantParams, dequantize, quantize
 from bitalloy.model.load import attribute, constant
 from bitalloy.model.read import beside_output

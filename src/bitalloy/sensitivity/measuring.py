@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, UnitGraph, part_of
+from bitalloy.core.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, part_of
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.regions import ancestors

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitalloy.core.records import AGAIN, UnitGraph
+from bitalloy.core.records import AGAIN
+from bitalloy.core.units import UnitGraph
 from bitalloy.sensitivity.matrix import ProbeMatrix
 
 ENOUGH = 0.9

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bitalloy.core.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable, UnitGraph
+from bitalloy.core.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable
+from bitalloy.core.units import UnitGraph
 from bitalloy.model.regions import ancestors
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate
 

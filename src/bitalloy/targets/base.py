@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.records import Edge, Head, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.core.records import Head, Precision
+from bitalloy.core.units import Edge, Placement, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats.affine import QuantParams, activation_params, symmetric_params
 from bitalloy.model.load import Graph, attribute, constant, consumers, is_float, name_of, static_shape
 from bitalloy.model.regions import path_of, region_id

@@ -32,7 +32,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.core.records import Edge, Placement
+from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Target

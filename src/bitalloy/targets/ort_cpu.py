@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.core.records import Edge
+from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Target

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bitalloy.core.records import WeightSite
+from bitalloy.core.units import WeightSite
 from bitalloy.model.load import attribute, constant, consumers, name_of, static_shape
 from bitalloy.targets.base import Core
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bitalloy.core.records import Offset, UnitGraph
+from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.targets.base import Target
 
 Ranges = Mapping[str, tuple[float, float]]

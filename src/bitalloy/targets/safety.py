@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.records import HalfSafety, Precision, TensorRange, Unit, UnitGraph
+from bitalloy.core.records import Precision, TensorRange
+from bitalloy.core.units import HalfSafety, Unit, UnitGraph
 from bitalloy.formats.affine import FP16_MAX
 from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
 from bitalloy.model.read import FULL_SLOTS

@@ -26,7 +26,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.core.records import Edge, Placement
+from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT

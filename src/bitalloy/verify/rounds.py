@@ -9,7 +9,7 @@ import numpy as np
 
 from bitalloy.core.planned import Measured, Planned, ratio_limit
 from bitalloy.core.plans import Budget, CostTable
-from bitalloy.core.records import UnitGraph
+from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.cost import corrected
 from bitalloy.model.heads import is_divergence
