@@ -34,7 +34,7 @@ def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None) -> Mea
     """Good SQNR of all heads, and the mixed model at `ratio` of float's 10 ms."""
     good = tuple(Estimate(value=30.0, low=29.0, high=31.0) for _ in analysis.heads)
     latency = LatencySpread(reference=timed(10.0, p10_ms), int8=timed(8.0), mixed=timed(10.0 * ratio))
-    return Measured(latency=latency, sqnr_int8=good, sqnr_mixed=good, float32=good)
+    return Measured(latency=latency, sqnr_lowest=good, sqnr_mixed=good, float32=good)
 
 
 @pytest.fixture(scope="module")

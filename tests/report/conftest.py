@@ -277,7 +277,7 @@ def _summary(
                 reference=metric(0.412),
                 int8=metric(0.371),
                 mixed=metric(0.408),
-                drop_int8=Estimate(value=0.041, low=0.022, high=0.06),
+                drop_lowest=Estimate(value=0.041, low=0.022, high=0.06),
                 drop_mixed=Estimate(value=0.004, low=-0.003, high=0.011),
             ),
             "AP50": MetricComparison(reference=metric(0.58), int8=metric(0.55), mixed=metric(0.577)),

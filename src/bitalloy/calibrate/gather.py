@@ -76,7 +76,7 @@ def gather(
                 )
                 for t in order
             ),
-            abs_max_fp16_margin=float(statistics.fp16_margin),
+            half_margin=float(statistics.fp16_margin),
         )
         return msgspec.json.encode(record)
 

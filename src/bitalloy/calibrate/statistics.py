@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bitalloy.calibrate.clipping import entropy_threshold, mse_range, quantile
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.formats.affine import FP16_MAX, FP16_TINY
+from bitalloy.formats.float16 import FP16_MAX, FP16_TINY
 
 BINS = 2048
 MOMENTUM = 0.9

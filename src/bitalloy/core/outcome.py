@@ -7,17 +7,18 @@ from collections import Counter
 import msgspec
 
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, Precision, RangeChoice, Record
+from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
     """One task metric on the three models, on the same samples."""
 
     reference: MetricValue = msgspec.field(name="float")
-    int8: MetricValue
+    lowest: MetricValue = msgspec.field(name="int8")
+    """Of the model with all that it can in its lowest scheme."""
     mixed: MetricValue
-    drop_int8: Estimate | None = None
-    """float - int8 with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
+    drop_lowest: Estimate | None = msgspec.field(name="drop_int8", default=None)
+    """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
     drop_mixed: Estimate | None = None
 
 
@@ -31,15 +32,15 @@ class Comparison(Record, frozen=True, kw_only=True):
 class HeadComparison(Record, frozen=True, kw_only=True):
     """SQNR in dB of one head, or its KL divergence in nats."""
 
-    int8: Comparison
+    lowest: Comparison = msgspec.field(name="int8")
     mixed: Comparison
 
 
 class Triple(Record, frozen=True, kw_only=True):
-    """A number for the float, the all-INT8 and the mixed model."""
+    """A number for the float model, the one with all that it can in its lowest scheme, and the mixed one."""
 
     reference: float = msgspec.field(name="float")
-    int8: float
+    lowest: float = msgspec.field(name="int8")
     mixed: float
 
 
@@ -47,7 +48,7 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     """Distribution of latency for the three models, in one interleaved measurement."""
 
     reference: Latency = msgspec.field(name="float")
-    int8: Latency
+    lowest: Latency = msgspec.field(name="int8")
     mixed: Latency
 
 
@@ -80,7 +81,8 @@ class Round(Record, frozen=True, kw_only=True):
     measured_ratio: float
     sqnr_db: tuple[float, ...]
     """Measured, of each head but divergences."""
-    int8_units: int
+    schemes: dict[str, int]
+    """Scheme -> number of units in it, `BASELINE` left out."""
     predicted_db: tuple[float, ...] = ()
     """Of the same heads, before the plan was measured."""
     head_sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
@@ -97,7 +99,8 @@ class Round(Record, frozen=True, kw_only=True):
 class Evaluation(Record, frozen=True, kw_only=True):
     """One plan of the front on the task, in the search for the fastest that keeps its metric."""
 
-    int8_units: int
+    schemes: dict[str, int]
+    """Scheme -> number of units in it, `BASELINE` left out."""
     predicted_ratio: float
     """Latency over float."""
     drops: dict[str, float]
@@ -112,13 +115,13 @@ class Correction(Record, frozen=True, kw_only=True):
     name: str
     """`smoothing` or `cross-layer` (scaling between layers), or `bias`."""
     places: int
-    """Tensors that are scaled, or layers that may run in INT8 and have a bias; it is corrected where they do."""
+    """Tensors that are scaled, or layers that may be rounded and have a bias; it is corrected where they do."""
     kept: bool
     """Whether rounded models have it."""
     reason: str
     """Why it is kept or not."""
     without_db: dict[str, float] = msgspec.field(default_factory=dict)
-    """Measured SQNR of the all-INT8 model by head, divergences left out; empty where it was not tried."""
+    """Measured SQNR by head of the model with all it can rounded, divergences left out; empty where it was not tried."""
     with_db: dict[str, float] = msgspec.field(default_factory=dict)
     fitted_samples: int = 0
     """That decided the factors or offsets."""
@@ -131,7 +134,8 @@ class AuditedUnit(Record, frozen=True, kw_only=True):
 
     unit: str
     kind: str
-    planned: Precision
+    planned: str
+    """Scheme."""
     executed: str
     """Precision in which its work was done; another type in the runtime's words, or empty where no kernel is known."""
     kernels: tuple[str, ...]
@@ -225,7 +229,7 @@ class Audit(Record, frozen=True, kw_only=True):
 class Summary(Record, frozen=True, kw_only=True):
     """`summary.json`: the result of a run. Names are stable; new ones may be added."""
 
-    schema: int = 1
+    schema: int = 2
     headline: str
     """One sentence; says first if the mixed model is not faster than float."""
     model: str
@@ -247,12 +251,15 @@ class Summary(Record, frozen=True, kw_only=True):
     confidence_shift: dict[str, Estimate]
     """Mean score of matched detections, model minus float; empty without a detection task."""
     units: int
-    int8_units: int
+    """That may run in another scheme than `BASELINE`."""
+    schemes: dict[str, int]
+    """Scheme -> number of units that the plan puts into it, `BASELINE` left out."""
     samples: int
     probes: int
     settled: bool
     flagged_units: tuple[str, ...]
-    fp16_margin: float
+    half_margin: float = msgspec.field(name="fp16_margin")
+    """65504 divided by the largest magnitude seen in any tensor: below 1 the model as a whole overflows in half precision."""
     calibration: DataInfo
     analysis: DataInfo
     seconds: dict[str, float]
@@ -275,7 +282,6 @@ class Summary(Record, frozen=True, kw_only=True):
     """95 % prediction interval of `predicted_latency_ratio`."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""
-    fp16_units: int = 0
     ranges: RangeChoice | None = None
     """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitalloy.core.outcome import LatencySpread, MetricComparison
-from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Record
 
 
@@ -13,7 +13,7 @@ from bitalloy.core.records import Estimate, Record
 class Planned:
     """A plan with the cost table that it rests on."""
 
-    plan: Plan
+    plan: PlanReport
     cost: CostTable
     protected: tuple[str, ...] = ()
     """Units that stay in float because the model's family advises it and measurement bears it out."""
@@ -37,7 +37,7 @@ class Measured(Record, frozen=True, kw_only=True):
     """What one round measured on the real runtime."""
 
     latency: LatencySpread
-    sqnr_int8: tuple[Estimate, ...]
+    sqnr_lowest: tuple[Estimate, ...]
     sqnr_mixed: tuple[Estimate, ...]
     float32: tuple[Estimate, ...]
     """The highest SQNR per head that can be told from the rounding of the outputs themselves."""

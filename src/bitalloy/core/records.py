@@ -6,26 +6,10 @@ file written by another version fails loudly instead of being half understood. U
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import msgspec
-
-AGAIN = " again"
-"""Suffix of the site where values that were rounded already are rounded once more."""
-HALF = " in fp16"
-"""Suffix of a unit that runs in FP16: in the set of a plan's lowered units, and as its column of the probe matrix."""
-
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records: immutable, keyword-only, strict on decoding."""
-
-
-class Precision(StrEnum):
-    """Arithmetic that a unit runs in."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    INT8 = "int8"
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
@@ -110,8 +94,8 @@ class Calibration(Record, frozen=True, kw_only=True):
     data: DataInfo
     method: str
     ranges: tuple[TensorRange, ...]
-    abs_max_fp16_margin: float
-    """65504 divided by the largest magnitude seen in any tensor: below 1 FP16 overflows."""
+    half_margin: float = msgspec.field(name="abs_max_fp16_margin")
+    """65504 divided by the largest magnitude seen in any tensor: below 1 half precision overflows."""
 
 
 class Estimate(Record, frozen=True, kw_only=True):
@@ -123,7 +107,7 @@ class Estimate(Record, frozen=True, kw_only=True):
 
 
 class RangeChoice(Record, frozen=True, kw_only=True):
-    """What came of choosing a range per tensor: the all-INT8 model, executed with these ranges and without."""
+    """What came of choosing a range per tensor: the model with all it can rounded, executed with and without it."""
 
     heads: tuple[str, ...]
     methods: dict[str, int]
@@ -142,8 +126,10 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     id: str
     scope: str
     """`site`, `unit` or `region`."""
+    scheme: str
+    """In which it is rounded."""
     part: str
-    """What is rounded: `all`, `weights` or `activations` of it in INT8, or of a unit `fp16`: all of it in FP16."""
+    """What of it is rounded: `all`, `weights` or `activations`."""
     head: str
     sqnr_db: Estimate
     """10 log10(||y||^2 / ||J e||^2), higher is better. Of heads named `... KL`: 10 log10(1 nat / divergence)."""
@@ -169,7 +155,7 @@ class SensitivityTable(Record, frozen=True, kw_only=True):
 
 
 class Secant(Record, frozen=True, kw_only=True):
-    """How the outputs really move on the way from the float to the all-INT8 network.
+    """How the outputs really move on the way from the float network to the one with all it can rounded.
 
     The probe matrix is a tangent; where errors are large the network bends. Measured with all errors scaled alike.
     """
@@ -180,7 +166,7 @@ class Secant(Record, frozen=True, kw_only=True):
     damage: tuple[tuple[float, ...], ...]
     """Measured relative error energy, [fraction][head]."""
     linear: tuple[float, ...]
-    """Relative error energy of the all-INT8 network that the probe matrix predicts on the same samples, per head."""
+    """Relative error energy of that network that the probe matrix predicts on the same samples, per head."""
     samples: int
 
 
@@ -224,7 +210,7 @@ class Settings(Record, frozen=True, kw_only=True):
     equalize: bool = True
     """Whether channels are scaled between layers where measurement says that it pays (`bitalloy.rewrite.equalize`)."""
     bias_correction: bool = True
-    """Whether the mean error of INT8 layers is taken out of their biases where measurement says that it pays."""
+    """Whether the mean error of rounded layers is taken out of their biases where measurement says that it pays."""
 
 
 def part_of(info: DataInfo, count: int) -> DataInfo:

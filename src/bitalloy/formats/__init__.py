@@ -1,1 +1,30 @@
-"""How numbers are stored: one module for each number format."""
+"""How numbers are stored: one module for each number format, and the table of all of them.
+
+A new format is an object with the methods of `base.Format`, registered here; schemes of targets name it.
+"""
+
+from __future__ import annotations
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.schemes import Scheme
+from bitalloy.formats.affine import INT4, INT8, INT32, UINT8
+from bitalloy.formats.base import Format, opset_of
+from bitalloy.formats.float16 import FLOAT16
+
+FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, INT4, INT32, FLOAT16)}
+
+
+def find_format(name: str | None) -> Format:
+    """Look a format up by the name that a scheme gives it.
+
+    Raises:
+        BitalloyError: no such format.
+    """
+    if name is None or name not in FORMATS:
+        raise BitalloyError(f"Unknown format '{name}'. Available: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def required_opset(scheme: Scheme) -> int:
+    """Smallest version of the ONNX operators with which a scheme can be written; 0 for one that rounds nothing."""
+    return opset_of(scheme, [find_format(name) for name in (scheme.activation, scheme.weight, scheme.bias) if name])

@@ -1,47 +1,30 @@
-"""How a number is stored: scales, zero points, rounding to INT8 and FP16, and the noise that it makes.
+"""Integers with a scale and a zero point: INT8, UINT8, INT4 and the like, and the noise that rounding to them makes.
 
 Bit-exact to QuantizeLinear and DequantizeLinear as ONNX Runtime computes them on the CPU
 (https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html), all arithmetic in float32, ties to even:
 
     q = saturate(round(x / scale) + zero_point)        x' = (q - zero_point) * scale
 
-and to IEEE 754 binary16. Values must not be NaN: what the operators make of it differs between machines.
+Values must not be NaN: what the operators make of it differs between machines.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
 from bitalloy.core.errors import DataError, ModelError
-
-FP16_MAX = 65504.0
-"""Largest finite FP16 number; magnitudes from 65520 on become infinite."""
-FP16_TINY = 2.0**-14
-"""Smallest normal FP16 number, 6.1e-5: below it precision is lost bit by bit, below 2^-25 all becomes 0."""
+from bitalloy.core.units import Evidence
+from bitalloy.formats.base import QuantParams, Writer
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
 _BIAS_MAX = 2**31 - 256
 """Largest |b| / scale that an adjusted bias may have: leaves room for the rounding of the scale to float32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QuantParams:
-    """How a tensor is stored as integers. Compare fields, not objects: they hold arrays."""
-
-    scale: NDArray[np.float32]
-    """Step between neighbouring values: shape () for a whole tensor, (channels,) along `axis`. Normal and > 0."""
-    zero_point: NDArray[np.integer]
-    """The integer that stands for 0.0. Same shape as `scale`; its dtype is the storage dtype of the tensor."""
-    qmin: int
-    """Smallest integer used."""
-    qmax: int
-    """Largest integer used."""
-    axis: int | None = None
-    """Dimension of the tensor that `scale` runs along; None: one scale for the whole tensor."""
 
 
 def activation_params(
@@ -122,44 +105,6 @@ def symmetric_params(
     return QuantParams(scale=scale, zero_point=np.zeros(scale.shape, dtype), qmin=-qmax, qmax=qmax, axis=axis)
 
 
-def weight_params(
-    w: NDArray[np.floating], *, axis: int | None, bits: int = 8, symmetric: bool = True, reduced: bool = False
-) -> QuantParams:
-    """Parameters for a constant, from its own values: signed integers, one scale per channel or tensor.
-
-    Args:
-        w: the weights, any shape.
-        axis: output channels: 0 for Conv, 1 for ConvTranspose, the last for MatMul; None: whole tensor.
-        bits: 2 to 16.
-        symmetric: zero point 0, as the INT8 kernels of most runtimes require of weights.
-        reduced: one bit less, see `symmetric_params`.
-
-    Example: scales 2.54 / 127 and 0.127 / 127.
-
-        >>> weight_params(np.float32([[1.0, -2.54], [0.127, 0.05]]), axis=0).scale
-        array([0.02 , 0.001], dtype=float32)
-
-    Raises:
-        ModelError: NaN or infinite weights.
-    """
-    axis = None if axis is None else range(w.ndim)[axis]
-    others = None if axis is None else tuple(d for d in range(w.ndim) if d != axis)
-    values = np.asarray(w, np.float64)
-    if symmetric:
-        return symmetric_params(np.abs(values).max(axis=others, initial=0.0), axis=axis, bits=bits, reduced=reduced)
-    if not np.isfinite(values).all():
-        raise ModelError("A weight has NaN or infinite values. Export the model again.")
-    dtype, qmin, qmax = _storage(bits, True)
-    if reduced:
-        qmin, qmax = -(2 ** (bits - 2)), 2 ** (bits - 2)
-    values = np.clip(values, -_reach(qmax), _reach(qmax))
-    low, high = values.min(axis=others, initial=0.0), values.max(axis=others, initial=0.0)
-    span = high - low
-    scale = _normal(np.where(span == 0, span.max(initial=0.0), span) / (qmax - qmin))
-    zero = np.clip(np.rint(qmin - low / scale), qmin, qmax).astype(dtype)
-    return QuantParams(scale=scale, zero_point=np.asarray(zero), qmin=qmin, qmax=qmax, axis=axis)
-
-
 def quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.integer]:
     """Integers for `x` (any shape, read as float32), in the dtype of the zero point.
 
@@ -194,17 +139,6 @@ def fake_quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.float32
     array([ 0.29411766, -1.        ,  4.        ], dtype=float32)
     """
     return dequantize(quantize(x, p), p)
-
-
-def fake_fp16(x: NDArray[np.floating]) -> NDArray[np.float32]:
-    """What is left of float32 values stored as IEEE 754 binary16: 11 significant bits, infinite from 65520 on.
-
-    >>> fake_fp16(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
-    array([9.9975586e-02, 6.5504000e+04,           inf, 0.0000000e+00],
-          dtype=float32)
-    """
-    with np.errstate(over="ignore", under="ignore"):
-        return np.asarray(np.asarray(x, np.float32).astype(np.float16).astype(np.float32))
 
 
 def bias_int32(b: NDArray[np.floating], scale: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -292,7 +226,89 @@ def _normal(scale: ArrayLike) -> NDArray[np.float32]:
 
 def _along(x: NDArray[np.generic], p: QuantParams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scale and zero point shaped to broadcast along the axis."""
+    scale, zero = p.scale, np.asarray(p.zero_point).astype(np.int64)
+    if p.block:
+        assert p.axis is not None, "blocks lie along an axis"
+        axis = p.axis % x.ndim
+        kept = (slice(None),) * axis + (slice(x.shape[axis]),)
+        return np.repeat(scale, p.block, axis)[kept], np.repeat(zero, p.block, axis)[kept]
     shape: tuple[int, ...] = ()
     if p.axis is not None:
         shape = tuple(-1 if d == p.axis % x.ndim else 1 for d in range(x.ndim))
-    return np.reshape(p.scale, shape), np.reshape(p.zero_point, shape).astype(np.int64)
+    return np.reshape(scale, shape), np.reshape(zero, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """A format of integers, see `bitalloy.formats.base.Format`.
+
+    >>> Affine(name="uint8", bits=8, signed=False).reference(np.float32([0.3, -1.0, 9.0]), activation_params(-1.0, 4.0))
+    array([ 0.29411766, -1.        ,  4.        ], dtype=float32)
+    """
+
+    name: str
+    bits: int
+    signed: bool
+    symmetric: bool = False
+    """Whether the zero point of tensors is 0; of constants it is in any case."""
+    opset: int = 13
+
+    def of_range(self, low: float, high: float) -> QuantParams:
+        """See `activation_params`."""
+        return self._stored(
+            activation_params(low, high, bits=self.bits, signed=self.signed, symmetric=self.symmetric)
+        )
+
+    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams:
+        """See `symmetric_params`; with a `block`, `magnitude` has the rank of the constant."""
+        found = symmetric_params(magnitude, axis=axis, bits=self.bits)
+        return self._stored(replace(found, block=block))
+
+    def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
+        """See `quantize`."""
+        assert params is not None, "integers have a scale"
+        return quantize(x, params)
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
+        """See `fake_quantize`."""
+        assert params is not None, "integers have a scale"
+        return fake_quantize(x, params)
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
+        """A QuantizeLinear and a DequantizeLinear that share scale and zero point."""
+        assert params is not None, "integers have a scale"
+        grid, attributes = _grid(writer, params), _attributes(params)
+        q = writer.node("QuantizeLinear", [x, *grid], "quantized", **attributes)
+        return writer.node("DequantizeLinear", [q, *grid], "dequantized", **attributes)
+
+    def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
+        """A DequantizeLinear."""
+        assert params is not None, "integers have a scale"
+        return writer.node("DequantizeLinear", [stored, *_grid(writer, params)], "dequantized", **_attributes(params))
+
+    def safe(self, evidence: Evidence) -> tuple[float, str]:
+        """Nothing computes in integers with a scale alone: kernels sum up in 32 bits."""
+        return 0.0, ""
+
+    def _stored(self, params: QuantParams) -> QuantParams:
+        """With zero points in the type of the format, where that has less than 8 bits."""
+        if self.bits != 4:
+            return params
+        kind = ml_dtypes.int4 if self.signed else ml_dtypes.uint4
+        return replace(params, zero_point=np.asarray(params.zero_point).astype(kind))
+
+
+UINT8 = Affine(name="uint8", bits=8, signed=False)
+INT8 = Affine(name="int8", bits=8, signed=True, symmetric=True)
+INT4 = Affine(name="int4", bits=4, signed=True, symmetric=True, opset=21)
+INT32 = Affine(name="int32", bits=32, signed=True, symmetric=True)
+"""Of biases: `bias_int32` gives its numbers."""
+
+
+def _grid(writer: Writer, params: QuantParams) -> tuple[ir.Value, ir.Value]:
+    return writer.constant(params.scale, "scale"), writer.constant(np.asarray(params.zero_point), "zero_point")
+
+
+def _attributes(params: QuantParams) -> dict[str, int]:
+    found = {} if params.axis is None else {"axis": params.axis}
+    return {**found, "block_size": params.block} if params.block else found

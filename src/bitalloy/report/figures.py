@@ -118,9 +118,9 @@ def cautions(summary: Summary) -> tuple[str, ...]:
             f"The ranking of units had not settled after {summary.samples} samples: neighbours in it may swap places "
             "with other data."
         )
-    if summary.fp16_margin < 1:
+    if summary.half_margin < 1:
         found.append(
-            f"Activations exceed the FP16 range by a factor of {1 / summary.fp16_margin:.2g}: do not run this model "
+            f"Activations exceed the FP16 range by a factor of {1 / summary.half_margin:.2g}: do not run this model "
             "in FP16 as a whole."
         )
     return tuple(found)
@@ -319,8 +319,8 @@ def _accuracy(summary: Summary) -> Iterable[Row]:
 
     for name, metric in summary.metrics.items():
         yield Row(name, "", (value(metric.reference), value(metric.int8), value(metric.mixed)))
-        if metric.drop_int8 is not None or metric.drop_mixed is not None:
-            drops = (_drop(metric.drop_int8), _drop(metric.drop_mixed))
+        if metric.drop_lowest is not None or metric.drop_mixed is not None:
+            drops = (_drop(metric.drop_lowest), _drop(metric.drop_mixed))
             yield Row(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
     if summary.confidence_shift:
         shifts = (_shift(summary.confidence_shift.get("int8")), _shift(summary.confidence_shift.get("mixed")))

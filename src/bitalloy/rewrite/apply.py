@@ -1,13 +1,14 @@
-"""Write the mixed-precision model: QuantizeLinear/DequantizeLinear pairs and Cast nodes where a plan rounds.
+"""Write the model of a plan: roundings where its schemes put them, and Cast nodes around what computes in a format.
 
-Case 1. The core of an INT8 unit: a pair after its root, read by all consumers.
-Case 2. Tensors inside an INT8 unit (inner edges, outputs of tail nodes): a pair each; the tail keeps the root's scale.
-        Cases 1 and 2 do not exist on targets whose kernels round only what they read (`Placement.ENTRY`).
-Case 3. A float tensor that enters an INT8 unit: one pair, shared by all INT8 consumers; float ones read the original.
-Case 4. Weights: INT8 initializers with DequantizeLinear, per channel; biases: moved where they have an offset
-        (`bitalloy.rewrite.biases`), then INT32 with scale input * weight, on targets that want them so.
-Case 5. Units in FP16: `halving`, after all pairs stand; these stay in float32, with a Cast between.
-
+Case 1. The core of a unit that rounds its result: rounded behind its root, for all consumers.
+Case 2. Tensors inside a unit that rounds (inner edges, outputs of tail nodes): each rounded; the tail keeps the root's
+        scale. Outputs of tail nodes, and case 1, only where the target rounds at both ends (`targets.placement`).
+Case 3. A tensor that enters a unit that rounds what it reads: rounded once for each scheme, shared by all its units;
+        others read the original.
+Case 4. Weights: stored in their format, and read back as float; biases: moved where they have an offset
+        (`rewrite.biases`), then INT32 with scale input * weight, in schemes that want them so.
+Case 5. Units that compute in another format: `rewrite.cast`, after all roundings stand; these stay in float32, with a
+        Cast between.
 Case 6. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
         numbers. ONNX Runtime's kernel is several times slower on other axes.
 
@@ -17,7 +18,7 @@ input model is untouched (it is cloned).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,15 +27,18 @@ import onnx
 import onnx_ir as ir
 
 from bitalloy.core.errors import BitalloyError, ModelError
-from bitalloy.core.records import HALF, Precision
-from bitalloy.core.units import Offset, Placement, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.formats.affine import QuantParams, bias_int32, quantize
-from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
-from bitalloy.model.read import BORDER, bias_slot, namer
-from bitalloy.model.read import TAG as TAG
+from bitalloy.core.schemes import Plan, Scheme
+from bitalloy.core.units import Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.formats import find_format, required_opset
+from bitalloy.formats.affine import bias_int32
+from bitalloy.formats.base import Format, QuantParams
+from bitalloy.model.load import Graph
+from bitalloy.model.opset import raise_opset
+from bitalloy.model.read import BORDER, TAG, attribute, bias_slot, constant, consumers, name_of, namer
 from bitalloy.model.weights import pack, save, to_bytes
-from bitalloy.rewrite.cast import halve
-from bitalloy.targets.base import Target, weight_params
+from bitalloy.rewrite.cast import lower
+from bitalloy.targets.placement import roundings, weight_site
+from bitalloy.targets.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -57,131 +61,167 @@ class Mixed:
         return save(self.model, path)
 
 
-def apply(
-    graph: Graph,
-    units: UnitGraph,
-    lowered: frozenset[str],
-    ranges: Mapping[str, tuple[float, float]],
-    target: Target,
-    offsets: Mapping[str, Offset] | None = None,
-) -> Mixed:
-    """Rewrite a graph so that a plan's units run in INT8 or FP16 and all others as they are.
+def apply(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
+    """Rewrite a graph so that every unit of a plan runs in its scheme, and all others as they are.
 
     Args:
         graph: the model in normal form; not changed.
-        units: its units on the target.
-        lowered: the plan: ids of the units in INT8, and those in FP16 with `HALF` behind.
-        ranges: tensor -> calibrated (low, high).
-        target: decides formats.
-        offsets: weight site -> what is added to a bias where the weight is rounded.
+        recipe: its units on a target, and how they are rounded.
+        plan: unit -> scheme.
 
     Raises:
-        BitalloyError: a unit is unknown or may not run in its precision.
+        BitalloyError: a unit is unknown or may not run in its scheme.
         ModelError: the result fails the ONNX checker.
     """
-    by_id = {u.id: u for u in units.units}
-    int8, half = set[str](), set[str]()
-    for member in lowered:
-        name, precision = member.removesuffix(HALF), Precision.FP16 if member.endswith(HALF) else Precision.INT8
-        if name not in by_id:
-            raise BitalloyError(f"The plan names the unit '{name}', which the model does not have.")
-        unit = by_id[name]
-        if precision not in unit.allowed:
-            why = unit.half.reason if precision is Precision.FP16 and unit.half else unit.reason
-            why = why or f"{target.name} has no {precision.name}"
-            raise BitalloyError(f"The plan puts unit '{name}' in {precision.name}, but it must stay float: {why}.")
-        (half if precision is Precision.FP16 else int8).add(name)
-    if both := int8 & half:
-        raise BitalloyError(f"The plan puts unit '{min(both)}' in INT8 and in FP16. Give it one precision.")
+    units, target = recipe.units, recipe.target
+    _check(recipe, plan)
+    known = {scheme.name: scheme for scheme in units.schemes}
     model = graph.clone()
-    writer = _Writer(model, ranges, target)
+    raise_opset(model, max((required_opset(known[name]) for name in set(plan.values())), default=0))
+    writer = _GraphWriter(model, recipe)
+    by_id = {u.id: u for u in units.units}
     for unit in units.units:
         for name in (*unit.core, *unit.tail):
             writer.nodes[name].metadata_props[TAG] = unit.id
-    for site in (w for u in units.units if u.id in int8 for w in u.weights):
-        if offset := (offsets or {}).get(site.id):
-            writer.shift(writer.nodes[offset.node], np.array(offset.values))
+    writer.shift_biases(plan)
+    ends, entries = _borders(units, plan, known)
     inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
-        if unit.id in int8:
-            writer.unit(unit, inputs)
-    for edge in units.edges:
-        entered = edge.consumer in int8 and edge.placement is not Placement.NONE
-        if entered and (edge.producer not in int8 or edge.placement is Placement.ENTRY):
-            writer.enter(edge)
+        if unit.id in plan and not known[plan[unit.id]].cast:
+            writer.unit(unit, known[plan[unit.id]], inputs, end=unit.id in ends)
+    for edge, scheme in entries:
+        writer.enter(edge, scheme)
     for unit in units.units:
-        if target.slow_softmax and unit.kind == "Softmax" and unit.id not in int8 and unit.id not in half:
+        if target.slow_softmax and unit.kind == "Softmax" and unit.id not in plan:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
-    halve(model, {n for name in half for n in (*by_id[name].core, *by_id[name].tail)}, writer.fresh)
+    for scheme in (s for s in units.schemes if s.cast):
+        members = [by_id[name] for name in plan.units_in(scheme.name)]
+        lower(model, {n for u in members for n in (*u.core, *u.tail)}, find_format(scheme.activation), writer.fresh)
     _verify(graph, model)
     return Mixed(model, units)
 
 
-class _Writer:
-    def __init__(self, model: ir.Model, ranges: Mapping[str, tuple[float, float]], target: Target) -> None:
+def _check(recipe: Recipe, plan: Plan) -> None:
+    by_id = {u.id: u for u in recipe.units.units}
+    for name, scheme in plan.items():
+        if name not in by_id:
+            raise BitalloyError(f"The plan names the unit '{name}', which the model does not have.")
+        unit = by_id[name]
+        if scheme not in unit.allowed:
+            why = unit.reason or unit.refused.get(scheme) or f"{recipe.target.name} has no {scheme.upper()}"
+            raise BitalloyError(f"The plan puts unit '{name}' in {scheme.upper()}, where it cannot run: {why}.")
+
+
+def _borders(
+    units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]
+) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
+    """Units that round their result for all readers, and tensors that are rounded for a reader, with its scheme."""
+    ends, entries = set[str](), []
+    for edge in units.edges:
+        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+        for site in roundings(edge, source, sink):
+            if site.end:
+                ends.add(str(edge.producer))
+            else:
+                entries.append((edge, site.scheme))
+    return ends, entries
+
+
+class _GraphWriter:
+    """Writes roundings into a model; see `bitalloy.formats.base.Writer` for what `at` gives."""
+
+    def __init__(self, model: ir.Model, recipe: Recipe) -> None:
         self.graph = model.graph
         self.nodes = {name_of(n): n for n in model.graph}
-        self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
-        self._ranges = ranges
-        self._target = target
         self.fresh = namer(model)
-        self._entries: dict[str, ir.Value] = {}
+        self._recipe = recipe
+        self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
+        self._entries: dict[tuple[str, str], ir.Value] = {}
 
-    def params(self, tensor: str) -> QuantParams:
-        return self._target.activation(*self._ranges[tensor])
+    def unit(self, unit: Unit, scheme: Scheme, inputs: Mapping[str, str], *, end: bool) -> None:
+        """Cases 1, 2 and 4 of one unit.
 
-    def unit(self, unit: Unit, inputs: Mapping[str, str]) -> None:
-        for site in unit.weights:
-            entry = self.params(inputs[site.node]) if self._target.int32_bias else None
-            self._weight(self.nodes[site.node], site, entry, unit.id)
-        for edge in unit.inner:
-            self._pair(edge.tensor, self.params(edge.tensor), unit.id)
-        if self._target.placement is Placement.ENTRY:
+        Args:
+            unit: to be rounded.
+            scheme: that it runs in.
+            inputs: node -> tensor whose scale its first input has.
+            end: whether the unit rounds its result.
+        """
+        for site in unit.weights if scheme.weight is not None else ():
+            entry = None
+            if scheme.bias is not None:
+                _, entry = self._recipe.tensor_params(scheme.name, inputs[site.node])
+            self._weight(self.nodes[site.node], site, scheme, entry, unit.id)
+        for edge in unit.inner if scheme.rounds else ():
+            self._pair(edge.tensor, self._recipe.tensor_params(scheme.name, edge.tensor), unit.id)
+        if not end:
             return
-        self._pair(unit.root, self.params(unit.root), unit.id)
+        rounding = self._recipe.tensor_params(scheme.name, unit.root)
+        self._pair(unit.root, rounding, unit.id)
         for name in unit.tail:
             for value in list(self.nodes[name].outputs):
-                self._pair(str(value.name), self.params(unit.root), unit.id)
+                self._pair(str(value.name), rounding, unit.id)
 
-    def shift(self, node: ir.Node, offset: np.ndarray) -> None:
-        """Add to the bias of a Conv or Gemm, or to the constant of an Add."""
-        slot = bias_slot(node)
-        assert slot is not None, "only constant biases are shifted"
-        bias = constant(node.inputs[slot])
-        assert bias is not None
-        shifted = (bias + offset.reshape(bias.shape)).astype(np.float32)
-        node.replace_input_with(slot, self._constant(f"{node.name}/corrected_bias", shifted))
+    def shift_biases(self, plan: Plan) -> None:
+        """Add the offsets of a plan's rounded weights to the biases of Conv and Gemm, or to the constants of Adds."""
+        offsets = self._recipe.offsets
+        for unit in self._recipe.units.units:
+            for site in unit.weights if unit.id in plan else ():
+                offset = offsets.get(weight_site(site, plan[unit.id]).id)
+                if offset is None:
+                    continue
+                node = self.nodes[offset.node]
+                slot = bias_slot(node)
+                assert slot is not None, "only constant biases are shifted"
+                bias = constant(node.inputs[slot])
+                assert bias is not None
+                shifted = (bias + np.array(offset.values).reshape(bias.shape)).astype(np.float32)
+                node.replace_input_with(slot, self.constant(f"{node.name}/corrected_bias", shifted))
 
-    def enter(self, edge: UnitEdge) -> None:
-        if edge.tensor not in self._entries:
+    def enter(self, edge: UnitEdge, scheme: str) -> None:
+        """Case 3."""
+        key = edge.tensor, scheme
+        if key not in self._entries:
             value = self._values[edge.tensor]
-            self._entries[edge.tensor] = self._round(value, self.params(edge.root), BORDER, after=value.producer())
+            rounding = self._recipe.tensor_params(scheme, edge.root)
+            self._entries[key] = self._round(value, rounding, BORDER, after=value.producer())
         for use in edge.uses:
-            self.nodes[use.node].replace_input_with(use.slot, self._entries[edge.tensor])
+            self.nodes[use.node].replace_input_with(use.slot, self._entries[key])
 
-    def _weight(self, node: ir.Node, site: WeightSite, entry: QuantParams | None, unit: str) -> None:
-        """INT8 weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer with a name that no tensor has."""
+        name = self.fresh(name)
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def _weight(
+        self, node: ir.Node, site: WeightSite, scheme: Scheme, entry: QuantParams | None, unit: str
+    ) -> None:
+        """Store weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
 
         Then the scale of weights grows where the bias would leave int32. Without `entry` it stays float.
         """
-        weight, params = constant(node.inputs[site.slot]), weight_params(self._target, node, site)
+        weight = constant(node.inputs[site.slot])
+        stored, params = self._recipe.weight_params(scheme.name, node, site)
         assert weight is not None, "weight sites are constants"
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if bias is not None and entry is not None:
-            stored, steps = bias_int32(bias, entry.scale * params.scale)
+        if bias is not None and entry is not None and params is not None:
+            integers, steps = bias_int32(bias, entry.scale * params.scale)
             params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))
             zeros = np.zeros(steps.shape, np.int32)
             grid = QuantParams(scale=steps, zero_point=zeros, qmin=-(2**31), qmax=2**31 - 1, axis=0)
-            q = self._constant(f"{node.name}/bias_int32", stored)
-            node.replace_input_with(2, self._dequantize(q, grid, unit))
-        q = self._constant(f"{node.name}/weight_int8", quantize(weight, params))
-        node.replace_input_with(site.slot, self._dequantize(q, params, unit))
+            kept = self.constant(f"{node.name}/bias_{scheme.bias}", integers)
+            node.replace_input_with(2, self._read(kept, find_format(scheme.bias), grid, unit))
+        kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.encode(weight, params))
+        node.replace_input_with(site.slot, self._read(kept, stored, params, unit))
 
-    def _pair(self, tensor: str, params: QuantParams, unit: str) -> None:
+    def _pair(self, tensor: str, rounding: tuple[Format, QuantParams | None], unit: str) -> None:
         """Round a tensor for all its consumers; a graph output keeps its name on the rounded value."""
         value = self._values[tensor]
         uses = consumers(value)
-        rounded = self._round(value, params, unit, after=value.producer())
+        rounded = self._round(value, rounding, unit, after=value.producer())
         for use in uses:
             use.node.replace_input_with(use.slot, rounded)
         if value.is_graph_output():
@@ -190,43 +230,46 @@ class _Writer:
             value.name, rounded.name = self.fresh(f"{tensor}/float"), tensor
             self.graph.outputs[index] = rounded
 
-    def _round(self, value: ir.Value, params: QuantParams, unit: str, *, after: ir.Node | None) -> ir.Value:
-        name = str(value.name)
-        scale, zero = self._scale(name, params)
-        q = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/QuantizeLinear")
-        dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero], name=f"{name}/DequantizeLinear")
-        q.outputs[0].name, dq.outputs[0].name = self.fresh(f"{name}/quantized"), self.fresh(f"{name}/dequantized")
-        for node in (q, dq):
-            node.metadata_props[TAG] = unit
-        if after is None:
-            first = self.graph[0]
-            self.graph.insert_before(first, [q, dq])
+    def _round(
+        self, value: ir.Value, rounding: tuple[Format, QuantParams | None], unit: str, *, after: ir.Node | None
+    ) -> ir.Value:
+        stored, params = rounding
+        return stored.write(_Place(self, str(value.name), unit, after), value, params)
+
+    def _read(self, kept: ir.Value, stored: Format, params: QuantParams | None, unit: str) -> ir.Value:
+        return stored.write_stored(_Place(self, str(kept.name), unit, None), kept, params)
+
+
+class _Place:
+    """A place of the graph where a format writes: behind a node, or at the start. See `bitalloy.formats.base.Writer`.
+
+    Args:
+        writer: of the graph.
+        name: start of all names.
+        unit: that the nodes belong to.
+        after: node behind which they stand; None for the start of the graph.
+    """
+
+    def __init__(self, writer: _GraphWriter, name: str, unit: str, after: ir.Node | None) -> None:
+        self._writer, self._name, self._unit, self._after = writer, name, unit, after
+
+    def constant(self, array: np.ndarray, role: str) -> ir.Value:
+        return self._writer.constant(f"{self._name}/{role}", array)
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+        made = ir.node(op_type, list(inputs), dict(attributes), name=f"{self._name}/{op_type}")
+        made.outputs[0].name = self._writer.fresh(f"{self._name}/{role}")
+        made.metadata_props[TAG] = self._unit
+        graph = self._writer.graph
+        if self._after is None:
+            graph.insert_before(graph[0], [made])
         else:
-            self.graph.insert_after(after, [q, dq])
-        return dq.outputs[0]
-
-    def _scale(self, name: str, params: QuantParams) -> tuple[ir.Value, ir.Value]:
-        return self._constant(f"{name}/scale", params.scale), self._constant(f"{name}/zero_point", params.zero_point)
-
-    def _dequantize(self, q: ir.Value, params: QuantParams, unit: str) -> ir.Value:
-        name = str(q.name)
-        scale, zero = self._scale(name, params)
-        attributes = {} if params.axis is None else {"axis": params.axis}
-        dq = ir.node("DequantizeLinear", [q, scale, zero], attributes, name=f"{name}/DequantizeLinear")
-        dq.outputs[0].name = self.fresh(f"{name}/dequantized")
-        dq.metadata_props[TAG] = unit
-        self.graph.insert_before(self.graph[0], [dq])
-        return dq.outputs[0]
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self.fresh(name)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self.graph.register_initializer(value)
-        return value
+            graph.insert_after(self._after, [made])
+        self._after = made
+        return made.outputs[0]
 
 
-def _softmax_last(writer: _Writer, node: ir.Node, unit: str) -> None:
+def _softmax_last(writer: _GraphWriter, node: ir.Node, unit: str) -> None:
     x, y = node.inputs[0], node.outputs[0]
     assert x is not None and y.shape is not None
     rank = len(y.shape)

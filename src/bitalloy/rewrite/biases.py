@@ -26,10 +26,11 @@ import onnx_ir as ir
 
 from bitalloy.calibrate.channels import channel_means
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
-from bitalloy.formats.affine import fake_quantize
+from bitalloy.core.schemes import Scheme
+from bitalloy.targets.placement import weight_site
+from bitalloy.targets.recipe import Recipe
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.model.read import bias_slot
-from bitalloy.targets.base import Target, weight_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ class Bias:
 
 
 def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
-    """Biases of the layers that can run in INT8, in the order of the units."""
-    int8, found = units.quantizable(), []
-    for site in (w for u in units.units if u.id in int8 for w in u.weights):
+    """Biases of the layers whose weights can be rounded, in the order of the units."""
+    plan, found = units.lowest_gated(), []
+    for site in (w for u in units.units if u.id in plan for w in u.weights):
         layer = holder = graph.node[site.node]
         if layer.op_type == "MatMul":
             uses = consumers(layer.outputs[0])
@@ -97,24 +98,34 @@ def mean_inputs(
     return channel_means(graph.model, {b.tensor: b.axis for b in biases}, feeds, progress)
 
 
-def offsets(graph: Graph, biases: Sequence[Bias], target: Target, means: Mapping[str, np.ndarray]) -> dict[str, Offset]:
-    """What is to be added to each bias where its weight is rounded: weight site -> offset.
+def bias_offsets(
+    graph: Graph, biases: Sequence[Bias], recipe: Recipe, means: Mapping[str, np.ndarray]
+) -> dict[str, Offset]:
+    """What is to be added to each bias where its weight is rounded: id of the weight's site -> offset.
 
     Args:
         graph: float.
         biases: of its layers.
-        target: decides how weights are rounded.
+        recipe: decides how weights are rounded, in every scheme that does.
         means: as `mean_inputs` gives them.
     """
+    units = recipe.units
+    schemes = {w.id: [s for s in u.choices if _rounds(units.scheme(s))] for u in units.units for w in u.weights}
     found = {}
     for bias in biases:
         layer = graph.node[bias.weight.node]
         weight = constant(layer.inputs[bias.weight.slot])
         assert weight is not None, "weight sites are constants"
-        lost = weight.astype(np.float64) - fake_quantize(weight, weight_params(target, layer, bias.weight))
-        values = _product(layer, lost, means[bias.tensor])
-        found[bias.weight.id] = Offset(node=bias.node, values=tuple(values.tolist()))
+        for scheme in schemes[bias.weight.id]:
+            stored, params = recipe.weight_params(scheme, layer, bias.weight)
+            lost = weight.astype(np.float64) - stored.reference(weight, params)
+            values = _product(layer, lost, means[bias.tensor])
+            found[weight_site(bias.weight, scheme).id] = Offset(node=bias.node, values=tuple(values.tolist()))
     return found
+
+
+def _rounds(scheme: Scheme) -> bool:
+    return scheme.gated and scheme.weight is not None
 
 
 def _product(layer: ir.Node, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -15,10 +15,12 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, DataInfo, Head, Settings
 from bitalloy.core.store import key_of
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
+from bitalloy.model.opset import raise_opset
 from bitalloy.rewrite.apply import Mixed
 from bitalloy.rewrite.apply import apply as rewrite
 from bitalloy.rewrite.cast import specified
@@ -57,7 +59,7 @@ class Calibrated:
     corrections: tuple[Correction, ...] = ()
     """What scaling between layers and bias correction did."""
     offsets: Mapping[str, Offset] = field(default_factory=dict)
-    """Weight site -> what is added to a bias where the weight is rounded; empty without bias correction."""
+    """As of `Recipe`; empty without bias correction."""
     others: tuple[Calibrated, ...] = ()
     """The same on the other targets of the settings."""
 
@@ -66,7 +68,7 @@ class Calibrated:
         """Tensor -> (low, high)."""
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
 
-    def scheme(self, method: str = "") -> Recipe:
+    def recipe(self, method: str = "") -> Recipe:
         """How the target rounds the model, with ranges by another method where that gives something else."""
         ranges = {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
         return Recipe(self.units, self.target, ranges, self.offsets)
@@ -90,29 +92,31 @@ class Calibrated:
         """The same with biases moved."""
         return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
 
-    def variant(self, lowered: frozenset[str]) -> Mixed:
-        """The model in which the given units run in INT8, and those with `HALF` behind in FP16."""
-        return rewrite(self.graph, self.units, lowered, self.ranges, self.target, self.offsets)
+    def variant(self, plan: Plan) -> Mixed:
+        """The model in which the units of a plan run in its schemes."""
+        return rewrite(self.graph, self.recipe(), plan)
 
-    def artefact(self, lowered: frozenset[str]) -> Artefact:
+    def artefact(self, plan: Plan) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(lowered).model
+        model = self.variant(plan).model
         if not isinstance(self.graph, Joined):
             return Artefact({ONLY: model}, runtime=self.target.runtime)
         parts = divide(model, self.graph.program)
         for name, opened in self.graph.opened.items():
             try:
-                parts[name] = reopen(parts[name], opened.clone(), self.graph.program.graphs[name].model)
+                opened = opened.clone()
+                raise_opset(opened, int(parts[name].opset_imports[""]))
+                parts[name] = reopen(parts[name], opened, self.graph.program.graphs[name].model)
             except ModelError:
                 continue
         return Artefact(parts, self.graph.program, self.target.runtime)
 
     def executable(self, artefact: Artefact) -> Artefact:
         """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
-        if not self.target.half:
+        if not self.target.casts:
             return artefact
         models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
         return Artefact(models, artefact.program, AS_WRITTEN)
@@ -143,6 +147,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def deciding(trials: Sequence[Calibrated]) -> int | None:
-    """Position of the first target that has INT8: what is measured on it holds for all."""
-    return next((i for i, t in enumerate(trials) if t.units.quantizable()), None)
+def deciding(parts: Sequence[Calibrated]) -> int | None:
+    """Position of the first target whose roundings can be switched: what is measured on it holds for all."""
+    return next((i for i, part in enumerate(parts) if part.units.lowest_gated()), None)

@@ -1,4 +1,4 @@
-"""FP16 in a graph: nodes that run in it, and what a runtime without FP16 kernels must do to give the same numbers."""
+"""Nodes that compute in another floating-point format, and how a runtime without kernels for it gives the same numbers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy.formats.base import Format
 from bitalloy.model.read import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
 
+LOWER_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""That nodes compute in where a plan says so."""
 Fresh = Callable[[str], str]
 """Makes a name that no tensor of the model has."""
 
 
-def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
-    """Let nodes run in FP16; everything else, inputs and outputs of the model included, stays as it is.
+def lower(model: ir.Model, names: Collection[str], stored: Format, fresh: Fresh) -> None:
+    """Let nodes compute in a format; everything else, inputs and outputs of the model included, stays as it is.
 
     Case 1. A float tensor from elsewhere: one Cast, shared by all these nodes.
-    Case 2. A constant: a half initializer, shared likewise; `FULL_SLOTS` stay float32.
-    Case 3. A tensor that such a node makes: FP16, with one Cast back for all readers outside.
+    Case 2. A constant: an initializer in the format, shared likewise; `FULL_SLOTS` stay float32.
+    Case 3. A tensor that such a node makes: in the format, with one Cast back for all readers outside.
     Case 4. The same where it is an output of the model: the Cast back takes its name.
 
     Args:
         model: to be changed.
-        names: of the nodes, whose operators are all among `targets.half.OPERATORS`.
+        names: of the nodes, whose operators all compute in the format.
+        stored: the format, whose numbers ONNX has a type for.
         fresh: for the new tensors.
     """
-    graph = model.graph
+    graph, kind = model.graph, ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)
     nodes = [n for n in graph if n.name in names]
     inside = set(nodes)
     lowered: dict[ir.Value, ir.Value] = {}
@@ -40,9 +44,9 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
             if value not in lowered:
                 array = constant(value)
                 if array is not None:
-                    lowered[value] = _initializer(graph, array, fresh(f"{value.name}/half"))
+                    lowered[value] = _initializer(graph, stored.encode(array, None), fresh(f"{value.name}/half"))
                 else:
-                    lowered[value] = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
+                    lowered[value] = cast(graph, value, kind, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
     for node in nodes:
         for value in list(node.outputs):
@@ -53,7 +57,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
                 for use in consumers(value)
                 if use.node not in inside or use.slot in FULL_SLOTS.get(use.node.op_type, ())
             ]
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
+            value.type = ir.TensorType(kind)
             if not outside and not value.is_graph_output():
                 continue
             back = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
@@ -65,11 +69,11 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
 
 
 def specified(model: ir.Model) -> ir.Model:
-    """A copy that computes in float32 and rounds what FP16 nodes make to FP16, one by one.
+    """A copy that computes in float32 and rounds what nodes of another format make to that format, one by one.
 
-    ONNX Runtime has no FP16 kernels on most CPUs. It computes in float32 there and drops the roundings between
+    ONNX Runtime has no such kernels on most CPUs. It computes in float32 there and drops the roundings between
     neighbours, so that a model runs more exactly than its graph says. In the copy each rounding is a pair of Cast
-    nodes of its own. Weights in FP16 are widened as they are used, which changes no number: no copy of them is kept.
+    nodes of its own. Weights in such a format are widened as they are used, which changes no number: no copy of them is kept.
     """
     copy = model.clone()
     graph = copy.graph
@@ -79,30 +83,31 @@ def specified(model: ir.Model) -> ir.Model:
         if node.op_type == "Cast":
             continue
         for slot, value in enumerate(node.inputs):
-            if value is None or value.dtype != ir.DataType.FLOAT16:
+            if value is None or value.dtype not in LOWER_TYPES:
                 continue
             if value not in wide:
                 wide[value] = cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/wide"))
             node.replace_input_with(slot, wide[value])
         for value in node.outputs:
-            if value.dtype != ir.DataType.FLOAT16:
+            kind = value.dtype
+            if kind not in LOWER_TYPES:
                 continue
             value.type = ir.TensorType(ir.DataType.FLOAT)
             uses = consumers(value)
-            rounded = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/rounded"))
+            rounded = cast(graph, value, kind, fresh(f"{value.name}/rounded"))
             for use in uses:
                 use.node.replace_input_with(use.slot, rounded)
     return copy
 
 
 def computed(model: ir.Model) -> frozenset[str]:
-    """Names of the nodes that run in FP16."""
+    """Names of the nodes that compute in another floating-point format."""
     made = ((n, v) for n in model.graph for v in n.outputs if not is_border(n))
-    return frozenset(name_of(n) for n, v in made if v.dtype == ir.DataType.FLOAT16)
+    return frozenset(name_of(n) for n, v in made if v.dtype in LOWER_TYPES)
 
 
 def is_border(node: ir.Node) -> bool:
-    """Whether a node is a Cast between FP32 and FP16 that `halve` put there."""
+    """Whether a node is a Cast between floating-point formats that `lower` put there."""
     return node.op_type == "Cast" and node.metadata_props.get(TAG) == BORDER
 
 
@@ -121,8 +126,7 @@ def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Val
 
 
 def _initializer(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    stored = array.astype(np.float16)
-    value = ir.Value(name=name, const_value=ir.tensor(stored, name=name), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(stored.dtype))
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     graph.register_initializer(value)
     return value

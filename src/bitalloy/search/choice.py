@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.plans import Budget, Choice, HeadDamage, Plan
-from bitalloy.core.records import HALF, Precision
-from bitalloy.core.units import HalfSafety, Unit
+from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitCost
+from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.units import Evidence, Unit
+from bitalloy.measure.prices import latency_interval_us
+from bitalloy.targets.placement import rounded
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
@@ -24,7 +26,7 @@ def search(
     front: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Plan:
+) -> PlanReport:
     """The best plan for a budget, and the Pareto front around it.
 
     With a floor on SQNR and no latency or size limit the fastest such plan is chosen; otherwise the least damaging
@@ -53,50 +55,59 @@ def search(
         found = program.solve(limits, minimize=goal)
     if found is None:
         raise _unreachable(problem, program, budget, limits)
-    lowered = around.polish(problem, found.lowered, limits, fastest=fastest)
+    plan = around.polish(problem, found.plan, limits, fastest=fastest)
     gap, solved = found.gap, found.solved
-    return complete(problem, budget, lowered, gap=gap, solved=solved, front=front, seed=seed, progress=progress)
+    return complete(problem, budget, Proven(plan, gap, solved), front=front, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A plan that is decided, with what the solver proved of it."""
+
+    plan: Plan
+    gap: float
+    """That the solver left open."""
+    solved: bool = True
+    """False where it stopped at its limit of nodes."""
 
 
 def complete(
     problem: Problem,
     budget: Budget,
-    lowered: frozenset[str],
+    decided: Proven,
     *,
-    gap: float,
-    solved: bool = True,
     front: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Plan:
+) -> PlanReport:
     """A plan that is decided already, with reasons, predictions and the front around it.
 
     Args:
         problem: the tables.
         budget: that led to the plan.
-        lowered: the plan, as the set of its lowered units (`UnitGraph`).
-        gap: that the solver left open.
-        solved: False where it stopped at its limit of nodes.
+        decided: the plan.
         front: whether the other plans of the front are wanted.
         seed: of the bootstrap.
         progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
     """
-    points, whole = around.front(problem, Program(problem), (lowered, gap), progress) if front else ((), True)
-    if progress is not None and not front:
+    plan, points, whole = decided.plan, tuple[ParetoPoint, ...](), True
+    if front:
+        points, whole = around.front(problem, Program(problem), (plan, decided.gap), progress)
+    elif progress is not None:
         progress(1)
     weights = draws(problem.matrix.samples, seed)
-    estimates = estimate(problem.matrix, problem.matrix.select(problem.units.rounded(lowered)), weights, problem.secant)
-    return Plan(
+    estimates = estimate(problem.matrix, problem.sites(plan), weights, problem.secant)
+    return PlanReport(
         model_sha256=problem.units.model_sha256,
         target=problem.units.target,
         budget=budget,
-        choices=tuple(_choices(problem, lowered)),
+        choices=tuple(_choices(problem, plan)),
         heads=tuple(HeadDamage(head=h, predicted_db=e) for h, e in zip(problem.matrix.heads, estimates, strict=True)),
-        predicted_latency_us=round(problem.latency_us(lowered), 2),
-        predicted_latency_interval_us=problem.cost.latency_interval_us(problem.units, lowered),
-        predicted_size_bytes=problem.size_bytes(lowered),
-        optimality_gap=gap,
-        solved=solved and whole,
+        predicted_latency_us=round(problem.latency_us(plan), 2),
+        predicted_latency_interval_us=latency_interval_us(problem.cost, problem.units, plan),
+        predicted_size_bytes=problem.size_bytes(plan),
+        optimality_gap=decided.gap,
+        solved=decided.solved and whole,
         pareto=points,
     )
 
@@ -105,7 +116,7 @@ def _middle(problem: Problem, program: Program) -> float:
     """Latency in us halfway between the fastest plan and float."""
     fastest = program.solve(Limits(), minimize="latency")
     start = problem.latency_us(problem.fixed)
-    return (problem.latency_us(fastest.lowered) + start) / 2 if fastest is not None else start
+    return (problem.latency_us(fastest.plan) + start) / 2 if fastest is not None else start
 
 
 def _limits(problem: Problem, budget: Budget) -> Limits:
@@ -120,7 +131,7 @@ def _limits(problem: Problem, budget: Budget) -> Limits:
             raise BudgetError(f"The budget has a floor on '{name}', but the output heads are: {', '.join(heads)}.")
     latency = [np.inf]
     if budget.latency_ratio is not None:
-        latency.append(budget.latency_ratio * problem.latency_us(frozenset()))
+        latency.append(budget.latency_ratio * problem.latency_us(Plan()))
     if budget.latency_ms is not None:
         latency.append(budget.latency_ms * 1e3)
     floors = [budget.floor_db(h) if h in heads else None for h in problem.matrix.heads]
@@ -139,7 +150,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
     found = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
     if found is None:
         return limits
-    least = problem.latency_us(found.lowered)
+    least = problem.latency_us(found.plan)
     slack = max(TOLERANCE - 1, 2 * problem.cost.residual_percent / 100)
     within = max(least * 1.005, limits.latency_us * TOLERANCE)
     return replace(limits, latency_us=within) if least * (1 - slack) <= limits.latency_us else limits
@@ -147,13 +158,13 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
 
 def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
     """What is asked for, and how much of it is in reach: of each limit alone and, where there are several, together."""
-    start = problem.latency_us(frozenset())
+    start = problem.latency_us(Plan())
     together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
     fastest = together or program.solve(Limits(damage=limits.damage), minimize="latency")
     smallest = problem.size_bytes(problem.units.lowest())
     parts, ratio = [], None
     if fastest is not None:
-        least = problem.latency_us(fastest.lowered)
+        least = problem.latency_us(fastest.plan)
         ratio = least / start
         others = " within the other limits" if together and (limits.damage or limits.size_bytes < np.inf) else ""
         parts.append(f"the lowest latency in reach{others} is {least / start:.2f}x of float ({least / 1e3:.2f} ms)")
@@ -177,51 +188,44 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
     return BudgetError(message, ratio)
 
 
-def _choices(problem: Problem, lowered: frozenset[str]) -> list[Choice]:
+def _choices(problem: Problem, plan: Plan) -> list[Choice]:
     """The plan with a reason per unit, from the tables that decided it."""
-    column, table = problem.matrix.column, problem.site_damage
     times = {c.unit: c for c in problem.cost.units}
-    choices = []
+    found = []
     for unit in problem.units.units:
-        if unit.id not in problem.free:
-            choices.append(Choice(unit=unit.id, precision=Precision.FP32, reason=_refused(unit)))
+        if not unit.choices:
+            found.append(Choice(unit=unit.id, scheme=BASELINE, reason=unit.why))
             continue
-        held = next((m for m in problem.members[unit.id] if m in lowered), None)
-        precision = Precision.FP32 if held is None else Precision.FP16 if held.endswith(HALF) else Precision.INT8
-        member = held or problem.members[unit.id][0]
-        name = "FP16" if member.endswith(HALF) else "INT8"
-        sites = problem.units.rounded(frozenset({member}))
-        alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
-        worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
-        sqnr = float(decibel(alone[worst])) if alone.size else np.inf
-        entry = times[unit.id]
-        gain = entry.fp32_us - entry.us(frozenset({member}))
-        head = problem.matrix.heads[worst]
-        if held in problem.fixed:
-            reason = f"{unit.reason}; alone it leaves {sqnr:.1f} dB on {head}"
-        elif held is not None:
-            why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
-            reason = f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
-        elif gain <= 0:
-            reason = f"{name} is not faster here ({-gain:.0f} us slower)"
-        else:
-            reason = f"{name} would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
-        if unit.half is not None:
-            reason += f"; {_evidence(unit.half)}"
-        choices.append(Choice(unit=unit.id, precision=precision, reason=reason))
-    return choices
+        scheme = plan.scheme_of(unit.id)
+        reason = _reason(problem, unit, times[unit.id], scheme)
+        said = "; ".join(_evidence(name, known) for name, known in unit.evidence.items())
+        found.append(Choice(unit=unit.id, scheme=scheme, reason=f"{reason}; {said}" if said else reason))
+    return found
 
 
-def _refused(unit: Unit) -> str:
-    """Why a unit has no choice."""
-    if unit.half is None or not unit.half.reason or unit.half.reason == unit.reason:
-        return unit.reason
-    return f"{unit.reason}; {unit.half.reason}"
+def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str) -> str:
+    """Why a unit runs in the scheme that it was given."""
+    considered = unit.choices[0] if scheme == BASELINE else scheme
+    column, table = problem.matrix.column, problem.site_damage
+    sites = rounded(problem.units, Plan.of(considered, unit.id))
+    alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
+    worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
+    sqnr = float(decibel(alone[worst])) if alone.size else np.inf
+    head, name, gain = problem.matrix.heads[worst], considered.upper(), cost.saved_us(considered)
+    if unit.id in problem.fixed:
+        return f"{unit.why}; alone it leaves {sqnr:.1f} dB on {head}"
+    if scheme != BASELINE:
+        why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
+        return f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
+    if gain <= 0:
+        return f"{name} is not faster here ({-gain:.0f} us slower)"
+    return f"{name} would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
 
 
-def _evidence(half: HalfSafety) -> str:
-    """Why FP16 is or is not among the choices of a unit."""
-    if half.reason:
-        return f"not FP16: {half.reason}"
-    sums = f", sums of {half.depth} products reach at most {half.partial_sum:.3g}" if half.depth else ""
-    return f"safe in FP16: values reach {half.magnitude:.3g} of 65504{sums}, {100 * half.subnormal:.2g} % subnormal"
+def _evidence(scheme: str, known: Evidence) -> str:
+    """Why a scheme that computes in another format is or is not among the choices of a unit."""
+    name = scheme.upper()
+    if known.reason:
+        return f"not {name}: {known.reason}"
+    sums = f", sums of {known.depth} products reach at most {known.partial_sum:.3g}" if known.depth else ""
+    return f"safe in {name}: values reach {known.magnitude:.3g}{sums}, {100 * known.subnormal:.2g} % subnormal"

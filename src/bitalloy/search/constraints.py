@@ -1,12 +1,11 @@
-"""What a budget keeps in a precision: patterns turned into units without a choice.
+"""What a budget keeps in a scheme: patterns turned into units without a choice.
 
 A pattern is a shell glob over the ids of units, their nodes, their regions and operator types, or one of these by name.
 `{4..20}` in it stands for every number from 4 to 20. Where two patterns name the same unit the later one holds, so that
 a part can be taken out of a larger one.
 
-Case 1. FP32 (or FP16) takes the choice from every unit that is named.
-Case 2. INT8 takes it from every named unit that can run in INT8. The others of a region stay what they are and their
-        reason says so; a pattern of which nothing can run in INT8 is refused, with the reason.
+A pattern takes the choice from every named unit that can run in its scheme. The others of a region stay what they are,
+and their reason says so; a pattern of which nothing can run in its scheme is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import msgspec
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Keep
-from bitalloy.core.records import Precision
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
 
@@ -58,27 +56,26 @@ def constrain(
     missed: dict[str, Keep] = {}
     for keep in keeps:
         named = _named(full, keep, operators)
-        able = [u for u in named if keep.precision in u.allowed]
+        able = [u for u in named if keep.scheme in u.allowed]
         if not able:
             raise BitalloyError(_impossible(keep, named))
         for unit in named:
-            place = decided if keep.precision in unit.allowed else missed
+            place = decided if keep.scheme in unit.allowed else missed
             place[unit.id] = keep
     changed = []
     for unit, whole in zip(units.units, full.units, strict=True):
         if unit.id in decided:
             unit = _fixed(whole, decided[unit.id])
         elif unit.id in missed:
-            asked = f"{missed[unit.id].precision.upper()} was asked for ({missed[unit.id]})"
-            unit = msgspec.structs.replace(unit, reason=f"{unit.reason}; {asked}" if unit.reason else asked)
+            asked = f"{missed[unit.id].scheme.upper()} was asked for ({missed[unit.id]})"
+            unit = msgspec.structs.replace(unit, reason=f"{unit.why}; {asked}" if unit.why else asked)
         changed.append(unit)
     return Constrained(msgspec.structs.replace(units, units=tuple(changed)), frozenset(decided))
 
 
 def _fixed(unit: Unit, keep: Keep) -> Unit:
-    reason = f"kept in {keep.precision.upper()} as asked ({keep})"
-    unit = msgspec.structs.replace(unit, allowed=(keep.precision,), reason=reason)
-    return unit if keep.precision is Precision.INT8 else msgspec.structs.replace(unit, inner=(), weights=())
+    reason = f"kept in {keep.scheme.upper()} as asked ({keep})"
+    return msgspec.structs.replace(unit, allowed=(keep.scheme,), reason=reason)
 
 
 def _named(units: UnitGraph, keep: Keep, operators: Mapping[str, str]) -> list[Unit]:
@@ -106,10 +103,10 @@ def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
 
 def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
     unit = named[0]
-    why = unit.reason or f"{unit.kind} has no {keep.precision.upper()} form on this target"
+    why = unit.refused.get(keep.scheme) or unit.reason or f"the target has no {keep.scheme.upper()}"
     others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
     return (
-        f"--keep '{keep}' asks for {keep.precision.upper()} where it is not possible: '{unit.id}' cannot, because "
+        f"--keep '{keep}' asks for {keep.scheme.upper()} where it is not possible: '{unit.id}' cannot, because "
         f"{why}.{others} Leave it out, or name other units; {', '.join(named[0].allowed)} is what this one has."
     )
 
@@ -129,5 +126,5 @@ def _expanded(keep: Keep) -> list[str]:
     return [
         text
         for number in range(low, high + 1)
-        for text in _expanded(Keep(precision=keep.precision, pattern=f"{before}{number}{after}"))
+        for text in _expanded(Keep(scheme=keep.scheme, pattern=f"{before}{number}{after}"))
     ]

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from bitalloy.core.plans import ParetoPoint
-from bitalloy.core.records import HALF
+from bitalloy.core.schemes import Plan
 from bitalloy.search.program import Limits, Problem, Program
 from bitalloy.sensitivity.matrix import decibel
 
@@ -18,8 +18,8 @@ FRONT_GAP = 0.03
 """Proven distance to the optimum at which the solver stops."""
 
 
-def polish(problem: Problem, plan: frozenset[str], limits: Limits, *, fastest: bool = False) -> frozenset[str]:
-    """Move single units to another precision, best first, while the goal improves and the limits hold.
+def polish(problem: Problem, plan: Plan, limits: Limits, *, fastest: bool = False) -> Plan:
+    """Move single units to another scheme, best first, while the goal improves and the limits hold.
 
     The start may violate the limits slightly, because the program ignores interactions; then moves that reduce the
     violation come first.
@@ -37,7 +37,7 @@ def polish(problem: Problem, plan: frozenset[str], limits: Limits, *, fastest: b
         problem.damage(current)[None], np.array([problem.latency_us(current)]), np.array([problem.size_bytes(current)])
     )
     best = float(missed[0]), float(goal[0])
-    for _ in range(2 * len(problem.free) if problem.moves else 0):
+    for _ in range(2 * len(problem.choices) if problem.moves else 0):
         missed, goal = scores(*problem.neighbours(current))
         first = int(np.lexsort((goal, missed))[0])
         value = float(missed[first]), float(goal[first])
@@ -49,7 +49,7 @@ def polish(problem: Problem, plan: frozenset[str], limits: Limits, *, fastest: b
 
 
 def front(
-    problem: Problem, program: Program, plan: tuple[frozenset[str], float], progress: Callable[[int], None] | None
+    problem: Problem, program: Program, plan: tuple[Plan, float], progress: Callable[[int], None] | None
 ) -> tuple[tuple[ParetoPoint, ...], bool]:
     """Plans that no other one beats, in order of latency, and whether the solver could finish for all of them.
 
@@ -66,14 +66,14 @@ def front(
         limits = Limits(latency_us=budget)
         found = program.solve(limits, minimize="damage", gap=FRONT_GAP)
         if found is not None:
-            plans.setdefault(polish(problem, found.lowered, limits), found.gap)
+            plans.setdefault(polish(problem, found.plan, limits), found.gap)
             solved &= found.solved
 
     if fastest is not None:
-        plans[fastest.lowered] = fastest.gap
+        plans[fastest.plan] = fastest.gap
         solved &= fastest.solved
         start = problem.latency_us(least)
-        end = min(problem.latency_us(fastest.lowered), start)
+        end = min(problem.latency_us(fastest.plan), start)
         for budget in np.linspace(end, start, FRONT_BUDGETS + 1)[:-1]:
             add(float(budget) * (1 + 1e-9))
             if progress is not None:
@@ -90,8 +90,7 @@ def front(
     plans[chosen] = gap
     points = (
         ParetoPoint(
-            int8_units=tuple(sorted(m for m in units if not m.endswith(HALF))),
-            fp16_units=tuple(sorted(m.removesuffix(HALF) for m in units if m.endswith(HALF))),
+            schemes=dict(units.listed),
             predicted_latency_us=round(latency, 2),
             size_bytes=problem.size_bytes(units),
             damage=damage,
@@ -104,13 +103,13 @@ def front(
 
 
 def _undominated(
-    problem: Problem, plans: Iterable[frozenset[str]], chosen: frozenset[str]
-) -> list[tuple[float, float, frozenset[str]]]:
+    problem: Problem, plans: Iterable[Plan], chosen: Plan
+) -> list[tuple[float, float, Plan]]:
     """(latency, damage, plan) of the plans that no faster one equals, and of the chosen one, in order of latency."""
-    points = sorted(((problem.latency_us(p), problem.total(p), sorted(p)) for p in plans), key=lambda t: t)
+    points = sorted(((problem.latency_us(p), problem.total(p), p.listed) for p in plans), key=lambda t: t)
     kept, least = [], np.inf
     for latency, damage, units in points:
-        plan = frozenset(units)
+        plan = Plan(units)
         if damage < least or plan == chosen:
             least = min(least, damage)
             kept.append((latency, damage, plan))

@@ -1,22 +1,24 @@
-"""What moving single units to another precision does to a plan: all moves at once, from the tables.
+"""What moving single units to another scheme does to a plan: all moves at once, from the tables.
 
-The same numbers as `UnitGraph.rounded`, `borders` and `casts` and `ProbeMatrix.damage` give for every plan by itself.
-A move touches the unit's own sites, the edges beside it and the borders on their tensors, so that hundreds of
-neighbouring plans come down to a few products with sparse matrices.
+The same numbers as `targets.placement`, `measure.prices` and `ProbeMatrix.damage` give for every plan by itself. A move
+touches the unit's own sites, the edges beside it and the borders on their tensors, so that hundreds of neighbouring
+plans come down to a few products with sparse matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from bitalloy.core.plans import CostTable
-from bitalloy.core.records import AGAIN, HALF
-from bitalloy.core.units import Placement, UnitGraph
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
+from bitalloy.core.units import UnitEdge, UnitGraph
+from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.sensitivity.matrix import ProbeMatrix, shrink
+from bitalloy.targets.placement import Conversion, all_conversions, conversions, own_sites, rounded, roundings
 
 
 @dataclass(frozen=True)
@@ -35,102 +37,135 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Precisions of the units at both ends of some edges."""
+    """Schemes of the units at both ends of some edges, by their number."""
 
     edge: np.ndarray
-    up8: np.ndarray
-    down8: np.ndarray
-    up16: np.ndarray
-    down16: np.ndarray
-
-
-_Crossing = Callable[[_Ends], tuple[np.ndarray, np.ndarray]]
-"""Of edges: whether there is a border of some kind, and its direction."""
+    source: np.ndarray
+    sink: np.ndarray
 
 
 class Moves:
-    """Moves of units between precisions.
+    """Moves of units between schemes.
 
     Args:
         units: of the model.
-        moves: id of a unit that goes to INT8, with `HALF` behind to FP16; where it is there already, back to FP32.
+        moves: (unit, scheme) that it goes to; where it is there already, back to the baseline.
         matrix: probe matrix.
-        cost: of units, borders and casts.
+        cost: of units and borders.
     """
 
-    def __init__(self, units: UnitGraph, moves: Sequence[str], matrix: ProbeMatrix, cost: CostTable) -> None:
+    def __init__(
+        self, units: UnitGraph, moves: Sequence[tuple[str, str]], matrix: ProbeMatrix, cost: CostTable
+    ) -> None:
         self._units, self._matrix, self._cost = units, matrix, cost
-        self._place = place = {u.id: i for i, u in enumerate(units.units)}
-        outside, column, edges = len(place), matrix.column, units.edges
+        self._place = {u.id: i for i, u in enumerate(units.units)}
+        self._number = {scheme.name: i for i, scheme in enumerate(units.schemes)}
+        self._baseline = self._number[BASELINE]
         self._sites = len(matrix.sites)  # one more stands for "no site"
-        self._unit = np.array([place[m.removesuffix(HALF)] for m in moves], np.int64)
-        self._to16 = np.array([m.endswith(HALF) for m in moves], bool)
-        of: dict[int, list[int]] = {}
+        self._unit = np.array([self._place[unit] for unit, _ in moves], np.int64)
+        self._scheme = np.array([self._number[scheme] for _, scheme in moves], np.int64)
+        self._of: dict[int, list[int]] = {}
         for move, unit in enumerate(self._unit):
-            of.setdefault(int(unit), []).append(move)
+            self._of.setdefault(int(unit), []).append(move)
+        self._own = self._own_sites()
+        self._read_edges()
+        times = {c.unit: c for c in cost.units}
+        self._us = self._by_scheme(times[u].us for u in self._place)
+        self._bytes = self._by_scheme(times[u].bytes for u in self._place)
+        self._rows = [r.reshape(-1, self._sites).T.astype(np.float64) for r in matrix.rows]
+        self._squares = [o.reshape(-1, self._sites).T.astype(np.float64) for o in matrix.own]
+        self._energy = matrix.energy.mean(axis=0)
+        self._site_damage = matrix.site_damage().mean(axis=0)
 
-        own = []  # site, move, whether it is the one of FP16
-        for i, unit in enumerate(units.units):
-            sites = [(w.id, False) for w in unit.weights] + [(e.id, False) for e in unit.inner]
-            sites.append((unit.id + HALF, True))
-            own += [(column[s], move, half) for s, half in sites if s in column for move in of.get(i, ())]
-        self._own = np.array(own, np.int64).reshape(-1, 3).T
+    def _by_scheme(self, found: Iterable[dict[str, float] | dict[str, int]]) -> np.ndarray:
+        """(units, schemes): a number of each unit in each scheme; NaN where it cannot run in it."""
+        return np.array([[known.get(name, np.nan) for name in self._number] for known in found], np.float64)
 
+    def _own_sites(self) -> np.ndarray:
+        """(3, n): column of a site inside a unit, move of that unit, number of the scheme that rounds the site."""
+        found = []
+        for i, unit in enumerate(self._units.units):
+            for name in unit.choices:
+                for site in own_sites(unit, self._units.scheme(name)):
+                    if site.id in self._matrix.column:
+                        column = self._matrix.column[site.id]
+                        found += [(column, move, self._number[name]) for move in self._of.get(i, ())]
+        return np.array(found, np.int64).reshape(-1, 3).T
+
+    def _read_edges(self) -> None:
+        """Ends of the edges, which moves touch them, and what lies on them for every pair of schemes."""
+        edges, schemes = self._units.edges, self._units.schemes
+        outside = len(self._place)
         self._up, self._down = (
-            np.array([place.get(end or "", outside) for end in ends], np.int64)
+            np.array([self._place.get(end or "", outside) for end in ends], np.int64)
             for ends in ([e.producer for e in edges], [e.consumer for e in edges])
         )
         beside = [
             (i, move)
             for i in range(len(edges))
             for end in {self._up[i], self._down[i]}
-            for move in of.get(int(end), ())
+            for move in self._of.get(int(end), ())
         ]
         self._edge, self._mover = np.array(beside, np.int64).reshape(-1, 2).T
-        self._ends = np.array([e.placement is Placement.ENDS for e in edges], bool)
-        self._entry = np.array([e.placement is Placement.ENTRY for e in edges], bool)
-        self._rooted = np.array([e.rooted for e in edges], bool)
-        self._entering = np.array([column.get(e.id, self._sites) for e in edges], np.int64)
-        self._leaving = np.array(
-            [column.get(e.id + AGAIN if e.passed_on else e.id, self._sites) for e in edges], np.int64
+
+        kinds = {c: i for i, c in enumerate(all_conversions(schemes))}
+        self._kinds = len(kinds)
+        self._site_of = self._on_pairs(
+            edges, schemes, lambda *ends: [self._matrix.column.get(s.id, self._sites) for s in roundings(*ends)]
         )
+        self._site_of[self._site_of < 0] = self._sites
+        self._kind_of = self._on_pairs(edges, schemes, lambda *ends: [kinds[c] for c in conversions(*ends)])
         tensors: dict[str, int] = {}
         self._tensor = np.array([tensors.setdefault(e.tensor, len(tensors)) for e in edges], np.int64)
         elements = np.zeros(len(tensors))
         elements[self._tensor] = [e.elements for e in edges]
-        # of a tensor and a direction: once, however many edges cross there
-        self._border_us = np.repeat(cost.border_us + elements * cost.border_us_per_element, 2)
-        self._cast_us = np.repeat(cost.cast_us + elements * cost.cast_us_per_element, 2)
-        keys = (2 * self._tensor[self._edge])[:, None] + np.arange(2)
+        prices = {Conversion(p.source, p.sink): p for p in self._cost.borders}
+        # of a tensor and a conversion: once, however many edges have it
+        self._price_us = np.zeros((len(tensors), self._kinds))
+        for conversion, kind in kinds.items():
+            if (price := prices.get(conversion)) is not None:
+                self._price_us[:, kind] = price.us + elements * price.us_per_element
+        self._price_us = self._price_us.reshape(-1)
+        keys = (self._kinds * self._tensor[self._edge])[:, None] + np.arange(self._kinds)
         pairs, at = np.unique(keys * len(self._unit) + self._mover[:, None], return_inverse=True)
         self._key, self._pair_mover = np.divmod(pairs, max(len(self._unit), 1))
         self._pair = at.reshape(keys.shape)
 
-        times = {c.unit: c for c in cost.units}
-        given = [(times[u], [frozenset[str](), frozenset({u}), frozenset({u + HALF})]) for u in place]
-        self._us = np.array([[c.us(p) for p in plans] for c, plans in given])
-        self._bytes = np.array([[c.saved_bytes(p) for p in plans] for c, plans in given], np.float64)
-        self._rows = [r.reshape(-1, self._sites).T.astype(np.float64) for r in matrix.rows]
-        self._squares = [o.reshape(-1, self._sites).T.astype(np.float64) for o in matrix.own]
-        self._energy = matrix.energy.mean(axis=0)
-        self._site_damage = matrix.site_damage().mean(axis=0)
+    @staticmethod
+    def _on_pairs(
+        edges: Sequence[UnitEdge],
+        schemes: Sequence[Scheme],
+        found: Callable[[UnitEdge, Scheme, Scheme], list[int]],
+    ) -> np.ndarray:
+        """(edges, schemes, schemes, most): numbers that an edge has for a pair of schemes, filled up with -1."""
+        lists = [[[found(edge, a, b) for b in schemes] for a in schemes] for edge in edges]
+        most = max((len(x) for edge in lists for row in edge for x in row), default=0)
+        result = np.full((len(edges), len(schemes), len(schemes), most), -1, np.int64)
+        for i, edge in enumerate(lists):
+            for j, row in enumerate(edge):
+                for k, numbers in enumerate(row):
+                    result[i, j, k, : len(numbers)] = numbers
+        return result
 
-    def neighbours(self, plan: frozenset[str]) -> Neighbours:
+    def neighbours(self, plan: Plan) -> Neighbours:
         """All plans that are one move away from a plan."""
-        in8, in16 = np.zeros((2, len(self._place) + 1), bool)
-        for member in plan:
-            (in16 if member.endswith(HALF) else in8)[self._place[member.removesuffix(HALF)]] = True
-        there = np.where(self._to16, in16[self._unit], in8[self._unit])
-        to8, to16 = ~self._to16 & ~there, self._to16 & ~there
-        before, after = self._beside(in8, in16, to8, to16)
-        chosen = self._matrix.select(self._units.rounded(plan))
-        change = self._changes(in8, in16, to8, to16, before, after)
-
-        was, now = (one + 2 * two for one, two in ((in8[self._unit], in16[self._unit]), (to8, to16)))
-        latency = self._cost.latency_us(self._units, plan) + self._us[self._unit, now] - self._us[self._unit, was]
-        for price, crossing in ((self._border_us, self._borders), (self._cast_us, self._casts)):
-            latency = latency + self._priced(price, crossing, self._everywhere(in8, in16), before, after)
-        saved = self._cost.saved_bytes(plan) + self._bytes[self._unit, now] - self._bytes[self._unit, was]
+        state = np.full(len(self._place) + 1, self._baseline, np.int64)
+        for unit, scheme in plan.items():
+            state[self._place[unit]] = self._number[scheme]
+        was = state[self._unit]
+        now = np.where(was == self._scheme, self._baseline, self._scheme)
+        before = _Ends(self._edge, state[self._up[self._edge]], state[self._down[self._edge]])
+        unit, new = self._unit[self._mover], now[self._mover]
+        after = _Ends(
+            self._edge,
+            np.where(self._up[self._edge] == unit, new, before.source),
+            np.where(self._down[self._edge] == unit, new, before.sink),
+        )
+        chosen = self._matrix.select(rounded(self._units, plan))
+        change = self._changes(was, now, before, after)
+        latency = latency_us(self._cost, self._units, plan) + self._us[self._unit, now] - self._us[self._unit, was]
+        latency = latency + self._priced(state, before, after)
+        saved = saved_bytes(self._cost, plan) + self._bytes[self._unit, was] - self._bytes[self._unit, now]
         together = []
         for rows, squares, energy in zip(self._rows, self._squares, self._energy, strict=True):
             total, own = ((chosen @ part + change @ part).T for part in (rows, squares))
@@ -140,64 +175,30 @@ class Moves:
         alone = self._site_damage @ chosen + change @ self._site_damage.T
         return Neighbours(np.stack(together, axis=1), np.asarray(alone), latency, saved)
 
-    def _everywhere(self, in8: np.ndarray, in16: np.ndarray) -> _Ends:
-        """Of all edges, before any move."""
-        up, down = self._up, self._down
-        return _Ends(np.arange(len(up)), in8[up], in8[down], in16[up], in16[down])
-
-    def _beside(self, in8: np.ndarray, in16: np.ndarray, to8: np.ndarray, to16: np.ndarray) -> tuple[_Ends, _Ends]:
-        """Of the edges beside each move's unit, before and after the move."""
-        up, down = self._up[self._edge], self._down[self._edge]
-        unit = self._unit[self._mover]
-        before = _Ends(self._edge, in8[up], in8[down], in16[up], in16[down])
-        new8, new16 = to8[self._mover], to16[self._mover]
-        moved = (
-            np.where(end == unit, new, old)
-            for new, old_of in ((new8, in8), (new16, in16))
-            for end, old in ((up, old_of[up]), (down, old_of[down]))
-        )
-        return before, _Ends(self._edge, *moved)
-
-    def _changes(
-        self, in8: np.ndarray, in16: np.ndarray, to8: np.ndarray, to16: np.ndarray, before: _Ends, after: _Ends
-    ) -> csr_array:
+    def _changes(self, was: np.ndarray, now: np.ndarray, before: _Ends, after: _Ends) -> csr_array:
         """(moves, sites): +1 where a move rounds a site, -1 where it no longer does."""
-        site, move, half = self._own
-        unit = self._unit[move]
-        turned = np.where(half, to16[move].astype(np.int8) - in16[unit], to8[move].astype(np.int8) - in8[unit])
-        one, two = self._site(before), self._site(after)
-        sites = np.concatenate([site, one, two])
-        moves = np.concatenate([move, self._mover, self._mover])
-        values = np.concatenate([turned, np.full(len(one), -1), np.full(len(two), 1)]).astype(np.float64)
-        real = sites < self._sites
-        return csr_array((values[real], (moves[real], sites[real])), shape=(len(self._unit), self._sites))
+        site, move, scheme = self._own
+        sites, moves = [site], [move]
+        values = [(now[move] == scheme).astype(np.float64) - (was[move] == scheme)]
+        for ends, sign in ((before, -1.0), (after, 1.0)):
+            for found in self._site_of[ends.edge, ends.source, ends.sink].T:
+                sites.append(found)
+                moves.append(self._mover)
+                values.append(np.full(len(found), sign))
+        columns, rows, signs = np.concatenate(sites), np.concatenate(moves), np.concatenate(values)
+        real = columns < self._sites
+        return csr_array((signs[real], (rows[real], columns[real])), shape=(len(self._unit), self._sites))
 
-    def _site(self, ends: _Ends) -> np.ndarray:
-        """Column that each edge rounds; see `UnitEdge.site`."""
-        edge, up, down = ends.edge, ends.up8, ends.down8
-        entering = down & (self._entry[edge] | (self._ends[edge] & ~up))
-        found = np.where(entering, self._entering[edge], self._sites)
-        return np.where(self._ends[edge] & self._rooted[edge] & up, self._leaving[edge], found)
-
-    def _borders(self, ends: _Ends) -> tuple[np.ndarray, np.ndarray]:
-        """Where INT8 begins (direction 0) or ends (1) at a price, and which; see `UnitGraph.borders`."""
-        priced = self._ends[ends.edge] | (self._entry[ends.edge] & ~ends.up8)
-        return (ends.up8 != ends.down8) & priced, ends.up8
-
-    def _casts(self, ends: _Ends) -> tuple[np.ndarray, np.ndarray]:
-        """Where FP16 begins (0) or ends (1) beside FP32, and which; see `UnitGraph.casts`."""
-        return ~ends.up8 & ~ends.down8 & (ends.up16 != ends.down16), ends.up16
-
-    def _priced(
-        self, price: np.ndarray, crossing: _Crossing, everywhere: _Ends, before: _Ends, after: _Ends
-    ) -> np.ndarray:
-        """(moves,): change of the price of borders of one kind, once per tensor and direction."""
-        crosses, way = crossing(everywhere)
-        count = np.bincount((2 * self._tensor + way)[crosses], minlength=len(price))[self._key]
+    def _priced(self, state: np.ndarray, before: _Ends, after: _Ends) -> np.ndarray:
+        """(moves,): change of the price of borders, once per tensor and conversion."""
+        everywhere = self._kind_of[np.arange(len(self._up)), state[self._up], state[self._down]]
+        keys = (self._kinds * self._tensor)[:, None] + everywhere
+        count = np.bincount(keys[everywhere >= 0], minlength=len(self._price_us))[self._key]
         change = np.zeros(len(self._key))
         for sign, ends in ((-1.0, before), (1.0, after)):
-            crosses, way = crossing(ends)
-            pair = np.take_along_axis(self._pair, way.astype(np.int64)[:, None], axis=1)[:, 0]
-            change += sign * np.bincount(pair[crosses], minlength=len(change))
+            for kind in self._kind_of[ends.edge, ends.source, ends.sink].T:
+                there = kind >= 0
+                pair = self._pair[np.flatnonzero(there), kind[there]]
+                change += sign * np.bincount(pair, minlength=len(change))
         turned = (count + change > 0.5).astype(np.float64) - (count > 0.5)
-        return np.bincount(self._pair_mover, weights=price[self._key] * turned, minlength=len(self._unit))
+        return np.bincount(self._pair_mover, weights=self._price_us[self._key] * turned, minlength=len(self._unit))

@@ -11,14 +11,15 @@ import msgspec
 
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.plans import Budget, CostTable, PlanReport
+from bitalloy.core.schemes import Plan
 from bitalloy.core.records import Record, Secant
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
 from bitalloy.model.load import Graph, name_of
-from bitalloy.search.choice import complete, search
+from bitalloy.search.choice import Proven, complete, search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.front import FRONT_BUDGETS
 from bitalloy.search.program import Problem
@@ -76,21 +77,14 @@ def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Wor
         return msgspec.json.encode(case.explained(found))
 
     try:
-        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=Plan)
+        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=PlanReport)
     except BudgetError as error:
         raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
     return Planned(plan, tables.cost, tuple(case.protected))
 
 
 def plan_around(
-    tables: Tables,
-    budget: Budget,
-    lowered: frozenset[str],
-    *,
-    gap: float,
-    solved: bool = True,
-    front: bool = True,
-    work: Workspace,
+    tables: Tables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace
 ) -> Planned:
     """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
     case = _narrowed(tables, budget)
@@ -100,23 +94,21 @@ def plan_around(
             found = complete(
                 case.problem,
                 budget,
-                lowered,
-                gap=gap,
-                solved=solved,
+                decided,
                 front=front,
                 seed=tables.facts.seed,
                 progress=progress.advance,
             )
         return msgspec.json.encode(case.explained(found))
 
-    key = case.key(around=sorted(lowered), front=front)
-    found = msgspec.json.decode(work.cached("front", key, make), type=Plan)
+    key = case.key(around=decided.plan.listed, front=front)
+    found = msgspec.json.decode(work.cached("front", key, make), type=PlanReport)
     return Planned(found, tables.cost, tuple(case.protected))
 
 
-def damage_of(tables: Tables, budget: Budget, lowered: frozenset[str]) -> float:
+def damage_of(tables: Tables, budget: Budget, plan: Plan) -> float:
     """Predicted damage of any plan, as the points of a front have it."""
-    return _narrowed(tables, budget).problem.total(lowered)
+    return _narrowed(tables, budget).problem.total(plan)
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ class _Case:
         tables = self.tables
         return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
 
-    def explained(self, plan: Plan) -> Plan:
+    def explained(self, plan: PlanReport) -> PlanReport:
         """With what measurement frees from advice in the reasons."""
         choices = (
             msgspec.structs.replace(c, reason=f"{c.reason}; {self.freed[c.unit]}") if c.unit in self.freed else c
@@ -164,7 +156,7 @@ def _hints(case: _Case) -> str:
     if count := len(case.protected):
         parts.append(f" {count} units stay in float by advice of the model's family; --no-protect frees them.")
     if case.kept:
-        parts.append(f" {len(case.kept)} units are kept in a precision by --keep.")
+        parts.append(f" {len(case.kept)} units are kept in a scheme by --keep.")
     return "".join(parts)
 
 

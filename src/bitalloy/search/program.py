@@ -18,20 +18,24 @@ This module sees tables, not graphs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
 from bitalloy.core.plans import CostTable
-from bitalloy.core.records import AGAIN, HALF, Precision, Secant
-from bitalloy.core.units import Placement, UnitGraph
+from bitalloy.core.records import Secant
+from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.units import UnitEdge, UnitGraph
+from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.model.heads import DETECTIONS
 from bitalloy.search.moves import Moves
 from bitalloy.search.withheld import withheld
+from bitalloy.targets.placement import Conversion, Site, conversions, own_sites, possible_sites, rounded, roundings, scheme_pairs
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, straight
 
 SHRINK = 0.5
@@ -39,6 +43,9 @@ NODE_LIMIT = 2000
 """Nodes of the solver's tree after which it stops. Not a time: the same input gives the same plan on any machine."""
 GAP = 0.005
 """Proven distance to the optimum at which the solver stops."""
+
+Pairs: TypeAlias = set[tuple[str, str]]
+"""Schemes of the units at the two ends of a tensor."""
 
 STRAY = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
 """Beginning of a line that HiGHS prints for its own developers, also where its output is off, as it is here."""
@@ -69,49 +76,43 @@ class Problem:
     float_bytes: int
 
     @cached_property
-    def free(self) -> tuple[str, ...]:
-        """Units that may run below FP32, in graph order."""
-        return tuple(u.id for u in self.units.units if u.lowest is not None)
+    def choices(self) -> Mapping[str, tuple[str, ...]]:
+        """Units that may run in another scheme than the baseline, in graph order -> these schemes, the lowest first."""
+        return {u.id: u.choices for u in self.units.units if u.choices}
 
     @cached_property
-    def members(self) -> Mapping[str, tuple[str, ...]]:
-        """Each of these units -> what a plan may hold of it: in INT8, in FP16."""
-        names = {Precision.INT8: "", Precision.FP16: HALF}
-        return {
-            u.id: tuple(u.id + end for precision, end in names.items() if precision in u.allowed)
-            for u in self.units.units
-            if u.lowest is not None
-        }
+    def fixed(self) -> Plan:
+        """The least that every plan holds: units that may not run in the baseline."""
+        return Plan({u.id: u.choices[0] for u in self.units.units if u.choices and BASELINE not in u.allowed})
 
     @cached_property
-    def fixed(self) -> frozenset[str]:
-        """The least that every plan holds: units that may not run in FP32."""
-        return frozenset(u.lowest for u in self.units.units if u.lowest and Precision.FP32 not in u.allowed)
-
-    @cached_property
-    def moves(self) -> tuple[str, ...]:
-        """What a single unit may change to: each stands for its unit going there, or back to FP32 where it is there."""
+    def moves(self) -> tuple[tuple[str, str], ...]:
+        """(unit, scheme) that a single unit may change to; it goes back to the baseline where it is there already."""
         choice = {u.id for u in self.units.units if len(u.allowed) > 1}
-        return tuple(m for unit in self.free if unit in choice for m in self.members[unit])
+        return tuple((unit, scheme) for unit, schemes in self.choices.items() if unit in choice for scheme in schemes)
 
-    def moved(self, plan: frozenset[str], member: str) -> frozenset[str]:
+    def moved(self, plan: Plan, move: tuple[str, str]) -> Plan:
         """A plan after one of the `moves`."""
-        kept = plan.difference(self.members[member.removesuffix(HALF)])
-        return kept if member in plan else kept | {member}
+        unit, scheme = move
+        return plan.moved(unit, BASELINE if plan.scheme_of(unit) == scheme else scheme)
+
+    def sites(self, plan: Plan) -> np.ndarray:
+        """0/1 vector of the sites that a plan rounds."""
+        return self.matrix.select(rounded(self.units, plan))
 
     @cached_property
     def site_damage(self) -> np.ndarray:
         """(heads, sites): mean relative error energy of each site alone."""
         return np.asarray(self.matrix.site_damage().mean(axis=0))
 
-    def damage(self, plan: frozenset[str]) -> np.ndarray:
+    def damage(self, plan: Plan) -> np.ndarray:
         """(heads,): relative error energy of a plan, interactions shrunk by `SHRINK`, corrected by the secant."""
-        chosen = self.matrix.select(self.units.rounded(plan))
+        chosen = self.sites(plan)
         together = self.matrix.damage(chosen).mean(axis=0)
         linear = np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
         return np.asarray(linear * bend(self.secant, linear))
 
-    def neighbours(self, plan: frozenset[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def neighbours(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the plans one move away, in the order of `moves`: damage (moves, heads), latency in us, bytes."""
         found = self._neighbours.neighbours(plan)
         linear = SHRINK * found.together + (1 - SHRINK) * found.alone
@@ -132,114 +133,157 @@ class Problem:
         """
         heads = self.matrix.heads
         judged = self.matrix.plain & np.array([h != "boxes" or DETECTIONS not in heads for h in heads])
-        whole = self.site_damage @ self.matrix.select(self.units.rounded(self.units.lowest()))
+        whole = self.site_damage @ self.sites(self.units.lowest())
         return np.asarray(np.where(judged & (whole > 0), 1 / np.maximum(whole, 1e-30), 0.0) / judged.sum())
 
-    def total(self, plan: frozenset[str]) -> float:
+    def total(self, plan: Plan) -> float:
         """What is minimized: damage of a plan, summed over the heads by `aims`."""
         return float(self.aims @ self.damage(plan))
 
-    def latency_us(self, plan: frozenset[str]) -> float:
+    def latency_us(self, plan: Plan) -> float:
         """Predicted latency of a plan."""
-        return self.cost.latency_us(self.units, plan)
+        return latency_us(self.cost, self.units, plan)
 
-    def size_bytes(self, plan: frozenset[str]) -> int:
+    def size_bytes(self, plan: Plan) -> int:
         """Predicted file size of a plan."""
-        return self.float_bytes - self.cost.saved_bytes(plan)
+        return self.float_bytes - saved_bytes(self.cost, plan)
 
 
 @dataclass(frozen=True)
 class Solution:
     """What the solver found for one set of limits."""
 
-    lowered: frozenset[str]
-    """The plan."""
+    plan: Plan
     gap: float
-    """Part of what was minimized (additive damage, or what INT8 saves in latency) that is not proven to be optimal."""
+    """Part of what was minimized (additive damage, or what is saved in latency) that is not proven to be optimal."""
     solved: bool
     """False where it stopped at `NODE_LIMIT`, so that the gap may be larger than was asked for."""
 
 
 class Program:
-    """The mixed-integer program, built once and solved for many limits."""
+    """The mixed-integer program, built once and solved for many limits.
+
+    Variables: one for each choice of a unit; one for each site and for each conversion that depends on two units.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        units, cost = problem.units, problem.cost
-        self._index = {m: i for i, m in enumerate(m for members in problem.members.values() for m in members)}
-        # sum of coefficients * variables >= bound; a unit has one precision
-        several = [members for members in problem.members.values() if len(members) > 1]
-        rows: list[tuple[dict[int, float], float]] = [({self._index[m]: -1.0 for m in ms}, -1.0) for ms in several]
-        count = len(self._index)
-        damage: list[tuple[int, np.ndarray]] = []
+        self._index = {c: i for i, c in enumerate((u, s) for u, schemes in problem.choices.items() for s in schemes)}
+        self._count = len(self._index)
+        # sum of coefficients * variables >= bound; a unit has one scheme
+        self._conditions: list[tuple[dict[int, float], float]] = [
+            ({self._index[u, s]: -1.0 for s in schemes}, -1.0)
+            for u, schemes in problem.choices.items()
+            if len(schemes) > 1
+        ]
+        self._borders: dict[tuple[str, Conversion], int] = {}
+        """(tensor, conversion) -> variable."""
+        self._terms: list[tuple[int, np.ndarray]] = []
+        """Variable, damage per head."""
         latency: dict[int, float] = {}
         saved: dict[int, int] = {}
-        for entry in cost.units:
-            for member in problem.members.get(entry.unit, ()):
-                latency[self._index[member]] = entry.us(frozenset({member})) - entry.fp32_us
-                saved[self._index[member]] = entry.saved_bytes(frozenset({member}))
-        table, column = problem.site_damage, problem.matrix.column
-        for unit in units.units:
-            if unit.id in self._index:
-                sites = [s for s in [*(w.id for w in unit.weights), *(e.id for e in unit.inner)] if s in column]
-                damage += [(self._index[unit.id], table[:, column[s]]) for s in sites]
-            if unit.id + HALF in self._index and unit.id + HALF in column:
-                damage.append((self._index[unit.id + HALF], table[:, column[unit.id + HALF]]))
-        borders: dict[tuple[str, int], int] = {}
-        for edge in units.edges:
-            a, b = self._index.get(edge.producer or ""), self._index.get(edge.consumer or "")
-            if a is not None and edge.rooted and edge.passed_on and edge.id + AGAIN in column:
-                damage.append((a, table[:, column[edge.id + AGAIN]]))
-            if edge.placement is not Placement.ENDS:
-                if edge.placement is Placement.ENTRY and b is not None and edge.id in column:
-                    damage.append((b, table[:, column[edge.id]]))
-            elif edge.id in column and (a is not None or b is not None):
-                y, count = count, count + 1
-                damage.append((y, table[:, column[edge.id]]))
-                if edge.rooted and a is not None and not edge.passed_on:
-                    rows.append(({y: 1.0, a: -1.0}, 0.0))
-                    if b is not None and b != a:
-                        rows.append(({y: 1.0, b: -1.0}, 0.0))
-                elif b is not None and b != a:
-                    rows.append(({y: 1.0, b: -1.0, **({a: 1.0} if a is not None else {})}, 0.0))
-            if a == b:
-                continue
-            price = cost.border_us + edge.elements * cost.border_us_per_element
-            for direction, (up, down) in enumerate(((a, b), (b, a))):
-                if up is None or not edge.crossing(leaving=direction == 0):
-                    continue
-                key = (edge.tensor, direction)
-                if key not in borders:
-                    borders[key], count = count, count + 1
-                    latency[borders[key]] = price
-                rows.append(({borders[key]: 1.0, up: -1.0, **({down: 1.0} if down is not None else {})}, 0.0))
-        for edge in units.edges if cost.cast_us or cost.cast_us_per_element else ():
-            price = cost.cast_us + edge.elements * cost.cast_us_per_element
-            ends = (edge.producer or "", edge.consumer or "")
-            for direction, (one, other) in enumerate((ends, ends[::-1])):
-                start = self._index.get(one + HALF)
-                if start is None or one == other:
-                    continue
-                key = (edge.tensor, 2 + direction)
-                if key not in borders:
-                    borders[key], count = count, count + 1
-                    latency[borders[key]] = price
-                free = (self._index[m] for m in problem.members.get(other, ()))
-                rows.append(({borders[key]: 1.0, start: -1.0, **dict.fromkeys(free, 1.0)}, 0.0))
-        self._count = count
+        for entry in problem.cost.units:
+            for scheme in problem.choices.get(entry.unit, ()):
+                latency[self._index[entry.unit, scheme]] = -entry.saved_us(scheme)
+                saved[self._index[entry.unit, scheme]] = entry.saved_bytes(scheme)
+        for unit in problem.units.units:
+            for scheme in unit.choices:
+                self._add_damage(self._index[unit.id, scheme], own_sites(unit, problem.units.scheme(scheme)))
+        for edge in problem.units.edges:
+            self._add_sites(edge)
+            self._add_conversions(edge, latency)
         heads = len(problem.matrix.heads)
-        self._damage = np.zeros((heads, count))
-        for variable, values in damage:
+        self._damage = np.zeros((heads, self._count))
+        for variable, values in self._terms:
             self._damage[:, variable] += values
-        self._latency = np.zeros(count)
+        self._latency = np.zeros(self._count)
         self._latency[list(latency)] = list(latency.values())
-        self._size = np.zeros(count)
+        self._size = np.zeros(self._count)
         self._size[list(saved)] = [-b for b in saved.values()]
-        self._float_us = problem.latency_us(frozenset())
-        self._least = np.zeros(count)
-        self._least[[self._index[m] for m in problem.fixed]] = 1.0
-        self._rows = self._matrix(rows)
-        self._lower = np.array([bound for _, bound in rows])
+        self._float_us = problem.latency_us(Plan())
+        self._least = np.zeros(self._count)
+        self._least[[self._index[c] for c in problem.fixed.items()]] = 1.0
+        self._rows = self._matrix(self._conditions)
+        self._lower = np.array([bound for _, bound in self._conditions])
+
+    def _add_damage(self, variable: int, sites: Iterable[Site]) -> None:
+        column = self._problem.matrix.column
+        for site in sites:
+            if site.id in column:
+                self._terms.append((variable, self._problem.site_damage[:, column[site.id]]))
+
+    def _new(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _add_sites(self, edge: UnitEdge) -> None:
+        """Damage of the sites of a tensor: of a choice where one end decides, else of a variable of its own."""
+        pairs = list(scheme_pairs(self._problem.units, edge))
+        everywhere = {(source.name, sink.name) for source, sink in pairs}
+        sites = possible_sites(self._problem.units, edge)
+        for site in sorted(sites, key=lambda s: not s.again):
+            if site.id not in self._problem.matrix.column:
+                continue
+            given = {(a.name, b.name) for a, b in pairs if site.id in {s.id for s in roundings(edge, a, b)}}
+            deciders = self._deciders(edge, given, everywhere)
+            variables = [self._new()] if deciders is None else deciders
+            for variable in variables:
+                self._add_damage(variable, [site])
+            if deciders is None:
+                self._require(variables[0], edge, given, everywhere)
+
+    def _deciders(self, edge: UnitEdge, given: Pairs, everywhere: Pairs) -> list[int] | None:
+        """Choices of one end alone that decide whether something is there for the given pairs; None without such."""
+        for end, unit in ((0, edge.producer), (1, edge.consumer)):
+            schemes = {pair[end] for pair in given}
+            if unit and BASELINE not in schemes and given == {p for p in everywhere if p[end] in schemes}:
+                return [self._index[unit, scheme] for scheme in sorted(schemes)]
+        return None
+
+    def _require(self, variable: int, edge: UnitEdge, given: Pairs, everywhere: Pairs) -> None:
+        """Conditions that a variable is 1 for the given pairs of schemes at the two ends of a tensor.
+
+        Case 1. A scheme of one end alone suffices: the variable is at least the choice.
+        Case 2. It suffices but for some schemes at the other end: at least the choice less those.
+        Case 3. It does with some schemes at the other end, and not with the baseline: at least their sum less 1.
+        """
+        ends = ((0, edge.producer, edge.consumer), (1, edge.consumer, edge.producer))
+        left = set(given)
+        for case in (1, 2, 3):
+            for end, unit, other in ends:
+                for scheme in sorted({pair[end] for pair in left} - {BASELINE}):
+                    own = {pair for pair in everywhere if pair[end] == scheme}
+                    without = {pair[1 - end] for pair in own - given}
+                    if not own & left or case != (1 if not without else 3 if BASELINE in without else 2):
+                        continue
+                    terms = {variable: 1.0, self._index[unit or "", scheme]: -1.0}
+                    if case == 2:
+                        terms.update({self._index[other or "", s]: 1.0 for s in sorted(without)})
+                    if case == 3:
+                        terms.update({self._index[other or "", p[1 - end]]: -1.0 for p in sorted(own & given)})
+                    self._conditions.append((terms, -1.0 if case == 3 else 0.0))
+                    left -= own
+
+    def _add_conversions(self, edge: UnitEdge, latency: dict[int, float]) -> None:
+        """Price of the conversions of a tensor, once for all edges of the same one."""
+        if edge.producer == edge.consumer:
+            return
+        prices = {Conversion(p.source, p.sink): p for p in self._problem.cost.borders}
+        pairs = list(scheme_pairs(self._problem.units, edge))
+        everywhere = {(source.name, sink.name) for source, sink in pairs}
+        where: dict[Conversion, Pairs] = {}
+        for source, sink in pairs:
+            for conversion in conversions(edge, source, sink):
+                where.setdefault(conversion, set()).add((source.name, sink.name))
+        for conversion in sorted(where, key=lambda c: (c.source == "", c)):
+            price = prices.get(conversion)
+            if price is None or (price.us == 0 and price.us_per_element == 0):
+                continue
+            key = edge.tensor, conversion
+            if key not in self._borders:
+                self._borders[key] = self._new()
+                latency[self._borders[key]] = price.price_us(edge.elements)
+            self._require(self._borders[key], edge, where[conversion], everywhere)
 
     def solve(self, limits: Limits, *, minimize: str, gap: float = GAP) -> Solution | None:
         """The plan with the least `damage` or `latency` within limits; None where the solver finds none."""
@@ -268,8 +312,8 @@ class Program:
         if result.x is None:
             return None
         proven = float(result.mip_gap) if result.mip_gap is not None and np.isfinite(result.mip_gap) else 0.0
-        lowered = frozenset(m for m, i in self._index.items() if result.x[i] > 0.5)
-        return Solution(lowered=lowered, gap=round(proven, 6), solved=result.status == 0)
+        plan = Plan(choice for choice, i in self._index.items() if result.x[i] > 0.5)
+        return Solution(plan=plan, gap=round(proven, 6), solved=result.status == 0)
 
     def _allowed(self, limits: Limits) -> np.ndarray:
         """Linear damage per head that the limit leaves room for."""

@@ -16,14 +16,15 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import ModelError
-from bitalloy.core.records import Precision
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.graphs.joining import PROTECT
 from bitalloy.model.load import Graph
 from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.placement import rounded
 
 SHARE = 0.01
-"""Of the damage of the all-INT8 model."""
+"""Of the damage of the model with all it can rounded."""
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,25 +70,28 @@ def protect(advice: Sequence[Advice], units: UnitGraph, matrix: ProbeMatrix) -> 
         units: all units of the model.
         matrix: probe matrix with the sites of all of them.
     """
-    free = units.quantizable()
-    whole = _damage(matrix, units, free)
+    whole = _damage(matrix, units, units.lowest_gated())
     kept: dict[str, str] = {}
     freed: dict[str, str] = {}
+    changed = []
     for unit in units.units:
         named = next((a for a in advice if any(fnmatch.fnmatchcase(n, a.pattern) for n in unit.core)), None)
-        if named is None or unit.id not in free:
-            continue
-        shares = _damage(matrix, units, frozenset({unit.id})) / np.maximum(whole, 1e-30)
-        share = float(np.max(shares[matrix.plain]))
-        measured = f"measured: {100 * share:.3g} % of the damage of all INT8"
-        if share <= SHARE:
-            freed[unit.id] = f"protected by default ({named.reason} {named.source}), but free here; {measured}"
-        else:
-            kept[unit.id] = f"protected by default: {named.reason} {named.source}; {measured}, above {100 * SHARE:g} %"
-    changed = (u.without(Precision.INT8, kept[u.id]) if u.id in kept else u for u in units.units)
+        gated = [name for name in unit.choices if units.scheme(name).gated]
+        for name in gated if named is not None else ():
+            assert named is not None
+            shares = _damage(matrix, units, Plan.of(name, unit.id)) / np.maximum(whole, 1e-30)
+            share = float(np.max(shares[matrix.plain]))
+            measured = f"measured: {100 * share:.3g} % of the damage of all {name.upper()}"
+            default = f"{named.reason} {named.source}"
+            if share <= SHARE:
+                freed[unit.id] = f"protected by default ({default}), but free here; {measured}"
+            else:
+                kept[unit.id] = f"protected by default: {default}; {measured}, above {100 * SHARE:g} %"
+                unit = unit.without(name, kept[unit.id])
+        changed.append(unit)
     return Protection(msgspec.structs.replace(units, units=tuple(changed)), kept, freed)
 
 
-def _damage(matrix: ProbeMatrix, units: UnitGraph, int8: frozenset[str]) -> np.ndarray:
-    """(heads,): mean relative error energy of a set of units, sites taken as independent."""
-    return np.asarray(matrix.site_damage().mean(axis=0) @ matrix.select(units.rounded(int8)))
+def _damage(matrix: ProbeMatrix, units: UnitGraph, plan: Plan) -> np.ndarray:
+    """(heads,): mean relative error energy of a plan, sites taken as independent."""
+    return np.asarray(matrix.site_damage().mean(axis=0) @ matrix.select(rounded(units, plan)))

@@ -3,12 +3,12 @@
 Case 1. A tensor on its way into a unit, or inside one: dequantize(quantize(x)) - x.
 Case 2. The same where a graph input enters the one Conv that reads it: seen behind that Conv, so that no gradient is
         needed upstream.
-Case 3. The output of an INT8 Concat, whose operands are rounded already: rounded once more, on one scale.
+Case 3. The output of a Concat that rounds, whose operands are rounded already: rounded once more, on one scale.
 Case 4. A weight: seen at the output of its node, which is applied to the weight's error; with the offset that is added
         to the bias where the weight is rounded.
-Case 5. A unit in FP16, all its roundings together, seen at its root: weights and the output of every node, and inputs
-        of the graph. Other inputs are taken as they are: in a run of FP16 units what enters a unit is rounded where it
-        is made, and counting it again would take one rounding for two.
+Case 5. A unit that computes in another format, all its roundings together, seen at its root: weights and the output of
+        every node, and inputs of the graph. Other inputs are taken as they are: in a run of such units what enters a
+        unit is rounded where it is made, and counting it again would take one rounding for two.
 
 Columns are told apart by what they round and how. Targets that round a site alike share the column.
 """
@@ -23,12 +23,14 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
-from bitalloy.core.records import AGAIN, HALF, Precision
+from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Offset, Unit, UnitEdge, WeightSite
-from bitalloy.formats.affine import QuantParams, dequantize, fake_fp16, quantize
+from bitalloy.formats import find_format
+from bitalloy.formats.base import Format
+from bitalloy.formats.base import QuantParams
 from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
 from bitalloy.model.read import FULL_SLOTS, beside_output
-from bitalloy.targets.base import Target, weight_params
+from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Ranges, Recipe
 
 
@@ -49,22 +51,30 @@ def views(graph: Graph, wanted: Sequence[Recipe]) -> list[dict[str, str]]:
     return names([columns(graph, scheme) for scheme in wanted])
 
 
-def columns(graph: Graph, scheme: Recipe) -> list[Column]:
-    """All columns of a scheme, one per site."""
-    units, target, ranges = scheme.units, scheme.target, scheme.ranges
-    int8 = units.quantizable()
+def columns(graph: Graph, recipe: Recipe) -> list[Column]:
+    """All columns of a recipe, one per site."""
+    units = recipe.units
     found = []
-    for unit in units.units:
-        if unit.id in int8:
-            found += [_edge(e.id, (e,), e.tensor, ranges, target) for e in unit.inner]
-            found += [_weight(graph, site, target, scheme.offsets.get(site.id)) for site in unit.weights]
+    for scheme in (s for s in units.schemes if s.gated):
+        for unit in units.units:
+            if scheme.name not in unit.allowed:
+                continue
+            inner = {e.id: e for e in unit.inner}
+            weights = {w.id: w for w in unit.weights}
+            for site in own_sites(unit, scheme):
+                if site.part == WEIGHTS:
+                    found.append(_weight(graph, site, weights[site.place], recipe))
+                else:
+                    edge = inner[site.place]
+                    found.append(_edge(site, (edge,), edge.tensor, recipe))
     roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
     for edge in units.edges:
-        if edge.rounds(int8) and (edge.consumer in int8 or not edge.passed_on):
-            found.append(_entering(graph, edge, ranges, target))
-        if edge.passed_on and edge.producer in int8:
-            found.append(_again(graph, edge, roots, ranges, target))
-    found += [_half(graph, u, target) for u in units.units if Precision.FP16 in u.allowed]
+        for site in possible_sites(units, edge):
+            found.append(
+                _again(graph, edge, site, roots, recipe) if site.again else _entering(graph, edge, site, recipe)
+            )
+    for scheme in (s for s in units.schemes if s.cast):
+        found += [_computed(graph, unit, scheme, recipe) for unit in units.units if scheme.name in unit.allowed]
     return found
 
 
@@ -98,75 +108,93 @@ def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
     return result
 
 
-def _edge(
-    site: str, uses: tuple[Edge, ...], root: str, ranges: Ranges, target: Target, *, leaving: bool = False
-) -> Column:
-    params = target.activation(*ranges[root])
+class _Probe:
+    """A `bitalloy.formats.base.Writer` for the graph of a probe."""
+
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
+
+    def constant(self, array: np.ndarray, role: str) -> ir.Value:
+        return self._builder.const(array)
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+        return self._builder.op(op_type, *inputs, shape=static_shape(inputs[0]), **attributes)
+
+
+def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leaving: bool = False) -> Column:
+    stored, params = recipe.tensor_params(site.scheme, root)
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         x = values[uses[0].tensor]
-        return p.like("Sub", _rounded(p, x, params), x)
+        return p.like("Sub", stored.write(_Probe(p), x, params), x)
 
-    key = ("edge", *(use.id for use in uses), leaving, *_format(params))
-    return Column(site, target.name, key, lambda name: Tap(name, uses, error, leaving))
+    key = ("edge", *(use.id for use in uses), leaving, *_identity(stored, params))
+    return Column(site.id, recipe.target.name, key, lambda name: Tap(name, uses, error, leaving))
 
 
-def _entering(graph: Graph, edge: UnitEdge, ranges: Ranges, target: Target) -> Column:
-    plain = _edge(edge.id, edge.uses, edge.root, ranges, target, leaving=edge.consumer is None)
+def _entering(graph: Graph, edge: UnitEdge, site: Site, recipe: Recipe) -> Column:
+    plain = _edge(site, edge.uses, edge.root, recipe, leaving=edge.consumer is None)
     node = graph.node.get(edge.uses[0].node)
     if edge.producer is not None or len(edge.uses) != 1 or node is None or node.op_type != "Conv":
         return plain
     kept = _attributes(node)
     output, weight = node.outputs[0], str(node.inputs[1].name)  # type: ignore[union-attr]
-    before = plain.tap(edge.id)
+    before = plain.tap(site.id)
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         return p.op("Conv", before.error(p, values), values[weight], shape=static_shape(output), **kept)  # type: ignore[arg-type]
 
     behind = (Edge(tensor=str(output.name), node="", slot=0),)
-    return Column(edge.id, target.name, plain.key, lambda name: Tap(name, behind, error))
+    return Column(site.id, recipe.target.name, plain.key, lambda name: Tap(name, behind, error))
 
 
 def _again(
-    graph: Graph, edge: UnitEdge, roots: Mapping[tuple[str, int], str], ranges: Ranges, target: Target
+    graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, int], str], recipe: Recipe
 ) -> Column:
     node = graph.node[str(edge.producer)]
-    out = target.activation(*ranges[edge.root])
-    entries = [target.activation(*ranges[roots[str(node.name), slot]]) for slot in range(len(node.inputs))]
+    stored, out = recipe.tensor_params(site.scheme, edge.root)
+    slots = range(len(node.inputs))
+    entries = [recipe.tensor_params(site.scheme, roots[str(node.name), slot])[1] for slot in slots]
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
+        writer = _Probe(p)
         operands = [
-            _rounded(p, values[str(operand.name)], params)  # type: ignore[union-attr]
+            stored.write(writer, values[str(operand.name)], params)  # type: ignore[union-attr]
             for operand, params in zip(node.inputs, entries, strict=True)
         ]
         shape = static_shape(values[edge.tensor])
         joined = p.op("Concat", *operands, axis=int(attribute(node, "axis", 0)), shape=shape)  # type: ignore[call-overload]
-        return p.like("Sub", _rounded(p, joined, out), joined)
+        return p.like("Sub", stored.write(writer, joined, out), joined)
 
-    key = ("again", edge.id, *(part for params in (*entries, out) for part in _format(params)))
-    return Column(
-        edge.id + AGAIN, target.name, key, lambda name: Tap(name, edge.uses, error, leaving=edge.consumer is None)
-    )
+    key = ("again", edge.id, *(part for params in (*entries, out) for part in _identity(stored, params)))
+    leaving = edge.consumer is None
+    return Column(site.id, recipe.target.name, key, lambda name: Tap(name, edge.uses, error, leaving=leaving))
 
 
-def _weight(graph: Graph, site: WeightSite, target: Target, offset: Offset | None) -> Column:
+def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -> Column:
     """Case 4. The error is a constant.
 
-    Of a large model it is computed at every run instead, so that only the integers are kept beside the weight.
+    Of a large model it is computed at every run instead, so that only the stored numbers are kept beside the weight.
     """
-    node = graph.node[site.node]
-    weight = constant(node.inputs[site.slot])
+    node = graph.node[weight_site.node]
+    weight = constant(node.inputs[weight_site.slot])
     assert weight is not None
-    params = weight_params(target, node, site)
+    stored, params = recipe.weight_params(site.scheme, node, weight_site)
+    offset = recipe.offsets.get(site.id)
     kept, output = _attributes(node), node.outputs[0]
 
     def tap(name: str) -> Tap:
-        rounded = quantize(weight, params)
-        delta = None if graph.large else dequantize(rounded, params) - weight
+        delta = None if graph.large else stored.reference(weight, params) - weight
+        encoded = stored.encode(weight, params) if graph.large else None
 
         def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
             x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
-            change = p.const(delta) if delta is not None else _change(p, values[site.tensor], rounded, params)
+            if delta is not None:
+                change = p.const(delta)
+            else:
+                assert encoded is not None
+                original = values[weight_site.tensor]
+                change = p.like("Sub", stored.write_stored(_Probe(p), p.const(encoded), params), original)
             made = p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
             if offset is None:
                 return made
@@ -174,14 +202,17 @@ def _weight(graph: Graph, site: WeightSite, target: Target, offset: Offset | Non
 
         return Tap(name, (Edge(tensor=str(output.name), node="", slot=0),), error)
 
-    return Column(site.id, target.name, ("weight", site.id, offset, *_format(params)), tap)
+    key = ("weight", weight_site.id, offset, *_identity(stored, params))
+    return Column(site.id, recipe.target.name, key, tap)
 
 
-def _half(graph: Graph, unit: Unit, target: Target) -> Column:
+def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe) -> Column:
     nodes = [graph.node[name] for name in unit.core]
     inputs = {str(v.name) for v in graph.model.graph.inputs}
+    stored = find_format(scheme.activation)
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
+        writer = _Probe(p)
         known: dict[str, ir.Value] = {}
 
         def read(value: ir.Value | None) -> ir.Value | None:
@@ -190,9 +221,9 @@ def _half(graph: Graph, unit: Unit, target: Target) -> Column:
             name, array = str(value.name), constant(value)
             if name not in known:
                 if array is not None and not graph.large:
-                    known[name] = p.const(fake_fp16(array))
+                    known[name] = p.const(stored.reference(array, None))
                 elif array is not None or name in inputs:
-                    known[name] = _half_of(p, values[name])
+                    known[name] = stored.write(writer, values[name], None)
                 else:
                     known[name] = values[name]
             return known[name]
@@ -203,39 +234,22 @@ def _half(graph: Graph, unit: Unit, target: Target) -> Column:
                 values[str(v.name)] if v is not None and slot in full else read(v) for slot, v in enumerate(node.inputs)
             ]
             made = p.op(node.op_type, *given, shape=static_shape(y), **_attributes(node))  # type: ignore[arg-type]
-            known[str(y.name)] = _half_of(p, made)
+            known[str(y.name)] = stored.write(writer, made, None)
         return p.like("Sub", known[unit.root], values[unit.root])
 
     place = (Edge(tensor=unit.root, node="", slot=0),)
-    key = ("fp16", *map(name_of, nodes))
-    return Column(unit.id + HALF, target.name, key, lambda name: Tap(name, place, error))
-
-
-def _half_of(p: Builder, x: ir.Value) -> ir.Value:
-    """What is left of a tensor in FP16."""
-    half = p.like("Cast", x, to=int(ir.DataType.FLOAT16))
-    return p.like("Cast", half, to=int(ir.DataType.FLOAT))
-
-
-def _rounded(p: Builder, x: ir.Value, params: QuantParams) -> ir.Value:
-    """dequantize(quantize(x)), by the runtime's own operators."""
-    scale, zero = p.const(params.scale), p.const(params.zero_point)
-    q = p.op("QuantizeLinear", x, scale, zero, shape=static_shape(x))
-    return p.op("DequantizeLinear", q, scale, zero, shape=static_shape(x))
-
-
-def _change(p: Builder, weight: ir.Value, rounded: np.ndarray, params: QuantParams) -> ir.Value:
-    """dequantize(integers) - weight."""
-    axis = {} if params.axis is None else {"axis": params.axis}
-    scale, zero = p.const(params.scale), p.const(params.zero_point)
-    return p.like("Sub", p.like("DequantizeLinear", p.const(rounded), scale, zero, **axis), weight)
+    key = (scheme.activation, *map(name_of, nodes))
+    (site,) = own_sites(unit, scheme)
+    return Column(site.id, recipe.target.name, key, lambda name: Tap(name, place, error))
 
 
 def _attributes(node: ir.Node) -> dict[str, object]:
     return {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
 
 
-def _format(params: QuantParams) -> tuple[object, ...]:
-    """A format as something that can be compared."""
-    zero = params.zero_point
-    return params.scale.tobytes(), zero.tobytes(), str(zero.dtype), params.axis
+def _identity(stored: Format, params: QuantParams | None) -> tuple[object, ...]:
+    """A format with its parameters, as something that can be compared."""
+    if params is None:
+        return (stored.name,)
+    zero = np.asarray(params.zero_point)
+    return params.scale.tobytes(), zero.tobytes(), str(zero.dtype), params.axis, params.block

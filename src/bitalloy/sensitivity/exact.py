@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
@@ -20,16 +20,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from bitalloy.core.records import AGAIN, Head, Secant
+from bitalloy.core.records import Head, Secant
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.affine import QuantParams
+from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph, name_of
 from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.segments import cut, extract, reads
-from bitalloy.targets.base import Target, weight_params
+from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
 
 FRACTIONS = (0.125, 0.35, 1.0)
@@ -38,11 +38,11 @@ SEGMENTS = 24
 
 
 class Switchboard:
-    """The model with a gate at every site that an INT8 plan could round.
+    """The model with a gate at every site that exact measurement can switch.
 
     Args:
         graph: the model in normal form.
-        scheme: decides what is rounded, and how.
+        recipe: decides what is rounded, and how.
         segments: number of parts that can run again by themselves.
         at_once: samples that will be measured at the same time, each on its share of the cores. That keeps all cores
             busy in small layers, too. Of a large model it is one: each takes memory.
@@ -51,50 +51,69 @@ class Switchboard:
     def __init__(
         self,
         graph: Graph,
-        scheme: Recipe,
+        recipe: Recipe,
         *,
         segments: int = SEGMENTS,
         at_once: int = 1,
     ) -> None:
-        units, target = scheme.units, scheme.target
+        units = recipe.units
         self.at_once = 1 if graph.large else min(max(at_once, 1), available_cores())
         threads = available_cores() // self.at_once
         parts = cut(graph, segments)
-        place = {name_of(n): i for i, nodes in enumerate(parts) for n in nodes}
-        self._segments = [Segment(graph, nodes, target, threads) for nodes in parts]
+        self._place = {name_of(n): i for i, nodes in enumerate(parts) for n in nodes}
+        self._segments = [Segment(graph, nodes, threads) for nodes in parts]
         self._outputs = {name: name for name in graph.output_names}
         self._column: dict[str, int] = {}
-
-        def column(site: str) -> int:
-            return self._column.setdefault(site, len(self._column))
-
-        def edge(site: str, uses: Sequence[Edge], root: str) -> None:
-            params = target.activation(*scheme.ranges[root])
-            split: dict[int, list[Edge]] = defaultdict(list)
-            for use in uses:
-                if not use.node:
-                    self._outputs[use.tensor] = LEAVING + use.tensor
-                split[place[use.node or name_of(graph.value[use.tensor].producer())]].append(use)  # type: ignore[arg-type]
-            for index, group in split.items():
-                self._segments[index].edges.append((column(site), group, params))
-
-        int8 = units.quantizable()
-        for unit in units.units:
-            if unit.id in int8:
-                for inner in unit.inner:
-                    edge(inner.id, (inner,), inner.tensor)
-                for weight in unit.weights:
-                    offset = scheme.offsets.get(weight.id)
-                    self._segments[place[weight.node]].weights.append((column(weight.id), weight, offset))
+        self._count = 0
+        self._graph, self._recipe = graph, recipe
+        for scheme in (s for s in units.schemes if s.gated):
+            for unit in (u for u in units.units if scheme.name in u.allowed):
+                inner, weights = {e.id: e for e in unit.inner}, {w.id: w for w in unit.weights}
+                for site in own_sites(unit, scheme):
+                    if site.part == WEIGHTS:
+                        self._add_weight(site, weights[site.place])
+                    else:
+                        self._add_edge(site, (inner[site.place],), inner[site.place].tensor)
         for entry in units.edges:
-            if entry.rounds(int8):
-                edge(entry.id, entry.uses, entry.root)
-        self.sites = tuple(self._column)
+            for site in dict.fromkeys(replace(s, again=False, end=False) for s in possible_sites(units, entry)):
+                self._add_edge(site, entry.uses, entry.root)
+
+    def _add_weight(self, site: Site, weight: WeightSite) -> None:
+        rounding = self._recipe.weight_params(site.scheme, self._graph.node[weight.node], weight)
+        gate = (self._gate(site), weight, *rounding, self._recipe.offsets.get(site.id))
+        self._segments[self._place[weight.node]].weights.append(gate)
+
+    def _add_edge(self, site: Site, uses: Sequence[Edge], root: str) -> None:
+        rounding = self._recipe.tensor_params(site.scheme, root)
+        split: dict[int, list[Edge]] = defaultdict(list)
+        for use in uses:
+            if not use.node:
+                self._outputs[use.tensor] = LEAVING + use.tensor
+            node = use.node or name_of(self._graph.value[use.tensor].producer())  # type: ignore[arg-type]
+            split[self._place[node]].append(use)
+        for index, group in split.items():
+            self._segments[index].edges.append((self._gate(site), group, *rounding))
+
+    def _gate(self, site: Site) -> int:
+        """Number of a site's gate; what is rounded again passes the gate of what is rounded first."""
+        ids = replace(site, again=False).id, replace(site, again=True).id
+        number = self._column.get(ids[0], self._count)
+        self._column.update(dict.fromkeys(ids, number))
+        self._count = max(self._count, number + 1)
+        return number
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Ids of the sites with a gate, in the order of the gates, without those that are rounded again."""
+        first: dict[int, str] = {}
+        for site, number in self._column.items():
+            first.setdefault(number, site)
+        return tuple(first[number] for number in range(self._count))
 
     def gates(self, sites: Iterable[str], scale: float = 1.0) -> np.ndarray:
         """Gate vector (sites,) float32 with `scale` at the given sites."""
-        vector = np.zeros(len(self.sites), np.float32)
-        vector[[self._column[s.removesuffix(AGAIN)] for s in sites]] = scale
+        vector = np.zeros(self._count, np.float32)
+        vector[[self._column[s] for s in sites]] = scale
         return vector
 
     def walk(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> Walk:
@@ -141,10 +160,10 @@ class Walk:
 class Segment:
     """Some nodes of a graph, with and without gates; a session is built when it is first needed."""
 
-    def __init__(self, graph: Graph, nodes: Sequence[ir.Node], target: Target, threads: int) -> None:
-        self._graph, self._nodes, self._target, self._threads = graph, nodes, target, threads
-        self.edges: list[tuple[int, Sequence[Edge], QuantParams]] = []
-        self.weights: list[tuple[int, WeightSite, Offset | None]] = []
+    def __init__(self, graph: Graph, nodes: Sequence[ir.Node], threads: int) -> None:
+        self._graph, self._nodes, self._threads = graph, nodes, threads
+        self.edges: list[tuple[int, Sequence[Edge], Format, QuantParams | None]] = []
+        self.weights: list[tuple[int, WeightSite, Format, QuantParams | None, Offset | None]] = []
         """Gates with their columns."""
         self.inputs = reads(nodes)
         """Tensors that it reads."""
@@ -161,7 +180,7 @@ class Segment:
             feeds[GATES] = ort.OrtValue.ortvalue_from_numpy(gates)
             return self._gated.run_values(feeds, self._gated.output_names)
         found = self._plain.run_values(feeds, self._plain.output_names)
-        leaving = [use.tensor for _, uses, _ in self.edges for use in uses if not use.node]
+        leaving = [use.tensor for _, uses, *_ in self.edges for use in uses if not use.node]
         return {**found, **{LEAVING + tensor: found[tensor] for tensor in leaving}}
 
     @cached_property
@@ -172,10 +191,10 @@ class Segment:
     def _gated(self) -> OrtSession:
         model = extract(self._graph, self._nodes)
         keeper = Gatekeeper(model, large=self._graph.large)
-        for _, uses, params in self.edges:
-            keeper.edge(uses, params)
-        for _, site, offset in self.weights:
-            keeper.weight(site, weight_params(self._target, self._graph.node[site.node], site), offset)
+        for _, uses, stored, params in self.edges:
+            keeper.edge(uses, stored, params)
+        for _, site, stored, params, offset in self.weights:
+            keeper.weight(site, stored, params, offset)
         keeper.close()
         return OrtSession(model, threads=self._threads, shared=True)
 
@@ -262,7 +281,7 @@ def secant(
     Args:
         board: the switchable model.
         matrix: whose first samples are those of `feeds`.
-        sites: that the all-INT8 plan rounds.
+        sites: that the plan with all it can rounded has.
         heads: parts of the outputs.
         feeds: samples.
         progress: called with 1 after every execution.

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.affine import QuantParams, dequantize, quantize
+from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.load import attribute, constant
 from bitalloy.model.read import beside_output
 
@@ -27,7 +27,7 @@ class Gatekeeper:
 
     Args:
         model: to be changed.
-        large: keep of rounded weights the integers only, and compute the change of a weight while its gate is open.
+        large: keep of rounded weights the stored numbers only, and compute the change of a weight while its gate is open.
     """
 
     def __init__(self, model: ir.Model, *, large: bool) -> None:
@@ -36,6 +36,8 @@ class Gatekeeper:
         self._gates = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.FLOAT))
         self._nodes = {str(n.name): n for n in model.graph}
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
+        self._leaving: dict[str, ir.Value] = {}
+        """Output of the graph -> what leaves in its place."""
         self._count = 0
 
     def close(self) -> None:
@@ -43,17 +45,19 @@ class Gatekeeper:
         self._gates.shape = ir.Shape((self._count,))
         self._graph.inputs.append(self._gates)
 
-    def weight(self, site: WeightSite, params: QuantParams, offset: Offset | None = None) -> None:
+    def weight(
+        self, site: WeightSite, stored: Format, params: QuantParams | None, offset: Offset | None = None
+    ) -> None:
         """A gate on the error of a weight and the offset that goes with it, added to the output of its node."""
         node = self._nodes[site.node]
-        before, delta = self._change(node.inputs[site.slot], params)
+        before, delta = self._change(node.inputs[site.slot], stored, params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
         y = node.outputs[0]
         uses = list(y.uses())
         shift = None
         if offset is not None:
             values = beside_output(node, np.array(offset.values, np.float32))
-            shift = self._constant(f"gate/{self._count}/offset", values)
+            shift = self.constant(f"gate/{self._count}/offset", values)
 
         def error() -> list[ir.Node]:
             made = ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)  # type: ignore[arg-type]
@@ -69,43 +73,49 @@ class Gatekeeper:
             y.name, result.name = f"{name}/float", name
             result.shape = y.shape
 
-    def _change(self, value: ir.Value | None, params: QuantParams) -> tuple[list[ir.Node], ir.Value]:
+    def _change(
+        self, value: ir.Value | None, stored: Format, params: QuantParams | None
+    ) -> tuple[list[ir.Node], ir.Value]:
         """What rounding changes in a weight, and the nodes that compute it."""
         weight = constant(value)
         assert weight is not None, "weight sites are constants"
-        stored = quantize(weight, params)
-        name = f"gate/{self._count}"
+        body = _Body(self, f"gate/{self._count}")
         if not self._large:
-            return [], self._constant(f"{name}/delta", dequantize(stored, params) - weight)
-        parts = {"int8": stored, "scale": params.scale, "zero_point": params.zero_point}
-        constants = [self._constant(f"{name}/{part}", array) for part, array in parts.items()]
-        dq = ir.node("DequantizeLinear", constants, {} if params.axis is None else {"axis": params.axis})
-        change = ir.node("Sub", [dq.outputs[0], value])
-        return [dq, change], change.outputs[0]
+            return [], body.constant(stored.reference(weight, params) - weight, "delta")
+        kept = stored.write_stored(body, body.constant(stored.encode(weight, params), "stored"), params)
+        change = ir.node("Sub", [kept, value])
+        return [*body.nodes, change], change.outputs[0]
 
-    def edge(self, uses: Sequence[Edge], params: QuantParams) -> None:
+    def edge(self, uses: Sequence[Edge], stored: Format, params: QuantParams | None) -> None:
         """A gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
-        x = self._values[uses[0].tensor]
-        scale = self._constant(f"gate/{self._count}/scale", params.scale)
-        zero = self._constant(f"gate/{self._count}/zero_point", params.zero_point)
+        first = uses[0]
+        x = self._leaving.get(first.tensor) or self._values[first.tensor]
+        if first.node:
+            given = self._nodes[first.node].inputs[first.slot]
+            assert given is not None, "what is rounded is there"
+            x = given
+        body = _Body(self, f"gate/{self._count}")
 
         def error() -> list[ir.Node]:
-            q = ir.node("QuantizeLinear", [x, scale, zero])
-            dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero])
-            return [q, dq, ir.node("Sub", [dq.outputs[0], x])]
+            rounded = stored.write(body, x, params)
+            return [*body.nodes, ir.node("Sub", [rounded, x])]
 
         result = self._gated(x, error, after=x.producer())
         for use in uses:
             if use.node:
                 self._nodes[use.node].replace_input_with(use.slot, result)
-            else:
-                result.name, result.shape = LEAVING + use.tensor, x.shape
-                self._graph.outputs.append(result)
+                continue
+            if use.tensor in self._leaving:
+                self._leaving[use.tensor].name = f"{result.name}/before"
+                self._graph.outputs.remove(self._leaving[use.tensor])
+            result.name, result.shape = LEAVING + use.tensor, x.shape
+            self._graph.outputs.append(result)
+            self._leaving[use.tensor] = result
 
     def _gated(self, x: ir.Value, error: Callable[[], list[ir.Node]], *, after: ir.Node | None) -> ir.Value:
         """`x + gate * error` where the gate is open, `x` where it is shut."""
         number, self._count = self._count, self._count + 1
-        index = self._constant(f"gate/{number}", np.array(number, np.int64))
+        index = self.constant(f"gate/{number}", np.array(number, np.int64))
         gate = ir.node("Gather", [self._gates, index])
         open_ = ir.node("Cast", [gate.outputs[0]], {"to": int(ir.DataType.BOOL)})
         body = error()
@@ -131,8 +141,30 @@ class Gatekeeper:
             self._graph.insert_after(after, [gate, open_, choice])
         return choice.outputs[0]
 
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer of the graph."""
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
         value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
         self._graph.register_initializer(value)
         return value
+
+
+class _Body:
+    """A `bitalloy.formats.base.Writer` that collects the nodes of a gate.
+
+    Args:
+        keeper: to whose graph constants go.
+        name: start of their names.
+    """
+
+    def __init__(self, keeper: Gatekeeper, name: str) -> None:
+        self._keeper, self._name = keeper, name
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, array: np.ndarray, role: str) -> ir.Value:
+        return self._keeper.constant(f"{self._name}/{role}", array)
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+        made = ir.node(op_type, list(inputs), attributes=dict(attributes))
+        self.nodes.append(made)
+        return made.outputs[0]

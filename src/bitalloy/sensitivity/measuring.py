@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.records import AGAIN, Estimate, Record, Sensitivity, SensitivityTable, part_of
+from bitalloy.core.records import Estimate, Record, Sensitivity, SensitivityTable, part_of
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -29,7 +29,9 @@ from bitalloy.sensitivity.correct import Correction, Finding, correct
 from bitalloy.sensitivity.exact import Measurement
 from bitalloy.sensitivity.matrix import draws, interval
 from bitalloy.sensitivity.switchboards import switchboard
-from bitalloy.sensitivity.table import alike, groups
+from bitalloy.core.schemes import Plan
+from bitalloy.sensitivity.table import Group, alike, groups
+from bitalloy.targets.placement import WHOLE, rounded
 from bitalloy.sensitivity.table import sensitivities as table_of
 
 ONE, ALL_BUT_ONE = "one-at-a-time", "leave-one-out"
@@ -51,17 +53,6 @@ class Selection:
         return bool(self.units or self.regions or self.sites)
 
 
-@dataclass(frozen=True)
-class Thing:
-    """What is measured by itself."""
-
-    scope: str
-    id: str
-    part: str
-    sites: frozenset[str]
-    """That are rounded in the measurement."""
-
-
 class Row(Record, frozen=True, kw_only=True):
     """One measurement on one sample, per head."""
 
@@ -71,7 +62,7 @@ class Row(Record, frozen=True, kw_only=True):
     """||y||^2."""
 
 
-def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Thing]:
+def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Group]:
     """What a selection names, each with the sites that its measurement rounds.
 
     Raises:
@@ -79,32 +70,48 @@ def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Thin
     """
     patterns = {"unit": selection.units or (() if selection else ("*",)), "region": selection.regions}
     patterns["site"] = selection.sites
+    gated = {scheme.name for scheme in units.schemes if scheme.gated}
     found = []
     for scope, globs in patterns.items():
         known = [
-            (name, part, sites)
-            for kind, name, part, sites in groups(units)
-            if kind == scope and (part == "all" or scope == "site") and not (mode == ONE and name.endswith(AGAIN))
+            g
+            for g in groups(units)
+            if g.scope == scope
+            and g.scheme in gated
+            and (g.part == WHOLE or scope == "site")
+            and not (mode == ONE and g.again)
         ]
         for glob in globs:
-            if not any(fnmatch.fnmatchcase(name, glob) for name, *_ in known):
+            if not any(fnmatch.fnmatchcase(group.id, glob) for group in known):
+                names = " or ".join(name.upper() for name in sorted(gated))
                 raise BitalloyError(
-                    f"--{scope}s '{glob}' matches no {scope} that may run in INT8. The model has {len(known)} of them, "
-                    f"such as '{known[len(known) // 2][0]}'. Patterns are shell globs: '*' stands for any text."
+                    f"--{scope}s '{glob}' matches no {scope} that may run in {names}. The model has {len(known)} of "
+                    f"them, such as '{known[len(known) // 2].id}'. Patterns are shell globs: '*' stands for any text."
                 )
-        matching = [k for k in known if any(fnmatch.fnmatchcase(k[0], g) for g in globs)]
-        found += [Thing(scope, name, part, _rounded(units, scope, name, sites, mode)) for name, part, sites in matching]
+        matching = [g for g in known if any(fnmatch.fnmatchcase(g.id, glob) for glob in globs)]
+        found += [replace(g, sites=_rounded(units, g, mode)) for g in matching]
     return found
 
 
-def _rounded(units: UnitGraph, scope: str, name: str, sites: frozenset[str], mode: str) -> frozenset[str]:
+def _rounded(units: UnitGraph, group: Group, mode: str) -> frozenset[str]:
+    """Sites that are rounded in the measurement of a group."""
     if mode == ONE:
-        return sites
-    int8 = units.quantizable()
-    if scope == "site":
-        return units.rounded(int8) - sites
-    left_out = {u.id for u in units.units if u.id == name or (scope == "region" and name in ancestors(u.region))}
-    return units.rounded(int8 - left_out)
+        return group.sites
+    whole = units.lowest_gated()
+    if group.scope == "site":
+        return rounded(units, whole) - group.sites
+    left_out = {
+        u.id
+        for u in units.units
+        if u.id == group.id or (group.scope == "region" and group.id in ancestors(u.region))
+    }
+    return rounded(units, Plan((unit, scheme) for unit, scheme in whole.items() if unit not in left_out))
+
+
+def everything(units: UnitGraph) -> Group:
+    """All that can be rounded, together."""
+    whole = units.lowest_gated()
+    return Group("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
 
 
 def measure_exact(
@@ -129,16 +136,15 @@ def measure_exact(
     """
     things = chosen(ready.units, selection or Selection(), mode)
     if mode == ALL_BUT_ONE:
-        whole = ready.units.rounded(ready.units.quantizable())
-        things.append(Thing("all", EVERYTHING, "all", whole))
+        things.append(everything(ready.units))
     count = min(samples or SAMPLES, len(ready.data))
-    around = ready.units.rounded(ready.units.quantizable()) if mode == ALL_BUT_ONE else frozenset()
+    around = everything(ready.units).sites if mode == ALL_BUT_ONE else frozenset[str]()
     damage, energy = measured(ready, [t.sites for t in things], range(count), around=around, work=work or Workspace())
     weights = draws(count, ready.settings.seed)
     share = energy / energy.mean(axis=0)
     rows = [
         Sensitivity(
-            id=thing.id, scope=thing.scope, part=thing.part, head=head.name, exact=True,
+            id=thing.id, scope=thing.scope, scheme=thing.scheme, part=thing.part, head=head.name, exact=True,
             sqnr_db=interval(damage[:, h, t], share[:, h], weights),
         )
         for t, thing in enumerate(things)
@@ -258,12 +264,9 @@ def _confirmed(
     analysis: Analysis, worst: int, *, flagged: bool, samples: int, work: Workspace
 ) -> tuple[Analysis, Correction | None]:
     units, matrix = analysis.units, analysis.matrix
-    doubtful = _doubtful(analysis.table, worst, flagged=flagged)
-    things = [
-        Thing(scope, name, part, sites)
-        for scope, name, part, sites in groups(units)
-        if (scope, name, part) in doubtful and not (scope == "site" and name.endswith(AGAIN))
-    ]
+    gated = frozenset(scheme.name for scheme in units.schemes if scheme.gated)
+    doubtful = _doubtful(analysis.table, worst, gated, flagged=flagged)
+    things = [g for g in groups(units) if _name(g) in doubtful and g.scheme in gated and not g.again]
     if not things:
         return analysis, None
     count = min(samples, matrix.samples)
@@ -281,10 +284,10 @@ def _confirmed(
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
         findings.append(Finding(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
-    correction = correct(matrix, analysis.secant, findings, units.rounded(units.quantizable()))
+    correction = correct(matrix, analysis.secant, findings, everything(units).sites)
     weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
     estimates = {
-        (thing.scope, thing.id, thing.part, head.name): interval(damage[:, h, t], share[:, h], weights)
+        (*_name(thing), head.name): interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)
         for h, head in enumerate(analysis.heads)
     }
@@ -295,16 +298,23 @@ def _confirmed(
     return replace(analysis, matrix=fixed, secant=bent, table=table, key=key), correction
 
 
-def _doubtful(table: SensitivityTable, worst: int, *, flagged: bool) -> set[tuple[str, str, str]]:
-    """(scope, id, part) of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
-    lowest: dict[str, float] = {}
+def _name(row: Group | Sensitivity) -> tuple[str, str, str, str]:
+    """What tells a row of a table from others, whatever the head."""
+    return row.scope, row.id, row.scheme, row.part
+
+
+def _doubtful(
+    table: SensitivityTable, worst: int, gated: frozenset[str], *, flagged: bool
+) -> set[tuple[str, str, str, str]]:
+    """Names of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
+    lowest: dict[tuple[str, str, str, str], float] = {}
     for row in table.rows:
-        if row.scope == "unit" and row.part == "all" and not is_divergence(row.head):
-            lowest[row.id] = min(lowest.get(row.id, np.inf), row.sqnr_db.value)
-    marked = {(r.scope, r.id, r.part) for r in table.rows if flagged and r.flagged and r.scope != "region"}
-    return marked | {("unit", name, "all") for name in sorted(lowest, key=lambda n: (lowest[n], n))[:worst]}
+        if (row.scope, row.part) == ("unit", WHOLE) and row.scheme in gated and not is_divergence(row.head):
+            lowest[_name(row)] = min(lowest.get(_name(row), np.inf), row.sqnr_db.value)
+    marked = {_name(r) for r in table.rows if flagged and r.flagged and r.scope != "region"}
+    return marked | set(sorted(lowest, key=lambda n: (lowest[n], n))[:worst])
 
 
-def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str], Estimate]) -> Sensitivity:
-    found = estimates.get((row.scope, row.id, row.part, row.head))
+def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str, str], Estimate]) -> Sensitivity:
+    found = estimates.get((*_name(row), row.head))
     return row if found is None else msgspec.structs.replace(row, sqnr_db=found, flagged=False, exact=True)

@@ -16,6 +16,7 @@ from bitalloy.sensitivity.exact import FRACTIONS, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.ranges import late
+from bitalloy.targets.placement import rounded
 from bitalloy.sensitivity.switchboards import switchboard
 from bitalloy.sensitivity.table import settled
 
@@ -62,7 +63,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
     methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
-    schemes = [p.scheme(method) for method in methods for p in parts]
+    schemes = [p.recipe(method) for method in methods for p in parts]
     schemes += [replace(s, ranges=late(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
     def make() -> bytes:
@@ -95,7 +96,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
 
 
 def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
-    """Of the first target with INT8, for all: how far the network bends depends on how large an error is."""
+    """Of the first target whose roundings can be switched, for all: how far the network bends depends on how large an error is."""
     at = deciding(parts)
     if at is None:
         ones = (1.0,) * len(matrices[0].heads)
@@ -107,7 +108,7 @@ def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: 
         with work.stage("secant", count * len(FRACTIONS)) as progress:
             board = switchboard(ready, count, work)
             feeds = [ready.data.feeds(i) for i in range(count)]
-            sites = ready.units.rounded(ready.units.quantizable())
+            sites = rounded(ready.units, ready.units.lowest_gated())
             return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 
     return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)

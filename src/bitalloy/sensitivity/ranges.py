@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitalloy.core.records import AGAIN
 from bitalloy.core.units import UnitGraph
 from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.recipe import Ranges
+from bitalloy.targets.placement import own_sites, possible_sites, rounded
 
 ENOUGH = 0.9
 """Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""
-Ranges = Mapping[str, tuple[float, float]]
 Names = Mapping[str, str]
 """Site -> name of its column."""
 
 
 def late(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[float, float]]:
-    """What INT8 Concats give on other ranges, their operands and all else on the first."""
+    """What Concats that round give on other ranges, their operands and all else on the first."""
     joined = {e.root for e in units.edges if e.passed_on}
     return {t: other[t] if t in joined else r for t, r in first.items()}
 
@@ -31,7 +31,7 @@ def late(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[floa
 def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -> dict[str, int]:
     """Number of the best candidate for every tensor whose rounding reaches a head.
 
-    What an INT8 Concat gives is judged as if it were rounded only there: behind operands on the same narrow range
+    What a Concat that rounds gives is judged as if it were rounded only there: behind operands on the same narrow range
     nothing would be left to clip.
 
     Args:
@@ -42,7 +42,7 @@ def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -
     Returns:
         tensor -> position in `candidates`.
     """
-    tensors, sites = _tensors(units), units.rounded(units.quantizable())
+    tensors, sites = _tensors(units), rounded(units, units.lowest_gated())
     damage = matrix.site_damage().mean(axis=0)[matrix.plain]
     whole = matrix.damage(matrix.select(candidates[0][s] for s in sites)).mean(axis=0)[matrix.plain]
     parts = (damage / np.maximum(whole, 1e-30)[:, None]).sum(axis=0)
@@ -59,7 +59,7 @@ def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -
 def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str, int], units: UnitGraph) -> Names:
     """The columns on the ranges that were chosen.
 
-    What is rounded again behind an INT8 Concat has columns for operands of the same method, and for operands of the
+    What is rounded again behind a Concat has columns for operands of the same method, and for operands of the
     first. Where operands differ, the latter stand in: values that an operand cut off already are then cut off once more
     in the prediction, which errs to the safe side.
 
@@ -75,13 +75,19 @@ def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str
         operands.setdefault(str(edge.consumer), set()).add(edge.root)
     found = {site: candidates[best.get(tensors.get(site, ""), 0)][site] for site in candidates[0]}
     for edge in units.edges:
-        site, method = edge.id + AGAIN, best.get(edge.root, 0)
-        if site in found:
-            alike = all(best.get(t, 0) == method for t in operands.get(str(edge.producer), ()))
-            found[site] = (candidates if alike else late)[method][site]
+        for site in possible_sites(units, edge):
+            if site.again and site.id in found:
+                method = best.get(edge.root, 0)
+                alike = all(best.get(t, 0) == method for t in operands.get(str(edge.producer), ()))
+                found[site.id] = (candidates if alike else late)[method][site.id]
     return found
 
 
 def _tensors(units: UnitGraph) -> dict[str, str]:
-    """Site of an activation -> tensor whose range it is rounded on."""
-    return {e.id: e.root for e in units.edges} | {e.id: e.tensor for unit in units.units for e in unit.inner}
+    """Site of an activation that is rounded first -> tensor whose range it is rounded on."""
+    found = {s.id: e.root for e in units.edges for s in possible_sites(units, e) if not s.again}
+    for unit in units.units:
+        inner = {e.id: e.tensor for e in unit.inner}
+        sites = (s for name in unit.choices for s in own_sites(unit, units.scheme(name)))
+        found.update({s.id: inner[s.place] for s in sites if s.place in inner})
+    return found

@@ -26,7 +26,7 @@ def switchboard(ready: Calibrated, at_once: int, work: Workspace) -> Switchboard
     )
     board: Switchboard | None = work.shared.get(key)
     if board is None:
-        board = Switchboard(ready.graph, ready.scheme(), at_once=at_once)
+        board = Switchboard(ready.graph, ready.recipe(), at_once=at_once)
         if not ready.graph.large:
             work.shared[key] = board
     return board

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from bitalloy.core.records import HALF, DataInfo, Precision, Secant, Sensitivity, SensitivityTable
+from bitalloy.core.records import DataInfo, Secant, Sensitivity, SensitivityTable
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.regions import ancestors
+from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, WHOLE, all_sites, own_sites, rounded, weight_site
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate
 
 SETTLED = 0.98
 FLAG_DB = 1.0
 
 
-def groups(units: UnitGraph) -> list[tuple[str, str, str, frozenset[str]]]:
-    """(scope, id, part, sites) of every site, unit and region that an INT8 plan could round, and of units in FP16."""
-    int8 = units.quantizable()
-    found: list[tuple[str, str, str, frozenset[str]]] = []
-    by_region: dict[str, set[str]] = defaultdict(set)
-    weights = {site.id for u in units.units for site in u.weights}
-    for unit in units.units:
-        if unit.id not in int8:
-            continue
-        found += _parts("unit", unit.id, units.rounded(frozenset({unit.id})), weights)
-        for region in ancestors(unit.region):
-            by_region[region].add(unit.id)
-    for region, members in sorted(by_region.items()):
-        found += _parts("region", region, units.rounded(frozenset(members)), weights)
-    found += [
-        ("site", s, "weights" if s in weights else "activations", frozenset({s})) for s in sorted(units.rounded(int8))
-    ]
-    half = [u.id for u in units.units if Precision.FP16 in u.allowed]
-    found += [("unit", name, "fp16", frozenset({name + HALF})) for name in half]
+@dataclass(frozen=True)
+class Group:
+    """Sites that are rounded together in one measurement."""
+
+    scope: str
+    """`site`, `unit`, `region`, or `all`."""
+    id: str
+    scheme: str
+    part: str
+    """WHOLE, WEIGHTS or ACTIVATIONS."""
+    sites: frozenset[str]
+    """Ids."""
+    again: bool = False
+    """Whether what is rounded has been rounded already, so that it is not measured alone."""
+
+
+def groups(units: UnitGraph) -> list[Group]:
+    """Every site, unit and region in each scheme that it could be rounded to.
+
+    Units that compute in another format have no sites of their own, so there are no regions of them.
+    """
+    found: list[Group] = []
+    sites = {site.id: site for site in all_sites(units)}
+    for scheme in (s for s in units.schemes if s.gated):
+        by_region: dict[str, set[str]] = defaultdict(set)
+        weights = frozenset(weight_site(w, scheme.name).id for u in units.units for w in u.weights)
+        able = [u for u in units.units if scheme.name in u.allowed]
+        for unit in able:
+            found += _parts("unit", unit.id, scheme.name, rounded(units, Plan.of(scheme.name, unit.id)), weights)
+            for region in ancestors(unit.region):
+                by_region[region].add(unit.id)
+        for region, members in sorted(by_region.items()):
+            found += _parts("region", region, scheme.name, rounded(units, Plan.of(scheme.name, *members)), weights)
+        whole = rounded(units, Plan.of(scheme.name, *(u.id for u in able)))
+        found += [
+            Group("site", sites[s].label, scheme.name, sites[s].part, frozenset({s}), sites[s].again)
+            for s in sorted(whole)
+        ]
+    for scheme in (s for s in units.schemes if s.cast):
+        found += [
+            Group("unit", u.id, scheme.name, WHOLE, frozenset(s.id for s in own_sites(u, scheme)))
+            for u in units.units
+            if scheme.name in u.allowed
+        ]
     return found
 
 
-def _parts(
-    scope: str, name: str, sites: Iterable[str], weights: set[str]
-) -> list[tuple[str, str, str, frozenset[str]]]:
-    everything = frozenset(sites)
-    rows = [(scope, name, "all", everything)]
-    if everything & weights:
-        rows += [
-            (scope, name, "weights", everything & weights),
-            (scope, name, "activations", everything - weights),
-        ]
-    return rows
+def _parts(scope: str, name: str, scheme: str, sites: frozenset[str], weights: frozenset[str]) -> list[Group]:
+    found = [Group(scope, name, scheme, WHOLE, sites)]
+    if sites & weights:
+        found.append(Group(scope, name, scheme, WEIGHTS, sites & weights))
+        found.append(Group(scope, name, scheme, ACTIVATIONS, sites - weights))
+    return found
 
 
 def sensitivities(
@@ -71,13 +93,21 @@ def sensitivities(
     """
     weights = draws(matrix.samples, seed)
     rows = []
-    for scope, name, part, sites in groups(units):
-        chosen = matrix.select(sites)
+    for group in groups(units):
+        chosen = matrix.select(group.sites)
         # the secant is measured on everything together, and one thing alone bends in its own way
-        estimates = estimate(matrix, chosen, weights, secant if scope == "region" else None)
+        estimates = estimate(matrix, chosen, weights, secant if group.scope == "region" else None)
         moved = np.abs(decibel(bend(secant, matrix.damage(chosen).mean(axis=0)))) > FLAG_DB
         rows += [
-            Sensitivity(id=name, scope=scope, part=part, head=head, sqnr_db=e, flagged=bool(flag))
+            Sensitivity(
+                id=group.id,
+                scope=group.scope,
+                scheme=group.scheme,
+                part=group.part,
+                head=head,
+                sqnr_db=e,
+                flagged=bool(flag),
+            )
             for head, e, flag in zip(matrix.heads, estimates, moved, strict=True)
         ]
     return SensitivityTable(
@@ -92,14 +122,14 @@ def sensitivities(
 
 
 def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
-    """Whether the ranking of units, each in its lowest precision, would survive other samples.
+    """Whether the ranking of units, each in its lowest scheme, would survive other samples.
 
     The samples are split in two halves; the ranking has settled when the Spearman correlation of the two rankings,
     corrected to the full length (Spearman-Brown), is at least 0.98 for every head but divergences.
     """
     if matrix.samples < 4:
         return False
-    chosen = [matrix.select(units.rounded(frozenset({u}))) for u in sorted(units.lowest())]
+    chosen = [matrix.select(rounded(units, Plan([entry]))) for entry in units.lowest().listed]
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
     return all(alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))
@@ -114,7 +144,3 @@ def alike(first: np.ndarray, second: np.ndarray) -> bool:
     r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     return 2 * r / (1 + r) >= SETTLED
 
-
-def unit_sqnr(table: SensitivityTable) -> Mapping[tuple[str, str], float]:
-    """(unit, head) -> SQNR in dB of the unit alone."""
-    return {(r.id, r.head): r.sqnr_db.value for r in table.rows if r.scope == "unit" and r.part == "all"}

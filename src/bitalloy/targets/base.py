@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.records import Head, Precision
+from bitalloy.core.records import Head
+from bitalloy.core.schemes import BASELINE, Scheme
 from bitalloy.core.units import Edge, Placement, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.formats.affine import QuantParams, activation_params, symmetric_params
-from bitalloy.model.load import Graph, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, consumers, is_float, name_of, static_shape
 from bitalloy.model.regions import path_of, region_id
 from bitalloy.runtime.base import Runtime
 
@@ -25,12 +26,43 @@ class Core:
     nodes: tuple[ir.Node, ...]
     weights: tuple[WeightSite, ...] = ()
     inner: tuple[Edge, ...] = ()
-    int8: bool = True
-    reason: str = ""
+    unfit: str = ""
+    """Why the target has no kernel for the pattern that reads rounded tensors; empty where it has one."""
     reader: ir.Node | None = None
-    """The node that reads integers, where that is not the first one; of targets with a `single_reader`."""
+    """The node that reads rounded tensors, where that is not the first one; of targets with a `single_reader`."""
     joined: tuple[Edge, ...] = ()
-    """Inputs that the kernel takes unrounded also in INT8, because it makes them itself (`Placement.NONE`)."""
+    """Inputs that the kernel takes unrounded in any case, because it makes them itself (`Placement.NONE`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A scheme that a target has, and which of its units may run in it: one row of the target."""
+
+    scheme: Scheme
+    refuse: Callable[[Core, Sequence[ir.Node]], str]
+    """Why a pattern, with all nodes of its unit, may not run in it; empty where it may."""
+
+
+def fused(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """The rule of schemes that need a kernel for the whole pattern."""
+    return core.unfit
+
+
+def computing(operators: frozenset[str], name: str) -> Callable[[Core, Sequence[ir.Node]], str]:
+    """The rule of schemes that need all operators of a unit to compute in a format.
+
+    Args:
+        operators: that can.
+        name: of the format, as people write it.
+    """
+
+    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
+        if not all(len(n.outputs) == 1 and is_float(n.outputs[0]) for n in core.nodes):
+            return f"{core.kind} does not make one floating-point tensor"
+        missing = sorted({n.op_type for n in nodes if n.op_type not in operators})
+        return f"{', '.join(missing)} does not run in {name}" if missing else ""
+
+    return refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +70,8 @@ class Device:
     """Peak rates of a device, from its data sheet."""
 
     name: str
-    operations_per_second: Mapping[Precision, float]
-    """Dense; a multiply-accumulate is two."""
+    operations_per_second: Mapping[str, float]
+    """Scheme -> dense operations; a multiply-accumulate is two."""
     bytes_per_second: float
     start_us: float
     """Assumed time between two kernels in microseconds."""
@@ -47,7 +79,7 @@ class Device:
 
 A10 = Device(
     name="NVIDIA A10 (estimated from peak rates)",
-    operations_per_second={Precision.FP32: 62.5e12, Precision.FP16: 125e12, Precision.INT8: 250e12},
+    operations_per_second={BASELINE: 62.5e12, "fp16": 125e12, "int8": 250e12},
     bytes_per_second=600e9,
     start_us=2.0,
 )
@@ -62,39 +94,35 @@ class Target:
     describe: str
     runtime: Runtime
     """What executes its models here; of a `device` that is not here, what verifies them."""
-    activation_signed: bool
-    """Whether INT8 activations are int8 (True) or uint8 (False)."""
-    pair_limit: int | None
-    """Largest safe |a| + |b| of two neighbouring quantized weights, where the device's INT8 kernels add pairs of
-    products in 16 bits and saturate; None where they do not."""
+    offers: tuple[Offer, ...]
+    """Its schemes beside the baseline, from the highest precision to the lowest."""
     match: Callable[[ir.Node, Graph], Core]
     """The core that starts at a node; called in topological order for nodes not yet taken."""
     follows: Callable[[ir.Node], bool]
-    """Whether a node only moves data and so takes the precision of the unit that feeds it."""
-    activation_symmetric: bool = False
-    """Whether the zero point of INT8 activations is 0."""
+    """Whether a node only moves data and so takes the scheme of the unit that feeds it."""
     placement: Placement = Placement.ENDS
-    """Where INT8 units round."""
+    """Where units round."""
     single_reader: bool = False
-    """Whether one node of a unit alone reads integers: `Core.reader`, or else its first. Nothing is rounded on the way
-    to the others, and every tensor is rounded on its own scale."""
-    int32_bias: bool = True
-    """Whether biases of INT8 units are stored as int32 in steps of input times weight, or stay float."""
+    """Whether one node of a unit alone reads rounded tensors: `Core.reader`, or else its first. Nothing is rounded on
+    the way to the others, and every tensor is rounded on its own scale."""
     slow_softmax: bool = True
     """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
-    half: frozenset[str] = frozenset()
-    """Operators that run in FP16; empty where the target has no FP16."""
-
     device: Device | None = None
     """For which cost is estimated, where the target cannot run on this machine; None where it is measured."""
     native: Runtime | None = None
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
+    schemes: tuple[Scheme, ...] = field(init=False)
+    """The baseline and those that it offers."""
 
-    def activation(self, low: float, high: float) -> QuantParams:
-        """Parameters of an INT8 activation with values in [low, high]."""
-        return activation_params(low, high, signed=self.activation_signed, symmetric=self.activation_symmetric)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", (Scheme(name=BASELINE), *(offer.scheme for offer in self.offers)))
+
+    @property
+    def casts(self) -> bool:
+        """Whether units may compute in another format, which not every machine has kernels for."""
+        return any(scheme.cast for scheme in self.schemes)
 
 
 def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: frozenset[str] = frozenset()) -> UnitGraph:
@@ -103,9 +131,9 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
     Args:
         graph: the model in normal form.
         target: whose rules decide.
-        heads: parts of the outputs; a Concat that joins heads stays in float, because one scale would have to
-            serve parts of different meaning, and so do units that make a head's last tensor.
-        exclude: node names that must stay in float.
+        heads: parts of the outputs; a Concat that joins heads is not rounded, because one scale would have to
+            serve parts of different meaning, and neither are units that make a head's last tensor.
+        exclude: node names that stay in the baseline.
     """
     order = {name_of(n): i for i, n in enumerate(graph.nodes)}
     joined = {h.output for h in heads if h.axis is not None}
@@ -132,19 +160,11 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
     units = []
     for name, core in cores.items():
         root = str(core.nodes[-1].outputs[0].name)
-        reason, int8 = core.reason, core.int8
         members = (*core.nodes, *tails[name])
-        floats = all(len(n.outputs) == 1 and is_float(n.outputs[0]) for n in core.nodes)
-        half = floats and all(n.op_type in target.half for n in members)
-        if target.placement is not Placement.ENDS or not int8:
-            pass  # what a unit makes is not rounded by it
-        elif root in joined:
-            int8, reason = False, "joins outputs of different meaning, which one scale cannot serve"
-        elif root in final:
-            int8, reason = False, "makes an output: 256 levels would flatten small values, such as low scores, to zero"
-        if exclude & {name_of(n) for n in members}:
-            int8, half, reason = False, False, "excluded by the user"
-        allowed = (Precision.FP32, *(Precision.FP16,) * half, *(Precision.INT8,) * int8)
+        refused = _refused(target, core, members, _unfit_output(root, joined, final))
+        allowed = tuple(s.name for s in target.schemes if s.name not in refused)
+        excluded = bool(exclude & {name_of(n) for n in members})
+        sited = any(s.gated and s.name in allowed for s in target.schemes) and not excluded
         units.append(
             Unit(
                 id=name,
@@ -153,18 +173,46 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
                 core=tuple(name_of(n) for n in core.nodes),
                 tail=tuple(name_of(n) for n in sorted(tails[name], key=lambda n: order[name_of(n)])),
                 root=root,
-                inner=core.inner if int8 else (),
-                weights=core.weights if int8 else (),
-                allowed=allowed,
+                inner=core.inner if sited else (),
+                weights=core.weights if sited else (),
+                allowed=(BASELINE,) if excluded else allowed,
                 macs=sum(macs(n) for n in core.nodes),
-                reason=reason,
+                refused=refused,
+                reason="excluded by the user" if excluded else "",
             )
         )
     unrounded = frozenset(e for core in cores.values() for e in core.joined)
     edges = _edges(graph, owner, {u.id: u for u in units}, target.placement, unrounded)
     if target.single_reader:
         edges = _entering(edges, {name: name_of(core.reader or core.nodes[0]) for name, core in cores.items()})
-    return UnitGraph(target=target.name, model_sha256=graph.info.sha256, units=tuple(units), edges=tuple(edges))
+    return UnitGraph(
+        target=target.name,
+        model_sha256=graph.info.sha256,
+        units=tuple(units),
+        edges=tuple(edges),
+        schemes=target.schemes,
+    )
+
+
+def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
+    """Why what a unit makes may not be rounded where it is made; empty where it may."""
+    if root in joined:
+        return "joins outputs of different meaning, which one scale cannot serve"
+    if root in final:
+        return "makes an output: 256 levels would flatten small values, such as low scores, to zero"
+    return ""
+
+
+def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_output: str) -> dict[str, str]:
+    """Scheme -> why the unit of a core may not run in it."""
+    found = {}
+    for offer in target.offers:
+        reason = offer.refuse(core, members)
+        if not reason and offer.scheme.rounds and target.placement is Placement.ENDS:
+            reason = unfit_output
+        if reason:
+            found[offer.scheme.name] = reason
+    return found
 
 
 def _edges(
@@ -212,37 +260,13 @@ def _edges(
 
 
 def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[UnitEdge]:
-    """Of all edges, those on which a kernel may read integers: each is rounded where it ends, on its own scale."""
+    """Of all edges, those on which a kernel may read rounded tensors: each is rounded where it ends, on its own scale."""
     found = []
     for edge in edges:
         uses = tuple(use for use in edge.uses if use.node == readers.get(edge.consumer or ""))
         if uses:
             found.append(msgspec.structs.replace(edge, uses=uses, root=edge.tensor, rooted=False, passed_on=False))
     return found
-
-
-def weight_params(target: Target, node: ir.Node, site: WeightSite) -> QuantParams:
-    """Symmetric INT8 parameters of a weight on a target, per channel of `site.axis`.
-
-    With a `pair_limit` the scale of a channel is raised until no two neighbours along the reduction, in the
-    orders (channel, kernel) and (kernel, channel), sum to more than the limit: 128 keeps
-    255 * (|a| + |b|) below 2^15. Depthwise kernels do not add pairs.
-    """
-    axis, weight = site.axis, constant(node.inputs[site.slot])
-    assert axis is not None, "weights are quantized per channel"
-    assert weight is not None, "weight sites are constants"
-    depthwise = node.op_type == "Conv" and weight.shape[1] == 1
-    channels = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1)
-    high = channels.max(axis=1)
-    if target.pair_limit is not None and not depthwise:
-        orders = [channels]
-        if weight.ndim > 2:
-            orders.append(np.moveaxis(np.abs(weight), 1, -1).reshape(weight.shape[0], -1))
-        for rows in orders:
-            pairs = (rows[:, 1:] + rows[:, :-1]).max(axis=1, initial=0.0)
-            # rounding may lift both members by half a step
-            high = np.maximum(high, pairs * np.float32(127 / (target.pair_limit - 1)))
-    return symmetric_params(high, axis=axis)
 
 
 def macs(node: ir.Node) -> int:

@@ -35,7 +35,8 @@ import onnx_ir as ir
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
-from bitalloy.targets.base import Core, Target
+from bitalloy.core.schemes import Scheme
+from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
 
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
@@ -50,10 +51,10 @@ def _match(node: ir.Node, graph: Graph) -> Core:
         return _fused(_product(node))
     if node.op_type == "Concat":
         reader = only_reader(node.outputs[0])
-        if reader is not None and reader.op_type in WEIGHTED and (core := _product(reader)).int8:
+        if reader is not None and reader.op_type in WEIGHTED and not (core := _product(reader)).unfit:
             return _joined(node, _fused(core))
-        return Core("Concat", (node,), int8=False, reason="takes the precision of what reads it")
-    return Core(node.op_type, (node,), int8=False, reason=NO_KERNEL)
+        return Core("Concat", (node,), unfit="takes the precision of what reads it")
+    return Core(node.op_type, (node,), unfit=NO_KERNEL)
 
 
 def _product(node: ir.Node) -> Core:
@@ -65,10 +66,10 @@ def _product(node: ir.Node) -> Core:
             core = gemm(node, OPENVINO.name)
         case _:
             core = matmul(node)
-    if core.int8 and not core.weights:
-        return replace(core, int8=False, reason="both operands are activations")
-    if core.int8 and not _channels_joined(node):
-        return replace(core, int8=False, reason="reads a Concat over another axis than the channels")
+    if not core.unfit and not core.weights:
+        return replace(core, unfit="both operands are activations")
+    if not core.unfit and not _channels_joined(node):
+        return replace(core, unfit="reads a Concat over another axis than the channels")
     return core
 
 
@@ -86,7 +87,7 @@ def _channels_joined(node: ir.Node) -> bool:
 
 def _fused(core: Core) -> Core:
     """A product with what runs inside its kernel: the bias of a MatMul, then one activation."""
-    if not core.int8:
+    if core.unfit:
         return core
     nodes = list(core.nodes)
     bias = only_reader(nodes[-1].outputs[0])
@@ -114,12 +115,17 @@ OPENVINO_CPU = Target(
     name="openvino-cpu",
     describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; needs the extra [openvino]",
     runtime=OPENVINO,
-    activation_signed=False,
-    pair_limit=None if has_vnni() else 128,
+    offers=(
+        Offer(
+            scheme=Scheme(
+                name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128
+            ),
+            refuse=fused,
+        ),
+    ),
     match=_match,
     follows=moves,
     placement=Placement.ENTRY,
     single_reader=True,
-    int32_bias=False,
     slow_softmax=False,
 )

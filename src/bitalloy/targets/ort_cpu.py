@@ -16,7 +16,7 @@ Case 7. Everything else stays in float.
 
 On x86 CPUs without VNNI the uint8 x int8 kernels add pairs of products in 16 bits and saturate (ORT documentation,
 "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every weight; here the
-scale of a channel grows only as far as its own neighbouring weights need (`base.weight_params`).
+scale of a channel grows only as far as its own neighbouring weights need (`recipe.stored_weight`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import onnx_ir as ir
 from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import Core, Target
+from bitalloy.core.schemes import Scheme
+from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
 
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
@@ -49,13 +50,13 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return _binary(node)
         case "Concat":
             fixed = any(constant(v) is not None for v in node.inputs)
-            return Core("Concat", (node,), int8=not fixed, reason="one operand is constant" if fixed else "")
+            return Core("Concat", (node,), unfit="one operand is constant" if fixed else "")
         case "AveragePool" if reason := _pool_fault(node):
-            return Core("AveragePool", (node,), int8=False, reason=reason)
+            return Core("AveragePool", (node,), unfit=reason)
         case op if op in SINGLE:
             return Core(op, (node,))
         case op:
-            return Core(op, (node,), int8=False, reason=f"ONNX Runtime has no INT8 kernel for {op} on CPUs")
+            return Core(op, (node,), unfit=f"ONNX Runtime has no INT8 kernel for {op} on CPUs")
 
 
 def _pool_fault(node: ir.Node) -> str:
@@ -69,7 +70,7 @@ def _pool_fault(node: ir.Node) -> str:
 
 def _activation(core: Core) -> Core:
     """A convolution with the activation that runs inside it."""
-    following = only_reader(core.nodes[-1].outputs[0]) if core.int8 else None
+    following = only_reader(core.nodes[-1].outputs[0]) if not core.unfit else None
     if following is None or following.op_type not in FUSED_ACTIVATIONS:
         return core
     return replace(core, nodes=(*core.nodes, following))
@@ -87,7 +88,7 @@ def _silu(node: ir.Node) -> Core | None:
 
 def _binary(node: ir.Node) -> Core:
     if any(constant(v) is not None for v in node.inputs):
-        return Core(node.op_type, (node,), int8=False, reason="one operand is constant")
+        return Core(node.op_type, (node,), unfit="one operand is constant")
     return Core(node.op_type, (node,))
 
 
@@ -95,8 +96,18 @@ ORT_CPU = Target(
     name="ort-cpu",
     describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels",
     runtime=ORT,
-    activation_signed=False,
-    pair_limit=None if has_vnni() else 128,
+    offers=(
+        Offer(
+            scheme=Scheme(
+                name="int8",
+                activation="uint8",
+                weight="int8",
+                bias="int32",
+                pair_limit=None if has_vnni() else 128,
+            ),
+            refuse=fused,
+        ),
+    ),
     match=_match,
     follows=moves,
 )

@@ -17,23 +17,20 @@ import onnx_ir as ir
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
+from bitalloy.targets.safety import HALF_PRECISION
 from bitalloy.targets.patterns import MOVERS
-from bitalloy.targets.safety import OPERATORS
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
-    return Core(node.op_type, (node,), int8=False, reason="ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA")
+    return Core(node.op_type, (node,), unfit="ONNX Runtime has no kernels for Q/DQ models on CUDA")
 
 
 ORT_CUDA = Target(
     name="ort-cuda",
     describe="ONNX Runtime, CUDA provider: FP16; no INT8, for which the provider has no kernels",
     runtime=ORT,
-    activation_signed=True,
-    activation_symmetric=True,
-    pair_limit=None,
+    offers=(HALF_PRECISION,),
     slow_softmax=False,
-    half=OPERATORS,
     device=A10,
     native=ORT_GPU,
     missing=cuda_missing,

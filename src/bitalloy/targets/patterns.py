@@ -31,9 +31,9 @@ def weighted(node: ir.Node, *, axis: int) -> Core:
     """A node with constant weights, rounded along `axis`, and perhaps a constant bias; float where they are not."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if constant(node.inputs[1]) is None or (bias is not None and constant(bias) is None):
-        return Core(node.op_type, (node,), int8=False, reason="weights or bias are computed at run time")
+        return Core(node.op_type, (node,), unfit="weights or bias are computed at run time")
     if bias is not None and len(static_shape(bias)) != 1:
-        return Core(node.op_type, (node,), int8=False, reason="the bias is not a vector")
+        return Core(node.op_type, (node,), unfit="the bias is not a vector")
     return Core(node.op_type, (node,), weights=(weight_site(node, axis),))
 
 
@@ -42,12 +42,12 @@ def matmul(node: ir.Node) -> Core:
     left, right = node.inputs
     assert left is not None and right is not None
     if constant(left) is not None:
-        return Core("MatMul", (node,), int8=False, reason="the left operand is constant")
+        return Core("MatMul", (node,), unfit="the left operand is constant")
     if constant(right) is None:
         return Core("MatMul", (node,))
     rank = len(static_shape(right))
     if rank != 2:
-        return Core("MatMul", (node,), int8=False, reason="the constant operand is not a matrix")
+        return Core("MatMul", (node,), unfit="the constant operand is not a matrix")
     return Core("MatMul", (node,), weights=(weight_site(node, 1),))
 
 
@@ -59,7 +59,7 @@ def gemm(node: ir.Node, runtime: str) -> Core:
         and attribute(node, "beta", 1.0) == 1.0
     )
     if not plain:
-        return Core("Gemm", (node,), int8=False, reason=f"{runtime} fuses only alpha = beta = 1 without transA")
+        return Core("Gemm", (node,), unfit=f"{runtime} fuses only alpha = beta = 1 without transA")
     return weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
 
 

@@ -1,14 +1,23 @@
-"""All that decides how a graph is rounded on a target: one record in place of four arguments."""
+"""All that decides how a graph is rounded on a target, in one record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from bitalloy.core.units import Offset, UnitGraph
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.core.schemes import Granularity, Scheme
+from bitalloy.core.units import Offset, UnitGraph, WeightSite
+from bitalloy.formats import find_format
+from bitalloy.formats.base import Format, QuantParams
+from bitalloy.model.read import constant
 from bitalloy.targets.base import Target
 
-Ranges = Mapping[str, tuple[float, float]]
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+"""Tensor -> calibrated (low, high)."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,57 @@ class Recipe:
     units: UnitGraph
     target: Target
     ranges: Ranges
-    """Tensor -> calibrated (low, high)."""
     offsets: Mapping[str, Offset] = field(default_factory=dict)
-    """Weight site -> what is added to a bias where the weight is rounded."""
+    """Id of the site of a weight -> what is added to a bias where the weight is rounded."""
+
+    def tensor_params(self, scheme: str, tensor: str) -> tuple[Format, QuantParams | None]:
+        """The format of tensors in a scheme, with its parameters for one of them."""
+        found = find_format(self.units.scheme(scheme).activation)
+        return found, found.of_range(*self.ranges[tensor])
+
+    def weight_params(self, scheme: str, node: ir.Node, site: WeightSite) -> tuple[Format, QuantParams | None]:
+        """The format of weights in a scheme, with its parameters for one of them; see `stored_weight`."""
+        found = self.units.scheme(scheme)
+        return find_format(found.weight), stored_weight(found, node, site)
+
+
+def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParams | None:
+    """Parameters of a weight in a scheme: per tensor, per channel of `site.axis`, or per block along the reduction.
+
+    With a `pair_limit` the scale of a channel is raised until no two neighbours along the reduction, in the
+    orders (channel, kernel) and (kernel, channel), sum to more than the limit: 128 keeps
+    255 * (|a| + |b|) below 2^15. Depthwise kernels do not add pairs.
+    """
+    stored = find_format(scheme.weight)
+    axis, weight = site.axis, constant(node.inputs[site.slot])
+    assert axis is not None, "weights are quantized per channel"
+    assert weight is not None, "weight sites are constants"
+    if scheme.granularity is Granularity.BLOCK:
+        along = reduction_axis(node, axis, weight.ndim)
+        return stored.of_magnitudes(_block_maxima(np.abs(weight), along, scheme.block), axis=along, block=scheme.block)
+    depthwise = node.op_type == "Conv" and weight.shape[1] == 1
+    channels = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1)
+    high = channels.max(axis=1)
+    if scheme.pair_limit is not None and not depthwise:
+        orders = [channels]
+        if weight.ndim > 2:
+            orders.append(np.moveaxis(np.abs(weight), 1, -1).reshape(weight.shape[0], -1))
+        for rows in orders:
+            pairs = (rows[:, 1:] + rows[:, :-1]).max(axis=1, initial=0.0)
+            # rounding may lift both members by half a step
+            high = np.maximum(high, pairs * np.float32(127 / (scheme.pair_limit - 1)))
+    if scheme.granularity is Granularity.TENSOR:
+        high = np.full_like(high, high.max(initial=0.0))
+    return stored.of_magnitudes(high, axis=axis)
+
+
+def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:
+    """Axis of a weight along which a layer sums: the other one of a matrix, the input channels of a convolution."""
+    if rank == 2:
+        return 1 - channels % 2
+    return 0 if node.op_type == "ConvTranspose" else 1
+
+
+def _block_maxima(magnitude: np.ndarray, axis: int, block: int) -> np.ndarray:
+    """Largest value of every block along an axis; the last block may be shorter."""
+    return np.maximum.reduceat(magnitude, np.arange(0, magnitude.shape[axis], block), axis=axis)

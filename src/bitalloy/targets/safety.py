@@ -1,14 +1,4 @@
-"""What may run in FP16: which operators, and which units are safe in it.
-
-A unit is refused FP16 where one of these holds:
-
-Case 1. Overflow: a tensor or constant of the unit reaches half of 65504. Calibration sees samples, not all inputs.
-Case 2. Overflow inside a sum of products: the largest possible running sum, from the ranges of its inputs and its own
-        weights, exceeds 65504. Kernels may hold it in FP16.
-Case 3. Subnormals: of a tensor more than half of the non-zero values lie below 6.1e-5, where FP16 loses bits.
-Case 4. Accumulation: the expected relative error of a sum of n products in FP16, sqrt(n) / 2048 (Higham and Mary, "A
-        New Approach to Probabilistic Rounding Error Analysis", 2019, with lambda = 1), exceeds 1/16: n > 16384.
-"""
+"""What is known about units that would compute in a format of less range and precision, and whether they may."""
 
 from __future__ import annotations
 
@@ -19,9 +9,11 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.records import Precision, TensorRange
-from bitalloy.core.units import HalfSafety, Unit, UnitGraph
-from bitalloy.formats.affine import FP16_MAX
+from bitalloy.core.records import TensorRange
+from bitalloy.core.schemes import Scheme
+from bitalloy.targets.base import Offer, computing
+from bitalloy.core.units import Evidence, Unit, UnitGraph
+from bitalloy.formats import find_format
 from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
 from bitalloy.model.read import FULL_SLOTS
 
@@ -36,38 +28,44 @@ OPERATORS = frozenset({
     "Unsqueeze", "Where",
 })  # fmt: skip
 """Operators whose floating-point inputs and outputs all have one type, which may be FP16 (but for `FULL_SLOTS`)."""
-HEADROOM = 2.0
-LARGEST_SUBNORMAL = 0.5
-LARGEST_ERROR = 1 / 16
+HALF_PRECISION = Offer(
+    scheme=Scheme(name="fp16", activation="float16", weight="float16", cast=True),
+    refuse=computing(OPERATORS, "FP16"),
+)
+"""Of targets with FP16 kernels for all of these operators, written as Cast."""
 
 
 def judge(graph: Graph, units: UnitGraph, ranges: Mapping[str, TensorRange]) -> UnitGraph:
-    """Record the evidence of every unit that could run in FP16, and take FP16 from those that are not safe.
+    """Record the evidence of every unit that could compute in another format, and refuse that where it is not safe.
 
     Args:
         graph: the model.
         units: its units on a target.
-        ranges: of all tensors of these units, from `tensors`.
+        ranges: of all tensors of these units, from `tensors_to_judge`.
     """
+    casts = [scheme for scheme in units.schemes if scheme.cast]
     changed = []
     for unit in units.units:
-        if Precision.FP16 in unit.allowed:
-            safety = examine(graph, unit, ranges)
-            if safety.reason:
-                unit = unit.without(Precision.FP16, safety.reason)
-            unit = msgspec.structs.replace(unit, half=safety)
+        for scheme in (s for s in casts if s.name in unit.allowed):
+            found = examine(graph, unit, ranges)
+            error, reason = find_format(scheme.activation).safe(found)
+            found = msgspec.structs.replace(found, error=round(error, 6), reason=reason)
+            if reason:
+                unit = unit.without(scheme.name, reason)
+            unit = msgspec.structs.replace(unit, evidence={**unit.evidence, scheme.name: found})
         changed.append(unit)
     return msgspec.structs.replace(units, units=tuple(changed))
 
 
-def tensors(graph: Graph, units: UnitGraph) -> set[str]:
-    """Names of the tensors that calibration must see to judge: all that units read or write which may take FP16."""
-    nodes = (graph.node[n] for u in units.units if Precision.FP16 in u.allowed for n in (*u.core, *u.tail))
+def tensors_to_judge(graph: Graph, units: UnitGraph) -> set[str]:
+    """Names of the tensors that calibration must see: all that units read or write which may compute in a format."""
+    casts = {scheme.name for scheme in units.schemes if scheme.cast}
+    nodes = (graph.node[n] for u in units.units if casts.intersection(u.allowed) for n in (*u.core, *u.tail))
     return {str(v.name) for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and _computed(v)}
 
 
-def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> HalfSafety:
-    """Evidence for or against FP16 in one unit."""
+def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evidence:
+    """What calibration and weights say about one unit."""
     nodes = [graph.node[n] for n in (*unit.core, *unit.tail)]
     seen = {str(v.name): v for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and is_float(v)}
     for node in nodes:
@@ -80,19 +78,7 @@ def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Half
     subnormal = max((r.subnormal for r in known), default=0.0)
     sums = [_sum_of(node, ranges) for node in nodes]
     depth, partial = max(d for d, _ in sums), max(p for _, p in sums)
-    error = math.sqrt(depth) / 2048
-    reason = ""
-    if magnitude * HEADROOM > FP16_MAX:
-        reason = f"FP16 would overflow: values reach {magnitude:.3g}, and it ends at 65504"
-    elif partial > FP16_MAX:
-        reason = f"FP16 could overflow while {depth} products are summed up: the sum may reach {partial:.3g}"
-    elif subnormal > LARGEST_SUBNORMAL:
-        reason = f"{100 * subnormal:.0f} % of a tensor lies below 6.1e-5, where FP16 loses bits"
-    elif error > LARGEST_ERROR:
-        reason = f"a sum of {depth} products would lose {100 * error:.1f} % in FP16"
-    return HalfSafety(
-        magnitude=magnitude, partial_sum=partial, subnormal=subnormal, depth=depth, error=round(error, 6), reason=reason
-    )
+    return Evidence(magnitude=magnitude, partial_sum=partial, subnormal=subnormal, depth=depth)
 
 
 def _sum_of(node: ir.Node, ranges: Mapping[str, TensorRange]) -> tuple[int, float]:

@@ -30,9 +30,10 @@ from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import A10, Core, Target
+from bitalloy.core.schemes import Scheme
+from bitalloy.targets.base import A10, Core, Offer, Target, fused
+from bitalloy.targets.safety import HALF_PRECISION
 from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
-from bitalloy.targets.safety import OPERATORS
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
@@ -57,7 +58,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
 
 
 def _plain(node: ir.Node, reason: str) -> Core:
-    return Core(node.op_type, (node,), int8=False, reason=reason)
+    return Core(node.op_type, (node,), unfit=reason)
 
 
 def _weighted(node: ir.Node, *, axis: int) -> Core:
@@ -130,13 +131,12 @@ TENSORRT = Target(
     name="tensorrt",
     describe="TensorRT 10 and 11, strongly typed: FP16, and symmetric INT8 in Q/DQ form, weights per channel",
     runtime=ORT,
-    activation_signed=True,
-    activation_symmetric=True,
-    pair_limit=None,
+    offers=(
+        HALF_PRECISION,
+        Offer(scheme=Scheme(name="int8", activation="int8", weight="int8"), refuse=fused),
+    ),
     placement=Placement.ENTRY,
-    int32_bias=False,
     slow_softmax=False,
-    half=OPERATORS,
     device=A10,
     native=tensorrt.TENSORRT,
     missing=tensorrt.missing,

@@ -225,7 +225,7 @@ def _measure(
 
             latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
         return msgspec.json.encode(
-            Measured(latency=latency, sqnr_int8=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
+            Measured(latency=latency, sqnr_lowest=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
         )
 
     key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)

@@ -173,7 +173,7 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
         reference=metric.values["float"],
         int8=metric.values["int8"],
         mixed=metric.values["mixed"],
-        drop_int8=metric.drops["int8"],
+        drop_lowest=metric.drops["int8"],
         drop_mixed=metric.drops["mixed"],
     )
 

@@ -38,7 +38,7 @@ def summarize(
     predicted_int8 = estimate(matrix, everything, weights, analysis.secant)
     sqnr = {
         head.head: HeadComparison(
-            int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_int8[i].value),
+            int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_lowest[i].value),
             mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
         )
         for i, head in enumerate(planned.plan.heads)
@@ -73,7 +73,7 @@ def summarize(
         probes=int(sum(r.shape[1] for r in matrix.rows)),
         settled=analysis.table.settled,
         flagged_units=tuple(sorted({r.id for r in analysis.table.rows if r.flagged and r.scope == "unit"})),
-        fp16_margin=analysis.calibration.abs_max_fp16_margin,
+        half_margin=analysis.calibration.half_margin,
         calibration=analysis.calibration.data,
         analysis=part_of(analysis.info, matrix.samples),
         seconds=dict(seconds),

@@ -1,0 +1,114 @@
+"""Schemes, in which a unit of a model can run, and plans, which give every unit one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+
+from bitalloy.core.records import Record
+
+BASELINE = "fp32"
+"""Name of the scheme of the model as it is. Every unit can run in it, and a plan need not name the units that do."""
+
+
+class Granularity(StrEnum):
+    """Which weights share a scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    """Those of one output channel."""
+    BLOCK = "block"
+    """So many neighbours along the reduction, within one output channel."""
+
+
+class Scheme(Record, frozen=True, kw_only=True):
+    """How a target stores the numbers of a unit; formats are named as in `bitalloy.formats`."""
+
+    name: str
+    activation: str | None = None
+    """Format of the tensors; None where they are not rounded."""
+    weight: str | None = None
+    """Format of constant operands; None where they are not rounded."""
+    bias: str | None = None
+    """Format of a bias behind rounded operands, in steps of the product of their scales; None where it is not rounded."""
+    granularity: Granularity = Granularity.CHANNEL
+    block: int = 0
+    """Number of weights along the reduction that share a scale, where they are rounded by block."""
+    dynamic: bool = False
+    """Whether the runtime takes the range of a tensor from the tensor itself, in place of a calibrated one."""
+    cast: bool = False
+    """Whether the nodes of a unit compute in the format, with a Cast where tensors enter and leave it. Otherwise they
+    are given numbers that were rounded to it."""
+    pair_limit: int | None = None
+    """Largest safe |a| + |b| of two neighbouring integer weights, where kernels add pairs of products in 16 bits and
+    saturate; None where they do not."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether tensors are rounded one by one on their way into and out of a unit."""
+        return self.activation is not None and not self.cast
+
+    @property
+    def gated(self) -> bool:
+        """Whether every rounding is a site of its own, which exact measurement can switch."""
+        return not self.cast and (self.activation is not None or self.weight is not None)
+
+
+class Plan(Mapping[str, str]):
+    """unit -> scheme, for the units that do not run in `BASELINE`. Plans are immutable, and equal ones hash alike.
+
+    >>> plan = Plan({"conv": "int8", "add": "fp32"})
+    >>> dict(plan), plan.scheme_of("conv"), plan.scheme_of("add"), plan.scheme_of(None)
+    ({'conv': 'int8'}, 'int8', 'fp32', 'fp32')
+    """
+
+    __slots__ = ("_hash", "_schemes")
+
+    def __init__(self, schemes: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> None:
+        self._schemes = {unit: scheme for unit, scheme in dict(schemes).items() if scheme != BASELINE}
+        self._hash = hash(frozenset(self._schemes.items()))
+
+    @staticmethod
+    def of(scheme: str, *units: str) -> Plan:
+        """The plan that puts some units into one scheme."""
+        return Plan(dict.fromkeys(units, scheme))
+
+    def __getitem__(self, unit: str) -> str:
+        return self._schemes[unit]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._schemes)
+
+    def __len__(self) -> int:
+        return len(self._schemes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._schemes == other._schemes
+
+    def __repr__(self) -> str:
+        return f"Plan({self._schemes!r})"
+
+    def scheme_of(self, unit: str | None) -> str:
+        """Scheme of a unit; `BASELINE` for what belongs to none, such as an input of the graph."""
+        return self._schemes.get(unit or "", BASELINE)
+
+    def units_in(self, scheme: str) -> frozenset[str]:
+        """Units that the plan puts into a scheme other than `BASELINE`."""
+        return frozenset(unit for unit, given in self._schemes.items() if given == scheme)
+
+    def moved(self, unit: str, scheme: str) -> Plan:
+        """The plan with one unit in another scheme."""
+        return Plan({**self._schemes, unit: scheme})
+
+    def counts(self) -> dict[str, int]:
+        """Scheme -> number of units in it, most of them first; `BASELINE` is left out."""
+        return dict(Counter(self._schemes.values()).most_common())
+
+    @property
+    def listed(self) -> list[tuple[str, str]]:
+        """(unit, scheme) in order of the units: what decides a plan, for the key of a result."""
+        return sorted(self._schemes.items())

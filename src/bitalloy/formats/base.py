@@ -1,0 +1,102 @@
+"""What a number format must be able to do, and how a rounding is written into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitalloy.core.schemes import Granularity, Scheme
+from bitalloy.core.units import Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantParams:
+    """How a tensor is stored as integers. Compare fields, not objects: they hold arrays."""
+
+    scale: NDArray[np.float32]
+    """Step between neighbouring values: shape () for a whole tensor, (channels,) along `axis`. Normal and > 0."""
+    zero_point: NDArray[np.integer]
+    """The integer that stands for 0.0. Same shape as `scale`; its dtype is the storage dtype of the tensor."""
+    qmin: int
+    """Smallest integer used."""
+    qmax: int
+    """Largest integer used."""
+    axis: int | None = None
+    """Dimension of the tensor that `scale` runs along; None: one scale for the whole tensor."""
+    block: int = 0
+    """Elements along `axis` that share a scale: then `scale` has the rank of the tensor, and its size along `axis` is
+    that of the tensor over `block`, rounded up. 0: one scale for each index."""
+
+
+class Writer(Protocol):
+    """Where a rounding is written: a graph that is rewritten, the body of a gate, the graph of a probe."""
+
+    def constant(self, array: NDArray[np.generic], role: str) -> ir.Value:
+        """Add a constant; `role` is a part of its name."""
+        ...
+
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+        """Add a node whose one result has the shape of its first input; `role` is a part of its name."""
+        ...
+
+
+class Format(Protocol):
+    """How a number is stored. An instance is registered in `bitalloy.formats.FORMATS`."""
+
+    @property
+    def name(self) -> str:
+        """As schemes refer to it."""
+        ...
+
+    @property
+    def bits(self) -> int:
+        """Of one number."""
+        ...
+
+    @property
+    def opset(self) -> int:
+        """Smallest version of the ONNX operators that can store it."""
+        ...
+
+    def of_range(self, low: float, high: float) -> QuantParams | None:
+        """Parameters for a tensor with values in [low, high]; None where the format has none."""
+        ...
+
+    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams | None:
+        """Parameters for constants whose parts along `axis` reach the given magnitudes, see `QuantParams.scale`."""
+        ...
+
+    def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
+        """The numbers as they are stored."""
+        ...
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
+        """What is left of values after rounding, computed by numpy; runtimes are held against it, bit by bit."""
+        ...
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
+        """Round a float32 tensor at run time; returns what is left of it."""
+        ...
+
+    def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
+        """Read a constant that is stored in the format; returns it as float32."""
+        ...
+
+    def safe(self, evidence: Evidence) -> tuple[float, str]:
+        """Judge a unit that would compute in the format.
+
+        Returns:
+            The expected relative rounding of its sums, and why the unit may not compute in it: empty where it may.
+        """
+        ...
+
+
+def opset_of(scheme: Scheme, formats: Sequence[Format]) -> int:
+    """Smallest version of the ONNX operators with which a scheme of these formats can be written; 0 for none."""
+    block = 21 if scheme.granularity is Granularity.BLOCK and scheme.weight is not None else 0
+    return max([block, *(f.opset for f in formats)])

@@ -1,0 +1,94 @@
+"""IEEE 754 binary16, which nodes compute in.
+
+A unit is refused it where one of these holds:
+
+Case 1. Overflow: a tensor or constant of the unit reaches half of 65504. Calibration sees samples, not all inputs.
+Case 2. Overflow inside a sum of products: the largest possible running sum, from the ranges of its inputs and its own
+        weights, exceeds 65504. Kernels may hold it in FP16.
+Case 3. Subnormals: of a tensor more than half of the non-zero values lie below 6.1e-5, where FP16 loses bits.
+Case 4. Accumulation: the expected relative error of a sum of n products in FP16, sqrt(n) / 2048 (Higham and Mary, "A
+        New Approach to Probabilistic Rounding Error Analysis", 2019, with lambda = 1), exceeds 1/16: n > 16384.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitalloy.core.units import Evidence
+from bitalloy.formats.base import QuantParams, Writer
+
+FP16_MAX = 65504.0
+"""Largest finite FP16 number; magnitudes from 65520 on become infinite."""
+FP16_TINY = 2.0**-14
+"""Smallest normal FP16 number, 6.1e-5: below it precision is lost bit by bit, below 2^-25 all becomes 0."""
+HEADROOM = 2.0
+LARGEST_SUBNORMAL = 0.5
+LARGEST_ERROR = 1 / 16
+
+
+def fake_fp16(x: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What is left of float32 values stored as IEEE 754 binary16: 11 significant bits, infinite from 65520 on.
+
+    >>> fake_fp16(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
+    array([9.9975586e-02, 6.5504000e+04,           inf, 0.0000000e+00],
+          dtype=float32)
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(np.asarray(x, np.float32).astype(np.float16).astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float16:
+    """The format, see `bitalloy.formats.base.Format`; it has no parameters."""
+
+    name: str = "float16"
+    bits: int = 16
+    opset: int = 13
+
+    def of_range(self, low: float, high: float) -> None:
+        """A floating-point format has no parameters."""
+
+    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
+        """A floating-point format has no parameters."""
+
+    def encode(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.generic]:
+        """As float16."""
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(x).astype(np.float16)
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """See `fake_fp16`."""
+        return fake_fp16(x)
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """A Cast to the format and one back."""
+        half = writer.node("Cast", [x], "half", to=int(ir.DataType.FLOAT16))
+        return writer.node("Cast", [half], "single", to=int(ir.DataType.FLOAT))
+
+    def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """A Cast."""
+        return writer.node("Cast", [stored], "single", to=int(ir.DataType.FLOAT))
+
+    def safe(self, evidence: Evidence) -> tuple[float, str]:
+        """See the cases of the module."""
+        error = math.sqrt(evidence.depth) / 2048
+        if evidence.magnitude * HEADROOM > FP16_MAX:
+            return error, f"FP16 would overflow: values reach {evidence.magnitude:.3g}, and it ends at 65504"
+        if evidence.partial_sum > FP16_MAX:
+            return error, (
+                f"FP16 could overflow while {evidence.depth} products are summed up: the sum may reach "
+                f"{evidence.partial_sum:.3g}"
+            )
+        if evidence.subnormal > LARGEST_SUBNORMAL:
+            return error, f"{100 * evidence.subnormal:.0f} % of a tensor lies below 6.1e-5, where FP16 loses bits"
+        if error > LARGEST_ERROR:
+            return error, f"a sum of {evidence.depth} products would lose {100 * error:.1f} % in FP16"
+        return error, ""
+
+
+FLOAT16 = Float16()

@@ -1,0 +1,71 @@
+"""Raise the version of the ONNX operators of a graph, so that it can store formats of later versions.
+
+Case 1. The operator has the same inputs and attributes in both versions, perhaps with further optional ones: it stays.
+Case 2. A reduction whose axes are an attribute in the old version and an input in the new one: they become a constant.
+Case 3. Split into equal parts: the new version asks for their number.
+Case 4. Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from bitalloy.core.errors import ModelError
+from bitalloy.model.read import attribute, namer
+
+LEAST_IR = {21: 10, 22: 10, 23: 11}
+"""Version of the operators -> smallest version of the file format that has them
+(https://github.com/onnx/onnx/blob/main/docs/Versioning.md)."""
+
+
+def raise_opset(model: ir.Model, least: int) -> None:
+    """Bring a model, in place, to at least a version of the ONNX operators.
+
+    Args:
+        model: in normal form.
+        least: version; a model of a later one stays as it is.
+
+    Raises:
+        ModelError: an operator changed in between in a way that is not known here.
+    """
+    before = int(model.opset_imports[""])
+    if before >= least:
+        return
+    fresh = namer(model)
+    for node in list(model.graph):
+        if node.domain:
+            continue
+        old, new = (onnx.defs.get_schema(node.op_type, version, "") for version in (before, least))
+        if old.since_version == new.since_version:
+            continue
+        if node.op_type.startswith("Reduce") and "axes" in node.attributes and "axes" not in new.attributes:
+            axes = np.array(attribute(node, "axes", ()), np.int64)
+            del node.attributes["axes"]
+            name = fresh(f"{node.name}/axes")
+            value = ir.Value(name=name, const_value=ir.tensor(axes, name=name), shape=ir.Shape(axes.shape))
+            value.type = ir.TensorType(ir.DataType.INT64)
+            model.graph.register_initializer(value)
+            node.resize_inputs(2)
+            node.replace_input_with(1, value)
+        elif node.op_type == "Split" and len([v for v in node.inputs if v is not None]) == 1:
+            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+        elif not _extends(old, new, set(node.attributes)):
+            raise ModelError(
+                f"'{node.name}' ({node.op_type}) means something else in opset {least}, which the plan's formats need, "
+                f"than in the model's {before}. Export the model with opset {least} or later."
+            )
+    model.opset_imports[""] = least
+    model.ir_version = max(model.ir_version, LEAST_IR.get(least, 0))
+
+
+def _extends(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema, given: set[str]) -> bool:
+    """Whether a newer form of an operator takes all that the older one takes, and means the same where it does."""
+    if old.name in ("GroupNormalization",) or not given <= set(new.attributes):
+        return False
+    required = {name for name, a in new.attributes.items() if a.required}
+    if not required <= set(old.attributes):
+        return False
+    before, after = [i.name for i in old.inputs], [i.name for i in new.inputs]
+    return after[: len(before)] == before and new.min_input <= len(before)

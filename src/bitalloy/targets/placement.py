@@ -1,0 +1,177 @@
+"""Where a target rounds: the only place that knows it.
+
+A site is one rounding that a plan may make. Which sites a tensor has between two units follows from the schemes of both
+and from the target's `Placement`:
+
+Case 1. `ENDS`: kernels read and write rounded numbers. A unit that rounds does so with its result, once for all readers;
+        so does one that reads a tensor that nobody rounded for it. A Concat rounds again what was rounded before it.
+Case 2. `ENTRY`: kernels read rounded numbers and write floats. Every unit that rounds does so with what it reads.
+Case 3. `NONE`: nothing is rounded, because the tensor is made inside the kernel that reads it.
+Case 4. A unit that computes in another format is one site with all its roundings, wherever its tensors come from.
+
+Conversions are what such borders cost: from floats to rounded numbers and back (`ENDS`), to rounded numbers alone
+(`ENTRY`), and Casts between formats that units compute in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bitalloy.core.schemes import Plan, Scheme
+from bitalloy.core.units import Placement, Unit, UnitEdge, UnitGraph, WeightSite
+
+WEIGHTS, ACTIVATIONS, WHOLE = "weights", "activations", "all"
+"""Parts of a unit that sites belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One rounding that a plan may make."""
+
+    place: str
+    """Id of a `UnitEdge`, an `Edge` inside a unit, a `WeightSite`, or of a unit that computes in another format."""
+    scheme: str
+    part: str
+    """WEIGHTS, ACTIVATIONS or WHOLE."""
+    end: bool = False
+    """Whether a tensor is rounded where it is made, for all its readers."""
+    again: bool = False
+    """Whether what is rounded has been rounded already."""
+
+    @property
+    def label(self) -> str:
+        """What is rounded, in words."""
+        return f"{self.place} again" if self.again else self.place
+
+    @property
+    def id(self) -> str:
+        """Unique on a target; the name of a column of the probe matrix."""
+        return f"{self.label} in {self.scheme}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Conversion:
+    """What a tensor is turned into on its way from one unit to another; an end that does not matter is empty."""
+
+    source: str
+    sink: str
+
+
+def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
+    """The sites of a tensor between two units.
+
+    Args:
+        edge: the tensor.
+        source: scheme of the unit that makes it; the baseline for an input of the graph.
+        sink: scheme of the unit that reads it; the baseline for an output of the graph.
+    """
+    if edge.placement is Placement.NONE:
+        return ()
+    entering = Site(edge.id, sink.name, ACTIVATIONS)
+    if edge.placement is Placement.ENTRY:
+        return (entering,) if sink.rounds else ()
+    found = []
+    if source.rounds and edge.rooted:
+        found.append(Site(edge.id, source.name, ACTIVATIONS, end=True, again=edge.passed_on))
+    if sink.rounds and not _alike(source, sink):
+        found.append(entering)
+    return tuple(found)
+
+
+def conversions(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Conversion, ...]:
+    """The conversions of a tensor between two units that a runtime takes time for. Arguments as for `roundings`."""
+    if not source.rounds and not sink.rounds:
+        return (Conversion(source.name, sink.name),) if _computes(source) != _computes(sink) else ()
+    if _alike(source, sink):
+        return ()
+    found = []
+    if source.rounds and edge.placement is Placement.ENDS:
+        found.append(Conversion(source.name, ""))
+    if sink.rounds and edge.placement is not Placement.NONE:
+        found.append(Conversion("", sink.name))
+    return tuple(found)
+
+
+def own_sites(unit: Unit, scheme: Scheme) -> tuple[Site, ...]:
+    """The sites inside a unit: tensors between its nodes and weights, or one for all where it computes in the format."""
+    if scheme.cast:
+        return (Site(unit.id, scheme.name, WHOLE),)
+    found = [Site(e.id, scheme.name, ACTIVATIONS) for e in unit.inner if scheme.rounds]
+    found += [weight_site(w, scheme.name) for w in unit.weights if scheme.weight is not None]
+    return tuple(found)
+
+
+def weight_site(weight: WeightSite, scheme: str) -> Site:
+    """The site of a weight in a scheme that rounds it."""
+    return Site(weight.id, scheme, WEIGHTS)
+
+
+def possible_sites(units: UnitGraph, edge: UnitEdge) -> tuple[Site, ...]:
+    """All sites that some plan has on a tensor, those that round it first before those that do so again."""
+    found = dict.fromkeys(
+        site for source, sink in scheme_pairs(units, edge) for site in roundings(edge, source, sink)
+    )
+    first = {site.id: site for site in sorted(found, key=lambda s: s.again)}
+    return tuple(first.values())
+
+
+def all_sites(units: UnitGraph) -> Iterator[Site]:
+    """Every site that some plan has, inside units and between them."""
+    for unit in units.units:
+        for name in unit.choices:
+            yield from own_sites(unit, units.scheme(name))
+    for edge in units.edges:
+        yield from possible_sites(units, edge)
+
+
+def scheme_pairs(units: UnitGraph, edge: UnitEdge) -> Iterator[tuple[Scheme, Scheme]]:
+    """Schemes that the units at the two ends of a tensor may have; the same one for both where it is one unit."""
+    allowed, baseline = units.allowed, units.schemes[0].name
+    sources, sinks = (allowed.get(end or "", (baseline,)) for end in (edge.producer, edge.consumer))
+    for source in sources:
+        for sink in sinks:
+            if edge.producer != edge.consumer or source == sink:
+                yield units.scheme(source), units.scheme(sink)
+
+
+def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
+    """Ids of all sites that a plan rounds."""
+    known = {scheme.name: scheme for scheme in units.schemes}
+    sites = {s.id for u in units.units if u.id in plan for s in own_sites(u, known[plan[u.id]])}
+    for edge in units.edges:
+        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+        sites.update(site.id for site in roundings(edge, source, sink))
+    return frozenset(sites)
+
+
+def borders(units: UnitGraph, plan: Plan) -> dict[Conversion, tuple[float, int]]:
+    """Conversion -> elements on, and number of, the tensors that a plan converts so, each tensor once."""
+    known = {scheme.name: scheme for scheme in units.schemes}
+    crossing: dict[tuple[str, Conversion], int] = {}
+    for edge in units.edges:
+        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+        crossing.update({(edge.tensor, c): edge.elements for c in conversions(edge, source, sink)})
+    found: dict[Conversion, tuple[float, int]] = {}
+    for (_, conversion), elements in crossing.items():
+        total, count = found.get(conversion, (0.0, 0))
+        found[conversion] = total + elements, count + 1
+    return found
+
+
+def all_conversions(schemes: tuple[Scheme, ...]) -> tuple[Conversion, ...]:
+    """Every conversion that a plan on these schemes may need."""
+    rounding = [c for s in schemes if s.rounds for c in (Conversion(s.name, ""), Conversion("", s.name))]
+    others = [s for s in schemes if not s.rounds]
+    casts = [Conversion(a.name, b.name) for a in others for b in others if _computes(a) != _computes(b)]
+    return (*rounding, *casts)
+
+
+def _alike(source: Scheme, sink: Scheme) -> bool:
+    """Whether one scheme hands on what the other reads."""
+    return source.rounds and sink.rounds and source.activation == sink.activation
+
+
+def _computes(scheme: Scheme) -> str | None:
+    """Format that units of a scheme compute in; None for float32."""
+    return scheme.activation if scheme.cast else None
