@@ -20,7 +20,8 @@ from bitalloy.core.errors import (
 from bitalloy.core.outcome import Summary
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, Keep
-from bitalloy.core.records import Precision, Settings
+from bitalloy.core.records import Settings
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.work import Workspace
 from bitalloy.measure.cost import measure_cost
@@ -61,7 +62,7 @@ __all__ = [
     "Calibrated",
     "Keep",
     "Planned",
-    "Precision",
+    "Plan",
     "RunDirectory",
     "Selection",
     "Settings",

@@ -14,7 +14,7 @@ from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.load import Graph
-from bitalloy.targets.safety import tensors
+from bitalloy.targets.safety import tensors_to_judge
 
 CALIBRATION_SHARD = 16
 
@@ -35,7 +35,7 @@ def gather(
     wanted: set[str] = set()
     for units in targets:
         wanted |= {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
-        wanted |= tensors(model, units)
+        wanted |= tensors_to_judge(model, units)
     order = [t for t in model.value if t in wanted]
     count = min(len(data), settings.calibration_samples)
 

@@ -44,7 +44,12 @@ def targets(
 
     if json_output:
         listed = [
-            {"name": t.name, "description": t.describe, "fp16": bool(t.half), "estimated": t.device is not None}
+            {
+                "name": t.name,
+                "description": t.describe,
+                "schemes": [scheme.name for scheme in t.schemes],
+                "estimated": t.device is not None,
+            }
             for t in TARGETS.values()
         ]
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")

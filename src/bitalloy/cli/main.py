@@ -217,6 +217,7 @@ def run(
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
     from bitalloy.report import formats
+    from bitalloy.report.text import counted
 
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
@@ -224,24 +225,24 @@ def _show(verified: Verified, folder: Path) -> None:
     latency_ms, bytes_ = summary.latency_ms, summary.size_bytes
     table.add_row(
         "latency, ms" + " (estimated)" * summary.latency_estimated,
-        *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.int8, latency_ms.mixed)),
+        *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.lowest, latency_ms.mixed)),
     )
     expected = summary.predicted_latency_ratio_interval
     ends = f" {expected.low:.2f} to {expected.high:.2f}" if expected is not None else ""
     predicted = f"{summary.latency_ratio:.2f} (predicted {summary.predicted_latency_ratio:.2f}{ends})"
-    table.add_row("latency over float", "1", f"{latency_ms.int8 / latency_ms.reference:.2f}", predicted)
-    table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.int8, bytes_.mixed)))
+    table.add_row("latency over float", "1", f"{latency_ms.lowest / latency_ms.reference:.2f}", predicted)
+    table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.lowest, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
-        cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.int8, pair.mixed))
+        cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.lowest, pair.mixed))
         table.add_row(f"SQNR {head}, dB", "", *cells)
     for head, pair in summary.kl_nats.items():
-        cells = (f"{c.measured:.3g} (predicted {c.predicted:.3g})" for c in (pair.int8, pair.mixed))
+        cells = (f"{c.measured:.3g} (predicted {c.predicted:.3g})" for c in (pair.lowest, pair.mixed))
         table.add_row(f"KL {head}, nats", "", *cells)
     for name, metric in summary.metrics.items():
-        values = (metric.reference, metric.int8, metric.mixed)
+        values = (metric.reference, metric.lowest, metric.mixed)
         table.add_row(f"{name} (n={metric.reference.n})", *(f"{m.value:.4f}" for m in values))
     for name, part in summary.graphs.items():
-        cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.int8, part.mixed))
+        cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.lowest, part.mixed))
         table.add_row(f"size of {name}, MB", *cells)
     out_console.print(table)
     for correction in (c for c in summary.corrections if c.places):
@@ -252,11 +253,8 @@ def _show(verified: Verified, folder: Path) -> None:
             highlight=False,
             markup=False,
         )
-    half = f" and {summary.fp16_units} in FP16" if summary.fp16_units else ""
     report = folder / "report.html"
-    out_console.print(
-        f"{summary.int8_units} of {summary.units} units in INT8{half} on {summary.target}. Report: {report}"
-    )
+    out_console.print(f"{counted(summary.schemes)} of {summary.units} units on {summary.target}. Report: {report}")
     if summary.ranges is not None:
         out_console.print(f"INT8 ranges: {formats.ranges(summary.ranges)}.", soft_wrap=True, highlight=False)
     for note in summary.notes:

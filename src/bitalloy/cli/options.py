@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import FIRST, Budget, Keep
-from bitalloy.core.records import Precision
+from bitalloy.targets import TARGETS
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
@@ -75,20 +75,21 @@ def drops(texts: Sequence[str]) -> dict[str, float]:
 
 
 def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
-    """What stays in a precision, in order.
+    """What stays in a scheme, in order.
 
     >>> keeps(["fp32:neck*"])
-    (Keep(precision=<Precision.FP32: 'fp32'>, pattern='neck*'),)
+    (Keep(scheme='fp32', pattern='neck*'),)
     """
     found = []
     for text in texts:
         name, colon, pattern = text.partition(":")
-        if name.lower() not in tuple(Precision) or not colon or not pattern:
+        known = list(dict.fromkeys(scheme.name for target in TARGETS.values() for scheme in target.schemes))
+        if name.lower() not in known or not colon or not pattern:
             raise BitalloyError(
-                f"--keep is '{text}'; expected a precision ({', '.join(Precision)}) and a pattern, such as "
-                "fp32:'neck*' or int8:'model.{4..8}'."
+                f"--keep is '{text}'; expected a scheme ({', '.join(known)}) and a pattern, such as fp32:'neck*' or "
+                "int8:'model.{4..8}'."
             )
-        found.append(Keep(precision=Precision(name.lower()), pattern=pattern))
+        found.append(Keep(scheme=name.lower(), pattern=pattern))
     return tuple(found)
 
 

@@ -9,15 +9,19 @@ import msgspec
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
 
+REFERENCE, LOWEST, MIXED = "float", "int8", "mixed"
+"""Names of the three columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, and
+the mixed one. They are stable, whatever the schemes of the target."""
+
 
 class MetricComparison(Record, frozen=True, kw_only=True):
     """One task metric on the three models, on the same samples."""
 
-    reference: MetricValue = msgspec.field(name="float")
-    lowest: MetricValue = msgspec.field(name="int8")
+    reference: MetricValue = msgspec.field(name=REFERENCE)
+    lowest: MetricValue = msgspec.field(name=LOWEST)
     """Of the model with all that it can in its lowest scheme."""
     mixed: MetricValue
-    drop_lowest: Estimate | None = msgspec.field(name="drop_int8", default=None)
+    drop_lowest: Estimate | None = msgspec.field(name=f"drop_{LOWEST}", default=None)
     """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
     drop_mixed: Estimate | None = None
 
@@ -32,23 +36,23 @@ class Comparison(Record, frozen=True, kw_only=True):
 class HeadComparison(Record, frozen=True, kw_only=True):
     """SQNR in dB of one head, or its KL divergence in nats."""
 
-    lowest: Comparison = msgspec.field(name="int8")
+    lowest: Comparison = msgspec.field(name=LOWEST)
     mixed: Comparison
 
 
 class Triple(Record, frozen=True, kw_only=True):
     """A number for the float model, the one with all that it can in its lowest scheme, and the mixed one."""
 
-    reference: float = msgspec.field(name="float")
-    lowest: float = msgspec.field(name="int8")
+    reference: float = msgspec.field(name=REFERENCE)
+    lowest: float = msgspec.field(name=LOWEST)
     mixed: float
 
 
 class LatencySpread(Record, frozen=True, kw_only=True):
     """Distribution of latency for the three models, in one interleaved measurement."""
 
-    reference: Latency = msgspec.field(name="float")
-    lowest: Latency = msgspec.field(name="int8")
+    reference: Latency = msgspec.field(name=REFERENCE)
+    lowest: Latency = msgspec.field(name=LOWEST)
     mixed: Latency
 
 
@@ -121,7 +125,7 @@ class Correction(Record, frozen=True, kw_only=True):
     reason: str
     """Why it is kept or not."""
     without_db: dict[str, float] = msgspec.field(default_factory=dict)
-    """Measured SQNR by head of the model with all it can rounded, divergences left out; empty where it was not tried."""
+    """Measured SQNR by head of the model with all it can rounded, without divergences; empty where it was not tried."""
     with_db: dict[str, float] = msgspec.field(default_factory=dict)
     fitted_samples: int = 0
     """That decided the factors or offsets."""
@@ -259,7 +263,7 @@ class Summary(Record, frozen=True, kw_only=True):
     settled: bool
     flagged_units: tuple[str, ...]
     half_margin: float = msgspec.field(name="fp16_margin")
-    """65504 divided by the largest magnitude seen in any tensor: below 1 the model as a whole overflows in half precision."""
+    """65504 divided by the largest magnitude seen in any tensor: below 1 half precision overflows."""
     calibration: DataInfo
     analysis: DataInfo
     seconds: dict[str, float]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records: immutable, keyword-only, strict on decoding."""
 

@@ -31,7 +31,7 @@ class Scheme(Record, frozen=True, kw_only=True):
     weight: str | None = None
     """Format of constant operands; None where they are not rounded."""
     bias: str | None = None
-    """Format of a bias behind rounded operands, in steps of the product of their scales; None where it is not rounded."""
+    """Format of a bias behind rounded operands, in steps of the product of their scales; None where it stays float."""
     granularity: Granularity = Granularity.CHANNEL
     block: int = 0
     """Number of weights along the reduction that share a scale, where they are rounded by block."""

@@ -102,11 +102,11 @@ class Unit(Record, frozen=True, kw_only=True):
     allowed: tuple[str, ...]
     """Schemes that the unit may run in, in the order of the target: the lowest one last."""
     macs: int
-    refused: dict[str, str] = {}
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
     """Scheme of the target -> why the unit may not run in it."""
     reason: str = ""
     """Why the unit has no choice, where a pattern, advice or the user decided it."""
-    evidence: dict[str, Evidence] = {}
+    evidence: dict[str, Evidence] = msgspec.field(default_factory=dict)
     """Scheme that computes in another format -> what is known for or against it."""
 
     def without(self, scheme: str, reason: str) -> Unit:
@@ -178,6 +178,11 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
     def lowest(self) -> Plan:
         """The plan that puts every unit into the lowest scheme that it may take."""
         return Plan({u.id: u.choices[0] for u in self.units if u.choices})
+
+    @property
+    def lowest_name(self) -> str:
+        """The schemes of `lowest`, as people write them, e.g. `INT8`."""
+        return "/".join(s.name.upper() for s in reversed(self.schemes) if s.name in set(self.lowest().values()))
 
     def lowest_gated(self) -> Plan:
         """The same among the schemes whose roundings are sites of their own: what exact measurement executes."""

@@ -1,7 +1,7 @@
-"""Bias correction of the INT8 layers: fitted on some samples, judged on others, kept where it gains.
+"""Bias correction of rounded layers: fitted on some samples, judged on others, kept where it gains.
 
-It is decided before the network is probed, on the all-INT8 model, so that every prediction and every plan rests on
-corrected layers.
+It is decided before the network is probed, on the model with all it can rounded, so that every prediction and every
+plan rests on corrected layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import compare, gains, untried
 from bitalloy.data.datasets import Dataset
-from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
 from bitalloy.rewrite.calibrated import Calibrated, deciding
 
 BIAS = "bias"
@@ -34,14 +34,14 @@ class Debiased(Record, frozen=True, kw_only=True):
 
     correction: Correction
     offsets: tuple[dict[str, Offset], ...] = ()
-    """For each target: weight site -> offset; empty where the correction is not kept."""
+    """For each target: id of a weight's site -> offset; empty where the correction is not kept."""
 
 
 def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> Debiased:
-    """Correct the biases of all layers that can run in INT8, and say whether it pays.
+    """Correct the biases of all layers that can be rounded, and say whether it pays.
 
-    It is kept, on all targets, where on the first one with INT8 the mean SQNR of the heads of the all-INT8 model rises
-    by more than `BETTER_DB`, and none falls by more than `WORSE_DB`.
+    It is kept, on all targets, where on the first one that rounds the mean SQNR of the heads, with all it can rounded,
+    rises by more than `BETTER_DB`, and none falls by more than `WORSE_DB`.
 
     Args:
         parts: the model on each target.
@@ -51,11 +51,11 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
     """
     at = deciding(parts)
     if at is None:
-        return _none(0, "no unit runs in INT8")
+        return _none(0, "no unit is rounded")
     lead, graph, found = parts[at], parts[at].graph, [find_biases(p.graph, p.units) for p in parts]
     places = len(found[at])
     if not places:
-        return _none(0, "no INT8 layer with a bias")
+        return _none(0, "no rounded layer with a bias")
     if graph.large:
         return _none(places, "not tried on large models")
     judged = range(count - min(JUDGED, count // 2), count)
@@ -67,14 +67,14 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         with work.stage("debias", len(fitted)) as progress:
             union = {b.tensor: b for biases in found for b in biases}
             means = mean_inputs(graph, union.values(), (data.feeds(i) for i in fitted), progress.advance)
-        added = tuple(offsets(graph, b, p.target, means) for b, p in zip(found, parts, strict=True))
+        added = tuple(bias_offsets(graph, b, p.recipe(), means) for b, p in zip(found, parts, strict=True))
         without, with_ = compare(lead, lead.corrected(added[at]), data, judged, "debias", work)
         gain, worst = gains(without, with_)
         correction = Correction(
             name=BIAS,
             places=places,
             kept=gain > BETTER_DB and worst >= -WORSE_DB,
-            reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB, worst head {worst:+.2f} dB",
+            reason=f"mean SQNR of the model with all it can rounded {gain:+.2f} dB, worst head {worst:+.2f} dB",
             without_db=without,
             with_db=with_,
             fitted_samples=len(fitted),

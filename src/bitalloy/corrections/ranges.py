@@ -1,4 +1,4 @@
-"""Whether ranges that were chosen tensor by tensor pay: the all-INT8 model on both kinds, executed."""
+"""Whether ranges that were chosen tensor by tensor pay: the model with all it can rounded, executed with both kinds."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def choose_ranges(
 
 
 def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: Workspace) -> RangeChoice:
-    """Execute the all-INT8 model on both kinds of ranges."""
+    """Execute the model with all it can rounded on both kinds of ranges."""
     samples = unseen(probed, len(first.data))[:RANGE_SAMPLES]
     plain = [i for i, h in enumerate(first.heads) if not h.kind]
 
     def make() -> bytes:
-        lowered = first.units.quantizable()
+        plan = first.units.lowest_gated()
         with work.stage("ranges", len(samples)) as progress:
             parts = {"first": first, "chosen": chosen}
-            models = {name: p.executable(p.artefact(lowered)) for name, p in parts.items()}
+            models = {name: p.executable(p.artefact(plan)) for name, p in parts.items()}
             feeds, seed = (first.data.feeds(i) for i in samples), first.settings.seed
             sqnr = artefact_sqnr(first.original(), models, first.heads, feeds, seed=seed, progress=progress.advance)
         means = {name: sum(sqnr[name][i].value for i in plain) for name in parts}

@@ -1,4 +1,4 @@
-"""Whether scaling channels between layers pays: each rule is tried on the all-INT8 model and kept where it gains."""
+"""Whether scaling channels between layers pays: each rule is tried with all rounded, and kept where it gains."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _try(
             continue
         base = base or _tried(calibrated(model))
         if base is None:
-            corrections.append(untried(rule, len(factors), "no unit runs in INT8"))
+            corrections.append(untried(rule, len(factors), "no unit is rounded"))
             continue
         changed = _tried(calibrated(scale(model, {**kept, **factors})))
         assert changed is not None, "scaling leaves operators as they are"
@@ -102,7 +102,7 @@ def _try(
                 name=rule,
                 places=len(factors),
                 kept=gain > BETTER_DB,
-                reason=f"mean SQNR of the all-INT8 model {gain:+.2f} dB",
+                reason=f"mean SQNR of the model with all it can rounded {gain:+.2f} dB",
                 without_db=without,
                 with_db=with_,
                 fitted_samples=len(fitted),

@@ -1,4 +1,4 @@
-"""Trying a correction: the all-INT8 model with and without it, executed and compared with the float model."""
+"""Trying a correction: the model with all in its lowest scheme is executed with and without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitalloy.rewrite.calibrated import Calibrated
 def compare(
     without: Calibrated, with_: Calibrated, data: Dataset, samples: Sequence[int], stage: str, work: Workspace
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """SQNR in dB of the two all-INT8 models by head, divergences left out.
+    """SQNR in dB of both models by head, divergences left out.
 
     Args:
         without: the correction.

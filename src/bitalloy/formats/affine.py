@@ -255,9 +255,7 @@ class Affine:
 
     def of_range(self, low: float, high: float) -> QuantParams:
         """See `activation_params`."""
-        return self._stored(
-            activation_params(low, high, bits=self.bits, signed=self.signed, symmetric=self.symmetric)
-        )
+        return self._stored(activation_params(low, high, bits=self.bits, signed=self.signed, symmetric=self.symmetric))
 
     def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams:
         """See `symmetric_params`; with a `block`, `magnitude` has the rank of the constant."""

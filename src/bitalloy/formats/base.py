@@ -96,6 +96,11 @@ class Format(Protocol):
         ...
 
 
+def cast_type(stored: Format) -> ir.DataType:
+    """The type of ONNX that nodes compute in which run in a format."""
+    return ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)
+
+
 def opset_of(scheme: Scheme, formats: Sequence[Format]) -> int:
     """Smallest version of the ONNX operators with which a scheme of these formats can be written; 0 for none."""
     block = 21 if scheme.granularity is Granularity.BLOCK and scheme.weight is not None else 0

@@ -1,12 +1,12 @@
 """What the runtime really ran: every planned unit beside the precision of the kernels that did its work.
 
-Case 1. Planned in INT8, and its work ran in INT8 kernels: as planned. The same for FP16 and FP32.
-Case 2. Planned in INT8, run in float: the runtime did not fuse the rounding into an integer kernel.
-Case 3. Planned in float, run in INT8: the unit only moves or joins integers that its neighbours exchange.
-Case 4. Planned in FP16, run in FP32: the provider has no FP16 kernel, and casts.
+Case 1. Its work ran in kernels of the scheme that was planned: as planned.
+Case 2. Planned in rounded numbers, run in float: the runtime did not fuse the rounding into a kernel.
+Case 3. Planned in float, run in rounded numbers: the unit only moves or joins what its neighbours exchange.
+Case 4. Planned to compute in another format, run in float32: the provider has no kernel for it, and casts.
 Case 5. No kernel of its own: it runs inside the kernel of another unit, as that kernel's names or the graph that the
-        runtime made say. It shares that kernel's precision, except that what was planned in float behind integers may
-        be computed in float there: then nothing is claimed.
+        runtime made say. It shares that kernel's precision, except that what was planned in float behind rounded
+        numbers may be computed in float there: then nothing is claimed.
 Case 6. Neither: its nodes were folded into constants, or removed.
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from bitalloy.core.outcome import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
-from bitalloy.core.records import HALF, Precision
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.tracing import Timed, Traced
 from bitalloy.runtime.optimized import Rewritten
@@ -37,7 +37,7 @@ SECONDARY = (
 
 def audit(
     units: UnitGraph,
-    lowered: frozenset[str],
+    plan: Plan,
     kernels: Sequence[Timed],
     runtime: str,
     version: str,
@@ -48,12 +48,13 @@ def audit(
 
     Args:
         units: of the plan's target.
-        lowered: units that the plan puts in INT8, and those in FP16 with `HALF` behind.
+        plan: unit -> scheme.
         kernels: of the rewritten model, in order, with the units of each (`tracing.profile`, then `reconcile`).
         runtime: its name.
         version: its version.
         graphs: what the runtime made of each graph (`reconcile`).
     """
+    known = {scheme.name: scheme for scheme in units.schemes}
     own: dict[str, list[Timed]] = defaultdict(list)
     taken: dict[str, list[Timed]] = defaultdict(list)
     for timed in kernels:
@@ -62,7 +63,10 @@ def audit(
     return Audit(
         runtime=runtime,
         version=version,
-        units=tuple(_audited(u, _planned(u.id, lowered), own[u.id], taken[u.id], runtime, graphs) for u in units.units),
+        units=tuple(
+            _audited(Audition(u, units.scheme(plan.scheme_of(u.id)), own[u.id], taken[u.id]), runtime, known, graphs)
+            for u in units.units
+        ),
         share_of_time=_shares(kernels),
         kernels=tuple(
             AuditedKernel(
@@ -107,41 +111,45 @@ def reconcile(
     return merged, tuple(graphs)
 
 
-def _planned(unit: str, lowered: frozenset[str]) -> Precision:
-    if unit in lowered:
-        return Precision.INT8
-    return Precision.FP16 if unit + HALF in lowered else Precision.FP32
+@dataclass(frozen=True)
+class Audition:
+    """A unit beside the kernels that did its work."""
+
+    unit: Unit
+    planned: Scheme
+    own: Sequence[Timed]
+    """Kernels that are its own."""
+    taken: Sequence[Timed]
+    """Kernels of other units that work for it too."""
 
 
-def _audited(
-    unit: Unit,
-    planned: Precision,
-    own: Sequence[Timed],
-    taken: Sequence[Timed],
-    runtime: str,
-    graphs: Sequence[AuditedGraph],
-) -> AuditedUnit:
-    own, taken = list(own), _main(taken)
+def _audited(seen: Audition, runtime: str, known: Mapping[str, Scheme], graphs: Sequence[AuditedGraph]) -> AuditedUnit:
+    unit, planned, own, taken = seen.unit, seen.planned, list(seen.own), _main(seen.taken)
     if taken and not _main(own):  # only rounding and layout changes of its own
         taker = max(taken, key=lambda t: t.us)
         cause = f"runs inside {taker.kernel.op} of '{taker.unit}'"
-        # what stands behind the sums of an integer kernel may be computed in float
-        integer = taker.kernel.precision == Precision.INT8
-        executed = "" if integer and planned is not Precision.INT8 else taker.kernel.precision
-        if executed not in ("", planned):
-            cause = f"{_cause(planned, executed, runtime)}; it {cause}"
+        # what stands behind the sums of a kernel that reads rounded numbers may be computed in float
+        rounded = _rounds(taker.kernel.precision, known)
+        executed = "" if rounded and not planned.rounds else taker.kernel.precision
+        if executed not in ("", planned.name):
+            cause = f"{_cause(planned, executed, runtime, known)}; it {cause}"
     else:
         executed = _decisive(_main(own) or own)
-        cause = _cause(planned, executed, runtime) if executed else _absence(unit, graphs)
+        cause = _cause(planned, executed, runtime, known) if executed else _absence(unit, graphs)
     return AuditedUnit(
         unit=unit.id,
         kind=unit.kind,
-        planned=planned,
+        planned=planned.name,
         executed=executed,
         kernels=tuple(t.kernel.op for t in own),
         us=round(sum(t.us for t in own), 3),
         cause=cause,
     )
+
+
+def _rounds(precision: str, known: Mapping[str, Scheme]) -> bool:
+    """Whether a kernel of some precision reads rounded numbers."""
+    return precision in known and known[precision].rounds
 
 
 def _main(kernels: Sequence[Timed]) -> list[Timed]:
@@ -156,15 +164,16 @@ def _decisive(kernels: Sequence[Timed]) -> str:
     return max(times, key=lambda precision: times[precision]) if times else ""
 
 
-def _cause(planned: Precision, executed: str, runtime: str) -> str:
-    if executed == planned:
+def _cause(planned: Scheme, executed: str, runtime: str, known: Mapping[str, Scheme]) -> str:
+    if executed == planned.name:
         return ""
-    if planned is Precision.INT8:
+    if planned.rounds:
         return "the runtime made no integer kernel of it: a pattern that it does not fuse, or an integer one is missing"
-    if executed == Precision.INT8:
+    if _rounds(executed, known):
         return "it handles integers that its neighbours exchange; no rounding of its own"
-    if planned is Precision.FP16 and executed == Precision.FP32:
-        return f"{runtime} has no FP16 kernel for it on this processor: Cast to FP32"
+    if planned.cast and executed == BASELINE:
+        name = planned.name.upper()
+        return f"{runtime} has no {name} kernel for it on this processor: Cast to {BASELINE.upper()}"
     return f"the runtime chose {executed} by itself"
 
 

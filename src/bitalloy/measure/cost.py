@@ -1,9 +1,9 @@
-"""What each precision costs on the real runtime: units from profiles, borders from whole-model variants.
+"""What each scheme costs on the real runtime: units from profiles, borders from whole-model variants.
 
-A few variants of the model (float, all INT8, and random halves) are profiled and timed side by side. Kernel times
-are mapped to units by the names that the variants carry; what a profile spends on rounding and layout changes
-between precisions is fitted to the number and size of the borders; and the kernels of each precision are scaled so
-that the table reproduces the wall time of the float and the all-INT8 model.
+A few variants of the model (each scheme wherever it can be, and random mixtures) are profiled and timed side by side.
+Kernel times are mapped to units by the names that the variants carry; what a profile spends on rounding and layout
+changes between schemes is fitted to the number and size of the borders; and the kernels of each scheme are scaled so
+that the table reproduces the wall time of the variants that have one scheme alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,22 +19,26 @@ import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
-from bitalloy.core.plans import CostTable, UnitCost
+from bitalloy.core.plans import BorderCost, CostTable, UnitCost
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
+from bitalloy.formats import find_format
 from bitalloy.measure import bench
+from bitalloy.measure.prices import borders_us, latency_us
 from bitalloy.measure.roofline import estimate
 from bitalloy.measure.tracing import Traced, profile, trace
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
 from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.targets.placement import Conversion, all_conversions, borders
 
 MIXTURES, LARGE_MIXTURES = 6, 2
 """Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
 SWITCH = (0.05, 0.15, 0.4)
-"""From long stretches of one precision to a border nearly everywhere, so that borders get a price of their own."""
+"""From long stretches of one scheme to a border nearly everywhere, so that borders get a price of their own."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,21 @@ class Profile:
         return sum(self.units.values()) + self.borders
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """Prices that explain measured times: times of kernels in each scheme, and of borders."""
+
+    schemes: tuple[str, ...]
+    scales: np.ndarray
+    """(schemes,): wall time over kernel time."""
+    borders: tuple[BorderCost, ...]
+    residual_percent: float
+    left_out_percent: tuple[float, ...]
+
+
 def measure(
     units: UnitGraph,
-    variant: Callable[[frozenset[str]], Artefact],
+    variant: Callable[[Plan], Artefact],
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
@@ -64,15 +80,67 @@ def measure(
 
     Args:
         units: the model's units.
-        variant: makes the model in which the given units run in INT8.
+        variant: makes the model of a plan.
         feeds: one sample.
         seed: of the random mixtures.
         repeats: timed rounds.
         progress: called once per variant profiled and once per round.
     """
-    quantizable = units.quantizable()
+    schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
+    pure = [Plan.of(name, *units.able(name)) for name in schemes]
+    plans, profiles, rounds = _execute(units, pure, variant, feeds, seed=seed, repeats=repeats, progress=progress)
+    # what disturbs a round disturbs all models in it
+    wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
+    kernel = _unit_times(units, plans, profiles)
+    fit = _fitted(units, schemes, plans, kernel, wall)
+    scale = dict(zip(fit.schemes, fit.scales, strict=True))
+    rows = []
+    for unit in units.units:
+        elements = sum(w.elements for w in unit.weights)
+        known = [BASELINE, *unit.choices]
+        rows.append(
+            UnitCost(
+                unit=unit.id,
+                us={name: round(float(kernel[unit.id].get(name, 0.0) * scale[name]), 3) for name in known},
+                bytes={name: stored_bytes(units.scheme(name), elements) for name in known},
+            )
+        )
+    return CostTable(
+        target=units.target,
+        device=device(),
+        threads=available_cores(),
+        units=tuple(rows),
+        borders=fit.borders,
+        fixed_us=0.0,
+        pure_us={name: float(us) for name, us in zip(schemes, wall, strict=False)},
+        residual_percent=fit.residual_percent,
+        left_out_percent=fit.left_out_percent,
+    )
+
+
+def stored_bytes(scheme: Scheme, elements: int) -> int:
+    """Size of weights in a scheme, scales left out."""
+    bits = find_format(scheme.weight).bits if scheme.weight is not None else 32
+    return -(-elements * bits // 8)
+
+
+def _execute(
+    units: UnitGraph,
+    pure: Sequence[Plan],
+    variant: Callable[[Plan], Artefact],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    seed: int,
+    repeats: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[list[Plan], list[Profile], np.ndarray]:
+    """Profile and time the pure plans and random mixtures of them side by side.
+
+    Returns:
+        The plans, the pure ones first; their profiles; and (plans, rounds): times in microseconds.
+    """
     generator = np.random.default_rng([seed, 23])
-    plans = [frozenset[str](), quantizable]
+    plans = list(pure)
     with tempfile.TemporaryDirectory(prefix="bitalloy-cost-") as name:
         folder = Path(name)
         names = [u.id for u in units.units]
@@ -97,93 +165,97 @@ def measure(
             together=not large,
             progress=progress,
         )
-    rounds = np.stack([times[str(i)] for i in range(len(plans))]) * 1e3
-    # what disturbs a round disturbs all models in it
-    wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
-
-    kernel = _unit_times(units, plans, profiles)
-    counts = np.array([units.borders(plan) for plan in plans])
-    inside = np.array(
-        [
-            [sum(kernel[u.id][low] for u in units.units if (u.id in plan) == low) for low in (False, True)]
-            for plan in plans
-        ]
-    )
-    # wall time = kernels of float units * a + of INT8 units * b + price of borders; the two pure variants weigh most
-    design = np.concatenate([inside, counts], axis=1)
-    weight = np.where(np.arange(len(plans)) < 2, 10.0, 1.0) / wall
-    (high, low, per_element, each), _ = nnls(design * weight[:, None], wall * weight)
-    predicted = design @ np.array([high, low, per_element, each])
-    rows = []
-    for unit in units.units:
-        free = unit.id in quantizable
-        rows.append(
-            UnitCost(
-                unit=unit.id,
-                fp32_us=round(float(kernel[unit.id][0] * high), 3),
-                int8_us=round(float(kernel[unit.id][1] * low), 3) if free else None,
-                fp32_bytes=4 * sum(w.elements for w in unit.weights),
-                int8_bytes=sum(w.elements for w in unit.weights),
-            )
-        )
-    return CostTable(
-        target=units.target,
-        device=device(),
-        threads=available_cores(),
-        units=tuple(rows),
-        border_us_per_element=float(per_element),
-        border_us=float(each),
-        fixed_us=0.0,
-        float_us=float(wall[0]),
-        int8_us=float(wall[1]),
-        residual_percent=round(float(np.mean(np.abs(predicted / wall - 1))) * 100, 2),
-        left_out_percent=tuple(round(100 * e, 2) for e in _left_out(design, weight, wall)),
-    )
+    return plans, profiles, np.stack([times[str(i)] for i in range(len(plans))]) * 1e3
 
 
-def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray) -> list[float]:
-    """Error of each mixture over its time, as a fit without it predicts it; the two pure variants stay in all fits."""
+def _fitted(
+    units: UnitGraph,
+    schemes: Sequence[str],
+    plans: Sequence[Plan],
+    kernel: Mapping[str, Mapping[str, float]],
+    wall: np.ndarray,
+) -> _Fit:
+    """Wall time = kernels in each scheme, scaled, + price of borders; the pure variants weigh most.
+
+    Both directions of the conversions into and out of a scheme have one price.
+    """
+    kinds: dict[str, list[Conversion]] = {}
+    for conversion in all_conversions(tuple(units.scheme(name) for name in schemes)):
+        lowered = [end for end in (conversion.sink, conversion.source) if end not in ("", BASELINE)]
+        kinds.setdefault(lowered[0], []).append(conversion)
+    crossed = [borders(units, plan) for plan in plans]
+    columns = [
+        [sum(kernel[u.id].get(name, 0.0) for u in units.units if plan.scheme_of(u.id) == name) for plan in plans]
+        for name in schemes
+    ]
+    columns += [
+        [sum(found[c][part] for c in conversions if c in found) for found in crossed]
+        for conversions in kinds.values()
+        for part in (0, 1)
+    ]
+    design = np.array(columns, np.float64).T
+    weight = np.where(np.arange(len(plans)) < len(schemes), 10.0, 1.0) / wall
+    prices, _ = nnls(design * weight[:, None], wall * weight)
+    predicted = design @ prices
     found = []
-    for index in range(2, len(wall)):
+    for i, conversions in enumerate(kinds.values()):
+        per_element, each = (float(p) for p in prices[len(schemes) + 2 * i : len(schemes) + 2 * i + 2])
+        found += [BorderCost(source=c.source, sink=c.sink, us_per_element=per_element, us=each) for c in conversions]
+    return _Fit(
+        schemes=tuple(schemes),
+        scales=prices[: len(schemes)],
+        borders=tuple(found),
+        residual_percent=round(float(np.mean(np.abs(predicted / wall - 1))) * 100, 2),
+        left_out_percent=tuple(round(100 * e, 2) for e in _left_out(design, weight, wall, len(schemes))),
+    )
+
+
+def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray, pure: int) -> list[float]:
+    """Error of each mixture over its time, as a fit without it predicts it; the pure variants stay in all fits."""
+    found = []
+    for index in range(pure, len(wall)):
         others = np.arange(len(wall)) != index
         prices, _ = nnls(design[others] * weight[others, None], wall[others] * weight[others])
         found.append(float(design[index] @ prices / wall[index] - 1))
     return found
 
 
-def corrected(table: CostTable, units: UnitGraph, int8: frozenset[str], measured_ratio: float) -> CostTable:
+def corrected(table: CostTable, units: UnitGraph, plan: Plan, measured_ratio: float) -> CostTable:
     """The table that reproduces a measured plan: the price of borders, which is the least certain, is scaled.
 
     Args:
         table: that predicted the plan.
         units: of the model.
-        int8: the plan.
-        measured_ratio: its measured latency over that of the float model.
+        plan: that was measured.
+        measured_ratio: its latency over that of the float model.
     """
-    elements, count = units.borders(int8)
-    borders = elements * table.border_us_per_element + count * table.border_us
-    inside = table.latency_us(units, int8) - borders
-    missing = measured_ratio * table.all_float_us - inside
+    found = borders(units, plan)
+    count, price = sum(number for _, number in found.values()), borders_us(table, units, plan)
+    missing = measured_ratio * table.all_float_us - (latency_us(table, units, plan) - price)
     if missing <= 0 or count == 0:
         return table
-    if borders <= 0:
-        return msgspec.structs.replace(table, border_us=missing / count)
-    scale = missing / borders
-    return msgspec.structs.replace(
-        table, border_us=table.border_us * scale, border_us_per_element=table.border_us_per_element * scale
-    )
+    if price <= 0:
+        changed = [msgspec.structs.replace(b, us=missing / count) for b in table.borders]
+    else:
+        scale = missing / price
+        changed = [
+            msgspec.structs.replace(b, us=b.us * scale, us_per_element=b.us_per_element * scale) for b in table.borders
+        ]
+    return msgspec.structs.replace(table, borders=tuple(changed))
 
 
-def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> frozenset[str]:
-    """Random runs of neighbouring units that change precision with probability `switch`."""
-    chosen: set[str] = set()
-    state = bool(generator.integers(2))
+def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> Plan:
+    """Random runs of neighbouring units that change their scheme with probability `switch`."""
+    schemes = [scheme.name for scheme in units.schemes]
+    state = int(generator.integers(len(schemes)))
+    chosen = {}
     for unit in units.units:
         if generator.random() < switch:
-            state = not state
-        if state and unit.id in units.quantizable():
-            chosen.add(unit.id)
-    return frozenset(chosen)
+            step = int(generator.integers(1, len(schemes))) if len(schemes) > 2 else 1
+            state = (state + step) % len(schemes)
+        if schemes[state] in unit.allowed:
+            chosen[unit.id] = schemes[state]
+    return Plan(chosen)
 
 
 def _profile(
@@ -200,16 +272,14 @@ def _profile(
     return Profile(times, borders)
 
 
-def _unit_times(
-    units: UnitGraph, plans: list[frozenset[str]], profiles: list[Profile]
-) -> dict[str, tuple[float, float]]:
-    """(float, INT8) kernel time of each unit: the median over the variants in which it has that precision."""
+def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Profile]) -> dict[str, dict[str, float]]:
+    """Unit -> scheme -> kernel time: the median over the variants in which the unit has that scheme."""
     found = {}
     for index, unit in enumerate(units.units):
-        seen: tuple[list[float], list[float]] = ([], [])
+        seen: dict[str, list[float]] = defaultdict(list)
         for plan, one in zip(plans, profiles, strict=True):
-            seen[unit.id in plan].append(one.units.get(index, 0.0))
-        found[unit.id] = (float(np.median(seen[0])), float(np.median(seen[1])) if seen[1] else 0.0)
+            seen[plan.scheme_of(unit.id)].append(one.units.get(index, 0.0))
+        found[unit.id] = {scheme: float(np.median(times)) for scheme, times in seen.items()}
     return found
 
 

@@ -40,4 +40,3 @@ def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estim
 def saved_bytes(table: CostTable, plan: Plan) -> int:
     """Weight bytes that a plan saves against the float model."""
     return sum(cost.saved_bytes(plan[cost.unit]) for cost in table.units if cost.unit in plan)
-

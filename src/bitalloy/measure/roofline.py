@@ -1,8 +1,8 @@
-"""What each precision would cost on a device that is not here: an estimate from peak rates, never a measurement.
+"""What each scheme would cost on a device that is not here: an estimate from peak rates, never a measurement.
 
 A kernel takes the longer of two times, that of its arithmetic at the device's peak and that of its memory traffic at
 full bandwidth, and a fixed time to start. Real kernels reach neither peak, and fuse more or less than the target's
-rules say: the table ranks precisions and borders, and its microseconds are not what a device will show.
+rules say: the table ranks schemes and borders, and its microseconds are not what a device will show.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from bitalloy.core.plans import CostTable, UnitCost
-from bitalloy.core.records import Precision
+from bitalloy.core.plans import BorderCost, CostTable, UnitCost
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Placement, Unit, UnitGraph
+from bitalloy.formats import find_format
+from bitalloy.measure.prices import latency_us
 from bitalloy.model.load import Graph, constant, is_float, static_shape
 from bitalloy.targets.base import Device
+from bitalloy.targets.placement import all_conversions
 
-BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.INT8: 1}
+FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
+"""Size of a float32 number; and of the smallest number that a kernel which rounds what it reads hands on."""
 
 
 def estimate(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
@@ -27,30 +31,35 @@ def estimate(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
         units: its units on a target of that device.
         device: peak rates.
     """
-    rows = tuple(_unit(graph, unit, device) for unit in units.units)
-    per_byte = 1e6 / device.bytes_per_second
+    rows = tuple(_unit(graph, unit, units, device) for unit in units.units)
     # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
     start = device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
+    per_byte, borders = 1e6 / device.bytes_per_second, []
+    for conversion in all_conversions(units.schemes):
+        size = sum(number_bytes(units.scheme(end or BASELINE)) for end in (conversion.source, conversion.sink))
+        price = BorderCost(source=conversion.source, sink=conversion.sink, us_per_element=size * per_byte, us=start)
+        borders.append(price)
     table = CostTable(
         target=units.target,
         device=device.name,
         threads=0,
         units=rows,
-        border_us_per_element=(BYTES[Precision.FP32] + BYTES[Precision.INT8]) * per_byte,
-        border_us=start,
-        cast_us_per_element=(BYTES[Precision.FP32] + BYTES[Precision.FP16]) * per_byte,
-        cast_us=start,
+        borders=tuple(borders),
         fixed_us=0.0,
-        float_us=0.0,
-        int8_us=0.0,
+        pure_us={},
         residual_percent=0.0,
         estimated=True,
     )
-    float_us, int8_us = (table.latency_us(units, plan) for plan in (frozenset[str](), units.lowest()))
-    return msgspec.structs.replace(table, float_us=float_us, int8_us=int8_us)
+    pure = {scheme.name: Plan.of(scheme.name, *units.able(scheme.name)) for scheme in units.schemes}
+    return msgspec.structs.replace(table, pure_us={n: latency_us(table, units, plan) for n, plan in pure.items()})
 
 
-def _unit(graph: Graph, unit: Unit, device: Device) -> UnitCost:
+def number_bytes(scheme: Scheme) -> float:
+    """Size of one number of a tensor in a scheme."""
+    return find_format(scheme.activation).bits / 8 if scheme.activation is not None else FLOAT_BYTES
+
+
+def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device) -> UnitCost:
     nodes = [graph.node[name] for name in unit.core]
     made = {v for n in nodes for v in n.outputs}
     read = {v for n in nodes for v in n.inputs if v is not None and v not in made and is_float(v)}
@@ -59,20 +68,21 @@ def _unit(graph: Graph, unit: Unit, device: Device) -> UnitCost:
     entering = sum(int(np.prod(static_shape(v))) for v in read if constant(v) is None)
     leaving = int(np.prod(static_shape(graph.value[unit.root])))
 
-    def us(precision: Precision) -> float:
-        size = BYTES[precision]
-        # a layer in INT8 reads integers, keeps its bias and hands on floats, which the next one rounds
-        kept = (weights - rounded) * 4 + rounded * size if precision is Precision.INT8 else weights * size
-        moved = entering * size + kept + leaving * max(size, BYTES[Precision.FP16])
-        arithmetic = 2 * unit.macs / device.operations_per_second[precision]
+    def weight_bytes(scheme: Scheme) -> float:
+        """A unit that is given rounded numbers keeps its bias and other constants."""
+        size = find_format(scheme.weight).bits / 8 if scheme.weight is not None else FLOAT_BYTES
+        return weights * size if scheme.cast else (weights - rounded) * FLOAT_BYTES + rounded * size
+
+    def us(scheme: Scheme) -> float:
+        # a layer that reads rounded numbers hands on floats, which the next one rounds
+        size = number_bytes(scheme)
+        moved = entering * size + weight_bytes(scheme) + leaving * max(size, LEAST_WRITTEN)
+        arithmetic = 2 * unit.macs / device.operations_per_second[scheme.name]
         return round(max(arithmetic, moved / device.bytes_per_second) * 1e6 + device.start_us, 3)
 
+    known = [units.scheme(name) for name in (BASELINE, *unit.choices)]
     return UnitCost(
         unit=unit.id,
-        fp32_us=us(Precision.FP32),
-        fp16_us=us(Precision.FP16) if Precision.FP16 in unit.allowed else None,
-        int8_us=us(Precision.INT8) if Precision.INT8 in unit.allowed else None,
-        fp32_bytes=4 * weights,
-        fp16_bytes=2 * weights,
-        int8_bytes=rounded + 4 * (weights - rounded),
+        us={scheme.name: us(scheme) for scheme in known},
+        bytes={scheme.name: round(weight_bytes(scheme)) for scheme in known},
     )

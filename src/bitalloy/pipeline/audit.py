@@ -13,7 +13,8 @@ import onnx_ir as ir
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
 from bitalloy.core.outcome import Audit
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Plan
+from bitalloy.core.plans import PlanReport
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -31,14 +32,14 @@ from bitalloy.targets import target
 def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
     """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
     work = work or Workspace()
-    lowered = planned.plan.lowered()
+    plan = planned.plan.chosen
 
     def make() -> bytes:
         with work.stage("audit", None), work.scratch() as folder:
             traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
-            return msgspec.json.encode(_look(traced, analysis.units, lowered, analysis.data.feeds(0), folder))
+            return msgspec.json.encode(_look(traced, analysis.units, plan, analysis.data.feeds(0), folder))
 
-    key = key_of(analysis=analysis.key, mixed=sorted(lowered), evidence="profile, graph", **analysis.execution)
+    key = key_of(analysis=analysis.key, mixed=plan.listed, evidence="profile, graph", **analysis.execution)
     return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
 
 
@@ -55,7 +56,7 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
         BitalloyError: the device of its target is not here.
     """
     run = Path(path)
-    plan, units = read_record(run / "plan.json", Plan), read_record(run / "units.json", UnitGraph)
+    plan, units = read_record(run / "plan.json", PlanReport), read_record(run / "units.json", UnitGraph)
     device, note = target(plan.target), ""
     runtime = device.runtime
     if device.native is not None and here:
@@ -91,14 +92,12 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
         feeds[str(value.name)] = random.astype(kind)
     with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
         traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
-        found = _look(traced, units, plan.lowered(), feeds, Path(name))
+        found = _look(traced, units, plan.chosen, feeds, Path(name))
     return msgspec.structs.replace(found, note=note)
 
 
-def _look(
-    traced: Traced, units: UnitGraph, lowered: frozenset[str], feeds: Mapping[str, np.ndarray], folder: Path
-) -> Audit:
+def _look(traced: Traced, units: UnitGraph, plan: Plan, feeds: Mapping[str, np.ndarray], folder: Path) -> Audit:
     """Profile a model and read the graphs that ran."""
     runtime = traced.artefact.runtime
     kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten(traced, folder))
-    return compare(units, lowered, kernels, runtime.name, runtime.version(), graphs=graphs)
+    return compare(units, plan, kernels, runtime.name, runtime.version(), graphs=graphs)

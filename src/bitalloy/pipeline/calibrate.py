@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bitalloy.calibrate.gather import gather
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, Precision, Settings
+from bitalloy.core.records import Calibration, Settings
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -64,7 +64,7 @@ def calibrate(
     for device, found in zip(devices, units, strict=True):
         if not found.lowest():
             left = " after --exclude" if excluded else ""
-            what = "INT8 or FP16" if device.half else "INT8"
+            what = " or ".join(scheme.name.upper() for scheme in device.schemes[:0:-1])
             raise BitalloyError(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
@@ -142,11 +142,13 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
     for edge in units.edges:
         if edge.consumer is not None:
             entering.setdefault(edge.consumer, []).append(ranges.get(edge.root, 0.0))
+    rounding = [scheme.name for scheme in units.schemes if scheme.rounds]
     changed = []
     for unit in units.units:
         sizes = [s for s in entering.get(unit.id, []) if s > 0]
-        if unit.kind == "Concat" and Precision.INT8 in unit.allowed and sizes and max(sizes) > RANGE_RATIO * min(sizes):
+        if unit.kind == "Concat" and sizes and max(sizes) > RANGE_RATIO * min(sizes):
             reason = f"operands' ranges differ by a factor of {max(sizes) / min(sizes):.0f}, too much for one scale"
-            unit = unit.without(Precision.INT8, reason)
+            for name in rounding:
+                unit = unit.without(name, reason) if name in unit.allowed else unit
         changed.append(unit)
     return msgspec.structs.replace(units, units=tuple(changed))

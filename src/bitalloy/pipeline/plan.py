@@ -9,7 +9,7 @@ import msgspec
 
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, CostTable, Plan
+from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.measure.cost import measure_cost
@@ -50,7 +50,7 @@ def plan_again(
     if asked.max_drop:
         raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
     if not asked.limited:
-        before = read_record(Path(folder) / PLAN, Plan).budget
+        before = read_record(Path(folder) / PLAN, PlanReport).budget
         asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))

@@ -41,7 +41,7 @@ class Verified:
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
     """The mixed-precision model of a plan, checked; `save` writes it."""
-    return analysis.artefact(planned.plan.lowered())
+    return analysis.artefact(planned.plan.chosen)
 
 
 def verify(
@@ -52,7 +52,7 @@ def verify(
     limit: int | None = None,
     work: Workspace | None = None,
 ) -> Verified:
-    """Run the float, the all-INT8 and the mixed model side by side; correct tables and plan by what is measured.
+    """Run the float, the lowest and the mixed model side by side; correct tables and plan by what is measured.
 
     Where the measured latency misses the budget, the cost table is corrected by what was measured. Where the SQNR is
     off its prediction, the units responsible are measured and the probe matrix is corrected (`repair`); where it only
@@ -88,7 +88,7 @@ def verify(
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
     mixed, measured = best.mixed, best.measured
-    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.lowered())
+    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
     final = _with_measured(final, measured)
     summary = summarize(
         course.known(),
@@ -113,5 +113,5 @@ def _with_measured(planned: Planned, measured: Measured) -> Planned:
 
 def sizes_of(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
     """By graph."""
-    reference, int8, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
-    return {name: Triple(reference=reference[name], int8=int8[name], mixed=own[name]) for name in own}
+    reference, lowest, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
+    return {name: Triple(reference=reference[name], lowest=lowest[name], mixed=own[name]) for name in own}

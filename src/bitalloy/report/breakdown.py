@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -12,38 +12,42 @@ from typing import TypeAlias
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.core.plans import CostTable, Plan, UnitCost
+from bitalloy.core.plans import CostTable, PlanReport, UnitCost
 from bitalloy.core.records import Sensitivity, SensitivityTable
-from bitalloy.core.units import Placement, Unit, UnitGraph
+from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ROOT, ancestors
 from bitalloy.report import charts, formats
+from bitalloy.report.text import counted
 from bitalloy.sensitivity.matrix import CEILING_DB
+from bitalloy.targets.placement import WEIGHTS, all_sites, rounded, site_owners
 
 
 @dataclass(frozen=True)
 class Tables:
     """The records of a run, indexed for look-ups by name."""
 
-    plan: Plan
+    plan: PlanReport
     table: SensitivityTable
     units: UnitGraph
     cost: CostTable
     heads: tuple[str, ...]
 
     @cached_property
-    def rows(self) -> Mapping[tuple[str, str, str, str], Sensitivity]:
-        """(scope, id, part, head) -> sensitivity."""
-        return {(r.scope, r.id, r.part, r.head): r for r in self.table.rows}
+    def rows(self) -> Mapping[tuple[str, str, str, str, str], Sensitivity]:
+        """(scope, id, scheme, part, head) -> sensitivity."""
+        return {(r.scope, r.id, r.scheme, r.part, r.head): r for r in self.table.rows}
 
     @cached_property
-    def int8(self) -> frozenset[str]:
-        """Units that the plan puts in INT8."""
-        return self.plan.int8_units()
+    def schemes(self) -> tuple[str, ...]:
+        """Of the target, the baseline left out."""
+        return tuple(scheme.name for scheme in self.units.schemes if scheme.name != BASELINE)
 
     @cached_property
-    def fp16(self) -> frozenset[str]:
-        """Units that the plan puts in FP16."""
-        return self.plan.fp16_units()
+    def measured(self) -> str:
+        """The scheme whose damage is told for units, regions and sites: the lowest one with sites of its own."""
+        gated = [scheme.name for scheme in self.units.schemes if scheme.gated]
+        return (gated or [*self.schemes])[-1]
 
     @cached_property
     def times(self) -> Mapping[str, UnitCost]:
@@ -63,15 +67,18 @@ class Tables:
         return {region: tuple(found[region]) for region in order}
 
     def decibels(self, scope: str, name: str, part: str) -> tuple[float | None, ...]:
-        """SQNR per head; None where the table has no such row."""
-        rows = (self.rows.get((scope, name, part, head)) for head in self.heads)
+        """SQNR per head in the scheme that is told; None where the table has no such row."""
+        rows = (self.rows.get((scope, name, self.measured, part, head)) for head in self.heads)
         return tuple(None if r is None else r.sqnr_db.value for r in rows)
 
-    def time_us(self, units: Iterable[Unit]) -> tuple[float, float]:
-        """(float, INT8) time of units; units that cannot run in INT8 count in float."""
-        found = [self.times[u.id] for u in units if u.id in self.times]
-        int8 = sum(c.fp32_us if c.int8_us is None else c.int8_us for c in found)
-        return sum(c.fp32_us for c in found), int8
+    def time_us(self, units: Iterable[Unit], scheme: str) -> float:
+        """Time of units in a scheme; units that cannot run in it count in the baseline."""
+        found = [self.times[u.id].us for u in units if u.id in self.times]
+        return sum(us.get(scheme, us[BASELINE]) for us in found)
+
+    def times_us(self, units: Sequence[Unit]) -> tuple[float, ...]:
+        """The same in the baseline and in every scheme of the target."""
+        return tuple(self.time_us(units, scheme) for scheme in (BASELINE, *self.schemes))
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,10 @@ class RegionLine:
     label: str
     children: int
     units: int
-    int8_units: int
-    float_us: str
-    int8_us: str
+    lowered: str
+    """How many of its units the plan puts into which scheme."""
+    times: tuple[str, ...]
+    """In microseconds: in the baseline, and in every scheme of the target."""
     sqnr: tuple[tuple[str, str, str], ...]
     """Per head: everything, weights only, activations only."""
     shares: Markup
@@ -111,7 +119,6 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
         while region != ROOT and region not in own and len(below[region]) == 1:
             region = below[region][0]
         members = tables.members[region]
-        float_us, int8_us = tables.time_us(members)
         parts = [tables.decibels("region", region, part) for part in ("all", "weights", "activations")]
         index = len(lines)
         lines.append(
@@ -123,14 +130,13 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
                 label=region[len(start) :],
                 children=len(below[region]),
                 units=len(members),
-                int8_units=sum(u.id in tables.int8 for u in members),
-                float_us=formats.microseconds(float_us).removesuffix(" µs"),
-                int8_us=formats.microseconds(int8_us).removesuffix(" µs"),
+                lowered=_lowered(tables, members),
+                times=tuple(formats.microseconds(us).removesuffix(" µs") for us in tables.times_us(members)),
                 sqnr=tuple(
                     (formats.bare_decibel(a), formats.bare_decibel(w), formats.bare_decibel(x))
                     for a, w, x in zip(*parts, strict=True)
                 ),
-                shares=Markup("") if region == ROOT else _share_bars(tables.heads, shares[region], largest),
+                shares=Markup("") if region == ROOT else _share_bars(tables, shares[region], largest),
             )
         )
         for child in below[region]:
@@ -141,13 +147,14 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
 
 
 def _shares(tables: Tables, region: str) -> tuple[float, ...]:
-    """Error energy of a region over that of the all-INT8 model, per head."""
+    """Error energy of a region over that of the whole model, per head."""
     pairs = zip(tables.decibels("region", region, "all"), tables.decibels("region", ROOT, "all"), strict=True)
     return tuple(0.0 if r is None or w is None or r >= CEILING_DB else 10 ** ((w - r) / 10) for r, w in pairs)
 
 
-def _share_bars(heads: Iterable[str], values: Iterable[float], largest: float) -> Markup:
-    lines = [f"{head}: {value:.1%} of the error energy of all-INT8" for head, value in zip(heads, values, strict=True)]
+def _share_bars(tables: Tables, values: Sequence[float], largest: float) -> Markup:
+    whole = f"of the error energy of all-{tables.measured.upper()}"
+    lines = [f"{head}: {value:.1%} {whole}" for head, value in zip(tables.heads, values, strict=True)]
     return charts.shares([value / largest if largest else 0.0 for value in values], "\n".join(lines))
 
 
@@ -161,9 +168,9 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     kind: str
     region: str
-    precision: str
-    float_us: float | None
-    int8_us: float | None
+    scheme: str
+    times: tuple[float | None, ...]
+    """In microseconds: in the baseline, and in every scheme of the target."""
     flagged: bool
     reason: str
     sqnr: tuple[Numbers | None, ...]
@@ -175,6 +182,8 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
 
     root: str
     ceiling: float
+    schemes: tuple[str, ...]
+    """The baseline and those of the target: columns of time."""
     heads: tuple[str, ...]
     scopes: dict[str, list[Line]]
 
@@ -186,7 +195,9 @@ def payload(tables: Tables) -> Payload:
         "region": list(_region_lines(tables)),
         "site": list(_site_lines(tables)),
     }
-    return Payload(root=ROOT, ceiling=CEILING_DB, heads=tables.heads, scopes=scopes)
+    return Payload(
+        root=ROOT, ceiling=CEILING_DB, schemes=(BASELINE, *tables.schemes), heads=tables.heads, scopes=scopes
+    )
 
 
 def _unit_lines(tables: Tables) -> Iterable[Line]:
@@ -197,10 +208,9 @@ def _unit_lines(tables: Tables) -> Iterable[Line]:
             name=unit.id,
             kind=unit.kind,
             region=unit.region,
-            precision=choice.precision.value if choice else formats.NONE,
-            float_us=time.fp32_us if time else None,
-            int8_us=time.int8_us if time else None,
-            reason=(choice.reason if choice else "") or unit.reason,
+            scheme=choice.scheme if choice else formats.NONE,
+            times=tuple(time.us.get(scheme) if time else None for scheme in (BASELINE, *tables.schemes)),
+            reason=(choice.reason if choice else "") or unit.why,
             flagged=_flagged(tables, "unit", unit.id, "all"),
             sqnr=_sqnr(tables, "unit", unit.id, "all"),
         )
@@ -208,57 +218,49 @@ def _unit_lines(tables: Tables) -> Iterable[Line]:
 
 def _region_lines(tables: Tables) -> Iterable[Line]:
     for region, members in tables.members.items():
-        float_us, int8_us = tables.time_us(members)
-        int8, half = (sum(u.id in found for u in members) for found in (tables.int8, tables.fp16))
-        whole = {int8: "int8", half: "fp16"}.get(len(members), "mixed" if int8 or half else "fp32")
-        in_half = f", {half} in FP16" if half else ""
+        counts = Counter(tables.plan.chosen.scheme_of(u.id) for u in members)
         yield Line(
             name=region,
             kind="region",
             region=region,
-            precision=whole,
-            float_us=float_us,
-            int8_us=int8_us,
-            reason=f"{int8} of {len(members)} units in INT8{in_half}",
+            scheme=next(iter(counts)) if len(counts) == 1 else "mixed",
+            times=tables.times_us(members),
+            reason=f"{_lowered(tables, members)} of {len(members)} units",
             flagged=_flagged(tables, "region", region, "all"),
             sqnr=_sqnr(tables, "region", region, "all"),
         )
 
 
 def _site_lines(tables: Tables) -> Iterable[Line]:
-    owner = _site_owners(tables.units)
+    owner = site_owners(tables.units)
     regions = {u.id: u.region for u in tables.units.units}
-    rounded = tables.units.rounded(tables.int8)
-    parts = {r.id: r.part for r in tables.table.rows if r.scope == "site"}
-    for site, part in parts.items():
-        unit = owner.get(site)
+    chosen = rounded(tables.units, tables.plan.chosen)
+    sites = {site.label: site for site in all_sites(tables.units) if site.scheme == tables.measured}
+    parts = {r.id: r.part for r in tables.table.rows if (r.scope, r.scheme) == ("site", tables.measured)}
+    empty = (None,) * (1 + len(tables.schemes))
+    for name, part in parts.items():
+        site = sites.get(name)
+        unit = owner.get(site.id) if site is not None else None
         yield Line(
-            name=site,
-            kind="weight" if part == "weights" else "activation",
+            name=name,
+            kind="weight" if part == WEIGHTS else "activation",
             region=regions.get(unit, ROOT) if unit else ROOT,
-            precision="int8" if site in rounded else "fp32",
-            float_us=None,
-            int8_us=None,
+            scheme=tables.measured if site is not None and site.id in chosen else BASELINE,
+            times=empty,
             reason=f"belongs to {unit}" if unit else "",
-            flagged=_flagged(tables, "site", site, part),
-            sqnr=_sqnr(tables, "site", site, part),
+            flagged=_flagged(tables, "site", name, part),
+            sqnr=_sqnr(tables, "site", name, part),
         )
 
 
-def _site_owners(units: UnitGraph) -> dict[str, str]:
-    """Site -> the unit that rounds it first: the one whose weight, inner edge, output or input it is."""
-    found = {site.id: unit.id for unit in units.units for site in unit.weights}
-    found |= {site.id: unit.id for unit in units.units for site in unit.inner}
-    for edge in units.edges:
-        made = edge.rooted and edge.producer is not None and edge.placement is Placement.ENDS
-        unit = edge.producer if made else edge.consumer
-        if unit is not None:
-            found.setdefault(edge.id, unit)
-    return found
+def _lowered(tables: Tables, units: Iterable[Unit]) -> str:
+    """How many units the plan puts into which scheme, in words."""
+    chosen = tables.plan.chosen
+    return counted(Plan((u.id, chosen.scheme_of(u.id)) for u in units).counts())
 
 
 def _flagged(tables: Tables, scope: str, name: str, part: str) -> bool:
-    found = (tables.rows.get((scope, name, part, head)) for head in tables.heads)
+    found = (tables.rows.get((scope, name, tables.measured, part, head)) for head in tables.heads)
     return any(r.flagged for r in found if r is not None)
 
 
@@ -267,7 +269,7 @@ def _sqnr(tables: Tables, scope: str, name: str, part: str) -> tuple[Numbers | N
     activations = tables.decibels(scope, name, "activations") if part == "all" else (None,) * len(tables.heads)
     found: list[Numbers | None] = []
     for i, head in enumerate(tables.heads):
-        row = tables.rows.get((scope, name, part, head))
+        row = tables.rows.get((scope, name, tables.measured, part, head))
         if row is None:
             found.append(None)
             continue

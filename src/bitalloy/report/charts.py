@@ -81,8 +81,8 @@ SHAPES = {
     "seen": Markup('<path d="M0-5 5 0 0 5-5 0z"/>'),
     "chosen": Markup('<circle r="7.5"/><circle r="3.5" class="core"/>'),
     "mixed": Markup('<path d="M0-8 8 0 0 8-8 0z"/>'),
-    "int8-predicted": Markup('<rect x="-5.5" y="-5.5" width="11" height="11"/>'),
-    "int8": Markup('<rect x="-6" y="-6" width="12" height="12"/>'),
+    "lowest-predicted": Markup('<rect x="-5.5" y="-5.5" width="11" height="11"/>'),
+    "lowest": Markup('<rect x="-6" y="-6" width="12" height="12"/>'),
     "off": Markup('<path d="M0-6 6 4-6 4z"/>'),
 }
 

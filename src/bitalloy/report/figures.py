@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import Comparison, Round, Summary, Triple
-from bitalloy.core.plans import FIRST, CostTable, Plan
+from bitalloy.core.outcome import LOWEST, Comparison, Round, Summary, Triple
+from bitalloy.core.plans import FIRST, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
+from bitalloy.measure.prices import latency_us
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
+from bitalloy.report.text import counted
 
 WIDE_GAP_DB = 3.0
 """Prediction and measurement that differ by more are shown as a problem."""
@@ -96,7 +98,7 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 def tone(summary: Summary) -> str:
     """`bad` where the mixed model is not faster than float or the same, `warn` where it misses a limit, else `good`."""
-    if summary.latency_ratio >= 1 or not summary.int8_units + summary.fp16_units:
+    if summary.latency_ratio >= 1 or not summary.schemes:
         return "bad"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"
 
@@ -129,7 +131,7 @@ def cautions(summary: Summary) -> tuple[str, ...]:
 def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Group, ...]:
     """Float, all-INT8 and mixed model side by side, predictions beside measurements."""
     groups = [
-        Group("Cost", (_latency(summary), _ratio(summary, predicted_int8_ratio(units, cost)), *_sizes(summary))),
+        Group("Cost", (_latency(summary), _ratio(summary, predicted_lowest_ratio(units, cost)), *_sizes(summary))),
         Group("Output error (SQNR, measured)", tuple(_sqnr(summary))),
         Group("Shift of predictions (KL divergence, nats, measured)", tuple(_divergences(summary))),
         Group("Task accuracy", tuple(_accuracy(summary))),
@@ -137,9 +139,9 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Gr
     return tuple(g for g in groups if g.rows)
 
 
-def predicted_int8_ratio(units: UnitGraph, cost: CostTable) -> float:
-    """Predicted latency of the all-INT8 model over float."""
-    return cost.latency_us(units, units.lowest()) / cost.all_float_us
+def predicted_lowest_ratio(units: UnitGraph, cost: CostTable) -> float:
+    """Predicted latency over float of the model with all that it can in its lowest scheme."""
+    return latency_us(cost, units, units.lowest()) / cost.all_float_us
 
 
 def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -150,7 +152,7 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
         "Plan from",
         "Latency limit",
         "SQNR limit",
-        "INT8 units",
+        "Units",
         "Predicted latency",
         "Measured latency",
         *(f"{head}, measured (predicted)" for head in names),
@@ -162,7 +164,7 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
             r.source,
             formats.NONE if r.latency_ratio_limit is None else formats.ratio(r.latency_ratio_limit),
             _floors(r),
-            str(r.int8_units),
+            counted(r.schemes),
             formats.ratio(r.predicted_ratio),
             formats.ratio(r.measured_ratio),
             *(
@@ -202,10 +204,10 @@ def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], li
 def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and lines of the plans that were evaluated for a limit on a task metric."""
     names = sorted({name for one in summary.evaluations for name in one.drops})
-    header = ("INT8 units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
+    header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
     lines = [
         (
-            str(one.int8_units),
+            counted(one.schemes),
             formats.ratio(one.predicted_ratio),
             *(formats.signed(one.drops[name], 4) if name in one.drops else formats.NONE for name in names),
             "yes" if one.kept else "no",
@@ -243,7 +245,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     return header, lines
 
 
-def heads_of(plan: Plan, summary: Summary) -> tuple[str, ...]:
+def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
     """Names of the heads, in the order in which plans list them, which ends with divergences: they have a row each."""
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
 
@@ -256,23 +258,23 @@ def _latency(summary: Summary) -> Row:
         return Cell(formats.milliseconds(one.median_ms), (Note(f"p10–p90 {spread}"), Note(f"{one.count} runs")))
 
     spread = summary.latency_spread_ms
-    cells = (cell(spread.reference), cell(spread.int8), cell(spread.mixed))
+    cells = (cell(spread.reference), cell(spread.lowest), cell(spread.mixed))
     if summary.latency_estimated:
         return Row("Latency, estimated", "from peak rates", cells)
     return Row("Latency, median", "interleaved runs", cells)
 
 
-def _ratio(summary: Summary, predicted_int8: float) -> Row:
+def _ratio(summary: Summary, predicted_lowest: float) -> Row:
     def cell(measured: float, predicted: float, interval: Estimate | None = None) -> Cell:
         ends = f" {formats.between(interval, 2)}" if interval is not None else ""
         note = Note(f"predicted {formats.ratio(predicted)}{ends}")
         return Cell(formats.ratio(measured), (note,), "bad" if measured >= 1 else "")
 
     latency = summary.latency_ms
-    int8 = cell(latency.int8 / latency.reference, predicted_int8)
+    lowest = cell(latency.lowest / latency.reference, predicted_lowest)
     interval = summary.predicted_latency_ratio_interval
     mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio, interval)
-    return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), int8, mixed))
+    return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
 
 
 def _sizes(summary: Summary) -> Iterable[Row]:
@@ -286,7 +288,7 @@ def _size(label: str, note: str, size: Triple) -> Row:
     def cell(value: float) -> Cell:
         return Cell(formats.size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
 
-    return Row(label, note, (Cell(formats.size(size.reference)), cell(size.int8), cell(size.mixed)))
+    return Row(label, note, (Cell(formats.size(size.reference)), cell(size.lowest), cell(size.mixed)))
 
 
 def _sqnr(summary: Summary) -> Iterable[Row]:
@@ -299,9 +301,9 @@ def _sqnr(summary: Summary) -> Iterable[Row]:
         return Cell(formats.decibel(measured), tuple(notes))
 
     for head, pair in summary.sqnr_db.items():
-        int8 = cell(pair.int8.predicted, pair.int8.measured, None)
+        lowest = cell(pair.lowest.predicted, pair.lowest.measured, None)
         mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
-        yield Row(head, "higher is better", (Cell("reference"), int8, mixed))
+        yield Row(head, "higher is better", (Cell("reference"), lowest, mixed))
 
 
 def _divergences(summary: Summary) -> Iterable[Row]:
@@ -310,7 +312,7 @@ def _divergences(summary: Summary) -> Iterable[Row]:
         return Cell(f"{one.measured:.3g}", notes)
 
     for head, pair in summary.kl_nats.items():
-        yield Row(head, "lower is better", (Cell("reference"), cell(pair.int8), cell(pair.mixed)))
+        yield Row(head, "lower is better", (Cell("reference"), cell(pair.lowest), cell(pair.mixed)))
 
 
 def _accuracy(summary: Summary) -> Iterable[Row]:
@@ -318,12 +320,12 @@ def _accuracy(summary: Summary) -> Iterable[Row]:
         return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.between(one, 4)}"), Note(f"n = {one.n}")))
 
     for name, metric in summary.metrics.items():
-        yield Row(name, "", (value(metric.reference), value(metric.int8), value(metric.mixed)))
+        yield Row(name, "", (value(metric.reference), value(metric.lowest), value(metric.mixed)))
         if metric.drop_lowest is not None or metric.drop_mixed is not None:
             drops = (_drop(metric.drop_lowest), _drop(metric.drop_mixed))
             yield Row(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
     if summary.confidence_shift:
-        shifts = (_shift(summary.confidence_shift.get("int8")), _shift(summary.confidence_shift.get("mixed")))
+        shifts = (_shift(summary.confidence_shift.get(LOWEST)), _shift(summary.confidence_shift.get("mixed")))
         yield Row("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
 
 

@@ -15,11 +15,12 @@ import msgspec
 from markupsafe import Markup
 
 from bitalloy.core.outcome import Audit, Summary
-from bitalloy.core.plans import CostTable, ParetoPoint, Plan
+from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
 from bitalloy.core.records import SensitivityTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import Tables, payload, region_tree
+from bitalloy.report.text import counted
 
 OFF_SCALE_DB = 80.0
 """Plans with less error than this are drawn at the edge of the plot: rounding is then no concern."""
@@ -27,7 +28,7 @@ OFF_SCALE_DB = 80.0
 
 def render(
     summary: Summary,
-    plan: Plan,
+    plan: PlanReport,
     table: SensitivityTable,
     units: UnitGraph,
     cost: CostTable,
@@ -53,7 +54,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(fmt=formats, key=charts.legend_marker)
+    environment.globals.update(fmt=formats, key=charts.legend_marker, counted=counted)
     round_header, round_lines = figures.rounds(summary, heads)
     repair_header, repair_lines = figures.repairs(summary, heads)
     evaluation_header, evaluation_lines = figures.evaluations(summary)
@@ -85,7 +86,17 @@ def render(
         correction_lines=correction_lines,
         points=_points(plan, cost),
         regions=region_tree(tables),
+        units=units,
+        schemes=tables.schemes,
+        measured=tables.measured.upper(),
+        times=_time_columns(tables),
     )
+
+
+def _time_columns(tables: Tables) -> tuple[tuple[str, str, str], ...]:
+    """Key, heading and unit of the columns of time: of the baseline, and of every scheme."""
+    names = ("float", *(scheme.upper() for scheme in tables.schemes))
+    return tuple((f"time-{i}", f"Time {name}", "µs") for i, name in enumerate(names))
 
 
 def embedded_json(value: object) -> Markup:
@@ -111,20 +122,21 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _points(plan: Plan, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
+def _points(plan: PlanReport, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
     """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
-    chosen = plan.lowered()
-    found = [(p, p.predicted_latency_us / cost.all_float_us, p.lowered() == chosen) for p in plan.pareto]
+    chosen = plan.chosen
+    found = [(p, p.predicted_latency_us / cost.all_float_us, p.chosen == chosen) for p in plan.pareto]
     return sorted(found, key=lambda t: t[1])
 
 
 def _counts(point: ParetoPoint) -> str:
-    """Number of units in each lower precision."""
-    half = f" and {len(point.fp16_units)} FP16" if point.fp16_units else ""
-    return f"{len(point.int8_units)} INT8{half} units"
+    """Number of units in each lower scheme."""
+    return f"{counted(point.chosen.counts())} units"
 
 
-def _pareto_chart(summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]) -> Markup:
+def _pareto_chart(
+    summary: Summary, plan: PlanReport, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]
+) -> Markup:
     budget = summary.budget
     limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
     if budget.latency_ms is not None:
@@ -138,7 +150,9 @@ def _pareto_chart(summary: Summary, plan: Plan, units: UnitGraph, cost: CostTabl
     )
 
 
-def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGraph, cost: CostTable) -> charts.Series:
+def _series(
+    index: int, head: str, summary: Summary, plan: PlanReport, units: UnitGraph, cost: CostTable
+) -> charts.Series:
     def marker(what: str, x: float, y: float, shape: str, interval: tuple[float, float] | None = None) -> charts.Marker:
         ends = f" (95 % {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         tip = f"{head}: {formats.decibel(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"
@@ -150,10 +164,8 @@ def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGrap
     )
     pairs: list[tuple[charts.Marker, charts.Marker]] = [
         (
-            marker(f"plan with {len(p.int8_units)} INT8 units, predicted", x, p.sqnr_db[index], "dot"),
-            marker(
-                f"plan with {len(p.int8_units)} INT8 units, measured", p.measured_ratio, p.measured_db[index], "seen"
-            ),
+            marker(f"plan with {_counts(p)}, predicted", x, p.sqnr_db[index], "dot"),
+            marker(f"plan with {_counts(p)}, measured", p.measured_ratio, p.measured_db[index], "seen"),
         )
         for p, x, chosen in _points(plan, cost)
         if not chosen and p.measured_ratio is not None and p.measured_db is not None
@@ -165,18 +177,23 @@ def _series(index: int, head: str, summary: Summary, plan: Plan, units: UnitGrap
         ends = (interval.low, interval.high) if interval is not None else None
         kind = "estimated latency, measured error" if summary.latency_estimated else "measured"
         mixed = marker(f"mixed model, {kind}", summary.latency_ratio, pair.mixed.measured, "mixed", ends)
-        measured_ratio = summary.latency_ms.int8 / summary.latency_ms.reference
-        int8 = marker(f"all-INT8 model, {kind}", measured_ratio, pair.int8.measured, "int8")
+        measured_ratio = summary.latency_ms.lowest / summary.latency_ms.reference
+        lowest = marker(f"all-{units.lowest_name} model, {kind}", measured_ratio, pair.lowest.measured, "lowest")
         if pair.mixed.predicted is None:
             marked.append(mixed)
         else:
             x = summary.predicted_latency_ratio
             pairs.append((marker("chosen plan, predicted", x, pair.mixed.predicted, "chosen"), mixed))
-        if pair.int8.predicted is None:
-            marked.append(int8)
+        if pair.lowest.predicted is None:
+            marked.append(lowest)
         else:
-            x = figures.predicted_int8_ratio(units, cost)
-            pairs.append((marker("all-INT8 model, predicted", x, pair.int8.predicted, "int8-predicted"), int8))
+            x = figures.predicted_lowest_ratio(units, cost)
+            pairs.append(
+                (
+                    marker(f"all-{units.lowest_name} model, predicted", x, pair.lowest.predicted, "lowest-predicted"),
+                    lowest,
+                )
+            )
     return charts.Series(head, line, tuple(pairs), tuple(marked))
 
 
@@ -204,7 +221,7 @@ def _latency_chart(summary: Summary) -> Markup:
         )
         for name, style, one in (
             ("float", "b-float", spread.reference),
-            ("all-INT8", "b-int8", spread.int8),
+            ("all lowered", "b-lowest", spread.lowest),
             ("mixed", "b-mixed", spread.mixed),
         )
     ]

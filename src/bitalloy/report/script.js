@@ -20,6 +20,7 @@
   };
 
   function valueOf(row, key) {
+    if (key.startsWith("time-")) return row.times[Number(key.slice(5))];
     if (!(key in SQNR)) return key === "flagged" ? Number(row.flagged) : row[key];
     const numbers = row.sqnr[state.head];
     return numbers ? numbers[SQNR[key]] : null;
@@ -40,7 +41,7 @@
   function matches(row) {
     if (!inRegion(row)) return false;
     if (state.words.length === 0) return true;
-    const text = [row.name, row.kind, row.region, row.precision, row.reason].join("\n").toLowerCase();
+    const text = [row.name, row.kind, row.region, row.scheme, row.reason].join("\n").toLowerCase();
     return state.words.every((word) => text.includes(word));
   }
 
@@ -81,7 +82,7 @@
     const region = make("td", "text region", row.region);
     region.title = row.region;
     const plan = make("td", "text");
-    plan.append(make("span", "badge " + row.precision.replace(/[^a-z0-9]/g, ""), row.precision.toUpperCase()));
+    plan.append(make("span", "badge " + row.scheme.replace(/[^a-z0-9]/g, ""), row.scheme.toUpperCase()));
     const numbers = row.sqnr[state.head] ?? null;
     const flag = make("td", "text");
     if (row.flagged) {
@@ -92,7 +93,7 @@
     tr.append(
       name, make("td", "text", row.kind), region, plan, sqnrCell(numbers, scale),
       make("td", "", numbers ? decibel(numbers[3]) : "–"), make("td", "", numbers ? decibel(numbers[4]) : "–"),
-      make("td", "", time(row.float_us)), make("td", "", time(row.int8_us)), flag, make("td", "text reason", row.reason),
+      ...row.times.map((us) => make("td", "", time(us))), flag, make("td", "text reason", row.reason),
     );
     tr.setAttribute("role", "row");
     for (const cell of tr.cells) cell.setAttribute("role", "cell");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import numpy as np
 
@@ -10,6 +12,15 @@ from bitalloy.core.records import Estimate, Sensitivity, SensitivityTable
 from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
 from bitalloy.tasks.metric import MetricTable
+
+
+def counted(schemes: Mapping[str, int]) -> str:
+    """How many units run in which scheme, e.g. `12 INT8 and 3 FP16`.
+
+    >>> counted({"int8": 12, "fp16": 3}), counted({})
+    ('12 INT8 and 3 FP16', '0 lowered')
+    """
+    return " and ".join(f"{count} {name.upper()}" for name, count in schemes.items()) or "0 lowered"
 
 
 def plan_json(planned: Planned) -> str:
@@ -30,10 +41,10 @@ def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]
     heads = [(i, h.head) for i, h in enumerate(plan.heads) if not is_divergence(h.head)]
     lines = []
     for point in plan.pareto:
-        mark = "chosen" if point.lowered() == plan.lowered() else ""
+        mark = "chosen" if point.chosen == plan.chosen else ""
         lines.append(
             (
-                str(len(point.int8_units)),
+                counted(point.chosen.counts()),
                 f"{point.predicted_latency_us / 1e3:.2f}",
                 f"{point.predicted_latency_us / whole:.3f}x",
                 f"{point.size_bytes / 1e6:.2f}",
@@ -42,12 +53,12 @@ def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]
                 mark,
             )
         )
-    return ("INT8 units", "ms", "of float", "MB", *(f"{name}, dB" for _, name in heads), "gap", ""), lines
+    return ("units", "ms", "of float", "MB", *(f"{name}, dB" for _, name in heads), "gap", ""), lines
 
 
 def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings, and a line for each unit in graph order."""
-    return ("unit", "precision", "why"), [(c.unit, c.precision, c.reason) for c in planned.plan.choices]
+    return ("unit", "scheme", "why"), [(c.unit, c.scheme, c.reason) for c in planned.plan.choices]
 
 
 def plan_line(planned: Planned) -> str:
@@ -56,7 +67,7 @@ def plan_line(planned: Planned) -> str:
     heads = ", ".join(f"{h.head} {h.predicted_db.value:.1f} dB" for h in plan.heads if not is_divergence(h.head))
     unsolved = "" if plan.solved else " The solver stopped at its limit of nodes: a better plan may exist."
     return (
-        f"{len(plan.int8_units())} of {len(plan.choices)} units in INT8: {planned.predicted_ratio:.3f}x of float's "
+        f"{counted(plan.chosen.counts())} of {len(plan.choices)} units: {planned.predicted_ratio:.3f}x of float's "
         f"time, {plan.predicted_size_bytes / 1e6:.2f} MB, {heads}. Predicted, not measured.{unsolved}"
     )
 

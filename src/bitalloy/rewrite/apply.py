@@ -31,7 +31,7 @@ from bitalloy.core.schemes import Plan, Scheme
 from bitalloy.core.units import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.affine import bias_int32
-from bitalloy.formats.base import Format, QuantParams
+from bitalloy.formats.base import Format, QuantParams, cast_type
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raise_opset
 from bitalloy.model.read import BORDER, TAG, attribute, bias_slot, constant, consumers, name_of, namer
@@ -94,9 +94,10 @@ def apply(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
     for unit in units.units:
         if target.slow_softmax and unit.kind == "Softmax" and unit.id not in plan:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
-    for scheme in (s for s in units.schemes if s.cast):
-        members = [by_id[name] for name in plan.units_in(scheme.name)]
-        lower(model, {n for u in members for n in (*u.core, *u.tail)}, find_format(scheme.activation), writer.fresh)
+    kinds = {s.name: cast_type(find_format(s.activation)) for s in units.schemes if s.cast}
+    for cast in (s for s in units.schemes if s.cast):
+        members = [by_id[name] for name in plan.units_in(cast.name)]
+        lower(model, {n for u in members for n in (*u.core, *u.tail)}, kinds[cast.name], writer.fresh)
     _verify(graph, model)
     return Mixed(model, units)
 
@@ -112,9 +113,7 @@ def _check(recipe: Recipe, plan: Plan) -> None:
             raise BitalloyError(f"The plan puts unit '{name}' in {scheme.upper()}, where it cannot run: {why}.")
 
 
-def _borders(
-    units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]
-) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
+def _borders(units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
     """Units that round their result for all readers, and tensors that are rounded for a reader, with its scheme."""
     ends, entries = set[str](), []
     for edge in units.edges:
@@ -196,9 +195,7 @@ class _GraphWriter:
         self.graph.register_initializer(value)
         return value
 
-    def _weight(
-        self, node: ir.Node, site: WeightSite, scheme: Scheme, entry: QuantParams | None, unit: str
-    ) -> None:
+    def _weight(self, node: ir.Node, site: WeightSite, scheme: Scheme, entry: QuantParams | None, unit: str) -> None:
         """Store weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
 
         Then the scale of weights grows where the bias would leave int32. Without `entry` it stays float.

@@ -25,12 +25,12 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.calibrate.channels import channel_means
-from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.core.schemes import Scheme
-from bitalloy.targets.placement import weight_site
-from bitalloy.targets.recipe import Recipe
+from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.model.read import bias_slot
+from bitalloy.targets.placement import weight_site
+from bitalloy.targets.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from bitalloy.core.errors import ModelError
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, DataInfo, Head, Settings
-from bitalloy.core.store import key_of
 from bitalloy.core.schemes import Plan
+from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined

@@ -1,4 +1,4 @@
-"""Nodes that compute in another floating-point format, and how a runtime without kernels for it gives the same numbers."""
+"""Nodes that compute in another floating-point format, and how a runtime without its kernels gives the same numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.formats.base import Format
 from bitalloy.model.read import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
 
 LOWER_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -16,7 +15,7 @@ Fresh = Callable[[str], str]
 """Makes a name that no tensor of the model has."""
 
 
-def lower(model: ir.Model, names: Collection[str], stored: Format, fresh: Fresh) -> None:
+def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fresh) -> None:
     """Let nodes compute in a format; everything else, inputs and outputs of the model included, stays as it is.
 
     Case 1. A float tensor from elsewhere: one Cast, shared by all these nodes.
@@ -27,10 +26,10 @@ def lower(model: ir.Model, names: Collection[str], stored: Format, fresh: Fresh)
     Args:
         model: to be changed.
         names: of the nodes, whose operators all compute in the format.
-        stored: the format, whose numbers ONNX has a type for.
+        kind: the format, as a type of ONNX.
         fresh: for the new tensors.
     """
-    graph, kind = model.graph, ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)
+    graph = model.graph
     nodes = [n for n in graph if n.name in names]
     inside = set(nodes)
     lowered: dict[ir.Value, ir.Value] = {}
@@ -44,7 +43,7 @@ def lower(model: ir.Model, names: Collection[str], stored: Format, fresh: Fresh)
             if value not in lowered:
                 array = constant(value)
                 if array is not None:
-                    lowered[value] = _initializer(graph, stored.encode(array, None), fresh(f"{value.name}/half"))
+                    lowered[value] = _initializer(graph, array.astype(kind.numpy()), fresh(f"{value.name}/half"))
                 else:
                     lowered[value] = cast(graph, value, kind, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
@@ -73,7 +72,7 @@ def specified(model: ir.Model) -> ir.Model:
 
     ONNX Runtime has no such kernels on most CPUs. It computes in float32 there and drops the roundings between
     neighbours, so that a model runs more exactly than its graph says. In the copy each rounding is a pair of Cast
-    nodes of its own. Weights in such a format are widened as they are used, which changes no number: no copy of them is kept.
+    nodes of its own. Weights in such a format are widened as they are used, which changes no number: none is copied.
     """
     copy = model.clone()
     graph = copy.graph
@@ -100,10 +99,14 @@ def specified(model: ir.Model) -> ir.Model:
     return copy
 
 
-def computed(model: ir.Model) -> frozenset[str]:
-    """Names of the nodes that compute in another floating-point format."""
-    made = ((n, v) for n in model.graph for v in n.outputs if not is_border(n))
-    return frozenset(name_of(n) for n, v in made if v.dtype in LOWER_TYPES)
+def computed(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
+    """Type other than float32 that nodes compute in -> names of these nodes."""
+    found: dict[ir.DataType, set[str]] = {}
+    for node in model.graph:
+        for value in () if is_border(node) else node.outputs:
+            if value.dtype in LOWER_TYPES:
+                found.setdefault(value.dtype, set()).add(name_of(node))
+    return {kind: frozenset(names) for kind, names in found.items()}
 
 
 def is_border(node: ir.Node) -> bool:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from bitalloy.core.errors import ModelError
 from bitalloy.model.read import TAG, constant, name_of, namer
 from bitalloy.model.weights import pack
-from bitalloy.rewrite.cast import computed, halve, is_border
+from bitalloy.rewrite.cast import computed, is_border, lower
 
 ALIAS = "/to_last"
 """Ending of the node that `bitalloy.apply` puts before a Softmax: it has the operand of the Softmax."""
@@ -54,7 +54,8 @@ class _Carrier:
         self._stored: dict[str, ir.Value] = {}
 
     def carry(self) -> ir.Model:
-        half = computed(self._mixed)
+        lowered = computed(self._mixed)
+        computing = frozenset[str]().union(*lowered.values())
         open_nodes = {name_of(n): n for n in self._model.graph}
         last = {str(v.name): v for v in self._model.graph.outputs}
         missing: list[str | None] = []
@@ -64,8 +65,8 @@ class _Carrier:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear") or is_border(node):
                 continue
             other = open_nodes.get(name_of(node).removesuffix(ALIAS))
-            if other is None or (node.name in half and any(v.dtype is None for v in other.outputs)):
-                rounded = node.name in half or any(_rounding(v) is not None for v in node.inputs)
+            if other is None or (node.name in computing and any(v.dtype is None for v in other.outputs)):
+                rounded = node.name in computing or any(_rounding(v) is not None for v in node.inputs)
                 missing += [node.name] if rounded or self._changed(node) else []
                 continue
             if TAG in node.metadata_props:
@@ -96,7 +97,8 @@ class _Carrier:
             pair = _rounding(value)
             if pair is not None and not _is_stored(pair):
                 self._leave(last[str(value.name)], pair)
-        halve(self._model, half, namer(self._model))
+        for kind, names in lowered.items():
+            lower(self._model, names, kind, namer(self._model))
         for name in [n for n, v in self._model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
             self._model.graph.initializers.pop(name)
         try:

@@ -11,12 +11,12 @@ from bitalloy.core.errors import BudgetError
 from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitCost
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Evidence, Unit
-from bitalloy.measure.prices import latency_interval_us
-from bitalloy.targets.placement import rounded
 from bitalloy.measure.bench import TOLERANCE
+from bitalloy.measure.prices import latency_interval_us
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
 from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate
+from bitalloy.targets.placement import rounded
 
 
 def search(

@@ -102,9 +102,7 @@ def front(
     return tuple(points), solved
 
 
-def _undominated(
-    problem: Problem, plans: Iterable[Plan], chosen: Plan
-) -> list[tuple[float, float, Plan]]:
+def _undominated(problem: Problem, plans: Iterable[Plan], chosen: Plan) -> list[tuple[float, float, Plan]]:
     """(latency, damage, plan) of the plans that no faster one equals, and of the chosen one, in order of latency."""
     points = sorted(((problem.latency_us(p), problem.total(p), p.listed) for p in plans), key=lambda t: t)
     kept, least = [], np.inf

@@ -121,11 +121,11 @@ class Moves:
         elements[self._tensor] = [e.elements for e in edges]
         prices = {Conversion(p.source, p.sink): p for p in self._cost.borders}
         # of a tensor and a conversion: once, however many edges have it
-        self._price_us = np.zeros((len(tensors), self._kinds))
+        table = np.zeros((len(tensors), self._kinds))
         for conversion, kind in kinds.items():
             if (price := prices.get(conversion)) is not None:
-                self._price_us[:, kind] = price.us + elements * price.us_per_element
-        self._price_us = self._price_us.reshape(-1)
+                table[:, kind] = price.us + elements * price.us_per_element
+        self._price_us = table.reshape(-1)
         keys = (self._kinds * self._tensor[self._edge])[:, None] + np.arange(self._kinds)
         pairs, at = np.unique(keys * len(self._unit) + self._mover[:, None], return_inverse=True)
         self._key, self._pair_mover = np.divmod(pairs, max(len(self._unit), 1))
@@ -150,8 +150,8 @@ class Moves:
     def neighbours(self, plan: Plan) -> Neighbours:
         """All plans that are one move away from a plan."""
         state = np.full(len(self._place) + 1, self._baseline, np.int64)
-        for unit, scheme in plan.items():
-            state[self._place[unit]] = self._number[scheme]
+        for name, scheme in plan.items():
+            state[self._place[name]] = self._number[scheme]
         was = state[self._unit]
         now = np.where(was == self._scheme, self._baseline, self._scheme)
         before = _Ends(self._edge, state[self._up[self._edge]], state[self._down[self._edge]])

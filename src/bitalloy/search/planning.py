@@ -12,8 +12,8 @@ import msgspec
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, PlanReport
-from bitalloy.core.schemes import Plan
 from bitalloy.core.records import Record, Secant
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -83,9 +83,7 @@ def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Wor
     return Planned(plan, tables.cost, tuple(case.protected))
 
 
-def plan_around(
-    tables: Tables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace
-) -> Planned:
+def plan_around(tables: Tables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace) -> Planned:
     """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
     case = _narrowed(tables, budget)
 

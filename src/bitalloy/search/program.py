@@ -18,7 +18,7 @@ This module sees tables, not graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -35,8 +35,17 @@ from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.model.heads import DETECTIONS
 from bitalloy.search.moves import Moves
 from bitalloy.search.withheld import withheld
-from bitalloy.targets.placement import Conversion, Site, conversions, own_sites, possible_sites, rounded, roundings, scheme_pairs
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, straight
+from bitalloy.targets.placement import (
+    Conversion,
+    Site,
+    conversions,
+    own_sites,
+    possible_sites,
+    rounded,
+    roundings,
+    scheme_pairs,
+)
 
 SHRINK = 0.5
 NODE_LIMIT = 2000
@@ -191,7 +200,9 @@ class Program:
                 self._add_damage(self._index[unit.id, scheme], own_sites(unit, problem.units.scheme(scheme)))
         for edge in problem.units.edges:
             self._add_sites(edge)
-            self._add_conversions(edge, latency)
+            self._add_conversions(edge, latency, rounding=True)
+        for edge in problem.units.edges:
+            self._add_conversions(edge, latency, rounding=False)
         heads = len(problem.matrix.heads)
         self._damage = np.zeros((heads, self._count))
         for variable, values in self._terms:
@@ -264,8 +275,8 @@ class Program:
                     self._conditions.append((terms, -1.0 if case == 3 else 0.0))
                     left -= own
 
-    def _add_conversions(self, edge: UnitEdge, latency: dict[int, float]) -> None:
-        """Price of the conversions of a tensor, once for all edges of the same one."""
+    def _add_conversions(self, edge: UnitEdge, latency: dict[int, float], *, rounding: bool) -> None:
+        """Price of the conversions of a tensor, to and from rounded numbers or others, once for all its edges."""
         if edge.producer == edge.consumer:
             return
         prices = {Conversion(p.source, p.sink): p for p in self._problem.cost.borders}
@@ -275,9 +286,9 @@ class Program:
         for source, sink in pairs:
             for conversion in conversions(edge, source, sink):
                 where.setdefault(conversion, set()).add((source.name, sink.name))
-        for conversion in sorted(where, key=lambda c: (c.source == "", c)):
+        for conversion in sorted(where, key=lambda c: (c.source == "", c.source == BASELINE, c)):
             price = prices.get(conversion)
-            if price is None or (price.us == 0 and price.us_per_element == 0):
+            if conversion.rounding is not rounding or price is None or (price.us == 0 and price.us_per_element == 0):
                 continue
             key = edge.tensor, conversion
             if key not in self._borders:

@@ -24,14 +24,13 @@ import onnx_ir as ir
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
 from bitalloy.core.schemes import Scheme
-from bitalloy.core.units import Edge, Offset, Unit, UnitEdge, WeightSite
+from bitalloy.core.units import Edge, Unit, UnitEdge, WeightSite
 from bitalloy.formats import find_format
-from bitalloy.formats.base import Format
-from bitalloy.formats.base import QuantParams
+from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
 from bitalloy.model.read import FULL_SLOTS, beside_output
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
-from bitalloy.targets.recipe import Ranges, Recipe
+from bitalloy.targets.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ def columns(graph: Graph, recipe: Recipe) -> list[Column]:
                     edge = inner[site.place]
                     found.append(_edge(site, (edge,), edge.tensor, recipe))
     roots = {(use.node, use.slot): e.root for e in units.edges for use in e.uses}
-    for edge in units.edges:
-        for site in possible_sites(units, edge):
-            found.append(
-                _again(graph, edge, site, roots, recipe) if site.again else _entering(graph, edge, site, recipe)
-            )
+    for between in units.edges:
+        found += [
+            (_again if site.again else _entering)(graph, between, site, roots, recipe)
+            for site in possible_sites(units, between)
+        ]
     for scheme in (s for s in units.schemes if s.cast):
         found += [_computed(graph, unit, scheme, recipe) for unit in units.units if scheme.name in unit.allowed]
     return found
@@ -132,7 +131,7 @@ def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leav
     return Column(site.id, recipe.target.name, key, lambda name: Tap(name, uses, error, leaving))
 
 
-def _entering(graph: Graph, edge: UnitEdge, site: Site, recipe: Recipe) -> Column:
+def _entering(graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, int], str], recipe: Recipe) -> Column:
     plain = _edge(site, edge.uses, edge.root, recipe, leaving=edge.consumer is None)
     node = graph.node.get(edge.uses[0].node)
     if edge.producer is not None or len(edge.uses) != 1 or node is None or node.op_type != "Conv":
@@ -148,9 +147,7 @@ def _entering(graph: Graph, edge: UnitEdge, site: Site, recipe: Recipe) -> Colum
     return Column(site.id, recipe.target.name, plain.key, lambda name: Tap(name, behind, error))
 
 
-def _again(
-    graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, int], str], recipe: Recipe
-) -> Column:
+def _again(graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, int], str], recipe: Recipe) -> Column:
     node = graph.node[str(edge.producer)]
     stored, out = recipe.tensor_params(site.scheme, edge.root)
     slots = range(len(node.inputs))

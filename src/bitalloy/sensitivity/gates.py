@@ -27,7 +27,7 @@ class Gatekeeper:
 
     Args:
         model: to be changed.
-        large: keep of rounded weights the stored numbers only, and compute the change of a weight while its gate is open.
+        large: keep of weights the stored numbers only, and compute the change of a weight while its gate is open.
     """
 
     def __init__(self, model: ir.Model, *, large: bool) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.records import Estimate, Record, Sensitivity, SensitivityTable, part_of
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -29,10 +30,9 @@ from bitalloy.sensitivity.correct import Correction, Finding, correct
 from bitalloy.sensitivity.exact import Measurement
 from bitalloy.sensitivity.matrix import draws, interval
 from bitalloy.sensitivity.switchboards import switchboard
-from bitalloy.core.schemes import Plan
 from bitalloy.sensitivity.table import Group, alike, groups
-from bitalloy.targets.placement import WHOLE, rounded
 from bitalloy.sensitivity.table import sensitivities as table_of
+from bitalloy.targets.placement import WHOLE, rounded
 
 ONE, ALL_BUT_ONE = "one-at-a-time", "leave-one-out"
 MODES = (ONE, ALL_BUT_ONE)
@@ -101,9 +101,7 @@ def _rounded(units: UnitGraph, group: Group, mode: str) -> frozenset[str]:
     if group.scope == "site":
         return rounded(units, whole) - group.sites
     left_out = {
-        u.id
-        for u in units.units
-        if u.id == group.id or (group.scope == "region" and group.id in ancestors(u.region))
+        u.id for u in units.units if u.id == group.id or (group.scope == "region" and group.id in ancestors(u.region))
     }
     return rounded(units, Plan((unit, scheme) for unit, scheme in whole.items() if unit not in left_out))
 

@@ -16,9 +16,9 @@ from bitalloy.sensitivity.exact import FRACTIONS, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.ranges import late
-from bitalloy.targets.placement import rounded
 from bitalloy.sensitivity.switchboards import switchboard
 from bitalloy.sensitivity.table import settled
+from bitalloy.targets.placement import rounded
 
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
 
@@ -96,7 +96,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
 
 
 def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
-    """Of the first target whose roundings can be switched, for all: how far the network bends depends on how large an error is."""
+    """Of the first target whose roundings can be switched, for all: a network bends by the size of an error."""
     at = deciding(parts)
     if at is None:
         ones = (1.0,) * len(matrices[0].heads)

@@ -13,8 +13,8 @@ import numpy as np
 
 from bitalloy.core.units import UnitGraph
 from bitalloy.sensitivity.matrix import ProbeMatrix
-from bitalloy.targets.recipe import Ranges
 from bitalloy.targets.placement import own_sites, possible_sites, rounded
+from bitalloy.targets.recipe import Ranges
 
 ENOUGH = 0.9
 """Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""

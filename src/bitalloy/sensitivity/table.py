@@ -11,8 +11,8 @@ from bitalloy.core.records import DataInfo, Secant, Sensitivity, SensitivityTabl
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.regions import ancestors
-from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, WHOLE, all_sites, own_sites, rounded, weight_site
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate
+from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, WHOLE, all_sites, own_sites, rounded, weight_site
 
 SETTLED = 0.98
 FLAG_DB = 1.0
@@ -143,4 +143,3 @@ def alike(first: np.ndarray, second: np.ndarray) -> bool:
     ranks = [np.argsort(np.argsort(h[live])) for h in (first, second)]
     r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     return 2 * r / (1 + r) >= SETTLED
-

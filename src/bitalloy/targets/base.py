@@ -260,7 +260,7 @@ def _edges(
 
 
 def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[UnitEdge]:
-    """Of all edges, those on which a kernel may read rounded tensors: each is rounded where it ends, on its own scale."""
+    """Edges on which a kernel may read rounded tensors: each is rounded where it ends, on its own scale."""
     found = []
     for edge in edges:
         uses = tuple(use for use in edge.uses if use.node == readers.get(edge.consumer or ""))

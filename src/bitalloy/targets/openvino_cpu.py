@@ -32,10 +32,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
-from bitalloy.core.schemes import Scheme
 from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
 
@@ -117,9 +117,7 @@ OPENVINO_CPU = Target(
     runtime=OPENVINO,
     offers=(
         Offer(
-            scheme=Scheme(
-                name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128
-            ),
+            scheme=Scheme(name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128),
             refuse=fused,
         ),
     ),

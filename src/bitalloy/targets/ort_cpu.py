@@ -25,10 +25,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
-from bitalloy.core.schemes import Scheme
 from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
 

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
-from bitalloy.targets.safety import HALF_PRECISION
 from bitalloy.targets.patterns import MOVERS
+from bitalloy.targets.safety import HALF_PRECISION
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:

@@ -3,8 +3,9 @@
 A site is one rounding that a plan may make. Which sites a tensor has between two units follows from the schemes of both
 and from the target's `Placement`:
 
-Case 1. `ENDS`: kernels read and write rounded numbers. A unit that rounds does so with its result, once for all readers;
-        so does one that reads a tensor that nobody rounded for it. A Concat rounds again what was rounded before it.
+Case 1. `ENDS`: kernels read and write rounded numbers. A unit that rounds does so with its result, once for all
+        readers; so does one that reads a tensor that nobody rounded for it. A Concat rounds again what was rounded
+        before it.
 Case 2. `ENTRY`: kernels read rounded numbers and write floats. Every unit that rounds does so with what it reads.
 Case 3. `NONE`: nothing is rounded, because the tensor is made inside the kernel that reads it.
 Case 4. A unit that computes in another format is one site with all its roundings, wherever its tensors come from.
@@ -57,6 +58,11 @@ class Conversion:
     source: str
     sink: str
 
+    @property
+    def rounding(self) -> bool:
+        """Whether floats become rounded numbers or the reverse; otherwise it is a Cast."""
+        return not self.source or not self.sink
+
 
 def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
     """The sites of a tensor between two units.
@@ -94,7 +100,7 @@ def conversions(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Conversio
 
 
 def own_sites(unit: Unit, scheme: Scheme) -> tuple[Site, ...]:
-    """The sites inside a unit: tensors between its nodes and weights, or one for all where it computes in the format."""
+    """The sites inside a unit: inner tensors and weights, or one for all where it computes in the format."""
     if scheme.cast:
         return (Site(unit.id, scheme.name, WHOLE),)
     found = [Site(e.id, scheme.name, ACTIVATIONS) for e in unit.inner if scheme.rounds]
@@ -109,9 +115,7 @@ def weight_site(weight: WeightSite, scheme: str) -> Site:
 
 def possible_sites(units: UnitGraph, edge: UnitEdge) -> tuple[Site, ...]:
     """All sites that some plan has on a tensor, those that round it first before those that do so again."""
-    found = dict.fromkeys(
-        site for source, sink in scheme_pairs(units, edge) for site in roundings(edge, source, sink)
-    )
+    found = dict.fromkeys(site for source, sink in scheme_pairs(units, edge) for site in roundings(edge, source, sink))
     first = {site.id: site for site in sorted(found, key=lambda s: s.again)}
     return tuple(first.values())
 
@@ -123,6 +127,17 @@ def all_sites(units: UnitGraph) -> Iterator[Site]:
             yield from own_sites(unit, units.scheme(name))
     for edge in units.edges:
         yield from possible_sites(units, edge)
+
+
+def site_owners(units: UnitGraph) -> dict[str, str]:
+    """Site -> the unit that rounds it first: the one whose weight, inner tensor, result or input it is."""
+    found = {s.id: u.id for u in units.units for name in u.choices for s in own_sites(u, units.scheme(name))}
+    for edge in units.edges:
+        for site in possible_sites(units, edge):
+            unit = edge.producer if site.end else edge.consumer
+            if unit is not None:
+                found.setdefault(site.id, unit)
+    return found
 
 
 def scheme_pairs(units: UnitGraph, edge: UnitEdge) -> Iterator[tuple[Scheme, Scheme]]:

@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from bitalloy.core.records import TensorRange
 from bitalloy.core.schemes import Scheme
-from bitalloy.targets.base import Offer, computing
 from bitalloy.core.units import Evidence, Unit, UnitGraph
 from bitalloy.formats import find_format
 from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
 from bitalloy.model.read import FULL_SLOTS
+from bitalloy.targets.base import Offer, computing
 
 OPERATORS = frozenset({
     "Abs", "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Conv", "ConvTranspose", "Cos", "DepthToSpace",

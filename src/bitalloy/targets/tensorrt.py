@@ -26,14 +26,14 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph, attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
-from bitalloy.core.schemes import Scheme
 from bitalloy.targets.base import A10, Core, Offer, Target, fused
-from bitalloy.targets.safety import HALF_PRECISION
 from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
+from bitalloy.targets.safety import HALF_PRECISION
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
 from bitalloy.model.load import Graph
@@ -81,13 +82,13 @@ class Evaluator:
         """The float model."""
         return Subject(("float",), self._analysis.original)
 
-    def subject(self, lowered: frozenset[str]) -> Subject:
+    def subject(self, plan: Plan) -> Subject:
         """The model of a plan, made when it is needed."""
 
         def make() -> Artefact:
-            return self._analysis.executable(self._analysis.artefact(lowered))
+            return self._analysis.executable(self._analysis.artefact(plan))
 
-        return Subject((self._analysis.key, *sorted(lowered)), make)
+        return Subject((self._analysis.key, *(f"{unit} in {scheme}" for unit, scheme in plan.listed)), make)
 
     def results(self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES) -> list[TaskResult]:
         """What the task measures on each file of labels; the first model is the reference, and it is the float model.

@@ -16,7 +16,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.rewrite.calibrated import Calibrated, versions
 from bitalloy.sensitivity.exact import Switchboard
-from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, ONE, Selection, Thing, chosen
+from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen, everything
 from bitalloy.tasks.detection import DetectionResult, class_names, evaluate_detection, looks_like_yolo
 from bitalloy.tasks.open import image_spec
 
@@ -81,7 +81,7 @@ def measure_metric(
         )
     things = chosen(ready.units, selection, mode)
     if mode == ALL_BUT_ONE:
-        things.append(Thing("all", EVERYTHING, "all", ready.units.rounded(ready.units.quantizable())))
+        things.append(everything(ready.units))
     spec = image_spec(model)
     if spec is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
         raise DataError(
@@ -106,7 +106,7 @@ def measure_metric(
 
             def shard(sites: frozenset[str] = sites, spec: ImageSpec = spec) -> bytes:
                 nonlocal board
-                board = board or Switchboard(model, ready.scheme())
+                board = board or Switchboard(model, ready.recipe())
                 gates = board.gates(sites)
 
                 def run(feeds: Mapping[str, np.ndarray], board: Switchboard = board) -> dict[str, np.ndarray]:

@@ -13,14 +13,17 @@ from bitalloy.core.outcome import LatencySpread, Round
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget, ParetoPoint
 from bitalloy.core.records import Estimate, Latency
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
+from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, output_sqnr
 from bitalloy.model.heads import is_divergence
 from bitalloy.rewrite.calibrated import unseen
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
+from bitalloy.search.choice import Proven
 from bitalloy.search.planning import damage_of, plan_around, plan_tables, tables_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import Finding
@@ -102,7 +105,7 @@ class Course:
                 planned = plan_tables(self.tables, asked, front=False, work=self._work)
             except BudgetError:
                 return
-            if any(planned.plan.lowered() == t.planned.plan.lowered() for t in self._tried):
+            if any(planned.plan.chosen == t.planned.plan.chosen for t in self._tried):
                 return
 
     def decide(self, point: ParetoPoint, source: str) -> None:
@@ -112,14 +115,14 @@ class Course:
     def completed(self) -> Planned:
         """The best plan, or the first before any was tried, as the tables see it now, with the front around it."""
         plan_, budget = (self.best.planned if self._tried else self._first).plan, self.budget
-        gap, solved = plan_.optimality_gap, plan_.solved
-        return plan_around(self.tables, budget, plan_.lowered(), gap=gap, solved=solved, work=self._work)
+        decided = Proven(plan_.chosen, plan_.optimality_gap, plan_.solved)
+        return plan_around(self.tables, budget, decided, work=self._work)
 
     @property
-    def everything(self) -> tuple[frozenset[str], float]:
-        """The plan that lowers all it can, and its predicted damage."""
-        lowered = self._analysis.units.lowest()
-        return lowered, damage_of(self.tables, self.budget, lowered)
+    def everything(self) -> tuple[Plan, float]:
+        """The plan with all that it can in its lowest scheme, and its predicted damage."""
+        plan = self._analysis.units.lowest()
+        return plan, damage_of(self.tables, self.budget, plan)
 
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
@@ -144,22 +147,22 @@ class Course:
             values = {h: e.value for h, e in zip(heads, sitting.sqnr[i], strict=True) if not is_divergence(h)}
             standing = Standing(sitting.ratio[i], sitting.milliseconds[i], point.size_bytes, values)
             found.append((misfit(self.budget, standing, tolerance=1.0), i))
-        own = next(m for m, i in found if points[i].lowered() == final.plan.lowered())
+        own = next(m for m, i in found if points[i].chosen == final.plan.chosen)
         best, index = min(found)
         gain = own[1] - best[1]
         enough = STEADY * own[1] if seeks_speed(self.budget) else BETTER_DB
         return points[index] if best[0] <= own[0] and gain > enough else None
 
     def _from_front(self, point: ParetoPoint) -> Planned:
-        lowered = point.lowered()
-        return plan_around(self.tables, self.budget, lowered, gap=point.optimality_gap, front=False, work=self._work)
+        decided = Proven(point.chosen, point.optimality_gap)
+        return plan_around(self.tables, self.budget, decided, front=False, work=self._work)
 
     def _tried_before(self, point: ParetoPoint) -> Trial | None:
-        return next((t for t in self._tried if t.planned.plan.lowered() == point.lowered()), None)
+        return next((t for t in self._tried if t.planned.plan.chosen == point.chosen), None)
 
     def _try(self, planned: Planned, asked: Budget, source: str) -> Trial:
         """Make and measure a plan, and repair the tables where its prediction is off."""
-        mixed = self._analysis.artefact(planned.plan.lowered())
+        mixed = self._analysis.artefact(planned.plan.chosen)
         measured = _measure(self._analysis, planned, mixed, self.samples, self._work)
         fix = None
         if not self._analysis.graph.large:
@@ -179,7 +182,7 @@ class Course:
                 measured_ratio=round(measured.ratio, 4),
                 sqnr_db=tuple(judged(planned, measured).values()),
                 predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
-                int8_units=len(planned.plan.int8_units()),
+                schemes=planned.plan.chosen.counts(),
                 source=source,
                 repair=fix.record if fix is not None else None,
             ),
@@ -215,7 +218,7 @@ def _measure(
                 sqnr.update(
                     output_sqnr(
                         sessions["float"],
-                        {name: sessions[name] for name in ("int8", "mixed")},
+                        {name: sessions[name] for name in ("lowest", "mixed")},
                         analysis.heads,
                         (analysis.data.feeds(i) for i in samples),
                         seed=analysis.settings.seed,
@@ -225,10 +228,10 @@ def _measure(
 
             latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
         return msgspec.json.encode(
-            Measured(latency=latency, sqnr_lowest=sqnr["int8"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
+            Measured(latency=latency, sqnr_lowest=sqnr["lowest"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
         )
 
-    key = key_of(analysis=analysis.key, mixed=_identity(planned), **analysis.execution)
+    key = key_of(analysis=analysis.key, mixed=planned.plan.chosen.listed, **analysis.execution)
     return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
 
 
@@ -245,10 +248,10 @@ def _latency(
         then(sessions)
         for session in sessions.values():
             session.close()
-        plans = (frozenset[str](), analysis.units.lowest(), planned.plan.lowered())
-        us = [planned.cost.latency_us(analysis.units, p) / 1e3 for p in plans]
-        reference, int8, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
-        return LatencySpread(reference=reference, int8=int8, mixed=mixed)
+        plans = (Plan(), analysis.units.lowest(), planned.plan.chosen)
+        us = [latency_us(planned.cost, analysis.units, p) / 1e3 for p in plans]
+        reference, lowest, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
+        return LatencySpread(reference=reference, lowest=lowest, mixed=mixed)
     together = not (models["mixed"].large or analysis.graph.large)
     openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
     times = bench.sittings(
@@ -261,7 +264,7 @@ def _latency(
     )
     return LatencySpread(
         reference=bench.summarize(times["float"]),
-        int8=bench.summarize(times["int8"]),
+        lowest=bench.summarize(times["lowest"]),
         mixed=bench.summarize(times["mixed"]),
     )
 
@@ -270,16 +273,6 @@ def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Arte
     """Float, all-INT8 and mixed model as they run on this machine, what is large of them in files of a folder."""
     return {
         "float": analysis.original(),
-        "int8": analysis.executable(all_int8(analysis)).placed(folder / "int8"),
+        "lowest": analysis.executable(analysis.artefact(analysis.units.lowest())).placed(folder / "lowest"),
         "mixed": analysis.executable(mixed).placed(folder / "mixed"),
     }
-
-
-def _identity(planned: Planned) -> list[str]:
-    """What decides a mixed model beside the analysis."""
-    return sorted(planned.plan.lowered())
-
-
-def all_int8(analysis: Analysis) -> Artefact:
-    """The model in which every unit that may run in INT8 does, and of the others what may run in FP16."""
-    return analysis.artefact(analysis.units.lowest())

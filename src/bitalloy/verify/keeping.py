@@ -6,25 +6,26 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import Evaluation, MetricComparison
+from bitalloy.core.outcome import LOWEST, MIXED, REFERENCE, Evaluation, MetricComparison
 from bitalloy.core.planned import Metrics, Planned
 from bitalloy.core.plans import FIRST, Budget, ParetoPoint
+from bitalloy.core.schemes import Plan
 from bitalloy.model.heads import is_divergence
 from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.tasks.evaluate import Evaluator
 
 
-def measure_metrics(evaluator: Evaluator | None, int8: frozenset[str], mixed: frozenset[str]) -> Metrics:
-    """Task metrics of float, all-INT8 and mixed model, on the same samples; none without labels.
+def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> Metrics:
+    """Task metrics of the float, the lowest and the mixed model, on the same samples; none without labels.
 
     Args:
         evaluator: of the model.
-        int8: the plan that lowers all it can.
+        lowest: the plan with all that it can in its lowest scheme.
         mixed: the plan.
     """
     if evaluator is None:
         return Metrics(metrics={}, confidence_shift={})
-    subjects = {"float": evaluator.reference, "int8": evaluator.subject(int8), "mixed": evaluator.subject(mixed)}
+    subjects = {REFERENCE: evaluator.reference, LOWEST: evaluator.subject(lowest), MIXED: evaluator.subject(mixed)}
     found = [_metrics_of(result) for result in evaluator.results(subjects, "evaluate")]
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},
@@ -34,20 +35,20 @@ def measure_metrics(evaluator: Evaluator | None, int8: frozenset[str], mixed: fr
 
 
 def fastest_that_keeps(
-    evaluator: Evaluator | None, planned: Planned, int8: tuple[frozenset[str], float]
+    evaluator: Evaluator | None, planned: Planned, lowest: tuple[Plan, float]
 ) -> tuple[ParetoPoint, tuple[Evaluation, ...]]:
     """The fastest plan of the front whose task metrics drop by no more than the budget allows.
 
     Damage falls along the front, so there is a place from which on the limits hold. The search for it starts where the
-    limits would be reached if drops were proportional to damage, as the all-INT8 model shows; it goes away from there
-    in steps that double, and halves what is left. Plans that miss another limit of the budget are not candidates, where
+    limits would be reached if drops were proportional to damage, as the lowest plan shows; it goes away from there in
+    steps that double, and halves what is left. Plans that miss another limit of the budget are not candidates, where
     any meets them. The last one, with the least damage, is taken unseen where none before it holds, and the result's
     own metrics tell. Only values of the metrics count, not their intervals.
 
     Args:
         evaluator: with labels for the task.
         planned: a plan with its front.
-        int8: the plan that lowers all it can, and its predicted damage.
+        lowest: the plan with all that it can in its lowest scheme, and its predicted damage.
 
     Returns:
         The plan, and all that were evaluated, in order.
@@ -63,18 +64,18 @@ def fastest_that_keeps(
     candidates = _candidates(planned, budget)
     evaluations: list[Evaluation] = []
 
-    def drops(lowered: frozenset[str]) -> dict[str, float]:
-        subjects = {"float": evaluator.reference, "candidate": evaluator.subject(lowered)}
+    def drops(plan: Plan) -> dict[str, float]:
+        subjects = {"float": evaluator.reference, "candidate": evaluator.subject(plan)}
         found = evaluator.results(subjects, "candidate", resamples=0)
         return _drops(budget, [metric for result in found for metric in result.metrics])
 
     def keeps(index: int) -> bool:
         point = candidates[index]
-        found = drops(point.lowered())
+        found = drops(point.chosen)
         kept = _kept(budget, found)
         evaluations.append(
             Evaluation(
-                int8_units=len(point.int8_units),
+                schemes=point.chosen.counts(),
                 predicted_ratio=round(point.predicted_latency_us / planned.cost.all_float_us, 4),
                 drops={name: round(drop, 6) for name, drop in found.items()},
                 kept=kept,
@@ -82,7 +83,7 @@ def fastest_that_keeps(
         )
         return kept
 
-    plan, damage = int8
+    plan, damage = lowest
     allowed = _allowed_damage(budget, drops(plan), damage)
     guess = next((i for i, point in enumerate(candidates) if point.damage <= allowed), len(candidates) - 1)
     chosen = _first_that_holds(len(candidates), guess, keeps)
@@ -170,11 +171,11 @@ def _metrics_of(result: TaskResult) -> Metrics:
 
 def _comparison(metric: TaskMetric) -> MetricComparison:
     return MetricComparison(
-        reference=metric.values["float"],
-        int8=metric.values["int8"],
-        mixed=metric.values["mixed"],
-        drop_lowest=metric.drops["int8"],
-        drop_mixed=metric.drops["mixed"],
+        reference=metric.values[REFERENCE],
+        lowest=metric.values[LOWEST],
+        mixed=metric.values[MIXED],
+        drop_lowest=metric.drops[LOWEST],
+        drop_mixed=metric.drops[MIXED],
     )
 
 

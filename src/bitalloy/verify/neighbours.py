@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from bitalloy.core.plans import ParetoPoint, Plan
+from bitalloy.core.plans import ParetoPoint, PlanReport
 from bitalloy.core.records import Estimate, Record
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
@@ -34,10 +34,10 @@ class Sitting(Record, frozen=True, kw_only=True):
     """Per plan and head."""
 
 
-def beside(plan: Plan, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
+def beside(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
     """The chosen plan of a front and its neighbours by latency, fastest first; the float model is none."""
-    points = [p for p in sorted(plan.pareto, key=lambda p: p.predicted_latency_us) if p.lowered()]
-    chosen = next((i for i, p in enumerate(points) if p.lowered() == plan.lowered()), None)
+    points = [p for p in sorted(plan.pareto, key=lambda p: p.predicted_latency_us) if p.chosen]
+    chosen = next((i for i, p in enumerate(points) if p.chosen == plan.chosen), None)
     if chosen is None:
         return ()
     start = min(max(chosen - count // 2, 0), max(len(points) - count - 1, 0))
@@ -55,7 +55,7 @@ def measure_beside(
         samples: indices of the samples for the SQNR.
         work: where to keep and show results.
     """
-    plans = [p.lowered() for p in points]
+    plans = [p.chosen for p in points]
 
     def make() -> bytes:
         artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
@@ -92,7 +92,7 @@ def measure_beside(
 
     key = key_of(
         analysis=analysis.key,
-        plans=[sorted(p) for p in plans],
+        plans=[p.listed for p in plans],
         samples=samples,
         **analysis.execution,
     )
@@ -104,15 +104,15 @@ def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
     return float(np.median(times[name] / times["float"]))
 
 
-def with_measured(plan: Plan, points: Sequence[ParetoPoint], found: Sitting) -> Plan:
+def with_measured(plan: PlanReport, points: Sequence[ParetoPoint], found: Sitting) -> PlanReport:
     """The plan with what was measured on its front."""
     measured = {
-        p.lowered(): (ratio, tuple(e.value for e in sqnr))
+        p.chosen: (ratio, tuple(e.value for e in sqnr))
         for p, ratio, sqnr in zip(points, found.ratio, found.sqnr, strict=True)
     }
     front = tuple(
         msgspec.structs.replace(p, measured_ratio=known[0], measured_db=known[1])
-        if (known := measured.get(p.lowered()))
+        if (known := measured.get(p.chosen))
         else p
         for p in plan.pareto
     )

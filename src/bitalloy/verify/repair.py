@@ -17,7 +17,9 @@ import numpy as np
 
 from bitalloy.core.outcome import Remeasured, Repair
 from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
 from bitalloy.search.planning import Tables
@@ -25,6 +27,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import Finding, correct, damage_of
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.measuring import measured as execute
+from bitalloy.targets.placement import rounded
 
 TOLERATED_DB = 1.5
 """A head whose measured SQNR differs by less from the prediction needs no repair."""
@@ -86,13 +89,13 @@ def repair(
         samples: on which it was measured.
         work: where to keep and show results.
     """
-    gap, int8 = gap_of(planned, found), planned.plan.int8_units()
-    if not gap.wide.any() or not int8:
+    gap, gated = gap_of(planned, found), _gated(base.units, planned.plan.chosen)
+    if not gap.wide.any() or not gated:
         return None
     matrix, secant, units = base.matrix, base.facts.secant, base.units
     known = {f.sites for f in before}
-    sets = [s for s in _suspects(base, int8, gap.wide) if units.rounded(s) not in known]
-    sites = [units.rounded(s) for s in sets]
+    sets = [s for s in _suspects(base, gated, gap.wide) if rounded(units, s) not in known]
+    sites = [rounded(units, s) for s in sets]
     key = key_of(analysis=base.facts.key, sets=[sorted(s) for s in sites], samples=samples)
 
     def make() -> bytes:
@@ -101,9 +104,9 @@ def repair(
 
     damage = np.array(msgspec.json.decode(work.cached("repair", key, make))) if sets else np.zeros((0, 0))
     new = [Finding(s, d) for s, d in zip(sites, damage, strict=True)]
-    whole = Finding(units.rounded(planned.plan.lowered()), 10 ** (-gap.measured_db / 10))
+    whole = Finding(rounded(units, planned.plan.chosen), 10 ** (-gap.measured_db / 10))
     findings = (*before, *new, whole)
-    correction = correct(matrix, secant, findings, units.rounded(units.quantizable()))
+    correction = correct(matrix, secant, findings, rounded(units, units.lowest_gated()))
     fixed, bent = correction.matrix, correction.secant
     names = [h.head for h in planned.plan.heads]
     order = {u.id: i for i, u in enumerate(units.units)}
@@ -124,13 +127,19 @@ def repair(
     return Repaired(replace(base, matrix=fixed, facts=facts), findings, record)
 
 
-def _suspects(tables: Tables, int8: frozenset[str], wide: np.ndarray) -> list[frozenset[str]]:
+def _gated(units: UnitGraph, plan: Plan) -> Plan:
+    """The part of a plan whose roundings can be executed by themselves."""
+    return Plan((unit, scheme) for unit, scheme in plan.items() if units.scheme(scheme).gated)
+
+
+def _suspects(tables: Tables, plan: Plan, wide: np.ndarray) -> list[Plan]:
     """Units, and pairs of the first of them, by their predicted part of the damage to the heads that are off."""
     matrix, secant, units = tables.matrix, tables.facts.secant, tables.units
-    whole = np.maximum(damage_of(matrix, secant, units.rounded(int8)), 1e-30)
-    alone = {u: damage_of(matrix, secant, units.rounded(frozenset({u}))) / whole for u in int8}
+    whole = np.maximum(damage_of(matrix, secant, rounded(units, plan)), 1e-30)
+    alone = {u: damage_of(matrix, secant, rounded(units, Plan.of(s, u))) / whole for u, s in plan.items()}
     first = sorted(alone, key=lambda u: (-float(alone[u][wide].max()), u))[:UNITS]
-    return [frozenset({u}) for u in first] + [frozenset(pair) for pair in combinations(first[:PAIRED], 2)]
+    pairs = combinations(first[:PAIRED], 2)
+    return [Plan((u, plan[u]) for u in few) for few in (*((u,) for u in first), *pairs)]
 
 
 def _named(heads: list[str], values: np.ndarray) -> dict[str, float]:

@@ -79,7 +79,7 @@ def following(
     if planned.cost.estimated:
         limit = None  # an estimate has nothing to correct it by
     if limit is not None and measured.ratio > limit * TOLERANCE:
-        table = corrected(table, units, planned.plan.lowered(), measured.ratio)
+        table = corrected(table, units, planned.plan.chosen, measured.ratio)
         asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
     elif limit is not None and not budget.has_floor and measured.ratio * TOLERANCE < limit:
         asked = _slower(asked, limit / measured.ratio)

@@ -15,10 +15,11 @@ from bitalloy.rewrite.calibrated import versions
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import draws, estimate
+from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import shortfall
 
-HALF_DB = 3.01
+MOSTLY_NOISE_DB = 3.01
 
 
 def summarize(
@@ -34,11 +35,11 @@ def summarize(
     """Put predictions and measurements of a run side by side."""
     matrix, units = analysis.matrix, analysis.units
     weights = draws(matrix.samples, analysis.settings.seed)
-    everything = matrix.select(units.rounded(units.lowest()))
-    predicted_int8 = estimate(matrix, everything, weights, analysis.secant)
+    everything = matrix.select(rounded(units, units.lowest()))
+    predicted_lowest = estimate(matrix, everything, weights, analysis.secant)
     sqnr = {
         head.head: HeadComparison(
-            int8=Comparison(predicted=predicted_int8[i].value, measured=measured.sqnr_lowest[i].value),
+            lowest=Comparison(predicted=predicted_lowest[i].value, measured=measured.sqnr_lowest[i].value),
             mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
         )
         for i, head in enumerate(planned.plan.heads)
@@ -54,7 +55,7 @@ def summarize(
         threads=planned.cost.threads,
         budget=planned.plan.budget,
         latency_ms=Triple(
-            reference=latency.reference.median_ms, int8=latency.int8.median_ms, mixed=latency.mixed.median_ms
+            reference=latency.reference.median_ms, lowest=latency.lowest.median_ms, mixed=latency.mixed.median_ms
         ),
         latency_ratio=round(measured.ratio, 4),
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
@@ -68,7 +69,7 @@ def summarize(
         metrics=metrics.metrics,
         confidence_shift=metrics.confidence_shift,
         units=len(units.lowest()),
-        int8_units=len(planned.plan.int8_units()),
+        schemes=planned.plan.chosen.counts(),
         samples=matrix.samples,
         probes=int(sum(r.shape[1] for r in matrix.rows)),
         settled=analysis.table.settled,
@@ -86,7 +87,6 @@ def summarize(
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
-        fp16_units=len(planned.plan.fp16_units()),
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
         corrections=analysis.corrections,
@@ -105,7 +105,7 @@ def _unresolved(planned: Planned, measured: Measured) -> list[str]:
         f"{head.head}: {10 ** (-found.value / 10):.2g} nats were measured, about {10 ** (-least.value / 10):.2g} of "
         "which are float32 rounding of the scores themselves, which predictions leave out: the plan does less."
         for head, found, least in rows
-        if is_divergence(head.head) and found.value > least.value - HALF_DB
+        if is_divergence(head.head) and found.value > least.value - MOSTLY_NOISE_DB
     ]
 
 
@@ -116,14 +116,14 @@ def _nats(pair: HeadComparison) -> HeadComparison:
         predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
         return Comparison(predicted=predicted, measured=float(f"{10 ** (-one.measured / 10):.4g}"))
 
-    return HeadComparison(int8=convert(pair.int8), mixed=convert(pair.mixed))
+    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed))
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:
     """Bytes of all graphs."""
     return Triple(
         reference=sum(s.reference for s in sizes.values()),
-        int8=sum(s.int8 for s in sizes.values()),
+        lowest=sum(s.lowest for s in sizes.values()),
         mixed=sum(s.mixed for s in sizes.values()),
     )
 
@@ -151,8 +151,8 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
         if ratio < 1
         else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
     )
-    if not planned.plan.lowered():
-        lead = "Nothing runs in INT8, so the mixed model is NOT faster than float: deploy the float model"
+    if not planned.plan.chosen:
+        lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
@@ -171,14 +171,14 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
         return ()
     note = (
         f"{planned.plan.target} does not run on this machine. Latencies are estimated from peak rates for "
-        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every FP16 "
-        "and INT8 rounding as the model says."
+        f"{planned.cost.device.split(' (')[0]}; outputs were verified on ONNX Runtime's CPU provider, with every "
+        "rounding as the model says."
     )
     return (note,)
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:
-    worst = max(unsteadiness(one) for one in (latency.reference, latency.int8, latency.mixed))
+    worst = max(unsteadiness(one) for one in (latency.reference, latency.lowest, latency.mixed))
     if worst < UNSTEADY:
         return ()
     note = (
