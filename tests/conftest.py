@@ -19,8 +19,11 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from tests.cnn import Case, observed
+from tests.small_programs import write_language, write_promptable
 
 from bitalloy.cli.main import main, out_console
+from bitalloy.core.records import UnitGraph
 from bitalloy.samples import shapes
 
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -299,3 +302,31 @@ def bitalloy(here: Path) -> Process:
 @pytest.fixture
 def inside(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
     return Inside(here, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The small network of `tests/cnn.py` with ranges observed by running it."""
+    return observed(tmp_path_factory.mktemp("cnn") / "cnn.onnx")
+
+
+@pytest.fixture(scope="session")
+def case_units(case: Case) -> UnitGraph:
+    """Units of the small network."""
+    return case.units
+
+
+@pytest.fixture(scope="session")
+def promptable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_promptable(tmp_path_factory.mktemp("promptable"))
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language(tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten drawn scenes with labels of all tasks."""
+    return shapes.write_coco(tmp_path_factory.mktemp("drawn") / "set", count=10, seed=0, size=64, split="train")

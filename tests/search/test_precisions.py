@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.core.micro import build
-from tests.core.neighbours import same_one_by_one
+from tests.micro import build
+from tests.search.neighbours import same_one_by_one
 
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import HALF, Precision, Secant, TensorRange

@@ -21,7 +21,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
 from bitalloy.model.load import Graph, constant, static_shape
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 YOLO = DATA / "models" / "yolo11n.onnx"
 PROPERTY = settings(max_examples=15)
 Array = np.ndarray[Any, Any]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import Head, UnitGraph
@@ -87,10 +86,8 @@ def tensors_of(units: UnitGraph) -> list[str]:
     return sorted({e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner})
 
 
-@pytest.fixture(scope="session")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """The small network with ranges observed by running it."""
-    path = tmp_path_factory.mktemp("cnn") / "cnn.onnx"
+def observed(path: Path) -> Case:
+    """The small network, written to a path, with ranges observed by running it."""
     build_cnn(path)
     graph = load(path)
     heads = find_heads(graph)
@@ -106,9 +103,3 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         t: (min(float(s[t].min()) for s in seen), max(float(s[t].max()) for s in seen)) for t in tensors_of(units)
     }
     return Case(path, graph, heads, units, ranges, feeds)
-
-
-@pytest.fixture(scope="session")
-def case_units(case: Case) -> UnitGraph:
-    """Units of the small network."""
-    return case.units

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.core.micro import build
+from tests.micro import build
 
 from bitalloy.core.records import HALF, Precision, TensorRange
 from bitalloy.model.heads import find_heads

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.samples import shapes
 from bitalloy.samples.drawing import CLASSES, COLORS
 from bitalloy.tasks.captions import QUESTION
 from bitalloy.tasks.chat import TEMPLATE
@@ -231,19 +229,3 @@ def sentencepiece_model(pieces: Sequence[tuple[str, float, int]], **normalizer: 
     rules = b"".join(varint(settings[name] << 3) + varint(value) for name, value in chosen.items())
     bytes_too = any(kind == 6 for _, _, kind in pieces)
     return body + record(2, varint(3 << 3) + varint(2) + varint(35 << 3) + varint(bytes_too)) + record(3, rules)
-
-
-@pytest.fixture(scope="session")
-def promptable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_promptable(tmp_path_factory.mktemp("promptable"))
-
-
-@pytest.fixture(scope="session")
-def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language(tmp_path_factory.mktemp("language"))
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten drawn scenes with labels of all tasks."""
-    return shapes.write_coco(tmp_path_factory.mktemp("drawn") / "set", count=10, seed=0, size=64, split="train")

@@ -511,7 +511,7 @@ def test_real_photographs(coco_calibration: Path) -> None:
 
 @pytest.fixture
 def coco_calibration() -> Path:
-    folder = Path(__file__).parents[2] / "shared/data/coco128-calib"
+    folder = Path(__file__).parents[3] / "shared/data/coco128-calib"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder

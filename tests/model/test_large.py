@@ -43,7 +43,7 @@ from bitalloy.targets.base import split, weight_params
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Array = np.ndarray[Any, Any]
 node = helper.make_node
 SIZE = 160

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from tests.programs.test_programs import axes, decibels, random_feeds, run
+from tests.pipeline.test_programs import axes, decibels, random_feeds, run
 
 import bitalloy as api
 from bitalloy.core.records import HALF, Precision

@@ -51,7 +51,7 @@ def test_devices_that_are_not_here_have_a_reason(inside: Any, monkeypatch: pytes
 
 
 def test_extras_are_those_of_the_package() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"]
     expected = {
         name: {re.split("[><=]", p)[0].replace("_", "-") for p in packages} for name, packages in declared.items()

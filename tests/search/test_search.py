@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.core.neighbours import same_one_by_one
+from tests.search.neighbours import same_one_by_one
 
 from bitalloy.core.plans import Budget, CostTable, UnitCost
 from bitalloy.core.records import HALF, Precision, Secant, UnitGraph

@@ -107,7 +107,7 @@ def test_summary_has_its_documented_names(finished: Any) -> None:
     summary = finished.summary()
     assert set(summary) >= SUMMARY
     assert set(summary) == set(Summary.__struct_encode_fields__)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert [name for name in summary if f"| `{name}`" not in readme] == []
 
 
