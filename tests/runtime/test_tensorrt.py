@@ -36,7 +36,7 @@ ENGINE = {
 
 @pytest.mark.skipif(not ABSENT, reason="TensorRT is here")
 def test_absence_is_a_message_with_a_way_out(tmp_path: Path) -> None:
-    model = rewrite("tensorrt", "case1-conv", tmp_path).model
+    model = rewrite("tensorrt", "case1-conv", tmp_path, None).model
     with pytest.raises(BitalloyError, match="cannot run on TensorRT here") as error:
         TensorRtSession(model)
     assert INSTALL in str(error.value) or "GPU" in str(error.value)
@@ -81,7 +81,7 @@ def test_layers_are_kernels_with_the_units_of_all_their_nodes(tensor: str, preci
 
 @pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 def test_engine_agrees_with_the_specification(tmp_path: Path) -> None:
-    case = rewrite("tensorrt", "case6-half-beside-int8", tmp_path)
+    case = rewrite("tensorrt", "case6-half-beside-int8", tmp_path, None)
     model, feeds = case.model, case.feeds
     session = TensorRtSession(model, cache=tmp_path / "times", profile=tmp_path / "profile")
     found, expected = session.run(feeds)["y"], OrtSession(specified(model)).run(feeds)["y"]
