@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,7 +57,7 @@ def network(
 MAP = [1, 5, SIDE, SIDE]
 
 
-def last(operator: str, output: str = "y", **attributes: int) -> NodeProto:
+def last(operator: str, output: str = "y", **attributes: Any) -> NodeProto:
     return helper.make_node(operator, ["t"], [output], name="last", **attributes)
 
 
@@ -72,7 +73,9 @@ def last(operator: str, output: str = "y", **attributes: int) -> NodeProto:
     ],
     ids=lambda v: v.op_type if isinstance(v, NodeProto) else "",
 )
-def test_the_last_operator_tells_a_distribution(tmp_path: Path, node: NodeProto, want: tuple | None) -> None:
+def test_the_last_operator_tells_a_distribution(
+    tmp_path: Path, node: NodeProto, want: tuple[str, str, int | None] | None
+) -> None:
     heads = find_heads(network(tmp_path / "net.onnx", [node], {"y": MAP}))
     assert [h.name for h in heads] == (["y", "y KL"] if want else ["y"])
     assert [(h.kind, h.given, h.classes) for h in heads if is_divergence(h.name)] == ([want] if want else [])
@@ -104,8 +107,8 @@ def test_what_the_metadata_leaves_out_is_no_head(tmp_path: Path) -> None:
     nodes = [last("Tanh", "logits"), helper.make_node("Relu", ["t"], ["cache"], name="other")]
     for metadata, want in (
         ({}, ["logits", "cache"]),
-        ({"bitalloy.model.heads": '["cache"]'}, ["cache"]),
-        ({"bitalloy.model.heads": '["absent"]'}, ["logits", "cache"]),
+        ({"bitalloy.heads": '["cache"]'}, ["cache"]),
+        ({"bitalloy.heads": '["absent"]'}, ["logits", "cache"]),
         ({"bitalloy.family": "segformer"}, ["logits", "logits KL"]),
         ({"bitalloy.family": "mobilesam"}, ["logits", "cache"]),  # knows neither
         ({"bitalloy.family": "unknown"}, ["logits", "cache"]),
