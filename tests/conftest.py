@@ -22,7 +22,8 @@ from PIL import Image
 from tests.cnn import Case, observed
 from tests.small_programs import write_language, write_promptable
 
-from bitalloy.cli.main import main, out_console
+from bitalloy.cli.console import out_console
+from bitalloy.cli.main import main
 from bitalloy.core.records import UnitGraph
 from bitalloy.samples import shapes
 
@@ -41,7 +42,7 @@ class Network:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
 
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"{kind.lower()}{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=f"/{name}/{kind}", **attributes))
         return name
@@ -70,11 +71,11 @@ class Network:
         self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]
     ) -> onnx.ModelProto:
         """The network with the results in `outputs` renamed: result -> shape."""
-        specs = [
+        reads, makes = (
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in values.items()]
             for values in (inputs, outputs)
-        ]
-        graph = helper.make_graph(self._nodes, "tiny", *specs, self._constants)
+        )
+        graph = helper.make_graph(self._nodes, "tiny", reads, makes, self._constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.checker.check_model(model)
         return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.model.load import Graph, load
 
-Node = tuple[str, Sequence[str], str, Mapping[str, object]]
+Node = tuple[str, Sequence[str], str, Mapping[str, Any]]
 """Operator, inputs, output, attributes. The node is named after its output."""
 
 

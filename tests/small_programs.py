@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ class Net:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
 
-    def op(self, kind: str, *inputs: str, module: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, module: str = "", **attributes: Any) -> str:
         name = f"t{len(self._nodes)}"
         node = helper.make_node(kind, list(inputs), [name], name=f"/{module}/{kind}_{len(self._nodes)}", **attributes)
         self._nodes.append(node)

@@ -50,8 +50,8 @@ NET = model(
     w1=np.random.default_rng(1).normal(size=(6, 3, 3, 3)).astype(np.float32),
     w2=np.random.default_rng(2).normal(size=(4, 6, 3, 3)).astype(np.float32),
     w3=np.random.default_rng(3).normal(size=(128, 5)).astype(np.float32),
-    b=np.float32([-1, 0, 1, 2, 3]),
-    shape=np.int64([1, 64]),
+    b=np.array([-1, 0, 1, 2, 3], np.float32),
+    shape=np.array([1, 64], np.int64),
 )
 TENSORS = ("x", "c", "s", "m", "d", "r", "p", "f", "t", "a", "g", "h", "y")
 
@@ -107,7 +107,7 @@ class TestPass:
               n = Neg(b)
               y = MaxPool<kernel_shape = [2,2], strides = [2,2]>(n)
             }""",
-            k=np.float32([3.7]),
+            k=np.array([3.7], np.float32),
         )
         feeds = images(4, (1, 3, 64, 64))
         names = ("x", "a", "b", "r", "n", "y")
@@ -177,7 +177,7 @@ class TestPass:
         assert found["y"] == (np.abs(every).min(), np.abs(every).max())
 
     def test_scalars_and_weights(self) -> None:
-        proto = model("net (float x) => (float[2] y) { y = Mul(x, k) }", k=np.float32([2, -3]))
+        proto = model("net (float x) => (float[2] y) { y = Mul(x, k) }", k=np.array([2, -3], np.float32))
         found = collect(proto, ["x", "k", "y"], [{"x": np.array(2.5, np.float32)}]).ranges("minmax")
         assert found == {"x": (2.5, 2.5), "k": (-3.0, 2.0), "y": (-7.5, 5.0)}
 
@@ -270,7 +270,7 @@ class TestRefusals:
             """net (float[1,N] x, float[0,3] empty) => (float[1,N] y, int64[1,N] int) {
               free = Neg(x) y = Neg(free) int = Cast<to = 7>(x)
             }""",
-            shape=np.int64([1, 64]),
+            shape=np.array([1, 64], np.int64),
         )
         with pytest.raises(ModelError, match=f"'{name}' is no non-empty float32 tensor"):
             collect(proto, [name], images(1, (1, 8)))
@@ -287,7 +287,7 @@ class TestRefusals:
 
     def test_unknown_method(self) -> None:
         with pytest.raises(BitalloyError, match=r"'median'.*minmax, moving, percentile, entropy, mse"):
-            observed({"x": [np.float32([1])]}).ranges("median")
+            observed({"x": [np.array([1], np.float32)]}).ranges("median")
 
 
 values = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
@@ -352,7 +352,7 @@ class TestMerge:
 
     def test_different_tensors(self) -> None:
         with pytest.raises(DataError, match="different tensors"):
-            observed({"x": [np.float32([1])]}).merge(observed({"y": [np.float32([1])]}))
+            observed({"x": [np.array([1], np.float32)]}).merge(observed({"y": [np.array([1], np.float32)]}))
 
 
 class TestStore:
@@ -369,7 +369,7 @@ class TestStore:
         assert again.merge(stats).samples == 6
 
     def test_damaged(self) -> None:
-        data = observed({"x": [np.float32([1, 2])], "y": [np.float32([1, 2])]}).to_bytes()
+        data = observed({"x": [np.array([1, 2], np.float32)], "y": [np.array([1, 2], np.float32)]}).to_bytes()
         for broken in (b"", b"PK", data[:-30], data[:200] + bytes(20) + data[220:]):
             with pytest.raises(DataError, match="Calibrate again"):
                 Statistics.from_bytes(broken)
@@ -460,14 +460,14 @@ class TestRanges:
             "one": np.ones(50),
             "minus": -np.ones(50),
             "tiny": np.full(50, 1e-45),
-            "two": np.float32([0, 3] * 25),
-            "huge": np.float32([-3.4e38, 3.4e38] * 25),
+            "two": np.array([0, 3] * 25, np.float32),
+            "huge": np.array([-3.4e38, 3.4e38] * 25, np.float32),
         }
         stats = observed({k: [v.astype(np.float32)] * 2 for k, v in flat.items()})
         for method in METHODS:
             for name, (low, high) in stats.ranges(method).items():
                 assert low <= high
-                fake_quantize(np.float32([0]), activation_params(low, high))
+                fake_quantize(np.array([0], np.float32), activation_params(low, high))
                 if name in ("zero", "one", "minus", "two") and method != "moving":
                     x = flat[name].astype(np.float32)
                     scale = float(activation_params(float(x.min()), float(x.max())).scale)
@@ -496,11 +496,14 @@ def slow_divergence(counts: np.ndarray, keep: int, levels: int = 128) -> float:
 
 class TestHalf:
     def test_margin(self) -> None:
-        assert observed({"a": [np.float32([2, -131008])], "b": [np.float32([1, 5])]}).fp16_margin == 0.5
+        assert (
+            observed({"a": [np.array([2, -131008], np.float32)], "b": [np.array([1, 5], np.float32)]}).fp16_margin
+            == 0.5
+        )
         assert observed({"a": [np.zeros(3, np.float32)]}).fp16_margin == math.inf
 
     def test_share_of_subnormals(self) -> None:
-        stats = observed({"a": [np.float32([0, 0, 6e-5, -1e-9, 6.2e-5, 1])], "z": [np.zeros(6, np.float32)]})
+        stats = observed({"a": [np.array([0, 0, 6e-5, -1e-9, 6.2e-5, 1], np.float32)], "z": [np.zeros(6, np.float32)]})
         assert stats.fp16_subnormal == {"a": 0.5, "z": 0.0}
 
 

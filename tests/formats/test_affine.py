@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -48,7 +49,7 @@ formats = st.fixed_dictionaries({"signed": st.booleans(), "symmetric": st.boolea
 def runtime(dtype: str, axis: int | None) -> ort.InferenceSession:
     """x, scale, zero -> QuantizeLinear and DequantizeLinear of it."""
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], **attributes),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], **attributes),
@@ -117,7 +118,7 @@ class TestAgainstOnnxRuntime:
             )
 
     def test_infinite_values_saturate(self) -> None:
-        assert_like_runtime(np.float32([-np.inf, np.inf, -0.0, 0.0]), activation_params(-1.0, 2.0))
+        assert_like_runtime(np.array([-np.inf, np.inf, -0.0, 0.0], np.float32), activation_params(-1.0, 2.0))
 
     @given(x=hnp.arrays(np.float32, 40, elements=st.floats(width=32, allow_nan=False)))
     @settings(max_examples=100)
@@ -172,14 +173,14 @@ class TestActivationParams:
         np.testing.assert_allclose(p.scale, scale, rtol=2e-6)
         assert p.zero_point == zero
         signed = activation_params(low, high, signed=True)
-        assert (signed.scale, signed.zero_point, signed.qmin, signed.qmax) == (p.scale, zero - 128, -128, 127)
+        assert (signed.scale, int(signed.zero_point), signed.qmin, signed.qmax) == (p.scale, zero - 128, -128, 127)
         assert signed.zero_point.dtype == np.int8
 
     @pytest.mark.parametrize(("signed", "zero", "qmin", "dtype"), [(True, 0, -128, np.int8), (False, 128, 0, np.uint8)])
-    def test_symmetric(self, signed: bool, zero: int, qmin: int, dtype: type) -> None:
+    def test_symmetric(self, signed: bool, zero: int, qmin: int, dtype: Any) -> None:
         p = activation_params(-1.0, 2.54, signed=signed, symmetric=True)
         np.testing.assert_allclose(p.scale, 0.02, rtol=1e-6)
-        assert (p.zero_point, p.zero_point.dtype, p.qmin, p.qmax) == (zero, dtype, qmin, qmin + 255)
+        assert (int(p.zero_point), p.zero_point.dtype, p.qmin, p.qmax) == (zero, dtype, qmin, qmin + 255)
 
     @given(low=floats, high=floats, form=formats, bits=st.integers(2, 16))
     @settings(max_examples=500)
@@ -233,12 +234,12 @@ class TestActivationParams:
 
 
 class TestWeightParams:
-    W = np.float32([[1.27, -0.5, 0.0], [0.0, 0.0, 0.0], [-2.54, 2.0, 0.1]])
+    W = np.array([[1.27, -0.5, 0.0], [0.0, 0.0, 0.0], [-2.54, 2.0, 0.1]], np.float32)
 
     def test_per_channel(self) -> None:
         p = weight_params(self.W, axis=0)
         np.testing.assert_allclose(p.scale, [0.01, 0.02, 0.02], rtol=1e-6)  # zeros: the largest channel's
-        assert (p.qmin, p.qmax, p.axis, p.zero_point.dtype) == (-127, 127, 0, np.int8)
+        assert (p.qmin, p.qmax, p.axis, p.zero_point.dtype) == (-127, 127, 0, np.dtype(np.int8))
         np.testing.assert_array_equal(p.zero_point, np.zeros(3))
         np.testing.assert_array_equal(quantize(self.W, p), [[127, -50, 0], [0, 0, 0], [-127, 100, 5]])
 
@@ -247,7 +248,9 @@ class TestWeightParams:
         assert p.scale.shape == ()
         np.testing.assert_allclose(p.scale, 0.02, rtol=1e-6)
         assert weight_params(self.W, axis=-1).axis == 1
-        np.testing.assert_allclose(weight_params(self.W, axis=-1).scale, np.float32([2.54, 2, 0.1]) / 127, rtol=1e-6)
+        np.testing.assert_allclose(
+            weight_params(self.W, axis=-1).scale, np.array([2.54, 2, 0.1], np.float32) / 127, rtol=1e-6
+        )
 
     def test_reduced_keeps_pairs_inside_16_bits(self) -> None:
         p = weight_params(self.W, axis=0, reduced=True)
@@ -257,7 +260,7 @@ class TestWeightParams:
         assert 255 * 2 * np.abs(q).max() < 2**15
 
     def test_asymmetric(self) -> None:
-        p = weight_params(np.float32([[0.0, 2.55], [-1.0, 1.55], [0.0, 0.0]]), axis=0, symmetric=False)
+        p = weight_params(np.array([[0.0, 2.55], [-1.0, 1.55], [0.0, 0.0]], np.float32), axis=0, symmetric=False)
         np.testing.assert_allclose(p.scale, [0.01, 0.01, 0.01], rtol=1e-6)
         np.testing.assert_array_equal(p.zero_point, [-128, -28, -128])
         assert weight_params(self.W, axis=0, symmetric=False, reduced=True).qmin == -64
@@ -290,7 +293,7 @@ class TestWeightParams:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_refuses_weights_that_are_not_finite(self, bad: float, symmetric: bool) -> None:
         with pytest.raises(ModelError, match="NaN or infinite"):
-            weight_params(np.float32([1.0, bad]), axis=None, symmetric=symmetric)
+            weight_params(np.array([1.0, bad], np.float32), axis=None, symmetric=symmetric)
         with pytest.raises(ModelError, match="NaN or infinite"):
             symmetric_params(bad)
 
@@ -303,7 +306,7 @@ class TestBias:
     @settings(max_examples=300)
     def test_always_fits_and_is_within_half_a_step(self, b: np.ndarray, scale: np.ndarray) -> None:
         q, used = bias_int32(b, scale)
-        assert (q.dtype, used.dtype, used.shape) == (np.int32, np.float32, b.shape)
+        assert (q.dtype, used.dtype, used.shape) == (np.dtype(np.int32), np.dtype(np.float32), b.shape)
         assert (used >= TINY).all()
         assert (used >= scale).all()
         error = np.abs(q.astype(np.float64) * used - b)
@@ -312,12 +315,12 @@ class TestBias:
         assert (np.abs(b.astype(np.float64))[kept] <= (2**31 - 1) * scale.astype(np.float64)[kept]).all()
 
     def test_golden(self) -> None:
-        q, used = bias_int32(np.float32([0.5, -0.75, 0.0]), np.float32(0.5))
+        q, used = bias_int32(np.array([0.5, -0.75, 0.0], np.float32), np.float32(0.5))
         np.testing.assert_array_equal(q, [1, -2, 0])  # -1.5 to even
-        np.testing.assert_array_equal(used, np.float32([0.5, 0.5, 0.5]))
+        np.testing.assert_array_equal(used, np.array([0.5, 0.5, 0.5], np.float32))
 
     def test_edge_of_int32(self) -> None:
-        q, used = bias_int32(np.float32([2.0**31 - 128, -(2.0**31)]), np.float32([1.0, 1.0]))
+        q, used = bias_int32(np.array([2.0**31 - 128, -(2.0**31)], np.float32), np.array([1.0, 1.0], np.float32))
         assert q[0] == 2**31 - 128
         assert used[0] == 1.0
         assert used[1] > 1.0
@@ -326,7 +329,7 @@ class TestBias:
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_refuses_what_is_not_finite(self, bad: float) -> None:
         with pytest.raises(ModelError, match="bias"):
-            bias_int32(np.float32([bad]), np.float32(1.0))
+            bias_int32(np.array([bad], np.float32), np.float32(1.0))
 
 
 class TestHalf:
@@ -345,8 +348,8 @@ class TestHalf:
             2.0**-25 * 1.01: 2.0**-24,
             numerics.FP16_TINY: numerics.FP16_TINY,
         }
-        x = np.float32(list(table))
-        np.testing.assert_array_equal(fake_fp16(x), np.float32(list(table.values())))
+        x = np.array(list(table), np.float32)
+        np.testing.assert_array_equal(fake_fp16(x), np.array(list(table.values()), np.float32))
 
     @given(x=hnp.arrays(np.float32, 20, elements=st.floats(-65504, 65504, width=32)))
     def test_relative_error(self, x: np.ndarray) -> None:
@@ -368,11 +371,11 @@ class TestSqnr:
         assert sqnr_db([[1.0], [10.0]], [1.0, 0.1]).shape == (2, 2)
 
     def test_of_arrays(self) -> None:
-        r = np.float32([3, 4])
+        r = np.array([3, 4], np.float32)
         assert sqnr_db_of(r, r) == math.inf
-        assert sqnr_db_of(r, np.float32([3, 4.5])) == 20.0
-        assert sqnr_db_of(r, np.float32([3, math.inf])) == -math.inf
-        assert math.isnan(sqnr_db_of(r, np.float32([3, math.nan])))
+        assert sqnr_db_of(r, np.array([3, 4.5], np.float32)) == 20.0
+        assert sqnr_db_of(r, np.array([3, math.inf], np.float32)) == -math.inf
+        assert math.isnan(sqnr_db_of(r, np.array([3, math.nan], np.float32)))
         with pytest.raises(DataError, match="shape"):
             sqnr_db_of(r, np.zeros(3, np.float32))
 

@@ -307,7 +307,7 @@ def test_an_int8_producer_rounds_its_output_itself(rounded: Any) -> None:
 
 
 def test_one_output_feeds_several_graphs(tmp_path: Path) -> None:
-    content = {
+    content: dict[str, Any] = {
         "graphs": {"encoder": "encoder.onnx", "a": "decoder.onnx", "b": "decoder.onnx"},
         "wires": ["encoder:emb -> a:image", "encoder:emb->b:image"],
     }

@@ -147,7 +147,7 @@ def test_sessions_borrow_them(large: Graph) -> None:
     assert set(packed.weights) == {"w0", "w1", "w2", "w3", "k"}
     assert len(packed.data) < 16_000
     for name, array in packed.weights.items():
-        assert np.shares_memory(array, constant(large.value[name]))  # type: ignore[arg-type]
+        assert np.shares_memory(array, constant(large.value[name]))
     session = OrtSession(large.model)
     assert session.input_names == ("x",)
     feeds = inputs(1)[0]
@@ -166,7 +166,7 @@ def test_the_reverse_pass_borrows_them_too(large: Graph) -> None:
     floats = [w for m in (adjoint.primal, *(h.model for h in adjoint.heads)) for w in m.weights.values()]
     floats = [w for w in floats if w.dtype == np.float32 and w.ndim == 2]
     assert len(floats) >= 8  # forward and back
-    assert all(any(np.shares_memory(w, o) for o in own) for w in floats)  # type: ignore[arg-type]
+    assert all(any(np.shares_memory(w, o) for o in own) for w in floats)
     assert max(len(m.data) for m in (adjoint.primal, *(h.model for h in adjoint.heads))) < 300_000
 
 
@@ -251,7 +251,7 @@ def test_programs_share_them(large: Graph) -> None:
     parts = divide(whole.model, program)
     for graph, name in ((whole.model, "second/w0"), (parts["first"], "w0")):
         array = constant(graph.graph.initializers[name])
-        assert np.shares_memory(array, constant(large.value["w0"]))  # type: ignore[arg-type]
+        assert np.shares_memory(array, constant(large.value["w0"]))
     feeds = inputs(1)[0]
     y = OrtSession(large.model).run(feeds)["y"]
     expected = OrtSession(large.model).run({"x": y})["y"]

@@ -218,7 +218,7 @@ def test_control_flow(save: Save) -> None:
 @pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "DynamicQuantizeLinear"])
 def test_quantized_models(save: Save, op: str) -> None:
     with pytest.raises(ModelError, match=f"quantized already.*{op}.*float model"):
-        graph.load(save(build([node(op, ["x", "s"], ["y"])], {"x": [1, 3]}, constants={"s": np.float32(1)})))
+        graph.load(save(build([node(op, ["x", "s"], ["y"])], {"x": [1, 3]}, constants={"s": np.array(1, np.float32)})))
 
 
 def test_random_numbers_and_training_mode(save: Save) -> None:
@@ -229,7 +229,7 @@ def test_random_numbers_and_training_mode(save: Save) -> None:
     with pytest.raises(ModelError, match=r"training mode.*BatchNormalization"):
         graph.load(save(build([norm], {"x": [1, 3, 4]}, constants=terms)))
     drop = build([node("Dropout", ["x", "r", "t"], ["y"], name="drop")], {"x": [1, 3]}, ranks=2,
-                 constants={"r": np.float32(0.5), "t": np.array(True)})  # fmt: skip
+                 constants={"r": np.array(0.5, np.float32), "t": np.array(True)})  # fmt: skip
     with pytest.raises(ModelError, match=r"training mode.*'drop'"):
         graph.load(save(drop))
     masked = build([node("Dropout", ["x"], ["y", "mask"], name="masked")], {"x": [1, 3]}, ranks=2)
@@ -475,7 +475,7 @@ def test_identities_and_dropout(save: Save) -> None:
         node("Dropout", ["x"], ["kept"]),
     ]
     outputs = ["y", "z", "same", "kept"]
-    path = save(build(nodes, {"x": [1, 3]}, outputs, {"ratio": np.float32(0.5)}, ranks=2))
+    path = save(build(nodes, {"x": [1, 3]}, outputs, {"ratio": np.array(0.5, np.float32)}, ranks=2))
     net = graph.load(path)
     assert sorted(ops(net)) == ["Identity", "Identity", "Identity", "Relu"]
     assert net.node["relu"].outputs[0].name == "y"
@@ -641,7 +641,7 @@ def test_ceil_mode_agrees_with_the_runtime(save: Save, op: str, size: int) -> No
 
 @pytest.mark.parametrize("broken", [{"pads": [0, 0]}, {"strides": [0, 1]}, {"kernel_shape": [2]}])
 def test_broken_pools_are_refused(save: Save, broken: dict[str, list[int]]) -> None:
-    given = {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1, **broken}
+    given: dict[str, Any] = {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1, **broken}
     with pytest.raises(ModelError):
         graph.load(save(build([node("MaxPool", ["x"], ["y"], **given)], {"x": [1, 1, 6, 6]}, ranks=4)))
 

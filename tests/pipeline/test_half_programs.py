@@ -14,7 +14,7 @@ from tests.pipeline.test_programs import axes, decibels, random_feeds, run
 import bitalloy as api
 from bitalloy.core.records import HALF, Precision
 from bitalloy.measure.sqnr import artefact_sqnr
-from bitalloy.pipeline import prepare
+from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.cast import specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
@@ -31,7 +31,7 @@ def analyses(
     promptable: Path, language: Path, drawn: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Any]:
     """(program, target) -> analysis; both targets from the same passes."""
-    found = {}
+    found: dict[tuple[str, str], Any] = {}
     for name, folder, labels in (
         ("promptable", promptable, "instances.json"),
         ("language", language, "questions.jsonl"),

@@ -16,7 +16,7 @@ from PIL import Image
 import bitalloy as api
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
-from bitalloy.pipeline import prepare
+from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.tasks.chat import IDS, open_chat
@@ -37,10 +37,11 @@ def random_feeds(graph: Graph, rng: np.random.Generator) -> dict[str, np.ndarray
     """Normal numbers, ones for integers, and positions in order."""
     feeds: dict[str, np.ndarray] = {}
     for spec in graph.info.inputs:
+        shape = [int(d) for d in spec.shape]
         if spec.dtype == "FLOAT":
-            feeds[spec.name] = rng.standard_normal(spec.shape).astype(np.float32)
+            feeds[spec.name] = rng.standard_normal(shape).astype(np.float32)
         else:
-            feeds[spec.name] = np.ones(spec.shape, np.int64)
+            feeds[spec.name] = np.ones(shape, np.int64)
     if "position_ids" in feeds:
         feeds["position_ids"] = np.arange(feeds["position_ids"].size)[None]
     return feeds

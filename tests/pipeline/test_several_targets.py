@@ -20,7 +20,7 @@ from bitalloy.sensitivity.measuring import confirm
 from bitalloy.targets import TARGETS
 
 NAMES = ("ort-cpu", "tensorrt", "ort-cuda")
-QUICK = {"samples": 4, "probes": 4, "calibration_samples": 4}
+QUICK: dict[str, Any] = {"samples": 4, "probes": 4, "calibration_samples": 4}
 FILES = {"mixed.onnx", "plan.json", "units.json", "cost.json", "summary.json", "report.html", "sensitivity.json"}
 
 
@@ -114,10 +114,17 @@ def test_the_network_is_analysed_once(inputs: Any, monkeypatch: pytest.MonkeyPat
     """All runs of the float network and its adjoint, counted where they happen."""
     from bitalloy.runtime.ort import OrtSession
 
-    counts = []
-    plain, values = OrtSession.run, OrtSession.run_values
-    monkeypatch.setattr(OrtSession, "run", lambda self, feeds: counts.append(1) or plain(self, feeds))
-    monkeypatch.setattr(OrtSession, "run_values", lambda self, f, o: counts.append(1) or values(self, f, o))
+    counts: list[int] = []
+
+    def counted(run: Any) -> Any:
+        def count(*arguments: Any) -> Any:
+            counts.append(1)
+            return run(*arguments)
+
+        return count
+
+    for name in ("run", "run_values"):
+        monkeypatch.setattr(OrtSession, name, counted(getattr(OrtSession, name)))
     found = []
     for targets in (NAMES[:1], NAMES):
         counts.clear()

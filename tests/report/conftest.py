@@ -26,7 +26,7 @@ from bitalloy.core.records import (
     UnitGraph,
     WeightSite,
 )
-from bitalloy.report import render
+from bitalloy.report.render import render
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.core.records import Offset
+from bitalloy.core.records import Offset, UnitGraph
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.heads import find_heads
@@ -84,8 +84,8 @@ def scaled(program: Joined) -> Joined:
 def test_scaled_float_graphs_compute_the_same_at_any_size(program: Joined) -> None:
     changed = scaled(program)
     models = shipped(changed, apply(changed, _units(changed), frozenset(), {}, ORT_CPU).model)
-    gains = [m.graph.initializers["gain"].const_value.numpy() for m in (models["first"], program.opened["first"])]  # type: ignore[union-attr]
-    assert not np.array_equal(*gains)
+    one, other = (m.graph.initializers["gain"].const_value.numpy() for m in (models["first"], program.opened["first"]))  # type: ignore[union-attr]
+    assert not np.array_equal(one, other)
     for count in (COUNT, 9):
         np.testing.assert_allclose(run(models, rows(count)), given(program, rows(count)), rtol=1e-4, atol=1e-4)
 
@@ -112,5 +112,5 @@ def test_rounded_graphs_with_corrected_biases_are_the_same_with_open_sizes(progr
     assert opened["first"].graph.inputs[0].shape[1] == "rows"  # type: ignore[index]
 
 
-def _units(graph: Joined):  # type: ignore[no-untyped-def]
+def _units(graph: Joined) -> UnitGraph:
     return split(graph, ORT_CPU, find_heads(graph))

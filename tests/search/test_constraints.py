@@ -150,6 +150,8 @@ def test_limits_together_say_what_is_in_reach(problem) -> None:
     budget = Budget(latency_ratio=0.3, head_sqnr_db={problem.matrix.heads[0]: 25.0})
     with pytest.raises(BitalloyError, match="within the other limits") as error:
         search(problem, budget)
-    named = float(re.search(r"is ([\d.]+)x of float", str(error.value))[1])
+    said = re.search(r"is ([\d.]+)x of float", str(error.value))
+    assert said is not None
+    named = float(said[1])
     found = search(problem, msgspec.structs.replace(budget, latency_ratio=named + 0.01))
     assert found.predicted_latency_us <= (named + 0.01) * problem.latency_us(frozenset()) + 1e-6

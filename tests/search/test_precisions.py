@@ -133,4 +133,5 @@ def test_estimated_cost_is_the_arithmetic_that_it_says(problem: Problem) -> None
     assert cost["e"].fp16_us == pytest.approx(2 * (read + made) / 1e3 + 0.5) and cost["e"].int8_us is None
     alone = problem.latency_us(frozenset({f"e{HALF}"})) - problem.latency_us(frozenset())
     casts = (read + made) * 6 / 1e3  # one on each side, 4 + 2 bytes an element
+    assert cost["e"].fp16_us is not None
     assert alone == pytest.approx(cost["e"].fp16_us - cost["e"].fp32_us + casts)

@@ -168,7 +168,7 @@ def _stopped(*arguments, **named):
 
 
 def test_twenty_plans_of_a_large_network() -> None:
-    script = [sys.executable, ROOT / "benchmarks" / "search_time.py", "--units", "60"]
+    script = [sys.executable, str(ROOT / "benchmarks" / "search_time.py"), "--units", "60"]
     shown = subprocess.run(script, capture_output=True, text=True, check=True)
     figures = json.loads(shown.stdout.splitlines()[-1])
     assert figures["plans"] >= 20 and figures["same"] and figures["solved"] and figures["gap"] <= 0.03

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
         sites = units.rounded(frozenset({unit.id}))
         reached |= {u.node for e in units.edges if {e.id, e.id + AGAIN} & sites for u in e.uses}
         for node in graph.nodes:  # in topological order
-            if any(v and v.producer() and name_of(v.producer()) in reached for v in node.inputs):
+            makers = (v.producer() for v in node.inputs if v is not None)
+            if any(name_of(maker) in reached for maker in makers if maker is not None):
                 reached.add(name_of(node))
         ran.clear()
         walk.run(place.board.gates(sites))
@@ -154,6 +156,7 @@ def test_rounding_a_weight_is_the_model_with_the_rounded_weight(place: Place) ->
         for site in unit.weights:
             node = ready.graph.node[site.node]
             weight = constant(node.inputs[site.slot])
+            assert weight is not None and site.axis is not None
             params = weight_params(ready.target, node, site)
             shape = [1] * weight.ndim
             shape[site.axis] = -1
@@ -362,7 +365,7 @@ def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any,
     spec, names = image_spec(model), class_names(model.metadata)
     assert spec is not None
     float_, rounded = (
-        evaluate_detection(lambda f, g=g: board.run(f, g), spec, inputs.labels, limit=4, names=names)
+        evaluate_detection(partial(board.run, gates=g), spec, inputs.labels, limit=4, names=names)
         for g in (board.gates(()), board.gates(ready.units.rounded(frozenset({unit}))))
     )
     assert (table.reference, table.rows[0].value) == (float_.ap, rounded.ap)

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.micro import build
+from tests.micro import Node, build
 
 from bitalloy.core.records import HALF, Precision, TensorRange
 from bitalloy.model.heads import find_heads
@@ -22,7 +22,7 @@ SHAPES = {"x": (1, 2, 4, 4)}
 
 
 def chain(path, w1: np.ndarray, w2: np.ndarray):
-    nodes = [("Conv", ("x", "w1"), "c1", {}), ("Conv", ("c1", "w2"), "y", {})]
+    nodes: list[Node] = [("Conv", ("x", "w1"), "c1", {}), ("Conv", ("c1", "w2"), "y", {})]
     out = (1, w2.shape[0], 4, 4)
     return build(path, nodes, {"x": (1, w1.shape[1], 4, 4)}, ("y", out), {"w1": w1, "w2": w2})
 
@@ -122,7 +122,9 @@ def test_int8_of_other_devices_is_computed_as_written() -> None:
     """All weights and values at the ends of int8: kernels that add pairs of products in 16 bits would saturate."""
     random = np.random.default_rng(0)
     weight = random.choice([-127, 127], (64, 8)).astype(np.int8)
-    scale, zero = numpy_helper.from_array(np.float32(0.01), "s"), numpy_helper.from_array(np.int8(0), "z")
+    scale, zero = (
+        numpy_helper.from_array(np.array(value), name) for value, name in ((np.float32(0.01), "s"), (np.int8(0), "z"))
+    )
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
@@ -133,6 +135,6 @@ def test_int8_of_other_devices_is_computed_as_written() -> None:
     constants = [scale, zero, numpy_helper.from_array(weight, "w")]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
     model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
-    x = random.choice(np.float32([-1.27, 1.27]), (4, 64))
+    x = random.choice(np.array([-1.27, 1.27], np.float32), (4, 64))
     found = AS_WRITTEN.open(ir.serde.deserialize_model(model)).run({"x": x})["y"]
     np.testing.assert_allclose(found, x.astype(np.float64) @ (0.01 * weight.astype(np.float64)), atol=1e-3)

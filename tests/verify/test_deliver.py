@@ -15,7 +15,7 @@ from bitalloy.core.planned import Measured, Metrics
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.measure.bench import unsteadiness
-from bitalloy.runtime.artefact import ONLY
+from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
