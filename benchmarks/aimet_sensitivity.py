@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import aimet_onnx
 import numpy as np
@@ -114,7 +115,7 @@ def main() -> None:
     Path(job["result"]).write_text(json.dumps(result))
 
 
-def cut(value: np.ndarray, head: dict) -> np.ndarray:
+def cut(value: np.ndarray, head: dict[str, Any]) -> np.ndarray:
     """The part of an output that belongs to a head."""
     if head["axis"] is None:
         return value

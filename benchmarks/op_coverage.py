@@ -24,6 +24,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -123,7 +124,7 @@ def oracles(
     in_float64(double.graph)
     try:
         reference = ReferenceEvaluator(double)
-        ways.append((1e-6, lambda x: reference.run(list(outputs), {varied: x.astype(np.float64)})))
+        ways.append((1e-6, lambda x: list(reference.run(list(outputs), {varied: x.astype(np.float64)}))))
     except Exception:
         pass
     options = ort.SessionOptions()
@@ -235,7 +236,7 @@ def reason(error: BitalloyError) -> str:
     return next((short for key, short in known.items() if key in str(error)), " ".join(str(error).split()[:4]))
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """A tensor as an array; of a type that numpy lacks, as it is."""
     known = isinstance(value, onnx.TensorProto) and value.data_type in (FLOAT, DOUBLE)
     if known or not isinstance(value, onnx.TensorProto):

@@ -84,6 +84,7 @@ def nncf_model(job: Mapping[str, Any], *, scope: bool, control: bool) -> tuple[d
         """AP50-95 of a compiled model on some of the images: all for a decision, single ones to rank operators."""
         started = time.perf_counter()
         entries = tuple(images)
+        assert labels is not None
         value = average_precision(lambda feed: {"output": compiled(feed)[0]}, labels, entries, feeds.spec)
         calls.append(time.perf_counter() - started)
         if len(entries) > 1:
@@ -91,10 +92,11 @@ def nncf_model(job: Mapping[str, Any], *, scope: bool, control: bool) -> tuple[d
         return value, None
 
     def feed_of(entry: LabelledImage) -> np.ndarray:
+        assert labels is not None
         return image_feed(labels.open_image(entry), feeds.spec)[0]
 
     start = Clock()
-    if control:
+    if labels is not None:
         quantized = nncf.quantize_with_accuracy_control(
             model,
             nncf.Dataset(feeds),

@@ -59,7 +59,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     units = split(model, device, heads)
     name, shape = model.info.inputs[0].name, model.info.inputs[0].shape
     random = np.random.default_rng(options.seed)
-    feeds = {name: random.random(shape, dtype=np.float32)}
+    feeds = {name: random.random([int(d) for d in shape], dtype=np.float32)}
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter([feeds])).ranges("minmax")
     session = OrtSession(model.to_bytes())

@@ -48,7 +48,7 @@ class Drawing:
     def unit(self, kind: str, block: int, inputs: list[str], elements: int) -> str:
         """Add a unit that reads tensors; returns the tensor that it makes."""
         name = f"/model.{block}/{kind}.{len(self.units)}"
-        weights = ()
+        weights: tuple[WeightSite, ...] = ()
         if kind == "Conv":
             count = int(self._random.choice([4_608, 18_432, 73_728]))
             weights = (WeightSite(tensor=f"{name}.weight", node=name, slot=1, axis=0, elements=count),)

@@ -37,6 +37,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -140,7 +141,9 @@ class Yardstick:
         return mean
 
 
-def aimet_result(options: argparse.Namespace, job: dict, feeds: list[dict[str, np.ndarray]]) -> dict:
+def aimet_result(
+    options: argparse.Namespace, job: dict[str, Any], feeds: list[dict[str, np.ndarray]]
+) -> dict[str, Any]:
     """AIMET's result, from the file of an earlier run of the same job where there is one."""
     digest = hashlib.sha256(options.model.read_bytes())
     digest.update(json.dumps(job, sort_keys=True).encode())
@@ -159,14 +162,14 @@ def aimet_result(options: argparse.Namespace, job: dict, feeds: list[dict[str, n
         files = []
         for index, sample in enumerate(feeds):
             files.append(str(Path(folder) / f"{index}.npz"))
-            np.savez(files[-1], **sample)
+            np.savez(files[-1], **sample)  # type: ignore[arg-type]
         found = {"job": key, **run_aimet(options.aimet_python, {**job, "feeds": files}, options.model, Path(folder))}
     if options.reuse is not None:
         options.reuse.write_text(json.dumps(found))
     return found
 
 
-def run_aimet(python: Path, job: dict, model: Path, folder: Path) -> dict:
+def run_aimet(python: Path, job: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
     """AIMET's result."""
     job = {**job, "model": str(model.resolve())}
     (folder / "job.json").write_text(json.dumps({**job, "result": str(folder / "result.json")}))
@@ -270,7 +273,7 @@ def main() -> None:
     seconds, size = theirs["analysis_seconds"], len(theirs["operators"])
     passes = seconds / theirs["float_pass_seconds"]
 
-    def against(damages: dict[str, np.ndarray]) -> dict:
+    def against(damages: dict[str, np.ndarray]) -> dict[str, Any]:
         found = {}
         for label, chosen in (("compared", same), ("same_quantizers", strict)):
             rows = [[decibel(t[n]) for n in chosen] for t in (aimet, damages)]

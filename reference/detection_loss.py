@@ -34,7 +34,7 @@ class Assignment(NamedTuple):
     """(B, A, 4) xyxy of that label."""
     scores: Tensor
     """(B, A, K) soft targets, 0 for background."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides `tuple.index`, which nobody calls
     """(B, A) which of the M labels."""
 
 

@@ -82,8 +82,8 @@ def evaluate_language(program: Path, folder: Path, *, count: int = VALIDATION_IM
     known = interface(outline.open_inputs, outline.free_outputs, outline.facts, program)
     side = int(known.inputs[0].shape[-1])
     folder = shapes.write_coco(folder, count=count, size=side, split="val")
-    graphs = [OrtSession(program / f"{name}.onnx").run for name in ("vision", "embedding", "decoder")]
-    models = {"float": chat.join(*graphs, cache_size(outline.open_inputs))}
+    vision, embed, decode = (OrtSession(program / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
+    models = {"float": chat.join(vision, embed, decode, cache_size(outline.open_inputs))}
     scores: dict[str, Any] = {"val_images": count, "notes": []}
     for labels in ("questions.jsonl", "captions.json"):
         result = language.TASK.evaluate(models, language.open_language(folder / labels, known))

@@ -119,7 +119,9 @@ def look_around(tower: Any) -> None:
 def chat() -> Chat:
     """The conversation that `bitalloy.tasks` has with the model."""
     image = ImageSpec(input="pixel_values", height=SIDE, width=SIDE, mean=MEAN, std=DEVIATION)
-    return Chat(read_pieces(PIECES), image)
+    pieces = read_pieces(PIECES)
+    assert pieces is not None
+    return Chat(pieces, image)
 
 
 @cache
@@ -249,17 +251,17 @@ def answers(student: Any, features: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     states = language.model(
         inputs_embeds=vectors, attention_mask=mask, position_ids=places, use_cache=False
     ).last_hidden_state[:, start:]
-    kind, truth = torch.from_numpy(what), torch.from_numpy(target)
-    chosen = kind > 0
+    kinds, truth = torch.from_numpy(what), torch.from_numpy(target)
+    chosen = kinds > 0
     logits = language.lm_head(states[chosen]).float()
     each = F.cross_entropy(logits, truth[chosen], reduction="none")
-    polar = kind[chosen] == 1
-    first = polar & (truth[chosen] != chat().tokenizer.eos)
-    right = (logits[first].argmax(-1) == truth[chosen][first]).float().mean().item()
+    yes_or_no = kinds[chosen] == 1
+    opening_word = yes_or_no & (truth[chosen] != chat().tokenizer.eos)
+    right = (logits[opening_word].argmax(-1) == truth[chosen][opening_word]).float().mean().item()
     asked_for = torch.from_numpy(early)
     told = student.cells(states[asked_for > 0]).float().gather(1, asked_for[asked_for > 0][:, None] - 1)[:, 0]
     known = F.binary_cross_entropy_with_logits(told, torch.from_numpy(there)[asked_for > 0].float())
-    return each[polar].mean() * 2, each[~polar].mean(), known, right
+    return each[yes_or_no].mean() * 2, each[~yes_or_no].mean(), known, right
 
 
 def published(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ def train(recipe: Recipe, work: Path, *, seed: int, stages: Stages) -> None:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent, history = state["step"], state["seconds"], state["history"]
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = sum(count for _, count in stages)
     schedule = ",".join(f"{side}:{count}" for side, count in stages)
     loader = DataLoader(

@@ -19,8 +19,12 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from tests.cnn import Case, observed
+from tests.small_programs import write_language, write_promptable
 
-from bitalloy.cli.main import main, out_console
+from bitalloy.cli.console import out_console
+from bitalloy.cli.main import main
+from bitalloy.core.records import UnitGraph
 from bitalloy.samples import shapes
 
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -38,7 +42,7 @@ class Network:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
 
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"{kind.lower()}{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=f"/{name}/{kind}", **attributes))
         return name
@@ -67,11 +71,11 @@ class Network:
         self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]
     ) -> onnx.ModelProto:
         """The network with the results in `outputs` renamed: result -> shape."""
-        specs = [
+        reads, makes = (
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in values.items()]
             for values in (inputs, outputs)
-        ]
-        graph = helper.make_graph(self._nodes, "tiny", *specs, self._constants)
+        )
+        graph = helper.make_graph(self._nodes, "tiny", reads, makes, self._constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.checker.check_model(model)
         return model
@@ -299,3 +303,31 @@ def bitalloy(here: Path) -> Process:
 @pytest.fixture
 def inside(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inside:
     return Inside(here, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The small network of `tests/cnn.py` with ranges observed by running it."""
+    return observed(tmp_path_factory.mktemp("cnn") / "cnn.onnx")
+
+
+@pytest.fixture(scope="session")
+def case_units(case: Case) -> UnitGraph:
+    """Units of the small network."""
+    return case.units
+
+
+@pytest.fixture(scope="session")
+def promptable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_promptable(tmp_path_factory.mktemp("promptable"))
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language(tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten drawn scenes with labels of all tasks."""
+    return shapes.write_coco(tmp_path_factory.mktemp("drawn") / "set", count=10, seed=0, size=64, split="train")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+Module: Any = torch.nn.Module
 nn, F = torch.nn, torch.nn.functional
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.parametrize("dialect", ["script", "export"])]
 Array = np.ndarray[Any, Any]
@@ -31,7 +32,7 @@ def heads(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head attention between two sequences, with an optional bias on the scores."""
 
     def __init__(self, dim: int, count: int, inner: int | None = None) -> None:
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
-class ChannelNorm(nn.Module):
+class ChannelNorm(Module):
     """LayerNorm over the channels of an image, written out."""
 
     def __init__(self, dim: int) -> None:
@@ -58,7 +59,7 @@ class ChannelNorm(nn.Module):
         return self.weight[:, None, None] * x + self.bias[:, None, None]
 
 
-class Segmenter(nn.Module):
+class Segmenter(Module):
     """A detector's head of YOLO11-seg: detections with mask coefficients, and prototypes through a ConvTranspose."""
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class Segmenter(nn.Module):
         return torch.cat([found, coefficients], 1), self.proto(x)
 
 
-class SegFormer(nn.Module):
+class SegFormer(Module):
     """Two stages with overlapping patches, attention on a reduced sequence, Mix-FFN, and the all-MLP decoder."""
 
     def __init__(self) -> None:
@@ -115,7 +116,7 @@ class SegFormer(nn.Module):
         return self.classify(self.fuse(torch.cat(levels[::-1], 1)))
 
 
-class Encoder(nn.Module):
+class Encoder(Module):
     """MobileSAM's image encoder: convolutions with folded norms and GELU, padded windows of attention with biases."""
 
     def __init__(self) -> None:
@@ -149,7 +150,7 @@ class Encoder(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class PromptDecoder(nn.Module):
+class PromptDecoder(Module):
     """SAM's prompt encoder and mask decoder: Fourier features, two-way attention, upscaling, hypernetworks."""
 
     def __init__(self) -> None:
@@ -185,7 +186,7 @@ class PromptDecoder(nn.Module):
         return (weights @ upscaled.view(b, c, h * w)).view(b, -1, h, w), self.score(queries[:, 0])
 
 
-class VisionTower(nn.Module):
+class VisionTower(Module):
     """CLIP's vision tower with the fused attention of torch, and the projector LDPv2."""
 
     def __init__(self) -> None:
@@ -213,7 +214,7 @@ class VisionTower(nn.Module):
         return (x + self.peg(x)).flatten(2).transpose(1, 2)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Module):
     """A Llama layer with cache: RMSNorm written out, rotary positions, grouped keys, causal mask, SwiGLU."""
 
     def __init__(self) -> None:
@@ -250,7 +251,7 @@ class LanguageModel(nn.Module):
         return self.head(self.rms(x, self.last)), keys, values
 
 
-class Norms(nn.Module):
+class Norms(Module):
     """What other networks have: instance and group norms, einsum, top-k, index reads and writes, unfolded sums."""
 
     def __init__(self) -> None:
@@ -272,7 +273,7 @@ def images(*shape: int) -> Tensor:
     return torch.rand(shape) * 2 - 1
 
 
-CASES = {
+CASES: dict[str, tuple[Any, Any]] = {
     "yolo11-seg": (Segmenter, lambda: [images(1, 3, 64, 64)]),
     "segformer": (SegFormer, lambda: [images(1, 3, 32, 32)]),
     "mobilesam-encoder": (Encoder, lambda: [images(1, 3, 16, 16)]),

@@ -170,7 +170,8 @@ def test_windows_of_one_tensor(rig: Any, micro: Any, tap: Any, data: st.DataObje
 
 @pytest.mark.parametrize(("bounds", "ops"), [([0, 2, 5, 6], {"Concat"}), ([0, 2, 2, 6], {"Concat"}), ([0, 3], {"Pad"})])
 def test_windows_that_tile_are_concatenated(rig: Any, micro: Any, tap: Any, bounds: list[int], ops: set[str]) -> None:
-    x, nodes, constants = normal(2, 6), [], {}
+    x, nodes = normal(2, 6), []
+    constants: dict[str, np.ndarray] = {}
     spans = [(a, b) for a, b in pairwise(bounds) if a < b]
     for i, (start, stop) in enumerate(spans):
         constants |= {f"b{i}": ints(start), f"e{i}": ints(stop), "axis": ints(1)}
@@ -221,7 +222,8 @@ def test_steps_stop_the_gradient(rig: Any, micro: Any, tap: Any, op: str) -> Non
     x, v = normal(3), normal(2, 3)
     net = rig.load(micro([node(op, ["x"], ["s"]), node("Mul", ["s", "x"], ["y"])], {"x": x}, {"y": np.float32}))
     a = rig.run(net, {"x": x}, [tap("x", np.ones(3), name="x")], {"y": v})["y"]["x"]
-    step = {"Floor": np.floor, "Ceil": np.ceil, "Round": np.round, "Sign": np.sign}[op](x)
+    steps: dict[str, Any] = {"Floor": np.floor, "Ceil": np.ceil, "Round": np.round, "Sign": np.sign}
+    step = steps[op](x)
     np.testing.assert_allclose(a, v @ step, rtol=1e-5)
 
 

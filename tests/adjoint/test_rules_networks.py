@@ -125,9 +125,10 @@ def test_small_detector(rig: Any, tap: Any, seed: int) -> None:
     model = Net(seed).detector()
     x, e = rng.standard_normal((2, 1, 3, 16, 16)).astype(np.float32)
     v = rng.standard_normal((3, 1, 6, 80)).astype(np.float32)
-    reference, step = ReferenceEvaluator(in_float64(model)), 1e-5
-    outputs = [reference.run(None, {"x": x.astype(np.float64) + s * e})[0] for s in (step, -step)]
-    change = (outputs[0] - outputs[1]) / (2 * step)
+    reference: Any = ReferenceEvaluator(in_float64(model))
+    step = 1e-5
+    (plus,), (minus,) = (reference.run(None, {"x": x.astype(np.float64) + s * e}) for s in (step, -step))
+    change = (plus - minus) / (2 * step)
     a = rig.run(rig.load(model), {"x": x}, [tap("x", e, name="x")], {"y": v})["y"]["x"]
     np.testing.assert_allclose(a, (v * change).sum((1, 2, 3)), rtol=1e-3)
 
@@ -154,9 +155,11 @@ def test_small_detector_at_tensors_inside(rig: Any, tap: Any) -> None:
         bent.graph.input.add().CopyFrom(onnx.helper.make_tensor_value_info("error", 11, error.shape))
         if name == "y":
             bent.graph.output[0].name = "bent"
-        reference = ReferenceEvaluator(bent)
-        plus, minus = (reference.run(None, {"x": x.astype(np.float64), "error": s * error.astype(np.float64)})[0]
-                       for s in (step, -step))  # fmt: skip
+        reference: Any = ReferenceEvaluator(bent)
+        (plus,), (minus,) = (
+            reference.run(None, {"x": x.astype(np.float64), "error": s * error.astype(np.float64)})
+            for s in (step, -step)
+        )
         expected = (v[0] * (plus - minus)).sum() / (2 * step)
         np.testing.assert_allclose(a[name][0], expected, rtol=1e-3, atol=1e-5)
 

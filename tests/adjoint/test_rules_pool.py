@@ -150,9 +150,10 @@ def test_resize(rig: Any, mode: str, options: dict[str, Any], coordinates: str, 
     for size, out in SIZES:
         x, empty = normal(1, 2, *size), np.zeros(0, np.float32)
         scales = np.array([1, 1, *(o / s for o, s in zip(out, size, strict=True))], np.float32)
-        target = [scales * np.float32(1.04)] if scaled else [None, np.array([1, 2, *out], np.int64)]
+        target: list[np.ndarray | None] = [None, np.array([1, 2, *out], np.int64)]
         if scaled:
-            target[0][:2] = 1
+            scales[2:] *= np.float32(1.04)
+            target = [scales]
         rig.check("Resize", x, empty, *target, mode=mode, coordinate_transformation_mode=coordinates, linear=True,
                   opset=19 if coordinates == "half_pixel_symmetric" else 13, **options)  # fmt: skip
 
@@ -160,12 +161,13 @@ def test_resize(rig: Any, mode: str, options: dict[str, Any], coordinates: str, 
 @pytest.mark.parametrize(("size", "out"), SIZES, ids=str)
 def test_resize_like_torch(rig: Any, size: tuple[int, ...], out: tuple[int, ...]) -> None:
     target = [np.zeros(0, np.float32), None, np.array([1, 2, *out], np.int64)]
-    for mode, name, options in [
+    ways: list[tuple[str, str, dict[str, Any]]] = [
         ("nearest", "nearest", {"nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}),
         ("linear", "bilinear", {"coordinate_transformation_mode": "pytorch_half_pixel"}),
         ("linear", "bilinear", {"coordinate_transformation_mode": "align_corners"}),
         ("cubic", "bicubic", {"coordinate_transformation_mode": "pytorch_half_pixel", "cubic_coeff_a": -0.75}),
-    ]:
+    ]
+    for mode, name, options in ways:
         corners = True if options["coordinate_transformation_mode"] == "align_corners" else None
 
         def run(torch: Any, x: Any, name: str = name, corners: bool | None = corners) -> Any:

@@ -14,7 +14,7 @@ from bitalloy.core.outcome import Comparison, HeadComparison, LatencySpread, Met
 from bitalloy.core.plans import Budget, Choice, CostTable, HeadDamage, ParetoPoint, Plan, UnitCost
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, Precision, Sensitivity, SensitivityTable
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.report import render
+from bitalloy.report.render import render
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 

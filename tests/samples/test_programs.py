@@ -98,7 +98,7 @@ def test_yes_and_no_follow_the_image() -> None:
     """Straight from the logits, on new scenes: the likelier of the two words, by the tokens in the file alone."""
     folder = zoo.resolve(SPEAKING).path
     vision, embedding, decoder = (OrtSession(folder / f"{n}.onnx") for n in ("vision", "embedding", "decoder"))
-    talk = language.open_chat(interface_of(folder))
+    talk = chat.open_chat(interface_of(folder))
     yes, no = (talk.tokenizer.encode(word)[0] for word in ("yes", "no"))
     right = []
     for index in range(60):
@@ -127,8 +127,8 @@ def test_yes_and_no_follow_the_image() -> None:
 def test_answers_are_measured_by_the_task(tmp_path: Path) -> None:
     folder = zoo.resolve(SPEAKING).path
     known = interface_of(folder)
-    graphs = (OrtSession(folder / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
-    run = chat.join(*graphs, cache_size(read_outline(folder).open_inputs))
+    vision, embed, decode = (OrtSession(folder / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
+    run = chat.join(vision, embed, decode, cache_size(read_outline(folder).open_inputs))
     drawn = write_coco(tmp_path / "val", count=40, size=96)
     data = language.open_language(drawn / "questions.jsonl", known)
     found = {m.name: m.values["float"].value for m in language.TASK.evaluate({"float": run}, data).metrics}

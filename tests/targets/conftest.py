@@ -1,14 +1,16 @@
 """Small graphs, one for each numbered case of a target, and the text of what becomes of them.
 
-A case is a graph in ONNX's text form; inputs called w... are random constants. Ranges are those of one random sample.
-Everything runs in the lowest precision that it may take, but for the cases in `PLANS`.
+A case is a graph in ONNX's text form; inputs called w... are random constants. Ranges are those of one random sample,
+to three digits. Everything runs in the lowest precision that it may take, but for the cases in `PLANS`. Nothing in a
+text depends on the processor that it is made on: `PAIR_LIMIT` stands for what a target would read from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,10 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], frozenset[str]]] = {
     ("tensorrt", "case2-residual"): UnitGraph.quantizable,
     ("tensorrt", "case6-half-beside-int8"): lambda units: frozenset({"/c/Conv", f"/d/Conv{HALF}", "/y/Conv"}),
 }
+PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
+"""Pair limit of the targets whose own one depends on the processor."""
+SMALL = 16
+"""Largest number of elements of a constant that a text prints; of others it prints a hash."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,15 @@ class Rewritten:
     model: ir.Model
     feeds: Mapping[str, np.ndarray]
     target: Target
+    ranges: Mapping[str, tuple[float, float]]
 
     @property
     def artefact(self) -> Artefact:
         return Artefact({ONLY: self.model}, runtime=self.target.runtime)
 
 
-def rewrite(name: str, case: str, folder: Path) -> Rewritten:
-    """Make a case's model, split it for the target and rewrite it."""
+def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewritten:
+    """Make a case's model, split it for the target with a pair limit and rewrite it."""
     text = re.sub(r"[ \n]+", " ", CASES[name][case])
     model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> tiny {text}')
     generator = np.random.default_rng(0)
@@ -139,20 +146,20 @@ def rewrite(name: str, case: str, folder: Path) -> Rewritten:
     for node in model.graph.node:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, folder / "case.onnx")
-    graph, device = load(folder / "case.onnx"), target(name)
+    graph, device = load(folder / "case.onnx"), replace(target(name), pair_limit=pair_limit)
     units = split(graph, device, find_heads(graph))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     found = collect(graph.model, [t for t in graph.value if t in tensors], [feeds]).ranges("minmax")
-    ranges = {tensor: (float(low), float(high)) for tensor, (low, high) in found.items()}
+    ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
     lowered = PLANS.get((name, case), UnitGraph.lowest)(units)
     made = apply(graph, units, lowered, ranges, device)
-    return Rewritten(graph, units, lowered, made.model, feeds, device)
+    return Rewritten(graph, units, lowered, made.model, feeds, device, ranges)
 
 
 def as_text(made: Rewritten) -> str:
-    """Units with their reasons, then the rewritten nodes in order; constants by type and shape, and halves marked."""
+    """Units with their reasons, then the rewritten nodes in order, with their constants; halves are marked."""
     lines = []
     for unit in made.units.units:
         formats = "/".join(unit.allowed) + (f" ({unit.reason})" if unit.reason else "")
@@ -168,12 +175,35 @@ def _operand(value: ir.Value | None) -> str:
     if value is None:
         return ""
     array = constant(value)
-    return str(value.name) if array is None else f"{array.dtype}{list(array.shape)}"
+    return str(value.name) if array is None else _constant(array)
+
+
+def _constant(array: np.ndarray) -> str:
+    """Type and shape, then the values with all their digits, equal ones once; of many values the hash."""
+    kind = f"{array.dtype}{list(array.shape)}"
+    if array.size and (array == array.flat[0]).all():
+        return f"{kind} {array.flat[0]!s}"
+    if array.size > SMALL:
+        return f"{kind} #{hashlib.sha256(array.tobytes()).hexdigest()[:8]}"
+    return f"{kind} {' '.join(str(v) for v in array.ravel())}"
+
+
+class Rewrite:
+    """Makes cases, with the pair limit of `PAIR_LIMIT` where no other is given."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+
+    def __call__(self, name: str, case: str) -> Rewritten:
+        return self.limited(name, case, PAIR_LIMIT.get(name))
+
+    def limited(self, name: str, case: str, pair_limit: int | None) -> Rewritten:
+        return rewrite(name, case, self._factory.mktemp("case"), pair_limit)
 
 
 @pytest.fixture(name="rewrite", scope="session")
-def rewrite_fixture(tmp_path_factory: pytest.TempPathFactory):
-    return lambda name, case: rewrite(name, case, tmp_path_factory.mktemp("case"))
+def rewrite_fixture(tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
+    return Rewrite(tmp_path_factory)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -184,5 +214,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(name="as_text", scope="session")
-def as_text_fixture():
+def as_text_fixture() -> Callable[[Rewritten], str]:
     return as_text

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from tests.definition import asymmetric, per_channel, root, symmetric
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import HALF, Precision
 from bitalloy.model.heads import find_heads
+from bitalloy.model.load import attribute, constant
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified
@@ -35,6 +38,45 @@ def test_rewritten_model_is_valid_and_close_to_float(rewrite: Rewrite, name: str
     assert found.dtype == np.float32
     noise = np.square(found - exact).sum() / np.square(exact).sum()
     assert 1e-9 < noise < 2e-2
+
+
+def test_scales_are_those_of_the_definitions(rewrite: Rewrite, name: str, case: str) -> None:
+    """Each from the range of its tensor; where that has none, from the range before operators that move data."""
+    made = rewrite(name, case)
+    original = onnx.load_model_from_string(made.graph.to_bytes())
+    grid = symmetric if name == "tensorrt" else asymmetric
+    for node in (n for n in made.model.graph if n.op_type == "QuantizeLinear"):
+        rounded, maker = node.inputs[0], node.inputs[0].producer()
+        while maker is not None and maker.op_type == "Cast":
+            rounded, maker = maker.inputs[0], maker.inputs[0].producer()
+        name = str(rounded.name)
+        expected = grid(*made.ranges[name if name in made.ranges else root(original, name)])
+        for parameter, value in ((expected.scale, node.inputs[1]), (expected.zero, node.inputs[2])):
+            np.testing.assert_array_equal(array_of(value), parameter, strict=True)
+
+
+def test_weights_are_those_of_the_definitions(rewrite: Rewrite, name: str, case: str) -> None:
+    """Of the operators that have an INT8 weight, each channel from its largest weight, or from its largest pair."""
+    made = rewrite(name, case)
+    for node in made.model.graph:
+        stored = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        if stored is None or stored.op_type != "DequantizeLinear" or constant(stored.inputs[0]) is None:
+            continue
+        weight = array_of(made.graph.node[str(node.name)].inputs[1])
+        products = {"MatMul": 1, "Gemm": 0 if attribute(node, "transB", 0) else 1, "ConvTranspose": 1}
+        axis = products.get(node.op_type, 0)
+        depthwise = node.op_type == "Conv" and weight.shape[1] == 1
+        expected = per_channel(weight, axis, None if depthwise else made.target.pair_limit)
+        found = [array_of(value) for value in stored.inputs]
+        assert attribute(stored, "axis", 1) == axis
+        for value, parameter in zip(found, (expected.integers(weight), expected.scale, expected.zero), strict=True):
+            np.testing.assert_array_equal(value, parameter, strict=True)
+
+
+def array_of(value: ir.Value | None) -> np.ndarray:
+    array = constant(value)
+    assert array is not None
+    return array
 
 
 @pytest.mark.parametrize("case", ["case1-conv", "case1-transposed-gemm", "case2-residual"])

@@ -48,7 +48,7 @@ def test_a_model_finds_its_task(
 
 def test_what_is_observed_survives_storage() -> None:
     rng = np.random.default_rng(0)
-    seen = [
+    seen: list[dict[str, np.ndarray]] = [
         {"boxes": rng.random((k, 4)).astype(np.float32), "scores": rng.random(k), "of": np.array(80)} for k in (3, 0, 1)
     ]
     found = unpack(pack(seen))

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.programs.conftest import sentencepiece_model, write_tokenizer
+from tests.small_programs import sentencepiece_model, write_tokenizer
 
 from bitalloy.core.errors import ModelError
 from bitalloy.tasks.pieces import read_pieces

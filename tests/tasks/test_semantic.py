@@ -154,7 +154,7 @@ def slow_scores(labels: list[np.ndarray], predictions: list[np.ndarray], classes
 def test_confusion_and_miou_equal_slow_loops(rng: np.random.Generator) -> None:
     labels = [rng.choice([0, 1, 2, 5, 255], (13, 7)).astype(np.uint8) for _ in range(3)]
     predictions = [rng.choice([0, 1, 3, 5], (13, 7)) for _ in range(3)]  # 2 is never found, 3 never labelled, 4 neither
-    total = sum(confusion(a, b, 6) for a, b in zip(labels, predictions, strict=True))
+    total = np.sum([confusion(a, b, 6) for a, b in zip(labels, predictions, strict=True)], axis=0)
     for row in range(6):
         for column in range(6):
             assert total[row, column] == sum(

@@ -20,9 +20,10 @@ from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import Remote
 
 torch = pytest.importorskip("torch")
+Module: Any = torch.nn.Module
 
 
-class Block(torch.nn.Module):
+class Block(Module):
     """A module that is pickled as a whole."""
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ from bitalloy.zoo.base import Protection
 from bitalloy.zoo.exporting import Facts, Signature, export_graph
 
 torch = pytest.importorskip("torch")
+Module: Any = torch.nn.Module
 
 SIGNATURE = Signature(inputs=("x",), outputs=("y",))
 FACTS = Facts(
@@ -30,7 +31,7 @@ FACTS = Facts(
 )
 
 
-class Net(torch.nn.Module):
+class Net(Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.trunk = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(2))
@@ -65,7 +66,7 @@ def test_regions_and_facts_are_in_the_file_and_survive_loading(tmp_path: Path) -
     paths = {regions.region_id(regions.path_of(n)) for n in loaded.nodes if n.op_type == "Gemm"}
     assert paths == {"encoder/stage 0", "encoder/stage 1", "head"}  # a module without words keeps its own path
     assert loaded.metadata["bitalloy.family"] == "family"
-    assert json.loads(loaded.metadata["bitalloy.model.heads"]) == ["y"]
+    assert json.loads(loaded.metadata["bitalloy.heads"]) == ["y"]
     assert json.loads(loaded.metadata["bitalloy.shapes"]) == {"x": [1, 8]}
     assert json.loads(loaded.metadata["bitalloy.protect"])[0]["pattern"] == "*/head/*"
 

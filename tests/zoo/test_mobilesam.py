@@ -67,8 +67,9 @@ def test_decoder_equals_the_predictor_of_kornia(
     with torch.no_grad():
         sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
         want = sam.mask_decoder.predict_masks(embeddings, sam.prompt_encoder.get_dense_pe(), sparse, dense)
-    given = {"points": POINTS, "labels": LABELS} if points else {}
-    coords, labels = mobilesam.prompts((1024, 1024), **given, **({"box": BOX} if boxes is not None else {}))
+    given: dict[str, Any] = {"points": POINTS, "labels": LABELS} if points else {}
+    given |= {"box": BOX} if boxes is not None else {}
+    coords, labels = mobilesam.prompts((1024, 1024), **given)
     feeds = {"image_embeddings": embeddings.numpy(), "point_coords": coords, "point_labels": labels}
     got = onnx_run(exported.graphs["decoder"], feeds)
     for name, tensor in zip(("low_res_masks", "iou_predictions"), want, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_missing_package_gives_the_install_line(tmp_path: Path, monkeypatch: pyt
         zoo.export("mobilesam", checkpoint="random", folder=tmp_path)
 
 
-def fields(family: Family) -> dict[str, object]:
+def fields(family: Family) -> dict[str, Any]:
     return {name: getattr(family, name) for name in Family.__slots__}
 
 
@@ -119,7 +120,8 @@ def test_counts_of_mobilevlm_are_those_of_the_networks(size: str) -> None:
     from bitalloy.zoo.networks import mobilevlm as networks
 
     (variant,) = (v for v in (*mobilevlm.VARIANTS, mobilevlm.SHAPES) if v.name == size)
-    numbers, side = dict(variant.architecture), variant.size[0]
+    numbers: dict[str, Any] = dict(variant.architecture)
+    side = variant.size[0]
     with torch.device("meta"), torch.no_grad():
         vision = networks.Vision(mobilevlm.clip(numbers, side), numbers["hidden_size"]).eval()
         decoder = networks.Decoder(mobilevlm.llama(numbers)).eval()

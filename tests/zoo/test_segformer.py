@@ -22,7 +22,7 @@ from bitalloy.zoo.base import Options
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"hidden_sizes": (8, 16, 20, 32), "depths": (1, 1, 2, 1), "decoder_hidden_size": 24}
+SIZES: dict[str, Any] = {"hidden_sizes": (8, 16, 20, 32), "depths": (1, 1, 2, 1), "decoder_hidden_size": 24}
 TINY = replace(segformer.VARIANTS[0], name="tiny", size=(64, 64), architecture=SIZES)
 CLASSES = 7
 

@@ -35,7 +35,7 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that leave every element of a Sigmoid as it is."""
 KL = " KL"
 """Ending of the names of heads that measure a divergence."""
-COUNTED = "bitalloy.model.heads"
+COUNTED = "bitalloy.heads"
 """Metadata key of the outputs that count, as JSON; an empty list for all."""
 LEAST_SIZE = 1.0
 """Pixels; smaller boxes count as this large."""

@@ -130,7 +130,7 @@ def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
     texts = {
         "bitalloy.family": facts.family,
         "bitalloy.variant": facts.variant,
-        "bitalloy.model.heads": json.dumps(facts.heads),
+        "bitalloy.heads": json.dumps(facts.heads),
         "bitalloy.shapes": json.dumps(facts.shapes),
         "bitalloy.image": json.dumps(facts.image),
         "bitalloy.protect": json.dumps(

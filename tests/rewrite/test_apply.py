@@ -1,0 +1,206 @@
+"""The rewritten model against the definitions in `tests/definition.py` and against ONNX Runtime's own fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from tests.cnn import Case
+from tests.definition import Simulation, asymmetric, orders, pair_sums, per_channel, root
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import Graph, constant, load
+from bitalloy.rewrite.apply import TAG, apply
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.sensitivity.exact import Switchboard
+from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
+
+LIMITED = replace(ORT_CPU, pair_limit=128)
+LIMITS = pytest.mark.parametrize("pair_limit", [128, None])
+
+
+def rewritten(case: Case, int8: Iterable[str], pair_limit: int | None = 128) -> bytes:
+    device = replace(ORT_CPU, pair_limit=pair_limit)
+    return apply(case.graph, case.units, frozenset(int8), case.ranges, device).to_bytes()
+
+
+def test_nothing_in_int8_is_the_identity(case: Case) -> None:
+    before = case.graph.to_bytes()
+    y = OrtSession(rewritten(case, ())).run(case.feeds[0])["y"]
+    assert np.array_equal(y, OrtSession(before).run(case.feeds[0])["y"])
+    assert case.graph.to_bytes() == before
+
+
+@LIMITS
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_plan_computes_what_the_definitions_say(
+    case: Case, simulation: Simulation, pair_limit: int | None, data: st.DataObject
+) -> None:
+    """Executed as written, the artefact rounds what the plan names, where and as the specification says."""
+    plan = data.draw(st.sets(st.sampled_from(sorted(case.units.quantizable()))))
+    outputs = {name: [str(v.name) for v in node.outputs] for name, node in case.graph.node.items()}
+    chosen = [u for u in case.units.units if u.id in plan]
+    integer = [{*u.core, *u.tail} for u in chosen]
+    made = {u.root for u in chosen} | {edge.tensor for u in chosen for edge in u.inner}
+    made |= {name for u in chosen for node in u.tail for name in outputs[node]}
+    model = rewritten(case, plan, pair_limit)
+    for feeds in case.feeds[:2]:
+        found = OrtSession(model, optimize=False).run(feeds)["y"]
+        np.testing.assert_array_equal(found, simulation.run(feeds, integer, made, pair_limit))
+
+
+@LIMITS
+def test_constants_are_those_of_the_definitions(case: Case, pair_limit: int | None) -> None:
+    model = onnx.load_model_from_string(rewritten(case, case.units.quantizable(), pair_limit))
+    original = onnx.load_model_from_string(case.graph.to_bytes())
+    values = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    floats = {i.name: numpy_helper.to_array(i) for i in original.graph.initializer}
+    makers = {name: n for n in model.graph.node for name in n.output}
+    entered = {}
+    for node in (n for n in model.graph.node if n.op_type == "QuantizeLinear"):
+        grid = asymmetric(*case.ranges[root(original, node.input[0])])
+        same(values[node.input[1]], grid.scale)
+        same(values[node.input[2]], grid.zero)
+        entered[node.output[0]] = grid
+    layers = {n.name: n for n in original.graph.node if n.op_type == "Conv"}
+    for node in (n for n in model.graph.node if n.op_type == "Conv"):
+        x, w, *b = (makers[name] for name in node.input)
+        weight = floats[layers[node.name].input[1]]
+        grid = per_channel(weight, 0, None if weight.shape[1] == 1 else pair_limit)
+        for name, expected in zip(w.input, (grid.integers(weight), grid.scale, grid.zero), strict=True):
+            same(values[name], expected)
+        for bias in b:
+            steps = entered[x.input[0]].scale * grid.scale
+            integers = np.rint(floats[layers[node.name].input[2]] / steps.astype(np.float64)).astype(np.int32)
+            for name, expected in zip(bias.input, (integers, steps, np.zeros_like(integers)), strict=True):
+                same(values[name], expected)
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected, strict=True)
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_any_plan_keeps_the_interface_and_equals_the_switched_network(
+    case: Case, board: Switchboard, data: st.DataObject
+) -> None:
+    """The artefact, executed without fusion, must round exactly the sites that the plan names and no others."""
+    plan = frozenset(data.draw(st.sets(st.sampled_from(sorted(case.units.quantizable())))))
+    model = onnx.load_model_from_string(rewritten(case, plan))
+    onnx.checker.check_model(model)
+    assert [i.name for i in model.graph.input] == ["x"]
+    assert [o.name for o in model.graph.output] == ["y"]
+    found = OrtSession(model.SerializeToString(), optimize=False).run(case.feeds[0])["y"]
+    expected = board.run(case.feeds[0], board.gates(case.units.rounded(plan)))["y"]
+    exact = OrtSession(case.graph.to_bytes()).run(case.feeds[0])["y"]
+    error = np.square(found - exact).sum()
+    # biases are int32 in the artefact and float on the board: a few roundings at half a step fall the other way
+    assert np.square(found - expected).sum() <= 0.06 * error + 1e-10 * np.square(exact).sum()
+
+
+def test_runtime_fuses_all_int8_units_into_integer_kernels(case: Case, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(rewritten(case, case.units.quantizable()), options, providers=["CPUExecutionProvider"])
+    kernels = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kernels.count("QLinearConv") == 5
+    assert "Conv" not in kernels and "FusedConv" not in kernels
+    assert {"QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearConcat"} <= set(kernels)
+    assert "Relu" not in kernels
+
+
+def test_fused_kernels_do_not_saturate(case: Case) -> None:
+    """Extreme weights: the fused model must equal the unfused one, which has no 16-bit sums."""
+    model = onnx.load(case.path)
+    for weight in model.graph.initializer:
+        if weight.name == "w1":
+            extreme = np.where(numpy_helper.to_array(weight) > 0, 0.4, -0.4).astype(np.float32)
+            weight.CopyFrom(numpy_helper.from_array(extreme, "w1"))
+    graph: Graph = case.graph
+    changed = graph.clone()
+    value = changed.graph.initializers["w1"]
+    value.const_value = ir.tensor(
+        numpy_helper.to_array(next(w for w in model.graph.initializer if w.name == "w1")), name="w1"
+    )
+    assert constant(value) is not None
+    extreme_graph = Graph(graph.info, changed, graph.source)
+    ranges = {**case.ranges, "r1": (0.0, 30.0), "c1": (-30.0, 30.0)}
+    data = apply(extreme_graph, case.units, frozenset({"/body/cv1/Conv"}), ranges, LIMITED).to_bytes()
+    fused = OrtSession(data).run(case.feeds[0])["y"]
+    plain = OrtSession(data, optimize=False).run(case.feeds[0])["y"]
+    exact = OrtSession(extreme_graph.to_bytes()).run(case.feeds[0])["y"]
+    assert np.square(fused - plain).sum() < 0.05 * np.square(plain - exact).sum()
+
+
+def test_quantized_weights_respect_the_pair_limit(case: Case) -> None:
+    model = onnx.load_model_from_string(rewritten(case, case.units.quantizable(), 128))
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("weight_int8") and "/dw/" not in tensor.name:
+            for rows in orders(numpy_helper.to_array(tensor), 0):
+                assert pair_sums(rows).max() <= 128
+
+
+def test_nodes_carry_their_unit(case: Case) -> None:
+    model = apply(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
+    units = {u.id for u in case.units.units}
+    assert all(n.metadata_props.get(TAG) in units | {"bitalloy.border"} for n in model.graph)
+
+
+def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case: Case, tmp_path: Path) -> None:
+    """Renaming tensors changes no number."""
+    foreign = {
+        "w1": "x/scale",
+        "w2": "c0/zero_point",
+        "b1": "/body/cv1/Conv/weight_int8",
+        "b3": "/body/cv1/Conv/bias_int32",
+        "c2": "a0/quantized",
+        "m0": "sum/dequantized",
+        "up": "/body/cv1/Conv/weight_int8/dequantized",
+    }
+    model = onnx.load(case.path)
+    for node in model.graph.node:
+        node.input[:] = [foreign.get(name, name) for name in node.input]
+        node.output[:] = [foreign.get(name, name) for name in node.output]
+    for weight in model.graph.initializer:
+        weight.name = foreign.get(weight.name, weight.name)
+    onnx.save(model, tmp_path / "renamed.onnx")
+    graph = load(tmp_path / "renamed.onnx")
+    units = split(graph, ORT_CPU, find_heads(graph))
+    ranges = {foreign.get(name, name): limits for name, limits in case.ranges.items()}
+    found = apply(graph, units, units.quantizable(), ranges, LIMITED).to_bytes()
+    expected = rewritten(case, case.units.quantizable())
+    assert np.array_equal(OrtSession(found).run(case.feeds[0])["y"], OrtSession(expected).run(case.feeds[0])["y"])
+
+
+def test_unknown_and_forbidden_units_are_refused(case: Case) -> None:
+    with pytest.raises(BitalloyError, match="does not have"):
+        rewritten(case, {"nothing"})
+    with pytest.raises(BitalloyError, match="must stay float"):
+        rewritten(case, {"/head/Concat"})
+
+
+@pytest.fixture(scope="module")
+def simulation(case: Case) -> Simulation:
+    return Simulation(onnx.load_model_from_string(case.graph.to_bytes()), case.ranges)
+
+
+@pytest.fixture(scope="module")
+def board(case: Case) -> Switchboard:
+    return Switchboard(case.graph, Recipe(case.units, LIMITED, case.ranges))

@@ -1,0 +1,157 @@
+"""What patterns of a budget do to units, and to the search."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+import numpy as np
+import pytest
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.plans import Budget, CostTable, Keep, UnitCost
+from bitalloy.core.records import Precision, Secant
+from bitalloy.search.choice import search
+from bitalloy.search.constraints import constrain
+from bitalloy.search.planning import operators_of
+from bitalloy.search.program import Problem
+from bitalloy.sensitivity.matrix import ProbeMatrix
+
+
+def keep(*texts: str) -> tuple[Keep, ...]:
+    return tuple(Keep(precision=Precision(t.partition(":")[0]), pattern=t.partition(":")[2]) for t in texts)
+
+
+def narrowed(case, *texts: str):
+    return constrain(case.units, keep(*texts), operators_of(case.graph)).units
+
+
+def fixed(units, precision: Precision) -> set[str]:
+    """Units that a pattern decided."""
+    return {u.id for u in units.units if u.allowed == (precision,) and u.reason.startswith("kept in")}
+
+
+@pytest.fixture(scope="module")
+def problem(case) -> Problem:
+    """Tables in which INT8 halves the time of every unit and every site does the same damage."""
+    units = case.units
+    sites = sorted(frozenset[str]().union(*(units.rounded(frozenset({u})) for u in units.quantizable())))
+    sites = sorted({*sites, *units.rounded(units.quantizable())})
+    rows = np.random.default_rng(0).standard_normal((4, 2, len(sites))).astype(np.float32) * 1e-2
+    heads = tuple(h.name for h in case.heads)
+    matrix = ProbeMatrix(
+        heads,
+        tuple(sites),
+        tuple(rows for _ in heads),
+        tuple(np.square(rows) for _ in heads),
+        np.ones((4, len(heads))),
+    )
+    whole = tuple(float(d) for d in matrix.damage(matrix.select(sites)).mean(axis=0))
+    secant = Secant(heads=heads, fractions=(1.0,), damage=(whole,), linear=whole, samples=4)
+    free = units.quantizable()
+    cost = CostTable(
+        target="ort-cpu",
+        device="none",
+        threads=1,
+        units=tuple(
+            UnitCost(unit=u.id, fp32_us=100.0, int8_us=50.0 if u.id in free else None, fp32_bytes=400, int8_bytes=100)
+            for u in units.units
+        ),
+        border_us_per_element=0.0,
+        border_us=5.0,
+        fixed_us=10.0,
+        float_us=1000.0,
+        int8_us=500.0,
+        residual_percent=1.0,
+    )
+    return Problem(units, matrix, secant, cost, 10_000)
+
+
+def test_a_pattern_finds_units_by_region_node_kind_and_operator(case) -> None:
+    by_id = {u.id: u for u in case.units.units}
+    free = case.units.quantizable()
+    assert fixed(narrowed(case, "fp32:body"), Precision.FP32) == {
+        u for u in by_id if "/body/" in u and by_id[u].region.startswith("body")
+    }
+    assert fixed(narrowed(case, "fp32:/body/cv1/Relu"), Precision.FP32) == {
+        u.id for u in case.units.units if "/body/cv1/Relu" in (*u.core, *u.tail)
+    }
+    convolutions = {u.id for u in case.units.units if any("Conv" in n for n in u.core)}
+    assert fixed(narrowed(case, "int8:Conv"), Precision.INT8) == convolutions & free
+    assert fixed(narrowed(case, "fp32:*"), Precision.FP32) == set(by_id)
+
+
+def test_the_last_pattern_holds_and_says_so(case) -> None:
+    units = narrowed(case, "fp32:body", "int8:/body/cv1/*")
+    inner = {u.id for u in units.units if u.id.startswith("/body/cv1/")}
+    assert inner and fixed(units, Precision.INT8) == inner & case.units.quantizable()
+    assert not fixed(units, Precision.FP32) & inner
+    assert all("int8:/body/cv1/*" in u.reason for u in units.units if u.id in fixed(units, Precision.INT8))
+    rest = next(u for u in units.units if u.id in fixed(units, Precision.FP32))
+    assert "fp32:body" in rest.reason and rest.weights == () and rest.inner == ()
+
+
+def test_numbers_of_a_range(case) -> None:
+    """`{0..1}` names what both numbers name, and no third."""
+    one = fixed(narrowed(case, "fp32:/body/cv{0..1}/*"), Precision.FP32)
+    assert one == fixed(narrowed(case, "fp32:/body/cv1/*"), Precision.FP32) != set()
+    with pytest.raises(BitalloyError, match="matches no unit"):
+        narrowed(case, "fp32:/body/cv{2..9}/*")
+    with pytest.raises(BitalloyError, match=re.escape("{9..2}")):
+        narrowed(case, "fp32:/body/cv{9..2}/*")
+
+
+def test_what_cannot_be_is_refused_with_the_reason(case) -> None:
+    with pytest.raises(BitalloyError, match=r"Close to it: .*body"):
+        narrowed(case, "fp32:bodi")
+    refused = next(u for u in case.units.units if u.id not in case.units.quantizable())
+    with pytest.raises(BitalloyError, match=re.escape(refused.id)) as error:
+        narrowed(case, f"int8:{refused.id}")
+    assert refused.reason and refused.reason in str(error.value)
+    with pytest.raises(BitalloyError, match="FP16"):
+        narrowed(case, "fp16:body")
+
+
+def test_a_region_in_int8_leaves_what_cannot_and_says_why(case) -> None:
+    units = narrowed(case, "int8:head")
+    unable = [u for u in units.units if u.region.startswith("head") and u.id not in case.units.quantizable()]
+    assert unable and all("INT8 was asked for (int8:head)" in u.reason for u in unable)
+
+
+def test_every_plan_of_the_search_holds_them(case, problem) -> None:
+    units = narrowed(case, "fp32:/body/cv1/*", "int8:/stem/*")
+    forced, barred = fixed(units, Precision.INT8), fixed(units, Precision.FP32)
+    assert forced and barred & case.units.quantizable()
+    free = search(problem, Budget(latency_ratio=0.8))
+    bound = Problem(units, problem.matrix, problem.secant, problem.cost, problem.float_bytes)
+    plan = search(bound, Budget(latency_ratio=0.8))
+    for chosen in (plan.int8_units(), *(frozenset(p.int8_units) for p in plan.pareto)):
+        assert forced <= chosen and not barred & chosen
+    assert plan.predicted_latency_us <= 0.8 * problem.latency_us(frozenset()) + 1e-6
+    assert bound.total(plan.int8_units()) >= problem.total(free.int8_units()) * (1 - 1e-9)
+    reasons = {c.unit: c.reason for c in plan.choices}
+    assert all("as asked (int8:/stem/*); alone it leaves" in reasons[u] for u in forced)
+    assert all("as asked (fp32:/body/cv1/*)" in reasons[u] for u in barred)
+
+
+def test_floors_of_single_heads_hold(problem) -> None:
+    heads = problem.matrix.heads
+    plain = search(problem, Budget(min_sqnr_db=15.0))
+    strict = search(problem, Budget(min_sqnr_db=15.0, head_sqnr_db={heads[0]: 30.0}))
+    assert problem.damage(strict.int8_units())[0] <= 10**-3.0
+    assert problem.damage(plain.int8_units())[0] > 10**-3.0
+    assert strict.predicted_latency_us > plain.predicted_latency_us
+    with pytest.raises(BitalloyError, match=f"floor on 'nose'.*{heads[0]}"):
+        search(problem, Budget(head_sqnr_db={"nose": 10.0}))
+
+
+def test_limits_together_say_what_is_in_reach(problem) -> None:
+    """And that is accepted when it is asked for."""
+    budget = Budget(latency_ratio=0.3, head_sqnr_db={problem.matrix.heads[0]: 25.0})
+    with pytest.raises(BitalloyError, match="within the other limits") as error:
+        search(problem, budget)
+    said = re.search(r"is ([\d.]+)x of float", str(error.value))
+    assert said is not None
+    named = float(said[1])
+    found = search(problem, msgspec.structs.replace(budget, latency_ratio=named + 0.01))
+    assert found.predicted_latency_us <= (named + 0.01) * problem.latency_us(frozenset()) + 1e-6

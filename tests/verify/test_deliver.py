@@ -1,0 +1,110 @@
+"""What a measurement does to the plan, and what the summary makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+
+import bitalloy
+from bitalloy.core.outcome import LatencySpread, Triple
+from bitalloy.core.planned import Measured, Metrics
+from bitalloy.core.plans import Budget
+from bitalloy.core.records import Estimate, Latency
+from bitalloy.measure.bench import unsteadiness
+from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.search.program import GAP
+from bitalloy.verify import rounds
+from bitalloy.verify.summary import summarize
+
+FLOOR_DB = 5.0
+SIZES = {ONLY: Triple(reference=1, int8=1, mixed=1)}
+NO_METRICS = Metrics(metrics={}, confidence_shift={})
+
+
+def timed(median_ms: float, p10_ms: float | None = None) -> Latency:
+    return Latency(median_ms=median_ms, p10_ms=p10_ms or median_ms, p90_ms=2 * median_ms, count=40)
+
+
+def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None) -> Measured:
+    """Good SQNR of all heads, and the mixed model at `ratio` of float's 10 ms."""
+    good = tuple(Estimate(value=30.0, low=29.0, high=31.0) for _ in analysis.heads)
+    latency = LatencySpread(reference=timed(10.0, p10_ms), int8=timed(8.0), mixed=timed(10.0 * ratio))
+    return Measured(latency=latency, sqnr_lowest=good, sqnr_mixed=good, float32=good)
+
+
+@pytest.fixture(scope="module")
+def analysis(inputs: Any) -> Any:
+    model = bitalloy.load(inputs.classifier)
+    data = bitalloy.open_data(model, inputs.images)
+    return bitalloy.analyze(model, data, bitalloy.Settings(samples=2, probes=2, calibration_samples=2))
+
+
+@pytest.fixture(scope="module")
+def planned(analysis: Any) -> Any:
+    """A plan of all units at half of float's time, as a table says in which everything in INT8 is fast."""
+    table = bitalloy.measure_cost(analysis)
+    fast = tuple(c if c.int8_us is None else msgspec.structs.replace(c, fp32_us=10.0, int8_us=4.0) for c in table.units)
+    table = msgspec.structs.replace(table, units=fast, fixed_us=0.0, border_us=0.1, border_us_per_element=0.0)
+    return bitalloy.plan(analysis, Budget(min_sqnr_db=FLOOR_DB), table=table)
+
+
+def test_a_plan_above_the_floor_that_is_slower_than_float_is_searched_again(analysis: Any, planned: Any) -> None:
+    budget = Budget(min_sqnr_db=FLOOR_DB)
+    assert planned.predicted_ratio < 0.8
+    following = rounds.following(analysis.units, budget, budget, planned, measured(analysis, 1.4))
+    assert following is not None
+    asked, table = following
+    again = bitalloy.plan(analysis, asked, table=table)
+    assert again.plan.int8_units() != planned.plan.int8_units()
+    assert again.predicted_ratio <= 1.0 + GAP  # of the solver
+    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.9)) is None
+
+
+def test_time_that_a_limit_leaves_buys_accuracy(analysis: Any, planned: Any) -> None:
+    budget = Budget(latency_ratio=0.8)
+    following = rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.6))
+    assert following is not None and following[1] is planned.cost
+    assert following[0].latency_ratio == pytest.approx(0.8 * 0.8 / 0.6, rel=1e-3)
+    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.78)) is None
+    floor = Budget(latency_ratio=0.8, min_sqnr_db=FLOOR_DB)
+    assert rounds.following(analysis.units, floor, floor, planned, measured(analysis, 0.6)) is None
+    too_slow = rounds.following(analysis.units, following[0], budget, planned, measured(analysis, 0.95))
+    assert too_slow is not None and too_slow[0].latency_ratio == 0.8 and too_slow[1] is not planned.cost
+
+
+def test_a_size_budget_may_cost_time(analysis: Any, planned: Any) -> None:
+    budget = Budget(size_bytes=10**9)
+    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 1.4)) is None
+
+
+@pytest.mark.parametrize(("p10_ms", "busy"), [(9.0, False), (0.7, True)])
+def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p10_ms: float, busy: bool) -> None:
+    found = measured(analysis, 0.12, p10_ms=p10_ms)
+    summary = summarize(analysis, planned, SIZES, found, NO_METRICS, (), {})
+    assert any("machine was busy" in note for note in summary.notes) == busy
+    assert (unsteadiness(found.latency.reference) > 10) == busy
+
+
+def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any) -> None:
+    everything = tuple(msgspec.structs.replace(c, precision=bitalloy.Precision.FP32) for c in planned.plan.choices)
+    plan = msgspec.structs.replace(planned.plan, choices=everything)
+    idle = bitalloy.Planned(plan, planned.cost)
+    summary = summarize(analysis, idle, SIZES, measured(analysis, 0.12), NO_METRICS, (), {})
+    assert "NOT faster" in summary.headline
+
+
+def test_a_file_with_two_nodes_of_one_name_is_measured(inside: Any, inputs: Any, here: Path) -> None:
+    """Valid ONNX, but the runtime refuses it as it is."""
+    model = onnx.load(inputs.classifier)
+    for node in model.graph.node:
+        node.name = "same"
+    onnx.checker.check_model(model)
+    onnx.save(model, here / "same.onnx")
+    with pytest.raises(bitalloy.ModelError, match="same node name"):
+        OrtSession(here / "same.onnx")
+    inside.run(here / "same.onnx", "--data", inputs.images, "--max-drop-db", 5).succeeded()
