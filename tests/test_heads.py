@@ -104,8 +104,8 @@ def test_what_the_metadata_leaves_out_is_no_head(tmp_path: Path) -> None:
     nodes = [last("Tanh", "logits"), helper.make_node("Relu", ["t"], ["cache"], name="other")]
     for metadata, want in (
         ({}, ["logits", "cache"]),
-        ({"bitalloy.model.heads": '["cache"]'}, ["cache"]),
-        ({"bitalloy.model.heads": '["absent"]'}, ["logits", "cache"]),
+        ({"bitalloy.heads": '["cache"]'}, ["cache"]),
+        ({"bitalloy.heads": '["absent"]'}, ["logits", "cache"]),
         ({"bitalloy.family": "segformer"}, ["logits", "logits KL"]),
         ({"bitalloy.family": "mobilesam"}, ["logits", "cache"]),  # knows neither
         ({"bitalloy.family": "unknown"}, ["logits", "cache"]),

@@ -65,7 +65,7 @@ def test_regions_and_facts_are_in_the_file_and_survive_loading(tmp_path: Path) -
     paths = {regions.region_id(regions.path_of(n)) for n in loaded.nodes if n.op_type == "Gemm"}
     assert paths == {"encoder/stage 0", "encoder/stage 1", "head"}  # a module without words keeps its own path
     assert loaded.metadata["bitalloy.family"] == "family"
-    assert json.loads(loaded.metadata["bitalloy.model.heads"]) == ["y"]
+    assert json.loads(loaded.metadata["bitalloy.heads"]) == ["y"]
     assert json.loads(loaded.metadata["bitalloy.shapes"]) == {"x": [1, 8]}
     assert json.loads(loaded.metadata["bitalloy.protect"])[0]["pattern"] == "*/head/*"
 

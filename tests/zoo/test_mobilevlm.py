@@ -158,7 +158,7 @@ def test_regions_heads_and_protected_parts(exported: Exported) -> None:
     assert regions["/model/layers.1/self_attn/q_proj/MatMul"] == "LM/layer 1/attention/q_proj"
     assert regions["/model/layers.0/mlp/down_proj/MatMul"] == "LM/layer 0/MLP/down_proj"
     assert regions["/lm_head/MatMul"] == "LM/head"
-    assert json.loads(loaded.metadata["bitalloy.model.heads"]) == ["logits"]
+    assert json.loads(loaded.metadata["bitalloy.heads"]) == ["logits"]
     assert [n for n in regions if any(fnmatchcase(n, p.pattern) for p in mobilevlm.PROTECT)] == ["/lm_head/MatMul"]
     vision = {region_id(path_of(n)) for n in graph.load(exported.graphs["vision"]).nodes}
     assert {

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
-from bitalloy.model.read import TAG
+from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Kernel, Reopener
 from bitalloy.runtime.optimized import Rewritten, match
@@ -83,7 +83,7 @@ class Timed:
 
 
 def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
-    """Rename nodes and tensors, in place; the models must lie in memory and carry their units (`values.TAG`)."""
+    """Rename nodes and tensors, in place; the models must lie in memory and carry their units (`metadata.TAG`)."""
     ids = tuple(units)
     index = {unit: i for i, unit in enumerate(ids)}
     made: dict[str, int] = {}

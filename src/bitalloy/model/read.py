@@ -8,11 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-TAG = "bitalloy.unit"
-"""Metadata key of a rewritten model's nodes: the unit that each belongs to, or BORDER."""
-BORDER = "bitalloy.border"
-"""In place of a unit: rounding of a float tensor on its way into INT8 units."""
-
 FULL_SLOTS = {"Resize": (1, 2)}
 """Operator -> inputs that stay float32 where the others are FP16, as ONNX defines it."""
 

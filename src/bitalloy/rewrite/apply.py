@@ -29,8 +29,8 @@ from bitalloy.core.errors import BitalloyError, ModelError
 from bitalloy.core.records import HALF, Offset, Placement, Precision, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats.affine import QuantParams, bias_int32, quantize
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
-from bitalloy.model.read import BORDER, bias_slot, namer
-from bitalloy.model.read import TAG as TAG
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import bias_slot, namer
 from bitalloy.model.weights import pack, save, to_bytes
 from bitalloy.rewrite.cast import halve
 from bitalloy.targets.base import Target, weight_params

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.read import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import FULL_SLOTS, constant, consumers, is_float, name_of, namer
 
 Fresh = Callable[[str], str]
 """Makes a name that no tensor of the model has."""

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from bitalloy.core.errors import ModelError
 from bitalloy.model.graphs.joining import rename
 from bitalloy.model.graphs.wiring import Program
-from bitalloy.model.read import BORDER, TAG, consumers, is_float, name_of, namer
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import consumers, is_float, name_of, namer
 from bitalloy.rewrite.cast import Fresh, cast, is_border
 
 ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})

@@ -21,7 +21,8 @@ import onnx
 import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
-from bitalloy.model.read import TAG, constant, name_of, namer
+from bitalloy.model.metadata import TAG
+from bitalloy.model.read import constant, name_of, namer
 from bitalloy.model.weights import pack
 from bitalloy.rewrite.cast import computed, halve, is_border
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Precision, UnitGraph
-from bitalloy.model.graphs.joining import PROTECT
 from bitalloy.model.load import Graph
+from bitalloy.model.metadata import PROTECT
 from bitalloy.sensitivity.matrix import ProbeMatrix
 
 SHARE = 0.01

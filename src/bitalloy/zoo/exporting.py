@@ -20,7 +20,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
 from bitalloy.core.errors import ModelError
-from bitalloy.model.regions import REGION
+from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.zoo.base import Protection, Regions
 
@@ -128,14 +128,12 @@ def random_image(size: tuple[int, int]) -> Tensor:
 def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
     """Add the family's facts to the model and, to every node of a known module, its region in the family's words."""
     texts = {
-        "bitalloy.family": facts.family,
-        "bitalloy.variant": facts.variant,
-        "bitalloy.model.heads": json.dumps(facts.heads),
-        "bitalloy.shapes": json.dumps(facts.shapes),
-        "bitalloy.image": json.dumps(facts.image),
-        "bitalloy.protect": json.dumps(
-            [{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]
-        ),
+        FAMILY: facts.family,
+        VARIANT: facts.variant,
+        HEADS: json.dumps(facts.heads),
+        SHAPES: json.dumps(facts.shapes),
+        IMAGE: json.dumps(facts.image),
+        PROTECT: json.dumps([{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]),
     }
     _forget(proto.metadata_props, texts)
     for key, text in texts.items():

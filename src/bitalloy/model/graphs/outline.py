@@ -15,9 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import TensorSpec
 from bitalloy.model.graphs.wiring import FILE, Wire, free_names, read_wiring
-
-SHAPES = "bitalloy.shapes"
-"""Metadata key of the usual shapes of inputs with open sizes, as JSON."""
+from bitalloy.model.metadata import SHAPES
 
 
 @dataclass(frozen=True)
