@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
+from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
 from bitalloy.runtime.ort import OrtSession
@@ -37,7 +38,6 @@ INLINE_BYTES = 1_500_000_000
 TRAINING_ONLY = frozenset({"Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
 ALIGNMENT = 4096
 """Of tensors in external data, in bytes, so that they can be memory-mapped."""
-PROGRAM = "program.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +155,6 @@ def _forget(props: Any, keys: Collection[str]) -> None:
     props.extend(kept)
 
 
-def write_program(folder: Path, graphs: Mapping[str, Path], wires: Sequence[str]) -> None:
-    """Write `program.json`, which says how several graphs belong together."""
-    text = json.dumps({"graphs": {name: path.name for name, path in graphs.items()}, "wires": list(wires)}, indent=2)
-    (folder / PROGRAM).write_text(text + "\n")
-
-
 def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
     """Write a traced model, whose large weights may lie in many files of `source`, as one file or as two."""
     tensors = list(_tensors(proto))
@@ -169,7 +163,7 @@ def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
         onnx.load_external_data_for_model(proto, str(source))
         data.unlink(missing_ok=True)
     else:
-        with (source / "packed").open("wb") as out:
+        with files.replacing(data) as out:
             for tensor in tensors:
                 if not tensor.HasField("raw_data") and tensor.data_location != TensorProto.EXTERNAL:
                     continue
@@ -185,10 +179,7 @@ def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
                 tensor.raw_data = b""  # the field must be there for its place to be taken
                 set_external_data(tensor, data.name, offset=offset, length=len(content))
                 tensor.ClearField("raw_data")
-        (source / "packed").replace(data)
-    written = source / "written.onnx"
-    written.write_bytes(proto.SerializeToString())
-    written.replace(path)
+    files.write(path, proto.SerializeToString())
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
