@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.model.load import static_shape
+from bitalloy.model.write import add_initializer
 
 SHARED_ELEMENTS = 4096
 DOMAINS = {"FusedMatMul": "com.microsoft"}
@@ -81,18 +82,11 @@ class Builder:
         data = np.asarray(array, dtype=None if isinstance(array, np.ndarray) else kind)
         data = np.ascontiguousarray(data) if data.ndim else data
         if data.size > SHARED_ELEMENTS:
-            return self._initializer(data)
+            return add_initializer(self.graph, self._name("const"), data)
         key = (data.dtype.str, data.shape, data.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._initializer(data)
+            self._constants[key] = add_initializer(self.graph, self._name("const"), data)
         return self._constants[key]
-
-    def _initializer(self, data: np.ndarray) -> ir.Value:
-        name = self._name("const")
-        value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=ir.tensor(data, name=name))
-        value.type = ir.TensorType(ir.DataType.from_numpy(data.dtype))
-        self.graph.register_initializer(value)
-        return value
 
     def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Elementwise product, with the broadcast shape recorded."""

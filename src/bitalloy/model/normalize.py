@@ -30,6 +30,7 @@ from onnx_ir.passes.common import (
 from bitalloy.core.errors import ModelError
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
+from bitalloy.model.write import add_initializer, namer
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
@@ -381,6 +382,7 @@ def _numpy_type(value: ir.Value) -> np.dtype:
 
 def _fold_batch_norm(model: ir.Model) -> None:
     """Case 1: Conv whose only consumer is BatchNormalization in inference form; weights and bias absorb it."""
+    fresh = namer(model)
     for node in list(model.graph):
         if node.op_type != "BatchNormalization" or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             continue
@@ -401,7 +403,8 @@ def _fold_batch_norm(model: ir.Model) -> None:
             new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
             new_bias = (beta + (bias - mean) * factor).astype(np.float32)
         values = [
-            _initializer(model, f"{conv.name}/{kind}", a) for kind, a in (("weight", new_weight), ("bias", new_bias))
+            add_initializer(model.graph, fresh(f"{conv.name}/{kind}"), array)
+            for kind, array in (("weight", new_weight), ("bias", new_bias))
         ]
         fused = ir.Node(
             "",
@@ -415,16 +418,6 @@ def _fold_batch_norm(model: ir.Model) -> None:
             model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
         )
         model.graph.remove(conv, safe=True)
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    taken = {v.name for n in model.graph for v in n.outputs} | set(model.graph.initializers)
-    while name in taken:
-        name += "'"
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.tensor(array, name=name)
-    model.graph.register_initializer(value)
-    return value
 
 
 def _refuse_numbers(model: ir.Model) -> None:

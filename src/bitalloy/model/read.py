@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,20 +55,6 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
         return default
     value = attr.value
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def namer(model: ir.Model) -> Callable[[str], str]:
-    """Makes of a name one that no tensor of the model has, nor any that it made before: foreign names may be any."""
-    made = (v for n in model.graph for v in n.outputs)
-    taken = {str(v.name) for v in (*model.graph.inputs, *made)} | set(model.graph.initializers)
-
-    def fresh(name: str) -> str:
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        return name
-
-    return fresh
 
 
 def bias_slot(node: ir.Node) -> int | None:

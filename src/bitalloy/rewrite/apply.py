@@ -30,8 +30,9 @@ from bitalloy.core.records import HALF, Offset, Placement, Precision, Unit, Unit
 from bitalloy.formats.affine import QuantParams, bias_int32, quantize
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
 from bitalloy.model.metadata import BORDER, TAG
-from bitalloy.model.read import bias_slot, namer
+from bitalloy.model.read import bias_slot
 from bitalloy.model.weights import pack, save, to_bytes
+from bitalloy.model.write import add_initializer, namer
 from bitalloy.rewrite.cast import halve
 from bitalloy.targets.base import Target, weight_params
 
@@ -218,11 +219,7 @@ class _Writer:
         return dq.outputs[0]
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self.fresh(name)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, self.fresh(name), array)
 
 
 def _softmax_last(writer: _Writer, node: ir.Node, unit: str) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
 
 from bitalloy.model.metadata import BORDER, TAG
-from bitalloy.model.read import FULL_SLOTS, constant, consumers, is_float, name_of, namer
-
-Fresh = Callable[[str], str]
-"""Makes a name that no tensor of the model has."""
+from bitalloy.model.read import FULL_SLOTS, constant, consumers, is_float, name_of
+from bitalloy.model.write import Fresh, add_initializer, insert_behind, namer
 
 
 def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
@@ -41,7 +39,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
             if value not in lowered:
                 array = constant(value)
                 if array is not None:
-                    lowered[value] = _initializer(graph, array, fresh(f"{value.name}/half"))
+                    lowered[value] = add_initializer(graph, fresh(f"{value.name}/half"), array.astype(np.float16))
                 else:
                     lowered[value] = cast(graph, value, ir.DataType.FLOAT16, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
@@ -113,17 +111,5 @@ def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Val
     node.metadata_props[TAG] = BORDER
     result = node.outputs[0]
     result.name, result.type, result.shape = name, ir.TensorType(to), value.shape
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], [node])
-    else:
-        graph.insert_after(producer, [node])
+    insert_behind(graph, value.producer(), [node])
     return result
-
-
-def _initializer(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    stored = array.astype(np.float16)
-    value = ir.Value(name=name, const_value=ir.tensor(stored, name=name), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(stored.dtype))
-    graph.register_initializer(value)
-    return value

@@ -10,8 +10,9 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.graphs.joining import rename
 from bitalloy.model.graphs.wiring import Program
 from bitalloy.model.metadata import BORDER, TAG
-from bitalloy.model.read import consumers, is_float, name_of, namer
-from bitalloy.rewrite.cast import Fresh, cast, is_border
+from bitalloy.model.read import consumers, is_float, name_of
+from bitalloy.model.write import Fresh, namer
+from bitalloy.rewrite.cast import cast, is_border
 
 ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """Operators that no float graph has: a rewriting put them there."""

@@ -32,6 +32,7 @@ import onnx_ir as ir
 from bitalloy.calibrate.channels import channel_maxima
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.write import Fresh, add_initializer, namer
 
 SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
 """Names of cases 1 and 2."""
@@ -126,13 +127,13 @@ def scale(graph: SomeGraph, factors: Mapping[Place, Sequence[int]]) -> SomeGraph
         A graph with the same names, whose `rewritten` tells it from the one given.
     """
     model = graph.clone()
-    nodes = {name_of(n): n for n in model.graph}
+    nodes, fresh = {name_of(n): n for n in model.graph}, namer(model)
     for place, powers in factors.items():
         steps = np.exp2(np.asarray(powers, np.float32))
         for operand in place.divided:
-            _scale(model, nodes[operand.node], operand, 1 / steps)
+            _scale(model, fresh, nodes[operand.node], operand, 1 / steps)
         for operand in place.multiplied:
-            _scale(model, nodes[operand.node], operand, steps)
+            _scale(model, fresh, nodes[operand.node], operand, steps)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
     digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest() if factors else graph.rewritten
     return replace(graph, model=model, rewritten=digest)
@@ -259,7 +260,7 @@ def _reach(node: ir.Node, operand: Operand) -> np.ndarray:
     return np.asarray(grouped.max(axis=(1, 3)).reshape(-1))
 
 
-def _scale(model: ir.Model, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:
+def _scale(model: ir.Model, fresh: Fresh, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:
     """Multiply a constant operand by a factor per channel; one that others read too is copied first."""
     value = node.inputs[operand.slot]
     array = constant(value)
@@ -274,10 +275,5 @@ def _scale(model: ir.Model, node: ir.Node, operand: Operand, steps: np.ndarray) 
     if _is_own(value):
         value.const_value = ir.tensor(scaled, name=value.name)
         return
-    name = f"{node.name}/scaled{operand.slot}"
-    while name in model.graph.initializers or any(v.name == name for n in model.graph for v in n.outputs):
-        name += "'"
-    own = ir.Value(name=name, shape=ir.Shape(scaled.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    own.const_value = ir.tensor(scaled, name=name)
-    model.graph.register_initializer(own)
+    own = add_initializer(model.graph, fresh(f"{node.name}/scaled{operand.slot}"), scaled)
     node.replace_input_with(operand.slot, own)

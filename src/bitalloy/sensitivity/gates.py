@@ -16,6 +16,7 @@ from bitalloy.core.records import Edge, Offset, WeightSite
 from bitalloy.formats.affine import QuantParams, dequantize, quantize
 from bitalloy.model.load import attribute, constant
 from bitalloy.model.read import beside_output
+from bitalloy.model.write import add_initializer
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
@@ -132,7 +133,4 @@ class Gatekeeper:
         return choice.outputs[0]
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, name, array)
