@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.model.load import static_shape
 from bitalloy.model.write import add_initializer
 
 SHARED_ELEMENTS = 4096
-DOMAINS = {"FusedMatMul": "com.microsoft"}
-"""Operators beyond the standard that ONNX Runtime has on all its providers."""
-COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual"})
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
 
 
@@ -63,7 +61,7 @@ class Builder:
                 op_type,
                 list(inputs),
                 attributes=dict(values),
-                domain=DOMAINS.get(op_type, ""),
+                domain=ops.domain_of(op_type),
                 num_outputs=outputs,
                 name=self._name(op_type),
             )
@@ -114,7 +112,7 @@ def _result_type(
 ) -> ir.TypeProtocol | None:
     if op_type == "Shape":
         return ir.TensorType(ir.DataType.INT64)
-    if op_type in COMPARISONS:
+    if op_type in ops.BOOLEAN:
         return ir.TensorType(ir.DataType.BOOL)
     if op_type == "Cast":
         return ir.TensorType(ir.DataType(attributes["to"]))  # type: ignore[arg-type]

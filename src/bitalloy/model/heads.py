@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Head
 from bitalloy.model.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
@@ -32,7 +33,7 @@ from bitalloy.model.relevance import MEANINGS, Meaning
 MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
 DETECTIONS = "detections"
-MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+MOVES = ops.RESHAPERS - ops.IDENTITIES
 """Operators that leave every element of a Sigmoid as it is."""
 KL = " KL"
 """Ending of the names of heads that measure a divergence."""

@@ -2,7 +2,7 @@
 
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
-3. No Constant, Dropout or CastLike nodes, none of the operators in `EXPANDED`, and Identity only where an output
+3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
    would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, and a Concat has no
    empty operands (an empty cache).
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
@@ -27,6 +27,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
@@ -37,10 +38,6 @@ logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 MAX_FOLDED_ELEMENTS = 1 << 24
 IR_VERSIONS = range(8, 12)
 """What ONNX Runtime reads and the supported opsets need."""
-EXPANDED = frozenset({"Attention", "RotaryEmbedding"})
-"""Operators that ONNX defines by others: these take their place, so that the products inside can be analysed."""
-MAY_BE_INFINITE = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})
-"""Operators with a use for an infinite constant: masks and open bounds."""
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -96,7 +93,7 @@ def _drop_identities(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        if node.op_type not in ("Identity", "Dropout"):
+        if node.op_type not in ops.IDENTITIES:
             continue
         if node.op_type == "Dropout":
             _refuse_training(node)
@@ -174,7 +171,7 @@ def _fold_constants(model: ir.Model) -> bool:
 
 def _asks_shape(node: ir.Node) -> bool:
     """Whether a node only reads the shape of a tensor whose shape is known."""
-    if node.op_type not in ("Shape", "Size"):
+    if node.op_type not in ops.SHAPE_READERS:
         return False
     shape = _first_input(node).shape
     return shape is not None and shape.is_static()
@@ -235,9 +232,11 @@ def _expand_functions(model: ir.Model) -> bool:
     The body depends on the ranks of the inputs: a node waits until these are known.
     """
     found = [
-        n for n in model.graph
-        if n.op_type in EXPANDED and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
-    ]  # fmt: skip
+        n
+        for n in model.graph
+        if n.op_type in ops.EXPANDED
+        and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
+    ]
     for node in found:
         proto = onnx.ModelProto(ir_version=model.ir_version)
         for domain, version in model.opset_imports.items():
@@ -313,7 +312,7 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
     """
     changed = False
     for node in model.graph:
-        if node.op_type not in ("AveragePool", "MaxPool") or not attribute(node, "ceil_mode", 0):
+        if node.op_type not in ops.POOLS or not attribute(node, "ceil_mode", 0):
             continue
         shape = _first_input(node).shape
         if shape is None or not shape.is_static() or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
@@ -426,7 +425,7 @@ def _refuse_numbers(model: ir.Model) -> None:
         if array is None or array.dtype != np.float32 or np.isfinite(array).all():
             continue
         users = {c.node.op_type for c in consumers(value)}
-        if np.isnan(array).any() or not users <= MAY_BE_INFINITE:
+        if np.isnan(array).any() or not users <= ops.TAKES_INFINITY:
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values. The checkpoint is damaged; export it again."
             )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-FULL_SLOTS = {"Resize": (1, 2)}
-"""Operator -> inputs that stay float32 where the others are FP16, as ONNX defines it."""
+from bitalloy import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +66,13 @@ def bias_slot(node: ir.Node) -> int | None:
 def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
     """Numbers per channel, shaped to be added to what a Conv, Gemm or MatMul gives."""
     rank = len(node.outputs[0].shape or ())
-    return channels.reshape(-1, *(1,) * (rank - 2)) if node.op_type == "Conv" else channels
+    return channels.reshape(-1, *(1,) * (rank - 1 - ops.channel_axis(node.op_type, rank)))
+
+
+def weight_axes(node: ir.Node) -> tuple[int, int]:
+    """Axes of the weight of a Conv, Gemm or the like: of the channels that go in, and of those that come out."""
+    weight = node.inputs[1]
+    assert weight is not None, "a product has two operands"
+    return ops.weight_axes(
+        node.op_type, len(static_shape(weight)), {name: attribute(node, name, 0) for name in node.attributes}
+    )

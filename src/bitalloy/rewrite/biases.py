@@ -28,7 +28,7 @@ from bitalloy.calibrate.channels import channel_means
 from bitalloy.core.records import Offset, UnitGraph, WeightSite
 from bitalloy.formats.affine import fake_quantize
 from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
-from bitalloy.model.read import bias_slot
+from bitalloy.model.read import bias_slot, weight_axes
 from bitalloy.targets.base import Target, weight_params
 
 
@@ -120,8 +120,7 @@ def offsets(graph: Graph, biases: Sequence[Bias], target: Target, means: Mapping
 def _product(layer: ir.Node, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """(outputs,): what a layer makes of an input that is `mean`, (inputs,), everywhere."""
     if layer.op_type != "Conv":
-        turned = layer.op_type == "Gemm" and attribute(layer, "transB", 0)
-        return np.asarray(mean @ (weight.T if turned else weight))
+        return np.asarray(mean @ np.moveaxis(weight, weight_axes(layer), (0, 1)))
     groups = int(attribute(layer, "group", 1))  # type: ignore[call-overload]
     outputs, inputs = weight.shape[:2]
     sums = weight.reshape(groups, outputs // groups, inputs, -1).sum(axis=3)

@@ -7,8 +7,9 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.model.metadata import BORDER, TAG
-from bitalloy.model.read import FULL_SLOTS, constant, consumers, is_float, name_of
+from bitalloy.model.read import constant, consumers, is_float, name_of
 from bitalloy.model.write import Fresh, add_initializer, insert_behind, namer
 
 
@@ -16,13 +17,13 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
     """Let nodes run in FP16; everything else, inputs and outputs of the model included, stays as it is.
 
     Case 1. A float tensor from elsewhere: one Cast, shared by all these nodes.
-    Case 2. A constant: a half initializer, shared likewise; `FULL_SLOTS` stay float32.
+    Case 2. A constant: a half initializer, shared likewise; `ops.full_slots` stay float32.
     Case 3. A tensor that such a node makes: FP16, with one Cast back for all readers outside.
     Case 4. The same where it is an output of the model: the Cast back takes its name.
 
     Args:
         model: to be changed.
-        names: of the nodes, whose operators are all among `targets.half.OPERATORS`.
+        names: of the nodes, whose operators are all among `ops.LOWERABLE`.
         fresh: for the new tensors.
     """
     graph = model.graph
@@ -31,7 +32,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
     lowered: dict[ir.Value, ir.Value] = {}
     for node in nodes:
         for slot, value in enumerate(node.inputs):
-            if value is None or not is_float(value) or slot in FULL_SLOTS.get(node.op_type, ()):
+            if value is None or not is_float(value) or slot in ops.full_slots(node.op_type):
                 continue
             producer = value.producer()
             if producer in inside:
@@ -50,7 +51,7 @@ def halve(model: ir.Model, names: Collection[str], fresh: Fresh) -> None:
             outside = [
                 use
                 for use in consumers(value)
-                if use.node not in inside or use.slot in FULL_SLOTS.get(use.node.op_type, ())
+                if use.node not in inside or use.slot in ops.full_slots(use.node.op_type)
             ]
             value.type = ir.TensorType(ir.DataType.FLOAT16)
             if not outside and not value.is_graph_output():

@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant, name_of
@@ -79,7 +80,7 @@ class _Carrier:
         changed: list[tuple[ir.Node, int, ir.Value | None]] = []
         missing: list[str | None] = []
         for node in self._mixed.graph:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") or is_border(node):
+            if node.op_type in ops.ROUNDING or is_border(node):
                 continue
             other = open_nodes.get(name_of(node).removesuffix(ALIAS))
             pairs = [(slot, pair) for slot, v in enumerate(node.inputs) if (pair := _rounding(v)) is not None]

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
 from bitalloy.core.records import AGAIN, HALF, Edge, Offset, Precision, Unit, UnitEdge, WeightSite
 from bitalloy.formats.affine import QuantParams, dequantize, fake_fp16, quantize
 from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
-from bitalloy.model.read import FULL_SLOTS, beside_output
+from bitalloy.model.read import beside_output
 from bitalloy.targets.base import Target, weight_params
 from bitalloy.targets.recipe import Ranges, Recipe
 
@@ -197,7 +198,7 @@ def _half(graph: Graph, unit: Unit, target: Target) -> Column:
             return known[name]
 
         for node in nodes:
-            y, full = node.outputs[0], FULL_SLOTS.get(node.op_type, ())
+            y, full = node.outputs[0], ops.full_slots(node.op_type)
             given = [
                 values[str(v.name)] if v is not None and slot in full else read(v) for slot, v in enumerate(node.inputs)
             ]

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
-from bitalloy.targets.patterns import MOVERS
-from bitalloy.targets.safety import OPERATORS
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
@@ -33,10 +32,10 @@ ORT_CUDA = Target(
     activation_symmetric=True,
     pair_limit=None,
     slow_softmax=False,
-    half=OPERATORS,
+    half=ops.LOWERABLE,
     device=A10,
     native=ORT_GPU,
     missing=cuda_missing,
     match=_match,
-    follows=lambda node: node.op_type in MOVERS,
+    follows=lambda node: node.op_type in ops.MOVERS,
 )

@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
+from bitalloy import ops
 from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
@@ -35,7 +36,6 @@ FLOOR = 1e-3
 """Parts of smaller magnitude are compared with this one: small results of the runtime's Sigmoid are not exact."""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one file of external data: a protobuf message ends at 2 GB."""
-TRAINING_ONLY = frozenset({"Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
 ALIGNMENT = 4096
 """Of tensors in external data, in bytes, so that they can be memory-mapped."""
 
@@ -98,7 +98,7 @@ def export_graph(
                 dynamo=False,
             )
             proto = onnx.load(str(traced), load_external_data=False)
-            left = sorted({n.op_type for n in proto.graph.node} & TRAINING_ONLY)
+            left = sorted({n.op_type for n in proto.graph.node} & ops.TRAINING_ONLY)
             if left:
                 raise ModelError(f"The exported graph of '{facts.variant}' still holds {', '.join(left)}.")
             annotate(proto, facts)
