@@ -14,14 +14,13 @@ import onnx
 
 from bitalloy import zoo
 from bitalloy.model.graphs.outline import read_outline
-from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.graphs.wiring import load_program, write_wiring
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.samples import shapes
 from bitalloy.tasks import chat, language, promptable
 from bitalloy.tasks.base import Interface
 from bitalloy.tasks.open import cache_size, interface
 from bitalloy.zoo.base import Export, Variant
-from bitalloy.zoo.exporting import write_program
 from sample_file import store_weights_as_float16
 
 __all__ = ["evaluate_language", "evaluate_promptable", "export"]
@@ -57,7 +56,7 @@ def export(checkpoint: Path, output: Path, *, variant: Variant, by: Export, stat
         proto.graph.name = f"{variant.name}-{name}"
         onnx.checker.check_model(proto, full_check=True)
         onnx.save(proto, str(output / f"{name}.onnx"))
-    write_program(output, {name: output / f"{name}.onnx" for name in protos}, exported.wires)
+    write_wiring(output, {name: f"{name}.onnx" for name in protos}, exported.wires)
 
 
 def evaluate_promptable(program: Path, folder: Path, *, count: int = VALIDATION_IMAGES) -> dict[str, Any]:

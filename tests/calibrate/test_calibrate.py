@@ -21,6 +21,7 @@ from bitalloy.calibrate.statistics import ARRAYS, BINS, METHODS, Statistics, obs
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.errors import BitalloyError, DataError, ModelError
 from bitalloy.formats.affine import activation_params, fake_quantize
+from bitalloy.ops import RISING
 
 Feeds = list[dict[str, np.ndarray]]
 
@@ -181,7 +182,7 @@ class TestPass:
         found = collect(proto, ["x", "k", "y"], [{"x": np.array(2.5, np.float32)}]).ranges("minmax")
         assert found == {"x": (2.5, 2.5), "k": (-3.0, 2.0), "y": (-7.5, 5.0)}
 
-    @pytest.mark.parametrize("op", sorted(streaming._RISING))
+    @pytest.mark.parametrize("op", sorted(RISING))
     def test_rising_functions(self, op: str) -> None:
         proto = model(f"net (float[50,100] x) => (float[50,100] y) {{ y = {op}(x) }}")
         low = 0.001 if op in ("Log", "Sqrt") else -7.0

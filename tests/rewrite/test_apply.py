@@ -20,6 +20,9 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, constant, load
 from bitalloy.rewrite.apply import TAG, apply
+from bitalloy.model.load import load
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.targets.base import split
@@ -160,7 +163,7 @@ def test_quantized_weights_respect_the_pair_limit(case: Case) -> None:
 def test_nodes_carry_their_unit(case: Case) -> None:
     model = apply(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
     units = {u.id for u in case.units.units}
-    assert all(n.metadata_props.get(TAG) in units | {"bitalloy.border"} for n in model.graph)
+    assert all(n.metadata_props.get(TAG) in units | {BORDER} for n in model.graph)
 
 
 def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case: Case, tmp_path: Path) -> None:

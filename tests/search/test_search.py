@@ -18,13 +18,14 @@ from tests.search.neighbours import same_one_by_one
 from bitalloy.core.plans import Budget, CostTable, UnitCost
 from bitalloy.core.records import HALF, Precision, Secant
 from bitalloy.core.units import UnitGraph
+from bitalloy.core.records import HALF, Precision, Secant, UnitGraph
+from bitalloy.ops import LOWERABLE
 from bitalloy.search.choice import search
 from bitalloy.search.front import polish
 from bitalloy.search.program import GAP, Limits, Problem, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
-from bitalloy.targets.safety import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def every_plan(problem: Problem) -> list[frozenset[str]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("half", [frozenset(), OPERATORS])
+@pytest.mark.parametrize("half", [frozenset(), LOWERABLE])
 def test_moves_are_what_each_plan_gives_by_itself(case, seed: int, half: frozenset[str]) -> None:
     """Where kernels read and write integers; also beside FP16, which no target of that kind has."""
     units = split(case.graph, replace(ORT_CPU, half=half), case.heads)

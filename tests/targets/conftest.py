@@ -24,7 +24,7 @@ from bitalloy.core.records import HALF
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, constant, load
-from bitalloy.model.read import TAG
+from bitalloy.model.metadata import TAG
 from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY

@@ -17,7 +17,7 @@ from bitalloy.core.records import Precision
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit, reconcile
 from bitalloy.measure.tracing import profile, rewritten, trace
-from bitalloy.model.read import TAG
+from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import ORT

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.load import static_shape
+from bitalloy import ops
+from bitalloy.model.read import static_shape
+from bitalloy.model.write import add_initializer
 
 SHARED_ELEMENTS = 4096
-DOMAINS = {"FusedMatMul": "com.microsoft"}
-"""Operators beyond the standard that ONNX Runtime has on all its providers."""
-COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual"})
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
 
 
@@ -62,7 +61,7 @@ class Builder:
                 op_type,
                 list(inputs),
                 attributes=dict(values),
-                domain=DOMAINS.get(op_type, ""),
+                domain=ops.domain_of(op_type),
                 num_outputs=outputs,
                 name=self._name(op_type),
             )
@@ -81,18 +80,11 @@ class Builder:
         data = np.asarray(array, dtype=None if isinstance(array, np.ndarray) else kind)
         data = np.ascontiguousarray(data) if data.ndim else data
         if data.size > SHARED_ELEMENTS:
-            return self._initializer(data)
+            return add_initializer(self.graph, self._name("const"), data)
         key = (data.dtype.str, data.shape, data.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._initializer(data)
+            self._constants[key] = add_initializer(self.graph, self._name("const"), data)
         return self._constants[key]
-
-    def _initializer(self, data: np.ndarray) -> ir.Value:
-        name = self._name("const")
-        value = ir.Value(name=name, shape=ir.Shape(data.shape), const_value=ir.tensor(data, name=name))
-        value.type = ir.TensorType(ir.DataType.from_numpy(data.dtype))
-        self.graph.register_initializer(value)
-        return value
 
     def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Elementwise product, with the broadcast shape recorded."""
@@ -120,7 +112,7 @@ def _result_type(
 ) -> ir.TypeProtocol | None:
     if op_type == "Shape":
         return ir.TensorType(ir.DataType.INT64)
-    if op_type in COMPARISONS:
+    if op_type in ops.BOOLEAN:
         return ir.TensorType(ir.DataType.BOOL)
     if op_type == "Cast":
         return ir.TensorType(ir.DataType(attributes["to"]))  # type: ignore[arg-type]

@@ -22,23 +22,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.adjoint.builder import Builder
 from bitalloy.core.errors import UnsupportedOpError
 from bitalloy.core.units import Edge
-from bitalloy.model.load import Graph, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import constant, consumers, is_float, name_of, static_shape
 from bitalloy.model.weights import Packed, pack
 
 REVERSE_OPSET = 17
 PARTS = 16
 """Most parts into which the error of a tap is cut. Roundings in different parts are nearly independent, so that the
 squares of the parts together tell the energy of the tap with far less noise than the square of their sum."""
-NO_GRADIENT = frozenset({
-    "And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor", "Greater", "GreaterOrEqual",
-    "Hardmax", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonMaxSuppression", "NonZero", "Not", "Or", "Round", "Shape",
-    "Sign", "Size", "Xor",
-})  # fmt: skip
-"""Operators whose result is piecewise constant in their inputs: nothing flows back through them."""
-SEVERAL_OUTPUTS = frozenset({"Split"})
 FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
@@ -241,7 +236,7 @@ def _wanted(
 
 
 def _blocks(node: ir.Node, stops: frozenset[str]) -> bool:
-    return node.name in stops or node.op_type in NO_GRADIENT
+    return node.name in stops or node.op_type in ops.STEPWISE
 
 
 def _reverse(
@@ -342,7 +337,7 @@ def _gradients(
     for value in slots.values():
         if not is_float(value):
             raise unsupported(node, f"reads '{value.name}', which is {value.dtype} and not FLOAT")
-    if node.op_type not in SEVERAL_OUTPUTS and any(outputs[1:]):
+    if node.op_type not in ops.SEVERAL_OUTPUTS and any(outputs[1:]):
         raise unsupported(node, "has an adjoint rule for its first output only")
     gradients = dict(enumerate(rule(context, node, outputs)))
     found = {s: cot for s in slots if (cot := gradients.get(s)) is not None}

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from bitalloy.core.errors import DataError
+from bitalloy.model.write import add_initializer
 from bitalloy.runtime.ort import OrtSession
 
 _PREFIX = "bitalloy.calibrate.channels/"
@@ -92,7 +93,8 @@ def _run(
             name, inputs, attributes = f"{_PREFIX}{tensor}/{operator}", [value], dict[str, object]()
             if operator == operators[-1]:
                 attributes = {"keepdims": 0} if axes_are_inputs else {"keepdims": 0, "axes": axes}
-                inputs += [_constant(copy, f"{name}/axes", np.array(axes, np.int64))] if axes_are_inputs else []
+                if axes_are_inputs:
+                    inputs.append(add_initializer(copy.graph, f"{name}/axes", np.array(axes, np.int64)))
             node = ir.node(operator, inputs, attributes, name=name)  # type: ignore[arg-type]
             value = node.outputs[0]
             value.name, value.type = f"{name}/value", ir.TensorType(ir.DataType.FLOAT)
@@ -107,10 +109,3 @@ def _run(
             yield {t: seen[n] for t, n in names.items()}
     finally:
         session.close()
-
-
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
-    value.const_value = ir.tensor(array, name=name)
-    model.graph.register_initializer(value)
-    return value

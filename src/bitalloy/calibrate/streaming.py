@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from bitalloy import ops
 from bitalloy.calibrate.statistics import ARRAYS, Statistics, observe
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.model.weights import Packed, pack
@@ -28,9 +29,6 @@ from bitalloy.runtime.ort import OrtSession
 VALUES = 2048
 """Most values of one tensor that leave the session per sample."""
 
-_SAME = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
-_RISING = frozenset({"Sigmoid", "Relu", "Tanh", "Softplus", "Erf", "Exp", "Log", "Sqrt"})
-_CARRIES_NAN = frozenset({"Add", "Sub", "Mul", "Div", "Concat", "MatMul"})
 _PREFIX = "bitalloy.calibrate/"
 
 
@@ -121,7 +119,7 @@ def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
         raise ModelError("There is no tensor to calibrate.")
 
     def root(name: str) -> str:
-        while (node := producer.get(name)) is not None and node.op_type in _SAME and sizes.get(node.input[0]):
+        while (node := producer.get(name)) is not None and node.op_type in ops.RESHAPERS and sizes.get(node.input[0]):
             name = node.input[0]
         return name
 
@@ -130,7 +128,7 @@ def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
     derived = {
         t: (producer[t], argument)
         for t in measured
-        if t in producer and producer[t].op_type in _RISING and (argument := root(producer[t].input[0])) in measured
+        if t in producer and producer[t].op_type in ops.RISING and (argument := root(producer[t].input[0])) in measured
     }
     carried = {root(i) for n in graph.node if n.output and n.output[0] in measured for i in _carried(n)}
     return _Plan(
@@ -146,7 +144,7 @@ def _carried(node: onnx.NodeProto) -> Sequence[str]:
     if node.op_type == "Conv":
         steps = [v for a in node.attribute if a.name in ("strides", "dilations") for v in a.ints]
         return node.input[:1] if all(v == 1 for v in steps) else ()
-    return node.input if node.op_type in _CARRIES_NAN else ()
+    return node.input if node.op_type in ops.CARRIES_NAN else ()
 
 
 def _sizes(graph: onnx.GraphProto) -> dict[str, int]:

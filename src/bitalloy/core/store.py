@@ -12,14 +12,13 @@ input can never meet an old result, and the same command again finds all of them
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from bitalloy.core import files
 from bitalloy.core.errors import RunDirectoryError
 
 MARKER = ".bitalloy-run"
@@ -50,7 +49,7 @@ class RunDirectory:
             (self.path / MARKER).touch()
         except OSError as error:
             raise RunDirectoryError(f"The run directory '{self.path}' cannot be written: {error}") from error
-        for leftover in self.path.rglob("*.partial"):
+        for leftover in self.path.rglob(f"*{files.PARTIAL}"):
             leftover.unlink(missing_ok=True)
         for leftover in self.cache.glob("scratch-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -94,28 +93,13 @@ class RunDirectory:
         return self.cache / name if shard is None else self.cache / f"{name}.d" / shard
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
+            files.write(path, data)
         except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
             raise RunDirectoryError(
                 f"'{path}' cannot be written: {error}. Free space or give another --out."
             ) from error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def key_of(**parts: object) -> str:

@@ -15,7 +15,8 @@ from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Placement, Unit, UnitGraph
 from bitalloy.formats import find_format
 from bitalloy.measure.prices import latency_us
-from bitalloy.model.load import Graph, constant, is_float, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import constant, is_float, static_shape
 from bitalloy.targets.base import Device
 from bitalloy.targets.placement import all_conversions
 

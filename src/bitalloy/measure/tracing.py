@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
-from bitalloy.model.read import TAG
+from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Kernel, Reopener
 from bitalloy.runtime.optimized import Rewritten, match
@@ -24,7 +25,6 @@ PROFILE_RUNS, WARM_UP = 8, 2
 QUIET = 25
 """Percentile of repeated times that stands for a kernel: other work on the machine only ever adds time."""
 _TOKEN = re.compile(r"(?:u(?P<unit>\d+)|border)~(?P<node>\d+)(?:\.\d+)?")
-ROUNDING = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
 _COPY = "_original"
 """OpenVINO gives the name of an output to the node that makes it, and this ending to the one that did before."""
 
@@ -53,7 +53,7 @@ class Traced:
         found: dict[bool, dict[str, None]] = {False: {}, True: {}}
         for token in map(_TOKEN.match, nodes):
             if token and token["unit"]:
-                found[self.nodes[int(token["node"])][1] in ROUNDING][self.units[int(token["unit"])]] = None
+                found[self.nodes[int(token["node"])][1] in ops.CONVERTERS][self.units[int(token["unit"])]] = None
         return tuple(found[False] or found[True])
 
     def name_before(self, node: str) -> str:
@@ -83,7 +83,7 @@ class Timed:
 
 
 def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
-    """Rename nodes and tensors, in place; the models must lie in memory and carry their units (`values.TAG`)."""
+    """Rename nodes and tensors, in place; the models must lie in memory and carry their units (`metadata.TAG`)."""
     ids = tuple(units)
     index = {unit: i for i, unit in enumerate(ids)}
     made: dict[str, int] = {}

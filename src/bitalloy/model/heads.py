@@ -22,21 +22,22 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Head
 from bitalloy.model.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
-from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
-from bitalloy.model.relevance import FAMILY, MEANINGS, Meaning
+from bitalloy.model.load import Graph
+from bitalloy.model.metadata import FAMILY, HEADS
+from bitalloy.model.read import attribute, constant, is_float, static_shape
+from bitalloy.model.relevance import MEANINGS, Meaning
 
 MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
 DETECTIONS = "detections"
-MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+MOVES = ops.RESHAPERS - ops.IDENTITIES
 """Operators that leave every element of a Sigmoid as it is."""
 KL = " KL"
 """Ending of the names of heads that measure a divergence."""
-COUNTED = "bitalloy.heads"
-"""Metadata key of the outputs that count, as JSON; an empty list for all."""
 LEAST_SIZE = 1.0
 """Pixels; smaller boxes count as this large."""
 
@@ -74,7 +75,7 @@ def is_divergence(name: str) -> bool:
 
 def _counted(graph: Graph, outputs: Iterable[ir.Value], meaning: Meaning | None) -> set[str]:
     shapes = {str(v.name): static_shape(v) for v in outputs}
-    named = set(json.loads(graph.metadata.get(COUNTED, "[]"))) & set(shapes)
+    named = set(json.loads(graph.metadata.get(HEADS, "[]"))) & set(shapes)
     if not named and meaning is not None:
         named = set(meaning.weights({name: np.zeros(shape) for name, shape in shapes.items()}))
     return named or set(shapes)

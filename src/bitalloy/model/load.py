@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.normalize import normalize, tidy
@@ -36,14 +37,6 @@ __all__ = [
 ]
 
 OPSETS = range(13, 24)
-CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
-QUANTIZED = frozenset({
-    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
-    "QuantizeLinear",
-})  # fmt: skip
 DEFAULT_DOMAINS = ("", "ai.onnx")
 CHUNK = 1 << 22
 
@@ -283,7 +276,7 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
         raise ModelError(f"'{source}' has sparse weights, which are not supported. Export it with dense weights.")
     for node in proto.graph.node:
         label = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
-        if node.op_type in CONTROL_FLOW:
+        if node.op_type in ops.CONTROL_FLOW:
             raise ModelError(
                 f"Control flow is not supported: {label}. Export with fixed shapes so that it is traced away."
             )
@@ -291,9 +284,9 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
             raise ModelError(
                 f"Operator domain '{node.domain}' is not supported: {label}. Export with standard ONNX operators."
             )
-        if node.op_type in QUANTIZED:
+        if node.op_type in ops.QUANTIZED:
             raise ModelError(f"The model is quantized already: {label}. Give the float model.")
-        if node.op_type in RANDOM:
+        if node.op_type in ops.RANDOM:
             raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
         if any(a.name == "training_mode" and a.i for a in node.attribute):
             raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")

@@ -2,7 +2,7 @@
 
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
-3. No Constant, Dropout or CastLike nodes, none of the operators in `EXPANDED`, and Identity only where an output
+3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
    would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, and a Concat has no
    empty operands (an empty cache).
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
@@ -27,19 +27,17 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
+from bitalloy.model.write import add_initializer, namer
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
 MAX_FOLDED_ELEMENTS = 1 << 24
 IR_VERSIONS = range(8, 12)
 """What ONNX Runtime reads and the supported opsets need."""
-EXPANDED = frozenset({"Attention", "RotaryEmbedding"})
-"""Operators that ONNX defines by others: these take their place, so that the products inside can be analysed."""
-MAY_BE_INFINITE = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Where"})
-"""Operators with a use for an infinite constant: masks and open bounds."""
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -95,7 +93,7 @@ def _drop_identities(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        if node.op_type not in ("Identity", "Dropout"):
+        if node.op_type not in ops.IDENTITIES:
             continue
         if node.op_type == "Dropout":
             _refuse_training(node)
@@ -173,7 +171,7 @@ def _fold_constants(model: ir.Model) -> bool:
 
 def _asks_shape(node: ir.Node) -> bool:
     """Whether a node only reads the shape of a tensor whose shape is known."""
-    if node.op_type not in ("Shape", "Size"):
+    if node.op_type not in ops.SHAPE_READERS:
         return False
     shape = _first_input(node).shape
     return shape is not None and shape.is_static()
@@ -234,9 +232,11 @@ def _expand_functions(model: ir.Model) -> bool:
     The body depends on the ranks of the inputs: a node waits until these are known.
     """
     found = [
-        n for n in model.graph
-        if n.op_type in EXPANDED and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
-    ]  # fmt: skip
+        n
+        for n in model.graph
+        if n.op_type in ops.EXPANDED
+        and all(v is None or (v.shape is not None and v.dtype is not None) for v in n.inputs)
+    ]
     for node in found:
         proto = onnx.ModelProto(ir_version=model.ir_version)
         for domain, version in model.opset_imports.items():
@@ -312,7 +312,7 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
     """
     changed = False
     for node in model.graph:
-        if node.op_type not in ("AveragePool", "MaxPool") or not attribute(node, "ceil_mode", 0):
+        if node.op_type not in ops.POOLS or not attribute(node, "ceil_mode", 0):
             continue
         shape = _first_input(node).shape
         if shape is None or not shape.is_static() or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
@@ -381,6 +381,7 @@ def _numpy_type(value: ir.Value) -> np.dtype:
 
 def _fold_batch_norm(model: ir.Model) -> None:
     """Case 1: Conv whose only consumer is BatchNormalization in inference form; weights and bias absorb it."""
+    fresh = namer(model)
     for node in list(model.graph):
         if node.op_type != "BatchNormalization" or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             continue
@@ -401,7 +402,8 @@ def _fold_batch_norm(model: ir.Model) -> None:
             new_weight = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32)
             new_bias = (beta + (bias - mean) * factor).astype(np.float32)
         values = [
-            _initializer(model, f"{conv.name}/{kind}", a) for kind, a in (("weight", new_weight), ("bias", new_bias))
+            add_initializer(model.graph, fresh(f"{conv.name}/{kind}"), array)
+            for kind, array in (("weight", new_weight), ("bias", new_bias))
         ]
         fused = ir.Node(
             "",
@@ -417,23 +419,13 @@ def _fold_batch_norm(model: ir.Model) -> None:
         model.graph.remove(conv, safe=True)
 
 
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    taken = {v.name for n in model.graph for v in n.outputs} | set(model.graph.initializers)
-    while name in taken:
-        name += "'"
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.tensor(array, name=name)
-    model.graph.register_initializer(value)
-    return value
-
-
 def _refuse_numbers(model: ir.Model) -> None:
     for name, value in model.graph.initializers.items():
         array = constant(value)
         if array is None or array.dtype != np.float32 or np.isfinite(array).all():
             continue
         users = {c.node.op_type for c in consumers(value)}
-        if np.isnan(array).any() or not users <= MAY_BE_INFINITE:
+        if np.isnan(array).any() or not users <= ops.TAKES_INFINITY:
             raise ModelError(
                 f"Weight '{name}' holds NaN or infinite values. The checkpoint is damaged; export it again."
             )

@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
-from bitalloy.model.read import attribute, namer
+from bitalloy.model.read import attribute
+from bitalloy.model.write import namer
 
 LEAST_IR = {21: 10, 22: 10, 23: 11}
 """Version of the operators -> smallest version of the file format that has them

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-TAG = "bitalloy.unit"
-"""Metadata key of a rewritten model's nodes: the unit that each belongs to, or BORDER."""
-BORDER = "bitalloy.border"
-"""In place of a unit: rounding of a float tensor on its way into INT8 units."""
-
-FULL_SLOTS = {"Resize": (1, 2)}
-"""Operator -> inputs that stay float32 where the others are FP16, as ONNX defines it."""
+from bitalloy import ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +56,6 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def namer(model: ir.Model) -> Callable[[str], str]:
-    """Makes of a name one that no tensor of the model has, nor any that it made before: foreign names may be any."""
-    made = (v for n in model.graph for v in n.outputs)
-    taken = {str(v.name) for v in (*model.graph.inputs, *made)} | set(model.graph.initializers)
-
-    def fresh(name: str) -> str:
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        return name
-
-    return fresh
-
-
 def bias_slot(node: ir.Node) -> int | None:
     """Which operand of a Conv, Gemm or Add is a constant that it adds; None where none or both are."""
     slots = (0, 1) if node.op_type == "Add" else (2,)
@@ -87,4 +66,13 @@ def bias_slot(node: ir.Node) -> int | None:
 def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
     """Numbers per channel, shaped to be added to what a Conv, Gemm or MatMul gives."""
     rank = len(node.outputs[0].shape or ())
-    return channels.reshape(-1, *(1,) * (rank - 2)) if node.op_type == "Conv" else channels
+    return channels.reshape(-1, *(1,) * (rank - 1 - ops.channel_axis(node.op_type, rank)))
+
+
+def weight_axes(node: ir.Node) -> tuple[int, int]:
+    """Axes of the weight of a Conv, Gemm or the like: of the channels that go in, and of those that come out."""
+    weight = node.inputs[1]
+    assert weight is not None, "a product has two operands"
+    return ops.weight_axes(
+        node.op_type, len(static_shape(weight)), {name: attribute(node, name, 0) for name in node.attributes}
+    )

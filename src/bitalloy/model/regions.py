@@ -17,9 +17,9 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from bitalloy.model.metadata import REGION, SCOPES
+
 ROOT = "(model)"
-REGION = "bitalloy.region"
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def path_of(node: ir.Node) -> tuple[str, ...]:

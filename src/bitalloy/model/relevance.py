@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-FAMILY = "bitalloy.family"
-"""Metadata key of a family's name."""
 COEFFICIENTS = 32
 """Mask coefficients of an anchor of YOLO."""
 TINY = float(np.finfo(np.float32).tiny)

@@ -9,8 +9,6 @@ Small models keep their weights inside, where the runtime may repack and fold th
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 
 LARGE_BYTES = 1 << 29
@@ -95,23 +94,25 @@ def save(model: ir.Model, path: str | Path) -> tuple[Path, ...]:
     path = Path(path)
     beside = path.with_name(path.name + ".data")
     if weight_bytes(model) <= MESSAGE_BYTES:
-        _write(path, [to_bytes(model)])
+        files.write(path, to_bytes(model))
         beside.unlink(missing_ok=True)
         return (path,)
     model = model.clone()
-    parts: list[bytes | np.ndarray] = []
+    arrays: list[np.ndarray] = []
     offset = 0
     for name, value, tensor in _big(model):
         array = np.ascontiguousarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(
             beside.name, offset, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
         )
-        gap = -array.nbytes % PAGE
-        parts += [array, bytes(gap)]
-        offset += array.nbytes + gap
+        arrays.append(array)
+        offset += array.nbytes + -array.nbytes % PAGE
     path.unlink(missing_ok=True)
-    _write(beside, parts)
-    _write(path, [bytes(ir.serde.serialize_model(model).SerializeToString())])
+    with files.replacing(beside) as file:
+        for array in arrays:
+            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(bytes(-array.nbytes % PAGE))
+    files.write(path, bytes(ir.serde.serialize_model(model).SerializeToString()))
     return path, beside
 
 
@@ -125,16 +126,16 @@ def hold(model: ir.Model, folder: Path) -> None:
     Raises:
         ModelError: a file is shorter than what it should hold.
     """
-    files: dict[str, np.ndarray] = {}
+    mapped: dict[str, np.ndarray] = {}
     for name, value, tensor in _big(model):
         if not isinstance(tensor, ir.ExternalTensor):
             array = np.array(tensor.numpy())
         else:
             location = str(tensor.location)
-            if location not in files:
+            if location not in mapped:
                 empty = not (folder / location).stat().st_size
-                files[location] = np.zeros(0, np.uint8) if empty else np.memmap(folder / location, np.uint8, "r")
-            array = _view(files[location], tensor)
+                mapped[location] = np.zeros(0, np.uint8) if empty else np.memmap(folder / location, np.uint8, "r")
+            array = _view(mapped[location], tensor)
         value.const_value = ir.Tensor(array, dtype=tensor.dtype, shape=ir.Shape(array.shape), name=name)
 
 
@@ -182,19 +183,3 @@ def _big(model: ir.Model) -> list[tuple[str, ir.Value, ir.TensorProtocol]]:
         and value.const_value.nbytes >= LENT_BYTES
         and not value.is_graph_output()
     ]
-
-
-def _write(path: Path, parts: list[bytes] | list[bytes | np.ndarray]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            for part in parts:
-                file.write(part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(file.name).chmod(0o666 & ~mask)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

@@ -33,9 +33,11 @@ from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.affine import bias_int32
 from bitalloy.formats.base import Format, QuantParams, cast_type
 from bitalloy.model.load import Graph
+from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.opset import raise_opset
-from bitalloy.model.read import BORDER, TAG, attribute, bias_slot, constant, consumers, name_of, namer
+from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of
 from bitalloy.model.weights import pack, save, to_bytes
+from bitalloy.model.write import add_initializer, insert_behind, namer
 from bitalloy.rewrite.cast import lower
 from bitalloy.targets.placement import roundings, weight_site
 from bitalloy.targets.recipe import Recipe
@@ -189,11 +191,7 @@ class _GraphWriter:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer with a name that no tensor has."""
-        name = self.fresh(name)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, self.fresh(name), array)
 
     def _weight(self, node: ir.Node, site: WeightSite, scheme: Scheme, entry: QuantParams | None, unit: str) -> None:
         """Store weights; given `entry`, how the input is stored, a bias becomes integers in steps of input * weight.
@@ -257,11 +255,7 @@ class _Place:
         made = ir.node(op_type, list(inputs), dict(attributes), name=f"{self._name}/{op_type}")
         made.outputs[0].name = self._writer.fresh(f"{self._name}/{role}")
         made.metadata_props[TAG] = self._unit
-        graph = self._writer.graph
-        if self._after is None:
-            graph.insert_before(graph[0], [made])
-        else:
-            graph.insert_after(self._after, [made])
+        insert_behind(self._writer.graph, self._after, [made])
         self._after = made
         return made.outputs[0]
 

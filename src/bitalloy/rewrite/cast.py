@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
-import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.read import BORDER, FULL_SLOTS, TAG, constant, consumers, is_float, name_of, namer
+from bitalloy import ops
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import constant, consumers, is_float, name_of
+from bitalloy.model.write import Fresh, add_initializer, insert_behind, namer
 
 LOWER_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """That nodes compute in where a plan says so."""
-Fresh = Callable[[str], str]
-"""Makes a name that no tensor of the model has."""
 
 
 def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fresh) -> None:
     """Let nodes compute in a format; everything else, inputs and outputs of the model included, stays as it is.
 
     Case 1. A float tensor from elsewhere: one Cast, shared by all these nodes.
-    Case 2. A constant: an initializer in the format, shared likewise; `FULL_SLOTS` stay float32.
+    Case 2. A constant: an initializer in the format, shared likewise; `ops.full_slots` stay float32.
     Case 3. A tensor that such a node makes: in the format, with one Cast back for all readers outside.
     Case 4. The same where it is an output of the model: the Cast back takes its name.
 
@@ -35,7 +35,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
     lowered: dict[ir.Value, ir.Value] = {}
     for node in nodes:
         for slot, value in enumerate(node.inputs):
-            if value is None or not is_float(value) or slot in FULL_SLOTS.get(node.op_type, ()):
+            if value is None or not is_float(value) or slot in ops.full_slots(node.op_type):
                 continue
             producer = value.producer()
             if producer in inside:
@@ -43,7 +43,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
             if value not in lowered:
                 array = constant(value)
                 if array is not None:
-                    lowered[value] = _initializer(graph, array.astype(kind.numpy()), fresh(f"{value.name}/half"))
+                    lowered[value] = add_initializer(graph, fresh(f"{value.name}/half"), array.astype(kind.numpy()))
                 else:
                     lowered[value] = cast(graph, value, kind, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])
@@ -54,7 +54,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
             outside = [
                 use
                 for use in consumers(value)
-                if use.node not in inside or use.slot in FULL_SLOTS.get(use.node.op_type, ())
+                if use.node not in inside or use.slot in ops.full_slots(use.node.op_type)
             ]
             value.type = ir.TensorType(kind)
             if not outside and not value.is_graph_output():
@@ -120,16 +120,5 @@ def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Val
     node.metadata_props[TAG] = BORDER
     result = node.outputs[0]
     result.name, result.type, result.shape = name, ir.TensorType(to), value.shape
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], [node])
-    else:
-        graph.insert_after(producer, [node])
+    insert_behind(graph, value.producer(), [node])
     return result
-
-
-def _initializer(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    graph.register_initializer(value)
-    return value

@@ -6,14 +6,15 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.graphs.joining import rename
 from bitalloy.model.graphs.wiring import Program
-from bitalloy.model.read import BORDER, TAG, consumers, is_float, name_of, namer
-from bitalloy.rewrite.cast import Fresh, cast, is_border
+from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import consumers, is_float, name_of
+from bitalloy.model.write import Fresh, namer
+from bitalloy.rewrite.cast import cast, is_border
 
-ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear"})
-"""Operators that no float graph has: a rewriting put them there."""
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
@@ -122,7 +123,7 @@ def _unrounded(value: ir.Value) -> ir.Value:
 
 
 def _rounds(node: ir.Node) -> bool:
-    return node.op_type in ROUNDING or is_border(node)
+    return node.op_type in ops.ROUNDING or is_border(node)
 
 
 def _owner(node: ir.Node, program: Program) -> str | None:

@@ -29,16 +29,16 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.calibrate.channels import channel_maxima
 from bitalloy.model.graphs.joining import Joined
-from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape, weight_axes
+from bitalloy.model.write import Fresh, add_initializer, namer
 
 SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
 """Names of cases 1 and 2."""
-HOMOGENEOUS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LeakyRelu", "MaxPool", "PRelu", "Relu"})
-"""Operators with f(s x) = s f(x) for s > 0, channel by channel."""
-POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
-"""Those of them that know channels only on axis 1."""
+LINEAR = ops.WEIGHTED - {"ConvTranspose"}
 LARGEST = 8
 """Largest power of two by which a channel is scaled beside the median one: what no sample showed must not explode."""
 SomeGraph = TypeVar("SomeGraph", bound=Graph)
@@ -126,13 +126,13 @@ def scale(graph: SomeGraph, factors: Mapping[Place, Sequence[int]]) -> SomeGraph
         A graph with the same names, whose `rewritten` tells it from the one given.
     """
     model = graph.clone()
-    nodes = {name_of(n): n for n in model.graph}
+    nodes, fresh = {name_of(n): n for n in model.graph}, namer(model)
     for place, powers in factors.items():
         steps = np.exp2(np.asarray(powers, np.float32))
         for operand in place.divided:
-            _scale(model, nodes[operand.node], operand, 1 / steps)
+            _scale(model, fresh, nodes[operand.node], operand, 1 / steps)
         for operand in place.multiplied:
-            _scale(model, nodes[operand.node], operand, steps)
+            _scale(model, fresh, nodes[operand.node], operand, steps)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
     digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest() if factors else graph.rewritten
     return replace(graph, model=model, rewritten=digest)
@@ -168,17 +168,14 @@ class _Finder:
     def linear(self, node: ir.Node) -> Place | None:
         """Case 2."""
         weights = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or weights is None or not _is_own(node.inputs[1]):
+        if node.op_type not in LINEAR or weights is None or not _is_own(node.inputs[1]):
+            return None
+        if node.op_type != "Conv" and weights.ndim != 2:
             return None
         out = node.outputs[0]
         shape = static_shape(out)
-        if node.op_type == "Conv":
-            axis, of_weights = 1, 0
-        elif weights.ndim == 2:
-            axis, of_weights = len(shape) - 1, 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
-        else:
-            return None
-        divided = [Operand(name_of(node), 1, of_weights)]
+        axis = ops.channel_axis(node.op_type, len(shape))
+        divided = [Operand(name_of(node), 1, weight_axes(node)[1])]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             if not _is_vector(bias, shape[axis]):
@@ -196,20 +193,18 @@ class _Finder:
     def _readers(self, value: ir.Value, axis: int) -> tuple[Operand, ...]:
         """Weights of the linear layers that read a tensor; none where anything else does."""
         found = []
-        last = axis == len(static_shape(value)) - 1
+        rank = len(static_shape(value))
         for use in consumers(value):
             node, weight = use.node, use.node.inputs[1] if len(use.node.inputs) > 1 else None
             array = constant(weight)
             if use.slot != 0 or array is None or not _is_own(weight):
                 return ()
-            if node.op_type == "Conv" and axis == 1:
-                found.append(Operand(name_of(node), 1, 1, int(attribute(node, "group", 1))))  # type: ignore[call-overload]
-            elif node.op_type == "MatMul" and last and array.ndim == 2:
-                found.append(Operand(name_of(node), 1, 0))
-            elif node.op_type == "Gemm" and last and not attribute(node, "transA", 0):
-                found.append(Operand(name_of(node), 1, 1 if attribute(node, "transB", 0) else 0))
-            else:
+            if node.op_type not in LINEAR or axis != ops.channel_axis(node.op_type, rank):
                 return ()
+            if attribute(node, "transA", 0) or (node.op_type != "Conv" and array.ndim != 2):
+                return ()
+            groups = int(attribute(node, "group", 1))  # type: ignore[call-overload]
+            found.append(Operand(name_of(node), 1, weight_axes(node)[0], groups))
         empty = 0 in static_shape(value)  # as a cache before the first token
         return () if empty or value.name in self._outputs else tuple(found)
 
@@ -230,11 +225,11 @@ class _Finder:
 
 def _is_homogeneous(node: ir.Node, value: ir.Value, axis: int, source: str) -> bool:
     """Whether a node carries factors of the channels of its first operand through; pools know them on axis 1 only."""
-    if node.op_type not in HOMOGENEOUS or node.inputs[0] is not value or len(node.outputs) != 1:
+    if node.op_type not in ops.HOMOGENEOUS or node.inputs[0] is not value or len(node.outputs) != 1:
         return False
     if node.op_type == "PRelu":
         return constant(node.inputs[1]) is not None
-    return node.op_type not in POOLS or (axis == 1 and source == "Conv")
+    return node.op_type not in ops.POOLS or (axis == 1 and source == "Conv")
 
 
 def _is_vector(value: ir.Value | None, size: int) -> bool:
@@ -259,7 +254,7 @@ def _reach(node: ir.Node, operand: Operand) -> np.ndarray:
     return np.asarray(grouped.max(axis=(1, 3)).reshape(-1))
 
 
-def _scale(model: ir.Model, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:
+def _scale(model: ir.Model, fresh: Fresh, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:
     """Multiply a constant operand by a factor per channel; one that others read too is copied first."""
     value = node.inputs[operand.slot]
     array = constant(value)
@@ -274,10 +269,5 @@ def _scale(model: ir.Model, node: ir.Node, operand: Operand, steps: np.ndarray) 
     if _is_own(value):
         value.const_value = ir.tensor(scaled, name=value.name)
         return
-    name = f"{node.name}/scaled{operand.slot}"
-    while name in model.graph.initializers or any(v.name == name for n in model.graph for v in n.outputs):
-        name += "'"
-    own = ir.Value(name=name, shape=ir.Shape(scaled.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    own.const_value = ir.tensor(scaled, name=name)
-    model.graph.register_initializer(own)
+    own = add_initializer(model.graph, fresh(f"{node.name}/scaled{operand.slot}"), scaled)
     node.replace_input_with(operand.slot, own)

@@ -17,12 +17,13 @@ A node that only one of the forms has (shape arithmetic, a Concat with an empty 
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.errors import ModelError
-from bitalloy.model.read import TAG, constant, name_of, namer
-from bitalloy.model.weights import pack
+from bitalloy.model.metadata import TAG
+from bitalloy.model.read import constant, name_of
+from bitalloy.model.write import add_initializer, check, drop_unread, insert_behind, namer
 from bitalloy.rewrite.cast import computed, is_border, lower
 
 ALIAS = "/to_last"
@@ -50,62 +51,63 @@ class _Carrier:
     def __init__(self, mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> None:
         self._mixed, self._model = mixed, model
         self._before = {name_of(n): n for n in fixed.graph}
+        self._lowered = computed(mixed)
+        self._computing = frozenset[str]().union(*self._lowered.values())
         self._pairs: dict[tuple[ir.Value, str], ir.Value] = {}
         self._stored: dict[str, ir.Value] = {}
 
     def carry(self) -> ir.Model:
-        lowered = computed(self._mixed)
-        computing = frozenset[str]().union(*lowered.values())
-        open_nodes = {name_of(n): n for n in self._model.graph}
+        rounded, changed = self._operands()
+        for node, slot, pair in rounded:
+            value = node.inputs[slot]
+            assert value is not None
+            node.replace_input_with(slot, self._store(pair) if _is_stored(pair) else self._round(value, pair))
+        for node, slot, value in changed:
+            self._change(node, slot, value)
         last = {str(v.name): v for v in self._model.graph.outputs}
+        for value in self._mixed.graph.outputs:
+            left = _rounding(value)
+            if left is not None and not _is_stored(left):
+                self._leave(last[str(value.name)], left)
+        for kind, names in self._lowered.items():
+            lower(self._model, names, kind, namer(self._model))
+        drop_unread(self._model.graph)
+        check(self._model)
+        return self._model
+
+    def _operands(self) -> tuple[list[tuple[ir.Node, int, ir.Node]], list[tuple[ir.Node, int, ir.Value | None]]]:
+        """Operands of the open form, as node and slot: those to be rounded, and those with other numbers."""
+        open_nodes = {name_of(n): n for n in self._model.graph}
+        rounded: list[tuple[ir.Node, int, ir.Node]] = []
+        changed: list[tuple[ir.Node, int, ir.Value | None]] = []
         missing: list[str | None] = []
-        jobs: list[tuple[ir.Node, int, ir.Node, ir.Value]] = []
-        changes: list[tuple[ir.Node, int, ir.Value | None]] = []
         for node in self._mixed.graph:
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") or is_border(node):
+            if node.op_type in ops.ROUNDING or is_border(node):
                 continue
             other = open_nodes.get(name_of(node).removesuffix(ALIAS))
-            if other is None or (node.name in computing and any(v.dtype is None for v in other.outputs)):
-                rounded = node.name in computing or any(_rounding(v) is not None for v in node.inputs)
-                missing += [node.name] if rounded or self._changed(node) else []
+            pairs = [(slot, pair) for slot, v in enumerate(node.inputs) if (pair := _rounding(v)) is not None]
+            others = self._changed(node)
+            if other is None or (node.name in self._computing and any(v.dtype is None for v in other.outputs)):
+                missing += [node.name] if node.name in self._computing or pairs or others else []
                 continue
             if TAG in node.metadata_props:
                 other.metadata_props[TAG] = node.metadata_props[TAG]
-            for slot, value in enumerate(node.inputs):
-                pair = _rounding(value)
-                if pair is not None:
-                    operand = other.inputs[slot] if slot < len(other.inputs) else None
-                    if operand is None or (_is_stored(pair) and constant(operand) is None):
-                        missing.append(node.name)
-                    else:
-                        jobs.append((other, slot, pair, operand))
-            for slot in self._changed(node):
-                operand = other.inputs[slot] if slot < len(other.inputs) else None
-                if constant(operand) is None:
+            for slot, pair in pairs:
+                operand = _operand(other, slot)
+                if operand is None or (_is_stored(pair) and constant(operand) is None):
                     missing.append(node.name)
                 else:
-                    changes.append((other, slot, node.inputs[slot]))
+                    rounded.append((other, slot, pair))
+            for slot in others:
+                if constant(_operand(other, slot)) is None:
+                    missing.append(node.name)
+                else:
+                    changed.append((other, slot, node.inputs[slot]))
         if missing:
             raise ModelError(
                 f"{len(missing)} rewritten nodes differ between fixed and open sizes, the first is '{missing[0]}'."
             )
-        for other, slot, pair, operand in jobs:
-            other.replace_input_with(slot, self._store(pair) if _is_stored(pair) else self._round(operand, pair))
-        for other, slot, value in changes:
-            self._change(other, slot, value)
-        for value in self._mixed.graph.outputs:
-            pair = _rounding(value)
-            if pair is not None and not _is_stored(pair):
-                self._leave(last[str(value.name)], pair)
-        for kind, names in lowered.items():
-            lower(self._model, names, kind, namer(self._model))
-        for name in [n for n, v in self._model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-            self._model.graph.initializers.pop(name)
-        try:
-            onnx.checker.check_model(pack(self._model).data)
-        except onnx.checker.ValidationError as error:
-            raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
-        return self._model
+        return rounded, changed
 
     def _changed(self, node: ir.Node) -> list[int]:
         """Slots of the float constants of a node that the rewriting changed."""
@@ -124,12 +126,7 @@ class _Carrier:
         if len(operand.uses()) == 1 and not operand.is_graph_output():
             operand.const_value = ir.tensor(array, name=name)
             return
-        taken = {v.name for n in self._model.graph for v in n.outputs} | set(self._model.graph.initializers)
-        while name in taken:
-            name += "'"
-        own = ir.Value(name=name, shape=operand.shape, type=operand.type, const_value=ir.tensor(array, name=name))
-        self._model.graph.register_initializer(own)
-        node.replace_input_with(slot, own)
+        node.replace_input_with(slot, add_initializer(self._model.graph, namer(self._model)(name), array))
 
     def _store(self, pair: ir.Node) -> ir.Value:
         """INT8 or INT32 integers of the mixed model, with their scale."""
@@ -137,12 +134,12 @@ class _Carrier:
         if name not in self._stored:
             node = ir.node("DequantizeLinear", self._constants(pair), dict(pair.attributes), name=name)
             self._finish(node, pair)
-            self._model.graph.insert_before(self._model.graph[0], [node])
+            insert_behind(self._model.graph, None, [node])
             self._stored[name] = node.outputs[0]
         return self._stored[name]
 
     def _round(self, value: ir.Value, pair: ir.Node) -> ir.Value:
-        producer, scale = value.producer(), pair.inputs[1]
+        scale = pair.inputs[1]
         assert scale is not None
         key = (value, str(scale.name))
         if key not in self._pairs:
@@ -158,10 +155,7 @@ class _Carrier:
             )
             self._finish(first, before)
             self._finish(second, pair)
-            if producer is None:
-                self._model.graph.insert_before(self._model.graph[0], [first, second])
-            else:
-                self._model.graph.insert_after(producer, [first, second])
+            insert_behind(self._model.graph, value.producer(), [first, second])
             self._pairs[key] = second.outputs[0]
         return self._pairs[key]
 
@@ -177,13 +171,12 @@ class _Carrier:
         """Operands of a rounding node in this model: integers (or None where they are computed), scale, zero point."""
         found: list[ir.Value | None] = []
         for value in pair.inputs:
-            if value is None or constant(value) is None:
+            if value is None or value.const_value is None or constant(value) is None:
                 found.append(None)
                 continue
             name = str(value.name)
             if name not in self._model.graph.initializers:
-                copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-                self._model.graph.register_initializer(copy)
+                add_initializer(self._model.graph, name, value.const_value)
             found.append(self._model.graph.initializers[name])
         return found
 
@@ -199,6 +192,10 @@ def _rounding(value: ir.Value | None) -> ir.Node | None:
     if node is not None and is_border(node) and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _operand(node: ir.Node, slot: int) -> ir.Value | None:
+    return node.inputs[slot] if slot < len(node.inputs) else None
 
 
 def _is_stored(pair: ir.Node) -> bool:

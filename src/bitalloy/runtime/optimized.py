@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-PAIR = frozenset({"DequantizeLinear", "QuantizeLinear"})
+from bitalloy import ops
+
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Reshape", "Transpose"})
 """Operators that a runtime adds around others."""
 
@@ -71,7 +72,7 @@ class _Matcher:
             self._makes.update({str(v.name): node for v in node.outputs if str(v.name) in makers})
             name = origin(str(node.name)) or ""
             source = nodes.get(name) or makers.get(name)
-            if source is None or (node.op_type in PAIR and source.op_type not in PAIR):
+            if source is None or (node.op_type in ops.ROUNDING and source.op_type not in ops.ROUNDING):
                 continue  # rounding that was moved is named after what it rounds now
             if name in makers:
                 self._makes.setdefault(name, node)

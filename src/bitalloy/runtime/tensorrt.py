@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy.core import files
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.model.weights import to_bytes
 from bitalloy.runtime.base import Kernel, Runtime
@@ -229,7 +230,7 @@ def _build(trt: Any, logger: Any, model: ir.Model | bytes | str | Path, cache: P
     if engine is None:
         raise ModelError("TensorRT cannot build an engine from the model; its log on standard error says why.")
     if cache is not None:
-        cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+        files.write(cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return engine
 
 

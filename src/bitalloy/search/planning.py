@@ -18,7 +18,8 @@ from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
-from bitalloy.model.load import Graph, name_of
+from bitalloy.model.load import Graph
+from bitalloy.model.read import name_of
 from bitalloy.search.choice import Proven, complete, search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.front import FRONT_BUDGETS

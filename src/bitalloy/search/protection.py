@@ -18,8 +18,8 @@ import numpy as np
 from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
-from bitalloy.model.graphs.joining import PROTECT
 from bitalloy.model.load import Graph
+from bitalloy.model.metadata import PROTECT
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import rounded
 

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Unit, UnitEdge, WeightSite
 from bitalloy.formats import find_format
 from bitalloy.formats.base import Format, QuantParams
-from bitalloy.model.load import Graph, attribute, constant, is_float, name_of, static_shape
-from bitalloy.model.read import FULL_SLOTS, beside_output
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, beside_output, constant, is_float, name_of, static_shape
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
 
@@ -226,7 +227,7 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe) -> Colum
             return known[name]
 
         for node in nodes:
-            y, full = node.outputs[0], FULL_SLOTS.get(node.op_type, ())
+            y, full = node.outputs[0], ops.full_slots(node.op_type)
             given = [
                 values[str(v.name)] if v is not None and slot in full else read(v) for slot, v in enumerate(node.inputs)
             ]

@@ -24,7 +24,8 @@ from bitalloy.core.records import Head, Secant
 from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.heads import Reference
-from bitalloy.model.load import Graph, name_of
+from bitalloy.model.load import Graph
+from bitalloy.model.read import name_of
 from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
 from bitalloy.sensitivity.matrix import ProbeMatrix

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.base import Format, QuantParams
-from bitalloy.model.load import attribute, constant
-from bitalloy.model.read import beside_output
+from bitalloy.model.read import attribute, beside_output, constant
+from bitalloy.model.write import add_initializer
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
@@ -143,10 +143,7 @@ class Gatekeeper:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer of the graph."""
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, name, array)
 
 
 class _Body:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.load import Graph, is_float, name_of, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import is_float, name_of, static_shape
 from bitalloy.targets.base import macs
 
 MOVE_COST = 8

@@ -32,9 +32,11 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Placement
-from bitalloy.model.load import Graph, attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
@@ -82,7 +84,7 @@ def _channels_joined(node: ir.Node) -> bool:
         return True
     rank = len(static_shape(value))
     axis = int(attribute(producer, "axis", 0)) % rank  # type: ignore[call-overload]
-    return bool(axis == (1 if node.op_type == "Conv" else rank - 1))
+    return bool(axis == ops.channel_axis(node.op_type, rank))
 
 
 def _fused(core: Core) -> Core:

@@ -27,7 +27,8 @@ import onnx_ir as ir
 
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge
-from bitalloy.model.load import Graph, attribute, constant, consumers, name_of
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import A10, Core, Target
-from bitalloy.targets.patterns import MOVERS
 from bitalloy.targets.safety import HALF_PRECISION
 
 
@@ -35,5 +35,5 @@ ORT_CUDA = Target(
     native=ORT_GPU,
     missing=cuda_missing,
     match=_match,
-    follows=lambda node: node.op_type in MOVERS,
+    follows=lambda node: node.op_type in ops.MOVERS,
 )

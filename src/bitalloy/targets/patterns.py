@@ -8,14 +8,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.units import WeightSite
-from bitalloy.model.load import attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.targets.base import Core
-
-MOVERS = frozenset({
-    "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
-    "Tile", "Transpose", "Unsqueeze",
-})  # fmt: skip
 
 
 def moves(node: ir.Node) -> bool:
@@ -24,7 +20,7 @@ def moves(node: ir.Node) -> bool:
         return attribute(node, "mode", "nearest") == "nearest"
     if node.op_type == "Gather":
         return constant(node.inputs[1]) is not None
-    return node.op_type in MOVERS
+    return node.op_type in ops.MOVERS
 
 
 def weighted(node: ir.Node, *, axis: int) -> Core:

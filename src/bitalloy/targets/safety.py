@@ -9,28 +9,18 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.records import TensorRange
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Evidence, Unit, UnitGraph
 from bitalloy.formats import find_format
-from bitalloy.model.load import Graph, attribute, constant, is_float, static_shape
-from bitalloy.model.read import FULL_SLOTS
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, constant, is_float, static_shape
 from bitalloy.targets.base import Offer, computing
 
-OPERATORS = frozenset({
-    "Abs", "Add", "AveragePool", "BatchNormalization", "Clip", "Concat", "Conv", "ConvTranspose", "Cos", "DepthToSpace",
-    "Div", "Elu", "Erf", "Exp", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm",
-    "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "InstanceNormalization", "LayerNormalization",
-    "LeakyRelu", "Log", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "PRelu", "Pad", "Pow", "Reciprocal",
-    "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Resize", "Sigmoid", "Sin",
-    "Slice",
-    "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "Transpose",
-    "Unsqueeze", "Where",
-})  # fmt: skip
-"""Operators whose floating-point inputs and outputs all have one type, which may be FP16 (but for `FULL_SLOTS`)."""
 HALF_PRECISION = Offer(
     scheme=Scheme(name="fp16", activation="float16", weight="float16", cast=True),
-    refuse=computing(OPERATORS, "FP16"),
+    refuse=computing(ops.LOWERABLE, "FP16"),
 )
 """Of targets with FP16 kernels for all of these operators, written as Cast."""
 
@@ -69,7 +59,7 @@ def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evid
     nodes = [graph.node[n] for n in (*unit.core, *unit.tail)]
     seen = {str(v.name): v for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and is_float(v)}
     for node in nodes:
-        for slot in FULL_SLOTS.get(node.op_type, ()):
+        for slot in ops.full_slots(node.op_type):
             if slot < len(node.inputs) and node.inputs[slot] is not None:
                 seen.pop(str(node.inputs[slot].name), None)  # type: ignore[union-attr]
     known = [ranges[name] for name, v in seen.items() if _computed(v)]
@@ -83,7 +73,7 @@ def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evid
 
 def _sum_of(node: ir.Node, ranges: Mapping[str, TensorRange]) -> tuple[int, float]:
     """(products per output element, largest running sum) of a product of matrices or a convolution."""
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if node.op_type not in ops.WEIGHTED:
         return 0, 0.0
     left, right = node.inputs[0], node.inputs[1]
     assert left is not None and right is not None

@@ -26,16 +26,17 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Placement
-from bitalloy.model.load import Graph, attribute, constant, name_of
+from bitalloy.model.load import Graph
+from bitalloy.model.read import attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import A10, Core, Offer, Target, fused
-from bitalloy.targets.patterns import MOVERS, matmul, moves, only_reader, silu_of, weight_site
+from bitalloy.targets.patterns import matmul, moves, only_reader, silu_of, weight_site
 from bitalloy.targets.safety import HALF_PRECISION
 
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
@@ -51,7 +52,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return _matmul(node)
         case "Add":
             return _residual(node, graph)
-        case op if op in MOVERS or op == "Concat":
+        case op if op in ops.MOVERS or op == "Concat":
             return _plain(node, "only moves data; the layer that reads it rounds")
         case op:
             return _plain(node, f"TensorRT runs {op} in floating point, fused with the layers beside it")
@@ -107,7 +108,7 @@ def _from_weights(value: ir.Value) -> bool:
         node = node.inputs[0].producer()  # type: ignore[union-attr]
     if node is not None and node.op_type == "Add":
         node = next((v.producer() for v in node.inputs if v is not None and constant(v) is None), None)
-    return node is not None and node.op_type in WEIGHTED and constant(node.inputs[1]) is not None
+    return node is not None and node.op_type in ops.WEIGHTED and constant(node.inputs[1]) is not None
 
 
 def _behind(node: ir.Node) -> tuple[ir.Node, ...]:

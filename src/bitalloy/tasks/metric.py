@@ -17,8 +17,9 @@ from bitalloy.data.images import ImageSpec
 from bitalloy.rewrite.calibrated import Calibrated, versions
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen, everything
-from bitalloy.tasks.detection import DetectionResult, class_names, evaluate_detection, looks_like_yolo
+from bitalloy.tasks.detection import DetectionResult, evaluate_detection
 from bitalloy.tasks.open import image_spec
+from bitalloy.tasks.yolo import class_names, looks_like_yolo
 
 METRIC = "AP50-95"
 

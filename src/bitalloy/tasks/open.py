@@ -23,21 +23,19 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.data.datasets import Samples, open_dataset
 from bitalloy.data.images import ImageSpec, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
-from bitalloy.model.graphs.outline import SHAPES, Outline, usual_shapes
+from bitalloy.model.graphs.outline import Outline, usual_shapes
 from bitalloy.model.graphs.wiring import Program
 from bitalloy.model.load import Graph
+from bitalloy.model.metadata import IMAGE, SHAPES
 from bitalloy.runtime.artefact import Chain
 from bitalloy.runtime.base import Session
 from bitalloy.tasks import chat, promptable
 from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
 from bitalloy.tasks.chat_samples import ChatSamples
-from bitalloy.tasks.detection import looks_like_yolo
 from bitalloy.tasks.pieces import read_pieces
 from bitalloy.tasks.prompt_samples import PromptSamples
+from bitalloy.tasks.yolo import looks_like_yolo
 from bitalloy.zoo.mobilevlm_chat import tokenizer as sentence_pieces
-
-IMAGE = "bitalloy.image"
-"""Metadata key of how images are prepared, as JSON: arguments of `infer_image_spec`."""
 
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:

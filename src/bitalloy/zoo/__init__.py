@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
-from bitalloy.model.graphs.wiring import FILE as PROGRAM
+from bitalloy.model.graphs.wiring import PROGRAM_FILE
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
 
 __all__ = [
@@ -71,7 +71,7 @@ def resolve(model: str | Path) -> Source:
         path = Path(str(resources.files("bitalloy.samples").joinpath(packaged[text])))
         return Source(name=text, path=path, sample=True)
     path = Path(model)
-    if not path.is_file() and path.suffix != ".onnx" and not (path / PROGRAM).is_file():
+    if not path.is_file() and path.suffix != ".onnx" and not (path / PROGRAM_FILE).is_file():
         names = _variant_names()
         if text in names:
             raise ModelError(

@@ -19,8 +19,10 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import set_external_data
 
+from bitalloy import ops
+from bitalloy.core import files
 from bitalloy.core.errors import ModelError
-from bitalloy.model.regions import REGION
+from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.zoo.base import Protection, Regions
 
@@ -34,10 +36,8 @@ FLOOR = 1e-3
 """Parts of smaller magnitude are compared with this one: small results of the runtime's Sigmoid are not exact."""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one file of external data: a protobuf message ends at 2 GB."""
-TRAINING_ONLY = frozenset({"Dropout", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
 ALIGNMENT = 4096
 """Of tensors in external data, in bytes, so that they can be memory-mapped."""
-PROGRAM = "program.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def export_graph(
                 dynamo=False,
             )
             proto = onnx.load(str(traced), load_external_data=False)
-            left = sorted({n.op_type for n in proto.graph.node} & TRAINING_ONLY)
+            left = sorted({n.op_type for n in proto.graph.node} & ops.TRAINING_ONLY)
             if left:
                 raise ModelError(f"The exported graph of '{facts.variant}' still holds {', '.join(left)}.")
             annotate(proto, facts)
@@ -128,14 +128,12 @@ def random_image(size: tuple[int, int]) -> Tensor:
 def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
     """Add the family's facts to the model and, to every node of a known module, its region in the family's words."""
     texts = {
-        "bitalloy.family": facts.family,
-        "bitalloy.variant": facts.variant,
-        "bitalloy.heads": json.dumps(facts.heads),
-        "bitalloy.shapes": json.dumps(facts.shapes),
-        "bitalloy.image": json.dumps(facts.image),
-        "bitalloy.protect": json.dumps(
-            [{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]
-        ),
+        FAMILY: facts.family,
+        VARIANT: facts.variant,
+        HEADS: json.dumps(facts.heads),
+        SHAPES: json.dumps(facts.shapes),
+        IMAGE: json.dumps(facts.image),
+        PROTECT: json.dumps([{"pattern": p.pattern, "reason": p.reason, "source": p.source} for p in facts.protect]),
     }
     _forget(proto.metadata_props, texts)
     for key, text in texts.items():
@@ -157,12 +155,6 @@ def _forget(props: Any, keys: Collection[str]) -> None:
     props.extend(kept)
 
 
-def write_program(folder: Path, graphs: Mapping[str, Path], wires: Sequence[str]) -> None:
-    """Write `program.json`, which says how several graphs belong together."""
-    text = json.dumps({"graphs": {name: path.name for name, path in graphs.items()}, "wires": list(wires)}, indent=2)
-    (folder / PROGRAM).write_text(text + "\n")
-
-
 def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
     """Write a traced model, whose large weights may lie in many files of `source`, as one file or as two."""
     tensors = list(_tensors(proto))
@@ -171,7 +163,7 @@ def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
         onnx.load_external_data_for_model(proto, str(source))
         data.unlink(missing_ok=True)
     else:
-        with (source / "packed").open("wb") as out:
+        with files.replacing(data) as out:
             for tensor in tensors:
                 if not tensor.HasField("raw_data") and tensor.data_location != TensorProto.EXTERNAL:
                     continue
@@ -187,10 +179,7 @@ def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
                 tensor.raw_data = b""  # the field must be there for its place to be taken
                 set_external_data(tensor, data.name, offset=offset, length=len(content))
                 tensor.ClearField("raw_data")
-        (source / "packed").replace(data)
-    written = source / "written.onnx"
-    written.write_bytes(proto.SerializeToString())
-    written.replace(path)
+    files.write(path, proto.SerializeToString())
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:

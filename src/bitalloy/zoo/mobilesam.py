@@ -20,9 +20,10 @@ import numpy as np
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model import relevance
+from bitalloy.model.graphs.wiring import write_wiring
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
-from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image, write_program
+from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image
 
 EXTRA = "mobilesam"
 SIDE = 1024
@@ -138,7 +139,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         variant.note,
         f"Weights: {variant.remote.licence}.",
     )
-    write_program(folder, graphs, WIRES)
+    write_wiring(folder, {name: path.name for name, path in graphs.items()}, WIRES)
     return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=notes)
 
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model import relevance
+from bitalloy.model.graphs.wiring import write_wiring
 from bitalloy.zoo import checkpoints, downloads
 from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
-from bitalloy.zoo.exporting import Facts, Signature, export_graph, write_program
+from bitalloy.zoo.exporting import Facts, Signature, export_graph
 from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
 
 EXTRA, TOKENIZER = "mobilevlm", "tokenizer.model"
@@ -125,7 +126,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         steps = [example(layers, heads, width, past=p, new=n) for p, n in ((5, 7), (0, 9), (9, 1))]
         decoded = _decoder_facts(facts, numbers)
         notes.append(export_graph(Decoder(language), steps, graphs["decoder"], _signature(layers), decoded))
-    write_program(folder, graphs, WIRES)
+    write_wiring(folder, {name: path.name for name, path in graphs.items()}, WIRES)
     if source is not None and (source / TOKENIZER).is_file():
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     else:

@@ -20,7 +20,7 @@ from bitalloy.adjoint.rules.elementwise import (
     single,
     unary,
 )
-from bitalloy.model.load import attribute
+from bitalloy.model.read import attribute
 
 
 def _sigmoid(p: Builder, x: ir.Value, y: ir.Value, node: ir.Node) -> ir.Value:

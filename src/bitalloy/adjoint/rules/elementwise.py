@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Rule
-from bitalloy.model.load import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 
 Cots = Sequence[Cotangent | None]
 Derivative = Callable[[Builder, ir.Value, ir.Value, ir.Node], ir.Value]

@@ -14,7 +14,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import scalar, single
 from bitalloy.adjoint.rules.shape import data, dense, scatter_add
-from bitalloy.model.load import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 
 Cots = Sequence[Cotangent | None]
 

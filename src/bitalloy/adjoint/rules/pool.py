@@ -11,7 +11,7 @@ from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import scalar, select, single
 from bitalloy.adjoint.rules.linear import geometry
 from bitalloy.adjoint.rules.shape import data, dense, integers
-from bitalloy.model.load import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
 
 Cots = Sequence[Cotangent | None]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from bitalloy.adjoint.engine import Context, Cotangent, Rule
 from bitalloy.adjoint.rules.elementwise import mask, scalar, select
 from bitalloy.adjoint.rules.shape import data, dense, integers
-from bitalloy.model.load import attribute, static_shape
+from bitalloy.model.read import attribute, static_shape
 
 Cots = Sequence[Cotangent | None]
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import single
-from bitalloy.model.load import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 
 Cots = Sequence[Cotangent | None]
 

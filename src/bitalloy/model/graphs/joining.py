@@ -13,10 +13,8 @@ import onnx_ir as ir
 from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.graphs.wiring import Program
 from bitalloy.model.load import Graph, load_open
+from bitalloy.model.metadata import HEADS, PROTECT
 from bitalloy.model.read import static_shape
-
-HEADS, PROTECT = "bitalloy.heads", "bitalloy.protect"
-"""Metadata keys of an exported graph: outputs that count (JSON, empty for all), and what stays in float by default."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.core.errors import ModelError
+from bitalloy.core.files import write
 from bitalloy.core.records import TensorSpec
 from bitalloy.model import load as graphs
 from bitalloy.model.load import Graph
 
-FILE = "program.json"
+PROGRAM_FILE = "program.json"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -116,7 +117,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
         ModelError: the file is missing or malformed, a graph lies outside of the folder or cannot be loaded, or the
             wires do not fit.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = Path(path) / PROGRAM_FILE if Path(path).is_dir() else Path(path)
     files, wires = read_wiring(file)
     given = dict(shapes or {})
     loaded: dict[str, Graph] = {}
@@ -183,7 +184,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
     try:
         content = msgspec.json.decode(file.read_bytes(), type=_File)
     except OSError as error:
-        raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {FILE}.") from error
+        raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {PROGRAM_FILE}.") from error
     except msgspec.MsgspecError as error:
         raise ModelError(
             f"'{file}' is not a program: {error}. Expected "
@@ -203,12 +204,10 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
     return files, wires
 
 
-def write_wiring(folder: Path, files: Mapping[str, str], wires: Sequence[Wire]) -> Path:
+def write_wiring(folder: Path, files: Mapping[str, str], wires: Sequence[Wire | str]) -> Path:
     """Write `program.json`, as a whole or not at all; `files` are relative to the folder. Returns its path."""
     content = msgspec.json.encode(_File(graphs=dict(files), wires=[str(w) for w in wires]))
-    partial = folder / f"{FILE}.partial"
-    partial.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
-    return partial.replace(folder / FILE)
+    return write(folder / PROGRAM_FILE, msgspec.json.format(content, indent=2) + b"\n")
 
 
 def _own_shapes(name: str, given: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

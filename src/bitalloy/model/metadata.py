@@ -1,0 +1,28 @@
+"""Keys of the metadata that bitalloy reads from ONNX files and writes into them: on models, and on their nodes.
+
+The exporters of the model zoo describe a model in its own file, so that it can be analysed without the code that made
+it. A rewritten model says which unit each of its nodes belongs to. Values that are not plain text are JSON.
+"""
+
+from __future__ import annotations
+
+FAMILY = "bitalloy.family"
+"""On a model: name of the family that it is of, such as `yolo11`."""
+VARIANT = "bitalloy.variant"
+"""On a model: name of its size within the family."""
+HEADS = "bitalloy.heads"
+"""On a model: list of the outputs that count; an empty list for all."""
+SHAPES = "bitalloy.shapes"
+"""On a model: usual shapes of the inputs whose sizes are open."""
+IMAGE = "bitalloy.image"
+"""On a model: how images are prepared, as arguments of `infer_image_spec`."""
+PROTECT = "bitalloy.protect"
+"""On a model: what its family advises to keep in float, as patterns of node names with reasons and sources."""
+REGION = "bitalloy.region"
+"""On a node: path of the region that it belongs to, in the words of the family, such as `neck/model.13/cv1`."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""On a node, written by the exporter of torch: paths of the modules that it comes from, outermost first."""
+TAG = "bitalloy.unit"
+"""On a node of a rewritten model: id of the unit that it belongs to, or `BORDER`."""
+BORDER = "bitalloy.border"
+"""Value of `TAG` where a node belongs to no unit: it rounds or casts a tensor on its way between units."""
