@@ -143,7 +143,7 @@ def main() -> None:
             arguments = ["--size", options.size, "--layers", str(options.layers), "--seed", str(options.seed)]
             subprocess.run([sys.executable, str(LLAMA), *arguments, "--out", str(path)], check=True)
     with step("load"):
-        model = only(graph.load(path, shapes=sizes_of(path, options.tokens)), "logits")
+        model = only(graph.load_graph(path, shapes=sizes_of(path, options.tokens)), "logits")
     samples = [feeds_of(model, options.seed + i) for i in range(options.samples)]
     heads = find_heads(model)
     device = target(options.target)

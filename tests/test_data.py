@@ -11,7 +11,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
-from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose, open_dataset
+from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose_samples, open_dataset
 from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, letterbox, open_image
 
 RGB = TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 8, 8))
@@ -318,9 +318,9 @@ def test_choice_is_seeded_deterministic_and_nested(tmp_path: Path) -> None:
 
 
 def test_choice_is_pinned() -> None:
-    assert choose([f"{i}.jpg" for i in range(20)], limit=5, seed=0) == [6, 10, 11, 17, 19]
+    assert choose_samples([f"{i}.jpg" for i in range(20)], limit=5, seed=0) == [6, 10, 11, 17, 19]
     with pytest.raises(DataError, match="limit on samples is 0"):
-        choose(["a"], limit=0, seed=0)
+        choose_samples(["a"], limit=0, seed=0)
 
 
 def test_fingerprint_follows_names_and_bytes(tmp_path: Path) -> None:

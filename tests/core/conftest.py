@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import Head, UnitGraph
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
@@ -92,7 +92,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The small network with ranges observed by running it."""
     path = tmp_path_factory.mktemp("cnn") / "cnn.onnx"
     build_cnn(path)
-    graph = load(path)
+    graph = load_graph(path)
     heads = find_heads(graph)
     units = split(graph, ORT_CPU, heads)
     rng = np.random.default_rng(1)

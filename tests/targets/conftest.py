@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.records import HALF, UnitGraph
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, constant, load
+from bitalloy.model.load import Graph, constant, load_graph
 from bitalloy.model.read import TAG
 from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.artefact import Artefact
@@ -138,7 +138,7 @@ def rewrite(name: str, case: str, folder: Path) -> Rewritten:
     for node in model.graph.node:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, folder / "case.onnx")
-    graph, device = load(folder / "case.onnx"), target(name)
+    graph, device = load_graph(folder / "case.onnx"), target(name)
     units = split(graph, device, find_heads(graph))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}

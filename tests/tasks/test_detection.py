@@ -22,15 +22,15 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
-    TASK,
+    DETECTION,
     DetectionData,
     DetectionResult,
     class_names,
     confidence_shift,
-    decode,
     evaluate_detection,
     looks_like_yolo,
     paired_difference,
+    split_predictions,
     suppress,
 )
 from bitalloy.tasks.precision import (
@@ -197,18 +197,18 @@ def test_class_names(metadata: dict[str, str], names: tuple[str, ...] | None) ->
 
 def test_decode_splits_boxes_scores_and_masks() -> None:
     output = np.arange(9 * 5, dtype=np.float16).reshape(1, 9, 5)
-    boxes, scores = decode({"output0": output})
+    boxes, scores = split_predictions({"output0": output})
     assert boxes.dtype == scores.dtype == np.float32
     np.testing.assert_array_equal(boxes, output[0, :4].T)
     np.testing.assert_array_equal(scores, output[0, 4:])
-    _, scores = decode({"output0": output, "output1": np.zeros((1, 3, 2, 2))})
+    _, scores = split_predictions({"output0": output, "output1": np.zeros((1, 3, 2, 2))})
     np.testing.assert_array_equal(scores, output[0, 4:6])
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 10), (2, 84, 10), (84, 10), (1, 84, 5, 2)])
 def test_decode_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"expected \[1, 4 \+ classes, boxes\]"):
-        decode({"y": np.zeros(shape)})
+        split_predictions({"y": np.zeros(shape)})
 
 
 @settings(max_examples=60)
@@ -472,7 +472,7 @@ def test_several_models_side_by_side(tmp_path: Path) -> None:
 
     models = {name: named(name, Oracle(content, wrong)) for name, wrong in kinds.items()}
     told: list[int] = []
-    result = TASK.evaluate(models, data, seed=4, progress=told.append)
+    result = DETECTION.evaluate(models, data, seed=4, progress=told.append)
     assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
     alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
     first, second = result.metrics
@@ -489,10 +489,10 @@ def test_collapsed_model_is_measured(tmp_path: Path) -> None:
     content = separate_content()
     data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
     broken = Oracle(content, lambda rows: np.full_like(rows, np.nan))
-    result = TASK.evaluate({"float": Oracle(content), "int8": broken}, data)
+    result = DETECTION.evaluate({"float": Oracle(content), "int8": broken}, data)
     assert result.metrics[0].values["int8"].value == 0 and result.confidence_shift == {}
     with pytest.raises(DataError, match="No model"):
-        TASK.evaluate({}, data)
+        DETECTION.evaluate({}, data)
 
 
 # -- labels that do not fit -------------------------------------------------------------------------

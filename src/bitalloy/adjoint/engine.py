@@ -176,7 +176,9 @@ class Context:
         return self.reshape(value, to) if lead else value
 
 
-Rule = Callable[[Context, ir.Node, Sequence[Cotangent | None]], Sequence[Cotangent | None]]
+Cots = Sequence[Cotangent | None]
+"""Gradients of a node's outputs or inputs; None for one without."""
+Rule = Callable[[Context, ir.Node, Cots], Cots]
 """Maps the gradients of a node's outputs to those of its inputs; None where there is none or none is wanted."""
 
 

@@ -23,7 +23,7 @@ _PIXELS: dict[str, Literal["float32", "float16", "uint8"]] = {
 _YOLO_TASKS = frozenset({"detection", "instance"})
 _IMAGE_TASKS = _YOLO_TASKS | {"semantic"}
 _EXAMPLE: dict[Layout, str] = {"NCHW": "1 3 640 640", "NHWC": "1 640 640 3"}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Geometry(Record, frozen=True, kw_only=True):
@@ -144,8 +144,8 @@ def infer_image_spec(
         layout=place,
         fit=fit or ("letterbox" if yolo else "stretch"),
         scale=1.0 if dtype == "uint8" else 1 / 255 if scale is None else scale,
-        mean=_IMAGENET_MEAN if imagenet else _per_channel("mean", mean or (), channels),
-        std=_IMAGENET_STD if imagenet else _per_channel("std", std or (), channels),
+        mean=IMAGENET_MEAN if imagenet else _per_channel("mean", mean or (), channels),
+        std=IMAGENET_STD if imagenet else _per_channel("std", std or (), channels),
         dtype=dtype,
     )
 

@@ -29,7 +29,7 @@ __all__ = [
     "constant",
     "consumers",
     "is_float",
-    "load",
+    "load_graph",
     "load_open",
     "name_of",
     "static_shape",
@@ -112,7 +112,7 @@ class Graph:
         return to_bytes(self.model)
 
 
-def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:

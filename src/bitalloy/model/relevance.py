@@ -12,8 +12,8 @@ import numpy as np
 
 FAMILY = "bitalloy.family"
 """Metadata key of a family's name."""
-COEFFICIENTS = 32
-"""Mask coefficients of an anchor of YOLO."""
+MASK_COEFFICIENTS = 32
+"""Prototypes of YOLO's segmentation head, and coefficients per anchor that combine them to a mask."""
 TINY = float(np.finfo(np.float32).tiny)
 
 Outputs = Mapping[str, np.ndarray]
@@ -36,7 +36,7 @@ def yolo11(outputs: Outputs) -> dict[str, np.ndarray]:
     if "output0" not in outputs:
         return {}
     found = outputs["output0"]
-    classes = found.shape[1] - 4 - (COEFFICIENTS if "output1" in outputs else 0)
+    classes = found.shape[1] - 4 - (MASK_COEFFICIENTS if "output1" in outputs else 0)
     best = found[:, 4 : 4 + classes].max(axis=1, keepdims=True)
     weights = np.ones(found.shape)
     if best.max() > 0:

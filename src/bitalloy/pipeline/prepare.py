@@ -104,14 +104,14 @@ def prepare(
         if data is None and not files and source.sample:
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
-        loaded = graph.load(source.path, shapes={**_usual(source.path, data), **given})
+        loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
         store = RunDirectory(out)
         samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
             drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
             task = find_task(interface_of(loaded))
-            files = [drawn if task is semantic.TASK else drawn / "instances.json"]
+            files = [drawn if task is semantic.SEMANTIC else drawn / "instances.json"]
     return Prepared(
         model=loaded,
         data=samples,
@@ -131,7 +131,7 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
     path = zoo.resolve(model).path
     if is_program(path):
         return join(load_program(path, shapes={**read_outline(path).shapes(), **(shapes or {})}))
-    return graph.load(path, shapes={**_usual(path, None), **(shapes or {})})
+    return graph.load_graph(path, shapes={**_usual(path, None), **(shapes or {})})
 
 
 def open_data(
@@ -185,7 +185,7 @@ def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work
     done = folder / "complete"
     if not done.is_file():
         with work.stage("export", None):
-            zoo.export(name, checkpoint=checkpoint, folder=folder, options=options)
+            zoo.export_model(name, checkpoint=checkpoint, folder=folder, options=options)
         done.touch()
     path = folder if is_program(folder) else folder / f"{name}.onnx"
     return zoo.Source(name=name, path=path, sample=False)

@@ -126,7 +126,7 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
                 float_us=formats.microseconds(float_us).removesuffix(" µs"),
                 int8_us=formats.microseconds(int8_us).removesuffix(" µs"),
                 sqnr=tuple(
-                    (formats.bare_decibel(a), formats.bare_decibel(w), formats.bare_decibel(x))
+                    (formats.bare_decibel_text(a), formats.bare_decibel_text(w), formats.bare_decibel_text(x))
                     for a, w, x in zip(*parts, strict=True)
                 ),
                 shares=Markup("") if region == ROOT else _share_bars(tables.heads, shares[region], largest),

@@ -39,7 +39,7 @@ HOMOGENEOUS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "L
 """Operators with f(s x) = s f(x) for s > 0, channel by channel."""
 POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 """Those of them that know channels only on axis 1."""
-LARGEST = 8
+LARGEST_POWER = 8
 """Largest power of two by which a channel is scaled beside the median one: what no sample showed must not explode."""
 SomeGraph = TypeVar("SomeGraph", bound=Graph)
 
@@ -109,7 +109,7 @@ def exponents(
         wanted = np.zeros(len(seen))
         wanted[alive] = 0.5 * (np.log2(seen[alive]) - np.log2(weights[alive]))
         wanted[alive] -= np.median(wanted[alive])
-        powers = np.clip(np.rint(wanted), -LARGEST, LARGEST).astype(int)
+        powers = np.clip(np.rint(wanted), -LARGEST_POWER, LARGEST_POWER).astype(int)
         if powers.any():
             found[place] = tuple(powers.tolist())
     return found

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec
-from bitalloy.tasks.base import Interface, Run, Tokenizer
+from bitalloy.tasks.base import Interface, RunModel, Tokenizer
 
 __all__ = [
     "AFTER",
@@ -32,7 +32,7 @@ __all__ = [
     "SentencePieces",
     "Turn",
     "empty_cache",
-    "join",
+    "join_chat",
     "log_probabilities",
     "open_chat",
 ]
@@ -135,7 +135,7 @@ class Chat:
         """Inputs of the model."""
         return {self.image.input: image, IDS: np.array([ids], np.int64)}
 
-    def answer(self, run: Run, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
+    def answer(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
         """The most probable token, again and again, until `eos` or `limit` tokens."""
         prompt = self.prompt(question)
         new: list[int] = []
@@ -179,7 +179,7 @@ def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarr
     return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
 
 
-def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> Run:
+def join_chat(vision: RunModel, embed: RunModel, decode: RunModel, cache: tuple[int, int, int]) -> RunModel:
     """One function of the three graphs of MobileVLM; what one call has computed serves the next that goes on from it.
 
     A call goes on from the one before if its image is the very same array and its ids start with the former ids. The

@@ -24,17 +24,17 @@ from bitalloy.data.datasets import Samples, open_dataset
 from bitalloy.data.images import ImageSpec, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.graphs.outline import SHAPES, Outline, usual_shapes
-from bitalloy.model.graphs.wiring import Program
+from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph
 from bitalloy.runtime.artefact import Chain
 from bitalloy.runtime.base import Session
 from bitalloy.tasks import chat, promptable
-from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
+from bitalloy.tasks.base import Interface, RunModel, Tokenizer, image_input
 from bitalloy.tasks.chat_samples import ChatSamples
 from bitalloy.tasks.detection import looks_like_yolo
 from bitalloy.tasks.pieces import read_pieces
 from bitalloy.tasks.prompt_samples import PromptSamples
-from bitalloy.zoo.mobilevlm_chat import tokenizer as sentence_pieces
+from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 IMAGE = "bitalloy.image"
 """Metadata key of how images are prepared, as JSON: arguments of `infer_image_spec`."""
@@ -108,7 +108,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return chat.SentencePieces(sentence_pieces(folder))
 
 
-def runner(graph: Graph, session: Session) -> Run:
+def runner(graph: Graph, session: Session) -> RunModel:
     """The function from a task's feeds to outputs; what an image gives is kept for all that is asked about it."""
     if not isinstance(session, Chain) or not isinstance(graph, Joined):
         return session.run
@@ -117,7 +117,7 @@ def runner(graph: Graph, session: Session) -> Run:
         owner = {t: session.part(name) for name, g in program.graphs.items() for t in g.input_names}
         picture = image_input(Interface(inputs=inputs, outputs=()))
         assert picture is not None
-        return chat.join(owner[picture.name].run, owner[chat.BEFORE].run, owner[chat.MASK].run, cache_size(inputs))
+        return chat.join_chat(owner[picture.name].run, owner[chat.BEFORE].run, owner[chat.MASK].run, cache_size(inputs))
     if takes_prompts(inputs) and len(program.graphs) == 2:
         return _prompted(program, session)
     return session.run
@@ -180,7 +180,7 @@ def _image_tokens(outline: Outline) -> int:
     )
 
 
-def _prompted(program: Program, session: Chain) -> Run:
+def _prompted(program: GraphProgram, session: Chain) -> RunModel:
     encoder, decoder = program.order
     names = {w.output: w.input for w in program.wires}
 
@@ -188,7 +188,7 @@ def _prompted(program: Program, session: Chain) -> Run:
         found = session.part(encoder).run(feeds)
         return {names[name]: value for name, value in found.items() if name in names}
 
-    return promptable.join(encode, session.part(decoder).run)
+    return promptable.join_promptable(encode, session.part(decoder).run)
 
 
 def _takes_image(inputs: Sequence[TensorSpec]) -> bool:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import TensorSpec
-from bitalloy.model.graphs.wiring import FILE, Wire, free_names, read_wiring
+from bitalloy.model.graphs.wiring import PROGRAM_FILE, Wire, free_names, read_wiring
 
 SHAPES = "bitalloy.shapes"
 """Metadata key of the usual shapes of inputs with open sizes, as JSON."""
@@ -120,7 +120,7 @@ def read_outline(path: str | Path) -> Outline:
     Raises:
         ModelError: the file or a graph is missing or malformed.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = Path(path) / PROGRAM_FILE if Path(path).is_dir() else Path(path)
     files, wires = read_wiring(file)
     inputs: dict[str, tuple[TensorSpec, ...]] = {}
     outputs: dict[str, tuple[TensorSpec, ...]] = {}
@@ -150,7 +150,7 @@ def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[
 def is_program(path: str | Path) -> bool:
     """Whether a path is a `program.json` or a folder that holds one."""
     path = Path(path)
-    return path.name == FILE or (path / FILE).is_file()
+    return path.name == PROGRAM_FILE or (path / PROGRAM_FILE).is_file()
 
 
 def _proto(path: Path) -> onnx.ModelProto:

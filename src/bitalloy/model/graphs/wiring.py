@@ -17,7 +17,7 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.model import load as graphs
 from bitalloy.model.load import Graph
 
-FILE = "program.json"
+PROGRAM_FILE = "program.json"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -51,7 +51,7 @@ class Wire:
 
 
 @dataclass(frozen=True)
-class Program:
+class GraphProgram:
     """Named graphs and the wires between them.
 
     Raises:
@@ -105,7 +105,7 @@ def free_names(
     return {(name, t): t if t in plain else f"{name}/{t}" for name, t in free}
 
 
-def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Program:
+def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> GraphProgram:
     """Read the graphs and wires of a program.
 
     Args:
@@ -116,7 +116,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
         ModelError: the file is missing or malformed, a graph lies outside of the folder or cannot be loaded, or the
             wires do not fit.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = Path(path) / PROGRAM_FILE if Path(path).is_dir() else Path(path)
     files, wires = read_wiring(file)
     given = dict(shapes or {})
     loaded: dict[str, Graph] = {}
@@ -130,13 +130,13 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
             if sizes.setdefault(entry, given[key]) != given[key]:
                 raise ModelError(f"'{key}' was given as {list(given[key])}, but its wire brings {list(sizes[entry])}.")
         try:
-            loaded[name] = graphs.load(files[name], shapes=sizes)
+            loaded[name] = graphs.load_graph(files[name], shapes=sizes)
         except ModelError as error:
             raise ModelError(f"Graph '{name}' of '{file}': {error}") from error
         given = {key: size for key, size in given.items() if key not in own}
     if given:
         raise ModelError(f"No graph of '{file}' has the inputs {sorted(given)} for which shapes were given.")
-    return Program({name: loaded[name] for name in files}, wires)
+    return GraphProgram({name: loaded[name] for name in files}, wires)
 
 
 def _spec(specs: Sequence[TensorSpec], name: str, wire: Wire, kind: str) -> TensorSpec:
@@ -183,7 +183,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
     try:
         content = msgspec.json.decode(file.read_bytes(), type=_File)
     except OSError as error:
-        raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {FILE}.") from error
+        raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {PROGRAM_FILE}.") from error
     except msgspec.MsgspecError as error:
         raise ModelError(
             f"'{file}' is not a program: {error}. Expected "
@@ -206,9 +206,9 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
 def write_wiring(folder: Path, files: Mapping[str, str], wires: Sequence[Wire]) -> Path:
     """Write `program.json`, as a whole or not at all; `files` are relative to the folder. Returns its path."""
     content = msgspec.json.encode(_File(graphs=dict(files), wires=[str(w) for w in wires]))
-    partial = folder / f"{FILE}.partial"
+    partial = folder / f"{PROGRAM_FILE}.partial"
     partial.write_bytes(msgspec.json.format(content, indent=2) + b"\n")
-    return partial.replace(folder / FILE)
+    return partial.replace(folder / PROGRAM_FILE)
 
 
 def _own_shapes(name: str, given: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
