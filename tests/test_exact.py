@@ -351,7 +351,8 @@ def test_confirmation_keeps_the_measured_damage_of_everything(analysis: bitalloy
 
 
 def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any, tmp_path: Path) -> None:
-    from bitalloy.tasks.detection import class_names, evaluate_detection, paired_difference
+    from bitalloy.tasks.coco import read_coco
+    from bitalloy.tasks.detection import DetectionData, class_names, evaluate_detection, paired_difference
     from bitalloy.tasks.open import image_spec
 
     model = bitalloy.load(inputs.detector)
@@ -359,10 +360,11 @@ def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any,
     unit = sorted(ready.units.quantizable())[0]
     table = bitalloy.measure_metric(ready, inputs.labels, bitalloy.Selection(units=(unit,)), limit=4)
     board = Switchboard(model, ready.scheme())
-    spec, names = image_spec(model), class_names(model.metadata)
+    spec = image_spec(model)
     assert spec is not None
+    data = DetectionData(read_coco(inputs.labels), spec, class_names(model.metadata))
     float_, rounded = (
-        evaluate_detection(lambda f, g=g: board.run(f, g), spec, inputs.labels, limit=4, names=names)
+        evaluate_detection(lambda f, g=g: board.run(f, g), data, limit=4)
         for g in (board.gates(()), board.gates(ready.units.rounded(frozenset({unit}))))
     )
     assert (table.reference, table.rows[0].value) == (float_.ap, rounded.ap)

@@ -368,7 +368,7 @@ def shifted(rows: np.ndarray) -> np.ndarray:
 
 
 def evaluate(folder: Path, content: dict[str, Any], oracle: Oracle, **options: Any) -> DetectionResult:
-    return evaluate_detection(oracle, SPEC, save(folder, content), resamples=200, **options)
+    return evaluate_detection(oracle, DetectionData(read_coco(save(folder, content)), SPEC), resamples=200, **options)
 
 
 def test_perfect_detector_reaches_one(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_several_models_side_by_side(tmp_path: Path) -> None:
     told: list[int] = []
     result = DETECTION.evaluate(models, data, seed=4, progress=told.append)
     assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
-    alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
+    alone = {name: evaluate_detection(Oracle(content, f), data, seed=4) for name, f in kinds.items()}
     first, second = result.metrics
     assert (first.name, second.name) == ("AP50-95", "AP50")
     for name, one in alone.items():
@@ -580,7 +580,7 @@ def test_labels_of_other_images(tmp_path: Path) -> None:
     content = make_content(3, 0)
     Image.new("RGB", (99, 80)).save(tmp_path / "images/0.png")
     with pytest.raises(DataError, match=r"'0\.png' is 99x80, but .* says 100x80"):
-        evaluate_detection(Oracle(content), SPEC, path)
+        evaluate_detection(Oracle(content), DetectionData(read_coco(path), SPEC))
 
 
 def test_images_beside_the_file_or_in_a_named_folder(tmp_path: Path) -> None:
@@ -624,7 +624,7 @@ def test_yolo11n_on_coco_equals_an_independent_evaluation(real: Path) -> None:
         raw.append(outputs["output0"][0])
         return outputs
 
-    result = evaluate_detection(run, spec, annotations, limit=12, resamples=100)
+    result = evaluate_detection(run, DetectionData(read_coco(annotations), spec), limit=12, resamples=100)
     session.close()
 
     content = json.loads(annotations.read_text())

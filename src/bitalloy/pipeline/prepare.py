@@ -11,7 +11,7 @@ from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.store import RunDirectory, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, open_dataset
-from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
 from bitalloy.model.graphs.joining import join
 from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
@@ -214,7 +214,8 @@ def _program_image(outline: Outline, given: ImageChoice) -> ImageSpec | None:
     if isinstance(given, ImageSpec):
         return given
     known = {**image_facts(outline.facts), **(given or {})}
-    return infer_image_spec(outline.open_inputs, task=None, **known) if known else None  # type: ignore[arg-type]
+    options = ImageOptions(**known)  # type: ignore[arg-type]
+    return infer_image_spec(outline.open_inputs, task=None, options=options) if known else None
 
 
 def _drawn(outline: Outline, spec: ImageSpec | None, folder: Path, seed: int, split: str) -> list[Path]:

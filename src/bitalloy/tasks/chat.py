@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec
 from bitalloy.tasks.base import Interface, RunModel, Tokenizer
 
 __all__ = [
@@ -155,7 +155,8 @@ def open_chat(model: Interface) -> Chat:
     """
     if model.tokenizer is None:
         raise DataError("A language task needs the model's tokenizer. Give its folder, or load the model by its name.")
-    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch", mean=_MEAN, std=_STD)
+    options = ImageOptions(fit="stretch", mean=_MEAN, std=_STD)
+    image = model.image or infer_image_spec(model.inputs, task=None, options=options)
     assert image is not None, "a vision-language model without an image input is refused"
     return Chat(model.tokenizer, msgspec.structs.replace(image, fit="stretch"))
 

@@ -130,32 +130,20 @@ def open_detection(annotations: Path, model: Interface) -> DetectionData:
 
 
 def evaluate_detection(
-    run: RunModel,
-    image: ImageSpec,
-    annotations: Path,
-    *,
-    images: Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    names: Sequence[str] | None = None,
-    resamples: int = RESAMPLES,
+    run: RunModel, data: DetectionData, *, limit: int | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> DetectionResult:
     """Average precision of a model on labelled images, with 95 % intervals from a bootstrap over images.
 
     Args:
         run: feeds of one image -> outputs in graph order.
-        image: how images are prepared.
-        annotations: COCO annotation file; only its images are used.
-        images: their folder; by default looked for as in `find_images`.
+        data: labels, opened for the model; only labelled images are used.
         limit: largest number of images; None takes all.
         seed: of the choice of images and of the bootstrap.
-        names: class names of the model, where known.
         resamples: number of bootstrap resamples.
 
     Raises:
         DataError: labels, images and model do not fit each other.
     """
-    data = DetectionData(read_coco(annotations, images), image, tuple(names) if names is not None else None)
     samples = data.choose(limit, seed)
     seen = [observe_detectors({"model": run}, data, i)["model"] for i in samples]
     return _results({"model": judge_detector(seen, data, samples)}, data, samples, seed, resamples)["model"]

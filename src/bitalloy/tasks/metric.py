@@ -17,7 +17,8 @@ from bitalloy.data.images import ImageSpec
 from bitalloy.rewrite.calibrated import Calibrated, versions
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, ONE, Selection, Thing, chosen
-from bitalloy.tasks.detection import DetectionResult, class_names, evaluate_detection, looks_like_yolo
+from bitalloy.tasks.coco import read_coco
+from bitalloy.tasks.detection import DetectionData, DetectionResult, class_names, evaluate_detection, looks_like_yolo
 from bitalloy.tasks.open import image_spec
 
 METRIC = "AP50-95"
@@ -113,10 +114,8 @@ def measure_metric(
                     progress.advance(1)
                     return board.run(feeds, gates)
 
-                result = evaluate_detection(
-                    run, spec, labels, limit=limit, seed=ready.settings.seed, names=class_names(model.metadata)
-                )
-                return _encode(result)
+                data = DetectionData(read_coco(labels), spec, class_names(model.metadata))
+                return _encode(evaluate_detection(run, data, limit=limit, seed=ready.settings.seed))
 
             name = hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24]
             found.append(msgspec.json.decode(work.shard("metric", key, name, shard), type=_Result))

@@ -21,7 +21,7 @@ import numpy as np
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.datasets import Samples, open_dataset
-from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.graphs.outline import SHAPES, Outline, usual_shapes
 from bitalloy.model.graphs.wiring import GraphProgram
@@ -37,7 +37,7 @@ from bitalloy.tasks.prompt_samples import PromptSamples
 from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 IMAGE = "bitalloy.image"
-"""Metadata key of how images are prepared, as JSON: arguments of `infer_image_spec`."""
+"""Metadata key of how images are prepared, as JSON: fields of `ImageOptions`."""
 
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
@@ -81,7 +81,7 @@ def interface(
     """
     facts = image_facts(metadata)
     if image is None and facts:
-        image = infer_image_spec(inputs, task=None, **facts)  # type: ignore[arg-type]
+        image = infer_image_spec(inputs, task=None, options=ImageOptions(**facts))  # type: ignore[arg-type]
     if not speaks(inputs):
         return Interface(inputs=inputs, outputs=outputs, metadata=metadata, image=image)
     picture = image_input(Interface(inputs=inputs, outputs=outputs))
@@ -217,7 +217,7 @@ def _alike(samples: Samples) -> Samples:
 
 
 ImageChoice = ImageSpec | Mapping[str, object] | None
-"""How images are prepared: in full, or some arguments of `infer_image_spec`, or as inferred."""
+"""How images are prepared: in full, or some fields of `ImageOptions`, or as inferred."""
 
 
 def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
@@ -226,5 +226,5 @@ def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
     What is given counts before what the model's file says, and this before what is inferred from the input.
     """
     detector = looks_like_yolo(model.info.inputs, model.info.outputs)
-    known = {**image_facts(model.metadata), **overrides}
-    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]
+    known = ImageOptions(**{**image_facts(model.metadata), **overrides})  # type: ignore[arg-type]
+    return infer_image_spec(model.info.inputs, task="detection" if detector else None, options=known)

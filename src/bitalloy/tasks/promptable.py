@@ -29,7 +29,7 @@ from PIL import Image
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
 from bitalloy.data.datasets import ImageFolder, choose_samples
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.data.masks import Mask, interior_point, overlap
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
@@ -132,7 +132,7 @@ def open_prompts(path: Path, model: Interface) -> PromptData:
         DataError: labels or images are broken or missing, or no object has a mask.
     """
     spec = image_input(model)
-    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch")
+    image = model.image or infer_image_spec(model.inputs, task=None, options=ImageOptions(fit="stretch"))
     assert image is not None and spec is not None, "a promptable model without an image input is refused"
     if path.is_dir():
         found = ImageFolder(path, (spec,), image)

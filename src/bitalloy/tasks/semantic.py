@@ -26,7 +26,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data.datasets import choose_samples
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
@@ -105,7 +105,7 @@ def open_semantic(
             "height and width. Export it with dynamic axes, or use the protocol 'squash'."
         )
     size = SHORT_SIDE if open_sides else None
-    image = model.image or infer_image_spec(model.inputs, task="semantic", size=size)
+    image = model.image or infer_image_spec(model.inputs, task="semantic", options=ImageOptions(size=size))
     assert image is not None, "a semantic model without an image input is refused"
     classes = model.outputs[0].shape[1]
     if not isinstance(classes, int):

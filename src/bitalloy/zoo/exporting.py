@@ -53,7 +53,7 @@ class ExportFacts:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Usual shapes of inputs with open dimensions."""
     image: Mapping[str, object] = field(default_factory=dict)
-    """How images are prepared: arguments of `bitalloy.data.infer_image_spec`; empty where that infers it right."""
+    """How images are prepared: fields of `bitalloy.data.images.ImageOptions`; empty where that infers it right."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from bitalloy.zoo.mobilevlm_chat import CLIP_DEVIATION, CLIP_MEAN, TOKENIZER_FIL
 
 _EXTRA = "mobilevlm"
 CLIP_SIDE = 336
+CLIP_IMAGE = {"fit": "stretch", "mean": CLIP_MEAN, "std": CLIP_DEVIATION}
+"""Preparation of images; that they are padded to a square belongs to the task."""
 PROMPT, BEFORE_IMAGE = 256, 35
 """Positions of a usual prompt, and of its part before the image."""
 CLIP = {
@@ -88,13 +90,12 @@ def export_mobilevlm(variant: Variant, checkpoint: str | Path | None, options: O
         _compare(source, numbers, variant.name)
     vision_state, language_state = split_state(checkpoints.read(source, extra=_EXTRA)) if source else ({}, {})
     graphs = {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
-    image = {
-        "fit": "stretch",
-        "mean": CLIP_MEAN,
-        "std": CLIP_DEVIATION,
-    }  # that it is padded to a square belongs to the task
     facts = ExportFacts(
-        family="mobilevlm", variant=variant.name, regions=MOBILEVLM_REGIONS, protect=MOBILEVLM_PROTECTION, image=image
+        family="mobilevlm",
+        variant=variant.name,
+        regions=MOBILEVLM_REGIONS,
+        protect=MOBILEVLM_PROTECTION,
+        image=CLIP_IMAGE,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -123,13 +124,7 @@ def export_mobilevlm(variant: Variant, checkpoint: str | Path | None, options: O
             "inputs_embeds": {1: "new"},
         }
         signature = Signature(inputs=("before", "image_features", "after"), outputs=("inputs_embeds",), open_axes=axes)
-        tokens = (variant.size[0] // numbers["clip_patch"] // 2) ** 2
-        shapes = {
-            "before": (1, BEFORE_IMAGE),
-            "image_features": (1, tokens, width),
-            "after": (1, PROMPT - BEFORE_IMAGE - tokens),
-        }
-        shaped = replace(facts, shapes=shapes)
+        shaped = _embedding_facts(facts, numbers, variant.size[0])
         notes.append(export_graph(Embedding(language), parts, graphs["embedding"], signature, shaped))
         steps = [example(layers, heads, width, past=p, new=n) for p, n in ((5, 7), (0, 9), (9, 1))]
         decoded = _decoder_facts(facts, numbers)
@@ -140,9 +135,8 @@ def export_mobilevlm(variant: Variant, checkpoint: str | Path | None, options: O
     else:
         notes.append(f"Copy the checkpoint's {TOKENIZER_FILE} beside the graphs: questions need it.")
     notes += [variant.note, f"Weights: {variant.remote.licence}."]
-    return Exported(
-        graphs=graphs, wires=MOBILEVLM_WIRES, protect=MOBILEVLM_PROTECTION, notes=tuple(n for n in notes if n)
-    )
+    told = tuple(note for note in notes if note)
+    return Exported(graphs=graphs, wires=MOBILEVLM_WIRES, protect=MOBILEVLM_PROTECTION, notes=told)
 
 
 def _signature(layers: int) -> Signature:
@@ -159,6 +153,17 @@ def _signature(layers: int) -> Signature:
             **{f"present.{n}": {2: "all"} for n in cache},
         },
     )
+
+
+def _embedding_facts(facts: ExportFacts, numbers: Mapping[str, Any], side: int) -> ExportFacts:
+    """The usual sample is a prompt with an image of `side` pixels in it."""
+    tokens = (side // numbers["clip_patch"] // 2) ** 2
+    shapes = {
+        "before": (1, BEFORE_IMAGE),
+        "image_features": (1, tokens, numbers["hidden_size"]),
+        "after": (1, PROMPT - BEFORE_IMAGE - tokens),
+    }
+    return replace(facts, shapes=shapes)
 
 
 def _decoder_facts(facts: ExportFacts, numbers: Mapping[str, Any]) -> ExportFacts:
