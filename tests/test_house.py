@@ -56,6 +56,7 @@ PENDING: dict[str, tuple[str, ...]] = {
 EXCEPTIONS: dict[str, str] = {
     "cli/main.py:run": "every option of a command is a parameter, from which the command line is made",
     "cli/main.py:sensitivity": "every option of a command is a parameter, from which the command line is made",
+    "runtime/ort.py:OrtSession.__init__": "settings of a session, each with a default, of which no two go together",
     # to be mended where these modules are rewritten
     "measure/cost.py:measure": "88 lines",
     "pipeline/calibrate.py:calibrate": "74 lines",
@@ -64,7 +65,6 @@ EXCEPTIONS: dict[str, str] = {
     "pipeline/sensitivity.py:sensitivity": "15 parameters, 74 lines",
     "rewrite/apply.py:apply": "31 branches",
     "rewrite/reopen.py:_Carrier.carry": "34 branches",
-    "runtime/ort.py:OrtSession.__init__": "9 parameters",
     "search/choice.py:complete": "8 parameters",
     "search/moves.py:Moves.__init__": "33 branches",
     "search/program.py:Program.__init__": "77 lines, 54 branches",

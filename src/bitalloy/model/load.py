@@ -136,10 +136,10 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
 
 
 def load_open(path: str | Path) -> ir.Model:
-    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load`.
+    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load_graph`.
 
     Raises:
-        ModelError: as `load`, except for unbound dimensions.
+        ModelError: as `load_graph`, except for unbound dimensions.
     """
     source = Path(path)
     proto, _, size = _read(source)

@@ -126,7 +126,7 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
     """Read a model by path or by its name among the samples; a program's graphs are joined into one.
 
     Sizes that a file leaves open are those given, or else the usual ones that its exporter noted. See
-    `bitalloy.model.load.load` for what is refused, and `bitalloy.run` for models that must be exported first.
+    `bitalloy.model.load.load_graph` for what is refused, and `bitalloy.run` for models that must be exported first.
     """
     path = zoo.resolve(model).path
     if is_program(path):
