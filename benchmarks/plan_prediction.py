@@ -93,6 +93,7 @@ class Bench:
         """Box AP of the rewritten model; of the float model for an empty plan."""
         model = self._analysis.graph
         spec = image_spec(model)
+        assert spec is not None, "a detector takes an image"
 
         def make() -> bytes:
             session = OrtSession(self._analysis.variant(plan).to_bytes()) if plan else self._float

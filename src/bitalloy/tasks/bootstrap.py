@@ -14,8 +14,8 @@ from bitalloy.tasks.base import TaskMetric
 __all__ = [
     "RESAMPLES",
     "ResampledMetric",
-    "compare_models",
     "bootstrap_estimate",
+    "compare_models",
     "metric_value",
     "ratio_of_sums",
     "resampled_weights",

@@ -38,7 +38,6 @@ __all__ = [
     "Matched",
     "class_names",
     "confidence_shift",
-    "split_predictions",
     "evaluate_detection",
     "judge_detector",
     "looks_like_yolo",
@@ -46,6 +45,7 @@ __all__ = [
     "observe_detectors",
     "open_detection",
     "paired_difference",
+    "split_predictions",
     "suppress",
 ]
 

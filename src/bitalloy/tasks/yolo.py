@@ -20,12 +20,12 @@ from bitalloy.tasks.precision import Detections
 
 __all__ = [
     "class_names",
-    "split_predictions",
     "detections",
     "has_masks",
     "looks_like_yolo",
     "mask_parts",
     "select_boxes",
+    "split_predictions",
     "suppress",
 ]
 

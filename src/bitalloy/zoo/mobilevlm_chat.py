@@ -12,16 +12,16 @@ from bitalloy.core.errors import MissingExtraError, ModelError
 from bitalloy.zoo.base import Variant
 
 __all__ = [
-    "TOKENIZER_FILE",
     "CLIP_BACKGROUND",
     "CLIP_DEVIATION",
     "CLIP_MEAN",
+    "TOKENIZER_FILE",
     "RunGraph",
-    "variant_cache_size",
     "generate",
     "prompt",
-    "tokenize",
     "sentence_pieces",
+    "tokenize",
+    "variant_cache_size",
 ]
 
 RunGraph = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
