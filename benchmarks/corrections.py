@@ -20,7 +20,7 @@ import numpy as np
 from bitalloy import Calibrated, Settings, calibrate
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.rewrite.biases import find_biases, mean_inputs
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
 
 

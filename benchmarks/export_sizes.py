@@ -48,7 +48,7 @@ def main() -> None:
 def measure(name: str, folder: Path) -> dict[str, object]:
     """Export one model here."""
     start = time.perf_counter()
-    exported = zoo.export(name, checkpoint=zoo.RANDOM, folder=folder)
+    exported = zoo.export_model(name, checkpoint=zoo.RANDOM_WEIGHTS, folder=folder)
     seconds = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {

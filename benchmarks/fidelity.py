@@ -31,7 +31,6 @@ from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.records import AGAIN
 from bitalloy.measure.bench import interleave
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.model.heads import find_heads

@@ -22,7 +22,6 @@ import numpy as np
 from rich.console import Console
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, measure_cost, plan
-from bitalloy.core.records import HALF, Precision
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.sensitivity.analysis import Analysis

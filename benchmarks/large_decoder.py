@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.records import HALF, Precision, TensorRange
+from bitalloy.core.records import TensorRange
 from bitalloy.model import load as graph
 from bitalloy.model.heads import Reference, find_heads
 from bitalloy.model.load import Graph
@@ -44,7 +44,7 @@ from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
 from bitalloy.targets.recipe import Recipe
-from bitalloy.targets.safety import judge, tensors
+from bitalloy.targets.safety import judge
 
 FLOAT_RUNS = 3
 LLAMA = Path(__file__).resolve().parents[1] / "reference" / "llama.py"
@@ -143,7 +143,7 @@ def main() -> None:
             arguments = ["--size", options.size, "--layers", str(options.layers), "--seed", str(options.seed)]
             subprocess.run([sys.executable, str(LLAMA), *arguments, "--out", str(path)], check=True)
     with step("load"):
-        model = only(graph.load(path, shapes=sizes_of(path, options.tokens)), "logits")
+        model = only(graph.load_graph(path, shapes=sizes_of(path, options.tokens)), "logits")
     samples = [feeds_of(model, options.seed + i) for i in range(options.samples)]
     heads = find_heads(model)
     device = target(options.target)

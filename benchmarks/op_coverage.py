@@ -38,7 +38,7 @@ from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import BitalloyError, ModelError, UnsupportedOpError
 from bitalloy.core.units import Edge
-from bitalloy.model.load import OPSETS, Graph, load
+from bitalloy.model.load import OPSETS, Graph, load_graph
 from bitalloy.runtime.ort import OrtSession
 
 FLOAT, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
@@ -180,7 +180,7 @@ def loaded(model: onnx.ModelProto, folder: Path) -> Graph:
     while True:
         path.write_bytes(model.SerializeToString())
         try:
-            return load(path)
+            return load_graph(path)
         except ModelError as error:
             constant = re.match(r"Output '(.*)' does not depend", str(error))
             names = [v.name for v in model.graph.output]

@@ -26,10 +26,11 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.datasets import open_dataset
 from bitalloy.data.images import ImageSpec, image_feed
-from bitalloy.tasks.base import Run
+from bitalloy.tasks.base import RunModel
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco
-from bitalloy.tasks.detection import decode, on_image, suppress
+from bitalloy.tasks.detection import on_image
 from bitalloy.tasks.precision import match_boxes
+from bitalloy.tasks.yolo import split_predictions, suppress
 
 MAX_DROP = 0.003
 """Of AP50-95, absolute: what accuracy control may lose."""
@@ -111,13 +112,13 @@ def nncf_model(job: Mapping[str, Any], *, scope: bool, control: bool) -> tuple[d
     return result_, lambda path: ov.save_model(quantized, path, compress_to_fp16=False)
 
 
-def average_precision(run: Run, labels: CocoLabels, images: Sequence[LabelledImage], spec: ImageSpec) -> float:
+def average_precision(run: RunModel, labels: CocoLabels, images: Sequence[LabelledImage], spec: ImageSpec) -> float:
     """AP50-95 on some labelled images, as `bitalloy.tasks.detection` measures it; 0 where they show nothing."""
     found = []
     for entry in images:
         opened = labels.open_image(entry, spec.channels)
         feed, geometry = image_feed(opened, spec)
-        boxes, scores = decode(run({spec.input: feed}))
+        boxes, scores = split_predictions(run({spec.input: feed}))
         found.append(on_image(suppress(boxes, scores), geometry, opened.size))
     try:
         return match_boxes(labels, images, found, labels.category_ids(len(scores), None)).ap

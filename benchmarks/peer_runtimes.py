@@ -25,7 +25,7 @@ from bitalloy.data.images import ImageSpec, image_feed
 from bitalloy.measure import bench
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.coco import read_coco
-from bitalloy.tasks.detection import TASK, DetectionData
+from bitalloy.tasks.detection import DETECTION, DetectionData
 
 
 class OpenVinoModel:
@@ -69,7 +69,7 @@ def main() -> None:
     times = bench.sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
     opened = {name: make() for name, make in sessions.items()}
     runs = {name: session.run for name, session in opened.items()}
-    precision = TASK.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
+    precision = DETECTION.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
     result = {
         "times_ms": {name: [round(float(t), 3) for t in series] for name, series in times.items()},
         "ap": msgspec.to_builtins(precision.values),

@@ -36,8 +36,10 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import Problem
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import bend, decibel
-from bitalloy.tasks.detection import class_names, evaluate_detection
+from bitalloy.tasks.coco import read_coco
+from bitalloy.tasks.detection import DetectionData, evaluate_detection
 from bitalloy.tasks.open import image_spec
+from bitalloy.tasks.yolo import class_names
 
 
 def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequence[int]) -> list[frozenset[str]]:
@@ -96,8 +98,8 @@ class Bench:
 
         def make() -> bytes:
             session = OrtSession(self._analysis.variant(plan).to_bytes()) if plan else self._float
-            names = class_names(model.metadata)
-            return json.dumps(evaluate_detection(session.run, spec, labels, limit=limit, names=names).ap.value).encode()
+            data = DetectionData(read_coco(labels), spec, class_names(model.metadata))
+            return json.dumps(evaluate_detection(session.run, data, limit=limit).ap.value).encode()
 
         key = key_of(
             analysis=self._analysis.calibration,

@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from bitalloy.core.plans import Budget, CostTable, UnitCost
-from bitalloy.core.records import AGAIN, HALF, Precision, Secant
+from bitalloy.core.records import Secant
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.search.choice import search
 from bitalloy.search.program import Problem

@@ -49,13 +49,14 @@ from bitalloy.calibrate.streaming import collect
 from bitalloy.core.units import UnitGraph, WeightSite
 from bitalloy.formats.affine import activation_params
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, constant, name_of
+from bitalloy.model.load import Graph
+from bitalloy.model.read import constant, name_of
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
-from bitalloy.targets.base import Core, Target, split, weight_params
+from bitalloy.targets.base import Core, Target, split
 from bitalloy.targets.recipe import Recipe
 
 CHILD = Path(__file__).with_name("aimet_sensitivity.py")

@@ -66,9 +66,9 @@ def evaluate_promptable(program: Path, folder: Path, *, count: int = VALIDATION_
     encoder, decoder = graphs["encoder"].info, graphs["decoder"].info
     interface = Interface(inputs=(*encoder.inputs, *decoder.inputs[1:]), outputs=decoder.outputs)
     folder = shapes.write_coco(folder, count=count, size=int(encoder.inputs[0].shape[-1]), split="val")
-    run = promptable.join(*(OrtSession(program / f"{name}.onnx").run for name in ("encoder", "decoder")))
+    run = promptable.join_promptable(*(OrtSession(program / f"{name}.onnx").run for name in ("encoder", "decoder")))
     data = promptable.open_prompts(folder / "instances.json", interface)
-    result = promptable.TASK.evaluate({"float": run}, data)
+    result = promptable.PROMPTABLE.evaluate({"float": run}, data)
     found = {m.name: m.values["float"] for m in result.metrics if m.name.startswith("mIoU")}
     return {"val_images": count, "notes": list(result.notes)} | {
         name: [round(v, 4) for v in (value.value, value.low, value.high)] for name, value in found.items()
@@ -82,10 +82,10 @@ def evaluate_language(program: Path, folder: Path, *, count: int = VALIDATION_IM
     side = int(known.inputs[0].shape[-1])
     folder = shapes.write_coco(folder, count=count, size=side, split="val")
     vision, embed, decode = (OrtSession(program / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
-    models = {"float": chat.join(vision, embed, decode, cache_size(outline.open_inputs))}
+    models = {"float": chat.join_chat(vision, embed, decode, cache_size(outline.open_inputs))}
     scores: dict[str, Any] = {"val_images": count, "notes": []}
     for labels in ("questions.jsonl", "captions.json"):
-        result = language.TASK.evaluate(models, language.open_language(folder / labels, known))
+        result = language.LANGUAGE.evaluate(models, language.open_language(folder / labels, known))
         scores["notes"] += result.notes
         for metric in result.metrics:
             value = metric.values["float"]

@@ -47,7 +47,7 @@ def export(
     """
     with tempfile.TemporaryDirectory() as folder:
         options = zoo.Options(size=(size, size))
-        exported = zoo.export(variant, checkpoint=checkpoint, folder=Path(folder), options=options)
+        exported = zoo.export_model(variant, checkpoint=checkpoint, folder=Path(folder), options=options)
         proto = onnx.load(str(exported.graphs[variant]))
     store_weights_as_float16(proto)
     meta = {
@@ -94,7 +94,7 @@ def evaluate(path: Path, folder: Path, labels: str) -> dict[str, Any]:
         folder: for the scenes.
         labels: file among those of `write_coco` that the task takes; empty for the folder itself.
     """
-    model = graph.load(path)
+    model = graph.load_graph(path)
     size = int(model.info.inputs[0].shape[-1])
     folder = shapes.write_coco(folder, count=VALIDATION_IMAGES, size=size, split="val")
     interface = Interface(inputs=model.info.inputs, outputs=model.info.outputs, metadata=model.metadata)

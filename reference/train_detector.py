@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitalloy.samples import shapes
-from bitalloy.zoo.networks.yolo11 import STRIDES, Detect, Yolo11
+from bitalloy.zoo.networks.yolo11 import STRIDES, DetectHead, Yolo11
 from detection_loss import detection_loss
 from sample_file import evaluate, export
 from training import Batch, Recipe, main
@@ -29,7 +29,7 @@ def build() -> nn.Module:
     """YOLO11n with random weights."""
     model = Yolo11(len(shapes.CLASSES))
     head = model.model[-1]
-    assert isinstance(head, Detect)
+    assert isinstance(head, DetectHead)
     head.init_bias(IMAGE_SIZE)
     return model
 
@@ -38,7 +38,7 @@ def loss(model: nn.Module, batch: Batch, done: float) -> tuple[Tensor, dict[str,
     """Box, class and distribution losses."""
     assert isinstance(model, Yolo11)
     head = model.model[-1]
-    assert isinstance(head, Detect)
+    assert isinstance(head, DetectHead)
     raw = model(batch.images.to(torch.float32, memory_format=torch.channels_last) / 255)
     side = batch.images.shape[-1]
     anchors, strides = head.anchors([(side // s, side // s) for s in STRIDES])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bitalloy.samples import shapes
 from bitalloy.zoo import SAMPLE, resolve
-from bitalloy.zoo.networks.yolo11 import STRIDES, Segment, Yolo11
+from bitalloy.zoo.networks.yolo11 import STRIDES, SegmentHead, Yolo11
 from bitalloy.zoo.networks.yolo11_blocks import Conv
 from detection_loss import Assignment, detection_loss
 from sample_file import evaluate, export
@@ -98,7 +98,7 @@ def loss(model: nn.Module, batch: Batch, done: float) -> tuple[Tensor, dict[str,
             module.train(name.startswith(NEW))
     assert isinstance(model, Yolo11)
     head = model.model[-1]
-    assert isinstance(head, Segment)
+    assert isinstance(head, SegmentHead)
     pixels = batch.images.to(torch.float32, memory_format=torch.channels_last) / 255
     boxes, scores, coefficients, prototypes = (part.float() for part in model(pixels))
     side = batch.images.shape[-1]

@@ -29,20 +29,20 @@ from bitalloy.data.images import ImageSpec
 from bitalloy.samples import shapes, words
 from bitalloy.tasks.captions import QUESTION
 from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, Turn
-from bitalloy.tasks.pieces import FILE, read_pieces
+from bitalloy.tasks.pieces import read_pieces
 from bitalloy.tasks.questions import Question
-from bitalloy.zoo.mobilevlm import FIELDS, SHAPES, clip, export, llama
-from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
+from bitalloy.zoo.mobilevlm import FIELDS, MOBILEVLM_SHAPES, clip, export_mobilevlm, llama
+from bitalloy.zoo.mobilevlm_chat import CLIP_DEVIATION, CLIP_MEAN, TOKENIZER_FILE
 from bitalloy.zoo.networks.mobilevlm import Vision
 from program_file import evaluate_language
 from program_file import export as export_program
 from training import Batch, Recipe, main
 
 OUTPUT = Path(__file__).resolve().parents[1] / "src" / "bitalloy" / "samples" / "mobilevlm-shapes"
-PIECES = Path(__file__).with_name(FILE)
+PIECES = Path(__file__).with_name(TOKENIZER_FILE)
 """Written by `vocabulary.py`."""
-NUMBERS: dict[str, Any] = dict(SHAPES.architecture)
-SIDE, PATCH = SHAPES.size[0], NUMBERS["clip_patch"]
+NUMBERS: dict[str, Any] = dict(MOBILEVLM_SHAPES.architecture)
+SIDE, PATCH = MOBILEVLM_SHAPES.size[0], NUMBERS["clip_patch"]
 ALONE = 0.6
 """Part of all steps in which the vision tower learns alone."""
 EACH = 2
@@ -118,7 +118,7 @@ def look_around(tower: Any) -> None:
 @cache
 def chat() -> Chat:
     """The conversation that `bitalloy.tasks` has with the model."""
-    image = ImageSpec(input="pixel_values", height=SIDE, width=SIDE, mean=MEAN, std=DEVIATION)
+    image = ImageSpec(input="pixel_values", height=SIDE, width=SIDE, mean=CLIP_MEAN, std=CLIP_DEVIATION)
     pieces = read_pieces(PIECES)
     assert pieces is not None
     return Chat(pieces, image)
@@ -138,7 +138,7 @@ def class_words() -> dict[int, int]:
 
 def loss(student: Any, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
     """Of the patches, and from `ALONE` on of the image's tokens and of the answers."""
-    mean, deviation = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
+    mean, deviation = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_DEVIATION))
     seen = student.vision.vision_tower((batch.images - mean) / deviation, output_hidden_states=True)
     patches = seen.hidden_states[-2][:, 1:]
     classes, colors = (covered(table, batch.instances, n) for table, n in ((batch.labels, KINDS), (batch.colors, 8)))
@@ -284,14 +284,14 @@ def orthogonal(name: str) -> bool:
 
 def write(state: dict[str, Any], output: Path, work: Path) -> None:
     """Write the checkpoint as a folder in `work`, and the program to the folder `output`."""
-    folder = work / SHAPES.name
+    folder = work / MOBILEVLM_SHAPES.name
     folder.mkdir(exist_ok=True)
     torch.save(published(state["average"]), folder / "pytorch_model.bin")
     config = {theirs: NUMBERS[ours] for ours, theirs in FIELDS.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / FILE).write_bytes(PIECES.read_bytes())
-    export_program(folder, output, variant=SHAPES, by=export, state=state)
-    (output / FILE).write_bytes(PIECES.read_bytes())
+    (folder / TOKENIZER_FILE).write_bytes(PIECES.read_bytes())
+    export_program(folder, output, variant=MOBILEVLM_SHAPES, by=export_mobilevlm, state=state)
+    (output / TOKENIZER_FILE).write_bytes(PIECES.read_bytes())
 
 
 def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:

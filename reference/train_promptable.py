@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-from bitalloy.zoo.mobilesam import DEVIATION, MEAN, SHAPES, export
-from bitalloy.zoo.networks.mobilesam import build, resize
+from bitalloy.zoo.mobilesam import MOBILESAM_SHAPES, SAM_DEVIATION, SAM_MEAN, export_mobilesam
+from bitalloy.zoo.networks.mobilesam import build_sam, resize_sam
 from program_file import evaluate_promptable
 from program_file import export as export_program
 from training import Batch, Recipe, main
@@ -33,8 +33,8 @@ FOCUS = 20.0
 def loss(sam: Any, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
     """Focal and Dice loss of the first mask and of the best other one, and squared errors of the predicted IoUs."""
     side = batch.images.shape[-1]
-    resize(sam, side)
-    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
+    resize_sam(sam, side)
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (SAM_MEAN, SAM_DEVIATION))
     pixels = ((batch.images - mean) / deviation).contiguous(memory_format=torch.channels_last)
     embeddings = sam.image_encoder(pixels)
     image, instance = (batch.labels >= 0).nonzero(as_tuple=True)  # of every prompt
@@ -73,14 +73,14 @@ def differences(low: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 def network() -> nn.Module:
     """The network before the first step."""
-    return build(SHAPES.architecture, SHAPES.size[0])
+    return build_sam(MOBILESAM_SHAPES.architecture, MOBILESAM_SHAPES.size[0])
 
 
 def finish(state: dict[str, Any], output: Path, work: Path) -> dict[str, Any]:
     """Write the checkpoint and the program, and measure the program."""
-    checkpoint = work / f"{SHAPES.name}.pt"
+    checkpoint = work / f"{MOBILESAM_SHAPES.name}.pt"
     torch.save(state["average"], checkpoint)
-    export_program(checkpoint, output, variant=SHAPES, by=export, state=state)
+    export_program(checkpoint, output, variant=MOBILESAM_SHAPES, by=export_mobilesam, state=state)
     return {"bytes": sum(f.stat().st_size for f in output.iterdir())} | evaluate_promptable(output, work / "val")
 
 

@@ -20,10 +20,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from bitalloy.data.images import IMAGENET_MEAN, IMAGENET_STD
 from bitalloy.samples import shapes
 from bitalloy.zoo import find
 from bitalloy.zoo.networks.segformer import Segmenter
-from bitalloy.zoo.segformer import DEVIATION, HEADS, MEAN
+from bitalloy.zoo.segformer import ATTENTION_HEADS
 from sample_file import evaluate, export
 from training import Batch, Recipe, collate, main
 
@@ -88,7 +89,7 @@ def restore(model: nn.Module, path: Path) -> None:
 
 def normalised(images: Tensor) -> Tensor:
     """Pixels as the network takes them."""
-    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
@@ -96,7 +97,7 @@ def network() -> SegformerForSemanticSegmentation:
     """The network of transformers at the sizes of B0, without dropout: no image comes twice."""
     sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in find("segformer-b0")[1].architecture.items()}
     off = dict.fromkeys(("classifier_dropout_prob", "drop_path_rate", "hidden_dropout_prob"), 0.0)
-    config = SegformerConfig(num_labels=CLASSES, num_attention_heads=HEADS, **sizes, **off)
+    config = SegformerConfig(num_labels=CLASSES, num_attention_heads=ATTENTION_HEADS, **sizes, **off)
     return SegformerForSemanticSegmentation(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from bitalloy.zoo.networks.yolo11 import REG_MAX, SCALES, STRIDES, Conv, Detect, Scale, Yolo11, fuse
+from bitalloy.zoo.networks.yolo11 import REG_MAX, SCALES, STRIDES, DetectHead, Multipliers, Yolo11, fuse
+from bitalloy.zoo.networks.yolo11_blocks import Conv
 
-__all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "Detect", "Scale", "Yolo11", "fuse"]
+__all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "DetectHead", "Multipliers", "Yolo11", "fuse"]

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bitalloy.core.records import Head
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
@@ -90,7 +90,7 @@ def tensors_of(units: UnitGraph) -> list[str]:
 def observed(path: Path) -> Case:
     """The small network, written to a path, with ranges observed by running it."""
     build_cnn(path)
-    graph = load(path)
+    graph = load_graph(path)
     heads = find_heads(graph)
     units = split(graph, ORT_CPU, heads)
     rng = np.random.default_rng(1)

@@ -24,7 +24,7 @@ from tests.small_programs import write_language, write_promptable
 
 from bitalloy.cli.console import out_console
 from bitalloy.cli.main import main
-from bitalloy.core.records import UnitGraph
+from bitalloy.core.units import UnitGraph
 from bitalloy.samples import shapes
 
 settings.register_profile("steady", deadline=None, derandomize=True)

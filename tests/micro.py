@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 
 Node = tuple[str, Sequence[str], str, Mapping[str, Any]]
 """Operator, inputs, output, attributes. The node is named after its output."""
@@ -38,4 +38,4 @@ def build(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path)
-    return load(path)
+    return load_graph(path)

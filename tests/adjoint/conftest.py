@@ -70,7 +70,7 @@ class Rig:
         path = self._folder / f"{next(self._names)}.onnx"
         path.write_bytes(model.SerializeToString())
         try:
-            return graph.load(path)
+            return graph.load_graph(path)
         finally:
             path.unlink()
 
@@ -248,7 +248,7 @@ def worst_error(
         options = {"dynamo": False, "opset_version": 17}
     made = [f"out{i}" for i in range(count)]
     torch.onnx.export(net, tuple(inputs), folder / "net.onnx", input_names=names, output_names=made, **options)
-    loaded = graph.load(folder / "net.onnx")
+    loaded = graph.load_graph(folder / "net.onnx")
     feeds = {n: x.numpy() for n, x in zip(names, inputs, strict=True) if n in loaded.input_names}
     rng = np.random.default_rng(0)
     varied = [i for i, x in enumerate(inputs) if x.is_floating_point() and names[i] in feeds and i not in skip]

@@ -14,7 +14,7 @@ from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.units import Edge
 from bitalloy.model import load as graph
-from bitalloy.model.load import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import OrtSession
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -220,7 +220,7 @@ def test_yolo11n() -> None:
     Noise in float32 is about 1e-6 of the output, and max-pooling has kinks: differences at two steps are
     extrapolated, and the cotangent is taken along the change, where the signal is strongest.
     """
-    net = graph.load(YOLO)
+    net = graph.load_graph(YOLO)
     rng = np.random.default_rng(0)
     grid = np.linspace(0, 3 * np.pi, 640)
     x = np.stack([0.5 + 0.4 * np.sin(grid + c)[:, None] * np.cos(grid * (c + 1) / 2) for c in range(3)])[None]

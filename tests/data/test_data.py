@@ -11,8 +11,8 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
-from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose, open_dataset
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, letterbox, open_image
+from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose_samples, open_dataset
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, letterbox, open_image
 
 RGB = TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 8, 8))
 IDS = TensorSpec(name="ids", dtype="INT64", shape=(1, "length"))
@@ -196,13 +196,13 @@ def test_defaults_follow_the_task() -> None:
 
 
 def test_options_override_the_defaults() -> None:
-    found = infer_image_spec((RGB,), task=None, mean=[0.5], fit="crop", size=8)
+    found = infer_image_spec((RGB,), task=None, options=ImageOptions(mean=[0.5], fit="crop", size=8))
     assert found is not None
     assert (found.mean, found.std, found.fit, found.scale) == ((0.5, 0.5, 0.5), (), "crop", 1 / 255)
-    found = infer_image_spec((RGB,), task=None, scale=1 / 128)
+    found = infer_image_spec((RGB,), task=None, options=ImageOptions(scale=1 / 128))
     assert found is not None and (found.scale, found.mean) == (1 / 128, ())
     open_shape = spec("n", "c", "h", "w")
-    found = infer_image_spec((open_shape,), task=None, size=(32, 64), layout="NCHW")
+    found = infer_image_spec((open_shape,), task=None, options=ImageOptions(size=(32, 64), layout="NCHW"))
     assert found is not None and (found.channels, found.height, found.width) == (3, 32, 64)
 
 
@@ -212,9 +212,9 @@ def test_models_without_images_are_none_until_images_are_asked_for() -> None:
     with pytest.raises(DataError, match=r"'ids' INT64 \[1, length\]; expected 4 dimensions with 1 or 3 channels"):
         infer_image_spec((IDS,), task="detection")
     with pytest.raises(DataError, match=r"'x' FLOAT \[1, 4, 8, 8\]"):
-        infer_image_spec((spec(1, 4, 8, 8),), task=None, size=8)
+        infer_image_spec((spec(1, 4, 8, 8),), task=None, options=ImageOptions(size=8))
     with pytest.raises(DataError, match="No input takes an image"):
-        infer_image_spec((RGB,), task=None, layout="NHWC")
+        infer_image_spec((RGB,), task=None, options=ImageOptions(layout="NHWC"))
 
 
 def test_open_sizes_name_the_options() -> None:
@@ -237,12 +237,12 @@ def test_open_sizes_name_the_options() -> None:
 )
 def test_options_that_do_not_fit(shape: tuple[int | str, ...], options: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        infer_image_spec((spec(*shape),), task=None, **options)  # type: ignore[arg-type]
+        infer_image_spec((spec(*shape),), task=None, options=ImageOptions(**options))  # type: ignore[arg-type]
 
 
 def test_bytes_cannot_be_normalised() -> None:
     with pytest.raises(DataError, match="takes UINT8 pixels"):
-        infer_image_spec((spec(1, 3, 8, 8, dtype="UINT8"),), task=None, mean=[0.5])
+        infer_image_spec((spec(1, 3, 8, 8, dtype="UINT8"),), task=None, options=ImageOptions(mean=[0.5]))
 
 
 # -- reading images ---------------------------------------------------------------------------------
@@ -318,9 +318,9 @@ def test_choice_is_seeded_deterministic_and_nested(tmp_path: Path) -> None:
 
 
 def test_choice_is_pinned() -> None:
-    assert choose([f"{i}.jpg" for i in range(20)], limit=5, seed=0) == [6, 10, 11, 17, 19]
+    assert choose_samples([f"{i}.jpg" for i in range(20)], limit=5, seed=0) == [6, 10, 11, 17, 19]
     with pytest.raises(DataError, match="limit on samples is 0"):
-        choose(["a"], limit=0, seed=0)
+        choose_samples(["a"], limit=0, seed=0)
 
 
 def test_fingerprint_follows_names_and_bytes(tmp_path: Path) -> None:

@@ -18,18 +18,17 @@ from onnx import TensorProto, helper
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.formats import affine as numerics
 from bitalloy.formats.affine import (
-    QuantParams,
     activation_params,
     bias_int32,
     dequantize,
-    fake_fp16,
     fake_quantize,
     quantize,
     sqnr_db,
     sqnr_db_of,
     symmetric_params,
-    weight_params,
 )
+from bitalloy.formats.base import QuantParams
+from bitalloy.formats.float16 import fake_fp16
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from bitalloy.core.records import Precision
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit
 from bitalloy.measure.tracing import Timed

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Head
 from bitalloy.model.heads import KL, Reference, find_heads, is_divergence
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
@@ -51,7 +51,7 @@ def network(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     helper.set_model_props(model, metadata or {})
     onnx.save(model, path)
-    return load(path)
+    return load_graph(path)
 
 
 MAP = [1, 5, SIDE, SIDE]

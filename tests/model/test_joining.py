@@ -19,12 +19,12 @@ from onnx import TensorProto, helper, numpy_helper
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import ModelError
-from bitalloy.core.records import HALF, Precision
 from bitalloy.core.units import Edge
 from bitalloy.model.graphs.joining import join
-from bitalloy.model.graphs.wiring import Program, Wire, load_program
+from bitalloy.model.graphs.wiring import GraphProgram, Wire, load_program
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, consumers, load
+from bitalloy.model.load import Graph, load_graph
+from bitalloy.model.read import consumers
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified
@@ -388,14 +388,14 @@ def test_no_program_there(tmp_path: Path) -> None:
 def test_wires_that_do_not_fit(tmp_path: Path) -> None:
     path = folder(tmp_path)
     graphs = {
-        "encoder": load(path / "encoder.onnx"),
-        "decoder": load(path / "decoder.onnx", shapes={"image": (1, 8, 2, 2)}),
+        "encoder": load_graph(path / "encoder.onnx"),
+        "decoder": load_graph(path / "decoder.onnx", shapes={"image": (1, 8, 2, 2)}),
     }
     with pytest.raises(ModelError, match=r"joins FLOAT \[1, 8, 6, 6\] to FLOAT \[1, 8, 2, 2\]"):
-        Program(graphs, (Wire("encoder", "emb", "decoder", "image"),))
-    other = load(save(tmp_path / "o.onnx", [node("Relu", ["x"], ["y"])], {"x": [1, 3]}, {"y": 2}, {}, opset=18))
+        GraphProgram(graphs, (Wire("encoder", "emb", "decoder", "image"),))
+    other = load_graph(save(tmp_path / "o.onnx", [node("Relu", ["x"], ["y"])], {"x": [1, 3]}, {"y": 2}, {}, opset=18))
     with pytest.raises(ModelError, match=r"same opset, got \{'encoder': 17, 'other': 18\}"):
-        Program({"encoder": graphs["encoder"], "other": other}, ())
+        GraphProgram({"encoder": graphs["encoder"], "other": other}, ())
 
 
 def test_a_model_of_another_program_is_refused(tmp_path: Path) -> None:

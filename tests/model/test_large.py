@@ -30,16 +30,17 @@ from bitalloy.core.errors import ModelError
 from bitalloy.formats.affine import fake_quantize
 from bitalloy.model import weights
 from bitalloy.model.graphs.joining import join
-from bitalloy.model.graphs.wiring import Program, Wire
+from bitalloy.model.graphs.wiring import GraphProgram, Wire
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, constant, load
+from bitalloy.model.load import Graph, load_graph
+from bitalloy.model.read import constant
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import columns
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.targets.base import split, weight_params
+from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.recipe import Recipe
 
@@ -91,7 +92,7 @@ def stored(folder: Path) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Graph:
-    return load(stored(tmp_path))
+    return load_graph(stored(tmp_path))
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Graph) -> Grap
 
     monkeypatch.setattr(weights, "LARGE_BYTES", 1)
     monkeypatch.setattr(graph, "LARGE_BYTES", 1)
-    return load(tmp_path / "model.onnx")
+    return load_graph(tmp_path / "model.onnx")
 
 
 def inputs(count: int = 2) -> list[dict[str, Array]]:
@@ -200,7 +201,7 @@ def test_rounded_weights_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         [numpy_helper.from_array(w, "w")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    model = load(tmp_path / "m.onnx")
+    model = load_graph(tmp_path / "m.onnx")
     units = split(model, ORT_CPU, find_heads(model))
     (site,) = (s for u in units.units for s in u.weights)
     delta = fake_quantize(w, weight_params(ORT_CPU, model.node["MatMul"], site)) - w
@@ -240,13 +241,13 @@ def test_half_precision_weights_are_widened(tmp_path: Path, monkeypatch: pytest.
     onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data")
     monkeypatch.setattr(weights, "LARGE_BYTES", 1)
     monkeypatch.setattr(graph, "LARGE_BYTES", 1)
-    net = load(tmp_path / "m.onnx")
+    net = load_graph(tmp_path / "m.onnx")
     np.testing.assert_array_equal(constant(net.nodes[-1].inputs[1]), w.astype(np.float32))
     assert [n.op_type for n in net.nodes] == ["MatMul"]
 
 
 def test_programs_share_them(large: Graph) -> None:
-    program = Program({"first": large, "second": large}, (Wire("first", "y", "second", "x"),))
+    program = GraphProgram({"first": large, "second": large}, (Wire("first", "y", "second", "x"),))
     whole = join(program)
     parts = divide(whole.model, program)
     for graph, name in ((whole.model, "second/w0"), (parts["first"], "w0")):
@@ -290,7 +291,7 @@ def test_saving_over_the_file_that_is_mapped(large: Graph, monkeypatch: pytest.M
     feeds = inputs(1)[0]
     before = reference(large.source, feeds)
     weights.save(large.model, large.source)
-    assert [n.op_type for n in load(large.source).nodes] == [n.op_type for n in large.nodes]
+    assert [n.op_type for n in load_graph(large.source).nodes] == [n.op_type for n in large.nodes]
     for a, b in zip(before, reference(large.source, feeds), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -314,13 +315,13 @@ def test_a_file_that_does_not_hold_a_weight(large: Graph, key: str, value: str) 
     next(e for e in tensor.external_data if e.key == key).value = value
     large.source.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"Weight 'w2' has 102400 bytes, but 'model.onnx.data' of \d+ bytes does not"):
-        load(large.source)
+        load_graph(large.source)
 
 
 def test_an_empty_file_of_weights(large: Graph) -> None:
     (large.source.parent / "model.onnx.data").write_bytes(b"")
     with pytest.raises(ModelError, match=r"'model.onnx.data' of 0 bytes does not|external data .* cannot be read"):
-        load(large.source)
+        load_graph(large.source)
 
 
 def test_weights_at_odd_places(large: Graph) -> None:
@@ -333,7 +334,7 @@ def test_weights_at_odd_places(large: Graph) -> None:
             if entry.key == "offset":
                 entry.value = str(int(entry.value) + 1)
     large.source.write_bytes(model.SerializeToString())
-    again = load(large.source)
+    again = load_graph(large.source)
     for tensor in network().graph.initializer:
         if tensor.name in ("w0", "k"):
             np.testing.assert_array_equal(constant(again.value[tensor.name]), numpy_helper.to_array(tensor))
@@ -346,7 +347,7 @@ def test_external_data_outside_of_the_folder(large: Graph, tmp_path: Path) -> No
     inside.mkdir()
     (inside / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="outside the model's folder"):
-        load(inside / "model.onnx")
+        load_graph(inside / "model.onnx")
 
 
 def test_a_damaged_large_model(large: Graph) -> None:
@@ -354,7 +355,7 @@ def test_a_damaged_large_model(large: Graph) -> None:
     model.graph.node[0].input[0] = "nowhere"
     large.source.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="is not valid ONNX"):
-        load(large.source)
+        load_graph(large.source)
 
 
 # --- models that really are large --------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_an_empty_operand_is_dropped(tmp_path: Path, past: int) -> None:
     )
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    net = load(path, shapes={"past": (1, 2, past, 4), "k": (1, 2, 5, 4)})
+    net = load_graph(path, shapes={"past": (1, 2, past, 4), "k": (1, 2, 5, 4)})
     assert net.info.inputs[0].shape == (1, 2, past, 4)
     feeds = {"past": normal(1, 2, past, 4), "k": normal(1, 2, 5, 4)}
     found = OrtSession(net.model).run(feeds)
@@ -573,7 +574,7 @@ def test_equals_the_transformers_library(llama: ModuleType) -> None:
 
 def test_the_decoder_is_analysed_with_an_empty_cache(llama: ModuleType, decoder: Path) -> None:
     """Prediction beside exact measurement, for one unit alone."""
-    net = load(decoder, shapes=llama.shapes(llama.SIZES["tiny"], 6))
+    net = load_graph(decoder, shapes=llama.shapes(llama.SIZES["tiny"], 6))
     feeds = decoder_feeds(llama, 6)
     exact = dict(zip(net.output_names, reference(decoder, feeds), strict=True))
     np.testing.assert_allclose(OrtSession(net.model).run(feeds)["logits"], exact["logits"], rtol=1e-4, atol=1e-5)

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
-from bitalloy.model.load import Graph, constant, static_shape
+from bitalloy.model.load import Graph
+from bitalloy.model.read import constant, static_shape
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 YOLO = DATA / "models" / "yolo11n.onnx"
@@ -113,7 +114,7 @@ def ops(net: Graph) -> list[str]:
 @pytest.mark.parametrize("opset", range(13, 24))
 def test_supported_opsets(save: Save, opset: int) -> None:
     path = save(relu(opset=opset, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert net.info.opset == opset
     same(path, net, {"x": normal(1, 3)})
 
@@ -121,19 +122,19 @@ def test_supported_opsets(save: Save, opset: int) -> None:
 @pytest.mark.parametrize("opset", [9, 12, 24, 25])
 def test_other_opsets_are_refused(save: Save, opset: int) -> None:
     with pytest.raises(ModelError, match=f"opset {opset}; supported are 13 to 23.*version_converter"):
-        graph.load(save(relu(opset=opset)))
+        graph.load_graph(save(relu(opset=opset)))
 
 
 def test_the_long_name_of_the_default_domain(save: Save) -> None:
     model = relu(ranks=2)
     model.opset_import[0].domain = model.graph.node[0].domain = "ai.onnx"
-    assert graph.load(save(model)).info.opset == 17
+    assert graph.load_graph(save(model)).info.opset == 17
 
 
 def test_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path / "no.onnx", tmp_path):
         with pytest.raises(ModelError, match=r"No model file at .*bitalloy models"):
-            graph.load(path)
+            graph.load_graph(path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"not an ONNX file|holds no ONNX graph"):
-        graph.load(path)
+        graph.load_graph(path)
 
 
 @PROPERTY
@@ -155,7 +156,7 @@ def test_truncated_file(tmp_path_factory: pytest.TempPathFactory, share: float) 
     path = tmp_path_factory.mktemp("cut") / "model.onnx"
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ModelError, match=r"truncated|holds no ONNX graph"):
-        graph.load(path)
+        graph.load_graph(path)
 
 
 @PROPERTY
@@ -167,7 +168,7 @@ def test_damaged_file_is_refused_or_read(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("bad") / "model.onnx"
     path.write_bytes(data)
     try:
-        graph.load(path)
+        graph.load_graph(path)
     except ModelError as error:
         assert "Traceback" not in str(error)
 
@@ -176,30 +177,30 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(relu(ranks=2).SerializeToString().replace(b"Relu", b"\xff\xfe\xff\xfe"))
     with pytest.raises(ModelError, match=r"is damaged: a name is not text|not valid"):
-        graph.load(path)
+        graph.load_graph(path)
 
 
 def test_invalid_graph(save: Save) -> None:
     model = relu()
     model.graph.node[0].input[0] = "nowhere"
     with pytest.raises(ModelError, match=r"not valid ONNX.*nowhere") as caught:
-        graph.load(save(model))
+        graph.load_graph(save(model))
     assert "Traceback" not in str(caught.value)
 
 
 def test_unknown_operator(save: Save) -> None:
     with pytest.raises(ModelError, match=r"not valid ONNX.*NoSuchOp"):
-        graph.load(save(build([node("NoSuchOp", ["x"], ["y"])], {"x": [1, 3]})))
+        graph.load_graph(save(build([node("NoSuchOp", ["x"], ["y"])], {"x": [1, 3]})))
 
 
 def test_custom_domain(save: Save) -> None:
     model = build([node("Gelu", ["x"], ["y"], domain="com.microsoft", name="g")], {"x": [1, 3]})
     model.opset_import.add(domain="com.microsoft", version=1)
     with pytest.raises(ModelError, match=r"domain 'com.microsoft'.*node 'g' \(Gelu\)"):
-        graph.load(save(model))
+        graph.load_graph(save(model))
     unused = relu(ranks=2)
     unused.opset_import.add(domain="com.microsoft", version=1)
-    graph.load(save(unused))
+    graph.load_graph(save(unused))
 
 
 def test_control_flow(save: Save) -> None:
@@ -212,36 +213,38 @@ def test_control_flow(save: Save) -> None:
         constants={"c": np.array(True)},
     )
     with pytest.raises(ModelError, match=r"Control flow.*node 'choice' \(If\)"):
-        graph.load(save(model))
+        graph.load_graph(save(model))
 
 
 @pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "DynamicQuantizeLinear"])
 def test_quantized_models(save: Save, op: str) -> None:
     with pytest.raises(ModelError, match=f"quantized already.*{op}.*float model"):
-        graph.load(save(build([node(op, ["x", "s"], ["y"])], {"x": [1, 3]}, constants={"s": np.array(1, np.float32)})))
+        graph.load_graph(
+            save(build([node(op, ["x", "s"], ["y"])], {"x": [1, 3]}, constants={"s": np.array(1, np.float32)}))
+        )
 
 
 def test_random_numbers_and_training_mode(save: Save) -> None:
     with pytest.raises(ModelError, match=r"random numbers.*evaluation mode"):
-        graph.load(save(build([node("RandomNormalLike", ["x"], ["y"])], {"x": [1, 3]})))
+        graph.load_graph(save(build([node("RandomNormalLike", ["x"], ["y"])], {"x": [1, 3]})))
     terms = {n: np.ones(3, np.float32) for n in "sbmv"}
     norm = node("BatchNormalization", ["x", *"sbmv"], ["y", "m2", "v2"], training_mode=1)
     with pytest.raises(ModelError, match=r"training mode.*BatchNormalization"):
-        graph.load(save(build([norm], {"x": [1, 3, 4]}, constants=terms)))
+        graph.load_graph(save(build([norm], {"x": [1, 3, 4]}, constants=terms)))
     drop = build([node("Dropout", ["x", "r", "t"], ["y"], name="drop")], {"x": [1, 3]}, ranks=2,
                  constants={"r": np.array(0.5, np.float32), "t": np.array(True)})  # fmt: skip
     with pytest.raises(ModelError, match=r"training mode.*'drop'"):
-        graph.load(save(drop))
+        graph.load_graph(save(drop))
     masked = build([node("Dropout", ["x"], ["y", "mask"], name="masked")], {"x": [1, 3]}, ranks=2)
     masked.graph.output.add().CopyFrom(onnx.helper.make_tensor_value_info("mask", TensorProto.BOOL, [1, 3]))
     with pytest.raises(ModelError, match=r"training mode.*'masked'"):
-        graph.load(save(masked))
+        graph.load_graph(save(masked))
 
 
 def test_a_cast_like_another_tensor_is_a_cast(save: Save) -> None:
     nodes = [node("CastLike", ["x", "i"], ["c"]), node("CastLike", ["c", "x"], ["y"])]
     path = save(build(nodes, {"x": [1, 3]}, ranks=2, constants={"i": np.array(0, np.int32)}))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert [(n.op_type, graph.attribute(n, "to", None)) for n in net.nodes] == [("Cast", 6), ("Cast", 1)]
     same(path, net, {"x": normal(1, 3) * 5})
 
@@ -249,7 +252,7 @@ def test_a_cast_like_another_tensor_is_a_cast(save: Save) -> None:
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16])
 def test_other_precisions_at_the_border(save: Save, kind: int) -> None:
     with pytest.raises(ModelError, match=r"'x' is .*float32"):
-        graph.load(save(relu(kind=kind)))
+        graph.load_graph(save(relu(kind=kind)))
 
 
 def test_half_precision_inside(save: Save) -> None:
@@ -259,7 +262,7 @@ def test_half_precision_inside(save: Save) -> None:
         node("Cast", ["r"], ["y"], to=TensorProto.FLOAT),
     ]
     with pytest.raises(ModelError, match=r"computes in FLOAT16.*float32"):
-        graph.load(save(build(nodes, {"x": [1, 3]}, ranks=2)))
+        graph.load_graph(save(build(nodes, {"x": [1, 3]}, ranks=2)))
 
 
 def test_sequences_and_sparse_weights(save: Save) -> None:
@@ -267,12 +270,12 @@ def test_sequences_and_sparse_weights(save: Save) -> None:
     kind = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
     model.graph.input.append(helper.make_value_info("s", helper.make_sequence_type_proto(kind)))
     with pytest.raises(ModelError, match="'s' is not a tensor"):
-        graph.load(save(model))
+        graph.load_graph(save(model))
     model = relu()
     values, indices = helper.make_tensor("w", 1, [1], [1.0]), helper.make_tensor("i", 7, [1], [0])
     model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [3]))
     with pytest.raises(ModelError, match="sparse"):
-        graph.load(save(model))
+        graph.load_graph(save(model))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -280,23 +283,23 @@ def test_weights_that_are_not_finite(save: Save, value: float) -> None:
     w = normal(3, 3)
     w[1, 1] = value
     with pytest.raises(ModelError, match="Weight 'w' holds NaN or infinite"):
-        graph.load(save(build([node("MatMul", ["x", "w"], ["y"])], {"x": [1, 3]}, constants={"w": w}, ranks=2)))
+        graph.load_graph(save(build([node("MatMul", ["x", "w"], ["y"])], {"x": [1, 3]}, constants={"w": w}, ranks=2)))
 
 
 def test_infinite_masks_are_allowed(save: Save) -> None:
     mask = np.triu(np.full((3, 3), -np.inf, np.float32), 1)
     nodes = [node("Add", ["x", "mask"], ["a"]), node("Softmax", ["a"], ["y"])]
     path = save(build(nodes, {"x": [3, 3]}, constants={"mask": mask}, ranks=2))
-    same(path, graph.load(path), {"x": normal(3, 3)})
+    same(path, graph.load_graph(path), {"x": normal(3, 3)})
     mask[0, 0] = np.nan
     with pytest.raises(ModelError, match="'mask' holds NaN"):
-        graph.load(save(build(nodes, {"x": [3, 3]}, constants={"mask": mask}, ranks=2)))
+        graph.load_graph(save(build(nodes, {"x": [3, 3]}, constants={"mask": mask}, ranks=2)))
 
 
 def test_an_output_that_depends_on_no_input(save: Save) -> None:
     nodes = [node("Relu", ["x"], ["y"]), node("Exp", ["c"], ["z"])]
     with pytest.raises(ModelError, match=r"Output 'z' does not depend on any input.*without this output"):
-        graph.load(save(build(nodes, {"x": [1, 3]}, ["y", "z"], {"c": normal(2)}, ranks=None)))
+        graph.load_graph(save(build(nodes, {"x": [1, 3]}, ["y", "z"], {"c": normal(2)}, ranks=None)))
 
 
 # --- external data -----------------------------------------------------------------------------------------------
@@ -323,22 +326,22 @@ def external(folder: Path, location: str = "weights.bin", content: bytes | None 
 def test_external_data(tmp_path: Path) -> None:
     content = normal(3, 3).tobytes()
     path = external(tmp_path, "parts/weights.bin", content)
-    net = graph.load(path)
+    net = graph.load_graph(path)
     np.testing.assert_array_equal(constant(net.value["w"]), normal(3, 3))
     assert net.info.size_bytes == path.stat().st_size + len(content)
     (tmp_path / "parts" / "weights.bin").write_bytes(normal(3, 3, seed=2).tobytes())
-    changed = graph.load(path)
+    changed = graph.load_graph(path)
     assert changed.info.sha256 != net.info.sha256
 
 
 def test_missing_external_data(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'w'.*'weights.bin', which is missing. Copy it beside the model"):
-        graph.load(external(tmp_path))
+        graph.load_graph(external(tmp_path))
 
 
 def test_external_data_that_is_too_short(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"external data.*cannot be read|not valid|cannot be read") as caught:
-        graph.load(external(tmp_path, content=b"123"))
+        graph.load_graph(external(tmp_path, content=b"123"))
     assert "Traceback" not in str(caught.value)
 
 
@@ -350,40 +353,40 @@ def test_external_data_outside_the_folder(tmp_path: Path) -> None:
     (inside / "folder").symlink_to(tmp_path)
     for location in ("../secret.bin", str(outside), "link.bin", "folder/secret.bin", "parts/../../secret.bin", ""):
         with pytest.raises(ModelError, match=r"'w'.*outside the model's folder.*beside the model"):
-            graph.load(external(inside, location))
+            graph.load_graph(external(inside, location))
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 
 def test_the_batch_is_bound_to_one(save: Save) -> None:
-    net = graph.load(save(build([node("Relu", ["x"], ["y"])], {"x": ["batch", 3, 4]}, ranks=3)))
+    net = graph.load_graph(save(build([node("Relu", ["x"], ["y"])], {"x": ["batch", 3, 4]}, ranks=3)))
     assert net.info.inputs[0].shape == net.info.outputs[0].shape == (1, 3, 4)
-    assert graph.load(net.source, shapes={"x": (5, 3, 4)}).info.outputs[0].shape == (5, 3, 4)
+    assert graph.load_graph(net.source, shapes={"x": (5, 3, 4)}).info.outputs[0].shape == (5, 3, 4)
 
 
 @pytest.mark.parametrize("size", ["height", None])
 def test_symbolic_shapes_need_a_size(save: Save, size: str | None) -> None:
     path = save(build([node("Relu", ["x"], ["y"])], {"x": ["n", 3, size]}, ranks=3))
     with pytest.raises(ModelError, match=r"'x' has symbolic shape nx3x.*--shape x=nx3x"):
-        graph.load(path)
-    assert graph.load(path, shapes={"x": (1, 3, 7)}).info.outputs[0].shape == (1, 3, 7)
+        graph.load_graph(path)
+    assert graph.load_graph(path, shapes={"x": (1, 3, 7)}).info.outputs[0].shape == (1, 3, 7)
 
 
 def test_named_dimensions_are_shared(save: Save) -> None:
     nodes = [node("MatMul", ["x", "z"], ["y"])]
     path = save(build(nodes, {"x": ["n", "k"], "z": ["k", "m"]}, ranks=2))
-    net = graph.load(path, shapes={"z": (4, 5)})
+    net = graph.load_graph(path, shapes={"z": (4, 5)})
     assert [s.shape for s in (*net.info.inputs, *net.info.outputs)] == [(1, 4), (4, 5), (1, 5)]
     with pytest.raises(ModelError, match="'k' was given as 3 and as 4"):
-        graph.load(path, shapes={"x": (1, 3), "z": (4, 5)})
+        graph.load_graph(path, shapes={"x": (1, 3), "z": (4, 5)})
 
 
 def test_an_input_without_a_shape(save: Save) -> None:
     path = save(build([node("Relu", ["x"], ["y"])], {"x": None}))
     with pytest.raises(ModelError, match=r"'x' has no shape. Add --shape x="):
-        graph.load(path)
-    assert graph.load(path, shapes={"x": (2, 3)}).info.outputs[0].shape == (2, 3)
+        graph.load_graph(path)
+    assert graph.load_graph(path, shapes={"x": (2, 3)}).info.outputs[0].shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -397,13 +400,13 @@ def test_an_input_without_a_shape(save: Save) -> None:
 )
 def test_shapes_that_do_not_fit(save: Save, shapes: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        graph.load(save(build([node("Relu", ["x"], ["y"])], {"x": ["n", 3, "w"]}, ranks=3)), shapes=shapes)
+        graph.load_graph(save(build([node("Relu", ["x"], ["y"])], {"x": ["n", 3, "w"]}, ranks=3)), shapes=shapes)
 
 
 def test_shapes_that_cannot_work(save: Save) -> None:
     path = save(build([node("MatMul", ["x", "w"], ["y"])], {"x": ["n", "k"]}, constants={"w": normal(3, 4)}, ranks=2))
     with pytest.raises(ModelError, match="ONNX Runtime cannot run the model") as caught:
-        graph.load(path, shapes={"x": (1, 7)})
+        graph.load_graph(path, shapes={"x": (1, 7)})
     assert "Traceback" not in str(caught.value)
 
 
@@ -411,7 +414,7 @@ def test_errors_print_nothing(save: Save) -> None:
     model = build([node("MatMul", ["x", "w"], ["y"])], {"x": ["n", 7]}, constants={"w": normal(3, 4)}, ranks=2)
     code = (
         "import sys; from bitalloy.core import errors; from bitalloy.model import load as graph\n"
-        "try: graph.load(sys.argv[1])\n"
+        "try: graph.load_graph(sys.argv[1])\n"
         "except errors.ModelError: print('refused')"
     )
     done = subprocess.run([sys.executable, "-c", code, save(model)], capture_output=True, text=True, check=True)
@@ -422,19 +425,19 @@ def test_weights_listed_as_inputs(save: Save) -> None:
     model = build(
         [node("MatMul", ["x", "w"], ["y"])], {"x": [1, 3], "w": [3, 3]}, constants={"w": normal(3, 3)}, ranks=2
     )
-    net = graph.load(save(model))
+    net = graph.load_graph(save(model))
     assert net.input_names == ("x",) and len(net.info.inputs) == 1
 
 
 def test_outputs_without_a_shape(save: Save) -> None:
     path = save(relu())
-    assert graph.load(path).info.outputs[0].shape == (1, 3)
+    assert graph.load_graph(path).info.outputs[0].shape == (1, 3)
 
 
 def test_stale_shapes_in_the_file_are_ignored(save: Save) -> None:
     model = build([node("Relu", ["x"], ["m"]), node("Exp", ["m"], ["y"])], {"x": ["n", 3]}, ranks=2)
     model.graph.value_info.append(helper.make_tensor_value_info("m", 1, [8, 3]))
-    net = graph.load(save(model))
+    net = graph.load_graph(save(model))
     assert static_shape(net.value["m"]) == (1, 3)
 
 
@@ -450,7 +453,7 @@ def test_names_are_unique_and_kept(save: Save) -> None:
         node("Tanh", ["e"], ["y"], name="a_1"),
     ]
     path = save(build(nodes, {"x": [1, 3]}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert [n.name for n in net.nodes] == ["a", "later_1", "a_2", "later", "a_1"]
     assert net.node["later"].op_type == "Abs"
     same(path, net, {"x": normal(1, 3)})
@@ -459,7 +462,7 @@ def test_names_are_unique_and_kept(save: Save) -> None:
 def test_nodes_are_sorted_and_dead_ones_removed(save: Save) -> None:
     nodes = [node("Relu", ["x"], ["r"]), node("Exp", ["x"], ["dead"]), node("Neg", ["r"], ["y"])]
     path = save(build(nodes, {"x": [1, 3]}, constants={"unused": normal(3)}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["Relu", "Neg"]
     assert not net.model.graph.initializers
 
@@ -476,7 +479,7 @@ def test_identities_and_dropout(save: Save) -> None:
     ]
     outputs = ["y", "z", "same", "kept"]
     path = save(build(nodes, {"x": [1, 3]}, outputs, {"ratio": np.array(0.5, np.float32)}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert sorted(ops(net)) == ["Identity", "Identity", "Identity", "Relu"]
     assert net.node["relu"].outputs[0].name == "y"
     same(path, net, {"x": normal(1, 3)})
@@ -492,7 +495,7 @@ def test_constants_become_initializers(save: Save) -> None:
         node("Reshape", ["m", "i"], ["y"]),
     ]
     path = save(build(nodes, {"x": [1, 3]}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["Add", "Mul", "Reshape"]
     same(path, net, {"x": normal(1, 3)})
 
@@ -500,7 +503,7 @@ def test_constants_become_initializers(save: Save) -> None:
 def test_half_precision_weights_are_widened(save: Save) -> None:
     nodes = [node("Cast", ["h"], ["w"], to=TensorProto.FLOAT), node("MatMul", ["x", "w"], ["y"])]
     path = save(build(nodes, {"x": [1, 3]}, constants={"h": normal(3, 2).astype(np.float16)}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["MatMul"]
     weight = constant(net.nodes[0].inputs[1])
     assert weight is not None and weight.dtype == np.float32
@@ -532,7 +535,7 @@ def test_shape_arithmetic_is_folded(save: Save) -> None:
         "start": np.array([0]), "end": np.array([2]),
     }  # fmt: skip
     path = save(build(nodes, {"x": ["n", 3, "h", "w"]}, constants=constants, ranks=4))
-    net = graph.load(path, shapes={"x": (2, 3, 4, 6)})
+    net = graph.load_graph(path, shapes={"x": (2, 3, 4, 6)})
     assert ops(net) == ["Resize", "ReduceMean", "Div"]
     same(path, net, {"x": normal(2, 3, 4, 6)})
 
@@ -552,7 +555,7 @@ def test_long_chains_of_shapes_are_folded(save: Save) -> None:
         last = f"x{i}"
     nodes[-1].output[0] = "y"
     path = save(build(nodes, {"x": [2, 3]}, ranks=2))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["Reshape", "Relu"] * 9
     same(path, net, {"x": normal(2, 3)})
 
@@ -564,7 +567,7 @@ def test_shapes_that_only_the_runtime_knows(save: Save) -> None:
         node("Cast", ["where"], ["y"], to=TensorProto.FLOAT),
     ]
     path = save(build(nodes, {"x": [1, 3]}, ranks=2))
-    assert graph.load(path).info.outputs[0].shape == (2, 0)  # found on zeros
+    assert graph.load_graph(path).info.outputs[0].shape == (2, 0)  # found on zeros
 
 
 def norm_model(*, extra: Sequence[onnx.NodeProto] = (), outputs: Sequence[str] = ("y",), bias: bool = True) -> Any:
@@ -583,7 +586,7 @@ def norm_model(*, extra: Sequence[onnx.NodeProto] = (), outputs: Sequence[str] =
 @pytest.mark.parametrize("bias", [True, False])
 def test_batch_norm_is_folded_into_the_conv(save: Save, *, bias: bool) -> None:
     path = save(norm_model(bias=bias))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["Conv", "Relu"] and net.nodes[0].name == "conv"
     same(path, net, {"x": normal(1, 3, 6, 6)}, 1e-4)
 
@@ -593,7 +596,7 @@ def test_batch_norm_at_the_output_keeps_the_output_name(save: Save) -> None:
     del model.graph.node[2]
     model.graph.output[0].name = "n"
     path = save(model)
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert ops(net) == ["Conv"] and net.output_names == ("n",)
     same(path, net, {"x": normal(1, 3, 6, 6)}, 1e-4)
 
@@ -610,7 +613,7 @@ def test_batch_norm_is_not_folded_where_the_conv_is_read_elsewhere(
     save: Save, extra: list[onnx.NodeProto], outputs: list[str]
 ) -> None:
     path = save(norm_model(extra=extra, outputs=outputs))
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert "BatchNormalization" in ops(net)
     same(path, net, {"x": normal(1, 3, 6, 6)}, 1e-4)
 
@@ -618,7 +621,7 @@ def test_batch_norm_is_not_folded_where_the_conv_is_read_elsewhere(
 def test_convs_that_share_a_weight_are_folded_apart(save: Save) -> None:
     model = norm_model(extra=[node("Conv", ["x", "w"], ["z"], pads=[1] * 4)], outputs=("y", "z"))
     path = save(model)
-    net = graph.load(path)
+    net = graph.load_graph(path)
     assert sorted(ops(net)) == ["Conv", "Conv", "Relu"]
     same(path, net, {"x": normal(1, 3, 6, 6)}, 1e-4)
 
@@ -630,7 +633,7 @@ def test_ceil_mode_agrees_with_the_runtime(save: Save, op: str, size: int) -> No
     nodes = [node(op, ["x"], ["p"], kernel_shape=[1, 2], strides=[3, 3], ceil_mode=1), node("Relu", ["p"], ["y"])]
     path = save(build(nodes, {"x": [1, 1, size, size]}, ranks=4))
     try:
-        net = graph.load(path)
+        net = graph.load_graph(path)
     except ModelError as error:
         assert "ceil_mode=0" in str(error)  # one axis rounds up, the other drops a window
         return
@@ -643,19 +646,19 @@ def test_ceil_mode_agrees_with_the_runtime(save: Save, op: str, size: int) -> No
 def test_broken_pools_are_refused(save: Save, broken: dict[str, list[int]]) -> None:
     given: dict[str, Any] = {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1, **broken}
     with pytest.raises(ModelError):
-        graph.load(save(build([node("MaxPool", ["x"], ["y"], **given)], {"x": [1, 1, 6, 6]}, ranks=4)))
+        graph.load_graph(save(build([node("MaxPool", ["x"], ["y"], **given)], {"x": [1, 1, 6, 6]}, ranks=4)))
 
 
 def test_broken_norms_are_refused(save: Save) -> None:
     model = norm_model()
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(normal(3, 3, 3, 3), "w"))
     with pytest.raises(ModelError):
-        graph.load(save(model))
+        graph.load_graph(save(model))
     model = norm_model()
     wrong = next(t for t in model.graph.initializer if t.name == "var")
     wrong.CopyFrom(numpy_helper.from_array(np.full(4, -1, np.float32), "var"))
     with pytest.raises(ModelError, match="holds NaN"):
-        graph.load(save(model))
+        graph.load_graph(save(model))
 
 
 UNARY = ["Relu", "Sigmoid", "Tanh", "Identity", "Dropout", "Neg"]
@@ -701,23 +704,23 @@ def test_the_normal_form_computes_the_same(tmp_path_factory: pytest.TempPathFact
     outputs = sorted(data.draw(st.sets(st.sampled_from(tensors[1:]), min_size=1, max_size=3)))
     path = tmp_path_factory.mktemp("generated") / "model.onnx"
     path.write_bytes(build(nodes, {"x": ["batch", 4, 5, 5]}, outputs, constants, ranks=4).SerializeToString())
-    same(path, graph.load(path), {"x": rng.standard_normal((1, 4, 5, 5)).astype(np.float32)}, 1e-4)
+    same(path, graph.load_graph(path), {"x": rng.standard_normal((1, 4, 5, 5)).astype(np.float32)}, 1e-4)
 
 
 def test_the_file_is_never_changed(tmp_path: Path, save: Save) -> None:
     path = save(norm_model())
     before, stamp = path.read_bytes(), path.stat().st_mtime_ns
-    net = graph.load(path)
+    net = graph.load_graph(path)
     net.to_bytes()
     net.clone()
     assert path.read_bytes() == before and path.stat().st_mtime_ns == stamp
     assert os.listdir(tmp_path) == ["model.onnx"]  # noqa: PTH208
-    assert graph.load(path).info == net.info
-    assert graph.load(path).to_bytes() == net.to_bytes()
+    assert graph.load_graph(path).info == net.info
+    assert graph.load_graph(path).to_bytes() == net.to_bytes()
 
 
 def test_a_clone_may_be_rewritten(save: Save) -> None:
-    net = graph.load(save(norm_model()))
+    net = graph.load_graph(save(norm_model()))
     before = net.to_bytes()
     copy = net.clone()
     for item in list(copy.graph):
@@ -728,7 +731,7 @@ def test_a_clone_may_be_rewritten(save: Save) -> None:
 @pytest.mark.skipif(not YOLO.is_file(), reason="no real checkpoint beside the repository")
 def test_yolo11n() -> None:
     before = YOLO.read_bytes()
-    net = graph.load(YOLO)
+    net = graph.load_graph(YOLO)
     assert YOLO.read_bytes() == before
     assert net.info.inputs[0].shape == (1, 3, 640, 640) and net.info.outputs[0].shape == (1, 84, 8400)
     x = np.random.default_rng(0).uniform(0, 1, (1, 3, 640, 640)).astype(np.float32)

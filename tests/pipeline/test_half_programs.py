@@ -12,7 +12,6 @@ from PIL import Image
 from tests.pipeline.test_programs import axes, decibels, random_feeds, run
 
 import bitalloy as api
-from bitalloy.core.records import HALF, Precision
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.cast import specified

@@ -22,7 +22,7 @@ from bitalloy.search.planning import read_tables
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.measuring import measured
 from bitalloy.tasks.base import TaskResult
-from bitalloy.tasks.detection import TASK
+from bitalloy.tasks.detection import DETECTION
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.tasks.open import interface_of
 from bitalloy.verify.course import Course
@@ -228,11 +228,11 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch:
         counts = runs_of(patch, image)
         result = compared()
-    data = TASK.open(inputs.labels, interface_of(analysis.graph))
+    data = DETECTION.open(inputs.labels, interface_of(analysis.graph))
     total = len(data.choose(None, 0))
     assert sorted(counts.values()) == [total - 4, total]
     models = {"float": analysis.original().session().run, "int8": analysis.artefact(int8).session().run}
-    assert result == TASK.evaluate(models, data, seed=analysis.settings.seed)
+    assert result == DETECTION.evaluate(models, data, seed=analysis.settings.seed)
 
 
 def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table: Any, inputs: Any) -> None:

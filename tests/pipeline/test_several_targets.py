@@ -12,8 +12,8 @@ import pytest
 
 import bitalloy
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import CostTable, Plan
-from bitalloy.core.records import Precision
+from bitalloy.core.plans import CostTable
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.pipeline.audit import audit_run

@@ -47,7 +47,9 @@ def test_training_starts_from_the_outputs_of_the_packaged_detector(start: Any) -
 def test_checkpoints_have_the_published_layout_and_go_through_the_zoo(start: Any, tmp_path: Path) -> None:
     torch.save(start.state_dict(), tmp_path / "weights.pt")
     options = zoo.Options(size=(64, 64))
-    exported = zoo.export("yolo11n-seg", checkpoint=tmp_path / "weights.pt", folder=tmp_path / "out", options=options)
+    exported = zoo.export_model(
+        "yolo11n-seg", checkpoint=tmp_path / "weights.pt", folder=tmp_path / "out", options=options
+    )
     outputs = OrtSession(exported.graphs["yolo11n-seg"]).run({"images": np.zeros((1, 3, 64, 64), np.float32)})
     assert [o.shape for o in outputs.values()] == [(1, 4 + 8 + 32, 84), (1, 32, 16, 16)]
 

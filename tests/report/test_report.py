@@ -311,7 +311,7 @@ class TestCharts:
         def picture(high: float) -> tuple[float, float, str]:
             bars = [charts.Bar("float", 4.0, 3.0, high, "4 ms", "", "b-float")]
             bars.append(charts.Bar("mixed", 3.0, 2.0, 3.5, "3 ms", "", "b-mixed"))
-            text = str(charts.latency(bars))
+            text = str(charts.latency_chart(bars))
             width, other = (float(w) for w in re.findall(r'class="bar [^>]*width="([0-9.]+)"', text))
             ends = [float(end) for end in re.findall(r'class="spread" d="M[0-9.]+ [0-9.]+H([0-9.]+)', text)]
             assert all(end <= charts.WIDTH - 140 for end in ends)
@@ -328,8 +328,8 @@ class TestCharts:
         assert "<img" not in picture
 
     def test_formats_mark_zero_error(self) -> None:
-        assert formats.decibel(160.0) == "no error"
-        assert formats.decibel(-3.25) == "−3.2 dB"
+        assert formats.decibel_text(160.0) == "no error"
+        assert formats.decibel_text(-3.25) == "−3.2 dB"
 
 
 def hostile(make_run: Make) -> Any:

@@ -18,10 +18,9 @@ from tests.definition import Simulation, asymmetric, orders, pair_sums, per_chan
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, constant, load
-from bitalloy.rewrite.apply import TAG, apply
-from bitalloy.model.load import load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.read import constant
 from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard
@@ -184,7 +183,7 @@ def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case: Ca
     for weight in model.graph.initializer:
         weight.name = foreign.get(weight.name, weight.name)
     onnx.save(model, tmp_path / "renamed.onnx")
-    graph = load(tmp_path / "renamed.onnx")
+    graph = load_graph(tmp_path / "renamed.onnx")
     units = split(graph, ORT_CPU, find_heads(graph))
     ranges = {foreign.get(name, name): limits for name, limits in case.ranges.items()}
     found = apply(graph, units, units.quantizable(), ranges, LIMITED).to_bytes()

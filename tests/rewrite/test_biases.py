@@ -9,9 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.rewrite.apply import apply
-from bitalloy.rewrite.biases import find_biases, mean_inputs, offsets
+from bitalloy.rewrite.biases import find_biases, mean_inputs
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
@@ -48,7 +48,7 @@ def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
             tensor.CopyFrom(numpy_helper.from_array(shifted, name))
     path = case.path.with_name("shifted.onnx")
     onnx.save(model, path)
-    expected = apply(load(path), case.units, plan, case.ranges, ORT_CPU).to_bytes()
+    expected = apply(load_graph(path), case.units, plan, case.ranges, ORT_CPU).to_bytes()
     y, wanted = (OrtSession(m).run(case.feeds[0])["y"] for m in (found, expected))
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
     plain = apply(case.graph, case.units, plan, case.ranges, ORT_CPU).to_bytes()
@@ -115,7 +115,7 @@ def skewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, UnitGraph, 
         [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    loaded = load(path)
+    loaded = load_graph(path)
     feeds = [
         {
             "x": (rng.standard_normal((200, 16)) + 3).astype(np.float32),

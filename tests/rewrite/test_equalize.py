@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.model.load import Graph, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import constant
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
 from bitalloy.runtime.ort import OrtSession
@@ -74,7 +74,7 @@ class Net:
         graph = helper.make_graph(self.nodes, "net", specs, results, self.constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
         onnx.save(onnx.shape_inference.infer_shapes(model), path)
-        return load(path)
+        return load_graph(path)
 
 
 def feeds_of(graph: Graph, count: int = 3) -> list[dict[str, np.ndarray]]:

@@ -11,7 +11,8 @@ import pytest
 from bitalloy import zoo
 from bitalloy.model import load as graph
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.samples.shapes import CLASSES, scene, write_coco
+from bitalloy.samples.drawing import CLASSES
+from bitalloy.samples.shapes import scene, write_coco
 from bitalloy.tasks import find_task
 from bitalloy.tasks.base import Interface
 
@@ -33,7 +34,7 @@ def test_files_are_small_and_each_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_files_say_where_they_come_from(name: str) -> None:
-    model = graph.load(zoo.resolve(name).path)
+    model = graph.load_graph(zoo.resolve(name).path)
     assert model.metadata["trained_by"].startswith("python reference/train_")
     assert all(c in model.metadata["names"] for c in CLASSES)
     assert zoo.resolve(name).sample
@@ -62,7 +63,7 @@ def test_masks_of_single_objects_cover_them() -> None:
 
 
 def test_masks_are_measured_as_instances(tmp_path: Path) -> None:
-    model = graph.load(zoo.resolve(SEGMENTER).path)
+    model = graph.load_graph(zoo.resolve(SEGMENTER).path)
     folder = write_coco(tmp_path / "val", count=16)
     interface = Interface(inputs=model.info.inputs, outputs=model.info.outputs, metadata=model.metadata)
     task = find_task(interface)
@@ -74,7 +75,7 @@ def test_masks_are_measured_as_instances(tmp_path: Path) -> None:
 
 
 def test_maps_of_classes_are_measured(tmp_path: Path) -> None:
-    model = graph.load(zoo.resolve(SEMANTIC).path)
+    model = graph.load_graph(zoo.resolve(SEMANTIC).path)
     folder = write_coco(tmp_path / "val", count=32, size=256)
     interface = Interface(inputs=model.info.inputs, outputs=model.info.outputs, metadata=model.metadata)
     task = find_task(interface)

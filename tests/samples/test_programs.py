@@ -20,8 +20,7 @@ from bitalloy.tasks.base import Interface
 from bitalloy.tasks.open import cache_size, interface
 from bitalloy.zoo import mobilesam, mobilevlm
 from bitalloy.zoo.base import Variant
-from bitalloy.zoo.mobilevlm_chat import DEVIATION as CLIP_DEVIATION
-from bitalloy.zoo.mobilevlm_chat import MEAN as CLIP_MEAN
+from bitalloy.zoo.mobilevlm_chat import CLIP_DEVIATION, CLIP_MEAN
 
 PROMPTED, SPEAKING = "mobilesam-shapes", "mobilevlm-shapes"
 LARGEST = {PROMPTED: 8_000_000, SPEAKING: 6_000_000}
@@ -47,7 +46,7 @@ def test_folders_are_small_and_say_where_they_come_from(name: str) -> None:
         assert part.metadata["bitalloy.variant"] == name
 
 
-@pytest.mark.parametrize("variant", [mobilesam.SHAPES, mobilevlm.SHAPES], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [mobilesam.MOBILESAM_SHAPES, mobilevlm.MOBILEVLM_SHAPES], ids=lambda v: v.name)
 def test_operations_are_those_that_the_zoo_states(variant: Variant) -> None:
     path = zoo.resolve(variant.name).path
     graphs = load_program(path, shapes=read_outline(path).shapes()).graphs.values()
@@ -89,7 +88,7 @@ def test_the_task_measures_them(tmp_path: Path) -> None:
     interface = Interface(inputs=(*encoder.inputs, *decoder.inputs[1:]), outputs=decoder.outputs)
     data = promptable.open_prompts(write_coco(tmp_path / "val", count=16, size=224) / "instances.json", interface)
     encode, decode = (session.run for session in sessions())
-    result = promptable.TASK.evaluate({"float": promptable.join(encode, decode)}, data)
+    result = promptable.PROMPTABLE.evaluate({"float": promptable.join_promptable(encode, decode)}, data)
     found = {m.name: m.values["float"].value for m in result.metrics}
     assert found["mIoU, box prompts"] > 0.65 and found["mIoU, point prompts"] > 0.6
 
@@ -128,13 +127,13 @@ def test_answers_are_measured_by_the_task(tmp_path: Path) -> None:
     folder = zoo.resolve(SPEAKING).path
     known = interface_of(folder)
     vision, embed, decode = (OrtSession(folder / f"{name}.onnx").run for name in ("vision", "embedding", "decoder"))
-    run = chat.join(vision, embed, decode, cache_size(read_outline(folder).open_inputs))
+    run = chat.join_chat(vision, embed, decode, cache_size(read_outline(folder).open_inputs))
     drawn = write_coco(tmp_path / "val", count=40, size=96)
     data = language.open_language(drawn / "questions.jsonl", known)
-    found = {m.name: m.values["float"].value for m in language.TASK.evaluate({"float": run}, data).metrics}
+    found = {m.name: m.values["float"].value for m in language.LANGUAGE.evaluate({"float": run}, data).metrics}
     assert found["yes/no accuracy"] > 0.7
     data = language.open_language(drawn / "captions.json", known)
-    found = {m.name: m.values["float"].value for m in language.TASK.evaluate({"float": run}, data).metrics}
+    found = {m.name: m.values["float"].value for m in language.LANGUAGE.evaluate({"float": run}, data).metrics}
     assert found["perplexity"] < 6  # of 932 words
 
 

@@ -22,7 +22,8 @@ from pycocotools.cocoeval import COCOeval
 
 from bitalloy.core.errors import DataError, RunDirectoryError
 from bitalloy.samples import drawing, shapes, words
-from bitalloy.samples.shapes import CLASSES, Scene, scene, write_coco
+from bitalloy.samples.drawing import CLASSES
+from bitalloy.samples.shapes import Scene, scene, write_coco
 
 
 @pytest.fixture(scope="module")

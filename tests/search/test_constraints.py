@@ -10,7 +10,7 @@ import pytest
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Budget, CostTable, Keep, UnitCost
-from bitalloy.core.records import Precision, Secant
+from bitalloy.core.records import Secant
 from bitalloy.search.choice import search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import operators_of

@@ -11,7 +11,7 @@ from tests.micro import build
 from tests.search.neighbours import same_one_by_one
 
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import HALF, Precision, Secant, TensorRange
+from bitalloy.core.records import Secant, TensorRange
 from bitalloy.measure.roofline import estimate
 from bitalloy.model.heads import find_heads
 from bitalloy.search.choice import search
@@ -20,7 +20,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import Device, split
 from bitalloy.targets.recipe import Recipe
-from bitalloy.targets.safety import judge, tensors
+from bitalloy.targets.safety import judge
 from bitalloy.targets.tensorrt import TENSORRT
 
 SLOW = Device(

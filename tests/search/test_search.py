@@ -16,9 +16,8 @@ import pytest
 from tests.search.neighbours import same_one_by_one
 
 from bitalloy.core.plans import Budget, CostTable, UnitCost
-from bitalloy.core.records import HALF, Precision, Secant
+from bitalloy.core.records import Secant
 from bitalloy.core.units import UnitGraph
-from bitalloy.core.records import HALF, Precision, Secant, UnitGraph
 from bitalloy.ops import LOWERABLE
 from bitalloy.search.choice import search
 from bitalloy.search.front import polish

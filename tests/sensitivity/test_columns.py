@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bitalloy.core.records import HALF, Precision
 from bitalloy.model.heads import Reference
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified

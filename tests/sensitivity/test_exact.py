@@ -19,11 +19,11 @@ from onnx import TensorProto, helper
 
 import bitalloy
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.records import AGAIN, SensitivityTable
+from bitalloy.core.records import SensitivityTable
 from bitalloy.core.store import RunDirectory
 from bitalloy.formats.affine import activation_params
 from bitalloy.model.heads import head_of, is_divergence
-from bitalloy.model.load import name_of
+from bitalloy.model.read import name_of
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Segment, Switchboard
@@ -147,8 +147,7 @@ def test_the_number_of_segments_does_not_matter(place: Place) -> None:
 
 def test_rounding_a_weight_is_the_model_with_the_rounded_weight(place: Place) -> None:
     """The oracle is a float model whose initializer was replaced."""
-    from bitalloy.model.load import constant
-    from bitalloy.targets.base import weight_params
+    from bitalloy.model.read import constant
 
     ready = place.ready
     feeds = ready.data.feeds(0)
@@ -354,18 +353,21 @@ def test_confirmation_keeps_the_measured_damage_of_everything(analysis: bitalloy
 
 
 def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any, tmp_path: Path) -> None:
-    from bitalloy.tasks.detection import class_names, evaluate_detection, paired_difference
+    from bitalloy.tasks.coco import read_coco
+    from bitalloy.tasks.detection import DetectionData, evaluate_detection, paired_difference
     from bitalloy.tasks.open import image_spec
+    from bitalloy.tasks.yolo import class_names
 
     model = bitalloy.load(inputs.detector)
     ready = bitalloy.calibrate(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK)
     unit = sorted(ready.units.quantizable())[0]
     table = bitalloy.measure_metric(ready, inputs.labels, bitalloy.Selection(units=(unit,)), limit=4)
     board = Switchboard(model, ready.scheme())
-    spec, names = image_spec(model), class_names(model.metadata)
+    spec = image_spec(model)
     assert spec is not None
+    data = DetectionData(read_coco(inputs.labels), spec, class_names(model.metadata))
     float_, rounded = (
-        evaluate_detection(partial(board.run, gates=g), spec, inputs.labels, limit=4, names=names)
+        evaluate_detection(partial(board.run, gates=g), data, limit=4)
         for g in (board.gates(()), board.gates(ready.units.rounded(frozenset({unit}))))
     )
     assert (table.reference, table.rows[0].value) == (float_.ap, rounded.ap)

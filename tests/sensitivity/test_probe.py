@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import DataInfo, Secant
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import load
+from bitalloy.model.load import load_graph
 from bitalloy.sensitivity.exact import Switchboard, damage, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
 from bitalloy.sensitivity.probe import Prober
@@ -155,7 +155,7 @@ def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
         initializer=[numpy_helper.from_array(v, n) for n, v in weights.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    loaded = load(path)
+    loaded = load_graph(path)
     heads = find_heads(loaded)
     assert [h.name for h in heads] == ["mid", "y"]
     units = split(loaded, ORT_CPU, heads[1:])  # `mid` is no head, so its unit may run in INT8

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bitalloy.core.records import AGAIN, Settings
+from bitalloy.core.records import Settings
 from bitalloy.model.heads import Reference, find_heads
-from bitalloy.model.load import load
+from bitalloy.model.load import load_graph
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.runtime.ort import OrtSession
@@ -113,7 +113,7 @@ def test_an_outlier_is_cut_where_the_network_does_not_listen(tmp_path: Path, nee
         initializer=[numpy_helper.from_array(first, "w"), numpy_helper.from_array(second, "v")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    net = load(tmp_path / "m.onnx")
+    net = load_graph(tmp_path / "m.onnx")
     heads = find_heads(net)
     units = split(net, ORT_CPU, heads)
     wide = dict.fromkeys(("x", "a", "b", "y"), (-240.0, 240.0))

@@ -20,11 +20,11 @@ import pytest
 from onnx import numpy_helper
 
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.records import HALF
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, constant, load
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import TAG
+from bitalloy.model.read import constant
 from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
@@ -146,7 +146,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     for node in model.graph.node:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, folder / "case.onnx")
-    graph, device = load(folder / "case.onnx"), replace(target(name), pair_limit=pair_limit)
+    graph, device = load_graph(folder / "case.onnx"), replace(target(name), pair_limit=pair_limit)
     units = split(graph, device, find_heads(graph))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}

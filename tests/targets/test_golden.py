@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.targets.conftest import CASES, PAIR_LIMIT, Rewrite, Rewritten
 
-from bitalloy.model.load import constant
+from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS
 
 Text = Callable[[Rewritten], str]

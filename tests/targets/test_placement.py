@@ -12,9 +12,8 @@ import pytest
 from tests.definition import asymmetric, per_channel, root, symmetric
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.records import HALF, Precision
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import attribute, constant
+from bitalloy.model.read import attribute, constant
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified

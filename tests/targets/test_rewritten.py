@@ -13,7 +13,6 @@ from onnx import numpy_helper
 from tests.targets.conftest import CASES
 
 from bitalloy.core.outcome import Audit
-from bitalloy.core.records import Precision
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit, reconcile
 from bitalloy.measure.tracing import profile, rewritten, trace

@@ -9,13 +9,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.micro import Node, build
 
-from bitalloy.core.records import HALF, Precision, TensorRange
+from bitalloy.core.records import TensorRange
 from bitalloy.model.heads import find_heads
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified
 from bitalloy.runtime.ort import AS_WRITTEN, OrtSession
 from bitalloy.targets.base import split
-from bitalloy.targets.safety import judge, tensors
+from bitalloy.targets.safety import judge
 from bitalloy.targets.tensorrt import TENSORRT
 
 SHAPES = {"x": (1, 2, 4, 4)}

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from bitalloy.core.records import Precision
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import load
+from bitalloy.model.load import load_graph
 from bitalloy.model.regions import ancestors, path_of
 from bitalloy.rewrite.apply import apply
 from bitalloy.runtime.ort import OrtSession
@@ -109,7 +108,7 @@ def test_average_pools_run_in_int8_where_the_kernel_is_right(tmp_path, attribute
         helper.make_graph(nodes, "pool", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9
     )
     onnx.save(model, tmp_path / "pool.onnx")
-    graph = load(tmp_path / "pool.onnx")
+    graph = load_graph(tmp_path / "pool.onnx")
     units = split(graph, ORT_CPU, find_heads(graph))
     assert units.quantizable() == ({"pool"} if int8 else set())
     high = 4.0

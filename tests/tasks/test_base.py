@@ -8,7 +8,7 @@ import pytest
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.masks import encode, packed, unpacked
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import Interface, pack, unpack
+from bitalloy.tasks.base import Interface, pack_seen, unpack_seen
 
 IMAGE = ("images", (1, 3, 640, 640))
 
@@ -51,7 +51,7 @@ def test_what_is_observed_survives_storage() -> None:
     seen: list[dict[str, np.ndarray]] = [
         {"boxes": rng.random((k, 4)).astype(np.float32), "scores": rng.random(k), "of": np.array(80)} for k in (3, 0, 1)
     ]
-    found = unpack(pack(seen))
+    found = unpack_seen(pack_seen(seen))
     assert len(found) == 3
     for one, other in zip(seen, found, strict=True):
         assert list(one) == list(other)

@@ -3,13 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitalloy.tasks.bootstrap import Measured, compare, estimate, ratio, resampled_weights
+from bitalloy.tasks.bootstrap import (
+    ResampledMetric,
+    bootstrap_estimate,
+    compare_models,
+    ratio_of_sums,
+    resampled_weights,
+)
 
 
 def test_ratio_equals_that_of_repeated_images(rng: np.random.Generator) -> None:
     above, below = rng.random(7), rng.integers(0, 5, 7)
     weights = resampled_weights(7, 20, seed=1)
-    found = ratio(above, below, weights)
+    found = ratio_of_sums(above, below, weights)
     assert found.value == pytest.approx(above.sum() / below.sum())
     for row, value in zip(weights, found.resampled, strict=True):
         drawn = np.repeat(np.arange(7), row)
@@ -21,23 +27,27 @@ def test_ratio_equals_that_of_repeated_images(rng: np.random.Generator) -> None:
 
 def test_drops_are_positive_where_a_model_is_worse(rng: np.random.Generator) -> None:
     base = rng.normal(0.5, 0.1, 400)
-    models = {"float": Measured(0.5, base), "int8": Measured(0.4, base - 0.1), "mixed": Measured(0.55, base + 0.05)}
-    up = compare("score", models, 40)
+    models = {
+        "float": ResampledMetric(0.5, base),
+        "int8": ResampledMetric(0.4, base - 0.1),
+        "mixed": ResampledMetric(0.55, base + 0.05),
+    }
+    up = compare_models("score", models, 40)
     assert up.drops["int8"].value == pytest.approx(0.1) and up.drops["mixed"].value == pytest.approx(-0.05)
     assert up.drops["int8"].high - up.drops["int8"].low < 1e-9  # paired: what both share cancels
     assert up.values["float"].high - up.values["float"].low > 0.3
     assert list(up.values) == ["float", "int8", "mixed"] and "float" not in up.drops
-    down = compare("loss", models, 40, higher_is_better=False, bounds=(0, float("inf")))
+    down = compare_models("loss", models, 40, higher_is_better=False, bounds=(0, float("inf")))
     assert down.drops["int8"].value == pytest.approx(-0.1) and not down.higher_is_better
 
 
 def test_interval_is_reflected_and_cut_at_the_bounds() -> None:
     resampled = np.linspace(0.7, 1.0, 1001)
-    spread = estimate(0.8, resampled)
+    spread = bootstrap_estimate(0.8, resampled)
     assert (spread.low, spread.high) == pytest.approx((1.6 - 0.9925, 1.6 - 0.7075), abs=1e-9)
-    value = compare("score", {"float": Measured(0.95, resampled)}, 3).values["float"]
+    value = compare_models("score", {"float": ResampledMetric(0.95, resampled)}, 3).values["float"]
     assert value.high == 1 and value.low == pytest.approx(1.9 - 0.9925) and value.n == 3
-    empty = estimate(0.3, np.full(5, np.nan))
+    empty = bootstrap_estimate(0.3, np.full(5, np.nan))
     assert (empty.low, empty.high) == (0.3, 0.3)
 
 
@@ -45,7 +55,7 @@ def test_interval_of_a_mean_covers_the_truth_about_as_often_as_it_says() -> None
     rng, held = np.random.default_rng(5), 0
     weights = resampled_weights(60, 300, seed=0)
     for _ in range(200):
-        found = ratio(rng.exponential(2.0, 60), np.ones(60), weights)
-        spread = estimate(found.value, found.resampled)
+        found = ratio_of_sums(rng.exponential(2.0, 60), np.ones(60), weights)
+        spread = bootstrap_estimate(found.value, found.resampled)
         held += spread.low <= 2.0 <= spread.high
     assert 0.87 <= held / 200 <= 0.98

@@ -22,16 +22,12 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
-    TASK,
+    DETECTION,
     DetectionData,
     DetectionResult,
-    class_names,
     confidence_shift,
-    decode,
     evaluate_detection,
-    looks_like_yolo,
     paired_difference,
-    suppress,
 )
 from bitalloy.tasks.precision import (
     Detections,
@@ -39,6 +35,7 @@ from bitalloy.tasks.precision import (
     average_precision,
     match_boxes,
 )
+from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 4, "name": "bird"}]
 IDS = [3, 4, 7]
@@ -197,18 +194,18 @@ def test_class_names(metadata: dict[str, str], names: tuple[str, ...] | None) ->
 
 def test_decode_splits_boxes_scores_and_masks() -> None:
     output = np.arange(9 * 5, dtype=np.float16).reshape(1, 9, 5)
-    boxes, scores = decode({"output0": output})
+    boxes, scores = split_predictions({"output0": output})
     assert boxes.dtype == scores.dtype == np.float32
     np.testing.assert_array_equal(boxes, output[0, :4].T)
     np.testing.assert_array_equal(scores, output[0, 4:])
-    _, scores = decode({"output0": output, "output1": np.zeros((1, 3, 2, 2))})
+    _, scores = split_predictions({"output0": output, "output1": np.zeros((1, 3, 2, 2))})
     np.testing.assert_array_equal(scores, output[0, 4:6])
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 10), (2, 84, 10), (84, 10), (1, 84, 5, 2)])
 def test_decode_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"expected \[1, 4 \+ classes, boxes\]"):
-        decode({"y": np.zeros(shape)})
+        split_predictions({"y": np.zeros(shape)})
 
 
 @settings(max_examples=60)
@@ -368,7 +365,7 @@ def shifted(rows: np.ndarray) -> np.ndarray:
 
 
 def evaluate(folder: Path, content: dict[str, Any], oracle: Oracle, **options: Any) -> DetectionResult:
-    return evaluate_detection(oracle, SPEC, save(folder, content), resamples=200, **options)
+    return evaluate_detection(oracle, DetectionData(read_coco(save(folder, content)), SPEC), resamples=200, **options)
 
 
 def test_perfect_detector_reaches_one(tmp_path: Path) -> None:
@@ -472,9 +469,9 @@ def test_several_models_side_by_side(tmp_path: Path) -> None:
 
     models = {name: named(name, Oracle(content, wrong)) for name, wrong in kinds.items()}
     told: list[int] = []
-    result = TASK.evaluate(models, data, seed=4, progress=told.append)
+    result = DETECTION.evaluate(models, data, seed=4, progress=told.append)
     assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
-    alone = {name: evaluate_detection(Oracle(content, f), SPEC, data.labels.path, seed=4) for name, f in kinds.items()}
+    alone = {name: evaluate_detection(Oracle(content, f), data, seed=4) for name, f in kinds.items()}
     first, second = result.metrics
     assert (first.name, second.name) == ("AP50-95", "AP50")
     for name, one in alone.items():
@@ -489,10 +486,10 @@ def test_collapsed_model_is_measured(tmp_path: Path) -> None:
     content = separate_content()
     data = DetectionData(read_coco(save(tmp_path, content)), SPEC)
     broken = Oracle(content, lambda rows: np.full_like(rows, np.nan))
-    result = TASK.evaluate({"float": Oracle(content), "int8": broken}, data)
+    result = DETECTION.evaluate({"float": Oracle(content), "int8": broken}, data)
     assert result.metrics[0].values["int8"].value == 0 and result.confidence_shift == {}
     with pytest.raises(DataError, match="No model"):
-        TASK.evaluate({}, data)
+        DETECTION.evaluate({}, data)
 
 
 # -- labels that do not fit -------------------------------------------------------------------------
@@ -580,7 +577,7 @@ def test_labels_of_other_images(tmp_path: Path) -> None:
     content = make_content(3, 0)
     Image.new("RGB", (99, 80)).save(tmp_path / "images/0.png")
     with pytest.raises(DataError, match=r"'0\.png' is 99x80, but .* says 100x80"):
-        evaluate_detection(Oracle(content), SPEC, path)
+        evaluate_detection(Oracle(content), DetectionData(read_coco(path), SPEC))
 
 
 def test_images_beside_the_file_or_in_a_named_folder(tmp_path: Path) -> None:
@@ -624,7 +621,7 @@ def test_yolo11n_on_coco_equals_an_independent_evaluation(real: Path) -> None:
         raw.append(outputs["output0"][0])
         return outputs
 
-    result = evaluate_detection(run, spec, annotations, limit=12, resamples=100)
+    result = evaluate_detection(run, DetectionData(read_coco(annotations), spec), limit=12, resamples=100)
     session.close()
 
     content = json.loads(annotations.read_text())

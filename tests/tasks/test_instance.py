@@ -19,7 +19,7 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import Geometry, ImageSpec, letterbox, open_image
 from bitalloy.data.masks import decode, encode
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.instance import TASK, draw_masks, find_instances
+from bitalloy.tasks.instance import INSTANCE, draw_masks, find_instances
 from bitalloy.tasks.yolo import mask_parts
 
 Masks = Sequence[np.ndarray]
@@ -247,11 +247,11 @@ def test_outputs_without_masks_are_refused(shapes: list[tuple[int, ...]], messag
 
 
 def test_models_with_masks_are_known() -> None:
-    assert TASK.matches(interface(320, 8, 32, 80))
+    assert INSTANCE.matches(interface(320, 8, 32, 80))
     plain = interface(320, 8, 32, 80)
-    assert not TASK.matches(Interface(inputs=plain.inputs, outputs=plain.outputs[:1]))
+    assert not INSTANCE.matches(Interface(inputs=plain.inputs, outputs=plain.outputs[:1]))
     few = TensorSpec(name="output0", dtype="FLOAT", shape=(1, 36, 2100))
-    assert not TASK.matches(Interface(inputs=plain.inputs, outputs=(few, plain.outputs[1])))
+    assert not INSTANCE.matches(Interface(inputs=plain.inputs, outputs=(few, plain.outputs[1])))
 
 
 # -- average precision ------------------------------------------------------------------------------
@@ -264,14 +264,14 @@ def by_name(result: TaskResult, model: str = "float") -> dict[str, float]:
 def test_perfect_masks_reach_one_and_worse_ones_are_seen(shapes: Path) -> None:
     path = shapes / "instances.json"
     labels = Labels(path)
-    data = TASK.open(path, interface(160, 8, 40, 160))
+    data = INSTANCE.open(path, interface(160, 8, 40, 160))
     models = {
         "float": Oracle(labels, labels.ids, 160, 160),
         "int8": Oracle(labels, labels.ids, 160, 160, shrunk),
         "mixed": Oracle(labels, labels.ids, 160, 40),
     }
     told: list[int] = []
-    result = TASK.evaluate(models, data, progress=told.append)
+    result = INSTANCE.evaluate(models, data, progress=told.append)
     assert sum(told) == 18 and [m.name for m in result.metrics][2:] == ["mask AP50-95", "mask AP50"]
     assert by_name(result) == pytest.approx(
         {"box AP50-95": 1, "box AP50": 1, "mask AP50-95": 1, "mask AP50": 1}, abs=1e-6
@@ -288,7 +288,7 @@ def test_perfect_masks_reach_one_and_worse_ones_are_seen(shapes: Path) -> None:
 
 def test_mask_ap_is_that_of_pycocotools(shapes: Path) -> None:
     labels = Labels(shapes / "instances.json")
-    data = TASK.open(shapes / "instances.json", interface(160, 8, 40, 160))
+    data = INSTANCE.open(shapes / "instances.json", interface(160, 8, 40, 160))
     rng = np.random.default_rng(1)
 
     def noisy(maps: np.ndarray) -> np.ndarray:
@@ -298,7 +298,7 @@ def test_mask_ap_is_that_of_pycocotools(shapes: Path) -> None:
         return np.random.default_rng(k).permutation(k) / 20 + 0.1
 
     oracle = Oracle(labels, labels.ids, 160, 40, noisy, uneven)
-    result = TASK.evaluate({"float": oracle}, data)
+    result = INSTANCE.evaluate({"float": oracle}, data)
     found = []
     for image, outputs in zip(labels.ids, oracle.answers, strict=True):
         pixels = labels.pixels(image)
@@ -315,9 +315,9 @@ def test_mask_ap_is_that_of_pycocotools(shapes: Path) -> None:
 def test_real_labels_through_the_post_processing(real: Path) -> None:
     path = real / "coco-val-94/instances.json"
     labels = Labels(path)
-    data = TASK.open(path, interface(640, 80, 40, 160))
+    data = INSTANCE.open(path, interface(640, 80, 40, 160))
     oracle = Oracle(labels, [entry.id for entry in data.entries(data.choose(8, 2))], 640, 160)
-    result = TASK.evaluate({"float": oracle}, data, limit=8, seed=2)
+    result = INSTANCE.evaluate({"float": oracle}, data, limit=8, seed=2)
     assert by_name(result)["box AP50-95"] > 0.97
     assert by_name(result)["mask AP50-95"] > 0.8 and by_name(result)["mask AP50"] > 0.95
 
@@ -336,7 +336,9 @@ def changed(shapes: Path, folder: Path, change: Callable[[dict[str, Any]], objec
 def test_labels_without_masks_give_box_ap_only(shapes: Path, tmp_path: Path) -> None:
     path = changed(shapes, tmp_path, lambda c: [a.pop("segmentation") for a in c["annotations"]])
     labels = Labels(shapes / "instances.json")
-    result = TASK.evaluate({"float": Oracle(labels, labels.ids, 160, 160)}, TASK.open(path, interface(160, 8, 40, 160)))
+    result = INSTANCE.evaluate(
+        {"float": Oracle(labels, labels.ids, 160, 160)}, INSTANCE.open(path, interface(160, 8, 40, 160))
+    )
     assert [m.name for m in result.metrics] == ["box AP50-95", "box AP50"]
     assert "No mask AP: 'instances.json' has no masks." in result.notes
 
@@ -352,6 +354,6 @@ def test_labels_without_masks_give_box_ap_only(shapes: Path, tmp_path: Path) -> 
 def test_broken_masks_are_named(shapes: Path, tmp_path: Path, segmentation: Any, message: str) -> None:
     path = changed(shapes, tmp_path, lambda c: c["annotations"][2].update(segmentation=segmentation))
     labels = Labels(shapes / "instances.json")
-    data = TASK.open(path, interface(160, 8, 40, 160))
+    data = INSTANCE.open(path, interface(160, 8, 40, 160))
     with pytest.raises(DataError, match=message):
-        TASK.evaluate({"float": Oracle(labels, labels.ids, 160, 160)}, data)
+        INSTANCE.evaluate({"float": Oracle(labels, labels.ids, 160, 160)}, data)

@@ -20,8 +20,8 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import ImageSpec
 from bitalloy.tasks.base import Interface, TaskResult
 from bitalloy.tasks.captions import QUESTION, CaptionData
-from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join, log_probabilities, open_chat
-from bitalloy.tasks.language import TASK
+from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join_chat, log_probabilities, open_chat
+from bitalloy.tasks.language import LANGUAGE
 from bitalloy.tasks.questions import LETTER, SHORT, Question, QuestionData, read_answer
 
 INPUTS = (
@@ -125,7 +125,7 @@ def test_images_become_squares_on_the_mean_colour() -> None:
 
 
 def test_models_are_known_and_need_a_tokenizer() -> None:
-    assert TASK.matches(interface()) and not TASK.matches(Interface(inputs=INPUTS[1:], outputs=OUTPUTS))
+    assert LANGUAGE.matches(interface()) and not LANGUAGE.matches(Interface(inputs=INPUTS[1:], outputs=OUTPUTS))
     with pytest.raises(DataError, match="needs the model's tokenizer"):
         open_chat(Interface(inputs=INPUTS, outputs=OUTPUTS))
 
@@ -176,7 +176,7 @@ class ThreeGraphs:
         }
 
     def run(self) -> Any:
-        return join(self.vision, self.embed, self.decode, (1, 2, 3))
+        return join_chat(self.vision, self.embed, self.decode, (1, 2, 3))
 
 
 def test_joined_graphs_use_what_they_know_and_give_the_same(rng: np.random.Generator) -> None:
@@ -257,12 +257,12 @@ def caption_folder(folder: Path, captions: dict[str, list[str]]) -> Path:
 def test_perplexity_and_agreement_equal_a_count_by_hand(tmp_path: Path, rng: np.random.Generator) -> None:
     texts = {"a.png": ["one red star", "a star\n "], "b.png": ["two blue rings and a cross"], "c.png": []}
     words = Words()
-    data = TASK.open(caption_folder(tmp_path, texts), interface(words))
+    data = LANGUAGE.open(caption_folder(tmp_path, texts), interface(words))
     assert isinstance(data, CaptionData) and [name for name, _ in data.captions] == ["b.png", "a.png"]
     first, second = rng.normal(0, 2, (2, 64, 64))
     second = first + 0.3 * second
     told: list[int] = []
-    result = TASK.evaluate({"float": bigram(first), "int8": bigram(second)}, data, progress=told.append)
+    result = LANGUAGE.evaluate({"float": bigram(first), "int8": bigram(second)}, data, progress=told.append)
     tables = {"float": log_softmax(first, axis=1), "int8": log_softmax(second, axis=1)}
     losses: dict[str, list[float]] = {"float": [], "int8": []}
     same, divergence = [], []
@@ -294,30 +294,30 @@ def test_captions_in_cocos_own_layout(tmp_path: Path) -> None:
     (tmp_path / "coco/annotations").mkdir(parents=True)
     source.rename(tmp_path / "coco/annotations/captions_val2017.json")
     (tmp_path / "flat/images").rename(tmp_path / "coco/val2017")
-    data = TASK.open(tmp_path / "coco/annotations/captions_val2017.json", interface())
+    data = LANGUAGE.open(tmp_path / "coco/annotations/captions_val2017.json", interface())
     assert isinstance(data, CaptionData) and data.folder == tmp_path / "coco/val2017"
 
 
 def test_no_knowledge_has_the_perplexity_of_the_vocabulary(real: Path) -> None:
-    data = TASK.open(real / "coco-val-94/captions.json", interface())
+    data = LANGUAGE.open(real / "coco-val-94/captions.json", interface())
     assert isinstance(data, CaptionData) and len(data.captions) == 34
     assert sum(len(texts) for _, texts in data.captions) == 170
 
     def uniform(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"logits": np.zeros((1, len(expanded(feeds)), 5000), np.float32)}
 
-    result = TASK.evaluate({"float": uniform, "int8": uniform}, data, limit=6, seed=1)
+    result = LANGUAGE.evaluate({"float": uniform, "int8": uniform}, data, limit=6, seed=1)
     perplexity = result.metrics[0]
     assert perplexity.values["int8"].value == pytest.approx(5000) and perplexity.values["int8"].n == 6
     assert perplexity.drops["int8"].value == 0 and by_name(result, "int8")["KL divergence"] == 0
 
 
 def test_a_broken_model_still_has_a_number(tmp_path: Path) -> None:
-    data = TASK.open(caption_folder(tmp_path, {"a.png": ["one star"]}), interface())
+    data = LANGUAGE.open(caption_folder(tmp_path, {"a.png": ["one star"]}), interface())
     wrong = np.full((64, 64), -1e9)
     wrong[:, 0] = 1e9
     nan = np.full((64, 64), np.nan)
-    result = TASK.evaluate({"float": bigram(nan), "int8": bigram(wrong)}, data)
+    result = LANGUAGE.evaluate({"float": bigram(nan), "int8": bigram(wrong)}, data)
     assert by_name(result)["perplexity"] == pytest.approx(64)
     assert by_name(result, "int8")["perplexity"] == pytest.approx(math.exp(100))
     assert all(math.isfinite(v) for model in ("float", "int8") for v in by_name(result, model).values())
@@ -347,9 +347,9 @@ def test_broken_caption_files(tmp_path: Path, content: Any, message: str) -> Non
     path = tmp_path / "captions.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DataError, match=message):
-        TASK.open(path, interface())
+        LANGUAGE.open(path, interface())
     with pytest.raises(DataError, match="Cannot read the captions"):
-        TASK.open(tmp_path / "absent.json", interface())
+        LANGUAGE.open(tmp_path / "absent.json", interface())
 
 
 # -- questions --------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ LINES = [
 
 def test_answers_are_generated_read_and_counted(tmp_path: Path) -> None:
     words = Words()
-    data = TASK.open(question_file(tmp_path, LINES), interface(words))
+    data = LANGUAGE.open(question_file(tmp_path, LINES), interface(words))
     assert isinstance(data, QuestionData) and [q.answer for q in data.questions] == [
         "yes", "no", "no", "three", "B", "C", "A",
     ]  # fmt: skip
@@ -417,7 +417,7 @@ def test_answers_are_generated_read_and_counted(tmp_path: Path) -> None:
     }
     told: list[int] = []
     models = {"float": Scripted(words, good), "int8": Scripted(words, bad)}
-    result = TASK.evaluate(models, data, progress=told.append)
+    result = LANGUAGE.evaluate(models, data, progress=told.append)
     names = ["yes/no accuracy", "yes/no F1", "choice accuracy", "exact match", "answer agreement"]
     assert by_name(result) == dict.fromkeys(names, 1.0) and sum(told) == 4
     assert by_name(result, "int8") == pytest.approx(
@@ -483,30 +483,30 @@ def test_reading_answers(text: str, kind: Any, expected: str) -> None:
 def test_broken_lines_have_their_number(tmp_path: Path, line: Any, message: str) -> None:
     path = question_file(tmp_path, [*LINES[:3], line, LINES[4]])
     with pytest.raises(DataError, match=f"Line 4 of .*questions.jsonl.*{message}"):
-        TASK.open(path, interface())
+        LANGUAGE.open(path, interface())
 
 
 def test_popes_own_files_are_lines_whatever_their_name(tmp_path: Path) -> None:
     path = question_file(tmp_path, [LINES[0], LINES[0]]).rename(tmp_path / "coco_pope_random.json")
-    data = TASK.open(path, interface())
+    data = LANGUAGE.open(path, interface())
     assert isinstance(data, QuestionData) and [q.text for q in data.questions] == ["Is there a dog?"] * 2
 
 
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 2 images .* the first is 'z\.png'"):
-        TASK.open(question_file(tmp_path, [LINES[0], {**LINES[0], "image": "z.png"}]), interface())  # type: ignore[dict-item]
+        LANGUAGE.open(question_file(tmp_path, [LINES[0], {**LINES[0], "image": "z.png"}]), interface())  # type: ignore[dict-item]
     with pytest.raises(DataError, match="has no questions"):
-        TASK.open(question_file(tmp_path, ["", " "]), interface())
+        LANGUAGE.open(question_file(tmp_path, ["", " "]), interface())
     with pytest.raises(DataError, match="Cannot read the questions"):
-        TASK.open(tmp_path / "absent.jsonl", interface())
+        LANGUAGE.open(tmp_path / "absent.jsonl", interface())
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is no UTF-8 text"):
-        TASK.open(tmp_path / "binary.jsonl", interface())
+        LANGUAGE.open(tmp_path / "binary.jsonl", interface())
 
 
 def test_the_embedded_sample_has_captions_and_questions(shapes: Path) -> None:
     words = Words()
-    questions = TASK.open(shapes / "questions.jsonl", interface(words))
+    questions = LANGUAGE.open(shapes / "questions.jsonl", interface(words))
     assert isinstance(questions, QuestionData)
     truth = {q.text + q.image: q.answer for q in questions.questions}
     by_pixels = {
@@ -523,9 +523,9 @@ def test_the_embedded_sample_has_captions_and_questions(shapes: Path) -> None:
         logits[0, -1, 2 if done else words.encode(answer)[0]] = 1
         return {"logits": logits}
 
-    result = TASK.evaluate({"float": knowing}, questions)
+    result = LANGUAGE.evaluate({"float": knowing}, questions)
     assert set(by_name(result).values()) == {1.0} and len(result.metrics) == 5
-    captions = TASK.open(shapes / "captions.json", interface(words))
+    captions = LANGUAGE.open(shapes / "captions.json", interface(words))
     assert isinstance(captions, CaptionData) and len(captions.captions) == 6
     assert captions.fingerprint() != questions.fingerprint()
 

@@ -57,9 +57,9 @@ def test_a_segmenter_is_measured_with_a_folder_of_label_maps(shapes: Path, tmp_p
     assert set(metrics) == {"mIoU", "pixel accuracy", "pixel agreement"}
 
     interface = Interface(inputs=model.info.inputs, outputs=model.info.outputs)
-    opened = semantic.TASK.open(shapes, interface)
+    opened = semantic.SEMANTIC.open(shapes, interface)
     models = {"float": OrtSession(path).run, "mixed": verified.mixed.session().run}
-    alone = {metric.name: metric for metric in semantic.TASK.evaluate(models, opened).metrics}
+    alone = {metric.name: metric for metric in semantic.SEMANTIC.evaluate(models, opened).metrics}
     for name, metric in metrics.items():
         assert metric.reference == alone[name].values["float"] and metric.mixed == alone[name].values["mixed"]
         assert metric.drop_mixed == alone[name].drops["mixed"] and metric.reference.n == 6

@@ -18,7 +18,7 @@ from bitalloy.data.images import ImageSpec
 from bitalloy.data.masks import decode
 from bitalloy.samples.shapes import scene
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.promptable import TASK, Prompt, PromptData, feeds_of, join, prepare, to_mask
+from bitalloy.tasks.promptable import PROMPTABLE, Prompt, PromptData, feeds_of, join_promptable, prepare_image, to_mask
 
 
 def interface(side: int = 256) -> Interface:
@@ -56,7 +56,7 @@ class Oracle:
         objects = data.labels.objects()
         for entry in data.labels.images:
             image = data.labels.open_image(entry)
-            feed, (height, width) = prepare(image, data.image)
+            feed, (height, width) = prepare_image(image, data.image)
             canvases = []
             for box in objects[entry.id]:
                 mask = decode(data.labels.mask(box, image.size))
@@ -102,7 +102,7 @@ def test_images_are_fitted_as_sam_does(
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     spec = ImageSpec(input="image", height=64, width=64, fit="stretch", mean=mean, std=std)
-    feed, found = prepare(image, spec)
+    feed, found = prepare_image(image, spec)
     assert found == covered and feed.shape == (1, 3, 64, 64)
     pixels = np.asarray(image.resize(covered[::-1], Image.Resampling.BILINEAR)).astype(float)
     expected = (pixels - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
@@ -150,7 +150,7 @@ def test_join_encodes_an_image_once() -> None:
         assert set(feeds) == {"image_embeddings", "point_coords", "point_labels"}
         return {"sum": feeds["image_embeddings"] + feeds["point_coords"].sum()}
 
-    run = join(encode, decode_prompt)
+    run = join_promptable(encode, decode_prompt)
     first, second = np.array([1.0]), np.array([5.0])
     results = [
         float(run({"image": image, "point_coords": np.array([p]), "point_labels": np.array([1.0])})["sum"][0])
@@ -163,7 +163,7 @@ def test_join_encodes_an_image_once() -> None:
 
 
 def test_perfect_and_worse_models(shapes: Path) -> None:
-    data = TASK.open(shapes / "instances.json", interface(160))
+    data = PROMPTABLE.open(shapes / "instances.json", interface(160))
 
     def moved(mask: np.ndarray) -> np.ndarray:
         return np.roll(mask, 3, axis=1)
@@ -174,7 +174,7 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
         "mixed": Oracle(data, 160, 40),
     }
     told: list[int] = []
-    result = TASK.evaluate(models, data, progress=told.append)
+    result = PROMPTABLE.evaluate(models, data, progress=told.append)
     assert sum(told) == 18
     names = [f"{what}, {kind} prompts" for what in ("mIoU", "agreement") for kind in ("box", "point")]
     assert by_name(result) == dict.fromkeys(names, 1.0)
@@ -188,13 +188,13 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
     drop = result.metrics[0].drops["int8"]
     assert drop.value == pytest.approx(1 - np.mean(ious)) and drop.low > 0
     assert result.notes[0] == f"{len(ious)} objects on 6 images."
-    assert TASK.evaluate({"float": Oracle(data, 160, 160)}, data, limit=2).metrics[0].values["float"].n == 2
+    assert PROMPTABLE.evaluate({"float": Oracle(data, 160, 160)}, data, limit=2).metrics[0].values["float"].n == 2
 
 
 def test_real_coco(real: Path) -> None:
-    data = TASK.open(real / "coco-val-94/instances.json", interface(1024))
+    data = PROMPTABLE.open(real / "coco-val-94/instances.json", interface(1024))
     chosen = _only(data, 5)
-    result = TASK.evaluate({"float": Oracle(chosen, 1024, 256)}, chosen)
+    result = PROMPTABLE.evaluate({"float": Oracle(chosen, 1024, 256)}, chosen)
     found = by_name(result)
     assert found["mIoU, box prompts"] > 0.85 and found["agreement, box prompts"] == 1
 
@@ -209,7 +209,7 @@ def _only(data: PromptData, count: int) -> PromptData:
 
 
 def test_agreement_needs_no_labels(shapes: Path, tmp_path: Path) -> None:
-    data = TASK.open(shapes / "images", interface(160))
+    data = PROMPTABLE.open(shapes / "images", interface(160))
     asked: list[list[float]] = []
 
     def half(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -221,7 +221,7 @@ def test_agreement_needs_no_labels(shapes: Path, tmp_path: Path) -> None:
     def nothing_found(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"masks": -np.ones((1, 1, 160, 160), np.float32), "iou": np.ones((1, 1))}
 
-    result = TASK.evaluate({"float": half, "same": half, "int8": nothing_found}, data)
+    result = PROMPTABLE.evaluate({"float": half, "same": half, "int8": nothing_found}, data)
     assert [m.name for m in result.metrics] == ["agreement, box prompts", "agreement, point prompts"]
     assert set(by_name(result, "same").values()) == {1.0} and set(by_name(result, "int8").values()) == {0.0}
     assert result.notes[0] == "54 cells of a grid on 6 images."
@@ -231,10 +231,10 @@ def test_agreement_needs_no_labels(shapes: Path, tmp_path: Path) -> None:
         tuple(np.round([x * third, y * third, (x + 1) * third, (y + 1) * third], 2)) for x in range(3) for y in range(3)
     }
     assert [round(third / 2, 2)] * 2 + [0, 0] in [np.round(row, 2).tolist() for row in asked]
-    assert data.fingerprint() != TASK.open(shapes / "instances.json", interface(160)).fingerprint()
+    assert data.fingerprint() != PROMPTABLE.open(shapes / "instances.json", interface(160)).fingerprint()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="No images in"):
-        TASK.open(tmp_path / "empty", interface(160))
+        PROMPTABLE.open(tmp_path / "empty", interface(160))
 
 
 # -- labels that do not fit -------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def opened(shapes: Path, folder: Path, change: Callable[[dict[str, Any]], object
     change(content)
     (folder / "images").symlink_to(shapes / "images")
     (folder / "instances.json").write_text(json.dumps(content))
-    return TASK.open(folder / "instances.json", interface(160))
+    return PROMPTABLE.open(folder / "instances.json", interface(160))
 
 
 def silent(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -270,12 +270,12 @@ def silent(_: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_prompts_outside_the_image(shapes: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
     data = opened(shapes, tmp_path, lambda c: c["annotations"][1].update({key: value}))
     with pytest.raises(DataError, match=message):
-        TASK.evaluate({"float": silent}, data)
+        PROMPTABLE.evaluate({"float": silent}, data)
 
 
 def test_a_box_may_reach_over_the_border_by_rounding(shapes: Path, tmp_path: Path) -> None:
     data = opened(shapes, tmp_path, lambda c: c["annotations"][1].update(bbox=[-0.4, 10, 20, 150.3]))
-    TASK.evaluate({"float": silent}, data, limit=6)
+    PROMPTABLE.evaluate({"float": silent}, data, limit=6)
 
 
 def test_crowds_empty_masks_and_empty_images_are_left_out(shapes: Path, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_crowds_empty_masks_and_empty_images_are_left_out(shapes: Path, tmp_path
         rows[1]["segmentation"] = {"size": [160, 160], "counts": [160 * 160]}
 
     data = opened(shapes, tmp_path, change)
-    result = TASK.evaluate({"float": silent}, data)
+    result = PROMPTABLE.evaluate({"float": silent}, data)
     assert data.labels is not None
     left = len(data.labels.boxes) - 2
     assert result.notes[:2] == (
@@ -304,11 +304,11 @@ def test_no_objects_and_no_masks(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="6 evaluated images have no labelled object"):
-        TASK.evaluate({"float": silent}, opened(shapes, tmp_path / "a", crowd))
+        PROMPTABLE.evaluate({"float": silent}, opened(shapes, tmp_path / "a", crowd))
     with pytest.raises(DataError, match="has no masks to compare with"):
         opened(shapes, tmp_path / "b", lambda c: [a.pop("segmentation") for a in c["annotations"]])
 
 
 def test_models_are_known() -> None:
-    assert TASK.matches(interface())
-    assert not TASK.matches(Interface(inputs=interface().inputs[:2], outputs=interface().outputs))
+    assert PROMPTABLE.matches(interface())
+    assert not PROMPTABLE.matches(Interface(inputs=interface().inputs[:2], outputs=interface().outputs))

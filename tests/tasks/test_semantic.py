@@ -14,16 +14,16 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import open_image
 from bitalloy.tasks.ade import LabelledFile, find_pairs, read_label
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.bootstrap import RESAMPLES, estimate, resampled_weights
+from bitalloy.tasks.bootstrap import RESAMPLES, bootstrap_estimate, resampled_weights
 from bitalloy.tasks.semantic import (
-    TASK,
+    SEMANTIC,
     SemanticData,
     best_classes,
     confusion,
     mean_iou,
     official_size,
     open_semantic,
-    prepare,
+    prepare_feed,
 )
 
 
@@ -192,6 +192,9 @@ def test_of_equal_classes_the_first_is_taken_and_what_is_no_number_never_wins() 
     [
         ((683, 512), (704, 512)),
         ((512, 683), (512, 704)),
+        ((640, 480), (704, 512)),
+        ((1000, 100), (2048, 224)),
+        ((512, 512), (512, 512)),
         ((2000, 500), (2048, 512)),
         ((4000, 500), (2048, 256)),
         ((256, 256), (512, 512)),
@@ -206,7 +209,7 @@ def test_squash_stretches_and_normalises(tmp_path: Path, rng: np.random.Generato
     root = ade_tree(tmp_path, [(90, 40)], rng)
     data = open_semantic(root, interface(64))
     image = open_image(data.files[0].image)
-    feed, sizes = prepare(image, data)
+    feed, sizes = prepare_feed(image, data)
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(feed[0], expected.transpose(2, 0, 1), atol=1e-5)
@@ -217,7 +220,7 @@ def test_official_keeps_the_ratio(tmp_path: Path, rng: np.random.Generator) -> N
     root = ade_tree(tmp_path, [(683, 512)], rng)
     data = open_semantic(root, interface(None), protocol="official")
     image = Image.fromarray(np.tile(np.arange(683) % 256, (512, 1)).astype(np.uint8)).convert("RGB")
-    feed, sizes = prepare(image, data)
+    feed, sizes = prepare_feed(image, data)
     assert feed.shape == (1, 3, 512, 704) and sizes == [(512, 704), (512, 683)]
     pixels = feed[0] * np.reshape([0.229, 0.224, 0.225], (3, 1, 1)) + np.reshape([0.485, 0.456, 0.406], (3, 1, 1))
     at = (np.arange(704) + 0.5) * 683 / 704 - 0.5
@@ -232,7 +235,7 @@ def test_models_and_options_that_do_not_fit(tmp_path: Path, rng: np.random.Gener
     assert open_semantic(root, interface(None)).image.height == 512
     with pytest.raises(DataError, match="300 classes; label maps hold at most 255"):
         open_semantic(root, interface(64, 300))
-    assert TASK.matches(interface()) and not TASK.matches(interface(64, 1))
+    assert SEMANTIC.matches(interface()) and not SEMANTIC.matches(interface(64, 1))
     other = open_semantic(root, interface(), reduce_zero_label=False)
     assert other.fingerprint() != open_semantic(root, interface()).fingerprint()
 
@@ -270,7 +273,7 @@ def by_name(result: TaskResult, model: str = "float") -> dict[str, float]:
 
 
 def test_perfect_and_worse_models(shapes: Path) -> None:
-    data = TASK.open(shapes, interface(160))
+    data = SEMANTIC.open(shapes, interface(160))
     assert data.classes == 9 and len(data.files) == 6
     truth = [np.asarray(Image.open(file.label)).astype(int) - 1 for file in data.files]
 
@@ -279,7 +282,7 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
 
     told: list[int] = []
     models = {"float": Oracle(data), "int8": Oracle(data, change=moved), "mixed": Oracle(data, 40)}
-    result = TASK.evaluate(models, data, seed=7, progress=told.append)
+    result = SEMANTIC.evaluate(models, data, seed=7, progress=told.append)
     assert by_name(result) == {"mIoU": 1, "pixel accuracy": 1, "pixel agreement": 1} and sum(told) == 18
     miou, accuracy = slow_scores(truth, models["int8"].predictions, 9)
     assert by_name(result, "int8") == pytest.approx(
@@ -292,9 +295,9 @@ def test_perfect_and_worse_models(shapes: Path) -> None:
 
 
 def test_interval_is_that_of_repeated_images(shapes: Path) -> None:
-    data = TASK.open(shapes, interface(160))
+    data = SEMANTIC.open(shapes, interface(160))
     wrong = Oracle(data, change=lambda label: np.roll(label, 9, axis=0))
-    result = TASK.evaluate({"float": wrong}, data, seed=2).metrics[0].values["float"]
+    result = SEMANTIC.evaluate({"float": wrong}, data, seed=2).metrics[0].values["float"]
     pairs = [
         (np.asarray(Image.open(file.label)).astype(int) - 1, predicted)
         for file, predicted in zip(data.files, wrong.predictions, strict=True)
@@ -305,23 +308,23 @@ def test_interval_is_that_of_repeated_images(shapes: Path) -> None:
         total = np.sum(drawn, axis=0)
         union = total.sum(0) + total.sum(1) - total.diagonal()
         values.append((total.diagonal()[union > 0] / union[union > 0]).mean())
-    spread = estimate(result.value, np.array(values))
+    spread = bootstrap_estimate(result.value, np.array(values))
     assert (result.low, result.high) == pytest.approx((max(spread.low, 0), min(spread.high, 1)))
 
 
 def test_limit_and_wrong_outputs(shapes: Path) -> None:
-    data = TASK.open(shapes, interface(160))
-    assert TASK.evaluate({"float": Oracle(data)}, data, limit=2).metrics[0].values["float"].n == 2
+    data = SEMANTIC.open(shapes, interface(160))
+    assert SEMANTIC.evaluate({"float": Oracle(data)}, data, limit=2).metrics[0].values["float"].n == 2
     with pytest.raises(DataError, match=r"\[1, 5, 4, 4\]; expected \[1, 9, height, width\]"):
-        TASK.evaluate({"float": lambda _: {"logits": np.zeros((1, 5, 4, 4))}}, data)
+        SEMANTIC.evaluate({"float": lambda _: {"logits": np.zeros((1, 5, 4, 4))}}, data)
 
 
 def test_nothing_labelled(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", np.zeros((8, 8, 3), np.uint8))
     write(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
-    data = TASK.open(tmp_path, interface(64))
+    data = SEMANTIC.open(tmp_path, interface(64))
     with pytest.raises(DataError, match="1 evaluated label maps have no labelled pixel"):
-        TASK.evaluate({"float": Oracle(data)}, data)
+        SEMANTIC.evaluate({"float": Oracle(data)}, data)
 
 
 @pytest.mark.parametrize("protocol", ["squash", "official"])
@@ -329,6 +332,6 @@ def test_real_ade20k(real: Path, protocol: str) -> None:
     """Ground truth at a quarter of 512 pixels, as SegFormer's outputs are, keeps most of its mIoU."""
     data = open_semantic(real / "ade20k-val-3", interface(None, 150), protocol=protocol)  # type: ignore[arg-type]
     assert len(data.files) == 3
-    result = TASK.evaluate({"small": Oracle(data, 128)}, data)
+    result = SEMANTIC.evaluate({"small": Oracle(data, 128)}, data)
     assert by_name(result, "small")["mIoU"] > 0.75 and by_name(result, "small")["pixel accuracy"] > 0.97
     assert result.notes[0] == f"Protocol: {protocol}."

@@ -100,7 +100,7 @@ def test_a_refused_checkpoint_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for folder in ("new", "there"):
         with pytest.raises(ModelError, match="no checkpoint of yolo11n"):
-            zoo.export("yolo11n", checkpoint=tmp_path / "a.pt", folder=tmp_path / folder)
+            zoo.export_model("yolo11n", checkpoint=tmp_path / "a.pt", folder=tmp_path / folder)
     assert not (tmp_path / "new").exists() and (tmp_path / "there").is_dir()
 
 
@@ -131,7 +131,7 @@ def test_keys_and_shapes_that_differ_are_named(tmp_path: Path) -> None:
     state["extra.weight"] = state.pop("conv.bias")
     state["inner.0.bias"] = torch.zeros(5)
     with pytest.raises(ModelError) as caught:
-        checkpoints.load(Block(), state, source=Path("x.pt"), name="block")
+        checkpoints.load_weights(Block(), state, source=Path("x.pt"), name="block")
     text = str(caught.value)
     assert "1 missing (conv.bias)" in text
     assert "1 unexpected (extra.weight)" in text

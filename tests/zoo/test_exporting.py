@@ -14,18 +14,18 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
 from bitalloy.model import regions
 from bitalloy.zoo import exporting
-from bitalloy.zoo.base import Protection
-from bitalloy.zoo.exporting import Facts, Signature, export_graph
+from bitalloy.zoo.base import ProtectionAdvice
+from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph
 
 torch = pytest.importorskip("torch")
 Module: Any = torch.nn.Module
 
 SIGNATURE = Signature(inputs=("x",), outputs=("y",))
-FACTS = Facts(
+FACTS = ExportFacts(
     family="family",
     variant="variant",
     regions=((r"trunk\.(\d)", r"encoder/stage \1"), (r"trunk", "encoder")),
-    protect=(Protection(pattern="*/head/*", reason="because", source="somewhere"),),
+    protect=(ProtectionAdvice(pattern="*/head/*", reason="because", source="somewhere"),),
     heads=("y",),
     shapes={"x": (1, 8)},
 )
@@ -62,7 +62,7 @@ class Drifting(Net):
 
 def test_regions_and_facts_are_in_the_file_and_survive_loading(tmp_path: Path) -> None:
     export_graph(Net(), [(torch.randn(1, 8),)], tmp_path / "net.onnx", SIGNATURE, FACTS)
-    loaded = graph.load(tmp_path / "net.onnx")
+    loaded = graph.load_graph(tmp_path / "net.onnx")
     paths = {regions.region_id(regions.path_of(n)) for n in loaded.nodes if n.op_type == "Gemm"}
     assert paths == {"encoder/stage 0", "encoder/stage 1", "head"}  # a module without words keeps its own path
     assert loaded.metadata["bitalloy.family"] == "family"
@@ -107,7 +107,7 @@ def test_large_weights_lie_in_one_aligned_file(tmp_path: Path, monkeypatch: pyte
     with torch.no_grad():
         want = module(x).numpy()
     np.testing.assert_allclose(onnx_run(path, {"x": x.numpy()})["y"], want, rtol=1e-5, atol=1e-6)
-    assert graph.load(path).info.parameters == sum(p.numel() for p in module.parameters())
+    assert graph.load_graph(path).info.parameters == sum(p.numel() for p in module.parameters())
     # a smaller model under the same name leaves nothing of the larger one
     monkeypatch.setattr(exporting, "INLINE_BYTES", 10**9)
     export_graph(module, [(x,)], path, SIGNATURE, FACTS)

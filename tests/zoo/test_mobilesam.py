@@ -40,13 +40,13 @@ def exported(sam: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """From a file of the published kind: a plain state dict."""
     folder = tmp_path_factory.mktemp("sam")
     torch.save(sam.state_dict(), folder / "mobile_sam.pt")
-    return zoo.export("mobilesam", checkpoint=folder / "mobile_sam.pt", folder=folder)
+    return zoo.export_model("mobilesam", checkpoint=folder / "mobile_sam.pt", folder=folder)
 
 
 @pytest.fixture(scope="module")
 def loaded(exported: Exported) -> dict[str, graph.Graph]:
     shapes = {"point_coords": (1, 2, 2), "point_labels": (1, 2)}
-    return {n: graph.load(p, shapes=shapes if n == "decoder" else None) for n, p in exported.graphs.items()}
+    return {n: graph.load_graph(p, shapes=shapes if n == "decoder" else None) for n, p in exported.graphs.items()}
 
 
 def test_state_dict_has_the_published_number_of_tensors_and_parameters(sam: Any) -> None:
@@ -104,7 +104,7 @@ def test_regions_and_protected_parts(loaded: dict[str, graph.Graph]) -> None:
     for name, parts in (("encoder", {"image encoder"}), ("decoder", {"prompt encoder", "mask decoder"})):
         weighted = [n for n in loaded[name].nodes if n.op_type in ("Conv", "MatMul", "Gemm", "ConvTranspose")]
         assert {path_of(n)[0] for n in weighted} == parts
-        kept = [any(fnmatchcase(str(n.name), p.pattern) for p in mobilesam.PROTECT) for n in weighted]
+        kept = [any(fnmatchcase(str(n.name), p.pattern) for p in mobilesam.MOBILESAM_PROTECTION) for n in weighted]
         assert all(kept) if name == "decoder" else not any(kept)
 
 
@@ -121,22 +121,22 @@ def test_prompts_are_scaled_to_the_padded_image_and_closed() -> None:
 
 def test_other_size_and_other_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="padded to 1024x1024"):
-        zoo.export("mobilesam", checkpoint="random", folder=tmp_path, options=Options(size=(512, 512)))
+        zoo.export_model("mobilesam", checkpoint="random", folder=tmp_path, options=Options(size=(512, 512)))
     torch.save({"image_encoder.x": torch.zeros(1)}, tmp_path / "bad.pt")
     with pytest.raises(ModelError, match=r"439 missing .* 1 unexpected \(image_encoder\.x\)"):
-        zoo.export("mobilesam", checkpoint=tmp_path / "bad.pt", folder=tmp_path)
+        zoo.export_model("mobilesam", checkpoint=tmp_path / "bad.pt", folder=tmp_path)
 
 
 def test_the_published_numbers_give_the_network_of_kornia(sam: Any) -> None:
-    built = networks.build(mobilesam.VARIANTS[0].architecture, 1024).state_dict()
+    built = networks.build_sam(mobilesam.MOBILESAM_VARIANTS[0].architecture, 1024).state_dict()
     assert {k: v.shape for k, v in built.items()} == {k: v.shape for k, v in sam.state_dict().items()}
 
 
 def test_a_resized_network_is_one_of_that_size() -> None:
-    numbers = mobilesam.SHAPES.architecture
-    small, resized = networks.build(numbers, 64).eval(), networks.build(numbers, 224).eval()
+    numbers = mobilesam.MOBILESAM_SHAPES.architecture
+    small, resized = networks.build_sam(numbers, 64).eval(), networks.build_sam(numbers, 224).eval()
     resized.load_state_dict(small.state_dict())
-    networks.resize(resized, 64)
+    networks.resize_sam(resized, 64)
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(small.image_encoder(image), resized.image_encoder(image))
@@ -148,9 +148,9 @@ def test_a_resized_network_is_one_of_that_size() -> None:
 
 def test_the_sample_variant_is_exported_from_a_file_of_the_published_layout(tmp_path: Path, onnx_run: Any) -> None:
     torch.manual_seed(2)
-    small = networks.build(mobilesam.SHAPES.architecture, 224).eval()
+    small = networks.build_sam(mobilesam.MOBILESAM_SHAPES.architecture, 224).eval()
     torch.save(small.state_dict(), tmp_path / "small.pt")
-    done = mobilesam.export(mobilesam.SHAPES, tmp_path / "small.pt", Options(), tmp_path)
+    done = mobilesam.export_mobilesam(mobilesam.MOBILESAM_SHAPES, tmp_path / "small.pt", Options(), tmp_path)
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         want = small.image_encoder(image).numpy()
@@ -158,4 +158,4 @@ def test_the_sample_variant_is_exported_from_a_file_of_the_published_layout(tmp_
     assert got.shape == (1, 128, 14, 14)
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
     with pytest.raises(ModelError, match="224x224"):
-        mobilesam.export(mobilesam.SHAPES, "random", Options(size=(1024, 1024)), tmp_path)
+        mobilesam.export_mobilesam(mobilesam.MOBILESAM_SHAPES, "random", Options(size=(1024, 1024)), tmp_path)

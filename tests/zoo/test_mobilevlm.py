@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 LAYERS, HEADS, WIDTH, INNER = 2, 4, 64, 96
 TINY = replace(
-    mobilevlm.VARIANTS[0],
+    mobilevlm.MOBILEVLM_VARIANTS[0],
     name="tiny",
     architecture={
         "clip_hidden_size": 32, "clip_intermediate_size": 48, "clip_layers": 3, "clip_heads": 2, "clip_patch": 14,
@@ -75,7 +75,7 @@ def published(parts: tuple[Any, Any, dict[str, Any]], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def exported(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return mobilevlm.export(TINY, published, Options(), tmp_path_factory.mktemp("vlm"))
+    return mobilevlm.export_mobilevlm(TINY, published, Options(), tmp_path_factory.mktemp("vlm"))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_greedy_generation_through_the_graphs_equals_that_of_transformers(
         return dict(zip(names, sessions[name].run(None, dict(feeds)), strict=True))
 
     given = (run, pixels.numpy(), before.numpy(), after.numpy())
-    cache = mobilevlm_chat.cache_size(TINY)
+    cache = mobilevlm_chat.variant_cache_size(TINY)
     got = mobilevlm_chat.generate(*given, cache=cache, limit=12, end=None)
     assert got == want and len(set(want)) > 3
     assert mobilevlm_chat.generate(*given, cache=cache, limit=12, end=want[5]) == want[: want.index(want[5])]
@@ -153,14 +153,16 @@ def test_program_leads_from_the_image_to_the_logits(exported: Exported) -> None:
 def test_regions_heads_and_protected_parts(exported: Exported) -> None:
     past = {f"past.{i}.{k}": (1, HEADS, 3, WIDTH // HEADS) for i in range(LAYERS) for k in ("key", "value")}
     shapes = {"inputs_embeds": (1, 5, WIDTH), "attention_mask": (1, 8), "position_ids": (1, 5), **past}
-    loaded = graph.load(exported.graphs["decoder"], shapes=shapes)
+    loaded = graph.load_graph(exported.graphs["decoder"], shapes=shapes)
     regions = {str(n.name): region_id(path_of(n)) for n in loaded.nodes}
     assert regions["/model/layers.1/self_attn/q_proj/MatMul"] == "LM/layer 1/attention/q_proj"
     assert regions["/model/layers.0/mlp/down_proj/MatMul"] == "LM/layer 0/MLP/down_proj"
     assert regions["/lm_head/MatMul"] == "LM/head"
     assert json.loads(loaded.metadata["bitalloy.heads"]) == ["logits"]
-    assert [n for n in regions if any(fnmatchcase(n, p.pattern) for p in mobilevlm.PROTECT)] == ["/lm_head/MatMul"]
-    vision = {region_id(path_of(n)) for n in graph.load(exported.graphs["vision"]).nodes}
+    assert [n for n in regions if any(fnmatchcase(n, p.pattern) for p in mobilevlm.MOBILEVLM_PROTECTION)] == [
+        "/lm_head/MatMul"
+    ]
+    vision = {region_id(path_of(n)) for n in graph.load_graph(exported.graphs["vision"]).nodes}
     assert {
         "vision tower/layer 0/attention/q_proj",
         "vision tower/layer 1/MLP/fc1",
@@ -182,7 +184,7 @@ def test_usual_shapes_in_the_files_fit_each_other(exported: Exported) -> None:
 
 def test_folder_of_another_size_is_refused_before_it_is_read(published: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no checkpoint of mobilevlm-v2-1\.7b: hidden_size is 64 in place of 2048"):
-        zoo.export("mobilevlm-v2-1.7b", checkpoint=published, folder=tmp_path)
+        zoo.export_model("mobilevlm-v2-1.7b", checkpoint=published, folder=tmp_path)
 
 
 def test_tensors_that_differ_are_named(published: Path, tmp_path: Path) -> None:
@@ -190,13 +192,13 @@ def test_tensors_that_differ_are_named(published: Path, tmp_path: Path) -> None:
     state.pop("model.mm_projector.peg.peg.0.bias")
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(ModelError, match=r"1 missing \(mm_projector\.peg\.peg\.0\.bias\)"):
-        mobilevlm.export(TINY, tmp_path / "bad.pt", Options(), tmp_path)
+        mobilevlm.export_mobilevlm(TINY, tmp_path / "bad.pt", Options(), tmp_path)
 
 
 def test_model_that_does_not_fit_into_memory_is_refused_at_once(tmp_path: Path) -> None:
     huge = replace(TINY, architecture={**TINY.architecture, "hidden_size": 65536, "layers": 200})
     with pytest.raises(ModelError, match="GB of memory"):
-        mobilevlm.export(huge, "random", Options(), tmp_path)
+        mobilevlm.export_mobilevlm(huge, "random", Options(), tmp_path)
 
 
 # -- text --------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_are_those_of_the_tokenizer_of_transformers(pieces: Path) -> None:
     """Each half of the prompt alone, as the published code does; the first starts with `<s>`, the second does not."""
     theirs = transformers.LlamaTokenizer.from_pretrained(pieces, legacy=True)
-    before, after = mobilevlm_chat.tokenize("How many dogs are there?", mobilevlm_chat.tokenizer(pieces))
+    before, after = mobilevlm_chat.tokenize("How many dogs are there?", mobilevlm_chat.sentence_pieces(pieces))
     first, second = mobilevlm_chat.prompt("How many dogs are there?")
     assert before[0].tolist() == [1, *theirs(first, add_special_tokens=False).input_ids]
     assert after[0].tolist() == theirs(second, add_special_tokens=False).input_ids
@@ -239,7 +241,7 @@ def test_prompt_is_the_published_conversation() -> None:
 def test_missing_and_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
     with pytest.raises(ModelError, match="No tokenizer"):
-        mobilevlm_chat.tokenizer(tmp_path)
+        mobilevlm_chat.sentence_pieces(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="is no SentencePiece model"):
-        mobilevlm_chat.tokenizer(tmp_path)
+        mobilevlm_chat.sentence_pieces(tmp_path)

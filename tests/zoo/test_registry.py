@@ -59,7 +59,7 @@ def test_json_listing_holds_the_same_names_and_what_is_missing() -> None:
 @pytest.mark.parametrize(("wrong", "right"), [("yolo11n-sag", "yolo11n-seg"), ("Segformer-B0", "segformer-b0")])
 def test_unknown_name_gets_a_suggestion(wrong: str, right: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"Did you mean '{right}'"):
-        zoo.export(wrong, checkpoint="random", folder=tmp_path)
+        zoo.export_model(wrong, checkpoint="random", folder=tmp_path)
     with pytest.raises(ModelError, match=f"Did you mean '{right}'"):
         zoo.resolve(wrong)
 
@@ -76,7 +76,7 @@ def test_missing_package_gives_the_install_line(tmp_path: Path, monkeypatch: pyt
         zoo, "find", lambda name: (Family(**{**fields(family), "packages": {package: (999, 1)}}), variant)
     )
     with pytest.raises(MissingExtraError, match=rf"{package}>=999\.1.*pip install 'bitalloy\[mobilesam\]'"):
-        zoo.export("mobilesam", checkpoint="random", folder=tmp_path)
+        zoo.export_model("mobilesam", checkpoint="random", folder=tmp_path)
 
 
 def fields(family: Family) -> dict[str, Any]:
@@ -85,28 +85,32 @@ def fields(family: Family) -> dict[str, Any]:
 
 def test_open_size_is_refused_where_a_graph_has_one_size(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot stay open"):
-        zoo.export("yolo11n", checkpoint="random", folder=tmp_path, options=zoo.Options(open_size=True))
+        zoo.export_model("yolo11n", checkpoint="random", folder=tmp_path, options=zoo.Options(open_size=True))
 
 
 def test_onnx_file_is_no_checkpoint_of_other_families(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="give it to `bitalloy run`"):
-        zoo.export("segformer-b0", checkpoint="model.onnx", folder=tmp_path)
+        zoo.export_model("segformer-b0", checkpoint="model.onnx", folder=tmp_path)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "file").write_text("")
     with pytest.raises(BitalloyError, match="cannot be written"):
-        zoo.export("yolo11n", checkpoint="random", folder=tmp_path / "file" / "inner")
+        zoo.export_model("yolo11n", checkpoint="random", folder=tmp_path / "file" / "inner")
 
 
 def test_protection_patterns_and_sources_are_complete() -> None:
     from bitalloy.zoo import mobilesam, mobilevlm, segformer, yolo11
 
-    for module in (yolo11, segformer, mobilesam, mobilevlm):
-        for protection in module.PROTECT:
-            assert protection.pattern.startswith("*/") and protection.reason.endswith(".")
-            assert protection.source.startswith("https://")
+    for protection in (
+        *yolo11.YOLO11_PROTECTION,
+        *segformer.SEGFORMER_PROTECTION,
+        *mobilesam.MOBILESAM_PROTECTION,
+        *mobilevlm.MOBILEVLM_PROTECTION,
+    ):
+        assert protection.pattern.startswith("*/") and protection.reason.endswith(".")
+        assert protection.source.startswith("https://")
 
 
 @pytest.mark.parametrize("size", ["mobilevlm-v2-1.7b", "mobilevlm-v2-3b", "mobilevlm-v2-7b", "mobilevlm-shapes"])
@@ -119,7 +123,7 @@ def test_counts_of_mobilevlm_are_those_of_the_networks(size: str) -> None:
     from bitalloy.zoo import mobilevlm
     from bitalloy.zoo.networks import mobilevlm as networks
 
-    (variant,) = (v for v in (*mobilevlm.VARIANTS, mobilevlm.SHAPES) if v.name == size)
+    (variant,) = (v for v in (*mobilevlm.MOBILEVLM_VARIANTS, mobilevlm.MOBILEVLM_SHAPES) if v.name == size)
     numbers: dict[str, Any] = dict(variant.architecture)
     side = variant.size[0]
     with torch.device("meta"), torch.no_grad():

@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, Any] = {"hidden_sizes": (8, 16, 20, 32), "depths": (1, 1, 2, 1), "decoder_hidden_size": 24}
-TINY = replace(segformer.VARIANTS[0], name="tiny", size=(64, 64), architecture=SIZES)
+TINY = replace(segformer.SEGFORMER_VARIANTS[0], name="tiny", size=(64, 64), architecture=SIZES)
 CLASSES = 7
 
 
@@ -54,7 +54,7 @@ def test_published_folder_gives_the_outputs_of_transformers(
     from safetensors.torch import load_file
 
     assert "segformer.encoder.block.0.0.attention.self.query.weight" in load_file(saved / "model.safetensors")
-    exported = segformer.export(TINY, saved, Options(), tmp_path)
+    exported = segformer.export_segformer(TINY, saved, Options(), tmp_path)
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         want = network(pixels).logits.numpy()
@@ -65,14 +65,14 @@ def test_published_folder_gives_the_outputs_of_transformers(
 
 
 def test_open_size_runs_images_of_any_aspect(network: Any, saved: Path, tmp_path: Path, onnx_run: Any) -> None:
-    exported = segformer.export(TINY, saved, Options(open_size=True), tmp_path)
+    exported = segformer.export_segformer(TINY, saved, Options(open_size=True), tmp_path)
     for size in ((96, 64), (64, 160)):
         pixels = torch.randn(1, 3, *size)
         with torch.no_grad():
             want = network(pixels).logits.numpy()
         got = onnx_run(exported.graphs["tiny"], {"pixel_values": pixels.numpy()})["logits"]
         assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
-    loaded = graph.load(exported.graphs["tiny"], shapes={"pixel_values": (1, 3, 96, 64)})
+    loaded = graph.load_graph(exported.graphs["tiny"], shapes={"pixel_values": (1, 3, 96, 64)})
     assert loaded.info.outputs[0].shape == (1, CLASSES, 24, 16)
     assert json.loads(loaded.metadata["bitalloy.shapes"]) == {"pixel_values": [1, 3, 64, 64]}
 
@@ -86,7 +86,7 @@ def test_state_dict_in_a_file_of_its_own(network: Any, saved: Path, tmp_path: Pa
         torch.save(load_file(saved / "model.safetensors"), file)
     else:
         shutil.copy(saved / "model.safetensors", file)
-    path = segformer.export(TINY, file, Options(), tmp_path).graphs["tiny"]
+    path = segformer.export_segformer(TINY, file, Options(), tmp_path).graphs["tiny"]
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         want = network(pixels).logits.numpy()
@@ -95,17 +95,21 @@ def test_state_dict_in_a_file_of_its_own(network: Any, saved: Path, tmp_path: Pa
 
 
 def test_regions_and_protected_parts(saved: Path, tmp_path: Path) -> None:
-    loaded = graph.load(segformer.export(TINY, saved, Options(), tmp_path).graphs["tiny"])
+    loaded = graph.load_graph(segformer.export_segformer(TINY, saved, Options(), tmp_path).graphs["tiny"])
     regions = {str(n.name): region_id(path_of(n)) for n in loaded.nodes}
     assert regions["/segformer/stages.2/blocks.1/attention/q_proj/MatMul"] == "encoder/stage 2/block 1/attention/q_proj"
     assert regions["/segformer/stages.0/blocks.0/mlp/fc1/MatMul"] == "encoder/stage 0/block 0/MLP/fc1"
     assert regions["/segformer/stages.3/patch_embeddings/proj/Conv"] == "encoder/stage 3/patch embedding/proj"
     assert regions["/decode_head/linear_projections.1/proj/MatMul"] == "decoder/projection of stage 1/proj"
     assert regions["/decode_head/linear_fuse/Conv"] == "decoder/fusion"
-    kept = {n.op_type for n in loaded.nodes if any(fnmatchcase(str(n.name), p.pattern) for p in segformer.PROTECT)}
+    kept = {
+        n.op_type
+        for n in loaded.nodes
+        if any(fnmatchcase(str(n.name), p.pattern) for p in segformer.SEGFORMER_PROTECTION)
+    }
     assert kept == {"Softmax", "LayerNormalization"}
     assert all(
-        any(fnmatchcase(str(n.name), p.pattern) for p in segformer.PROTECT)
+        any(fnmatchcase(str(n.name), p.pattern) for p in segformer.SEGFORMER_PROTECTION)
         for n in loaded.nodes
         if n.op_type in ("Softmax", "LayerNormalization")
     )
@@ -113,7 +117,7 @@ def test_regions_and_protected_parts(saved: Path, tmp_path: Path) -> None:
 
 def test_folder_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no checkpoint of segformer-b0: hidden_sizes is \[8, 16, 20, 32\]"):
-        zoo.export("segformer-b0", checkpoint=saved, folder=tmp_path)
+        zoo.export_model("segformer-b0", checkpoint=saved, folder=tmp_path)
 
 
 def test_tensors_that_differ_are_named(saved: Path, tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ def test_tensors_that_differ_are_named(saved: Path, tmp_path: Path) -> None:
     state["nonsense"] = torch.zeros(1)
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(ModelError) as caught:
-        segformer.export(TINY, tmp_path / "bad.safetensors", Options(), tmp_path)
+        segformer.export_segformer(TINY, tmp_path / "bad.safetensors", Options(), tmp_path)
     text = str(caught.value)
     assert "1 missing (decode_head.linear_projections.0.proj.bias)" in text and "1 unexpected (nonsense)" in text
     assert "decode_head.linear_fuse.weight is [3, 3, 1, 1] in place of [24, 96, 1, 1]" in text
@@ -133,24 +137,10 @@ def test_tensors_that_differ_are_named(saved: Path, tmp_path: Path) -> None:
 
 def test_size_that_is_no_multiple_of_32_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="multiples of 32"):
-        segformer.export(TINY, "random", Options(size=(64, 50)), tmp_path)
+        segformer.export_segformer(TINY, "random", Options(size=(64, 50)), tmp_path)
 
 
 # Sizes by hand: short side 512 unless the long one would pass 2048, then up to the next multiple of 32.
-@pytest.mark.parametrize(
-    ("image", "resized"),
-    [
-        ((512, 683), (512, 704)),
-        ((480, 640), (512, 704)),
-        ((683, 512), (704, 512)),
-        ((100, 1000), (224, 2048)),
-        ((512, 512), (512, 512)),
-    ],
-)
-def test_official_protocol_keeps_the_aspect_ratio(image: tuple[int, int], resized: tuple[int, int]) -> None:
-    assert segformer.official_size(*image) == resized
-
-
 def on_meta(variant: Any) -> Any:
     """The network without memory behind its tensors."""
     from bitalloy.zoo.networks.segformer import Segmenter
@@ -161,13 +151,13 @@ def on_meta(variant: Any) -> Any:
         return Segmenter(transformers.SegformerForSemanticSegmentation(config)).eval()
 
 
-@pytest.mark.parametrize("variant", segformer.VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", segformer.SEGFORMER_VARIANTS, ids=lambda v: v.name)
 def test_parameters_of_the_network_are_those_of_the_listing(variant: Any) -> None:
     parameters = sum(p.numel() for p in on_meta(variant).parameters())
     assert parameters / 1e6 == pytest.approx(variant.parameters_m, abs=6e-4)
 
 
-@pytest.mark.parametrize("variant", segformer.VARIANTS[:3], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", segformer.SEGFORMER_VARIANTS[:3], ids=lambda v: v.name)
 def test_products_of_the_network_are_those_of_the_listing(variant: Any) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

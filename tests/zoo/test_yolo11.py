@@ -22,19 +22,19 @@ from bitalloy.zoo import yolo11
 from bitalloy.zoo.base import Exported, Options
 
 torch = pytest.importorskip("torch")
-NAMES = [v.name for v in yolo11.VARIANTS]
+NAMES = [v.name for v in yolo11.YOLO11_VARIANTS]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     """The two smallest at 640 x 640, as random networks."""
     folder = tmp_path_factory.mktemp("yolo")
-    return {name: zoo.export(name, checkpoint="random", folder=folder) for name in ("yolo11n", "yolo11n-seg")}
+    return {name: zoo.export_model(name, checkpoint="random", folder=folder) for name in ("yolo11n", "yolo11n-seg")}
 
 
 @pytest.fixture(scope="module")
 def loaded(small: dict[str, Exported]) -> dict[str, graph.Graph]:
-    return {name: graph.load(exported.graphs[name]) for name, exported in small.items()}
+    return {name: graph.load_graph(exported.graphs[name]) for name, exported in small.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_regions_are_the_parts_of_a_detector(loaded: dict[str, graph.Graph]) -> 
 
 def test_protected_parts_are_dfl_decoding_and_output_convolutions(loaded: dict[str, graph.Graph]) -> None:
     nodes = [str(n.name) for n in loaded["yolo11n-seg"].nodes]
-    dfl, decode, outputs = ([n for n in nodes if fnmatchcase(n, p.pattern)] for p in yolo11.PROTECT)
+    dfl, decode, outputs = ([n for n in nodes if fnmatchcase(n, p.pattern)] for p in yolo11.YOLO11_PROTECTION)
     assert "/model.23/dfl/conv/Conv" in dfl and "/model.23/dfl/Softmax" in dfl
     assert not any("/cv" in n or "/proto" in n for n in decode)
     assert any(n.split("/")[-1].startswith("Concat") for n in decode)
@@ -99,7 +99,7 @@ def test_protected_parts_are_dfl_decoding_and_output_convolutions(loaded: dict[s
 
 def test_real_checkpoint_gives_the_outputs_of_its_onnx_file(real: Path, tmp_path: Path, onnx_run: Any) -> None:
     source = real / "models" / "yolo11n_state_dict.pt"
-    exported = zoo.export("yolo11n", checkpoint=source, folder=tmp_path)
+    exported = zoo.export_model("yolo11n", checkpoint=source, folder=tmp_path)
     path = sorted((real / "coco-val-94" / "images").iterdir())[0]
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB").resize((640, 640)), np.float32) / 255
@@ -113,8 +113,8 @@ def test_real_checkpoint_gives_the_outputs_of_its_onnx_file(real: Path, tmp_path
 
 def test_file_of_the_user_is_annotated_and_otherwise_unchanged(real: Path, tmp_path: Path, onnx_run: Any) -> None:
     source = real / "models" / "yolo11n.onnx"
-    exported = zoo.export("yolo11n", checkpoint=source, folder=tmp_path)
-    model = graph.load(exported.graphs["yolo11n"])
+    exported = zoo.export_model("yolo11n", checkpoint=source, folder=tmp_path)
+    model = graph.load_graph(exported.graphs["yolo11n"])
     assert {path_of(n)[0] for n in model.nodes if n.op_type == "Conv"} == {"backbone", "neck", "head"}
     feeds = {"images": np.random.default_rng(0).random((1, 3, 640, 640), np.float32)}
     got, want = (onnx_run(p, feeds)["output0"] for p in (exported.graphs["yolo11n"], source))
@@ -124,7 +124,7 @@ def test_file_of_the_user_is_annotated_and_otherwise_unchanged(real: Path, tmp_p
 def test_own_file_is_adopted_in_place_without_double_annotations(small: dict[str, Exported]) -> None:
     path = small["yolo11n"].graphs["yolo11n"]
     before = onnx.load(path)
-    zoo.export("yolo11n", checkpoint=path, folder=path.parent)
+    zoo.export_model("yolo11n", checkpoint=path, folder=path.parent)
     assert onnx.load(path) == before
 
 
@@ -143,7 +143,7 @@ def test_state_dict_with_other_classes_before_and_after_folding(tmp_path: Path, 
     torch.save(fuse(network).state_dict(), tmp_path / "folded.pt")
     for name in ("plain", "folded"):
         options = Options(size=(64, 96))
-        exported = zoo.export(
+        exported = zoo.export_model(
             "yolo11n-seg", checkpoint=tmp_path / f"{name}.pt", folder=tmp_path / name, options=options
         )
         got = onnx_run(exported.graphs["yolo11n-seg"], {"images": image.numpy()})
@@ -155,7 +155,7 @@ def test_random_weights_come_from_the_seed(small: dict[str, Exported], tmp_path:
     found = [small["yolo11n"].graphs["yolo11n"]]
     for seed in (0, 1):
         options = Options(size=(32, 32), seed=seed)
-        exported = zoo.export("yolo11n", checkpoint="random", folder=tmp_path / str(seed), options=options)
+        exported = zoo.export_model("yolo11n", checkpoint="random", folder=tmp_path / str(seed), options=options)
         found.append(exported.graphs["yolo11n"])
     weights = [
         {t.name: t.raw_data for t in onnx.load(p).graph.initializer if t.name.startswith("model.")} for p in found
@@ -168,7 +168,7 @@ def test_random_weights_come_from_the_seed(small: dict[str, Exported], tmp_path:
 @pytest.mark.parametrize("size", [(640, 650), (0, 32)])
 def test_size_that_is_no_multiple_of_32_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     with pytest.raises(ModelError, match="multiples of 32"):
-        zoo.export("yolo11n", checkpoint="random", folder=tmp_path, options=Options(size=size))
+        zoo.export_model("yolo11n", checkpoint="random", folder=tmp_path, options=Options(size=size))
 
 
 def test_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -176,21 +176,21 @@ def test_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
 
     torch.save(Yolo11(80).state_dict(), tmp_path / "n.pt")
     with pytest.raises(ModelError, match=r"no checkpoint of yolo11s.*of another shape \(model\.0\.conv\.weight"):
-        zoo.export("yolo11s", checkpoint=tmp_path / "n.pt", folder=tmp_path)
+        zoo.export_model("yolo11s", checkpoint=tmp_path / "n.pt", folder=tmp_path)
     with pytest.raises(ModelError, match=r"no checkpoint of yolo11n-seg.*62 missing \(model\.23\.cv4"):
-        zoo.export("yolo11n-seg", checkpoint=tmp_path / "n.pt", folder=tmp_path)
+        zoo.export_model("yolo11n-seg", checkpoint=tmp_path / "n.pt", folder=tmp_path)
 
 
 def test_onnx_file_of_another_size_is_refused(small: dict[str, Exported], tmp_path: Path) -> None:
     path = small["yolo11n"].graphs["yolo11n"]
     for name in ("yolo11s", "yolo11n-seg"):
         with pytest.raises(ModelError, match=f"is no {name}"):
-            zoo.export(name, checkpoint=path, folder=tmp_path)
+            zoo.export_model(name, checkpoint=path, folder=tmp_path)
 
 
 def test_published_pickle_is_not_downloaded_without_permission(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="--trust-checkpoint"):
-        zoo.export("yolo11n", folder=tmp_path)
+        zoo.export_model("yolo11n", folder=tmp_path)
 
 
 def test_relevance_follows_the_best_score_of_an_anchor() -> None:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, fields
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from bitalloy.calibrate.clipping import entropy_threshold, mse_range, quantile
+from bitalloy.calibrate.clipping import Floats, Ints, entropy_threshold, mse_range, quantile
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.formats.float16 import FP16_MAX, FP16_TINY
 
@@ -25,9 +24,6 @@ BINS = 2048
 MOMENTUM = 0.9
 _CHUNK = 32  # tensors binned together: few calls, yet the values stay in the cache
 METHODS = ("minmax", "moving", "percentile", "entropy", "mse")
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -475,7 +475,7 @@ def export(
     chosen = zoo.Options(
         size=options.image_size(image_size), open_size=open_size, seed=seed, trust_checkpoint=trust_checkpoint
     )
-    exported = zoo.export(name, checkpoint=checkpoint, folder=out or Path("models") / name, options=chosen)
+    exported = zoo.export_model(name, checkpoint=checkpoint, folder=out or Path("models") / name, options=chosen)
     for graph, path in exported.graphs.items():
         out_console.print(f"{graph:<12} {path}", soft_wrap=True, markup=False, highlight=False)
     for wire in exported.wires:

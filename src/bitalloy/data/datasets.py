@@ -255,11 +255,11 @@ def open_dataset(
     else:
         raise DataError(f"'{path}' holds no samples; expected {_kinds(_IMAGES | _ARRAYS)}, also in subfolders.")
     names = [data.name(i) for i in range(len(data))]
-    chosen = choose(names, limit=limit, seed=seed)
+    chosen = choose_samples(names, limit=limit, seed=seed)
     return data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)
 
 
-def choose(names: Sequence[str], *, limit: int | None, seed: int) -> list[int]:
+def choose_samples(names: Sequence[str], *, limit: int | None, seed: int) -> list[int]:
     """Indices of at most `limit` samples, ascending; the same on every machine.
 
     Samples are drawn by the order of SHA-256(seed, name), so a smaller limit gives a part of the larger one's choice.

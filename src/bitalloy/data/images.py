@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ _PIXELS: dict[str, Literal["float32", "float16", "uint8"]] = {
 _YOLO_TASKS = frozenset({"detection", "instance"})
 _IMAGE_TASKS = _YOLO_TASKS | {"semantic"}
 _EXAMPLE: dict[Layout, str] = {"NCHW": "1 3 640 640", "NHWC": "1 640 640 3"}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Geometry(Record, frozen=True, kw_only=True):
@@ -85,16 +86,34 @@ class ImageSpec(Record, frozen=True, kw_only=True):
         return ", ".join(parts if self.dtype == "float32" else [*parts, self.dtype])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOptions:
+    """What is known of the preparation of images before it is inferred; None leaves it open."""
+
+    size: int | tuple[int, int] | None = None
+    """Side, or (height, width) in pixels, for inputs with symbolic dimensions."""
+    scale: float | None = None
+    """Factor on the pixels 0..255."""
+    mean: Sequence[float] | None = None
+    """Per channel, or one for all, after `scale`."""
+    std: Sequence[float] | None = None
+    """As `mean`."""
+    layout: Layout | None = None
+    """Place of the channels where the shape leaves it open."""
+    fit: Fit | None = None
+    """How an image gets the input's height and width."""
+
+    @property
+    def normalises(self) -> bool:
+        """Whether any of `scale`, `mean` and `std` is given."""
+        return any(o is not None for o in (self.scale, self.mean, self.std))
+
+
+_NOTHING_GIVEN = ImageOptions()
+
+
 def infer_image_spec(
-    inputs: tuple[TensorSpec, ...],
-    *,
-    task: str | None,
-    size: int | tuple[int, int] | None = None,
-    scale: float | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    layout: Layout | None = None,
-    fit: Fit | None = None,
+    inputs: tuple[TensorSpec, ...], *, task: str | None, options: ImageOptions = _NOTHING_GIVEN
 ) -> ImageSpec | None:
     """Find the image input and how images are prepared for it.
 
@@ -106,12 +125,7 @@ def infer_image_spec(
     Args:
         inputs: of the model.
         task: name of the task, None where it is unknown.
-        size: side, or (height, width) in pixels, for inputs with symbolic dimensions.
-        scale: factor on the pixels 0..255.
-        mean: per channel, or one for all, after `scale`.
-        std: as `mean`.
-        layout: place of the channels where the shape leaves it open.
-        fit: how an image gets the input's height and width.
+        options: what counts before everything that is inferred.
 
     Returns:
         None for a model without an image input, unless the task or one of the options asks for images.
@@ -119,10 +133,9 @@ def infer_image_spec(
     Raises:
         DataError: no image input although one is needed, unknown size, or options that do not fit the input.
     """
-    found = [(spec, place) for spec in inputs if (place := _layout(spec, layout)) is not None]
+    found = [(spec, place) for spec in inputs if (place := _layout(spec, options.layout)) is not None]
     if not found:
-        options = (size, scale, mean, std, layout, fit)
-        if task not in _IMAGE_TASKS and all(o is None for o in options):
+        if task not in _IMAGE_TASKS and options == _NOTHING_GIVEN:
             return None
         raise DataError(no_image_input(inputs))
     spec, place = min(found, key=lambda f: _channels(*f) != 3)  # 1xLxL masks come after an RGB input
@@ -131,21 +144,22 @@ def infer_image_spec(
         raise DataError(
             f"Input '{spec.name}' has the fixed batch {batch}; images are fed one at a time. Export with 1."
         )
-    height, width = _size(spec, place, size)
+    height, width = _size(spec, place, options.size)
     channels, dtype, yolo = _channels(spec, place), _PIXELS[spec.dtype], task in _YOLO_TASKS
+    scale, mean, std = options.scale, options.mean, options.std
     if dtype == "uint8" and (scale not in (None, 1) or mean is not None or std is not None):
         raise DataError(f"Input '{spec.name}' takes UINT8 pixels, so scale, mean and std cannot be applied. Omit them.")
-    imagenet = not yolo and channels == 3 and dtype != "uint8" and scale is None and mean is None and std is None
+    imagenet = not yolo and channels == 3 and dtype != "uint8" and not options.normalises
     return ImageSpec(
         input=spec.name,
         height=height,
         width=width,
         channels=channels,
         layout=place,
-        fit=fit or ("letterbox" if yolo else "stretch"),
+        fit=options.fit or ("letterbox" if yolo else "stretch"),
         scale=1.0 if dtype == "uint8" else 1 / 255 if scale is None else scale,
-        mean=_IMAGENET_MEAN if imagenet else _per_channel("mean", mean or (), channels),
-        std=_IMAGENET_STD if imagenet else _per_channel("std", std or (), channels),
+        mean=IMAGENET_MEAN if imagenet else _per_channel("mean", mean or (), channels),
+        std=IMAGENET_STD if imagenet else _per_channel("std", std or (), channels),
         dtype=dtype,
     )
 

@@ -16,7 +16,7 @@ Case 4. sigmoid, given as probabilities, each its own Bernoulli variable: v = s 
         turns into sqrt(p (1 - p)) s at the logits.
 
 Sigmoids in float32 have an absolute error of about `RESOLUTION` whatever their size, so that scores near zero are
-mostly noise, and two models that differ at all differ by it. Scores below `LEAST` are not counted, and
+mostly noise, and two models that differ at all differ by it. Scores below `LEAST_SCORE` are not counted, and
 `Divergence.noise` says how much noise the others have.
 
 Divergences of a softmax are a mean over positions (images, pixels, tokens), those of sigmoids the sum over a sample.
@@ -30,11 +30,11 @@ from bitalloy.core.records import Head
 
 CATEGORICAL, BERNOULLI = "categorical", "bernoulli"
 LOGITS, PROBABILITIES, LOGARITHMS = "logits", "probabilities", "logarithms"
-FLOOR = 1e-12
+LEAST_PROBABILITY = 1e-12
 """Smallest probability that is told from zero."""
 RESOLUTION = 2.0**-25
 """Root mean square error of ONNX Runtime's Sigmoid; the largest is 1.4e-7, about four times as much."""
-LEAST = 32 * RESOLUTION
+LEAST_SCORE = 32 * RESOLUTION
 """Smallest score of a Sigmoid that is told from zero, and smallest distance from one: 9.5e-7."""
 
 
@@ -55,8 +55,8 @@ class Divergence:
         self.noise = 0.0
         """Expected `error` between two models that differ by the rounding of Sigmoids in float32 alone."""
         if head.kind == BERNOULLI:
-            p = self._p = np.clip(value, LEAST, 1 - LEAST)
-            self._told = (p > LEAST) & (p < 1 - LEAST)
+            p = self._p = np.clip(value, LEAST_SCORE, 1 - LEAST_SCORE)
+            self._told = (p > LEAST_SCORE) & (p < 1 - LEAST_SCORE)
             self.noise = float((self._weights * self._told * 2 * RESOLUTION**2 / (p * (1 - p))).sum())
         else:
             assert head.classes is not None, "a categorical head has an axis of classes"
@@ -70,7 +70,7 @@ class Divergence:
         """Twice the sum of the divergences in nats, never negative."""
         p = self._p
         if self._head.kind == BERNOULLI:
-            q = np.clip(found, LEAST, 1 - LEAST)
+            q = np.clip(found, LEAST_SCORE, 1 - LEAST_SCORE)
             each = p * np.log(p / q) + (1 - p) * (np.log1p(-p) - np.log1p(-q))
         else:
             logs = self._logarithms(found)
@@ -95,7 +95,7 @@ class Divergence:
 
     def _logarithms(self, value: np.ndarray) -> np.ndarray:
         if self._head.given == PROBABILITIES:
-            return np.asarray(np.log(np.maximum(value, FLOOR)))
+            return np.asarray(np.log(np.maximum(value, LEAST_PROBABILITY)))
         if self._head.given == LOGARITHMS:
             return value
         shifted = value - value.max(axis=self._head.classes, keepdims=True)

@@ -30,7 +30,7 @@ __all__ = [
     "constant",
     "consumers",
     "is_float",
-    "load",
+    "load_graph",
     "load_open",
     "name_of",
     "static_shape",
@@ -105,7 +105,7 @@ class Graph:
         return to_bytes(self.model)
 
 
-def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:
@@ -129,10 +129,10 @@ def load(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = Non
 
 
 def load_open(path: str | Path) -> ir.Model:
-    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load`.
+    """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load_graph`.
 
     Raises:
-        ModelError: as `load`, except for unbound dimensions.
+        ModelError: as `load_graph`, except for unbound dimensions.
     """
     source = Path(path)
     proto, _, size = _read(source)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-COEFFICIENTS = 32
-"""Mask coefficients of an anchor of YOLO."""
+MASK_COEFFICIENTS = 32
+"""Prototypes of YOLO's segmentation head, and coefficients per anchor that combine them to a mask."""
 TINY = float(np.finfo(np.float32).tiny)
 
 Outputs = Mapping[str, np.ndarray]
@@ -34,7 +34,7 @@ def yolo11(outputs: Outputs) -> dict[str, np.ndarray]:
     if "output0" not in outputs:
         return {}
     found = outputs["output0"]
-    classes = found.shape[1] - 4 - (COEFFICIENTS if "output1" in outputs else 0)
+    classes = found.shape[1] - 4 - (MASK_COEFFICIENTS if "output1" in outputs else 0)
     best = found[:, 4 : 4 + classes].max(axis=1, keepdims=True)
     weights = np.ones(found.shape)
     if best.max() > 0:

@@ -11,7 +11,7 @@ from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.store import RunDirectory, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, open_dataset
-from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
 from bitalloy.model.graphs.joining import join
 from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
@@ -104,14 +104,14 @@ def prepare(
         if data is None and not files and source.sample:
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
-        loaded = graph.load(source.path, shapes={**_usual(source.path, data), **given})
+        loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
         store = RunDirectory(out)
         samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
             drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
             task = find_task(interface_of(loaded))
-            files = [drawn if task is semantic.TASK else drawn / "instances.json"]
+            files = [drawn if task is semantic.SEMANTIC else drawn / "instances.json"]
     return Prepared(
         model=loaded,
         data=samples,
@@ -126,12 +126,12 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
     """Read a model by path or by its name among the samples; a program's graphs are joined into one.
 
     Sizes that a file leaves open are those given, or else the usual ones that its exporter noted. See
-    `bitalloy.model.load.load` for what is refused, and `bitalloy.run` for models that must be exported first.
+    `bitalloy.model.load.load_graph` for what is refused, and `bitalloy.run` for models that must be exported first.
     """
     path = zoo.resolve(model).path
     if is_program(path):
         return join(load_program(path, shapes={**read_outline(path).shapes(), **(shapes or {})}))
-    return graph.load(path, shapes={**_usual(path, None), **(shapes or {})})
+    return graph.load_graph(path, shapes={**_usual(path, None), **(shapes or {})})
 
 
 def open_data(
@@ -185,7 +185,7 @@ def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work
     done = folder / "complete"
     if not done.is_file():
         with work.stage("export", None):
-            zoo.export(name, checkpoint=checkpoint, folder=folder, options=options)
+            zoo.export_model(name, checkpoint=checkpoint, folder=folder, options=options)
         done.touch()
     path = folder if is_program(folder) else folder / f"{name}.onnx"
     return zoo.Source(name=name, path=path, sample=False)
@@ -214,7 +214,8 @@ def _program_image(outline: Outline, given: ImageChoice) -> ImageSpec | None:
     if isinstance(given, ImageSpec):
         return given
     known = {**image_facts(outline.facts), **(given or {})}
-    return infer_image_spec(outline.open_inputs, task=None, **known) if known else None  # type: ignore[arg-type]
+    options = ImageOptions(**known)  # type: ignore[arg-type]
+    return infer_image_spec(outline.open_inputs, task=None, options=options) if known else None
 
 
 def _drawn(outline: Outline, spec: ImageSpec | None, folder: Path, seed: int, split: str) -> list[Path]:

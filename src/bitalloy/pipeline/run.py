@@ -22,7 +22,7 @@ from bitalloy.pipeline.calibrate import units_of
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import Prepared, prepare
 from bitalloy.pipeline.ship import Verified, verify
-from bitalloy.report.render import render as render_html
+from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST, FACTS, MATRIX, UNITS, operators_of

@@ -133,7 +133,7 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
                 lowered=_lowered(tables, members),
                 times=tuple(formats.microseconds(us).removesuffix(" µs") for us in tables.times_us(members)),
                 sqnr=tuple(
-                    (formats.bare_decibel(a), formats.bare_decibel(w), formats.bare_decibel(x))
+                    (formats.bare_decibel_text(a), formats.bare_decibel_text(w), formats.bare_decibel_text(x))
                     for a, w, x in zip(*parts, strict=True)
                 ),
                 shares=Markup("") if region == ROOT else _share_bars(tables, shares[region], largest),

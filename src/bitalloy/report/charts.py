@@ -27,7 +27,7 @@ class Marker:
     y: float
     tip: str
     shape: str = "dot"
-    """A key of `SHAPES`."""
+    """A key of `MARKER_SHAPES`."""
     interval: tuple[float, float] | None = None
     """Of y."""
 
@@ -76,7 +76,7 @@ class Scale:
 
 
 # Each shape is drawn around the origin in `currentColor`, as the style sheet's class `m-<name>` fills it.
-SHAPES = {
+MARKER_SHAPES = {
     "dot": Markup('<circle r="3.5"/>'),
     "seen": Markup('<path d="M0-5 5 0 0 5-5 0z"/>'),
     "chosen": Markup('<circle r="7.5"/><circle r="3.5" class="core"/>'),
@@ -148,7 +148,7 @@ def pareto(
     return _svg(height, summary, parts)
 
 
-def latency(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
+def latency_chart(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
     """Median latency as bars from zero, with a whisker from the 10th to the 90th percentile.
 
     A whisker that goes far beyond the bars (a machine that was busy) ends in an arrow with its number, so that the
@@ -216,7 +216,7 @@ def legend_marker(shape: str) -> Markup:
     """A shape alone, for a legend."""
     return Markup(
         '<svg class="key m-{0}" width="18" height="18" viewBox="-9 -9 18 18" aria-hidden="true">{1}</svg>'
-    ).format(shape, SHAPES[shape])
+    ).format(shape, MARKER_SHAPES[shape])
 
 
 def _series(series: Series, index: int, x: Scale, y: Scale, ceiling: float) -> Markup:
@@ -243,7 +243,7 @@ def _series(series: Series, index: int, x: Scale, y: Scale, ceiling: float) -> M
         shape = marker.shape if marker.y <= ceiling else "off"
         parts.append(
             Markup('<g class="m-{}" data-tip="{}" transform="translate({} {})">{}</g>').format(
-                shape, marker.tip, _px(px), _px(py), SHAPES[shape]
+                shape, marker.tip, _px(px), _px(py), MARKER_SHAPES[shape]
             )
         )
     return Markup('<g class="series h{}">{}</g>').format(index % PALETTE, Markup("").join(parts))

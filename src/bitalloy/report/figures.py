@@ -47,7 +47,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """A quantity of the float, the all-INT8 and the mixed model."""
 
     name: str
@@ -60,7 +60,7 @@ class Group:
     """Rows under one heading."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[FigureRow, ...]
 
 
 def limits(summary: Summary) -> tuple[Limit, ...]:
@@ -77,17 +77,17 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
         found.append(Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE))
     if budget.size_bytes is not None:
         size = summary.size_bytes.mixed
-        asked = f"≤ {formats.size(budget.size_bytes)}"
-        found.append(Limit("size", asked, formats.size(size), size <= budget.size_bytes))
+        asked = f"≤ {formats.byte_size(budget.size_bytes)}"
+        found.append(Limit("size", asked, formats.byte_size(size), size <= budget.size_bytes))
     if budget.min_sqnr_db is not None and summary.sqnr_db:
         worst = min(pair.mixed.measured for pair in summary.sqnr_db.values())
-        asked = f"≥ {formats.decibel(budget.min_sqnr_db)}"
-        found.append(Limit("SQNR of every head", asked, formats.decibel(worst), worst >= budget.min_sqnr_db))
+        asked = f"≥ {formats.decibel_text(budget.min_sqnr_db)}"
+        found.append(Limit("SQNR of every head", asked, formats.decibel_text(worst), worst >= budget.min_sqnr_db))
     for head, floor in budget.head_sqnr_db.items():
         if head in summary.sqnr_db:
             value = summary.sqnr_db[head].mixed.measured
-            asked = f"≥ {formats.decibel(floor)}"
-            found.append(Limit(f"SQNR of {head}", asked, formats.decibel(value), value >= floor))
+            asked = f"≥ {formats.decibel_text(floor)}"
+            found.append(Limit(f"SQNR of {head}", asked, formats.decibel_text(value), value >= floor))
     for name, most in budget.max_drop.items():
         metric = next(iter(summary.metrics), "") if name == FIRST else name
         drop = summary.metrics[metric].drop_mixed if metric in summary.metrics else None
@@ -168,7 +168,8 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
             formats.ratio(r.predicted_ratio),
             formats.ratio(r.measured_ratio),
             *(
-                formats.decibel(value) + (f" ({formats.decibel(r.predicted_db[i])})" if i < len(r.predicted_db) else "")
+                formats.decibel_text(value)
+                + (f" ({formats.decibel_text(r.predicted_db[i])})" if i < len(r.predicted_db) else "")
                 for i, value in enumerate(r.sqnr_db)
             ),
             f"{len(r.repair.remeasured)} units and pairs" if r.repair is not None else formats.NONE,
@@ -180,8 +181,8 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
 
 def _floors(one: Round) -> str:
     """Floors on the SQNR in a round."""
-    parts = [formats.decibel(one.min_sqnr_db)] if one.min_sqnr_db is not None else []
-    parts += [f"{head} {formats.decibel(floor)}" for head, floor in one.head_sqnr_db.items()]
+    parts = [formats.decibel_text(one.min_sqnr_db)] if one.min_sqnr_db is not None else []
+    parts += [f"{head} {formats.decibel_text(floor)}" for head, floor in one.head_sqnr_db.items()]
     return ", ".join(parts) or formats.NONE
 
 
@@ -227,7 +228,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     lines = []
     for one in summary.corrections:
         pairs = (
-            f"{formats.decibel(one.without_db[h])} → {formats.decibel(one.with_db[h])}"
+            f"{formats.decibel_text(one.without_db[h])} → {formats.decibel_text(one.with_db[h])}"
             if h in one.with_db
             else formats.NONE
             for h in names
@@ -250,7 +251,7 @@ def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
 
 
-def _latency(summary: Summary) -> Row:
+def _latency(summary: Summary) -> FigureRow:
     def cell(one: Latency) -> Cell:
         if summary.latency_estimated:
             return Cell(formats.milliseconds(one.median_ms), (Note("estimated"),))
@@ -260,13 +261,13 @@ def _latency(summary: Summary) -> Row:
     spread = summary.latency_spread_ms
     cells = (cell(spread.reference), cell(spread.lowest), cell(spread.mixed))
     if summary.latency_estimated:
-        return Row("Latency, estimated", "from peak rates", cells)
-    return Row("Latency, median", "interleaved runs", cells)
+        return FigureRow("Latency, estimated", "from peak rates", cells)
+    return FigureRow("Latency, median", "interleaved runs", cells)
 
 
-def _ratio(summary: Summary, predicted_lowest: float) -> Row:
+def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
     def cell(measured: float, predicted: float, interval: Estimate | None = None) -> Cell:
-        ends = f" {formats.between(interval, 2)}" if interval is not None else ""
+        ends = f" {formats.interval_text(interval, 2)}" if interval is not None else ""
         note = Note(f"predicted {formats.ratio(predicted)}{ends}")
         return Cell(formats.ratio(measured), (note,), "bad" if measured >= 1 else "")
 
@@ -274,59 +275,59 @@ def _ratio(summary: Summary, predicted_lowest: float) -> Row:
     lowest = cell(latency.lowest / latency.reference, predicted_lowest)
     interval = summary.predicted_latency_ratio_interval
     mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio, interval)
-    return Row("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
+    return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
 
 
-def _sizes(summary: Summary) -> Iterable[Row]:
+def _sizes(summary: Summary) -> Iterable[FigureRow]:
     """Of all files, and of each graph of a program."""
     yield _size("File size", "all graphs" if summary.graphs else "", summary.size_bytes)
     for name, size in summary.graphs.items():
         yield _size(f"File size, {name}", "", size)
 
 
-def _size(label: str, note: str, size: Triple) -> Row:
+def _size(label: str, note: str, size: Triple) -> FigureRow:
     def cell(value: float) -> Cell:
-        return Cell(formats.size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
+        return Cell(formats.byte_size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
 
-    return Row(label, note, (Cell(formats.size(size.reference)), cell(size.lowest), cell(size.mixed)))
+    return FigureRow(label, note, (Cell(formats.byte_size(size.reference)), cell(size.lowest), cell(size.mixed)))
 
 
-def _sqnr(summary: Summary) -> Iterable[Row]:
+def _sqnr(summary: Summary) -> Iterable[FigureRow]:
     def cell(predicted: float | None, measured: float, interval: Estimate | None) -> Cell:
-        notes = [Note(f"95 % {formats.between(interval, 1)}")] if interval is not None else []
+        notes = [Note(f"95 % {formats.interval_text(interval, 1)}")] if interval is not None else []
         if predicted is not None:
             difference = formats.signed(measured - predicted, 1)
-            text = f"predicted {formats.decibel(predicted)} ({difference})"
+            text = f"predicted {formats.decibel_text(predicted)} ({difference})"
             notes.append(Note(text, "bad" if _wide(predicted, measured) else ""))
-        return Cell(formats.decibel(measured), tuple(notes))
+        return Cell(formats.decibel_text(measured), tuple(notes))
 
     for head, pair in summary.sqnr_db.items():
         lowest = cell(pair.lowest.predicted, pair.lowest.measured, None)
         mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
-        yield Row(head, "higher is better", (Cell("reference"), lowest, mixed))
+        yield FigureRow(head, "higher is better", (Cell("reference"), lowest, mixed))
 
 
-def _divergences(summary: Summary) -> Iterable[Row]:
+def _divergences(summary: Summary) -> Iterable[FigureRow]:
     def cell(one: Comparison) -> Cell:
         notes = () if one.predicted is None else (Note(f"predicted {one.predicted:.3g}"),)
         return Cell(f"{one.measured:.3g}", notes)
 
     for head, pair in summary.kl_nats.items():
-        yield Row(head, "lower is better", (Cell("reference"), cell(pair.lowest), cell(pair.mixed)))
+        yield FigureRow(head, "lower is better", (Cell("reference"), cell(pair.lowest), cell(pair.mixed)))
 
 
-def _accuracy(summary: Summary) -> Iterable[Row]:
+def _accuracy(summary: Summary) -> Iterable[FigureRow]:
     def value(one: MetricValue) -> Cell:
-        return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.between(one, 4)}"), Note(f"n = {one.n}")))
+        return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.interval_text(one, 4)}"), Note(f"n = {one.n}")))
 
     for name, metric in summary.metrics.items():
-        yield Row(name, "", (value(metric.reference), value(metric.lowest), value(metric.mixed)))
+        yield FigureRow(name, "", (value(metric.reference), value(metric.lowest), value(metric.mixed)))
         if metric.drop_lowest is not None or metric.drop_mixed is not None:
             drops = (_drop(metric.drop_lowest), _drop(metric.drop_mixed))
-            yield Row(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
+            yield FigureRow(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
     if summary.confidence_shift:
         shifts = (_shift(summary.confidence_shift.get(LOWEST)), _shift(summary.confidence_shift.get("mixed")))
-        yield Row("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
+        yield FigureRow("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
 
 
 def _drop(drop: Estimate | None) -> Cell:
@@ -334,14 +335,14 @@ def _drop(drop: Estimate | None) -> Cell:
         return Cell(formats.NONE)
     beyond = drop.low > 0 or drop.high < 0
     verdict = "beyond noise" if beyond else "within noise"
-    notes = (Note(f"95 % {formats.between(drop, 4)}"), Note(verdict))
+    notes = (Note(f"95 % {formats.interval_text(drop, 4)}"), Note(verdict))
     return Cell(formats.signed(drop.value, 4), notes, ("bad" if drop.value > 0 else "good") if beyond else "")
 
 
 def _shift(shift: Estimate | None) -> Cell:
     if shift is None:
         return Cell(formats.NONE)
-    return Cell(formats.signed(shift.value, 4), (Note(f"95 % {formats.between(shift, 4)}"),))
+    return Cell(formats.signed(shift.value, 4), (Note(f"95 % {formats.interval_text(shift, 4)}"),))
 
 
 def _wide(predicted: float | None, measured: float) -> bool:

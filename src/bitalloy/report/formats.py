@@ -1,6 +1,6 @@
 """How the report writes numbers, always with their unit.
 
->>> decibel(24.06), ratio(0.684), size(10_734_221), milliseconds(38.84), microseconds(1234.5)
+>>> decibel_text(24.06), ratio(0.684), byte_size(10_734_221), milliseconds(38.84), microseconds(1234.5)
 ('24.1 dB', '0.68×', '10.73 MB', '38.8 ms', '1,234 µs')
 """
 
@@ -31,19 +31,19 @@ def plain(value: float, digits: int) -> str:
     return signed(value, digits).removeprefix("+")
 
 
-def decibel(value: float | None) -> str:
+def decibel_text(value: float | None) -> str:
     """SQNR; the ceiling of the probe matrix stands for an error of zero."""
     if value is None:
         return NONE
     return "no error" if value >= CEILING_DB else f"{plain(value, 1)} dB"
 
 
-def bare_decibel(value: float | None) -> str:
+def bare_decibel_text(value: float | None) -> str:
     """SQNR for a column that has the unit in its head."""
-    return decibel(value).removesuffix(" dB")
+    return decibel_text(value).removesuffix(" dB")
 
 
-def between(estimate: Estimate | MetricValue, digits: int) -> str:
+def interval_text(estimate: Estimate | MetricValue, digits: int) -> str:
     """Interval, e.g. `[23.1, 25.0]`."""
     return f"[{plain(estimate.low, digits)}, {plain(estimate.high, digits)}]"
 
@@ -63,7 +63,7 @@ def microseconds(value: float | None) -> str:
     return NONE if value is None else f"{value:,.{0 if abs(value) >= 100 else 1}f} µs"
 
 
-def size(value: float) -> str:
+def byte_size(value: float) -> str:
     """Bytes in decimal units."""
     if value < 1e6:
         return f"{value / 1e3:,.1f} kB"
@@ -84,7 +84,7 @@ def seconds(value: float) -> str:
     return f"{whole // 60} min {whole % 60} s"
 
 
-def data(info: DataInfo) -> str:
+def data_line(info: DataInfo) -> str:
     """Which samples, in one line."""
     return f"{info.name}: {info.count} samples, seed {info.seed}, {info.preprocessing}"
 

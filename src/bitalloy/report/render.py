@@ -26,7 +26,7 @@ OFF_SCALE_DB = 80.0
 """Plans with less error than this are drawn at the edge of the plot: rounding is then no concern."""
 
 
-def render(
+def render_report(
     summary: Summary,
     plan: PlanReport,
     table: SensitivityTable,
@@ -155,7 +155,7 @@ def _series(
 ) -> charts.Series:
     def marker(what: str, x: float, y: float, shape: str, interval: tuple[float, float] | None = None) -> charts.Marker:
         ends = f" (95 % {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-        tip = f"{head}: {formats.decibel(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"
+        tip = f"{head}: {formats.decibel_text(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"
         return charts.Marker(x, y, tip, shape, interval)
 
     line = tuple(
@@ -225,4 +225,4 @@ def _latency_chart(summary: Summary) -> Markup:
             ("mixed", "b-mixed", spread.mixed),
         )
     ]
-    return charts.latency(bars, limit_ms=min(limits) if limits else None)
+    return charts.latency_chart(bars, limit_ms=min(limits) if limits else None)

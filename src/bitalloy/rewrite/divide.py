@@ -9,16 +9,16 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.graphs.joining import rename
-from bitalloy.model.graphs.wiring import Program
+from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.read import consumers, is_float, name_of
 from bitalloy.model.write import Fresh, namer
 from bitalloy.rewrite.cast import cast, is_border
 
-HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+HALF_TYPE, SINGLE_TYPE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
-def divide(model: ir.Model, program: Program) -> dict[str, ir.Model]:
+def divide(model: ir.Model, program: GraphProgram) -> dict[str, ir.Model]:
     """One model per graph out of a joined model that was rewritten since.
 
     1. A node goes to the graph that its name starts with.
@@ -40,7 +40,7 @@ def divide(model: ir.Model, program: Program) -> dict[str, ir.Model]:
     return {name: _part(model.clone(), program, name) for name in program.graphs}
 
 
-def _part(model: ir.Model, program: Program, name: str) -> ir.Model:
+def _part(model: ir.Model, program: GraphProgram, name: str) -> ir.Model:
     original = program.graphs[name].model.graph
     values = {str(v.name): v for v in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs))}
     values.update({str(v.name): v for v in model.graph.outputs})
@@ -91,7 +91,7 @@ def _leaving(graph: ir.Graph, value: ir.Value, fresh: Fresh) -> ir.Value:
                 return after.node.outputs[0]
         if not is_float(value) and is_border(use.node):
             return use.node.outputs[0]
-    return value if value.dtype != HALF else cast(graph, value, SINGLE, fresh(f"{value.name}/single"))
+    return value if value.dtype != HALF_TYPE else cast(graph, value, SINGLE_TYPE, fresh(f"{value.name}/single"))
 
 
 def _arrive(
@@ -99,17 +99,17 @@ def _arrive(
     start: ir.Value,
     value: ir.Value,
     owners: Collection[str | None],
-    program: Program,
+    program: GraphProgram,
     fresh: Fresh,
 ) -> None:
     """Let those nodes that belong to `owners` read `start` in place of `value`, in the type in which they read that."""
     half: ir.Value | None = None
     for use in consumers(value):
-        if value.dtype == HALF and is_border(use.node):
+        if value.dtype == HALF_TYPE and is_border(use.node):
             _arrive(graph, start, use.node.outputs[0], owners, program, fresh)
         elif _owner(use.node, program) in owners:
-            if value.dtype == HALF and half is None:
-                half = cast(graph, start, HALF, fresh(f"{start.name}/half"))
+            if value.dtype == HALF_TYPE and half is None:
+                half = cast(graph, start, HALF_TYPE, fresh(f"{start.name}/half"))
             use.node.replace_input_with(use.slot, start if half is None else half)
 
 
@@ -126,7 +126,7 @@ def _rounds(node: ir.Node) -> bool:
     return node.op_type in ops.ROUNDING or is_border(node)
 
 
-def _owner(node: ir.Node, program: Program) -> str | None:
+def _owner(node: ir.Node, program: GraphProgram) -> str | None:
     """Graph that a node belongs to; None for rounding, which belongs to whoever reads it."""
     if _rounds(node):
         return None
@@ -136,7 +136,7 @@ def _owner(node: ir.Node, program: Program) -> str | None:
     return owner
 
 
-def _behind(ends: Sequence[ir.Value], program: Program, name: str) -> set[ir.Node]:
+def _behind(ends: Sequence[ir.Value], program: GraphProgram, name: str) -> set[ir.Node]:
     """Nodes that the outputs of one graph need, up to its inputs."""
     found: set[ir.Node] = set()
     left = [v.producer() for v in ends]

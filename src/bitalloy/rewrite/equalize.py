@@ -39,7 +39,7 @@ from bitalloy.model.write import Fresh, add_initializer, namer
 SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
 """Names of cases 1 and 2."""
 LINEAR = ops.WEIGHTED - {"ConvTranspose"}
-LARGEST = 8
+LARGEST_POWER = 8
 """Largest power of two by which a channel is scaled beside the median one: what no sample showed must not explode."""
 SomeGraph = TypeVar("SomeGraph", bound=Graph)
 
@@ -109,7 +109,7 @@ def exponents(
         wanted = np.zeros(len(seen))
         wanted[alive] = 0.5 * (np.log2(seen[alive]) - np.log2(weights[alive]))
         wanted[alive] -= np.median(wanted[alive])
-        powers = np.clip(np.rint(wanted), -LARGEST, LARGEST).astype(int)
+        powers = np.clip(np.rint(wanted), -LARGEST_POWER, LARGEST_POWER).astype(int)
         if powers.any():
             found[place] = tuple(powers.tolist())
     return found

@@ -1,7 +1,7 @@
 """Roundings of a model with fixed sizes, written into the same model with open ones.
 
 A plan is made at the sizes of the samples: one length of a prompt, an empty cache. What is shipped must take every
-length. Names of nodes are the same in both forms (`model.load.load` and `load_open`), so what an operand of a node
+length. Names of nodes are the same in both forms (`load_graph` and `load_open`), so what an operand of a node
 is rounded by can be carried over, operand by operand:
 
 1. A stored constant (INT8 weights, INT32 biases) takes the place of the same operand.

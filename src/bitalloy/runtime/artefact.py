@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.graphs.wiring import PROGRAM_FILE, Program, write_wiring
+from bitalloy.model.graphs.wiring import PROGRAM_FILE, GraphProgram, write_wiring
 from bitalloy.model.weights import is_large, pack, save
 from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.ort import ORT, available_cores
@@ -24,7 +24,7 @@ class Chain:
         program: whose graphs they are.
     """
 
-    def __init__(self, sessions: Mapping[str, Session], program: Program) -> None:
+    def __init__(self, sessions: Mapping[str, Session], program: GraphProgram) -> None:
         self._sessions, self._program = dict(sessions), program
         self._wires = {(w.target, w.input): (w.source, w.output) for w in program.wires}
 
@@ -70,7 +70,7 @@ class Artefact:
 
     models: Mapping[str, ir.Model | Path]
     """By name of the graph; `ONLY` for a model that is one graph."""
-    program: Program | None = None
+    program: GraphProgram | None = None
     runtime: Runtime = ORT
     """What executes it: that of the target it was made for."""
 

@@ -25,7 +25,7 @@ _NO_KERNELS = frozenset({"Const", "Constant", "Input", "Output", "Parameter", "R
 
 
 @dataclass(frozen=True)
-class Exported:
+class CompiledModel:
     """A compiled model, readable by the same version on the same machine."""
 
     data: bytes
@@ -48,7 +48,7 @@ class OpenVinoSession:
 
     def __init__(
         self,
-        model: bytes | str | Path | ir.Model | Exported,
+        model: bytes | str | Path | ir.Model | CompiledModel,
         *,
         threads: int | None = None,
         profile: Path | None = None,
@@ -69,7 +69,7 @@ class OpenVinoSession:
         }
         try:
             core = openvino.Core()
-            if isinstance(model, Exported):
+            if isinstance(model, CompiledModel):
                 self._compiled = core.import_model(io.BytesIO(model.data), "CPU", settings)
             else:
                 read = core.read_model(model if isinstance(model, bytes) else str(model))
@@ -132,9 +132,9 @@ class OpenVinoSession:
             )
         return tuple(found)
 
-    def exported(self) -> Exported:
+    def exported(self) -> CompiledModel:
         """The compiled model; a session of it is opened in a quarter of the time."""
-        return Exported(self._compiled.export_model().getvalue())
+        return CompiledModel(self._compiled.export_model().getvalue())
 
     def close(self) -> None:
         del self._free, self._compiled

@@ -254,5 +254,5 @@ def _version() -> str:
         raise MissingExtraError("tensorrt", "tensorrt", "The target tensorrt") from error
 
 
-TENSORRT = Runtime("TensorRT", TensorRtSession, _version)
+TENSORRT_RUNTIME = Runtime("TensorRT", TensorRtSession, _version)
 """The runtime of the extra `tensorrt`."""

@@ -44,7 +44,7 @@ _RGB = (
 """By colour number, before tint and light."""
 
 Pixels = npt.NDArray[np.uint8]
-Outline = npt.NDArray[np.float64]
+Corners = npt.NDArray[np.float64]
 """(k, 2) corners inside the unit circle, in drawing order."""
 
 
@@ -163,25 +163,25 @@ def _light_and_noise(rng: np.random.Generator, image: Pixels) -> Pixels:
     return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def _circle(radius: float = 1.0, x: float = 0.0, corners: int = 48) -> Outline:
+def _circle(radius: float = 1.0, x: float = 0.0, corners: int = 48) -> Corners:
     turn = np.arange(corners) * (math.tau / corners)
     return np.stack([np.cos(turn) * radius + x, np.sin(turn) * radius], 1)
 
 
-def _star() -> Outline:
+def _star() -> Corners:
     points = _circle(corners=10)
     points[1::2] *= 0.45
     return points
 
 
-def _cross() -> Outline:
+def _cross() -> Corners:
     far, near = 0.95, 0.31
     arm = np.array([[far, -near], [far, near], [near, near]])
     quarter = np.array([[0.0, 1.0], [-1.0, 0.0]])
     return np.concatenate([arm @ np.linalg.matrix_power(quarter, i) for i in range(4)])
 
 
-_OUTLINES: tuple[tuple[tuple[Outline, int], ...], ...] = (
+_OUTLINES: tuple[tuple[tuple[Corners, int], ...], ...] = (
     ((_circle(), 255),),
     ((_circle(corners=4), 255),),
     ((_circle(corners=3), 255),),

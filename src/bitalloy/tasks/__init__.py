@@ -9,7 +9,13 @@ from bitalloy.tasks.base import Interface, Task
 
 __all__ = ["TASKS", "find_task"]
 
-TASKS: tuple[Task[Any], ...] = (instance.TASK, detection.TASK, promptable.TASK, language.TASK, semantic.TASK)
+TASKS: tuple[Task[Any], ...] = (
+    instance.INSTANCE,
+    detection.DETECTION,
+    promptable.PROMPTABLE,
+    language.LANGUAGE,
+    semantic.SEMANTIC,
+)
 """The narrower before the wider: a model with masks is also a detector."""
 
 

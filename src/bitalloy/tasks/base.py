@@ -26,8 +26,8 @@ __all__ = [
     "Judge",
     "Measure",
     "Observe",
-    "Progress",
-    "Run",
+    "ProgressStep",
+    "RunModel",
     "Seen",
     "Task",
     "TaskData",
@@ -36,13 +36,13 @@ __all__ = [
     "Tokenizer",
     "few_images",
     "image_input",
-    "pack",
-    "unpack",
+    "pack_seen",
+    "unpack_seen",
 ]
 
-Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+RunModel = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 """Feeds of one sample -> outputs in graph order."""
-Progress = Callable[[int], None]
+ProgressStep = Callable[[int], None]
 """Told 1 after each model on each sample."""
 Seen = Mapping[str, np.ndarray]
 """What is kept of a model's outputs on one sample, e.g. its detections: some kilobytes."""
@@ -134,7 +134,7 @@ DataIn = TypeVar("DataIn", bound=TaskData, contravariant=True)
 class Observe(Protocol[DataIn]):
     """Run models on one sample."""
 
-    def __call__(self, models: Mapping[str, Run], data: DataIn, sample: int, /) -> dict[str, Seen]:
+    def __call__(self, models: Mapping[str, RunModel], data: DataIn, sample: int, /) -> dict[str, Seen]:
         """What each model does on a sample.
 
         Args:
@@ -201,12 +201,12 @@ class Task(Generic[DataT]):
 
     def evaluate(
         self,
-        models: Mapping[str, Run],
+        models: Mapping[str, RunModel],
         data: DataT,
         *,
         limit: int | None = None,
         seed: int = 0,
-        progress: Progress | None = None,
+        progress: ProgressStep | None = None,
     ) -> TaskResult:
         """Observe models on the same samples, one sample after the other, and measure them.
 
@@ -233,7 +233,7 @@ class Task(Generic[DataT]):
         return self.measure(judged, data, samples, seed=seed)
 
 
-def pack(seen: Sequence[Seen]) -> bytes:
+def pack_seen(seen: Sequence[Seen]) -> bytes:
     """What was observed on some samples as an .npz without pickled objects."""
     buffer = io.BytesIO()
     arrays = {f"{i}/{name}": value for i, one in enumerate(seen) for name, value in one.items()}
@@ -241,8 +241,8 @@ def pack(seen: Sequence[Seen]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes) -> list[Seen]:
-    """The inverse of `pack`."""
+def unpack_seen(data: bytes) -> list[Seen]:
+    """The inverse of `pack_seen`."""
     with np.load(io.BytesIO(data)) as arrays:
         found: list[dict[str, np.ndarray]] = [{} for _ in range(int(arrays["count"]))]
         for key in arrays.files:

@@ -11,13 +11,21 @@ import numpy as np
 from bitalloy.core.records import Estimate, MetricValue
 from bitalloy.tasks.base import TaskMetric
 
-__all__ = ["RESAMPLES", "Measured", "compare", "estimate", "metric_value", "ratio", "resampled_weights"]
+__all__ = [
+    "RESAMPLES",
+    "ResampledMetric",
+    "bootstrap_estimate",
+    "compare_models",
+    "metric_value",
+    "ratio_of_sums",
+    "resampled_weights",
+]
 
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ResampledMetric:
     """A metric of one model, and what it would have been on other draws of the images."""
 
     value: float
@@ -32,7 +40,7 @@ def resampled_weights(images: int, count: int, seed: int) -> np.ndarray:
     return np.array(counts, np.intp).reshape(count, images)
 
 
-def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray) -> Measured:
+def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray) -> ResampledMetric:
     """Sum over sum: a mean over all objects, pixels or tokens of the set, not a mean of the images' means.
 
     Args:
@@ -44,10 +52,10 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray)
     with np.errstate(invalid="ignore", divide="ignore"):
         resampled = (weights @ above) / (weights @ below)
     resampled[~np.isfinite(resampled)] = np.nan
-    return Measured(float(above.sum() / below.sum()), resampled)
+    return ResampledMetric(float(above.sum() / below.sum()), resampled)
 
 
-def estimate(value: float, resampled: np.ndarray) -> Estimate:
+def bootstrap_estimate(value: float, resampled: np.ndarray) -> Estimate:
     """With the basic (reflected) bootstrap interval of nominally 95 %.
 
     Average precision on few images is too high, and on a resample higher still; a mean over the classes that occur
@@ -65,13 +73,13 @@ def metric_value(
     value: float, resampled: np.ndarray, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> MetricValue:
     """A value with its interval, cut at what the metric can reach; `n` images."""
-    spread = estimate(value, resampled)
+    spread = bootstrap_estimate(value, resampled)
     return MetricValue(value=value, low=max(bounds[0], spread.low), high=min(bounds[1], spread.high), n=n)
 
 
-def compare(
+def compare_models(
     name: str,
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, ResampledMetric],
     n: int,
     *,
     higher_is_better: bool = True,
@@ -90,7 +98,7 @@ def compare(
     sign = 1.0 if higher_is_better else -1.0
     first = measured[reference]
     drops = {
-        model: estimate(
+        model: bootstrap_estimate(
             sign * (first.value - measured[model].value), sign * (first.resampled - measured[model].resampled)
         )
         for model in others

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.datasets import choose
+from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
-from bitalloy.tasks.base import Run, Seen, TaskResult, few_images
-from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
+from bitalloy.tasks.base import RunModel, Seen, TaskResult, few_images
+from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.chat import Chat, log_probabilities
 from bitalloy.tasks.coco import LabelledImage, find_images
 
@@ -56,7 +56,7 @@ class CaptionData:
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
         """Numbers of at most `limit` images."""
-        return choose([name for name, _ in self.captions], limit=limit, seed=seed)
+        return choose_samples([name for name, _ in self.captions], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of names, captions, preprocessing and prompt."""
@@ -97,7 +97,7 @@ def read_captions(path: Path, chat: Chat) -> CaptionData:
     )
 
 
-def observe_captions(models: Mapping[str, Run], data: CaptionData, sample: int, /) -> dict[str, Seen]:
+def observe_captions(models: Mapping[str, RunModel], data: CaptionData, sample: int, /) -> dict[str, Seen]:
     """Sums over the tokens of the captions of one image (see `_sums`), and how many these are.
 
     Raises:
@@ -136,16 +136,16 @@ def measure_captions(
     tokens = np.array([float(one["tokens"]) for one in next(iter(seen.values()))])
     n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     loss, agreed, divergence = (
-        {name: ratio(total[:, column], tokens, weights) for name, total in sums.items()} for column in range(3)
+        {name: ratio_of_sums(total[:, column], tokens, weights) for name, total in sums.items()} for column in range(3)
     )
-    perplexity = {name: Measured(float(np.exp(m.value)), np.exp(m.resampled)) for name, m in loss.items()}
+    perplexity = {name: ResampledMetric(float(np.exp(m.value)), np.exp(m.resampled)) for name, m in loss.items()}
     endless = (0.0, float("inf"))
     return TaskResult(
         task="language",
         metrics=(
-            compare("perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf"))),
-            compare("top-1 agreement", agreed, n),
-            compare("KL divergence", divergence, n, higher_is_better=False, bounds=endless),
+            compare_models("perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf"))),
+            compare_models("top-1 agreement", agreed, n),
+            compare_models("KL divergence", divergence, n, higher_is_better=False, bounds=endless),
         ),
         notes=(f"{int(tokens.sum())} tokens of captions on {n} images.", *few_images(n)),
     )

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec
-from bitalloy.tasks.base import Interface, Run, Tokenizer
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec
+from bitalloy.tasks.base import Interface, RunModel, Tokenizer
 
 __all__ = [
     "AFTER",
@@ -32,7 +32,7 @@ __all__ = [
     "SentencePieces",
     "Turn",
     "empty_cache",
-    "join",
+    "join_chat",
     "log_probabilities",
     "open_chat",
 ]
@@ -135,7 +135,7 @@ class Chat:
         """Inputs of the model."""
         return {self.image.input: image, IDS: np.array([ids], np.int64)}
 
-    def answer(self, run: Run, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
+    def answer(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
         """The most probable token, again and again, until `eos` or `limit` tokens."""
         prompt = self.prompt(question)
         new: list[int] = []
@@ -155,7 +155,8 @@ def open_chat(model: Interface) -> Chat:
     """
     if model.tokenizer is None:
         raise DataError("A language task needs the model's tokenizer. Give its folder, or load the model by its name.")
-    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch", mean=_MEAN, std=_STD)
+    options = ImageOptions(fit="stretch", mean=_MEAN, std=_STD)
+    image = model.image or infer_image_spec(model.inputs, task=None, options=options)
     assert image is not None, "a vision-language model without an image input is refused"
     return Chat(model.tokenizer, msgspec.structs.replace(image, fit="stretch"))
 
@@ -179,7 +180,7 @@ def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarr
     return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
 
 
-def join(vision: Run, embed: Run, decode: Run, cache: tuple[int, int, int]) -> Run:
+def join_chat(vision: RunModel, embed: RunModel, decode: RunModel, cache: tuple[int, int, int]) -> RunModel:
     """One function of the three graphs of MobileVLM; what one call has computed serves the next that goes on from it.
 
     A call goes on from the one before if its image is the very same array and its ids start with the former ids. The

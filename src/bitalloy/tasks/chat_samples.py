@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitalloy.data.datasets import ImageFolder, Samples, choose
+from bitalloy.data.datasets import ImageFolder, Samples, choose_samples
 from bitalloy.data.images import open_image
 from bitalloy.tasks.base import Interface, image_input
 from bitalloy.tasks.captions import QUESTION, read_captions
@@ -72,7 +72,7 @@ class ChatSamples(Samples):
         counts = Counter(len(turn.ids) for turn in turns)
         length = max(counts, key=lambda n: (counts[n], n))
         fitting = [_Turn(t.file, t.text, t.ids[:length]) for t in turns if len(t.ids) >= length]
-        chosen = choose([f"{t.file.name}\0{t.text}" for t in fitting], limit=limit, seed=seed)
+        chosen = choose_samples([f"{t.file.name}\0{t.text}" for t in fitting], limit=limit, seed=seed)
         label = "+".join(path.resolve().name for path in paths)
         used = _spread([fitting[i] for i in chosen])
         return ChatSamples(chat, used, cache, tokens, label=label, seed=seed if limit else 0)

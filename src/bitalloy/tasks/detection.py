@@ -15,23 +15,29 @@ import numpy as np
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import Estimate, MetricValue, Record
-from bitalloy.data.datasets import choose
+from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import Geometry, ImageSpec, image_feed, infer_image_spec
-from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskMetric, TaskResult, few_images
-from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, estimate, metric_value, resampled_weights
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskMetric, TaskResult, few_images
+from bitalloy.tasks.bootstrap import (
+    RESAMPLES,
+    ResampledMetric,
+    bootstrap_estimate,
+    compare_models,
+    metric_value,
+    resampled_weights,
+)
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco
 from bitalloy.tasks.precision import Detections, Matches, average_precision, match_boxes
-from bitalloy.tasks.yolo import class_names, decode, looks_like_yolo, suppress
+from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
 __all__ = [
-    "TASK",
+    "DETECTION",
     "ConfidenceShift",
     "DetectionData",
     "DetectionResult",
     "Matched",
     "class_names",
     "confidence_shift",
-    "decode",
     "evaluate_detection",
     "judge_detector",
     "looks_like_yolo",
@@ -39,6 +45,7 @@ __all__ = [
     "observe_detectors",
     "open_detection",
     "paired_difference",
+    "split_predictions",
     "suppress",
 ]
 
@@ -68,7 +75,7 @@ class DetectionData:
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
         """Numbers of at most `limit` images, in the order of their ids."""
-        return choose([e.file_name for e in self.labels.images], limit=limit, seed=seed)
+        return choose_samples([e.file_name for e in self.labels.images], limit=limit, seed=seed)
 
     def entries(self, samples: Sequence[int]) -> list[LabelledImage]:
         """Images by their numbers."""
@@ -123,38 +130,26 @@ def open_detection(annotations: Path, model: Interface) -> DetectionData:
 
 
 def evaluate_detection(
-    run: Run,
-    image: ImageSpec,
-    annotations: Path,
-    *,
-    images: Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    names: Sequence[str] | None = None,
-    resamples: int = RESAMPLES,
+    run: RunModel, data: DetectionData, *, limit: int | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> DetectionResult:
     """Average precision of a model on labelled images, with 95 % intervals from a bootstrap over images.
 
     Args:
         run: feeds of one image -> outputs in graph order.
-        image: how images are prepared.
-        annotations: COCO annotation file; only its images are used.
-        images: their folder; by default looked for as in `find_images`.
+        data: labels, opened for the model; only labelled images are used.
         limit: largest number of images; None takes all.
         seed: of the choice of images and of the bootstrap.
-        names: class names of the model, where known.
         resamples: number of bootstrap resamples.
 
     Raises:
         DataError: labels, images and model do not fit each other.
     """
-    data = DetectionData(read_coco(annotations, images), image, tuple(names) if names is not None else None)
     samples = data.choose(limit, seed)
     seen = [observe_detectors({"model": run}, data, i)["model"] for i in samples]
     return _results({"model": judge_detector(seen, data, samples)}, data, samples, seed, resamples)["model"]
 
 
-def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
+def observe_detectors(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
     """Detections on one image.
 
     Raises:
@@ -163,7 +158,7 @@ def observe_detectors(models: Mapping[str, Run], data: DetectionData, sample: in
     feeds, geometry, size = data.opened(sample)
     found: dict[str, Seen] = {}
     for name, run in models.items():
-        boxes, scores = decode(run(feeds))
+        boxes, scores = split_predictions(run(feeds))
         data.labels.category_ids(len(scores), data.names)
         found[name] = seen_of(on_image(suppress(boxes, scores), geometry, size), len(scores))
     return found
@@ -251,9 +246,9 @@ def precision_of(
 def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tuple[TaskMetric, ...]:
     """AP50-95 and AP50 of several models; `kind` leads the names, e.g. `mask `."""
     n = next(iter(results.values())).ap.n
-    mean = {name: Measured(r.ap.value, r.resampled) for name, r in results.items()}
-    half = {name: Measured(r.ap50.value, r.resampled50) for name, r in results.items()}
-    return compare(f"{kind}AP50-95", mean, n), compare(f"{kind}AP50", half, n)
+    mean = {name: ResampledMetric(r.ap.value, r.resampled) for name, r in results.items()}
+    half = {name: ResampledMetric(r.ap50.value, r.resampled50) for name, r in results.items()}
+    return compare_models(f"{kind}AP50-95", mean, n), compare_models(f"{kind}AP50", half, n)
 
 
 def shifts(results: Mapping[str, DetectionResult]) -> dict[str, Estimate]:
@@ -279,7 +274,7 @@ def paired_difference(a: DetectionResult, b: DetectionResult) -> Estimate:
         DataError: the results rest on different images, seeds or numbers of resamples.
     """
     _check_pair(a, b)
-    return estimate(a.ap.value - b.ap.value, a.resampled - b.resampled)
+    return bootstrap_estimate(a.ap.value - b.ap.value, a.resampled - b.resampled)
 
 
 def confidence_shift(
@@ -305,7 +300,7 @@ def confidence_shift(
     return ConfidenceShift(
         mean_a=float(total_a / matched),
         mean_b=float(total_b / matched),
-        shift=estimate(float((total_b - total_a) / matched), resampled),
+        shift=bootstrap_estimate(float((total_b - total_a) / matched), resampled),
         matched=int(matched),
         lost=sum(lost for _, lost in pairs),
     )
@@ -340,7 +335,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9))
 
 
-TASK: Task[DetectionData] = Task(
+DETECTION: Task[DetectionData] = Task(
     name="detection",
     labels="a COCO annotation file with boxes",
     matches=lambda model: looks_like_yolo(model.inputs, model.outputs),

@@ -28,7 +28,7 @@ from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import Run, Seen, Task, TaskData, TaskResult, pack, unpack
+from bitalloy.tasks.base import RunModel, Seen, Task, TaskData, TaskResult, pack_seen, unpack_seen
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
 
@@ -143,7 +143,7 @@ class Evaluator:
             for start in range(0, len(samples), SHARD):
                 part = samples[start : start + SHARD]
                 raw = self._shard(key, f"{start:06d}", partial(run, part))
-                found += unpack(raw)
+                found += unpack_seen(raw)
                 progress.advance(len(part))
         return found
 
@@ -176,7 +176,7 @@ class Evaluator:
                         sessions[name] = one.make().placed(folder / name).session(streams=streams)
                 models = {name: _for_each_thread(graph, session) for name, session in sessions.items()}
                 found = pool.map(lambda i: self._task.observe(models, data, i)["model"], samples)
-                return pack(list(found))
+                return pack_seen(list(found))
 
             try:
                 yield observe
@@ -185,7 +185,7 @@ class Evaluator:
                     session.close()
 
 
-def _for_each_thread(graph: Graph, session: Session) -> Run:
+def _for_each_thread(graph: Graph, session: Session) -> RunModel:
     """A `runner` of its own in every thread: it keeps what belongs to the sample at hand."""
     own = threading.local()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitalloy.data.images import Geometry, ImageSpec
 from bitalloy.data.masks import Rle, encode, packed, unpacked
-from bitalloy.tasks.base import Run, Seen, Task, TaskResult, few_images
+from bitalloy.tasks.base import RunModel, Seen, Task, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     DetectionData,
@@ -31,9 +31,9 @@ from bitalloy.tasks.detection import (
 )
 from bitalloy.tasks.precision import Detections, match_masks
 from bitalloy.tasks.resample import sample
-from bitalloy.tasks.yolo import decode, detections, has_masks, mask_parts, select
+from bitalloy.tasks.yolo import detections, has_masks, mask_parts, select_boxes, split_predictions
 
-__all__ = ["TASK", "draw_masks", "find_instances", "judge_instances", "measure_instances", "observe_instances"]
+__all__ = ["INSTANCE", "draw_masks", "find_instances", "judge_instances", "measure_instances", "observe_instances"]
 
 
 def draw_masks(
@@ -86,9 +86,9 @@ def find_instances(
     Raises:
         DataError: the outputs are not those of a YOLO model with masks.
     """
-    boxes, scores = decode(outputs)
+    boxes, scores = split_predictions(outputs)
     coefficients, prototypes = mask_parts(outputs)
-    index, label = select(boxes, scores)
+    index, label = select_boxes(boxes, scores)
     found = on_image(detections(boxes, scores, index, label), geometry, size)
     canvas = (image.height, image.width)
     return found, [
@@ -96,7 +96,7 @@ def find_instances(
     ]
 
 
-def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: int, /) -> dict[str, Seen]:
+def observe_instances(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
     """Boxes and masks on one image.
 
     Raises:
@@ -106,7 +106,7 @@ def observe_instances(models: Mapping[str, Run], data: DetectionData, sample: in
     found: dict[str, Seen] = {}
     for name, run in models.items():
         outputs = run(feeds)
-        classes = len(decode(outputs)[1])
+        classes = len(split_predictions(outputs)[1])
         data.labels.category_ids(classes, data.names)
         boxes, masks = find_instances(outputs, data.image, geometry, size)
         found[name] = {**seen_of(boxes, classes), **packed(masks), "size": np.array(size)}
@@ -157,7 +157,7 @@ def measure_instances(
     return TaskResult(task="instance", metrics=metrics, confidence_shift=shifts(by_box), notes=notes)
 
 
-TASK: Task[DetectionData] = Task(
+INSTANCE: Task[DetectionData] = Task(
     name="instance",
     labels="a COCO annotation file with boxes and masks",
     matches=lambda model: has_masks(model.inputs, model.outputs),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, image_input
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.captions import CaptionData, measure_captions, observe_captions, read_captions
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.questions import QuestionData, is_lines, measure_questions, observe_questions, read_questions
 
-__all__ = ["TASK", "LanguageData", "open_language"]
+__all__ = ["LANGUAGE", "LanguageData", "open_language"]
 
 LanguageData = CaptionData | QuestionData
 
@@ -26,7 +26,7 @@ def open_language(path: Path, model: Interface) -> LanguageData:
     return read_questions(path, chat) if is_lines(path) else read_captions(path, chat)
 
 
-def _observe(models: Mapping[str, Run], data: LanguageData, sample: int, /) -> dict[str, Seen]:
+def _observe(models: Mapping[str, RunModel], data: LanguageData, sample: int, /) -> dict[str, Seen]:
     if isinstance(data, QuestionData):
         return observe_questions(models, data, sample)
     return observe_captions(models, data, sample)
@@ -51,7 +51,7 @@ def _matches(model: Interface) -> bool:
     return image_input(model) is not None and IDS in {i.name for i in model.inputs}
 
 
-TASK: Task[LanguageData] = Task(
+LANGUAGE: Task[LanguageData] = Task(
     name="language",
     labels="a COCO caption file, or a file of questions as JSON lines",
     matches=_matches,

@@ -17,7 +17,8 @@ from bitalloy.data.images import ImageSpec
 from bitalloy.rewrite.calibrated import Calibrated, versions
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen, everything
-from bitalloy.tasks.detection import DetectionResult, evaluate_detection
+from bitalloy.tasks.coco import read_coco
+from bitalloy.tasks.detection import DetectionData, DetectionResult, evaluate_detection
 from bitalloy.tasks.open import image_spec
 from bitalloy.tasks.yolo import class_names, looks_like_yolo
 
@@ -114,10 +115,8 @@ def measure_metric(
                     progress.advance(1)
                     return board.run(feeds, gates)
 
-                result = evaluate_detection(
-                    run, spec, labels, limit=limit, seed=ready.settings.seed, names=class_names(model.metadata)
-                )
-                return _encode(result)
+                data = DetectionData(read_coco(labels), spec, class_names(model.metadata))
+                return _encode(evaluate_detection(run, data, limit=limit, seed=ready.settings.seed))
 
             name = hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24]
             found.append(msgspec.json.decode(work.shard("metric", key, name, shard), type=_Result))

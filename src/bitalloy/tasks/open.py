@@ -21,21 +21,21 @@ import numpy as np
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.datasets import Samples, open_dataset
-from bitalloy.data.images import ImageSpec, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.graphs.outline import Outline, usual_shapes
-from bitalloy.model.graphs.wiring import Program
+from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph
 from bitalloy.model.metadata import IMAGE, SHAPES
 from bitalloy.runtime.artefact import Chain
 from bitalloy.runtime.base import Session
 from bitalloy.tasks import chat, promptable
-from bitalloy.tasks.base import Interface, Run, Tokenizer, image_input
+from bitalloy.tasks.base import Interface, RunModel, Tokenizer, image_input
 from bitalloy.tasks.chat_samples import ChatSamples
 from bitalloy.tasks.pieces import read_pieces
 from bitalloy.tasks.prompt_samples import PromptSamples
 from bitalloy.tasks.yolo import looks_like_yolo
-from bitalloy.zoo.mobilevlm_chat import tokenizer as sentence_pieces
+from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
@@ -79,7 +79,7 @@ def interface(
     """
     facts = image_facts(metadata)
     if image is None and facts:
-        image = infer_image_spec(inputs, task=None, **facts)  # type: ignore[arg-type]
+        image = infer_image_spec(inputs, task=None, options=ImageOptions(**facts))  # type: ignore[arg-type]
     if not speaks(inputs):
         return Interface(inputs=inputs, outputs=outputs, metadata=metadata, image=image)
     picture = image_input(Interface(inputs=inputs, outputs=outputs))
@@ -106,7 +106,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return chat.SentencePieces(sentence_pieces(folder))
 
 
-def runner(graph: Graph, session: Session) -> Run:
+def runner(graph: Graph, session: Session) -> RunModel:
     """The function from a task's feeds to outputs; what an image gives is kept for all that is asked about it."""
     if not isinstance(session, Chain) or not isinstance(graph, Joined):
         return session.run
@@ -115,7 +115,7 @@ def runner(graph: Graph, session: Session) -> Run:
         owner = {t: session.part(name) for name, g in program.graphs.items() for t in g.input_names}
         picture = image_input(Interface(inputs=inputs, outputs=()))
         assert picture is not None
-        return chat.join(owner[picture.name].run, owner[chat.BEFORE].run, owner[chat.MASK].run, cache_size(inputs))
+        return chat.join_chat(owner[picture.name].run, owner[chat.BEFORE].run, owner[chat.MASK].run, cache_size(inputs))
     if takes_prompts(inputs) and len(program.graphs) == 2:
         return _prompted(program, session)
     return session.run
@@ -178,7 +178,7 @@ def _image_tokens(outline: Outline) -> int:
     )
 
 
-def _prompted(program: Program, session: Chain) -> Run:
+def _prompted(program: GraphProgram, session: Chain) -> RunModel:
     encoder, decoder = program.order
     names = {w.output: w.input for w in program.wires}
 
@@ -186,7 +186,7 @@ def _prompted(program: Program, session: Chain) -> Run:
         found = session.part(encoder).run(feeds)
         return {names[name]: value for name, value in found.items() if name in names}
 
-    return promptable.join(encode, session.part(decoder).run)
+    return promptable.join_promptable(encode, session.part(decoder).run)
 
 
 def _takes_image(inputs: Sequence[TensorSpec]) -> bool:
@@ -215,7 +215,7 @@ def _alike(samples: Samples) -> Samples:
 
 
 ImageChoice = ImageSpec | Mapping[str, object] | None
-"""How images are prepared: in full, or some arguments of `infer_image_spec`, or as inferred."""
+"""How images are prepared: in full, or some fields of `ImageOptions`, or as inferred."""
 
 
 def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
@@ -224,5 +224,5 @@ def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
     What is given counts before what the model's file says, and this before what is inferred from the input.
     """
     detector = looks_like_yolo(model.info.inputs, model.info.outputs)
-    known = {**image_facts(model.metadata), **overrides}
-    return infer_image_spec(model.info.inputs, task="detection" if detector else None, **known)  # type: ignore[arg-type]
+    known = ImageOptions(**{**image_facts(model.metadata), **overrides})  # type: ignore[arg-type]
+    return infer_image_spec(model.info.inputs, task="detection" if detector else None, options=known)

@@ -21,10 +21,10 @@ from functools import cached_property
 from pathlib import Path
 
 from bitalloy.core.errors import ModelError
+from bitalloy.zoo.mobilevlm_chat import TOKENIZER_FILE
 
-__all__ = ["FILE", "Pieces", "read_pieces"]
+__all__ = ["Pieces", "read_pieces"]
 
-FILE = "tokenizer.model"
 SPACE = "\u2581"
 UNKNOWN = " \u2047 "
 """What an unknown piece is decoded as."""
@@ -140,9 +140,9 @@ def read_pieces(path: Path) -> Pieces | None:
     Raises:
         ModelError: no such file, or it is damaged.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"No tokenizer at '{file}'. Copy `{FILE}` of the checkpoint there.")
+        raise ModelError(f"No tokenizer at '{file}'. Copy `{TOKENIZER_FILE}` of the checkpoint there.")
     try:
         pieces, trainer, normalizer = _model(file.read_bytes())
         numbers = {key: int.from_bytes(trainer.get(key, b""), "little") for key in (3, 40, 41, 42)}

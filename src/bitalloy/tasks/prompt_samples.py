@@ -9,9 +9,9 @@ import numpy as np
 
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
-from bitalloy.data.datasets import Samples, choose
+from bitalloy.data.datasets import Samples, choose_samples
 from bitalloy.tasks.base import Interface
-from bitalloy.tasks.promptable import KINDS, Prompt, PromptData, feeds_of, grid, open_prompts, prepare, prompts_of
+from bitalloy.tasks.promptable import KINDS, Prompt, PromptData, feeds_of, grid, open_prompts, prepare_image, prompts_of
 
 __all__ = ["PromptSamples"]
 
@@ -51,7 +51,7 @@ class PromptSamples(Samples):
             raise DataError(
                 f"No image of '{path}' has an object to ask for. Give labels with masks, or only the images."
             )
-        chosen = choose([data.files[i].name for i in usable], limit=limit, seed=seed)
+        chosen = choose_samples([data.files[i].name for i in usable], limit=limit, seed=seed)
         return PromptSamples(data, [usable[i] for i in chosen], seed=seed if limit is not None else 0)
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class PromptSamples(Samples):
     def feeds(self, index: int) -> dict[str, np.ndarray]:
         data, place = self._data, self._indices[index]
         image = data.open(place)
-        canvas, covered = prepare(image, data.image)
+        canvas, covered = prepare_image(image, data.image)
         return {data.image.input: canvas, **feeds_of(self._prompt(index, image.size), image.size, covered)}
 
     def fingerprint(self, index: int) -> str:

@@ -11,7 +11,7 @@ doubt; a single point takes the best of the other three by predicted IoU.
 With labels, every object gives a box and a point. Without, agreement with the first model can still be measured: the
 prompts are the nine cells of a 3 by 3 grid over the image, and their centres.
 
-A model is one function that takes all three inputs; `join` makes it of an encoder and a decoder.
+A model is one function that takes all three inputs; `join_promptable` makes it of an encoder and a decoder.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
-from bitalloy.data.datasets import ImageFolder, choose
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.datasets import ImageFolder, choose_samples
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.data.masks import Mask, interior_point, overlap
-from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
-from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
+from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco
 from bitalloy.tasks.resample import resize
 
 __all__ = [
     "KINDS",
-    "TASK",
+    "PROMPTABLE",
     "Prompt",
     "PromptData",
     "grid",
-    "join",
+    "join_promptable",
     "measure_prompts",
     "observe_prompts",
     "open_prompts",
-    "prepare",
+    "prepare_image",
     "prompts_of",
     "to_mask",
 ]
@@ -112,7 +112,7 @@ class PromptData:
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
         """Numbers of at most `limit` images."""
-        return choose([file.name for file in self.files], limit=limit, seed=seed)
+        return choose_samples([file.name for file in self.files], limit=limit, seed=seed)
 
     def open(self, index: int) -> Image.Image:
         """Read an image."""
@@ -132,7 +132,7 @@ def open_prompts(path: Path, model: Interface) -> PromptData:
         DataError: labels or images are broken or missing, or no object has a mask.
     """
     spec = image_input(model)
-    image = model.image or infer_image_spec(model.inputs, task=None, fit="stretch")
+    image = model.image or infer_image_spec(model.inputs, task=None, options=ImageOptions(fit="stretch"))
     assert image is not None and spec is not None, "a promptable model without an image input is refused"
     if path.is_dir():
         found = ImageFolder(path, (spec,), image)
@@ -174,7 +174,7 @@ def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask:
     return {"box": Prompt.box(*corners.tolist()), "point": Prompt.point(*point)}
 
 
-def prepare(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
+def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
     """The feed (1, 3, h, w), and (height, width) of the part of the canvas that the image covers.
 
     The longest side gets the canvas's length, pixels are normalised, and the rest is zero, as SAM does.
@@ -190,7 +190,7 @@ def prepare(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int,
 
 
 def feeds_of(prompt: Prompt, size: tuple[int, int], covered: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Decoder inputs (1, p, 2) and (1, p) of a prompt on an image of `size` (width, height); see `prepare`."""
+    """Decoder inputs (1, p, 2) and (1, p) of a prompt on an image of `size` (width, height); see `prepare_image`."""
     ratio_xy = np.array([covered[1] / size[0], covered[0] / size[1]])
     points = np.where(prompt.labels[:, None] == -1, 0.0, prompt.points * ratio_xy)
     return {
@@ -227,7 +227,7 @@ def to_mask(
         return np.asarray(resize(logits, size[1], size[0]) > 0)
 
 
-def join(encode: Run, decode: Run) -> Run:
+def join_promptable(encode: RunModel, decode: RunModel) -> RunModel:
     """One function of an encoder and a decoder; what the encoder gives is kept for the prompts of the same image.
 
     The encoder gets the feeds without the prompt, the decoder the encoder's outputs by name, and the prompt. An image
@@ -246,7 +246,7 @@ def join(encode: Run, decode: Run) -> Run:
     return run
 
 
-def observe_prompts(models: Mapping[str, Run], data: PromptData, sample: int, /) -> dict[str, Seen]:
+def observe_prompts(models: Mapping[str, RunModel], data: PromptData, sample: int, /) -> dict[str, Seen]:
     """Masks for all prompts on one image, packed, and their IoU with the labels (objects, kinds).
 
     Crowds and objects without a pixel are left out.
@@ -255,7 +255,7 @@ def observe_prompts(models: Mapping[str, Run], data: PromptData, sample: int, /)
         DataError: prompts or masks are broken, or models do not fit.
     """
     opened = data.open(sample)
-    canvas, covered = prepare(opened, data.image)
+    canvas, covered = prepare_image(opened, data.image)
     drawn: dict[str, list[masks.Rle]] = {name: [] for name in models}
     quality: dict[str, list[float]] = {name: [] for name in models}
     for prompts, truth in _asked(data, sample, opened.size):
@@ -307,9 +307,9 @@ def measure_prompts(
     weights = resampled_weights(n, resamples, seed)
     columns = {"mIoU": 0, "agreement": 1} if data.labels else {"agreement": 1}
     metrics = tuple(
-        compare(
+        compare_models(
             f"{what}, {kind} prompts",
-            {name: ratio(totals[name, kind][used, column], objects, weights) for name in seen},
+            {name: ratio_of_sums(totals[name, kind][used, column], objects, weights) for name in seen},
             n,
         )
         for what, column in columns.items()
@@ -347,7 +347,7 @@ def _matches(model: Interface) -> bool:
     return image_input(model) is not None and {COORDINATES, LABELS} <= names
 
 
-TASK: Task[PromptData] = Task(
+PROMPTABLE: Task[PromptData] = Task(
     name="promptable",
     labels="a COCO annotation file with masks, or a folder of images",
     matches=_matches,

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.datasets import choose
+from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
-from bitalloy.tasks.base import Run, Seen, TaskMetric, TaskResult, few_images
-from bitalloy.tasks.bootstrap import RESAMPLES, compare, ratio, resampled_weights
+from bitalloy.tasks.base import RunModel, Seen, TaskMetric, TaskResult, few_images
+from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.chat import Chat
 from bitalloy.tasks.coco import find_images
 
@@ -98,7 +98,7 @@ class QuestionData:
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
         """Numbers of at most `limit` images, in the order of their names."""
-        return choose(list(self.by_image), limit=limit, seed=seed)
+        return choose_samples(list(self.by_image), limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of questions, preprocessing and prompt."""
@@ -195,7 +195,7 @@ def read_answer(text: str, question: Question) -> str:
     return _plain(text)
 
 
-def observe_questions(models: Mapping[str, Run], data: QuestionData, sample: int, /) -> dict[str, Seen]:
+def observe_questions(models: Mapping[str, RunModel], data: QuestionData, sample: int, /) -> dict[str, Seen]:
     """Answers to all questions about one image, generated greedily.
 
     Raises:
@@ -259,19 +259,23 @@ def _metrics(
             ]
             for name, found in answers.items()
         }
-        metrics.append(compare(label, {name: ratio(np.array(r), count, weights) for name, r in right.items()}, n))
+        metrics.append(
+            compare_models(label, {name: ratio_of_sums(np.array(r), count, weights) for name, r in right.items()}, n)
+        )
         if kind == "yes/no":
             f1 = {name: _yes(asked, found) for name, found in answers.items()}
             if all(table[:, 1].any() for table in f1.values()):
-                measured = {name: ratio(2 * table[:, 0], table[:, 1], weights) for name, table in f1.items()}
-                metrics.append(compare("yes/no F1", measured, n))
+                measured = {name: ratio_of_sums(2 * table[:, 0], table[:, 1], weights) for name, table in f1.items()}
+                metrics.append(compare_models("yes/no F1", measured, n))
     reference = next(iter(answers.values()))
     same = {
         name: np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(reference, found, strict=True)])
         for name, found in answers.items()
     }
     count = np.array([len(questions) for questions in asked])
-    metrics.append(compare("answer agreement", {name: ratio(s, count, weights) for name, s in same.items()}, n))
+    metrics.append(
+        compare_models("answer agreement", {name: ratio_of_sums(s, count, weights) for name, s in same.items()}, n)
+    )
     return tuple(metrics)
 
 

@@ -25,20 +25,20 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.datasets import choose
-from bitalloy.data.images import ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.datasets import choose_samples
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
-from bitalloy.tasks.base import Interface, Run, Seen, Task, TaskResult, few_images, image_input
-from bitalloy.tasks.bootstrap import RESAMPLES, Measured, compare, ratio, resampled_weights
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
+from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.resample import resize
 
 __all__ = [
-    "TASK",
+    "SEMANTIC",
     "SemanticData",
     "best_classes",
     "confusion",
-    "measure_semantic",
     "mean_iou",
+    "measure_semantic",
     "observe_semantic",
     "official_size",
     "open_semantic",
@@ -69,7 +69,7 @@ class SemanticData:
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
         """Numbers of at most `limit` images, in the order of their names."""
-        return choose([f.name for f in self.files], limit=limit, seed=seed)
+        return choose_samples([f.name for f in self.files], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
         """SHA-256 of names and label maps, preprocessing and protocol."""
@@ -105,7 +105,7 @@ def open_semantic(
             "height and width. Export it with dynamic axes, or use the protocol 'squash'."
         )
     size = SHORT_SIDE if open_sides else None
-    image = model.image or infer_image_spec(model.inputs, task="semantic", size=size)
+    image = model.image or infer_image_spec(model.inputs, task="semantic", options=ImageOptions(size=size))
     assert image is not None, "a semantic model without an image input is refused"
     classes = model.outputs[0].shape[1]
     if not isinstance(classes, int):
@@ -122,13 +122,20 @@ def open_semantic(
 
 
 def official_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of the canvas in the official protocol; e.g. 683x512 -> 704x512, 2000x500 -> 2048x512."""
+    """Width and height of the canvas in the official protocol (NVlabs/SegFormer, `AlignResize`).
+
+    It has the largest scale at which the short side is at most 512 and the long one at most 2048 pixels; each side is
+    then rounded up to a multiple of 32.
+
+    >>> official_size(683, 512), official_size(2000, 500)
+    ((704, 512), (2048, 512))
+    """
     scale = min(LONG_SIDE / max(width, height), SHORT_SIDE / min(width, height))
     scaled = int(width * scale + 0.5), int(height * scale + 0.5)
     return -(-scaled[0] // MULTIPLE) * MULTIPLE, -(-scaled[1] // MULTIPLE) * MULTIPLE
 
 
-def prepare(image: Image.Image, data: SemanticData) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def prepare_feed(image: Image.Image, data: SemanticData) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The feed of an image, and the sizes (height, width) that its logits pass through on their way back."""
     original = (image.height, image.width)
     if data.protocol == "squash":
@@ -180,7 +187,7 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
         return np.asarray(each.sum(axis=-1) / occurs.sum(axis=-1))
 
 
-def observe_semantic(models: Mapping[str, Run], data: SemanticData, sample: int, /) -> dict[str, Seen]:
+def observe_semantic(models: Mapping[str, RunModel], data: SemanticData, sample: int, /) -> dict[str, Seen]:
     """Pixel counts per class of one image (3, classes), see `mean_iou`, and the classes of its pixels, compressed.
 
     Raises:
@@ -189,7 +196,7 @@ def observe_semantic(models: Mapping[str, Run], data: SemanticData, sample: int,
     file = data.files[sample]
     opened = open_image(file.image, data.image.channels)
     label = read_label(file, opened.size, data.classes, reduce_zero_label=data.reduce_zero_label)
-    feed, sizes = prepare(opened, data)
+    feed, sizes = prepare_feed(opened, data)
     found: dict[str, Seen] = {}
     for name, run in models.items():
         predicted = best_classes(_logits(run({data.image.input: feed}), data.classes), sizes)
@@ -231,23 +238,23 @@ def measure_semantic(
             agreed[name][i] = np.count_nonzero(predicted == reference)
             pixels[i] = predicted.size
     quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
-    accuracy = {name: ratio(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
-    agreement = {name: ratio(a, pixels, weights) for name, a in agreed.items()}
+    accuracy = {name: ratio_of_sums(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
+    agreement = {name: ratio_of_sums(a, pixels, weights) for name, a in agreed.items()}
     return TaskResult(
         task="semantic",
         metrics=(
-            compare("mIoU", quality, n),
-            compare("pixel accuracy", accuracy, n),
-            compare("pixel agreement", agreement, n),
+            compare_models("mIoU", quality, n),
+            compare_models("pixel accuracy", accuracy, n),
+            compare_models("pixel agreement", agreement, n),
         ),
         notes=(f"Protocol: {data.protocol}.", *few_images(n)),
     )
 
 
-def _mean_iou(counts: np.ndarray, weights: np.ndarray) -> Measured:
+def _mean_iou(counts: np.ndarray, weights: np.ndarray) -> ResampledMetric:
     """From counts (I, 3, classes) per image; sums come before the quotient."""
     drawn = (weights.astype(np.float64) @ counts.reshape(len(counts), -1)).reshape(len(weights), 3, -1)
-    return Measured(float(mean_iou(counts.sum(axis=0))), mean_iou(drawn))
+    return ResampledMetric(float(mean_iou(counts.sum(axis=0))), mean_iou(drawn))
 
 
 def _logits(outputs: Mapping[str, np.ndarray], classes: int) -> np.ndarray:
@@ -265,7 +272,7 @@ def _matches(model: Interface) -> bool:
     return len(shape) == 4 and isinstance(shape[1], int) and shape[1] > 1
 
 
-TASK: Task[SemanticData] = Task(
+SEMANTIC: Task[SemanticData] = Task(
     name="semantic",
     labels="a folder of images and label maps",
     matches=_matches,

@@ -20,12 +20,12 @@ from bitalloy.tasks.precision import Detections
 
 __all__ = [
     "class_names",
-    "decode",
     "detections",
     "has_masks",
     "looks_like_yolo",
     "mask_parts",
-    "select",
+    "select_boxes",
+    "split_predictions",
     "suppress",
 ]
 
@@ -72,7 +72,7 @@ def class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         return None
 
 
-def decode(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def split_predictions(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Split the first output of a model.
 
     Mask coefficients are left out: as many rows as the prototypes, the second output (1, m, h, w), have channels.
@@ -118,8 +118,8 @@ def suppress(
     iou: float = IOU,
     limit: int = MAX_BOXES,
 ) -> Detections:
-    """Keep, class by class, the best of boxes that overlap by more than `iou`; see `select`."""
-    index, label = select(boxes, scores, confidence=confidence, iou=iou, limit=limit)
+    """Keep, class by class, the best of boxes that overlap by more than `iou`; see `select_boxes`."""
+    index, label = select_boxes(boxes, scores, confidence=confidence, iou=iou, limit=limit)
     return detections(boxes, scores, index, label)
 
 
@@ -129,7 +129,7 @@ def detections(boxes: np.ndarray, scores: np.ndarray, index: np.ndarray, label: 
     return Detections(np.concatenate([centre - half, centre + half], axis=1), scores[label, index], label)
 
 
-def select(
+def select_boxes(
     boxes: np.ndarray,
     scores: np.ndarray,
     *,

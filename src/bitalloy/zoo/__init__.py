@@ -6,7 +6,7 @@ A family is one file beside this one and one line in `FAMILIES`; networks that n
 from __future__ import annotations
 
 import difflib
-import importlib
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.model.graphs.wiring import PROGRAM_FILE
-from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Variant
+from bitalloy.ops import RANDOM
+from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, Variant
 
 __all__ = [
     # lookup
@@ -28,11 +29,11 @@ __all__ = [
     "is_variant",
     "resolve",
     # export
-    "RANDOM",
+    "RANDOM_WEIGHTS",
     "Exported",
     "Family",
     "Options",
-    "export",
+    "export_model",
 ]
 
 SAMPLE = "yolo11n-shapes"
@@ -41,12 +42,12 @@ NAMES = {name: f"{name}.onnx" for name in (SAMPLE, "yolo11n-seg-shapes", "segfor
 PROGRAMS = {name: name for name in ("mobilesam-shapes", "mobilevlm-shapes")}
 """Name -> folder of a program among the packaged samples."""
 FAMILIES = {
-    "yolo11": "bitalloy.zoo.yolo11",
-    "segformer": "bitalloy.zoo.segformer",
-    "mobilesam": "bitalloy.zoo.mobilesam",
-    "mobilevlm": "bitalloy.zoo.mobilevlm",
+    "yolo11": "bitalloy.zoo.yolo11:YOLO11",
+    "segformer": "bitalloy.zoo.segformer:SEGFORMER",
+    "mobilesam": "bitalloy.zoo.mobilesam:MOBILESAM",
+    "mobilevlm": "bitalloy.zoo.mobilevlm:MOBILEVLM",
 }
-"""Family -> module that holds its `FAMILY`."""
+"""Name of a family -> module and name of its `Family`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def is_variant(name: str) -> bool:
 
 def families() -> tuple[Family, ...]:
     """All families, in order. None of their libraries is imported."""
-    return tuple(importlib.import_module(module).FAMILY for module in FAMILIES.values())
+    return tuple(pkgutil.resolve_name(place) for place in FAMILIES.values())
 
 
 def find(name: str) -> tuple[Family, Variant]:
@@ -106,7 +107,7 @@ def find(name: str) -> tuple[Family, Variant]:
     raise ModelError(f"No model family knows '{name}'. Known are {', '.join(known)}.{_hint(name, known)}")
 
 
-def export(
+def export_model(
     name: str, *, checkpoint: str | Path | None = None, folder: Path, options: Options | None = None
 ) -> Exported:
     """Write a model of the zoo as ONNX and compare the files with torch.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Export", "Exported", "Family", "Options", "Protection", "Published", "Regions", "Remote", "Variant"]
+__all__ = ["Export", "Exported", "Family", "Options", "ProtectionAdvice", "Published", "Regions", "Remote", "Variant"]
 
-RANDOM = "random"
+RANDOM_WEIGHTS = "random"
 """Checkpoint name for seeded random weights: for tests, scaling and full-size checks, never for accuracy."""
 
 Regions = tuple[tuple[str, str], ...]
@@ -23,7 +23,7 @@ Regions = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Protection:
+class ProtectionAdvice:
     """Nodes that stay in float by default. A default only: a measurement may overrule it."""
 
     pattern: str
@@ -107,7 +107,7 @@ class Exported:
     """Graph name -> .onnx file. Several graphs come with a `program.json` beside them."""
     wires: tuple[str, ...] = ()
     """`"encoder:image_embeddings -> decoder:image_embeddings"`."""
-    protect: tuple[Protection, ...] = ()
+    protect: tuple[ProtectionAdvice, ...] = ()
     notes: tuple[str, ...] = ()
 
 

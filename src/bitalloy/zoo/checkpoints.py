@@ -24,7 +24,7 @@ from bitalloy.core.errors import MissingExtraError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SHOWN = 4
+SHOWN_KEYS = 4
 """Keys of each kind that a message names."""
 SECONDS = 600
 """After this the process that opens a pickle is stopped."""
@@ -70,7 +70,7 @@ def _is_pickle(path: Path, error: pickle.UnpicklingError) -> bool:
         return file.read(1) == pickle.PROTO and "nsupported operand" in str(error)
 
 
-def load(module: nn.Module, state: Mapping[str, Tensor], *, source: Path, name: str) -> None:
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, source: Path, name: str) -> None:
     """Copy a state dict into a network of the same keys and shapes.
 
     Raises:
@@ -123,7 +123,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
 
 
 def _safetensors(path: Path, extra: str) -> dict[str, Tensor]:

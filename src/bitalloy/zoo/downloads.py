@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 from bitalloy.core.errors import MissingExtraError, ModelError
-from bitalloy.zoo.base import RANDOM, Remote
+from bitalloy.zoo.base import RANDOM_WEIGHTS, Remote
 
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 
@@ -28,7 +28,9 @@ def locate(checkpoint: str | Path | None, remote: Remote, *, extra: str) -> Path
     if remote.hub and isinstance(checkpoint, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         return fetch(replace(remote, hub=checkpoint, revision=None), extra=extra)
     hub = " a repository on the Hugging Face hub," if remote.hub else ""
-    raise ModelError(f"No checkpoint at '{checkpoint}'. Give a file, a folder,{hub} or `{RANDOM}` for random weights.")
+    raise ModelError(
+        f"No checkpoint at '{checkpoint}'. Give a file, a folder,{hub} or `{RANDOM_WEIGHTS}` for random weights."
+    )
 
 
 def fetch(remote: Remote, *, extra: str) -> Path:

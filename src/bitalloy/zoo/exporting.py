@@ -24,36 +24,36 @@ from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.zoo.base import Protection, Regions
+from bitalloy.zoo.base import ProtectionAdvice, Regions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 OPSET = 17
-TOLERANCE = 1e-4
+EXPORT_TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, over the largest magnitude of that part of the output."""
-FLOOR = 1e-3
+LEAST_MAGNITUDE = 1e-3
 """Parts of smaller magnitude are compared with this one: small results of the runtime's Sigmoid are not exact."""
 INLINE_BYTES = 1_500_000_000
 """Weights above this go to one file of external data: a protobuf message ends at 2 GB."""
-ALIGNMENT = 4096
+EXTERNAL_DATA_ALIGNMENT = 4096
 """Of tensors in external data, in bytes, so that they can be memory-mapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ExportFacts:
     """What the files of a model tell about themselves."""
 
     family: str
     variant: str
     regions: Regions
-    protect: tuple[Protection, ...] = ()
+    protect: tuple[ProtectionAdvice, ...] = ()
     heads: tuple[str, ...] = ()
     """Outputs that count; empty for all."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Usual shapes of inputs with open dimensions."""
     image: Mapping[str, object] = field(default_factory=dict)
-    """How images are prepared: arguments of `bitalloy.data.infer_image_spec`; empty where that infers it right."""
+    """How images are prepared: fields of `bitalloy.data.images.ImageOptions`; empty where that infers it right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Signature:
 
 
 def export_graph(
-    module: nn.Module, checks: Sequence[tuple[Tensor, ...]], path: Path, signature: Signature, facts: Facts
+    module: nn.Module, checks: Sequence[tuple[Tensor, ...]], path: Path, signature: Signature, facts: ExportFacts
 ) -> str:
     """Write `module` to `path` and run the file on the inputs of `checks`, the first of which is traced.
 
@@ -109,10 +109,10 @@ def export_graph(
         got = session.run({n: t.numpy() for n, t in zip(signature.inputs, inputs, strict=True)})
         for name, want in zip(signature.outputs, outputs, strict=True):
             worst = max([worst, *_differences(np.asarray(got[name]), want, signature.parts.get(name, ()))])
-    if not worst <= TOLERANCE:
+    if not worst <= EXPORT_TOLERANCE:
         raise ModelError(
-            f"'{path.name}' differs from torch by {worst:.1e} of the output's range; allowed is {TOLERANCE:.0e}. "
-            "Try another version of torch."
+            f"'{path.name}' differs from torch by {worst:.1e} of the output's range; allowed is "
+            f"{EXPORT_TOLERANCE:.0e}. Try another version of torch."
         )
     return f"{path.name} differs from torch by at most {worst:.1e} of the output's range on random inputs."
 
@@ -125,7 +125,7 @@ def random_image(size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
 
 
-def annotate(proto: onnx.ModelProto, facts: Facts) -> None:
+def annotate(proto: onnx.ModelProto, facts: ExportFacts) -> None:
     """Add the family's facts to the model and, to every node of a known module, its region in the family's words."""
     texts = {
         FAMILY: facts.family,
@@ -168,12 +168,12 @@ def _write(proto: onnx.ModelProto, source: Path, path: Path) -> None:
                 if not tensor.HasField("raw_data") and tensor.data_location != TensorProto.EXTERNAL:
                     continue
                 content = _content(tensor, source)
-                if len(content) < ALIGNMENT:
+                if len(content) < EXTERNAL_DATA_ALIGNMENT:
                     tensor.raw_data = content
                     tensor.data_location = TensorProto.DEFAULT
                     del tensor.external_data[:]
                     continue
-                out.write(b"\0" * (-out.tell() % ALIGNMENT))
+                out.write(b"\0" * (-out.tell() % EXTERNAL_DATA_ALIGNMENT))
                 offset = out.tell()
                 out.write(content)
                 tensor.raw_data = b""  # the field must be there for its place to be taken
@@ -220,4 +220,4 @@ def _differences(got: np.ndarray, want: np.ndarray, cuts: tuple[int, ...]) -> It
         return
     for a, b in zip(np.split(got, cuts, axis=1), np.split(want, cuts, axis=1), strict=True):
         if b.size:
-            yield float(np.abs(a - b).max() / max(float(np.abs(b).max()), FLOOR))
+            yield float(np.abs(a - b).max() / max(float(np.abs(b).max()), LEAST_MAGNITUDE))

@@ -22,18 +22,18 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model import relevance
 from bitalloy.model.graphs.wiring import write_wiring
 from bitalloy.zoo import checkpoints, downloads
-from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
-from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image
+from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, ProtectionAdvice, Published, Remote, Variant
+from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph, random_image
 
-EXTRA = "mobilesam"
-SIDE = 1024
+_EXTRA = "mobilesam"
+SAM_SIDE = 1024
 """Pixels of the padded image."""
-MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-IMAGE = {"fit": "stretch", "mean": [v / 255 for v in MEAN], "std": [v / 255 for v in DEVIATION]}
+SAM_MEAN, SAM_DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+SAM_IMAGE = {"fit": "stretch", "mean": [v / 255 for v in SAM_MEAN], "std": [v / 255 for v in SAM_DEVIATION]}
 """Preparation of images; that the longest side is fitted and the rest is zero belongs to the task."""
 OBJECT, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1.0, 0.0, 2.0, 3.0, -1.0
 """Labels of points."""
-REGIONS = (
+MOBILESAM_REGIONS = (
     (r"image_encoder/patch_embed", "image encoder/stem"),
     (r"image_encoder/layers/layers\.(\d)/blocks\.(\d+)", r"image encoder/stage \1/block \2"),
     (r"image_encoder/layers/layers\.(\d)", r"image encoder/stage \1"),
@@ -45,19 +45,19 @@ REGIONS = (
     (r"mask_decoder/iou_prediction_head", "mask decoder/IoU head"),
     (r"mask_decoder", "mask decoder"),
 )
-PROTECT = (
-    Protection(
+MOBILESAM_PROTECTION = (
+    ProtectionAdvice(
         pattern="*/mask_decoder/*",
         reason="Activations of the decoder's attention have extreme outliers and two modes; it takes 5 % of the time.",
         source="https://arxiv.org/abs/2405.03144, https://arxiv.org/abs/2503.06515",
     ),
-    Protection(
+    ProtectionAdvice(
         pattern="*/prompt_encoder/*",
         reason="Coordinates are encoded by sines of large phases.",
         source="https://arxiv.org/abs/2304.02643, appendix A",
     ),
 )
-WIRES = ("encoder:image_embeddings -> decoder:image_embeddings",)
+MOBILESAM_WIRES = ("encoder:image_embeddings -> decoder:image_embeddings",)
 
 
 def prompts(
@@ -66,7 +66,7 @@ def prompts(
     points: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     box: tuple[float, float, float, float] | None = None,
-    side: int = SIDE,
+    side: int = SAM_SIDE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The decoder's inputs for points, a box, or both.
 
@@ -91,7 +91,7 @@ def prompts(
     return coords[None].astype(np.float32), np.array([kinds], np.float32)
 
 
-def export(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
+def export_mobilesam(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
     """Write `encoder.onnx`, `decoder.onnx` and `program.json`.
 
     Raises:
@@ -99,7 +99,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     """
     import torch
 
-    from bitalloy.zoo.networks.mobilesam import Decoder, Encoder, build
+    from bitalloy.zoo.networks.mobilesam import Encoder, PromptedDecoder, build_sam
 
     side = variant.size[0]
     numbers: dict[str, Any] = dict(variant.architecture)
@@ -107,20 +107,20 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         raise ModelError(f"MobileSAM is made for images padded to {side}x{side}; leave --image-size out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        sam = build(numbers, side).eval()
-        if checkpoint != RANDOM:
-            source = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
-            state = checkpoints.read(source, trust=options.trust_checkpoint, extra=EXTRA)
-            checkpoints.load(sam, state, source=source, name=variant.name)
-        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
+        sam = build_sam(numbers, side).eval()
+        if checkpoint != RANDOM_WEIGHTS:
+            source = downloads.locate(checkpoint, variant.remote, extra=_EXTRA)
+            state = checkpoints.read(source, trust=options.trust_checkpoint, extra=_EXTRA)
+            checkpoints.load_weights(sam, state, source=source, name=variant.name)
+        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (SAM_MEAN, SAM_DEVIATION))
         image = (255 * random_image(variant.size) - mean) / deviation
-        encoder, decoder = Encoder(sam).eval(), Decoder(sam).eval()
+        encoder, decoder = Encoder(sam).eval(), PromptedDecoder(sam).eval()
         embeddings = torch.randn(1, numbers["width"], side // 16, side // 16)  # the encoder ends with a norm
         box, points = (100, 200, 600, 700), np.array([[300, 400], [800, 50]])  # of an image of 1024 x 1024
         given = [
-            prompts((SIDE, SIDE), box=box, side=side),
-            prompts((SIDE, SIDE), points=points, labels=np.array([1, 0]), side=side),
-            prompts((SIDE, SIDE), points=points[:1], box=box, side=side),
+            prompts((SAM_SIDE, SAM_SIDE), box=box, side=side),
+            prompts((SAM_SIDE, SAM_SIDE), points=points, labels=np.array([1, 0]), side=side),
+            prompts((SAM_SIDE, SAM_SIDE), points=points[:1], box=box, side=side),
         ]
     asked = [(embeddings, torch.from_numpy(coords), torch.from_numpy(labels)) for coords, labels in given]
     graphs = {name: folder / f"{name}.onnx" for name in ("encoder", "decoder")}
@@ -131,7 +131,13 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         open_axes={"point_coords": {1: "points"}, "point_labels": {1: "points"}},
     )
     shapes = {"point_coords": (1, 2, 2), "point_labels": (1, 2)}
-    facts = Facts(family="mobilesam", variant=variant.name, regions=REGIONS, protect=PROTECT, image=IMAGE)
+    facts = ExportFacts(
+        family="mobilesam",
+        variant=variant.name,
+        regions=MOBILESAM_REGIONS,
+        protect=MOBILESAM_PROTECTION,
+        image=SAM_IMAGE,
+    )
     prompted = replace(facts, shapes=shapes)
     notes = (
         export_graph(encoder, [(image,)], graphs["encoder"], first, facts),
@@ -139,17 +145,17 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         variant.note,
         f"Weights: {variant.remote.licence}.",
     )
-    write_wiring(folder, {name: path.name for name, path in graphs.items()}, WIRES)
-    return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=notes)
+    write_wiring(folder, {name: path.name for name, path in graphs.items()}, MOBILESAM_WIRES)
+    return Exported(graphs=graphs, wires=MOBILESAM_WIRES, protect=MOBILESAM_PROTECTION, notes=notes)
 
 
-VARIANTS = (
+MOBILESAM_VARIANTS = (
     Variant(
         name="mobilesam",
         parameters_m=9.804,
         flops_b=81.159,
         work="image and one box",
-        size=(SIDE, SIDE),
+        size=(SAM_SIDE, SAM_SIDE),
         architecture={
             "encoder_widths": (64, 128, 160, 320), "encoder_depths": (2, 2, 6, 2), "encoder_heads": (2, 4, 5, 10),
             "encoder_windows": (7, 7, 14, 7), "classes": 1000, "width": 256, "heads": 8, "mlp": 2048,
@@ -170,7 +176,7 @@ VARIANTS = (
         "321,640 belong to a classification head that is never used and is not exported.",
     ),
 )  # fmt: skip
-SHAPES = Variant(
+MOBILESAM_SHAPES = Variant(
     name="mobilesam-shapes",
     parameters_m=2.219,
     flops_b=0.896,
@@ -185,12 +191,12 @@ SHAPES = Variant(
     note="A reduced MobileSAM for the embedded sample.",
 )  # fmt: skip
 """Of the embedded sample; trained by `reference/train_promptable.py`."""
-FAMILY = Family(
+MOBILESAM = Family(
     name="mobilesam",
     task="promptable segmentation",
-    extra=EXTRA,
+    extra=_EXTRA,
     packages={"torch": (2, 6), "kornia": (0, 9)},
-    variants={v.name: v for v in VARIANTS},
-    export=export,
+    variants={v.name: v for v in MOBILESAM_VARIANTS},
+    export=export_mobilesam,
     relevance=relevance.mobilesam,
 )

@@ -22,13 +22,15 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model import relevance
 from bitalloy.model.graphs.wiring import write_wiring
 from bitalloy.zoo import checkpoints, downloads
-from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
-from bitalloy.zoo.exporting import Facts, Signature, export_graph
-from bitalloy.zoo.mobilevlm_chat import DEVIATION, MEAN
+from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, ProtectionAdvice, Published, Remote, Variant
+from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph
+from bitalloy.zoo.mobilevlm_chat import CLIP_DEVIATION, CLIP_MEAN, TOKENIZER_FILE
 
-EXTRA, TOKENIZER = "mobilevlm", "tokenizer.model"
-SIDE = 336
-PROMPT, BEFORE = 256, 35
+_EXTRA = "mobilevlm"
+CLIP_SIDE = 336
+CLIP_IMAGE = {"fit": "stretch", "mean": CLIP_MEAN, "std": CLIP_DEVIATION}
+"""Preparation of images; that they are padded to a square belongs to the task."""
+PROMPT, BEFORE_IMAGE = 256, 35
 """Positions of a usual prompt, and of its part before the image."""
 CLIP = {
     "clip_hidden_size": 1024, "clip_intermediate_size": 4096, "clip_layers": 24, "clip_heads": 16, "clip_patch": 14,
@@ -42,7 +44,7 @@ FIELDS = {
 """Our names -> those of config.json and of transformers."""
 PEAK = 2.2
 """Memory that an export takes over the float32 weights of the largest graph, measured as 2.1 with the 1.7B."""
-REGIONS = (
+MOBILEVLM_REGIONS = (
     (r"vision_tower/embeddings", "vision tower/embedding"),
     (r"vision_tower/encoder/layers\.(\d+)/self_attn", r"vision tower/layer \1/attention"),
     (r"vision_tower/encoder/layers\.(\d+)/mlp", r"vision tower/layer \1/MLP"),
@@ -56,17 +58,20 @@ REGIONS = (
     (r"model", "LM"),
     (r"lm_head", "LM/head"),
 )
-PROTECT = (
-    Protection(
+MOBILEVLM_PROTECTION = (
+    ProtectionAdvice(
         pattern="*/lm_head/MatMul",
         reason="Its rounding goes straight into the logits, and a few large channels decide its range.",
         source="https://arxiv.org/abs/2211.10438, section 5 keeps the language-model head in half precision",
     ),
 )
-WIRES = ("vision:image_features -> embedding:image_features", "embedding:inputs_embeds -> decoder:inputs_embeds")
+MOBILEVLM_WIRES = (
+    "vision:image_features -> embedding:image_features",
+    "embedding:inputs_embeds -> decoder:inputs_embeds",
+)
 
 
-def export(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
+def export_mobilevlm(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
     """Write `vision.onnx`, `embedding.onnx`, `decoder.onnx` (with `.data` above 2 GB) and `program.json`.
 
     Raises:
@@ -74,25 +79,30 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     """
     import torch
 
-    from bitalloy.zoo.networks.mobilevlm import Decoder, Embedding, Vision, example, split
+    from bitalloy.zoo.networks.mobilevlm import Decoder, Embedding, Vision, example, split_state
 
     if options.size not in (None, variant.size):
         side = variant.size[0]
         raise ModelError(f"'{variant.name}' takes images of {side}x{side}; leave --image-size out.")
     numbers: dict[str, Any] = dict(variant.architecture)
     _refuse_small_memory(variant.name, numbers)
-    source = None if checkpoint == RANDOM else downloads.locate(checkpoint, variant.remote, extra=EXTRA)
+    source = None if checkpoint == RANDOM_WEIGHTS else downloads.locate(checkpoint, variant.remote, extra=_EXTRA)
     if source is not None:
         _compare(source, numbers, variant.name)
-    vision_state, language_state = split(checkpoints.read(source, extra=EXTRA)) if source else ({}, {})
+    vision_state, language_state = split_state(checkpoints.read(source, extra=_EXTRA)) if source else ({}, {})
     graphs = {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
-    image = {"fit": "stretch", "mean": MEAN, "std": DEVIATION}  # that it is padded to a square belongs to the task
-    facts = Facts(family="mobilevlm", variant=variant.name, regions=REGIONS, protect=PROTECT, image=image)
+    facts = ExportFacts(
+        family="mobilevlm",
+        variant=variant.name,
+        regions=MOBILEVLM_REGIONS,
+        protect=MOBILEVLM_PROTECTION,
+        image=CLIP_IMAGE,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         vision = Vision(clip(numbers, variant.size[0]), numbers["hidden_size"])
         if source:
-            checkpoints.load(vision, vision_state, source=source, name=f"{variant.name} (vision)")
+            checkpoints.load_weights(vision, vision_state, source=source, name=f"{variant.name} (vision)")
         signature = Signature(inputs=("pixel_values",), outputs=("image_features",))
         images = [(torch.randn(1, 3, *variant.size),)]
         notes = [export_graph(vision, images, graphs["vision"], signature, facts)]
@@ -100,7 +110,7 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
 
         language = llama(numbers)
         if source:
-            checkpoints.load(language, language_state, source=source, name=f"{variant.name} (language model)")
+            checkpoints.load_weights(language, language_state, source=source, name=f"{variant.name} (language model)")
         del language_state
         layers, heads, width = (numbers[k] for k in ("layers", "heads", "hidden_size"))
         words = numbers["vocabulary"]
@@ -115,24 +125,19 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
             "inputs_embeds": {1: "new"},
         }
         signature = Signature(inputs=("before", "image_features", "after"), outputs=("inputs_embeds",), open_axes=axes)
-        tokens = (variant.size[0] // numbers["clip_patch"] // 2) ** 2
-        shapes = {
-            "before": (1, BEFORE),
-            "image_features": (1, tokens, width),
-            "after": (1, PROMPT - BEFORE - tokens),
-        }
-        shaped = replace(facts, shapes=shapes)
+        shaped = _embedding_facts(facts, numbers, variant.size[0])
         notes.append(export_graph(Embedding(language), parts, graphs["embedding"], signature, shaped))
         steps = [example(layers, heads, width, past=p, new=n) for p, n in ((5, 7), (0, 9), (9, 1))]
         decoded = _decoder_facts(facts, numbers)
         notes.append(export_graph(Decoder(language), steps, graphs["decoder"], _signature(layers), decoded))
-    write_wiring(folder, {name: path.name for name, path in graphs.items()}, WIRES)
-    if source is not None and (source / TOKENIZER).is_file():
-        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+    write_wiring(folder, {name: path.name for name, path in graphs.items()}, MOBILEVLM_WIRES)
+    if source is not None and (source / TOKENIZER_FILE).is_file():
+        shutil.copyfile(source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
     else:
-        notes.append(f"Copy the checkpoint's {TOKENIZER} beside the graphs: questions need it.")
+        notes.append(f"Copy the checkpoint's {TOKENIZER_FILE} beside the graphs: questions need it.")
     notes += [variant.note, f"Weights: {variant.remote.licence}."]
-    return Exported(graphs=graphs, wires=WIRES, protect=PROTECT, notes=tuple(n for n in notes if n))
+    told = tuple(note for note in notes if note)
+    return Exported(graphs=graphs, wires=MOBILEVLM_WIRES, protect=MOBILEVLM_PROTECTION, notes=told)
 
 
 def _signature(layers: int) -> Signature:
@@ -151,7 +156,18 @@ def _signature(layers: int) -> Signature:
     )
 
 
-def _decoder_facts(facts: Facts, numbers: Mapping[str, Any]) -> Facts:
+def _embedding_facts(facts: ExportFacts, numbers: Mapping[str, Any], side: int) -> ExportFacts:
+    """The usual sample is a prompt with an image of `side` pixels in it."""
+    tokens = (side // numbers["clip_patch"] // 2) ** 2
+    shapes = {
+        "before": (1, BEFORE_IMAGE),
+        "image_features": (1, tokens, numbers["hidden_size"]),
+        "after": (1, PROMPT - BEFORE_IMAGE - tokens),
+    }
+    return replace(facts, shapes=shapes)
+
+
+def _decoder_facts(facts: ExportFacts, numbers: Mapping[str, Any]) -> ExportFacts:
     """Logits are the head, the cache is not; the usual sample is a prompt without a past."""
     heads, width = numbers["heads"], numbers["hidden_size"]
     past = (1, heads, 0, width // heads)
@@ -236,7 +252,7 @@ def _variant(
         parameters_m=measured[0],
         flops_b=measured[1],
         work="image and a prompt of 256 positions",
-        size=(SIDE, SIDE),
+        size=(CLIP_SIDE, CLIP_SIDE),
         architecture={**CLIP, **numbers},
         published=Published(accuracy=published, source="https://github.com/Meituan-AutoML/MobileVLM"),
         remote=Remote(
@@ -256,7 +272,7 @@ def _scores(gqa: float, sqa: float, text: float, pope: float, mme: float, mmb: f
     return {"GQA": gqa, "SQA-I": sqa, "TextVQA": text, "POPE": pope, "MME-P": mme, "MMB-dev": mmb}
 
 
-VARIANTS = (
+MOBILEVLM_VARIANTS = (
     _variant(
         "1.7B",
         (1661.523, 1051.086),
@@ -276,7 +292,7 @@ VARIANTS = (
         _numbers(4096, 11008, 32, 32, 4096, 1e-5),
     ),
 )
-SHAPES = Variant(
+MOBILEVLM_SHAPES = Variant(
     name="mobilevlm-shapes",
     parameters_m=1.712512,
     flops_b=0.757747,
@@ -290,12 +306,12 @@ SHAPES = Variant(
     remote=Remote(file="a folder, from reference/train_language.py", licence="Apache-2.0"),
     note="A reduced MobileVLM V2 for the embedded sample.",
 )  # fmt: skip
-FAMILY = Family(
+MOBILEVLM = Family(
     name="mobilevlm",
     task="vision-language generation",
-    extra=EXTRA,
+    extra=_EXTRA,
     packages={"torch": (2, 6), "transformers": (5, 0)},
-    variants={v.name: v for v in VARIANTS},
-    export=export,
+    variants={v.name: v for v in MOBILEVLM_VARIANTS},
+    export=export_mobilevlm,
     relevance=relevance.mobilevlm,
 )

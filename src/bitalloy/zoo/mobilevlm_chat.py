@@ -11,19 +11,31 @@ import numpy as np
 from bitalloy.core.errors import MissingExtraError, ModelError
 from bitalloy.zoo.base import Variant
 
-__all__ = ["BACKGROUND", "DEVIATION", "MEAN", "Run", "cache_size", "generate", "prompt", "tokenize", "tokenizer"]
+__all__ = [
+    "CLIP_BACKGROUND",
+    "CLIP_DEVIATION",
+    "CLIP_MEAN",
+    "TOKENIZER_FILE",
+    "RunGraph",
+    "generate",
+    "prompt",
+    "sentence_pieces",
+    "tokenize",
+    "variant_cache_size",
+]
 
-Run = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+RunGraph = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """(graph, inputs) -> outputs: one inference of one of the graphs `vision`, `embedding`, `decoder`."""
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+TOKENIZER_FILE = "tokenizer.model"
 END = 2
 """Token `</s>`, at which an answer ends."""
-BACKGROUND = (122, 116, 104)
+CLIP_BACKGROUND = (122, 116, 104)
 """RGB with which an image is filled up to a square before it is resized (bicubic) to 336 x 336."""
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of pixels scaled to 0..1."""
 
 
@@ -36,7 +48,7 @@ def prompt(question: str) -> tuple[str, str]:
     return f"{SYSTEM} USER: ", f"\n{question} ASSISTANT:"
 
 
-def tokenizer(path: Path) -> Any:
+def sentence_pieces(path: Path) -> Any:
     """The SentencePiece model of `tokenizer.model`, a file or the folder that holds it.
 
     Raises:
@@ -47,9 +59,9 @@ def tokenizer(path: Path) -> Any:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise MissingExtraError("sentencepiece", "mobilevlm", "Reading the tokenizer") from error
-    file = path / "tokenizer.model" if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"No tokenizer at '{file}'. Copy `tokenizer.model` of the checkpoint there.")
+        raise ModelError(f"No tokenizer at '{file}'. Copy `{TOKENIZER_FILE}` of the checkpoint there.")
     try:
         return SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
@@ -65,14 +77,14 @@ def tokenize(question: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.array([[pieces.bos_id(), *before]], np.int64), np.array([after], np.int64)
 
 
-def cache_size(variant: Variant) -> tuple[int, int, int]:
+def variant_cache_size(variant: Variant) -> tuple[int, int, int]:
     """Layers, heads and width per head of the decoder's cache."""
     numbers: Mapping[str, Any] = variant.architecture
     return numbers["layers"], numbers["heads"], numbers["hidden_size"] // numbers["heads"]
 
 
 def generate(
-    run: Run,
+    run: RunGraph,
     pixel_values: np.ndarray,
     before: np.ndarray,
     after: np.ndarray,
@@ -88,7 +100,7 @@ def generate(
         pixel_values: (1, 3, 336, 336) normalised image.
         before: (1, A) token ids before the image.
         after: (1, B) token ids after it.
-        cache: layers, heads and width per head, see `cache_size`.
+        cache: layers, heads and width per head, see `variant_cache_size`.
         limit: most tokens of an answer.
         end: token that ends the answer and is not returned; None goes on to `limit`.
     """

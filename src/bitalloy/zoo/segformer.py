@@ -6,7 +6,7 @@ a hub repository, or a file of the state dict.
 Two protocols are in use, and their mIoU differs:
 
 1. square: the image is stretched to 512 x 512 (640 x 640 for B5), as the published preprocessor configuration says.
-2. official: the image keeps its aspect ratio, see `official_size`; the graph then needs `open_size`.
+2. official: the image keeps its aspect ratio (`bitalloy.tasks.semantic.official_size`); the graph needs `open_size`.
 
 In both, pixels are RGB / 255, normalised by mean (0.485, 0.456, 0.406) and deviation (0.229, 0.224, 0.225), and logits
 are resized bilinearly to the image before the argmax.
@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from bitalloy.core.errors import ModelError
+from bitalloy.data.images import IMAGENET_MEAN, IMAGENET_STD
 from bitalloy.model import relevance
 from bitalloy.zoo import checkpoints, downloads
-from bitalloy.zoo.base import RANDOM, Exported, Family, Options, Protection, Published, Remote, Variant
-from bitalloy.zoo.exporting import Facts, Signature, export_graph, random_image
+from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, ProtectionAdvice, Published, Remote, Variant
+from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph, random_image
 
-EXTRA = "segformer"
-CLASSES = 150
-HEADS = (1, 2, 5, 8)
+_EXTRA = "segformer"
+ADE_CLASSES = 150
+ATTENTION_HEADS = (1, 2, 5, 8)
 """Attention heads of the four stages."""
-ALIGNMENT = 32
+_TOTAL_STRIDE = 32
 """Total stride of the encoder in pixels."""
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-REGIONS = (
+SEGFORMER_REGIONS = (
     (r"segformer/stages\.(\d)/patch_embeddings", r"encoder/stage \1/patch embedding"),
     (r"segformer/stages\.(\d)/blocks\.(\d+)/attention", r"encoder/stage \1/block \2/attention"),
     (r"segformer/stages\.(\d)/blocks\.(\d+)/mlp", r"encoder/stage \1/block \2/MLP"),
@@ -41,13 +41,13 @@ REGIONS = (
     (r"decode_head/linear_fuse", "decoder/fusion"),
     (r"decode_head", "decoder"),
 )
-PROTECT = (
-    Protection(
+SEGFORMER_PROTECTION = (
+    ProtectionAdvice(
         pattern="*/attention/Softmax",
         reason="Attention weights of many pixels lie far below one INT8 step.",
         source="https://arxiv.org/abs/2509.10334",
     ),
-    Protection(
+    ProtectionAdvice(
         pattern="*/LayerNormalization",
         reason="Normalisation divides by a deviation that rounding of outlier channels changes.",
         source="https://github.com/open-mmlab/mmdeploy/issues/337",
@@ -55,21 +55,7 @@ PROTECT = (
 )
 
 
-def official_size(height: int, width: int, *, short: int = 512, long: int = 2048) -> tuple[int, int]:
-    """Height and width after the official test resize (NVlabs/SegFormer, `img_scale=(2048, 512)`, `AlignResize`).
-
-    The largest scale at which the short side is at most `short` and the long one at most `long`, then each side
-    rounded up to a multiple of 32.
-
-    >>> official_size(480, 640)
-    (512, 704)
-    """
-    scale = min(long / max(height, width), short / min(height, width))
-    first, second = (-(-int(side * scale + 0.5) // ALIGNMENT) * ALIGNMENT for side in (height, width))
-    return first, second
-
-
-def export(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
+def export_segformer(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
     """Write `<variant>.onnx`: `pixel_values` (1, 3, H, W) normalised RGB -> `logits` (1, classes, H/4, W/4).
 
     Raises:
@@ -80,24 +66,24 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
     from bitalloy.zoo.networks.segformer import Segmenter
 
     height, width = size = options.size or variant.size
-    if any(s % ALIGNMENT or s < ALIGNMENT for s in size):
+    if any(s % _TOTAL_STRIDE or s < _TOTAL_STRIDE for s in size):
         raise ModelError(f"SegFormer takes images whose sides are multiples of 32, but the size is {height}x{width}.")
-    sizes = [size, (height, width + ALIGNMENT)] if options.open_size else [size]
+    sizes = [size, (height, width + _TOTAL_STRIDE)] if options.open_size else [size]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = Segmenter(_network(variant, checkpoint))
-        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
+        mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         images = [((random_image(s) - mean) / deviation,) for s in sizes]
     axes = {"pixel_values": {2: "height", 3: "width"}, "logits": {2: "rows", 3: "columns"}}
     signature = Signature(inputs=("pixel_values",), outputs=("logits",), open_axes=axes if options.open_size else {})
     path = folder / f"{variant.name}.onnx"
-    facts = Facts(
+    facts = ExportFacts(
         family="segformer",
         variant=variant.name,
-        regions=REGIONS,
-        protect=PROTECT,
+        regions=SEGFORMER_REGIONS,
+        protect=SEGFORMER_PROTECTION,
         shapes={"pixel_values": (1, 3, *size)} if options.open_size else {},
-        image={"fit": "stretch", "mean": MEAN, "std": DEVIATION},
+        image={"fit": "stretch", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     )
     note = export_graph(network, images, path, signature, facts)
     protocol = (
@@ -106,7 +92,9 @@ def export(variant: Variant, checkpoint: str | Path | None, options: Options, fo
         else f"Images are stretched to {height}x{width}; the official protocol keeps their aspect ratio (--open-size)."
     )
     return Exported(
-        graphs={variant.name: path}, protect=PROTECT, notes=(note, protocol, f"Weights: {variant.remote.licence}.")
+        graphs={variant.name: path},
+        protect=SEGFORMER_PROTECTION,
+        notes=(note, protocol, f"Weights: {variant.remote.licence}."),
     )
 
 
@@ -118,18 +106,20 @@ def _network(variant: Variant, checkpoint: str | Path | None) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sizes: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in variant.architecture.items()}
-    if checkpoint == RANDOM:
-        return SegformerForSemanticSegmentation(SegformerConfig(num_labels=CLASSES, num_attention_heads=HEADS, **sizes))
-    source = downloads.locate(checkpoint, variant.remote, extra=EXTRA)
-    state = checkpoints.read(source, extra=EXTRA)
+    if checkpoint == RANDOM_WEIGHTS:
+        return SegformerForSemanticSegmentation(
+            SegformerConfig(num_labels=ADE_CLASSES, num_attention_heads=ATTENTION_HEADS, **sizes)
+        )
+    source = downloads.locate(checkpoint, variant.remote, extra=_EXTRA)
+    state = checkpoints.read(source, extra=_EXTRA)
     if (source / "config.json").is_file():
         config = SegformerConfig.from_pretrained(source)
         other = [f"{k} is {getattr(config, k)} in place of {v}" for k, v in sizes.items() if _list_of(config, k) != v]
         if other:
             raise ModelError(f"'{source}' is no checkpoint of {variant.name}: {'; '.join(other)}. Check the size.")
     else:
-        labels = len(state.get("decode_head.classifier.bias", ())) or CLASSES
-        config = SegformerConfig(num_labels=labels, num_attention_heads=HEADS, **sizes)
+        labels = len(state.get("decode_head.classifier.bias", ())) or ADE_CLASSES
+        config = SegformerConfig(num_labels=labels, num_attention_heads=ATTENTION_HEADS, **sizes)
     network, found = SegformerForSemanticSegmentation.from_pretrained(
         None,
         config=config,
@@ -184,7 +174,7 @@ def _variant(
     )
 
 
-VARIANTS = (
+SEGFORMER_VARIANTS = (
     _variant("b0", (3.753, 16.776), (3.8, 8.4, 37.4), (2, 2, 2, 2), 256),
     _variant("b1", (13.716, 31.756), (13.7, 15.9, 42.2), (2, 2, 2, 2), 256),
     _variant("b2", (27.462, 124.676), (27.5, 62.4, 46.5), (3, 4, 6, 3), 768),
@@ -192,13 +182,13 @@ VARIANTS = (
     _variant("b4", (64.108, 191.135), (64.1, 95.7, 50.3), (3, 8, 27, 3), 768),
     _variant("b5", (84.709, 366.282), (84.7, 183.3, 51.0), (3, 6, 40, 3), 768),
 )
-FAMILY = Family(
+SEGFORMER = Family(
     name="segformer",
     task="semantic segmentation",
-    extra=EXTRA,
+    extra=_EXTRA,
     packages={"torch": (2, 6), "transformers": (5, 0)},
     open_size=True,
-    variants={v.name: v for v in VARIANTS},
-    export=export,
+    variants={v.name: v for v in SEGFORMER_VARIANTS},
+    export=export_segformer,
     relevance=relevance.segformer,
 )

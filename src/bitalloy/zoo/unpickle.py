@@ -61,7 +61,7 @@ class Unpickler(pickle.Unpickler):
         return ALLOWED.get((module, name), Shell)
 
 
-def tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def state_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a module's shell, by the names of its state dict."""
     fields = vars(module) if isinstance(module, Shell) else {}
     left_out = fields.get("_non_persistent_buffers_set", ())
@@ -70,21 +70,21 @@ def tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             if torch.is_tensor(value) and name not in left_out:
                 yield prefix + name, value.detach().float() if value.is_floating_point() else value.detach()
     for name, child in (fields.get("_modules") or {}).items():
-        yield from tensors(child, f"{prefix}{name}.")
+        yield from state_tensors(child, f"{prefix}{name}.")
 
 
-def main(source: str, target: str) -> None:
+def _main(source: str, target: str) -> None:
     """Read the pickle `source` and write its tensors to `target`."""
     reader = ModuleType("reader")  # what torch.load asks of a pickle module
     reader.__dict__.update(Unpickler=Unpickler, load=lambda file, **named: Unpickler(file, **named).load())
     content = torch.load(source, map_location="cpu", pickle_module=reader, weights_only=False)
     if isinstance(content, dict):
         content = content.get("ema") or content.get("model")
-    found = dict(tensors(content))
+    found = dict(state_tensors(content))
     if not found:
         raise SystemExit("it holds no torch module")
     torch.save(found, target)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    _main(*sys.argv[1:3])

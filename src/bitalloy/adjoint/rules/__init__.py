@@ -3,14 +3,14 @@
 from bitalloy.adjoint.rules import activations, elementwise, indexing, linear, normalize, pool, reductions, shape
 
 RULES = {
-    **activations.RULES,
-    **elementwise.RULES,
-    **indexing.RULES,
-    **linear.RULES,
-    **normalize.RULES,
-    **pool.RULES,
-    **reductions.RULES,
-    **shape.RULES,
+    **activations.ACTIVATION_RULES,
+    **elementwise.ELEMENTWISE_RULES,
+    **indexing.INDEXING_RULES,
+    **linear.LINEAR_RULES,
+    **normalize.NORMALIZATION_RULES,
+    **pool.POOL_RULES,
+    **reductions.REDUCTION_RULES,
+    **shape.SHAPE_RULES,
 }
 
 __all__ = ["RULES"]

@@ -7,9 +7,8 @@ import math
 import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
-from bitalloy.adjoint.engine import Context, Cotangent, Rule
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.adjoint.rules.elementwise import (
-    Cots,
     between,
     broadcasting,
     mask,
@@ -130,7 +129,7 @@ def _prelu(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-RULES: dict[str, Rule] = {
+ACTIVATION_RULES: dict[str, Rule] = {
     **{
         op: unary(derivative)
         for op, derivative in {

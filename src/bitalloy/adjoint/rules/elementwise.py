@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
-from bitalloy.adjoint.engine import Context, Cotangent, Rule
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.model.read import attribute, constant, static_shape
 
-Cots = Sequence[Cotangent | None]
 Derivative = Callable[[Builder, ir.Value, ir.Value, ir.Node], ir.Value]
 """(builder, x, y, node) -> dy/dx, of the shape of x."""
 
@@ -250,7 +249,7 @@ def _cast(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [single(cots), None]
 
 
-RULES: dict[str, Rule] = {
+ELEMENTWISE_RULES: dict[str, Rule] = {
     **{
         op: unary(derivative)
         for op, derivative in {

@@ -11,12 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
-from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import scalar, single
 from bitalloy.adjoint.rules.shape import data, dense, scatter_add
 from bitalloy.model.read import attribute, constant, static_shape
-
-Cots = Sequence[Cotangent | None]
 
 
 def _axis(node: ir.Node, default: int = 0) -> int:
@@ -132,7 +130,7 @@ def _scatter_nd(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-RULES: dict[str, Rule] = {
+INDEXING_RULES: dict[str, Rule] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.shape import data, dense
 from bitalloy.model.read import attribute, constant, static_shape
-
-Cots = Sequence[Cotangent | None]
 
 
 def _ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
@@ -220,6 +218,6 @@ def _letters(node: ir.Node) -> tuple[list[str], str]:
     return terms, right
 
 
-RULES: dict[str, Rule] = {
+LINEAR_RULES: dict[str, Rule] = {
     "Conv": _conv, "ConvTranspose": _conv_transpose, "Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul
 }  # fmt: skip

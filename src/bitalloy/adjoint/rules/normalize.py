@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import number, scalar, select, single
 from bitalloy.adjoint.rules.shape import data, dense
 from bitalloy.model.read import attribute, constant, consumers, static_shape
-
-Cots = Sequence[Cotangent | None]
 
 
 def _softmax(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
@@ -167,7 +165,7 @@ def _local_response_normalization(ctx: Context, node: ir.Node, cots: Cots) -> Co
     return [Cotangent(ctx.r.op("Sub", direct, ctx.r.op("Mul", spread, slope)))]
 
 
-RULES: dict[str, Rule] = {
+NORMALIZATION_RULES: dict[str, Rule] = {
     "BatchNormalization": _batch_normalization,
     "GroupNormalization": _group_normalization,
     "InstanceNormalization": _instance_normalization,

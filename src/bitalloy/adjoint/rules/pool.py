@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import scalar, select, single
 from bitalloy.adjoint.rules.linear import geometry
 from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
 
-Cots = Sequence[Cotangent | None]
-Ints = Sequence[int]
+
+@dataclass(frozen=True)
+class Window:
+    """How a pool slides over space."""
+
+    size: Sequence[int]
+    """Of the input."""
+    out: Sequence[int]
+    """Of the output."""
+    kernel: Sequence[int]
+    strides: Sequence[int]
+    dilations: Sequence[int]
+    before: Sequence[int]
+    """Padding in front of the input."""
+
+    @classmethod
+    def of(cls, node: ir.Node, kernel: Sequence[int]) -> Window:
+        """The window of a node, with `auto_pad` resolved."""
+        size, out = static_shape(data(node))[2:], static_shape(node.outputs[0])[2:]
+        strides, dilations, before, _ = geometry(node, size, out, kernel)
+        return cls(size, out, kernel, strides, dilations, before)
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the last window ends, counted from the padding's start."""
+        along = zip(self.out, self.strides, self.kernel, self.dilations, strict=True)
+        return [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in along]
+
+    @property
+    def after(self) -> list[int]:
+        """Padding behind the input that the last window reaches."""
+        return [max(0, e - n - b) for e, n, b in zip(self.ends, self.size, self.before, strict=True)]
 
 
 def _max_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
@@ -35,51 +66,37 @@ def _max_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 def _average_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     """Divide by what each window is divided by, then spread with a ConvTranspose of ones, channel by channel."""
-    x, y = static_shape(data(node)), static_shape(node.outputs[0])
-    size, out = x[2:], y[2:]
     attributes = {k: attribute(node, k, None) for k in node.attributes}
-    kernel = [int(k) for k in attributes["kernel_shape"]]  # type: ignore[attr-defined]
-    strides, dilations, before, _ = geometry(node, size, out, kernel)
-    after = _after(size, out, kernel, strides, dilations, before)
+    window = Window.of(node, [int(k) for k in attributes["kernel_shape"]])  # type: ignore[attr-defined]
     # the pool itself, applied to ones, tells by how much it divides the elements that a window has inside
-    ones, window = np.ones((1, 1, *size), np.float32), np.ones((1, 1, *kernel), np.float32)
-    shape = {"strides": strides, "dilations": dilations, "pads": [*before, *after]}
-    inside = evaluate_node("Conv", [ones, window], shape)[0]
+    ones, taps = (np.ones((1, 1, *sides), np.float32) for sides in (window.size, window.kernel))
+    shape = {"strides": window.strides, "dilations": window.dilations, "pads": [*window.before, *window.after]}
+    inside = evaluate_node("Conv", [ones, taps], shape)[0]
     mean = evaluate_node("AveragePool", [ones], attributes, opset=ctx.opset)[0]
     factor = np.divide(mean, inside, out=np.zeros_like(mean), where=inside > 0)
     divided = ctx.r.op("Mul", dense(ctx, cots), ctx.r.const(factor))
-    return [Cotangent(ctx.reshape(_spread(ctx, divided, size, out, kernel, strides, dilations, before), x))]
+    return [Cotangent(ctx.reshape(_spread(ctx, divided, window), static_shape(data(node))))]
 
 
-def _after(size: Ints, out: Ints, kernel: Ints, strides: Ints, dilations: Ints, before: Ints) -> list[int]:
-    """Padding behind the input that the last window reaches."""
-    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
-    return [max(0, e - n - b) for e, n, b in zip(ends, size, before, strict=True)]
-
-
-def _spread(
-    ctx: Context, grad: ir.Value, size: Ints, out: Ints, kernel: Ints, strides: Ints, dilations: Ints, before: Ints
-) -> ir.Value:
+def _spread(ctx: Context, grad: ir.Value, window: Window) -> ir.Value:
     """Every element of the gradient (P, ..., *out) added to all places (P * ..., 1, *size) of its window."""
-    ends = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, strides, kernel, dilations, strict=True)]
-    after = _after(size, out, kernel, strides, dilations, before)
-    rest = [n + b + a - e for n, b, a, e in zip(size, before, after, ends, strict=True)]
-    lined = ctx.r.op("Reshape", grad, ctx.r.const([-1, 1, *out]))
-    window = ctx.r.const(np.ones((1, 1, *kernel), np.float32))
-    return ctx.r.op("ConvTranspose", lined, window, output_padding=rest, strides=strides, dilations=dilations,
-                    pads=[*before, *after])  # fmt: skip
+    padding = zip(window.size, window.before, window.after, window.ends, strict=True)
+    rest = [n + b + a - e for n, b, a, e in padding]
+    lined = ctx.r.op("Reshape", grad, ctx.r.const([-1, 1, *window.out]))
+    ones = ctx.r.const(np.ones((1, 1, *window.kernel), np.float32))
+    return ctx.r.op("ConvTranspose", lined, ones, output_padding=rest, strides=window.strides,
+                    dilations=window.dilations, pads=[*window.before, *window.after])  # fmt: skip
 
 
 def _lp_pool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     """Result (sum |x|^p)^(1/p) over a window, or over all of space: g * y^(1-p), spread, times |x|^(p-1) * sign(x)."""
     x, y, p = data(node), node.outputs[0], ctx.p
-    size, out, power = static_shape(x)[2:], static_shape(y)[2:], int(attribute(node, "p", 2))  # type: ignore[call-overload]
-    kernel = [int(k) for k in attribute(node, "kernel_shape", size)]  # type: ignore[attr-defined]
-    strides, dilations, before, _ = geometry(node, size, out, kernel)
+    power, space = int(attribute(node, "p", 2)), static_shape(x)[2:]  # type: ignore[call-overload]
+    window = Window.of(node, [int(k) for k in attribute(node, "kernel_shape", space)])  # type: ignore[attr-defined]
     positive = p.op("Greater", y, scalar(p, 0.0))
     outer = select(p, positive, p.like("Pow", y, scalar(p, 1.0 - power)), scalar(p, 0.0), y)
     inner = p.mul(p.like("Pow", p.like("Abs", x), scalar(p, power - 1.0)), p.like("Sign", x))
-    spread = _spread(ctx, ctx.dense(ctx.scaled(single(cots), outer)), size, out, kernel, strides, dilations, before)
+    spread = _spread(ctx, ctx.dense(ctx.scaled(single(cots), outer)), window)
     return [Cotangent(ctx.r.op("Mul", ctx.reshape(spread, static_shape(x)), ctx.residual(inner)))]
 
 
@@ -178,7 +195,7 @@ def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return _separable(ctx, node, cots, matrices)
 
 
-RULES: dict[str, Rule] = {
+POOL_RULES: dict[str, Rule] = {
     "AveragePool": _average_pool,
     "GlobalLpPool": _lp_pool,
     "LpPool": _lp_pool,

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.adjoint.rules.elementwise import mask, scalar, select
 from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.model.read import attribute, static_shape
-
-Cots = Sequence[Cotangent | None]
 
 
 def _axes(node: ir.Node) -> list[int]:
@@ -141,7 +139,7 @@ def _cum_sum(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [Cotangent(ctx.r.op("CumSum", dense(ctx, cots), place, reverse=turned, exclusive=exclusive)), None]
 
 
-RULES: dict[str, Rule] = {
+REDUCTION_RULES: dict[str, Rule] = {
     "CumSum": _cum_sum,
     "GlobalAveragePool": _global_average_pool,
     "GlobalMaxPool": _global_max_pool,

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.adjoint.engine import Context, Cotangent, Rule, unsupported
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import single
 from bitalloy.model.read import attribute, constant, static_shape
-
-Cots = Sequence[Cotangent | None]
 
 
 def dense(ctx: Context, cots: Cots) -> ir.Value:
@@ -136,7 +134,7 @@ def _trilu(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [Cotangent(ctx.r.op("Trilu", dense(ctx, cots), ctx.r.const(np.array(k, np.int64)), upper=upper)), None]
 
 
-RULES: dict[str, Rule] = {
+SHAPE_RULES: dict[str, Rule] = {
     "Concat": _concat,
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,

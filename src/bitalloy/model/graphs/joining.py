@@ -11,7 +11,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from bitalloy.core.records import ModelInfo, TensorSpec
-from bitalloy.model.graphs.wiring import Program
+from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph, load_open
 from bitalloy.model.metadata import HEADS, PROTECT
 from bitalloy.model.read import static_shape
@@ -21,7 +21,7 @@ from bitalloy.model.read import static_shape
 class Joined(Graph):
     """The graphs of a program as one; `divide` takes it apart again."""
 
-    program: Program = field(kw_only=True)
+    program: GraphProgram = field(kw_only=True)
 
     @cached_property
     def opened(self) -> Mapping[str, ir.Model]:
@@ -34,7 +34,7 @@ class Joined(Graph):
         }
 
 
-def join(program: Program, *, inner: bool = False) -> Joined:
+def join(program: GraphProgram, *, inner: bool = False) -> Joined:
     """One graph that computes what the wired graphs compute.
 
     Names of nodes and tensors get their graph's name in front (`encoder/...`), those of free inputs and outputs
@@ -97,7 +97,7 @@ def join(program: Program, *, inner: bool = False) -> Joined:
 
 
 def _counted(
-    program: Program, outputs: Sequence[tuple[str, str]], read: Collection[tuple[str, str]]
+    program: GraphProgram, outputs: Sequence[tuple[str, str]], read: Collection[tuple[str, str]]
 ) -> set[tuple[str, str]]:
     """Outputs that count; all, where the metadata would leave no final one."""
     named = {name: json.loads(g.metadata.get(HEADS, "[]")) for name, g in program.graphs.items()}
@@ -105,7 +105,7 @@ def _counted(
     return found if found - set(read) else set(outputs)
 
 
-def _metadata(program: Program) -> Mapping[str, str]:
+def _metadata(program: GraphProgram) -> Mapping[str, str]:
     """What all graphs say: heads under their names in the whole, protected parts of all, else the first that speaks."""
     found: dict[str, str] = {}
     for part in program.graphs.values():
@@ -131,7 +131,7 @@ def rename(value: ir.Value, name: str) -> None:
         )
 
 
-def _info(program: Program, model: ir.Model) -> ModelInfo:
+def _info(program: GraphProgram, model: ir.Model) -> ModelInfo:
     digest = hashlib.sha256()
     for name, part in program.graphs.items():
         digest.update(f"{name}\0{part.info.sha256}\0".encode())

@@ -52,7 +52,7 @@ class Wire:
 
 
 @dataclass(frozen=True)
-class Program:
+class GraphProgram:
     """Named graphs and the wires between them.
 
     Raises:
@@ -106,7 +106,7 @@ def free_names(
     return {(name, t): t if t in plain else f"{name}/{t}" for name, t in free}
 
 
-def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Program:
+def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> GraphProgram:
     """Read the graphs and wires of a program.
 
     Args:
@@ -131,13 +131,13 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
             if sizes.setdefault(entry, given[key]) != given[key]:
                 raise ModelError(f"'{key}' was given as {list(given[key])}, but its wire brings {list(sizes[entry])}.")
         try:
-            loaded[name] = graphs.load(files[name], shapes=sizes)
+            loaded[name] = graphs.load_graph(files[name], shapes=sizes)
         except ModelError as error:
             raise ModelError(f"Graph '{name}' of '{file}': {error}") from error
         given = {key: size for key, size in given.items() if key not in own}
     if given:
         raise ModelError(f"No graph of '{file}' has the inputs {sorted(given)} for which shapes were given.")
-    return Program({name: loaded[name] for name in files}, wires)
+    return GraphProgram({name: loaded[name] for name in files}, wires)
 
 
 def _spec(specs: Sequence[TensorSpec], name: str, wire: Wire, kind: str) -> TensorSpec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def build(numbers: Mapping[str, Any], side: int) -> Any:
+def build_sam(numbers: Mapping[str, Any], side: int) -> Any:
     """MobileSAM of any width, with random weights, for square images of `side` pixels, a multiple of 16.
 
     Modules and tensors have the names of the published network, which the numbers of `mobilesam` give back.
@@ -54,7 +54,7 @@ def build(numbers: Mapping[str, Any], side: int) -> Any:
     )
 
 
-def resize(sam: Any, side: int) -> None:
+def resize_sam(sam: Any, side: int) -> None:
     """Prepare a network, in place, for another side in pixels, a multiple of 16: no weight depends on it."""
     old = sam.image_encoder.img_size
     if side == old:
@@ -113,7 +113,7 @@ class MaskDecoder(nn.Module):
         return self._predict(self, embeddings, positions, sparse, dense)
 
 
-class Decoder(nn.Module):
+class PromptedDecoder(nn.Module):
     """Embeddings and prompts -> (1, 4, S/4, S/4) mask logits and (1, 4) predicted IoU.
 
     `point_coords` (1, N, 2) are x, y in pixels of the padded image; `point_labels` (1, N) say what each is: 1 object,

@@ -1,6 +1,6 @@
 """MobileVLM V2 from CLIP and Llama of transformers, with its own projector, cut into three graphs.
 
-Tensor names are those of the published checkpoints once `split` has taken the containers' prefixes away.
+Tensor names are those of the published checkpoints once `split_state` has taken the containers' prefixes away.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 PREFIXES = (("model.vision_tower.", ""), ("model.mm_projector.", "mm_projector."))
 """What a published name of the vision graph starts with -> what ours starts with; other names are Llama's own."""
-IGNORED = ("position_ids", "rotary_emb.inv_freq")
+STALE_BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 """Buffers that some versions of transformers stored."""
 
 
-def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A published state dict -> (vision tower and projector, language model).
 
     >>> vision, language = split({"model.vision_tower.vision_tower.vision_model.x": 1, "lm_head.weight": 2})
@@ -28,7 +28,7 @@ def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     vision: dict[str, Tensor] = {}
     language: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(IGNORED):
+        if name.endswith(STALE_BUFFERS):
             continue
         for prefix, ours in PREFIXES:
             if name.startswith(prefix):

@@ -10,7 +10,7 @@ The network, with the width and depth of scale n:
               9 SPPF  10 C2PSA (P5)
     neck      11 up  12 cat 6  13 C3k2  14 up  15 cat 4  16 C3k2 (out P3)  17 Conv/2  18 cat 13
               19 C3k2 (out P4)  20 Conv/2  21 cat 10  22 C3k2 (out P5)
-    head      23 Detect or Segment on 16, 19, 22
+    head      23 DetectHead or SegmentHead on 16, 19, 22
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bitalloy.model.relevance import MASK_COEFFICIENTS
 from bitalloy.zoo.networks.yolo11_blocks import C2PSA, SPPF, C3k2, Conv
 
-__all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "Detect", "Scale", "Segment", "Yolo11", "fuse"]
+__all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "DetectHead", "Multipliers", "SegmentHead", "Yolo11", "fuse"]
 
 
-class Scale(NamedTuple):
+class Multipliers(NamedTuple):
     """Multipliers of one published size."""
 
     depth: float
@@ -35,16 +36,14 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "n": Scale(0.50, 0.25, 1024),
-    "s": Scale(0.50, 0.50, 1024),
-    "m": Scale(0.50, 1.00, 512),
-    "l": Scale(1.00, 1.00, 512),
-    "x": Scale(1.00, 1.50, 512),
+    "n": Multipliers(0.50, 0.25, 1024),
+    "s": Multipliers(0.50, 0.50, 1024),
+    "m": Multipliers(0.50, 1.00, 512),
+    "l": Multipliers(1.00, 1.00, 512),
+    "x": Multipliers(1.00, 1.50, 512),
 }
 STRIDES = (8, 16, 32)
 """Pixels per cell on the levels P3, P4, P5."""
-COEFFICIENTS = 32
-"""Prototypes of the segmentation head, and coefficients per anchor that combine them to a mask."""
 PROTOTYPE_CHANNELS = 256
 """Width of the layers before the prototypes, at width multiplier 1."""
 REG_MAX = 16
@@ -65,7 +64,7 @@ class DFL(nn.Module):
         return self.conv(x.view(b, 4, REG_MAX, a).transpose(2, 1).softmax(1)).view(b, 4, a)
 
 
-class Detect(nn.Module):
+class DetectHead(nn.Module):
     """Box and class branches on three levels, decoded to pixels."""
 
     def __init__(self, classes: int, channels: tuple[int, int, int]) -> None:
@@ -136,31 +135,31 @@ class Proto(nn.Module):
         self.cv1 = Conv(c1, hidden, 3)
         self.upsample = nn.ConvTranspose2d(hidden, hidden, 2, 2)
         self.cv2 = Conv(hidden, hidden, 3)
-        self.cv3 = Conv(hidden, COEFFICIENTS)
+        self.cv3 = Conv(hidden, MASK_COEFFICIENTS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(self.cv2(self.upsample(self.cv1(x))))
 
 
-class Segment(Detect):
+class SegmentHead(DetectHead):
     """Detection, and for every anchor the coefficients that combine the prototypes to its mask."""
 
     def __init__(self, classes: int, channels: tuple[int, int, int], prototype_channels: int) -> None:
         super().__init__(classes, channels)
-        hidden = max(channels[0] // 4, COEFFICIENTS)
+        hidden = max(channels[0] // 4, MASK_COEFFICIENTS)
         self.proto = Proto(channels[0], prototype_channels)
         self.cv4 = nn.ModuleList(
-            nn.Sequential(Conv(c, hidden, 3), Conv(hidden, hidden, 3), nn.Conv2d(hidden, COEFFICIENTS, 1))
+            nn.Sequential(Conv(c, hidden, 3), Conv(hidden, hidden, 3), nn.Conv2d(hidden, MASK_COEFFICIENTS, 1))
             for c in channels
         )
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """Three feature maps -> what `Detect` gives (boxes, scores), the coefficients joined to it, and prototypes.
+        """Three feature maps -> what `DetectHead` gives (boxes, scores), the coefficients joined to it, and prototypes.
 
         In training mode: box logits, class logits, (B, 32, A) coefficients, (B, 32, H/4, W/4) prototypes.
         """
         b = levels[0].shape[0]
-        found = [f(x).view(b, COEFFICIENTS, -1) for f, x in zip(self.cv4, levels, strict=True)]
+        found = [f(x).view(b, MASK_COEFFICIENTS, -1) for f, x in zip(self.cv4, levels, strict=True)]
         coefficients, prototypes = torch.cat(found, -1), self.proto(levels[0])
         boxes, scores = self.parts(levels)
         if self.training:
@@ -180,7 +179,7 @@ class Yolo11(nn.Module):
 
     The first four rows are centre x, centre y, width, height in pixels, the others sigmoid scores.
     With `masks` there are 32 more rows of coefficients, and a second output (B, 32, H/4, W/4) of prototypes.
-    In training mode the raw logits of `Detect` or `Segment` are returned.
+    In training mode the raw logits of `DetectHead` or `SegmentHead` are returned.
     """
 
     def __init__(self, classes: int = 80, *, scale: str = "n", masks: bool = False) -> None:
@@ -218,7 +217,7 @@ class Yolo11(nn.Module):
             Conv(c512, c512, 3, 2),
             Concat(),
             C3k2(c512 + c1024, c1024, n, c3k=True),
-            Segment(classes, levels, ch(PROTOTYPE_CHANNELS)) if masks else Detect(classes, levels),
+            SegmentHead(classes, levels, ch(PROTOTYPE_CHANNELS)) if masks else DetectHead(classes, levels),
         )
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
