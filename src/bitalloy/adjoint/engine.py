@@ -204,19 +204,26 @@ def build(
     while any(name.startswith(prefix) for name in (*values, *map(name_of, nodes))):
         prefix = f"_{prefix}"
     primal = Builder(model.graph, f"{prefix}p/")
-    errors = {tap.id: tap.error(primal, values) for tap in taps}
-    wanted = _wanted(nodes, values, taps, stops)
+    network = _Network(
+        nodes=nodes,
+        values=values,
+        taps=taps,
+        errors={tap.id: tap.error(primal, values) for tap in taps},
+        wanted=_wanted(nodes, values, taps, stops),
+        primal=primal,
+        rules=rules,
+        stops=stops,
+        prefix=prefix,
+    )
     energies = [
         primal.op("ReduceSumSquare", primal.flat(values[tensor]), keepdims=0, shape=()) for tensor in heads.values()
     ]
     reverses = []
     exported = dict.fromkeys([*energies, *(values[name] for name in keep)])
     for head, tensor in heads.items():
-        reverse, context = _reverse(
-            nodes, values, head, values[tensor], taps, errors, wanted, primal, rules, stops, prefix
-        )
-        reverses.append(reverse)
-        exported.update(dict.fromkeys(v for v in context.residuals if constant(v) is None))
+        reversal = _Reversal(network, head, values[tensor])
+        reverses.append(reversal.written())
+        exported.update(dict.fromkeys(v for v in reversal.context.residuals if constant(v) is None))
     del model.graph.outputs[:]
     model.graph.outputs.extend(exported)
     _drop_unused(model)
@@ -238,85 +245,103 @@ def _blocks(node: ir.Node, stops: frozenset[str]) -> bool:
     return node.name in stops or node.op_type in ops.STEPWISE
 
 
-def _reverse(
-    nodes: list[ir.Node],
-    values: Mapping[str, ir.Value],
-    head: str,
-    tensor: ir.Value,
-    taps: Sequence[Tap],
-    errors: Mapping[str, ir.Value],
-    wanted: set[ir.Value],
-    primal: Builder,
-    rules: Mapping[str, Rule],
-    stops: frozenset[str],
-    prefix: str,
-) -> tuple[ReverseGraph, Context]:
-    shape = static_shape(tensor)
-    cotangent = ir.Value(name=f"{prefix}v", shape=ir.Shape(("P", *shape)), type=ir.TensorType(ir.DataType.FLOAT))
-    target = ir.Graph([cotangent], [], nodes=[], opset_imports={"": REVERSE_OPSET, "com.microsoft": 1}, name="reverse")
-    builder = Builder(target, f"{prefix}r/")
-    probes = builder.op("Shape", cotangent, start=0, end=1)
-    context = Context(primal, builder, wanted, probes)
-    incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
-    incoming[tensor].append(Cotangent(cotangent))
-    # a head that is joined with others by the last Concat is tapped on its way into it
-    last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
-    collected = {(name_of(c.node), c.slot): Cotangent(cotangent) for c in last}
-    columns: list[tuple[str, ir.Value, int]] = []
-    tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
-    for tap in taps:
-        tapped[values[tap.edges[0].tensor]].append(tap)
-    used = {(e.node, e.slot) for t in taps for e in t.edges}
+@dataclass(frozen=True, kw_only=True)
+class _Network:
+    """What the reverse graphs of all heads have in common."""
 
-    def close(value: ir.Value) -> Cotangent | None:
-        """All gradients of a tensor are known: add them up, and read its taps."""
-        total = _sum(context, value, incoming.pop(value, []))
-        for tap in tapped[value]:
-            whole = total if not tap.leaving else Cotangent(cotangent) if value is tensor else None
-            found = [whole if not e.node else collected.get((e.node, e.slot)) for e in tap.edges]
-            products: dict[tuple[int, int, int] | None, list[tuple[ir.Value, int]]] = defaultdict(list)
-            for term in _merge(context, [c for c in found if c is not None]):
-                products[term.window].append(_inner(context, value, term, errors[tap.id]))
-            for same in products.values():
-                (first, count), rest = same[0], [p for p, _ in same[1:]]
-                columns.append((tap.id, builder.op("Sum", first, *rest) if rest else first, count))
-        return total
+    nodes: Sequence[ir.Node]
+    values: Mapping[str, ir.Value]
+    taps: Sequence[Tap]
+    errors: Mapping[str, ir.Value]
+    """Tap id -> the error, in the primal graph."""
+    wanted: set[ir.Value]
+    primal: Builder
+    rules: Mapping[str, Rule]
+    stops: frozenset[str]
+    prefix: str
 
-    for node in reversed(nodes):
-        outputs = [close(v) for v in node.outputs]
-        if all(c is None for c in outputs) or not any(context.wants(v) for v in node.inputs):
-            continue
-        if _blocks(node, stops):
-            continue
-        for slot, cot in _gradients(context, rules, node, outputs).items():
+
+class _Reversal:
+    """Writes the reverse graph of one head."""
+
+    def __init__(self, network: _Network, head: str, tensor: ir.Value) -> None:
+        self._network, self._head, self._tensor = network, head, tensor
+        shape, prefix = ir.Shape(("P", *static_shape(tensor))), network.prefix
+        self._cotangent = ir.Value(name=f"{prefix}v", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+        opsets = {"": REVERSE_OPSET, "com.microsoft": 1}
+        self._graph = ir.Graph([self._cotangent], [], nodes=[], opset_imports=opsets, name="reverse")
+        self._builder = Builder(self._graph, f"{prefix}r/")
+        probes = self._builder.op("Shape", self._cotangent, start=0, end=1)
+        self.context = Context(network.primal, self._builder, network.wanted, probes)
+        self._incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
+        self._incoming[tensor].append(Cotangent(self._cotangent))
+        # a head that is joined with others by the last Concat is tapped on its way into it
+        last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
+        self._collected = {(name_of(c.node), c.slot): Cotangent(self._cotangent) for c in last}
+        self._columns: list[tuple[str, ir.Value, int]] = []
+        self._tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
+        for tap in network.taps:
+            self._tapped[network.values[tap.edges[0].tensor]].append(tap)
+        self._used = {(e.node, e.slot) for t in network.taps for e in t.edges}
+
+    def written(self) -> ReverseGraph:
+        for node in reversed(self._network.nodes):
+            self._pass(node)
+        for value in list(self._incoming):
+            self._close(value)
+        return self._finished()
+
+    def _pass(self, node: ir.Node) -> None:
+        """Carry the gradients of a node's outputs to its inputs."""
+        outputs = [self._close(v) for v in node.outputs]
+        if all(c is None for c in outputs) or not any(self.context.wants(v) for v in node.inputs):
+            return
+        if _blocks(node, self._network.stops):
+            return
+        for slot, cot in _gradients(self.context, self._network.rules, node, outputs).items():
             source = node.inputs[slot]
             assert source is not None
-            if (name_of(node), slot) in used:
-                collected[name_of(node), slot] = cot
-            incoming[source].append(cot)
-    for value in list(incoming):
-        close(value)
+            if (name_of(node), slot) in self._used:
+                self._collected[name_of(node), slot] = cot
+            self._incoming[source].append(cot)
 
-    result = context.zeros((0,))
-    if columns:
-        joined = builder.op("Concat", *(c for _, c, _ in columns), axis=1)
-        result = context.reshape(joined, [sum(n for _, _, n in columns)])
-    parts: dict[str, int] = defaultdict(int)
-    for tap_id, _, count in columns:
-        parts[tap_id] += count
-    result.name = f"{prefix}a"
-    target.outputs.append(result)
-    reverse = ReverseGraph(
-        head=head,
-        cotangent=str(cotangent.name),
-        shape=shape,
-        residuals=tuple(str(v.name) for v in context.residuals if constant(v) is None),
-        taps=tuple(parts),
-        parts=tuple(parts.values()),
-        model=pack(ir.Model(target, ir_version=8)),
-        output=result.name,
-    )
-    return reverse, context
+    def _close(self, value: ir.Value) -> Cotangent | None:
+        """All gradients of a tensor are known: add them up, and read its taps."""
+        total = _sum(self.context, value, self._incoming.pop(value, []))
+        for tap in self._tapped[value]:
+            leaving = Cotangent(self._cotangent) if value is self._tensor else None
+            whole = leaving if tap.leaving else total
+            found = [whole if not e.node else self._collected.get((e.node, e.slot)) for e in tap.edges]
+            products: dict[tuple[int, int, int] | None, list[tuple[ir.Value, int]]] = defaultdict(list)
+            for term in _merge(self.context, [c for c in found if c is not None]):
+                products[term.window].append(_inner(self.context, value, term, self._network.errors[tap.id]))
+            for same in products.values():
+                (first, count), rest = same[0], [p for p, _ in same[1:]]
+                column = self._builder.op("Sum", first, *rest) if rest else first
+                self._columns.append((tap.id, column, count))
+        return total
+
+    def _finished(self) -> ReverseGraph:
+        """The graph, with the columns of all taps as its output."""
+        result = self.context.zeros((0,))
+        if self._columns:
+            joined = self._builder.op("Concat", *(c for _, c, _ in self._columns), axis=1)
+            result = self.context.reshape(joined, [sum(n for _, _, n in self._columns)])
+        parts: dict[str, int] = defaultdict(int)
+        for tap_id, _, count in self._columns:
+            parts[tap_id] += count
+        result.name = f"{self._network.prefix}a"
+        self._graph.outputs.append(result)
+        return ReverseGraph(
+            head=self._head,
+            cotangent=str(self._cotangent.name),
+            shape=static_shape(self._tensor),
+            residuals=tuple(str(v.name) for v in self.context.residuals if constant(v) is None),
+            taps=tuple(parts),
+            parts=tuple(parts.values()),
+            model=pack(ir.Model(self._graph, ir_version=8)),
+            output=result.name,
+        )
 
 
 def _gradients(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 
+from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
 from bitalloy.model import relevance
@@ -143,7 +144,7 @@ def _adopt(source: Path, path: Path, variant: Variant, options: Options, facts: 
         )
     proto = onnx.load(str(source))
     annotate(proto, facts)
-    onnx.save(proto, str(path))
+    files.write(path, proto.SerializeToString())
     return f"{path.name} is a copy of '{source.name}' with the family's regions; its weights are unchanged."
 
 
@@ -181,36 +182,33 @@ def _variant(
 
 
 def _detect(
-    scale: str, measured: tuple[float, float], parameters: float, flops: float, ap: float, cpu: float, gpu: float
+    scale: str, measured: tuple[float, float], published: tuple[float, float], ap: float, ms: tuple[float, float]
 ) -> Variant:
-    return _variant(f"yolo11{scale}", measured, (parameters, flops), {"COCO mAP50-95": ap}, (cpu, gpu))
+    return _variant(f"yolo11{scale}", measured, published, {"COCO mAP50-95": ap}, ms)
 
 
 def _segment(
     scale: str,
     measured: tuple[float, float],
-    parameters: float,
-    flops: float,
-    box: float,
-    mask: float,
-    cpu: float,
-    gpu: float,
+    published: tuple[float, float],
+    ap: tuple[float, float],
+    ms: tuple[float, float],
 ) -> Variant:
-    accuracy = {"COCO box mAP50-95": box, "COCO mask mAP50-95": mask}
-    return _variant(f"yolo11{scale}-seg", measured, (parameters, flops), accuracy, (cpu, gpu))
+    accuracy = {"COCO box mAP50-95": ap[0], "COCO mask mAP50-95": ap[1]}
+    return _variant(f"yolo11{scale}-seg", measured, published, accuracy, ms)
 
 
 VARIANTS = (
-    _detect("n", (2.616, 6.543), 2.6, 6.5, 39.5, 56.1, 1.5),
-    _detect("s", (9.444, 21.590), 9.4, 21.5, 47.0, 90.0, 2.5),
-    _detect("m", (20.092, 68.104), 20.1, 68.0, 51.5, 183.2, 4.7),
-    _detect("l", (25.341, 87.156), 25.3, 86.9, 53.4, 238.6, 6.2),
-    _detect("x", (56.919, 195.272), 56.9, 194.9, 54.7, 462.8, 11.3),
-    _segment("n", (2.869, 9.801), 2.9, 9.7, 38.9, 32.0, 65.9, 1.8),
-    _segment("s", (10.098, 33.073), 10.1, 33.0, 46.6, 37.8, 117.6, 4.9),
-    _segment("m", (22.397, 113.349), 22.4, 113.2, 51.5, 41.5, 281.6, 6.3),
-    _segment("l", (27.646, 132.400), 27.6, 132.2, 53.4, 42.9, 344.2, 7.8),
-    _segment("x", (62.095, 296.732), 62.1, 296.4, 54.7, 43.8, 664.5, 15.8),
+    _detect("n", (2.616, 6.543), (2.6, 6.5), 39.5, (56.1, 1.5)),
+    _detect("s", (9.444, 21.590), (9.4, 21.5), 47.0, (90.0, 2.5)),
+    _detect("m", (20.092, 68.104), (20.1, 68.0), 51.5, (183.2, 4.7)),
+    _detect("l", (25.341, 87.156), (25.3, 86.9), 53.4, (238.6, 6.2)),
+    _detect("x", (56.919, 195.272), (56.9, 194.9), 54.7, (462.8, 11.3)),
+    _segment("n", (2.869, 9.801), (2.9, 9.7), (38.9, 32.0), (65.9, 1.8)),
+    _segment("s", (10.098, 33.073), (10.1, 33.0), (46.6, 37.8), (117.6, 4.9)),
+    _segment("m", (22.397, 113.349), (22.4, 113.2), (51.5, 41.5), (281.6, 6.3)),
+    _segment("l", (27.646, 132.400), (27.6, 132.2), (53.4, 42.9), (344.2, 7.8)),
+    _segment("x", (62.095, 296.732), (62.1, 296.4), (54.7, 43.8), (664.5, 15.8)),
 )
 FAMILY = Family(
     name="yolo11",
