@@ -38,7 +38,7 @@ from bitalloy.model.heads import Reference, find_heads
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.apply import apply
 from bitalloy.rewrite.cast import specified
-from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.ort import Execution, OrtSession
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
@@ -184,7 +184,9 @@ def main() -> None:
     if half:
         with step("FP16"):
             exact = Reference(session.run(samples[0]), heads)
-            rounded = OrtSession(specified(apply(model, units, half, ranges, device).model), integers=False)
+            rounded = OrtSession(
+                specified(apply(model, units, half, ranges, device).model), execution=Execution(integers=False)
+            )
             measured = exact.error(rounded.run(samples[0])) / exact.energy
     each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS
     busy, plainly = processor["probe"] / len(samples), processor["float pass"] / FLOAT_RUNS

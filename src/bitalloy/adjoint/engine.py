@@ -207,12 +207,11 @@ def build(
     while any(name.startswith(prefix) for name in (*values, *map(name_of, nodes))):
         prefix = f"_{prefix}"
     primal = Builder(model.graph, f"{prefix}p/")
-    errors = {tap.id: tap.error(primal, values) for tap in taps}
-    forward = _Forward(
+    network = _Network(
         nodes=nodes,
         values=values,
         taps=taps,
-        errors=errors,
+        errors={tap.id: tap.error(primal, values) for tap in taps},
         wanted=_wanted(nodes, values, taps, stops),
         primal=primal,
         rules=rules,
@@ -225,9 +224,9 @@ def build(
     reverses = []
     exported = dict.fromkeys([*energies, *(values[name] for name in keep)])
     for head, tensor in heads.items():
-        walk = _Backward(forward, head, values[tensor])
-        reverses.append(walk.reverse())
-        exported.update(dict.fromkeys(v for v in walk.context.residuals if constant(v) is None))
+        reversal = _Reversal(network, head, values[tensor])
+        reverses.append(reversal.written())
+        exported.update(dict.fromkeys(v for v in reversal.context.residuals if constant(v) is None))
     del model.graph.outputs[:]
     model.graph.outputs.extend(exported)
     _drop_unused(model)
@@ -250,13 +249,14 @@ def _blocks(node: ir.Node, stops: frozenset[str]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Forward:
-    """The primal graph and what is asked of it, the same for every head."""
+class _Network:
+    """What the reverse graphs of all heads have in common."""
 
-    nodes: list[ir.Node]
+    nodes: Sequence[ir.Node]
     values: Mapping[str, ir.Value]
     taps: Sequence[Tap]
     errors: Mapping[str, ir.Value]
+    """Tap id -> the error, in the primal graph."""
     wanted: set[ir.Value]
     primal: Builder
     rules: Mapping[str, Rule]
@@ -264,18 +264,18 @@ class _Forward:
     prefix: str
 
 
-class _Backward:
-    """The walk from one head back through the network, which writes the reverse graph."""
+class _Reversal:
+    """Writes the reverse graph of one head."""
 
-    def __init__(self, forward: _Forward, head: str, tensor: ir.Value) -> None:
-        self._forward, self._head, self._tensor = forward, head, tensor
-        shape = ir.Shape(("P", *static_shape(tensor)))
-        self._cotangent = ir.Value(name=f"{forward.prefix}v", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+    def __init__(self, network: _Network, head: str, tensor: ir.Value) -> None:
+        self._network, self._head, self._tensor = network, head, tensor
+        shape, prefix = ir.Shape(("P", *static_shape(tensor))), network.prefix
+        self._cotangent = ir.Value(name=f"{prefix}v", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
         opsets = {"": REVERSE_OPSET, "com.microsoft": 1}
         self._graph = ir.Graph([self._cotangent], [], nodes=[], opset_imports=opsets, name="reverse")
-        self._builder = Builder(self._graph, f"{forward.prefix}r/")
+        self._builder = Builder(self._graph, f"{prefix}r/")
         probes = self._builder.op("Shape", self._cotangent, start=0, end=1)
-        self.context = Context(forward.primal, self._builder, forward.wanted, probes)
+        self.context = Context(network.primal, self._builder, network.wanted, probes)
         self._incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
         self._incoming[tensor].append(Cotangent(self._cotangent))
         # a head that is joined with others by the last Concat is tapped on its way into it
@@ -283,45 +283,49 @@ class _Backward:
         self._collected = {(name_of(c.node), c.slot): Cotangent(self._cotangent) for c in last}
         self._columns: list[tuple[str, ir.Value, int]] = []
         self._tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
-        for tap in forward.taps:
-            self._tapped[forward.values[tap.edges[0].tensor]].append(tap)
+        for tap in network.taps:
+            self._tapped[network.values[tap.edges[0].tensor]].append(tap)
+        self._used = {(e.node, e.slot) for t in network.taps for e in t.edges}
 
-    def reverse(self) -> ReverseGraph:
-        """Walk, and close the graph."""
-        used = {(e.node, e.slot) for t in self._forward.taps for e in t.edges}
-        for node in reversed(self._forward.nodes):
-            outputs = [self._close(v) for v in node.outputs]
-            if all(c is None for c in outputs) or not any(self.context.wants(v) for v in node.inputs):
-                continue
-            if _blocks(node, self._forward.stops):
-                continue
-            for slot, cot in _gradients(self.context, self._forward.rules, node, outputs).items():
-                source = node.inputs[slot]
-                assert source is not None
-                if (name_of(node), slot) in used:
-                    self._collected[name_of(node), slot] = cot
-                self._incoming[source].append(cot)
+    def written(self) -> ReverseGraph:
+        for node in reversed(self._network.nodes):
+            self._pass(node)
         for value in list(self._incoming):
             self._close(value)
-        return self._finish()
+        return self._finished()
+
+    def _pass(self, node: ir.Node) -> None:
+        """Carry the gradients of a node's outputs to its inputs."""
+        outputs = [self._close(v) for v in node.outputs]
+        if all(c is None for c in outputs) or not any(self.context.wants(v) for v in node.inputs):
+            return
+        if _blocks(node, self._network.stops):
+            return
+        for slot, cot in _gradients(self.context, self._network.rules, node, outputs).items():
+            source = node.inputs[slot]
+            assert source is not None
+            if (name_of(node), slot) in self._used:
+                self._collected[name_of(node), slot] = cot
+            self._incoming[source].append(cot)
 
     def _close(self, value: ir.Value) -> Cotangent | None:
         """All gradients of a tensor are known: add them up, and read its taps."""
         total = _sum(self.context, value, self._incoming.pop(value, []))
         for tap in self._tapped[value]:
-            whole = total if not tap.leaving else Cotangent(self._cotangent) if value is self._tensor else None
+            leaving = Cotangent(self._cotangent) if value is self._tensor else None
+            whole = leaving if tap.leaving else total
             found = [whole if not e.node else self._collected.get((e.node, e.slot)) for e in tap.edges]
             products: dict[tuple[int, int, int] | None, list[tuple[ir.Value, int]]] = defaultdict(list)
             for term in _merge(self.context, [c for c in found if c is not None]):
-                products[term.window].append(_inner(self.context, value, term, self._forward.errors[tap.id]))
+                products[term.window].append(_inner(self.context, value, term, self._network.errors[tap.id]))
             for same in products.values():
                 (first, count), rest = same[0], [p for p, _ in same[1:]]
                 column = self._builder.op("Sum", first, *rest) if rest else first
                 self._columns.append((tap.id, column, count))
         return total
 
-    def _finish(self) -> ReverseGraph:
-        """Join the columns of all taps to the output."""
+    def _finished(self) -> ReverseGraph:
+        """The graph, with the columns of all taps as its output."""
         result = self.context.zeros((0,))
         if self._columns:
             joined = self._builder.op("Concat", *(c for _, c, _ in self._columns), axis=1)
@@ -329,7 +333,7 @@ class _Backward:
         parts: dict[str, int] = defaultdict(int)
         for tap_id, _, count in self._columns:
             parts[tap_id] += count
-        result.name = f"{self._forward.prefix}a"
+        result.name = f"{self._network.prefix}a"
         self._graph.outputs.append(result)
         return ReverseGraph(
             head=self._head,

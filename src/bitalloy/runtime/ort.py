@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,22 @@ _KERNEL = "_kernel_time"
 _TYPES = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a session does otherwise than the runtime does by itself on a CPU."""
+
+    provider: str = CPU
+    """What executes the nodes; those that it does not take run on the CPU."""
+    integers: bool = True
+    """False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written. On CPUs
+    without VNNI the integer kernels that else take their place saturate sums of two products in 16 bits."""
+    written: Path | None = None
+    """File for the graph as the session runs it, after all optimisations; the weights go beside it."""
+
+
+USUAL = Execution()
+
+
 class OrtSession:
     """A model loaded into ONNX Runtime.
 
@@ -36,14 +53,10 @@ class OrtSession:
         threads: intra-op threads; None takes one per available core, shared between the `streams`.
         optimize: False keeps the graph as written, so that every node is executed by its own kernel.
         profile: path prefix of a profile to be written; `kernels` reads it back.
-        written: file for the graph as the session runs it, after all optimisations; the weights go beside it.
-        provider: what executes it; nodes that it does not take run on the CPU.
         shared: work in memory that all such sessions of the process have in common. Sessions that take turns then need
             no more of it than the largest, and fresh memory, which is slow, only once. Not for timing.
-        integers: False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written.
-            On CPUs without VNNI the integer kernels that else take their place saturate sums of two products in 16
-            bits.
         streams: threads of Python that may call `run` at the same time.
+        execution: how the nodes are executed.
 
     Worker threads stop spinning when a run ends, so sessions that take turns do not slow each other down.
 
@@ -58,30 +71,20 @@ class OrtSession:
         threads: int | None = None,
         optimize: bool = True,
         profile: Path | None = None,
-        written: Path | None = None,
-        provider: str = CPU,
         shared: bool = False,
-        integers: bool = True,
         streams: int = 1,
+        execution: Execution = USUAL,
     ) -> None:
-        options = ort.SessionOptions()
+        options = _options(execution)
         if shared:
             _register_shared_memory()
             options.add_session_config_entry("session.use_env_allocators", "1")
         options.intra_op_num_threads = threads or max(1, available_cores() // streams)
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not integers:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        if written is not None:
-            options.optimized_model_filepath = str(written)
-            for key, value in (("file_name", f"{written.name}.data"), ("min_size_in_bytes", "1024")):
-                options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
         packed = pack(model) if isinstance(model, ir.Model) else model
         source = str(packed) if isinstance(packed, (str, Path)) else packed
         self._lent: dict[str, np.ndarray] = {}
@@ -91,7 +94,7 @@ class OrtSession:
             options.enable_mem_pattern = not self._lent
         # both forms of a lent weight are views of the same memory
         self._lent_values = {name: ort.OrtValue.ortvalue_from_numpy(w) for name, w in self._lent.items()}
-        providers = list(dict.fromkeys((provider, CPU)))
+        providers = list(dict.fromkeys((execution.provider, CPU)))
         try:
             self._session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
@@ -144,6 +147,19 @@ class OrtSession:
         del self._session, self._lent, self._lent_values
 
 
+def _options(execution: Execution) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not execution.integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if (written := execution.written) is not None:
+        options.optimized_model_filepath = str(written)
+        for key, value in (("file_name", f"{written.name}.data"), ("min_size_in_bytes", "1024")):
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
+    return options
+
+
 def rewrite(model: ir.Model | Path, folder: Path, provider: str = CPU) -> ir.Model:
     """The graph that a session runs. Its large weights are in the folder, in a file of their own.
 
@@ -152,7 +168,7 @@ def rewrite(model: ir.Model | Path, folder: Path, provider: str = CPU) -> ir.Mod
     """
     path = folder / "optimized.onnx"
     try:
-        OrtSession(model, written=path, provider=provider).close()
+        OrtSession(model, execution=Execution(written=path, provider=provider)).close()
         return ir.load(path)
     except Exception as error:  # a damaged file, by many types
         raise ModelError(f"ONNX Runtime could not write the graph that it runs: {error}") from error
@@ -206,9 +222,14 @@ def _version() -> str:
 
 ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite)
 """The runtime of the core."""
-ORT_GPU = Runtime("ONNX Runtime on CUDA", partial(OrtSession, provider=CUDA), _version, partial(rewrite, provider=CUDA))
+ORT_GPU = Runtime(
+    "ONNX Runtime on CUDA",
+    partial(OrtSession, execution=Execution(provider=CUDA)),
+    _version,
+    partial(rewrite, provider=CUDA),
+)
 """The same with its CUDA provider, whose kernels the host starts and does not wait for."""
-AS_WRITTEN = Runtime(ORT.name, partial(OrtSession, integers=False), ORT.version)
+AS_WRITTEN = Runtime(ORT.name, partial(OrtSession, execution=Execution(integers=False)), ORT.version)
 """The same for models of devices that are not here: with the numbers that the graph says."""
 
 

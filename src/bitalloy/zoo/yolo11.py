@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 
+from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
 from bitalloy.model import relevance
@@ -145,7 +146,7 @@ def _adopt(source: Path, path: Path, variant: Variant, options: Options, facts: 
         )
     proto = onnx.load(str(source))
     annotate(proto, facts)
-    onnx.save(proto, str(path))
+    files.write(path, proto.SerializeToString())
     return f"{path.name} is a copy of '{source.name}' with the family's regions; its weights are unchanged."
 
 
