@@ -23,8 +23,8 @@ NAMES = [
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
     "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "Selection", "Settings",
-    "Summary", "Verified", "Workspace",
+    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "RunOptions", "Selection",
+    "Settings", "Summary", "Verified", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnsupportedOpError",

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from bitalloy.cli.console import SHOWN_LINES, out_console
 
@@ -69,6 +67,8 @@ def audit(
     Example: bitalloy audit runs/last
     """
     import msgspec
+    from rich.markup import escape
+    from rich.table import Table
 
     from bitalloy.pipeline.audit import audit_run
 
