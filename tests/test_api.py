@@ -81,7 +81,7 @@ def test_everything_that_is_imported_is_declared() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             used |= {name.partition(".")[0] for name in names}
-    belong = {"PIL": "pillow", "google": "onnx", "markupsafe": "jinja2"}
+    belong = {"PIL": "pillow", "cpuinfo": "py_cpuinfo", "google": "onnx", "markupsafe": "jinja2"}
     assert {belong.get(n, n) for n in used - set(sys.stdlib_module_names) - {"bitalloy"}} <= declared
 
 
