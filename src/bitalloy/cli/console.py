@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
-out_console = Console()
-error_console = Console(stderr=True)
 SHOWN_LINES = 40
+
+
+class Output:
+    """One of the two standard streams. What formats it is imported when something is printed: that takes a while."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._stderr = stderr
+        self.width: int | None = None
+        """Columns of text; None leaves it to the terminal."""
+
+    @property
+    def console(self) -> Console:
+        """The stream as it is now."""
+        from rich.console import Console
+
+        return Console(stderr=self._stderr, width=self.width)
+
+    def print(self, *parts: object, **how: Any) -> None:
+        """Print as `rich.console.Console.print` does."""
+        self.console.print(*parts, **how)
+
+
+out_console, error_console = Output(), Output(stderr=True)
 
 
 class Bars:
@@ -17,14 +40,15 @@ class Bars:
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+        self._console = error_console.console
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<12}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=error_console,
-            disable=not error_console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._stage: str | None = None
         self._began, self._done = 0.0, 0
@@ -52,8 +76,8 @@ class Bars:
         if self._stage is None:
             return
         self._progress.update(self._progress.task_ids[-1], total=self._done, completed=self._done)
-        if not error_console.is_terminal:
+        if not self._console.is_terminal:
             steps = f", {self._done} steps" if self._done else ""
             line = f"{self._stage}{steps}, {time.perf_counter() - self._began:.1f} s"
-            error_console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
         self._stage = None

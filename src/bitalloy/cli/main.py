@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
 )
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        out_console.print(f"bitalloy {__version__}", highlight=False)
+        typer.echo(f"bitalloy {__version__}")
         raise typer.Exit
 
 
@@ -49,13 +49,14 @@ def root(
 @app.command()
 @collected(RunArguments)
 def run(asked: RunArguments) -> None:
-    """Analyse, plan, apply, verify and report: everything, in one go.
+    """Analyse, plan, apply, verify and report, in one go.
 
     Leaves in the run directory: mixed.onnx (or mixed/ of a program), report.html, summary.json, plan.json,
     sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
     again.
 
-    Examples:
+    For example:
+
       bitalloy run                                   the embedded sample
 
       bitalloy run model.onnx --data images/ --latency 0.7x
@@ -152,12 +153,13 @@ def _show(verified: Verified, folder: Path) -> None:
 @app.command()
 @collected(PlanArguments)
 def plan(asked: PlanArguments) -> None:
-    """Plan again from a run directory: other limits or constraints, without model, data or measuring.
+    """Plan again from a run directory, without measuring.
 
-    Without limits those of the run hold. Leaves replanned.json in the run directory; `bitalloy run` with the same
-    limits makes and verifies the model.
+    Other limits or constraints need neither model nor data. Without limits those of the run hold. Leaves
+    replanned.json in the run directory; `bitalloy run` with the same limits makes and verifies the model.
 
-    Examples:
+    For example:
+
       bitalloy plan runs/last --latency 0.6x --keep fp32:'neck*'
 
       bitalloy plan runs/last --front
@@ -187,12 +189,14 @@ def plan(asked: PlanArguments) -> None:
 @app.command()
 @collected(SensitivityArguments)
 def sensitivity(asked: SensitivityArguments) -> None:
-    """What rounding each unit, region or site does to every output, worst first.
+    """Tell what rounding each part does to every output.
 
-    Leaves in the run directory: sensitivity.json/.csv, with --method exact sensitivity_exact.json/.csv, with --metric
-    sensitivity_metric.json. A killed command goes on where it stopped when the same command is given again.
+    Parts are units, regions or rounding sites; the worst come first. Leaves in the run directory:
+    sensitivity.json/.csv, with --method exact sensitivity_exact.json/.csv, with --metric sensitivity_metric.json. A
+    killed command goes on where it stopped when the same command is given again.
 
-    Examples:
+    For example:
+
       bitalloy sensitivity model.onnx --data images/
 
       bitalloy sensitivity model.onnx --data images/ --confirm 10
@@ -258,7 +262,8 @@ def export(
 ) -> None:
     """Write a known model as ONNX and compare the files with torch.
 
-    Examples:
+    For example:
+
       bitalloy export yolo11n --checkpoint yolo11n.pt --trust-checkpoint
 
       bitalloy export segformer-b0
