@@ -23,8 +23,8 @@ NAMES = [
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
     "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "Selection", "Settings",
-    "Summary", "Verified", "Workspace",
+    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "RunOptions", "Selection",
+    "Settings", "Summary", "Verified", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnsupportedOpError",
@@ -81,7 +81,7 @@ def test_everything_that_is_imported_is_declared() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             used |= {name.partition(".")[0] for name in names}
-    belong = {"PIL": "pillow", "google": "onnx", "markupsafe": "jinja2"}
+    belong = {"PIL": "pillow", "cpuinfo": "py_cpuinfo", "google": "onnx", "markupsafe": "jinja2"}
     assert {belong.get(n, n) for n in used - set(sys.stdlib_module_names) - {"bitalloy"}} <= declared
 
 

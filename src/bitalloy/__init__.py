@@ -6,36 +6,44 @@ analysis = bitalloy.analyze(model, data)
 planned = bitalloy.plan(analysis, bitalloy.Budget(latency_ratio=0.7))
 verified = bitalloy.verify(analysis, planned)
 print(verified.summary.headline)
+
+Public names are loaded when they are first used: importing bitalloy itself takes no time.
 """
 
-from bitalloy.core.errors import (
-    BitalloyError,
-    BudgetError,
-    DataError,
-    MissingExtraError,
-    ModelError,
-    RunDirectoryError,
-    UnsupportedOpError,
-)
-from bitalloy.core.outcome import Summary
-from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, Keep
-from bitalloy.core.records import Settings
-from bitalloy.core.schemes import Plan
-from bitalloy.core.store import RunDirectory
-from bitalloy.core.work import Workspace
-from bitalloy.measure.cost import measure_cost
-from bitalloy.pipeline.analyze import analyze
-from bitalloy.pipeline.calibrate import calibrate
-from bitalloy.pipeline.plan import plan, plan_again
-from bitalloy.pipeline.prepare import load, open_data
-from bitalloy.pipeline.run import publish, run
-from bitalloy.pipeline.run import render as report
-from bitalloy.pipeline.ship import Verified, apply, verify
-from bitalloy.rewrite.calibrated import Calibrated
-from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
-from bitalloy.tasks.metric import measure_metric
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitalloy.core.errors import (
+        BitalloyError,
+        BudgetError,
+        DataError,
+        MissingExtraError,
+        ModelError,
+        RunDirectoryError,
+        UnsupportedOpError,
+    )
+    from bitalloy.core.outcome import Summary
+    from bitalloy.core.planned import Planned
+    from bitalloy.core.plans import Budget, Keep
+    from bitalloy.core.records import Settings
+    from bitalloy.core.schemes import Plan
+    from bitalloy.core.store import RunDirectory
+    from bitalloy.core.work import Workspace
+    from bitalloy.measure.cost import measure_cost
+    from bitalloy.pipeline.analyze import analyze
+    from bitalloy.pipeline.calibrate import calibrate
+    from bitalloy.pipeline.plan import plan, plan_again
+    from bitalloy.pipeline.prepare import RunOptions, load, open_data
+    from bitalloy.pipeline.run import publish, run
+    from bitalloy.pipeline.run import render as report
+    from bitalloy.pipeline.ship import Verified, apply, verify
+    from bitalloy.rewrite.calibrated import Calibrated
+    from bitalloy.sensitivity.analysis import Analysis
+    from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
+    from bitalloy.tasks.metric import measure_metric
 
 __version__ = "0.1.0"
 
@@ -64,6 +72,7 @@ __all__ = [
     "Planned",
     "Plan",
     "RunDirectory",
+    "RunOptions",
     "Selection",
     "Settings",
     "Summary",
@@ -78,3 +87,70 @@ __all__ = [
     "RunDirectoryError",
     "UnsupportedOpError",
 ]
+
+_HOMES = {
+    "load": "pipeline.prepare",
+    "open_data": "pipeline.prepare",
+    "analyze": "pipeline.analyze",
+    "confirm": "sensitivity.measuring",
+    "calibrate": "pipeline.calibrate",
+    "measure_exact": "sensitivity.measuring",
+    "measure_metric": "tasks.metric",
+    "measure_cost": "measure.cost",
+    "plan": "pipeline.plan",
+    "plan_again": "pipeline.plan",
+    "apply": "pipeline.ship",
+    "verify": "pipeline.ship",
+    "report": "pipeline.run:render",
+    "publish": "pipeline.run",
+    "run": "pipeline.run",
+    "Analysis": "sensitivity.analysis",
+    "Budget": "core.plans",
+    "Calibrated": "rewrite.calibrated",
+    "Keep": "core.plans",
+    "Planned": "core.planned",
+    "Plan": "core.schemes",
+    "RunDirectory": "core.store",
+    "RunOptions": "pipeline.prepare",
+    "Selection": "sensitivity.measuring",
+    "Settings": "core.records",
+    "Summary": "core.outcome",
+    "Verified": "pipeline.ship",
+    "Workspace": "core.work",
+    "BitalloyError": "core.errors",
+    "BudgetError": "core.errors",
+    "DataError": "core.errors",
+    "MissingExtraError": "core.errors",
+    "ModelError": "core.errors",
+    "RunDirectoryError": "core.errors",
+    "UnsupportedOpError": "core.errors",
+}
+"""Public name -> the module that defines it, followed by `:name` where it has another name there."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bitalloy' has no attribute '{name}'")
+    module, _, other = _HOMES[name].partition(":")
+    found = getattr(import_module(f"bitalloy.{module}"), other or name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Root(ModuleType):
+    """The package itself, in which a public function keeps its name although a sub-package is called the same.
+
+    Python stores every imported sub-package as an attribute of its parent: `import bitalloy.verify.course` would put
+    the package `verify` where users expect the function `bitalloy.verify`. Such an assignment is left out here.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Root

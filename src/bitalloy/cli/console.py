@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+import time
+from typing import TYPE_CHECKING, Any
 
-out_console = Console()
-error_console = Console(stderr=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
 SHOWN_LINES = 40
 
 
+class Output:
+    """One of the two standard streams. What formats it is imported when something is printed: that takes a while."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self._stderr = stderr
+        self.width: int | None = None
+        """Columns of text; None leaves it to the terminal."""
+
+    @property
+    def console(self) -> Console:
+        """The stream as it is now."""
+        from rich.console import Console
+
+        return Console(stderr=self._stderr, width=self.width)
+
+    def print(self, *parts: object, **how: Any) -> None:
+        """Print as `rich.console.Console.print` does."""
+        self.console.print(*parts, **how)
+
+
+out_console, error_console = Output(), Output(stderr=True)
+
+
 class Bars:
-    """Progress bars of the stages, on standard error."""
+    """Progress of the stages on standard error: bars on a terminal, elsewhere one line for each finished stage."""
 
     def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._console = error_console.console
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<12}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=error_console,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
-        self._task: TaskID | None = None
+        self._stage: str | None = None
+        self._began, self._done = 0.0, 0
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -33,15 +62,22 @@ class Bars:
 
     def start(self, stage: str, total: int | None) -> None:
         """A stage begins."""
-        self._task = self._progress.add_task(stage, total=total)
+        self._stage, self._began, self._done = stage, time.perf_counter(), 0
+        self._progress.add_task(stage, total=total)
 
     def advance(self, steps: int = 1) -> None:
         """Steps of the stage are done."""
-        if self._task is not None:
-            self._progress.advance(self._task, steps)
+        if self._stage is not None:
+            self._done += steps
+            self._progress.advance(self._progress.task_ids[-1], steps)
 
     def finish(self, note: str = "") -> None:
         """The stage is over."""
-        if self._task is not None:
-            done = self._progress.tasks[self._task].completed
-            self._progress.update(self._task, total=done, completed=done)
+        if self._stage is None:
+            return
+        self._progress.update(self._progress.task_ids[-1], total=self._done, completed=self._done)
+        if not self._console.is_terminal:
+            steps = f", {self._done} steps" if self._done else ""
+            line = f"{self._stage}{steps}, {time.perf_counter() - self._began:.1f} s"
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._stage = None

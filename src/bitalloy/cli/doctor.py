@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
+
+from packaging.requirements import Requirement
 
 from bitalloy.core.errors import MissingExtraError
 from bitalloy.core.records import Record
@@ -15,7 +16,6 @@ from bitalloy.targets.patterns import has_vnni
 
 NOT_SHOWN = frozenset({"ultralytics", "zoo"})
 """Extras that nobody needs: one is for a test, one is the sum of others."""
-_REQUIREMENT = re.compile(r"""(?P<package>[\w.-]+)[^;]*;.*\bextra *== *['"](?P<extra>[\w.-]+)['"]$""")
 CORE = ("bitalloy", "onnxruntime", "onnx", "onnx-ir", "numpy", "scipy")
 
 
@@ -92,10 +92,13 @@ def doctor() -> Diagnosis:
 
 def extras() -> dict[str, tuple[str, ...]]:
     """Extra -> its packages, as this installation declares them."""
-    found: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("bitalloy") or ():
-        if (match := _REQUIREMENT.match(line)) and match["extra"] not in NOT_SHOWN:
-            found.setdefault(match["extra"], []).append(match["package"])
+    declared = importlib.metadata.metadata("bitalloy").get_all("Provides-Extra") or []
+    needed = [Requirement(line) for line in importlib.metadata.requires("bitalloy") or ()]
+    found = {
+        extra: [r.name for r in needed if r.marker and r.marker.evaluate({"extra": extra})]
+        for extra in declared
+        if extra not in NOT_SHOWN
+    }
     return {name: tuple(packages) for name, packages in sorted(found.items())}
 
 

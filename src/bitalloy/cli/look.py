@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from bitalloy.cli.console import SHOWN_LINES, out_console
 
@@ -16,7 +14,9 @@ from bitalloy.cli.console import SHOWN_LINES, out_console
 def models(
     json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
 ) -> None:
-    """List the models that are known by name, with published and measured figures.
+    """List the models that are known by name, with figures.
+
+    The figures are published ones and our own.
 
     Example: bitalloy models --json
     """
@@ -34,7 +34,9 @@ def models(
 def targets(
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """List devices and runtimes; `bitalloy doctor` tells which of them are here.
+    """List devices and runtimes.
+
+    `bitalloy doctor` tells which of them are here.
 
     Example: bitalloy run model.onnx --data images/ --target ort-cpu
     """
@@ -67,13 +69,16 @@ def audit(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Run the mixed model again and tell in which precision the runtime executed every unit.
+    """Tell in which precision the runtime executed each unit.
 
-    A model for a GPU is audited on a machine that has it: elsewhere nothing is known about the target.
+    The mixed model is run again for it. A model for a GPU is audited on a machine that has it: elsewhere nothing is
+    known about the target.
 
     Example: bitalloy audit runs/last
     """
     import msgspec
+    from rich.markup import escape
+    from rich.table import Table
 
     from bitalloy.pipeline.audit import audit_run
 
@@ -102,7 +107,9 @@ def audit(
 
 
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
-    """Tell what is available on this machine, with the install line for what is not.
+    """Tell what is available on this machine.
+
+    What is not comes with its install line.
 
     Example: bitalloy doctor --json
     """

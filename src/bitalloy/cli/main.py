@@ -3,154 +3,60 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from bitalloy.cli import look as commands
+from bitalloy import __version__
+from bitalloy.cli import look
+from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
 from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
-    from bitalloy.core.plans import Budget
     from bitalloy.pipeline.ship import Verified
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
 )
-Ranges = Annotated[
-    str,
-    typer.Option(
-        help="Calibration of INT8 ranges: minmax, moving, percentile, entropy or mse for all tensors; auto takes, for "
-        "every tensor, the one whose rounding and clipping disturb the outputs least."
-    ),
-]
-Floors = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Floor on the SQNR of every output head in dB, e.g. 20, or of one head, e.g. `boxes=30`. Higher is "
-        "stricter. May be given more than once."
-    ),
-]
-BiasCorrection = Annotated[
-    bool,
-    typer.Option(
-        "--bias-correction/--no-bias-correction",
-        help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
-    ),
-]
-Equalize = Annotated[
-    bool,
-    typer.Option(
-        "--equalize/--no-equalize",
-        help="Scale channels between layers (SmoothQuant, cross-layer equalization) where measurement says it pays.",
-    ),
-]
-Kept = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Precision of a part of the plan: `fp32:'neck*'`, `int8:'model.{4..8}'`. Glob over units, nodes, regions "
-        "or operator types; the last one that names a unit holds. Changes the plan alone: nothing is analysed again."
-    ),
-]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bitalloy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[  # acted on while it is read, before any command
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.
+
+    Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.
+    """
 
 
 @app.command()
-def run(
-    model: Annotated[
-        str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
-    ] = "yolo11n-shapes",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
-        ),
-    ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            help="Device and runtime, see `bitalloy targets`; or several of one analysis: `ort-cpu,tensorrt`."
-        ),
-    ] = "ort-cpu",
-    latency: Annotated[
-        str | None, typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`.  [default: 0.7x]")
-    ] = None,
-    max_drop_db: Floors = None,
-    max_drop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Largest drop of a task metric against float, measured on --eval: `AP50-95=0.003`, or `0.3` in points "
-            "of the first metric. Finds the fastest plan of the front that keeps it."
-        ),
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
-    evaluate: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--eval",
-            exists=True,
-            help="Labels of the model's task, such as a COCO annotation file or questions as JSON lines: measure "
-            "float, INT8 and mixed on them. May be given more than once.",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
-    shape: Annotated[
-        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
-    ] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
-    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
-    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
-    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
-    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
-    keep: Kept = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Leave out of the analysis, such as an operator without adjoint: glob over node names, regions or "
-            "operator types, which stay in float. To try plans use --keep."
-        ),
-    ] = None,
-    protect: Annotated[
-        bool,
-        typer.Option(
-            "--protect/--no-protect",
-            help="Keep in float what the model's family advises, unless measurement overrules it.",
-        ),
-    ] = True,
-    equalize: Equalize = True,
-    bias_correction: BiasCorrection = True,
-    samples: Annotated[str, typer.Option(help="Samples of the probe matrix, or `auto`.")] = "auto",
-    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
-    ranges: Ranges = "auto",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a model that is exported first: file, folder, hub repository, or `random`.  "
-            "[default: the published one]"
-        ),
-    ] = None,
-    trust_checkpoint: Annotated[
-        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
-) -> None:
-    """Analyse, plan, apply, verify and report: everything, in one go.
+@collected(RunArguments)
+def run(asked: RunArguments) -> None:
+    """Analyse, plan, apply, verify and report, in one go.
 
     Leaves in the run directory: mixed.onnx (or mixed/ of a program), report.html, summary.json, plan.json,
     sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
     again.
 
-    Examples:
+    For example:
+
       bitalloy run                                   the embedded sample
 
       bitalloy run model.onnx --data images/ --latency 0.7x
@@ -163,59 +69,40 @@ def run(
 
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
     """
-    from bitalloy.cli import options
-    from bitalloy.core.records import Settings
+    asked.budget(1)  # refuses what is wrong before the model is read
+    settings = asked.analysis.settings(protect=asked.protect)
+    asked.opening.check()
+    _refuse_broken(asked.model.model)
+
     from bitalloy.measure.sizes import float_bytes
-    from bitalloy.pipeline import prepare as opening
-    from bitalloy.pipeline import run as stages
+    from bitalloy.pipeline.prepare import prepare
+    from bitalloy.pipeline.run import deliver
 
-    def budget(float_bytes: int) -> Budget:
-        return options.budget(
-            latency_text=latency,
-            size_text=size,
-            floor_texts=max_drop_db,
-            drop_texts=max_drop,
-            keep_texts=keep,
-            float_bytes=float_bytes,
-        )
-
-    budget(1)  # refuses what is wrong before the model is read
-    settings = Settings(
-        targets=options.targets(target),
-        calibration_samples=calibration_samples,
-        range_method=options.choice("--ranges", ranges, options.RANGE_METHODS),
-        samples=options.samples(samples),
-        probes=probes,
-        seed=seed,
-        exclude=tuple(exclude or ()),
-        protect=protect,
-        equalize=equalize,
-        bias_correction=bias_correction,
-    )
+    model, limit = asked.model, asked.analysis.limit
     with Bars() as bars:
-        prepared = opening.prepare(
-            model,
-            out=out,
-            data=data,
-            labels=evaluate,
-            shapes=options.shapes(shape or []),
-            image=options.image(scale, mean, std, layout, fit),
-            checkpoint=checkpoint,
-            trust_checkpoint=trust_checkpoint,
-            seed=seed,
-            progress=bars,
+        options = replace(asked.opening.options(limit), progress=bars)
+        prepared = prepare(
+            model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
-        chosen = budget(float_bytes(prepared.model))
-        verified = stages.deliver(prepared, budget=chosen, settings=settings, limit=limit)
-    if json_output:
-        sys.stdout.write((out / "summary.json").read_text() + "\n")
+        verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
+    if asked.json_output:
+        sys.stdout.write((model.out / "summary.json").read_text() + "\n")
         return
     for one in (verified, *verified.others):
-        _show(one, out if one is verified else out / one.summary.target)
+        _show(one, model.out if one is verified else model.out / one.summary.target)
+
+
+def _refuse_broken(model: str) -> None:
+    """Refuse a file that is no ONNX model before the pipeline is imported, which takes seconds."""
+    from bitalloy.model.file import refuse_broken
+
+    refuse_broken(model)
 
 
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
+    from rich.table import Table
+
     from bitalloy.report import formats
     from bitalloy.report.text import counted
 
@@ -262,47 +149,32 @@ def _show(verified: Verified, folder: Path) -> None:
 
 
 @app.command()
-def plan(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished `bitalloy run`.")],
-    latency: Annotated[str | None, typer.Option(help="Latency budget: `0.7x` of float, or `12ms`.")] = None,
-    size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None,
-    max_drop_db: Floors = None,
-    keep: Kept = None,
-    front: Annotated[bool, typer.Option("--front", help="Print the plans of the front, not the units.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False,
-) -> None:
-    """Plan again from a run directory: other limits or constraints, without model, data or measuring.
+@collected(PlanArguments)
+def plan(asked: PlanArguments) -> None:
+    """Plan again from a run directory, without measuring.
 
-    Without limits those of the run hold. Leaves replanned.json in the run directory; `bitalloy run` with the same
-    limits makes and verifies the model.
+    Other limits or constraints need neither model nor data. Without limits those of the run hold. Leaves
+    replanned.json in the run directory; `bitalloy run` with the same limits makes and verifies the model.
 
-    Examples:
+    For example:
+
       bitalloy plan runs/last --latency 0.6x --keep fp32:'neck*'
 
       bitalloy plan runs/last --front
 
       bitalloy plan runs/last --max-drop-db boxes=30 --max-drop-db scores=12 --json
     """
-    from bitalloy.cli import options
-    from bitalloy.pipeline import plan as stage
+    from rich.table import Table
+
+    from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
-    def budget(float_bytes: int) -> Budget:
-        return options.budget(
-            latency_text=latency,
-            size_text=size,
-            floor_texts=max_drop_db,
-            drop_texts=None,
-            keep_texts=keep,
-            float_bytes=float_bytes,
-        )
-
     with Bars() as bars:
-        planned = stage.plan_again(run_directory, budget, progress=bars)
-    if json_output:
-        sys.stdout.write(text.front_json(planned) if front else text.plan_json(planned))
+        planned = plan_again(asked.run_directory, asked.limits.budget, progress=bars)
+    if asked.json_output:
+        sys.stdout.write(text.front_json(planned) if asked.front else text.plan_json(planned))
         return
-    columns, lines = text.front_table(planned) if front else text.unit_table(planned)
+    columns, lines = text.front_table(planned) if asked.front else text.unit_table(planned)
     shown = Table()
     for column in columns:
         shown.add_column(column, overflow="fold")
@@ -313,73 +185,16 @@ def plan(
 
 
 @app.command()
-def sensitivity(
-    model: Annotated[
-        str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
-    ] = "yolo11n-shapes",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe",
-    mode: Annotated[
-        str | None,
-        typer.Option(help="Of exact: `one-at-a-time`, or `leave-one-out` of the all-INT8 model.  [default: the first]"),
-    ] = None,
-    units: Annotated[list[str] | None, typer.Option(help="Glob over units.  [default: all of them]")] = None,
-    regions: Annotated[list[str] | None, typer.Option(help="Glob over regions, such as 'model.22*'.")] = None,
-    sites: Annotated[list[str] | None, typer.Option(help="Glob over rounding sites, 'tensor->node#slot'.")] = None,
-    confirm: Annotated[
-        int | None, typer.Option(min=0, help="Measure so many of the worst units, and everything flagged, exactly.")
-    ] = None,
-    metric: Annotated[bool, typer.Option("--metric", help="Drop of box AP in place of SQNR; needs --eval.")] = False,
-    evaluate: Annotated[
-        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None,
-    target: Annotated[
-        str, typer.Option(help="Device and runtime, see `bitalloy targets`; of several the table is of the first.")
-    ] = "ort-cpu",
-    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last"),
-    shape: Annotated[
-        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
-    ] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on pixel values.  [default: 1/255]")] = None,
-    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None,
-    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None,
-    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`.  [default: inferred]")] = None,
-    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`.  [default: inferred]")] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave out of the analysis: glob over node names, regions or operator types."),
-    ] = None,
-    equalize: Equalize = True,
-    bias_correction: BiasCorrection = True,
-    samples: Annotated[str, typer.Option(help="Samples to measure on, or `auto`.")] = "auto",
-    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64,
-    ranges: Ranges = "auto",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a model that is exported first: file, folder, hub repository, or `random`.  "
-            "[default: the published one]"
-        ),
-    ] = None,
-    trust_checkpoint: Annotated[
-        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-) -> None:
-    """What rounding each unit, region or site does to every output, worst first.
+@collected(SensitivityArguments)
+def sensitivity(asked: SensitivityArguments) -> None:
+    """Tell what rounding each part does to every output.
 
-    Leaves in the run directory: sensitivity.json/.csv, with --method exact sensitivity_exact.json/.csv, with --metric
-    sensitivity_metric.json. A killed command goes on where it stopped when the same command is given again.
+    Parts are units, regions or rounding sites; the worst come first. Leaves in the run directory:
+    sensitivity.json/.csv, with --method exact sensitivity_exact.json/.csv, with --metric sensitivity_metric.json. A
+    killed command goes on where it stopped when the same command is given again.
 
-    Examples:
+    For example:
+
       bitalloy sensitivity model.onnx --data images/
 
       bitalloy sensitivity model.onnx --data images/ --confirm 10
@@ -390,44 +205,27 @@ def sensitivity(
 
       bitalloy sensitivity yolo11n.onnx --data images/ --metric --eval instances.json --units '/model.23/*/Sigmoid'
     """
-    from bitalloy.cli import options
-    from bitalloy.core.records import Settings
+    asked.check()
+    settings = asked.analysis.settings()
+    _refuse_broken(asked.model.model)
+
+    from rich.table import Table
+
     from bitalloy.pipeline import sensitivity as stage
     from bitalloy.pipeline.prepare import SAMPLE_NOTE
     from bitalloy.report import text
-    from bitalloy.sensitivity.measuring import MODES, Selection
 
-    exact = options.choice("--method", method, ("probe", "exact")) == "exact"
-    options.together(exact=exact, mode=mode, confirm=confirm, metric=metric, evaluate=evaluate is not None)
+    model, question = asked.model, asked.question()
     with Bars() as bars:
         table = stage.sensitivity(
-            model,
-            out=out,
-            data=data,
-            settings=Settings(
-                targets=options.targets(target),
-                calibration_samples=calibration_samples,
-                range_method=options.choice("--ranges", ranges, options.RANGE_METHODS),
-                samples=options.samples(samples),
-                probes=probes,
-                seed=seed,
-                exclude=tuple(exclude or ()),
-                equalize=equalize,
-                bias_correction=bias_correction,
-            ),
-            selection=Selection(tuple(units or ()), tuple(regions or ()), tuple(sites or ())),
-            exact=exact,
-            mode=options.choice("--mode", mode, MODES) or MODES[0],
-            confirmed=confirm,
-            labels=evaluate,
-            limit=limit,
-            shapes=options.shapes(shape or []),
-            image=options.image(scale, mean, std, layout, fit),
-            checkpoint=checkpoint,
-            trust_checkpoint=trust_checkpoint,
-            progress=bars,
+            model.model,
+            out=model.out,
+            data=model.data,
+            settings=settings,
+            question=question,
+            options=replace(asked.opening.options(asked.analysis.limit), progress=bars),
         )
-    if json_output:
+    if asked.json_output:
         import msgspec
 
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n")
@@ -440,8 +238,8 @@ def sensitivity(
         shown.add_row(*line)
     out_console.print(shown)
     if len(lines) > SHOWN_LINES:
-        out_console.print(f"{len(lines) - SHOWN_LINES} more in {out}, or with --json.")
-    if data is None:
+        out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
+    if model.data is None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 
 
@@ -450,9 +248,9 @@ def export(
     name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="File, folder or hub repository; `random` for random weights.  [default: the published one]"),
+        typer.Option(help="File, folder or hub repository; `random` for random weights. Default: the published one."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the ONNX files.  [default: models/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the ONNX files. Default: models/NAME.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Height and width of the image: `480x640`.")] = None,
     open_size: Annotated[bool, typer.Option(help="Keep height and width open (SegFormer).")] = False,
     trust_checkpoint: Annotated[
@@ -462,7 +260,8 @@ def export(
 ) -> None:
     """Write a known model as ONNX and compare the files with torch.
 
-    Examples:
+    For example:
+
       bitalloy export yolo11n --checkpoint yolo11n.pt --trust-checkpoint
 
       bitalloy export segformer-b0
@@ -487,7 +286,7 @@ def export(
         out_console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-for _command in (commands.models, commands.targets, commands.audit, commands.doctor):
+for _command in (look.models, look.targets, look.audit, look.doctor):
     app.command()(_command)
 
 

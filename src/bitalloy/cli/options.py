@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import FIRST, Budget, Keep
-from bitalloy.targets import TARGETS
+from bitalloy.core.plans import FIRST, Keep
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
@@ -80,6 +79,8 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
     >>> keeps(["fp32:neck*"])
     (Keep(scheme='fp32', pattern='neck*'),)
     """
+    from bitalloy.targets import TARGETS
+
     found = []
     for text in texts:
         name, colon, pattern = text.partition(":")
@@ -91,38 +92,6 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
             )
         found.append(Keep(scheme=name.lower(), pattern=pattern))
     return tuple(found)
-
-
-def budget(
-    *,
-    latency_text: str | None,
-    size_text: str | None,
-    floor_texts: Sequence[str] | None,
-    drop_texts: Sequence[str] | None,
-    keep_texts: Sequence[str] | None,
-    float_bytes: int,
-) -> Budget:
-    """All limits together.
-
-    Args:
-        latency_text: see `latency`.
-        size_text: see `size`.
-        floor_texts: see `floors`.
-        drop_texts: see `drops`.
-        keep_texts: see `keeps`.
-        float_bytes: size of the float model's files.
-    """
-    ratio, milliseconds = latency(latency_text)
-    least, heads = floors(floor_texts or ())
-    return Budget(
-        latency_ratio=ratio,
-        latency_ms=milliseconds,
-        size_bytes=size(size_text, float_bytes),
-        min_sqnr_db=least,
-        head_sqnr_db=heads,
-        max_drop=drops(drop_texts or ()),
-        keep=keeps(keep_texts or ()),
-    )
 
 
 def image_size(text: str | None) -> tuple[int, int] | None:

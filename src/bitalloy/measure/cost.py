@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -283,14 +284,13 @@ def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Prof
     return found
 
 
+@cache
 def device() -> str:
     """The processor of this machine, by its own name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    from cpuinfo import get_cpu_info  # asks other programs, which takes about a second
+
+    found = str(get_cpu_info().get("brand_raw", "")).strip()
+    return found or platform.processor() or platform.machine()
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:

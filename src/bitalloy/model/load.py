@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
+from bitalloy.model.file import parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
@@ -191,21 +191,8 @@ def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
 
     External data is read into the model, except for the big weights of a large one.
     """
-    if not source.is_file():
-        raise ModelError(
-            f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
-        )
-    data = source.read_bytes()
+    proto, data = parse(source)
     digest, size = hashlib.sha256(data), len(data)
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except DecodeError as error:
-        raise ModelError(
-            f"'{source}' is not an ONNX file or is truncated ({error}). Export or download it again."
-        ) from error
-    if not proto.graph.node or not proto.opset_import:
-        raise ModelError(f"'{source}' holds no ONNX graph: it is empty, truncated, or another kind of file.")
     for file in _external_files(proto, source):
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):

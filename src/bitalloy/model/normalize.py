@@ -90,6 +90,8 @@ def _drop_identities(model: ir.Model) -> None:
     Case 1: the result is a graph output, and the operand an input, a constant or another output: Identity stays.
     Case 2: the result is a graph output otherwise: the operand takes its name.
     Case 3: any other: consumers read the operand.
+
+    Not by `IdentityEliminationPass` of onnx-ir, which renames an output that the Identity reads (case 1).
     """
     graph = model.graph
     for node in list(graph):
@@ -122,7 +124,11 @@ def _refuse_training(node: ir.Node) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Keep the file's names; the second node of a name and nameless nodes get one of their own."""
+    """Keep the file's names; the second node of a name and nameless nodes get one of their own.
+
+    Not by `NameFixPass` of onnx-ir, which may give a later node's own name to an earlier one, and then renames the
+    later: patterns of the user would miss it.
+    """
     taken = {node.name for node in model.graph if node.name}
     seen: set[str] = set()
     for node in model.graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitalloy import zoo
@@ -53,18 +53,33 @@ class Prepared:
     store: RunDirectory
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What is seldom said about a run: how the model is opened, how much is evaluated, where progress is shown."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Input name -> shape (of a program `graph:input`), where the model leaves sizes open and neither its file nor the
+    samples say."""
+    image: ImageChoice = None
+    """Preparation of images; what is not said comes from the model's file, or is inferred."""
+    checkpoint: str | Path | None = None
+    """Of a model that is exported first: file, folder, hub repository or `random`; the published one without."""
+    trust_checkpoint: bool = False
+    """Whether a checkpoint with pickled objects may be opened."""
+    limit: int | None = None
+    """Evaluate at most so many labelled images."""
+    progress: Progress = field(default_factory=Silent)
+    """Where to show what goes on."""
+
+
 def prepare(
     model: str | Path,
     *,
     out: str | Path,
     data: str | Path | None = None,
     labels: str | Path | Sequence[str | Path] | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    image: ImageChoice = None,
-    checkpoint: str | Path | None = None,
-    trust_checkpoint: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    options: RunOptions | None = None,
 ) -> Prepared:
     """Find or export a model, open its data, fix its sizes and load it.
 
@@ -76,22 +91,18 @@ def prepare(
             embedded sample without it.
         labels: for the task metric; those of the embedded sample where `model` is one of its models and there is
             neither data nor labels.
-        shapes: input name -> shape (of a program `graph:input`), where the model leaves sizes open and neither its
-            file nor the samples say.
-        image: preparation of images; what is not said comes from the model's file, or is inferred.
-        checkpoint: of a model that is exported: file, folder, hub repository or `random`; the published one without.
-        trust_checkpoint: whether a checkpoint with pickled objects may be opened.
         seed: of random weights and of choices among samples.
-        progress: where to show what goes on.
+        options: shapes, preparation of images, checkpoint, and where to show progress.
 
     Raises:
         BitalloyError: the model, data or run directory cannot be used; the message says what to do.
     """
-    options = zoo.Options(seed=seed, trust_checkpoint=trust_checkpoint)
-    source, given = _find(model, checkpoint), dict(shapes or {})
-    progress = progress or Silent()
+    options = options or RunOptions()
+    source, given, image = _find(model, options.checkpoint), dict(options.shapes), options.image
+    progress = options.progress
     if source is None:
-        source = _export(str(model), checkpoint, options, Workspace(RunDirectory(out), progress))
+        export = zoo.Options(seed=seed, trust_checkpoint=options.trust_checkpoint)
+        source = _export(str(model), options.checkpoint, export, Workspace(RunDirectory(out), progress))
     files = [] if labels is None else [Path(labels)] if isinstance(labels, (str, Path)) else [Path(p) for p in labels]
     folder = Path(out) / "sample"
     if is_program(source.path):

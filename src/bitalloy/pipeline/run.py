@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, Keep
 from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory
-from bitalloy.core.work import Progress, Workspace
+from bitalloy.core.work import Workspace
 from bitalloy.measure.cost import measure_cost
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit
 from bitalloy.pipeline.calibrate import units_of
 from bitalloy.pipeline.plan import plan
-from bitalloy.pipeline.prepare import Prepared, prepare
+from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
 from bitalloy.pipeline.ship import Verified, verify
 from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
@@ -28,7 +28,6 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST, FACTS, MATRIX, UNITS, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
-from bitalloy.tasks.open import ImageChoice
 
 DEFAULT_RATIO = 0.7
 CONFIRMED, CONFIRM_SAMPLES = 12, 4
@@ -43,12 +42,7 @@ def run(
     labels: str | Path | Sequence[str | Path] | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    image: ImageChoice = None,
-    checkpoint: str | Path | None = None,
-    trust_checkpoint: bool = False,
-    limit: int | None = None,
-    progress: Progress | None = None,
+    options: RunOptions | None = None,
 ) -> Verified:
     """Analyse, plan, apply, verify and report, for every target of the settings.
 
@@ -62,30 +56,14 @@ def run(
         budget: limits on latency, size or damage, and what stays in a precision; without limits 0.7x of float's
             latency, or the nearest in reach.
         settings: of the analysis.
-        shapes: input name -> shape, where the model leaves dimensions open.
-        image: preprocessing of images, inferred where absent.
-        checkpoint: of a model that is exported first; see `prepare`.
-        trust_checkpoint: whether a checkpoint with pickled objects may be opened.
-        limit: evaluate at most so many labelled images.
-        progress: where to show what goes on.
+        options: what is seldom said: shapes, preparation of images, checkpoint, how many labelled images are evaluated.
 
     Raises:
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
-    settings = settings or Settings()
-    prepared = prepare(
-        model,
-        out=out,
-        data=data,
-        labels=labels,
-        shapes=shapes,
-        image=image,
-        checkpoint=checkpoint,
-        trust_checkpoint=trust_checkpoint,
-        seed=settings.seed,
-        progress=progress,
-    )
-    return deliver(prepared, budget=budget, settings=settings, limit=limit)
+    settings, options = settings or Settings(), options or RunOptions()
+    prepared = prepare(model, out=out, data=data, labels=labels, seed=settings.seed, options=options)
+    return deliver(prepared, budget=budget, settings=settings, limit=options.limit)
 
 
 def deliver(

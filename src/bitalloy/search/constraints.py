@@ -112,7 +112,11 @@ def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
 
 
 def _expanded(keep: Keep) -> list[str]:
-    """A pattern for every number of its ranges."""
+    """A pattern for every number of its ranges.
+
+    Not by the package braceexpand: it would also expand `{a,b}`, keep leading zeros, refuse a lone brace, all of which
+    names of nodes may have, and make a list of any length from a range before it can be counted.
+    """
     match = re.search(r"\{(\d+)\.\.(\d+)\}", keep.pattern)
     if match is None:
         return [keep.pattern]

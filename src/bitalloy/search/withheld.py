@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 import threading
@@ -20,28 +19,24 @@ def withheld(beginning: bytes) -> Iterator[None]:
 
     Such a line comes from printf, below anything that Python can replace, so the file descriptor leads to a temporary
     file meanwhile. It belongs to all threads: what others write is passed on in the end, late but whole. Where the
-    descriptor is closed, no file can be made, or the C library is out of reach (Windows), nothing is left out.
+    descriptor is closed, no file can be made, or descriptors work otherwise (Windows), nothing is left out.
 
     Args:
         beginning: of the lines.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_ONE_AT_A_TIME)
+    with _ONE_AT_A_TIME, ExitStack() as files, ExitStack() as redirection:
         try:
-            flush = ctypes.CDLL(None).fflush
-            caught = stack.enter_context(tempfile.TemporaryFile())
-            saved = os.dup(STDOUT)
-        except (AttributeError, OSError, TypeError):
+            from wurlitzer import Wurlitzer  # cannot be imported on Windows
+
+            caught = files.enter_context(tempfile.TemporaryFile())
+            redirection.enter_context(Wurlitzer(stdout=caught))
+        except (AttributeError, ImportError, OSError):
             yield
             return
-        flush(None)  # what C code wrote before is not held back
-        os.dup2(caught.fileno(), STDOUT)
         try:
             yield
         finally:
-            flush(None)
-            os.dup2(saved, STDOUT)
-            os.close(saved)
+            redirection.close()
             caught.seek(0)
             rest = b"".join(line for line in caught if not line.startswith(beginning))
             while rest:

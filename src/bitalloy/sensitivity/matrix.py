@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from bitalloy.core.records import Estimate, Secant
 from bitalloy.model.heads import is_divergence
@@ -223,7 +223,7 @@ def around(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
     if samples < 2:
         return Estimate(value=round(value, 3), low=FLOOR_DB, high=CEILING_DB)
     low, high = np.percentile(draws_db, [2.5, 97.5])
-    widening = t.ppf(0.975, samples - 1) / norm.ppf(0.975) * np.sqrt(samples / (samples - 1))
+    widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
     reach = max(high - value, value - low, 0.0) * widening
     low, high = np.clip([value - reach, value + reach], FLOOR_DB, CEILING_DB)
     return Estimate(value=round(value, 3), low=round(float(low), 3), high=round(float(high), 3))

@@ -83,7 +83,11 @@ def weight_site(node: ir.Node, axis: int) -> WeightSite:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU adds products of uint8 and int8 in 32 bits; x86 without VNNI adds pairs of them in 16."""
+    """Whether this CPU adds products of uint8 and int8 in 32 bits; x86 without VNNI adds pairs of them in 16.
+
+    Read from the flags that Linux lists, and not by py-cpuinfo: targets ask when they are imported, and that takes a
+    second. Where there is no such list, the CPU counts as one without.
+    """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     info = Path("/proc/cpuinfo")

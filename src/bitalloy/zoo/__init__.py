@@ -14,7 +14,6 @@ from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
 from bitalloy.model.graphs.wiring import PROGRAM_FILE
-from bitalloy.ops import RANDOM
 from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, Variant
 
 __all__ = [

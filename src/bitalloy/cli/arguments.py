@@ -1,0 +1,345 @@
+"""What the commands take: one frozen record for each group of options, which becomes parameters of the command line.
+
+A command is a function of one record; `collected` gives it a parameter for every field, of the records inside it too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from bitalloy.core.plans import Budget
+    from bitalloy.core.records import Settings
+    from bitalloy.pipeline.prepare import RunOptions
+    from bitalloy.pipeline.sensitivity import SensitivityQuestion
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """The model, its data, and where results go."""
+
+    model: Annotated[
+        str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
+    ] = "yolo11n-shapes"
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images, .npz/.npy feeds, or for a program its task's labels, that look like the real inputs."
+        ),
+    ] = None
+    out: Annotated[Path, typer.Option(help="Run directory; results in it are used again.")] = Path("runs/last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningArguments:
+    """How the model is opened."""
+
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+    ] = None
+    scale: Annotated[float | None, typer.Option(help="Factor on pixel values. Default: 1/255.")] = None
+    mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None
+    std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None
+    layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`. Default: inferred.")] = None
+    fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`. Default: inferred.")] = None
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model that is exported first: file, folder, hub repository, or `random`. Default: the published "
+            "one."
+        ),
+    ] = None
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
+    ] = False
+
+    def check(self) -> None:
+        """Refuse what is wrong in itself, before the model is read."""
+        self._values()
+
+    def options(self, limit: int | None) -> RunOptions:
+        """The same as the pipeline takes it; `limit` is the number of labelled images."""
+        from bitalloy.pipeline.prepare import RunOptions
+
+        shapes, image = self._values()
+        return RunOptions(
+            shapes=shapes,
+            image=image,
+            checkpoint=self.checkpoint,
+            trust_checkpoint=self.trust_checkpoint,
+            limit=limit,
+        )
+
+    def _values(self) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
+        from bitalloy.cli import options
+
+        image = options.image(self.scale, self.mean, self.std, self.layout, self.fit)
+        return options.shapes(self.shape or []), image
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisArguments:
+    """What decides the analysis, which serves every budget."""
+
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Device and runtime, see `bitalloy targets`; or several of one analysis: `ort-cpu,tensorrt`."
+        ),
+    ] = "ort-cpu"
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave out of the analysis, such as an operator without adjoint: glob over node names, regions or "
+            "operator types, which stay in float. To try plans use --keep of `bitalloy run`."
+        ),
+    ] = None
+    equalize: Annotated[
+        bool,
+        typer.Option(
+            "--equalize/--no-equalize",
+            help="Scale channels between layers (SmoothQuant, cross-layer equalization) where measurement says it "
+            "pays.",
+        ),
+    ] = True
+    bias_correction: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction/--no-bias-correction",
+            help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
+        ),
+    ] = True
+    samples: Annotated[str, typer.Option(help="Samples of the probe matrix and of exact measurement, or `auto`.")] = (
+        "auto"
+    )
+    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64
+    ranges: Annotated[
+        str,
+        typer.Option(
+            help="Calibration of INT8 ranges: minmax, moving, percentile, entropy or mse for all tensors; auto takes, "
+            "for every tensor, the one whose rounding and clipping disturb the outputs least."
+        ),
+    ] = "auto"
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
+
+    def settings(self, *, protect: bool = True) -> Settings:
+        """The same as a record; `protect` is whether advice of the model's family counts.
+
+        Raises:
+            BitalloyError: a text has not the form that its option expects.
+        """
+        from bitalloy.cli import options
+        from bitalloy.core.records import Settings
+
+        return Settings(
+            targets=options.targets(self.target),
+            calibration_samples=self.calibration_samples,
+            range_method=options.choice("--ranges", self.ranges, options.RANGE_METHODS),
+            samples=options.samples(self.samples),
+            probes=self.probes,
+            seed=self.seed,
+            exclude=tuple(self.exclude or ()),
+            protect=protect,
+            equalize=self.equalize,
+            bias_correction=self.bias_correction,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetArguments:
+    """Limits of a plan, and what stays in a precision."""
+
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Latency budget: `0.7x` of the float model's, or `12ms`. Default: 0.7x, or the run's."),
+    ] = None
+    size: Annotated[str | None, typer.Option(help="Size budget of the file: `8MB`, or `0.5x` of float.")] = None
+    max_drop_db: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Floor on the SQNR of every output head in dB, e.g. 20, or of one head, e.g. `boxes=30`. Higher is "
+            "stricter. May be given more than once."
+        ),
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Precision of a part of the plan: `fp32:'neck*'`, `int8:'model.{4..8}'`. Glob over units, nodes, "
+            "regions or operator types; the last one that names a unit holds. Changes the plan alone: nothing is "
+            "analysed again."
+        ),
+    ] = None
+
+    def budget(self, float_bytes: int, drops: Sequence[str] | None = None) -> Budget:
+        """The same as a record, for a float model of so many bytes; `drops` are those of task metrics.
+
+        Raises:
+            BitalloyError: a text has not the form that its option expects.
+        """
+        from bitalloy.cli import options
+        from bitalloy.core.plans import Budget
+
+        ratio, milliseconds = options.latency(self.latency)
+        least, heads = options.floors(self.max_drop_db or ())
+        return Budget(
+            latency_ratio=ratio,
+            latency_ms=milliseconds,
+            size_bytes=options.size(self.size, float_bytes),
+            min_sqnr_db=least,
+            head_sqnr_db=heads,
+            max_drop=options.drops(drops or ()),
+            keep=options.keeps(self.keep or ()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """What `bitalloy run` takes."""
+
+    model: ModelArguments
+    limits: BudgetArguments
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Largest drop of a task metric against float, measured on --eval: `AP50-95=0.003`, or `0.3` in points "
+            "of the first metric. Finds the fastest plan of the front that keeps it."
+        ),
+    ] = None
+    evaluate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            exists=True,
+            help="Labels of the model's task, such as a COCO annotation file or questions as JSON lines: measure "
+            "float, INT8 and mixed on them. May be given more than once.",
+        ),
+    ] = None
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect/--no-protect",
+            help="Keep in float what the model's family advises, unless measurement overrules it.",
+        ),
+    ] = True
+    analysis: AnalysisArguments
+    opening: OpeningArguments
+    json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
+
+    def budget(self, float_bytes: int) -> Budget:
+        """All limits together, see `BudgetArguments.budget`."""
+        return self.limits.budget(float_bytes, self.max_drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityArguments:
+    """What `bitalloy sensitivity` takes."""
+
+    model: ModelArguments
+    method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe"
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Of exact: `one-at-a-time`, or `leave-one-out` of the all-INT8 model. Default: the first."),
+    ] = None
+    units: Annotated[list[str] | None, typer.Option(help="Glob over units. Default: all of them.")] = None
+    regions: Annotated[list[str] | None, typer.Option(help="Glob over regions, such as 'model.22*'.")] = None
+    sites: Annotated[list[str] | None, typer.Option(help="Glob over rounding sites, 'tensor->node#slot'.")] = None
+    confirm: Annotated[
+        int | None, typer.Option(min=0, help="Measure so many of the worst units, and everything flagged, exactly.")
+    ] = None
+    metric: Annotated[bool, typer.Option("--metric", help="Drop of box AP in place of SQNR; needs --eval.")] = False
+    evaluate: Annotated[
+        Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
+    ] = None
+    analysis: AnalysisArguments
+    opening: OpeningArguments
+    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False
+
+    def check(self) -> None:
+        """Refuse what is wrong in itself or means nothing together, before the model is read."""
+        from bitalloy.cli import options
+
+        exact = options.choice("--method", self.method, ("probe", "exact")) == "exact"
+        options.together(
+            exact=exact, mode=self.mode, confirm=self.confirm, metric=self.metric, evaluate=self.evaluate is not None
+        )
+        self.opening.check()
+
+    def question(self) -> SensitivityQuestion:
+        """What is asked, as the pipeline takes it."""
+        from bitalloy.cli import options
+        from bitalloy.pipeline.sensitivity import SensitivityQuestion
+        from bitalloy.sensitivity.measuring import MODES, Selection
+
+        return SensitivityQuestion(
+            selection=Selection(tuple(self.units or ()), tuple(self.regions or ()), tuple(self.sites or ())),
+            exact=self.method == "exact",
+            mode=options.choice("--mode", self.mode, MODES) or MODES[0],
+            confirmed=self.confirm,
+            labels=self.evaluate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """What `bitalloy plan` takes."""
+
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished `bitalloy run`.")]
+    limits: BudgetArguments
+    front: Annotated[bool, typer.Option("--front", help="Print the plans of the front, not the units.")] = False
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False
+
+
+def collected(record: type[Arguments]) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
+    """Turn a function of a record into a command with a parameter for every field of it and of the records inside.
+
+    Args:
+        record: a frozen dataclass; its fields are annotated as typer expects of parameters, or are such records.
+    """
+
+    def decorate(command: Callable[[Arguments], None]) -> Callable[..., None]:
+        def collect(**values: Any) -> None:
+            command(_filled(record, values))
+
+        parameters = _parameters(record)
+        collect.__name__, collect.__doc__ = command.__name__, command.__doc__
+        collect.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        collect.__annotations__ = {p.name: p.annotation for p in parameters}
+        return collect
+
+    return decorate
+
+
+def _parameters(record: type) -> list[inspect.Parameter]:
+    found = []
+    for part, kind in _parts(record):
+        if _is_record(kind):
+            found += _parameters(kind)
+            continue
+        default = inspect.Parameter.empty if part.default is MISSING else part.default
+        found.append(inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return found
+
+
+def _filled(record: type[Arguments], values: dict[str, Any]) -> Arguments:
+    return record(
+        **{p.name: _filled(kind, values) if _is_record(kind) else values[p.name] for p, kind in _parts(record)}
+    )
+
+
+def _is_record(kind: Any) -> bool:
+    return is_dataclass(kind)
+
+
+def _parts(record: type) -> list[tuple[Field[Any], Any]]:
+    hints = get_type_hints(record, include_extras=True)
+    return [(part, hints[part.name]) for part in fields(record)]
