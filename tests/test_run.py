@@ -34,7 +34,7 @@ STAGES = ("calibrate", "probe", "secant", "cost", "search", "verify", "front", "
 
 KILLED = """
 import os, signal
-from bitalloy import cli
+from bitalloy.cli import main as cli
 
 class Killer(cli.Bars):
     def start(self, stage, total):
@@ -53,7 +53,7 @@ cli.main()
 
 KILLED_WRITING = """
 import os, pathlib, signal
-from bitalloy.cli import main
+from bitalloy.cli.main import main
 
 replace = pathlib.Path.replace
 
@@ -69,7 +69,7 @@ main()
 
 LIMITED = """
 import resource
-from bitalloy import cli
+from bitalloy.cli import main as cli
 
 class Limiter(cli.Bars):
     def start(self, stage, total):
