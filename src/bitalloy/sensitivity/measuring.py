@@ -189,7 +189,8 @@ def measured(
         offsets=ready.offsets,
         versions=versions(),
     )
-    names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
+    ordered = {sites: tuple(sorted(sites)) for sites in sets}
+    names = {sites: hashlib.sha256("\n".join(order).encode()).hexdigest()[:24] for sites, order in ordered.items()}
     switches, data = switchboard_opening(ready, len(samples)), data_opening(ready.data, ready.info)
     board = shared_switchboard(switches, ready, work)
     jobs = []
@@ -199,7 +200,7 @@ def measured(
         )
         measurement = Opening(kind="measurement", spec=spec)
         for sites, name in names.items():
-            measured_sites = MeasuredSites(measurement=measurement, sites=tuple(sorted(sites)))
+            measured_sites = MeasuredSites(measurement=measurement, sites=ordered[sites])
             shard = f"{index:06d}-{name}"
             jobs.append(Job(kind="exact", key=key, shard=shard, spec=measured_sites, group=str(index)))
     held = work.executor.contexts.holding((data, ready.data), (switches, board))
