@@ -9,10 +9,12 @@ import msgspec
 from bitalloy.calibrate.statistics import Statistics
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.errors import DataError
-from bitalloy.core.records import Calibration, DataInfo, Settings, TensorRange, part_of
+from bitalloy.core.jobs import Contexts, Job, Opening
+from bitalloy.core.records import Calibration, DataInfo, Record, Settings, TensorRange, part_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
-from bitalloy.data.datasets import Dataset
+from bitalloy.data.datasets import Dataset, data_opening
+from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
 from bitalloy.targets.safety import tensors_to_judge
 
@@ -41,17 +43,15 @@ def gather(
 
     def make() -> bytes:
         statistics: Statistics | None = None
-        with work.stage("calibrate", count) as progress:
-            for start in range(0, count, CALIBRATION_SHARD):
-                indices = range(start, min(start + CALIBRATION_SHARD, count))
-                raw = work.shard(
-                    "calibrate",
-                    key,
-                    f"{start:06d}",
-                    lambda i=indices: collect(  # type: ignore[misc]
-                        model.model, order, (data.feeds(n) for n in i), progress=progress.advance
-                    ).to_bytes(),
-                )
+        graph, samples = graph_opening(model), data_opening(data, info)
+        jobs = []
+        for start in range(0, count, CALIBRATION_SHARD):
+            some = tuple(range(start, min(start + CALIBRATION_SHARD, count)))
+            spec = CalibrationShard(graph=graph, data=samples, tensors=tuple(order), samples=some)
+            jobs.append(Job(kind="calibrate", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
+        held = work.executor.contexts.holding((graph, model), (samples, data))
+        with work.stage("calibrate", count) as progress, held:
+            for raw in work.map(jobs, progress):
                 part = Statistics.from_bytes(raw)
                 statistics = part if statistics is None else statistics.merge(part)
         if statistics is None:
@@ -81,6 +81,21 @@ def gather(
         return msgspec.json.encode(record)
 
     return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
+
+
+class CalibrationShard(Record, frozen=True, kw_only=True):
+    """A job of the kind `calibrate`: what some samples say about the values of tensors."""
+
+    graph: Opening
+    data: Opening
+    tensors: tuple[str, ...]
+    samples: tuple[int, ...]
+
+
+def collect_shard(spec: CalibrationShard, contexts: Contexts) -> bytes:
+    """The statistics of the samples, as `Statistics.to_bytes` gives them."""
+    graph, data = contexts.open(spec.graph), contexts.open(spec.data)
+    return collect(graph.model, spec.tensors, (data.feeds(i) for i in spec.samples)).to_bytes()
 
 
 def _distinct(first: tuple[float, float], others: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -59,6 +59,10 @@ class RunDirectory:
         path = self._place(stage, key, shard)
         return path.read_bytes() if path.is_file() else None
 
+    def has(self, stage: str, key: str, shard: str | None = None) -> bool:
+        """Whether a result is stored."""
+        return self._place(stage, key, shard).is_file()
+
     def put(self, stage: str, key: str, data: bytes, shard: str | None = None) -> None:
         """Store a result."""
         self._write(self._place(stage, key, shard), data)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from bitalloy.core.errors import RunDirectoryError
+from bitalloy.core.jobs import Executor, Job, LocalExecutor
 from bitalloy.core.store import RunDirectory
 
 
@@ -41,14 +43,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where results are kept and progress is shown; both may be absent."""
+    """Where results are kept, progress is shown and jobs are done; the first two may be absent."""
 
     store: RunDirectory | None = None
     progress: Progress = field(default_factory=Silent)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage, all of its results together; 0 where everything was stored."""
-    shared: dict[str, Any] = field(default_factory=dict)
-    """Sessions and the like that several stages use, under the key of what decides them."""
+    executor: Executor = field(default_factory=LocalExecutor)
+    """What does jobs. What is open in its contexts serves several stages."""
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
         """The stored result of a stage, made now where it is missing."""
@@ -63,14 +65,36 @@ class Workspace:
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         return data
 
-    def shard(self, stage: str, key: str, name: str, make: Callable[[], bytes]) -> bytes:
-        """One part of a sharded stage."""
-        found = self.store.get(stage, key, name) if self.store else None
-        if found is None:
-            found = make()
-            if self.store:
-                self.store.put(stage, key, found, name)
-        return found
+    def map(self, jobs: Sequence[Job], progress: Progress, *, at_once: int = 1) -> Generator[bytes]:
+        """Results of jobs in their order: those that are stored, and the others done now and stored one by one.
+
+        Work stops where the iterator is closed.
+
+        Args:
+            jobs: what to do.
+            progress: of the stage; every job advances it.
+            at_once: groups of jobs that may run at the same time.
+        """
+        store = self.store
+        stored = [store is not None and store.has(job.kind, job.key, job.shard) for job in jobs]
+
+        def keep(job: Job, result: bytes) -> None:
+            if store is not None:
+                store.put(job.kind, job.key, result, job.shard)
+            progress.advance(job.steps)
+
+        missing = [job for job, known in zip(jobs, stored, strict=True) if not known]
+        scratch = store.cache if store is not None else None
+        with closing(self.executor.map(missing, keep=keep, at_once=at_once, scratch=scratch)) as done:
+            for job, known in zip(jobs, stored, strict=True):
+                if store is None or not known:
+                    yield next(done)
+                    continue
+                found = store.get(job.kind, job.key, job.shard)
+                if found is None:
+                    raise RunDirectoryError(f"A result vanished from '{store.path}' while it was in use. Run again.")
+                progress.advance(job.steps)
+                yield found
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from bitalloy.core.errors import DataError
-from bitalloy.core.records import DataInfo, TensorSpec
+from bitalloy.core.jobs import Contexts, Opening, Resident
+from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
 from bitalloy.data.images import ImageSpec, image_feed, no_image_input, open_image
 
@@ -47,6 +48,8 @@ class Samples(ABC):
     preprocessing: str
     seed: int = 0
     """Of the choice of samples; 0 where all are used."""
+    origin: Opening | None = None
+    """How the same samples are opened in another process; None where they were made in memory."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -256,7 +259,61 @@ def open_dataset(
         raise DataError(f"'{path}' holds no samples; expected {_kinds(_IMAGES | _ARRAYS)}, also in subfolders.")
     names = [data.name(i) for i in range(len(data))]
     chosen = choose_samples(names, limit=limit, seed=seed)
-    return data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)
+    found = data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)
+    spec = SampleFiles(path=str(path.absolute()), inputs=inputs, image=image, limit=limit, seed=seed)
+    found.origin = Opening(kind="files", spec=spec)
+    return found
+
+
+class SampleFiles(Record, frozen=True, kw_only=True):
+    """Arguments of `open_dataset`."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    image: ImageSpec | None
+    limit: int | None
+    seed: int
+
+
+class SamplesAgain(Record, frozen=True, kw_only=True):
+    """Samples that must be the same as before."""
+
+    origin: Opening
+    info: DataInfo
+    """That the samples must have."""
+
+
+def data_opening(data: Dataset, info: DataInfo) -> Opening:
+    """How jobs open samples; a data set that was made in memory, or by a user, can be used in this process only.
+
+    Args:
+        data: the samples.
+        info: of all of them.
+    """
+    if isinstance(data, Samples) and data.origin is not None:
+        return Opening(kind="samples", spec=SamplesAgain(origin=data.origin, info=info))
+    return Opening(kind="resident", spec=Resident(what=f"the data set '{info.name}'", key=info.sha256))
+
+
+def open_files(spec: SampleFiles, _: Contexts) -> Samples:
+    """Samples in files, whatever they hold by now."""
+    return open_dataset(spec.path, spec.inputs, image=spec.image, limit=spec.limit, seed=spec.seed)
+
+
+def open_samples_again(spec: SamplesAgain, contexts: Contexts) -> Samples:
+    """The same samples as before.
+
+    Raises:
+        DataError: the files are missing, or have changed.
+    """
+    data: Samples = contexts.open(spec.origin)
+    if data.info != spec.info:
+        raise DataError(
+            f"The samples of '{spec.info.name}' have changed since this job was made: {data.info.count} of them have "
+            f"the fingerprint {data.info.sha256[:12]}..., not the {spec.info.count} with {spec.info.sha256[:12]}.... "
+            "Put the old files back, or start the run again."
+        )
+    return data
 
 
 def choose_samples(names: Sequence[str], *, limit: int | None, seed: int) -> list[int]:

@@ -53,6 +53,8 @@ class Graph:
     """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
     rewritten: str = ""
     """Tells a graph with other weights of the same function (`rewrite.equalize`) from the file's; empty for that."""
+    factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
+    """How `rewrite.equalize.scale` made it from the file's, one entry a call: tensor and power of two per channel."""
 
     @property
     def identity(self) -> str:

@@ -12,8 +12,9 @@ import msgspec
 import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
+from bitalloy.core.jobs import Contexts, Opening
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, DataInfo, Head, Settings
+from bitalloy.core.records import Calibration, DataInfo, Head, Record, Settings
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph
@@ -101,32 +102,63 @@ class Calibrated:
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        model = self.variant(plan).model
-        if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: model}, runtime=self.target.runtime)
-        parts = divide(model, self.graph.program)
-        for name, opened in self.graph.opened.items():
-            try:
-                opened = opened.clone()
-                raise_opset(opened, int(parts[name].opset_imports[""]))
-                parts[name] = reopen(parts[name], opened, self.graph.program.graphs[name].model)
-            except ModelError:
-                continue
-        return Artefact(parts, self.graph.program, self.target.runtime)
+        return _artefact(self.graph, self.recipe(), plan)
 
     def executable(self, artefact: Artefact) -> Artefact:
         """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
-        if not self.target.casts:
-            return artefact
-        models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
-        return Artefact(models, artefact.program, AS_WRITTEN)
+        return _executable(artefact, self.target)
 
     def original(self) -> Artefact:
         """The float model as it was given, or in normal form where the runtime refuses that."""
-        if not isinstance(self.graph, Joined):
-            return Artefact({ONLY: _given(self.given)}, runtime=self.target.runtime)
-        program = self.graph.program
-        return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, self.target.runtime)
+        return _original(self.graph, self.given, self.target)
+
+
+class ArtefactParts(Record, frozen=True, kw_only=True):
+    """What an executable model is made from."""
+
+    graph: Opening
+    given: Opening
+    """The model as loaded."""
+    recipe: Opening
+    schemes: dict[str, str] | None
+    """Of the plan; None for the model as loaded."""
+
+
+def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
+    """The model of a plan, or the model as loaded, for ONNX Runtime on this machine."""
+    graph, recipe = contexts.open(spec.graph), contexts.open(spec.recipe)
+    if spec.schemes is None:
+        return _original(graph, contexts.open(spec.given), recipe.target)
+    return _executable(_artefact(graph, recipe, Plan(spec.schemes)), recipe.target)
+
+
+def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
+    model = rewrite(graph, recipe, plan).model
+    if not isinstance(graph, Joined):
+        return Artefact({ONLY: model}, runtime=recipe.target.runtime)
+    parts = divide(model, graph.program)
+    for name, opened in graph.opened.items():
+        try:
+            opened = opened.clone()
+            raise_opset(opened, int(parts[name].opset_imports[""]))
+            parts[name] = reopen(parts[name], opened, graph.program.graphs[name].model)
+        except ModelError:
+            continue
+    return Artefact(parts, graph.program, recipe.target.runtime)
+
+
+def _executable(artefact: Artefact, target: Target) -> Artefact:
+    if not target.casts:
+        return artefact
+    models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
+    return Artefact(models, artefact.program, AS_WRITTEN)
+
+
+def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
+    if not isinstance(graph, Joined):
+        return Artefact({ONLY: _given(given)}, runtime=target.runtime)
+    program = graph.program
+    return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, target.runtime)
 
 
 def _given(graph: Graph) -> Path | ir.Model:

@@ -31,6 +31,8 @@ import onnx_ir as ir
 
 from bitalloy import ops
 from bitalloy.calibrate.channels import channel_maxima
+from bitalloy.core.jobs import Contexts
+from bitalloy.model.graphs.again import GraphFile, open_file
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape, weight_axes
@@ -133,9 +135,25 @@ def scale(graph: SomeGraph, factors: Mapping[Place, Sequence[int]]) -> SomeGraph
             _scale(model, fresh, nodes[operand.node], operand, 1 / steps)
         for operand in place.multiplied:
             _scale(model, fresh, nodes[operand.node], operand, steps)
+    if not factors:
+        return replace(graph, model=model)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
-    digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest() if factors else graph.rewritten
-    return replace(graph, model=model, rewritten=digest)
+    digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest()
+    step = tuple((p.tensor, tuple(map(int, powers))) for p, powers in factors.items())
+    return replace(graph, model=model, rewritten=digest, factors=(*graph.factors, step))
+
+
+def open_graph(spec: GraphFile, _: Contexts) -> Graph:
+    """Open a model again as a job needs it, with its channels scaled.
+
+    Raises:
+        ModelError: the file is missing, or has changed.
+    """
+    graph = open_file(spec)
+    places = {place.tensor: place for place in find_places(graph)} if spec.factors else {}
+    for step in spec.factors:
+        graph = scale(graph, {places[tensor]: powers for tensor, powers in step})
+    return graph
 
 
 class _Finder:

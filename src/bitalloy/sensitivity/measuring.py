@@ -9,27 +9,27 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import msgspec
 import numpy as np
 
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.records import Estimate, Record, Sensitivity, SensitivityTable, part_of
+from bitalloy.core.jobs import Contexts, Job, Opening
+from bitalloy.core.records import Estimate, Head, Record, Sensitivity, SensitivityTable, part_of
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
+from bitalloy.data.datasets import data_opening
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.regions import ancestors
 from bitalloy.rewrite.calibrated import Calibrated, deciding, versions
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import Correction, Finding, correct
-from bitalloy.sensitivity.exact import Measurement
+from bitalloy.sensitivity.exact import Measurement, Switchboard
 from bitalloy.sensitivity.matrix import draws, interval
-from bitalloy.sensitivity.switchboards import switchboard
+from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
 from bitalloy.sensitivity.table import Group, alike, groups
 from bitalloy.sensitivity.table import sensitivities as table_of
 from bitalloy.targets.placement import WHOLE, rounded
@@ -194,34 +194,75 @@ def measured(
         offsets=ready.offsets,
         versions=versions(),
     )
-    board = switchboard(ready, len(samples), work)
-    start = board.gates(around) if around else None
-    names = {sites: hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24] for sites in sets}
-
-    def measure(index: int) -> list[Row]:
-        measurement: Measurement | None = None
-
-        def shard(sites: frozenset[str]) -> bytes:
-            nonlocal measurement
-            if measurement is None:
-                measurement = Measurement(board, ready.heads, ready.data.feeds(index), start)
-            error = measurement.error(board.gates(sites))
-            if not np.isfinite(error).all():
-                raise DataError(f"The rounded model's output is NaN or infinite on sample {index}.")
-            return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(measurement.energy.tolist())))
-
-        rows = []
-        for sites in sets:
-            raw = work.shard("exact", key, f"{index:06d}-{names[sites]}", partial(shard, sites))
-            rows.append(msgspec.json.decode(raw, type=Row))
-            progress.advance(1)
-        return rows
-
-    with work.stage("exact", len(samples) * len(sets)) as progress, ThreadPoolExecutor(board.at_once) as pool:
-        rows = list(pool.map(measure, samples))
+    ordered = {sites: tuple(sorted(sites)) for sites in sets}
+    names = {sites: hashlib.sha256("\n".join(order).encode()).hexdigest()[:24] for sites, order in ordered.items()}
+    switches, data = switchboard_opening(ready, len(samples)), data_opening(ready.data, ready.info)
+    board = shared_switchboard(switches, ready, work)
+    jobs = []
+    for index in samples:
+        spec = MeasurementParts(
+            switchboard=switches, data=data, heads=ready.heads, sample=index, around=tuple(sorted(around))
+        )
+        measurement = Opening(kind="measurement", spec=spec)
+        for sites, name in names.items():
+            measured_sites = MeasuredSites(measurement=measurement, sites=ordered[sites])
+            shard = f"{index:06d}-{name}"
+            jobs.append(Job(kind="exact", key=key, shard=shard, spec=measured_sites, group=str(index)))
+    held = work.executor.contexts.holding((data, ready.data), (switches, board))
+    with work.stage("exact", len(jobs)) as progress, held:
+        found = [msgspec.json.decode(raw, type=Row) for raw in work.map(jobs, progress, at_once=board.at_once)]
+    by_sample = [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
+    rows = [[row[sites] for sites in sets] for row in by_sample]
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
     return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
+
+
+class MeasurementParts(Record, frozen=True, kw_only=True):
+    """Arguments of `Measurement`."""
+
+    switchboard: Opening
+    data: Opening
+    heads: tuple[Head, ...]
+    sample: int
+    around: tuple[str, ...]
+    """Sites that are rounded in the execution from which the others branch off; none for the float network."""
+
+
+class MeasuredSites(Record, frozen=True, kw_only=True):
+    """A job of the kind `exact`: one sample with one set of sites rounded."""
+
+    measurement: Opening
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleMeasurement:
+    """A sample on a switchboard, executed once."""
+
+    sample: int
+    board: Switchboard
+    measurement: Measurement
+
+
+def open_measurement(spec: MeasurementParts, contexts: Contexts) -> SampleMeasurement:
+    """Execute a sample, so that sets of sites can branch off."""
+    board, data = contexts.open(spec.switchboard), contexts.open(spec.data)
+    around = board.gates(spec.around) if spec.around else None
+    return SampleMeasurement(spec.sample, board, Measurement(board, spec.heads, data.feeds(spec.sample), around))
+
+
+def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
+    """What rounding the sites does to the sample, as a `Row` in JSON.
+
+    Raises:
+        DataError: an output is NaN or infinite.
+    """
+    opened: SampleMeasurement = contexts.open(spec.measurement)
+    error = opened.measurement.error(opened.board.gates(spec.sites))
+    if not np.isfinite(error).all():
+        raise DataError(f"The rounded model's output is NaN or infinite on sample {opened.sample}.")
+    return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(opened.measurement.energy.tolist())))
 
 
 def confirm(

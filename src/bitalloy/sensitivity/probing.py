@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from bitalloy.calibrate.gather import COMPARED
-from bitalloy.core.records import Secant
+from bitalloy.core.jobs import Contexts, Job, Opening
+from bitalloy.core.records import Head, Record, Secant
 from bitalloy.core.work import Workspace
+from bitalloy.data.datasets import data_opening
+from bitalloy.model.graphs.again import graph_opening
 from bitalloy.rewrite.calibrated import Calibrated, deciding
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import FRACTIONS, secant
@@ -19,6 +23,7 @@ from bitalloy.sensitivity.ranges import late
 from bitalloy.sensitivity.switchboards import switchboard
 from bitalloy.sensitivity.table import settled
 from bitalloy.targets.placement import rounded
+from bitalloy.targets.recipe import recipe_opening
 
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
 
@@ -67,18 +72,26 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
     schemes += [replace(s, ranges=late(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
     def make() -> bytes:
-        prober: Prober | None = None
+        graph, samples = graph_opening(ready.graph), data_opening(data, ready.info)
+        recipes = tuple(map(recipe_opening, schemes))
+        stops = tuple(sorted(ready.excluded))
+        spec = ProberParts(graph=graph, heads=ready.heads, recipes=recipes, stops=stops)
+        prober = Opening(kind="prober", spec=spec)
+        jobs = [
+            Job(
+                kind="probe",
+                key=key,
+                shard=f"{index:06d}",
+                spec=ProbedSample(prober=prober, data=samples, sample=index, probes=tuple(probes), seed=settings.seed),
+            )
+            for index in range(most)
+        ]
         rows: list[ProbeMatrix] = []
-        with work.stage("probe", most) as progress:
-            for index in range(most):
-
-                def shard(n: int = index) -> bytes:
-                    nonlocal prober
-                    prober = prober or Prober(ready.graph, ready.heads, schemes, stops=ready.excluded)
-                    return prober.measure(data.feeds(n), sample=n, probes=probes, seed=settings.seed).to_bytes()
-
-                rows.append(ProbeMatrix.from_bytes(work.shard("probe", key, f"{index:06d}", shard)))
-                progress.advance(1)
+        things = [(graph, ready.graph), (samples, data), *zip(recipes, schemes, strict=True)]
+        held = work.executor.contexts.holding(*things)
+        with work.stage("probe", most) as progress, held, closing(work.map(jobs, progress)) as results:
+            for raw in results:
+                rows.append(ProbeMatrix.from_bytes(raw))
                 enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
                 if enough and settled(ProbeMatrix.concatenate(rows), ready.units):
                     break
@@ -93,6 +106,39 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
         tuple(tuple(found[i:end:size]) for i in range(size)),
         tuple((found[i], *found[end + i :: size]) for i in range(size)),
     )
+
+
+class ProberParts(Record, frozen=True, kw_only=True):
+    """Arguments of `Prober`."""
+
+    graph: Opening
+    heads: tuple[Head, ...]
+    recipes: tuple[Opening, ...]
+    stops: tuple[str, ...]
+
+
+class ProbedSample(Record, frozen=True, kw_only=True):
+    """A job of the kind `probe`: the rows of the probe matrix that one sample gives."""
+
+    prober: Opening
+    data: Opening
+    sample: int
+    probes: tuple[int, ...]
+    """Of each head."""
+    seed: int
+
+
+def open_prober(spec: ProberParts, contexts: Contexts) -> Prober:
+    """The sessions of a prober."""
+    recipes = [contexts.open(recipe) for recipe in spec.recipes]
+    return Prober(contexts.open(spec.graph), spec.heads, recipes, stops=frozenset(spec.stops))
+
+
+def probe_sample(spec: ProbedSample, contexts: Contexts) -> bytes:
+    """The rows, as `ProbeMatrix.to_bytes` gives them."""
+    prober, data = contexts.open(spec.prober), contexts.open(spec.data)
+    rows: ProbeMatrix = prober.measure(data.feeds(spec.sample), sample=spec.sample, probes=spec.probes, seed=spec.seed)
+    return rows.to_bytes()
 
 
 def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:

@@ -9,11 +9,15 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy.core.jobs import Contexts, Opening, Resident
+from bitalloy.core.records import Record
 from bitalloy.core.schemes import Granularity, Scheme
+from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import constant
+from bitalloy.targets import TARGETS, target
 from bitalloy.targets.base import Target
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
@@ -81,3 +85,27 @@ def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:
 def _block_maxima(magnitude: np.ndarray, axis: int, block: int) -> np.ndarray:
     """Largest value of every block along an axis; the last block may be shorter."""
     return np.maximum.reduceat(magnitude, np.arange(0, magnitude.shape[axis], block), axis=axis)
+
+
+class RecipeData(Record, frozen=True, kw_only=True):
+    """A recipe as plain data."""
+
+    units: UnitGraph
+    target: str
+    """Its name."""
+    ranges: dict[str, tuple[float, float]]
+    offsets: dict[str, Offset]
+
+
+def recipe_opening(recipe: Recipe) -> Opening:
+    """How jobs come by a recipe; one for a target that has no name among the known ones stays in this process."""
+    name = recipe.target.name
+    spec = RecipeData(units=recipe.units, target=name, ranges=dict(recipe.ranges), offsets=dict(recipe.offsets))
+    if TARGETS.get(name) is not recipe.target:
+        return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(recipe=spec)))
+    return Opening(kind="recipe", spec=spec)
+
+
+def open_recipe(spec: RecipeData, _: Contexts) -> Recipe:
+    """The recipe of its plain data."""
+    return Recipe(spec.units, target(spec.target), spec.ranges, spec.offsets)

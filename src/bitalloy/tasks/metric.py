@@ -10,15 +10,17 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, MetricValue, Record
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
+from bitalloy.model.graphs.again import graph_opening
 from bitalloy.rewrite.calibrated import Calibrated, versions
-from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen, everything
+from bitalloy.sensitivity.switchboards import switchboard_opening
 from bitalloy.tasks.coco import read_coco
-from bitalloy.tasks.detection import DetectionData, DetectionResult, evaluate_detection
+from bitalloy.tasks.detection import DetectionData, evaluate_detection
 from bitalloy.tasks.open import image_spec
 from bitalloy.tasks.yolo import class_names, looks_like_yolo
 
@@ -84,42 +86,45 @@ def measure_metric(
     things = chosen(ready.units, selection, mode)
     if mode == ALL_BUT_ONE:
         things.append(everything(ready.units))
-    spec = image_spec(model)
-    if spec is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
+    image = image_spec(model)
+    if image is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
         raise DataError(
             f"Box AP needs a detector with output (1, 4 + classes, n); this model's outputs are "
             f"{[list(o.shape) for o in model.info.outputs]}. Leave out --metric to measure SQNR."
         )
+    digest = hashlib.sha256(labels.read_bytes()).hexdigest()
     key = key_of(
         model=model.identity,
         shapes=model.info.inputs,
         target=ready.target.name,
         ranges=ready.calibration.ranges,
         offsets=ready.offsets,
-        labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
+        labels=digest,
         limit=limit,
         seed=ready.settings.seed,
         versions=versions(),
     )
-    board: Switchboard | None = None
-    found: list[_Result] = []
-    with work.stage("metric", None) as progress:
-        for sites in (frozenset[str](), *(t.sites for t in things)):
-
-            def shard(sites: frozenset[str] = sites, spec: ImageSpec = spec) -> bytes:
-                nonlocal board
-                board = board or Switchboard(model, ready.recipe())
-                gates = board.gates(sites)
-
-                def run(feeds: Mapping[str, np.ndarray], board: Switchboard = board) -> dict[str, np.ndarray]:
-                    progress.advance(1)
-                    return board.run(feeds, gates)
-
-                data = DetectionData(read_coco(labels), spec, class_names(model.metadata))
-                return _encode(evaluate_detection(run, data, limit=limit, seed=ready.settings.seed))
-
-            name = hashlib.sha256("\n".join(sorted(sites)).encode()).hexdigest()[:24]
-            found.append(msgspec.json.decode(work.shard("metric", key, name, shard), type=_Result))
+    switches, graph, recipe = switchboard_opening(ready), graph_opening(model), ready.recipe()
+    classes = class_names(model.metadata)
+    jobs = []
+    for sites in dict.fromkeys((frozenset[str](), *(t.sites for t in things))):
+        spec = MeasuredPrecision(
+            switchboard=switches,
+            sites=tuple(sorted(sites)),
+            image=image,
+            labels=str(labels.absolute()),
+            sha256=digest,
+            limit=limit,
+            seed=ready.settings.seed,
+            names=None if classes is None else tuple(classes),
+        )
+        name = hashlib.sha256("\n".join(spec.sites).encode()).hexdigest()[:24]
+        jobs.append(Job(kind="metric", key=key, shard=name, spec=spec))
+    held = work.executor.contexts.holding((graph, model), (switches.spec.recipe, recipe))
+    with work.stage("metric", len(jobs)) as progress, held:
+        results = [msgspec.json.decode(raw, type=_Result) for raw in work.map(jobs, progress)]
+    of = {frozenset(job.spec.sites): result for job, result in zip(jobs, results, strict=True)}
+    found = [of[sites] for sites in (frozenset[str](), *(t.sites for t in things))]
     reference, *others = found
     return MetricTable(
         model_sha256=model.info.sha256,
@@ -133,7 +138,40 @@ def measure_metric(
     )
 
 
-def _encode(result: DetectionResult) -> bytes:
+class MeasuredPrecision(Record, frozen=True, kw_only=True):
+    """A job of the kind `metric`: box AP of a detector with some sites rounded."""
+
+    switchboard: Opening
+    sites: tuple[str, ...]
+    image: ImageSpec
+    labels: str
+    """Path of the annotations."""
+    sha256: str
+    """Of the annotations."""
+    limit: int | None
+    seed: int
+    names: tuple[str, ...] | None
+    """Of the classes, where the model says them."""
+
+
+def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
+    """Value and resampled values of the metric, in JSON.
+
+    Raises:
+        DataError: the annotations have changed, or do not fit.
+    """
+    labels = Path(spec.labels)
+    if hashlib.sha256(labels.read_bytes()).hexdigest() != spec.sha256:
+        raise DataError(f"'{labels}' has changed since this job was made. Put the old file back, or start again.")
+    board = contexts.open(spec.switchboard)
+    gates = board.gates(spec.sites)
+
+    def run(feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        outputs: Mapping[str, np.ndarray] = board.run(feeds, gates)
+        return outputs
+
+    data = DetectionData(read_coco(labels), spec.image, spec.names)
+    result = evaluate_detection(run, data, limit=spec.limit, seed=spec.seed)
     return msgspec.json.encode(_Result(value=result.ap, resampled=tuple(result.resampled.tolist())))
 
 

@@ -19,11 +19,12 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import DataError, ModelError
-from bitalloy.core.records import TensorSpec
+from bitalloy.core.jobs import Contexts, Opening
+from bitalloy.core.records import Record, TensorSpec
 from bitalloy.data.datasets import Samples, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
-from bitalloy.model.graphs.outline import Outline, usual_shapes
+from bitalloy.model.graphs.outline import Outline, read_outline, usual_shapes
 from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph
 from bitalloy.model.metadata import IMAGE, SHAPES
@@ -156,11 +157,39 @@ def open_samples(
             raise DataError(f"Give one folder or file of .npz feeds, not {len(paths)}.")
         return _alike(open_dataset(paths[0], inputs, image=image, limit=limit, seed=seed))
     known = interface(inputs, outline.free_outputs, outline.facts, outline.folder, image)
+    found: Samples
     if speaks(inputs):
-        return ChatSamples.open(paths, known, cache_size(inputs), _image_tokens(outline), limit=limit, seed=seed)
-    if len(paths) != 1:
+        found = ChatSamples.open(paths, known, cache_size(inputs), _image_tokens(outline), limit=limit, seed=seed)
+    elif len(paths) != 1:
         raise DataError(f"Give one annotation file or folder of images, not {len(paths)}.")
-    return PromptSamples.open(paths[0], known, limit=limit, seed=seed)
+    else:
+        found = PromptSamples.open(paths[0], known, limit=limit, seed=seed)
+    spec = ProgramFiles(
+        folder=str(outline.folder.absolute()),
+        paths=tuple(str(path.absolute()) for path in paths),
+        image=image,
+        limit=limit,
+        seed=seed,
+    )
+    found.origin = Opening(kind="program-files", spec=spec)
+    return found
+
+
+class ProgramFiles(Record, frozen=True, kw_only=True):
+    """Arguments of `open_samples`."""
+
+    folder: str
+    """Of the program."""
+    paths: tuple[str, ...]
+    image: ImageSpec | None
+    limit: int | None
+    seed: int
+
+
+def open_program_files(spec: ProgramFiles, _: Contexts) -> Samples:
+    """Samples of a program in files, whatever they hold by now."""
+    paths = [Path(path) for path in spec.paths]
+    return open_samples(read_outline(spec.folder), paths, image=spec.image, limit=spec.limit, seed=spec.seed)
 
 
 def _image_tokens(outline: Outline) -> int:

@@ -22,6 +22,8 @@ class Joined(Graph):
     """The graphs of a program as one; `divide` takes it apart again."""
 
     program: GraphProgram = field(kw_only=True)
+    inner: bool = field(default=False, kw_only=True)
+    """Whether outputs that a wire carries on are outputs of the whole too."""
 
     @cached_property
     def opened(self) -> Mapping[str, ir.Model]:
@@ -93,7 +95,7 @@ def join(program: GraphProgram, *, inner: bool = False) -> Joined:
     )
     model = ir.Model(joined, ir_version=max(g.model.ir_version for g in program.graphs.values()))
     folder = program.graphs[program.order[0]].source.parent
-    return Joined(_info(program, model), model, folder, _metadata(program), program=program)
+    return Joined(_info(program, model), model, folder, _metadata(program), program=program, inner=inner)
 
 
 def _counted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -62,6 +62,8 @@ class GraphProgram:
 
     graphs: Mapping[str, Graph]
     wires: tuple[Wire, ...]
+    file: Path | None = field(default=None, compare=False)
+    """Its `program.json`, where it was loaded from one."""
 
     def __post_init__(self) -> None:
         if not self.graphs:
@@ -137,7 +139,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
         given = {key: size for key, size in given.items() if key not in own}
     if given:
         raise ModelError(f"No graph of '{file}' has the inputs {sorted(given)} for which shapes were given.")
-    return GraphProgram({name: loaded[name] for name in files}, wires)
+    return GraphProgram({name: loaded[name] for name in files}, wires, file)
 
 
 def _spec(specs: Sequence[TensorSpec], name: str, wire: Wire, kind: str) -> TensorSpec:
