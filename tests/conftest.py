@@ -249,7 +249,7 @@ class CommandLine(ABC):
 class Process(CommandLine):
     """As a user runs it: in a process of its own. `start` is the Python that begins it."""
 
-    def __init__(self, folder: Path, start: str = "from bitalloy.cli import main; main()") -> None:
+    def __init__(self, folder: Path, start: str = "from bitalloy.cli.main import main; main()") -> None:
         super().__init__(folder)
         self._start = start
 
