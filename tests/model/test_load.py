@@ -410,7 +410,7 @@ def test_shapes_that_cannot_work(save: Save) -> None:
 def test_errors_print_nothing(save: Save) -> None:
     model = build([node("MatMul", ["x", "w"], ["y"])], {"x": ["n", 7]}, constants={"w": normal(3, 4)}, ranks=2)
     code = (
-        "import sys; from bitalloy import errors, graph\n"
+        "import sys; from bitalloy.core import errors; from bitalloy.model import load as graph\n"
         "try: graph.load(sys.argv[1])\n"
         "except errors.ModelError: print('refused')"
     )
