@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
+from tests.definition import asymmetric, per_channel
 
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.formats import affine as numerics
@@ -216,6 +217,30 @@ class TestActivationParams:
         np.testing.assert_array_equal(fake_quantize(once, p), once)
 
     @given(low=moderate, high=moderate)
+    def test_parameters_are_those_of_the_definition(self, low: float, high: float) -> None:
+        low, high = min(low, high), max(low, high)
+        assume(max(high, 0) - min(low, 0) > 1e-30)
+        found, expected = activation_params(low, high), asymmetric(low, high)
+        np.testing.assert_array_equal(found.scale, expected.scale, strict=True)
+        np.testing.assert_array_equal(found.zero_point, expected.zero, strict=True)
+
+    @given(low=floats, high=floats, form=formats, bits=st.integers(2, 16))
+    def test_every_integer_survives(self, low: float, high: float, form: dict[str, bool], bits: int) -> None:
+        p = activation_params(min(low, high), max(low, high), bits=bits, **form)
+        every = np.arange(p.qmin, p.qmax + 1).astype(p.zero_point.dtype)
+        np.testing.assert_array_equal(quantize(dequantize(every, p), p), every)
+
+    @given(x=hnp.arrays(np.float32, 30, elements=single(-1e3, 1e3)), form=formats, shift=st.integers(-40, 40))
+    def test_a_power_of_two_changes_the_scale_alone(self, x: np.ndarray, form: dict[str, bool], shift: int) -> None:
+        x[np.abs(x) < 1e-3] = 0
+        assume(x.any())
+        factor = np.float32(2.0**shift)
+        plain = activation_params(float(x.min()), float(x.max()), **form)
+        moved = activation_params(float((x * factor).min()), float((x * factor).max()), **form)
+        assert moved.scale == plain.scale * factor and moved.zero_point == plain.zero_point
+        np.testing.assert_array_equal(quantize(x * factor, moved), quantize(x, plain))
+
+    @given(low=moderate, high=moderate)
     def test_wider_range_never_has_a_finer_scale(self, low: float, high: float) -> None:
         low, high = min(low, high), max(low, high)
         assume(low < 0 or high > 0)
@@ -288,6 +313,25 @@ class TestWeightParams:
         error = np.abs(fake_quantize(w, p).astype(np.float64) - w)
         assert (error <= step / 2 * (1 + 1e-4)).all()
 
+    @given(w=hnp.arrays(np.float32, (3, 7), elements=moderate), reduced=st.booleans(), bits=st.sampled_from([4, 8]))
+    def test_asymmetric_error_is_at_most_a_step(self, w: np.ndarray, reduced: bool, bits: int) -> None:
+        """Half a step, and where the rounded zero point cuts an end of the range off, half a step more."""
+        p = weight_params(w, axis=0, symmetric=False, reduced=reduced, bits=bits)
+        q = quantize(w, p).astype(np.int64)
+        assert p.qmin <= q.min() and q.max() <= p.qmax
+        error = np.abs(fake_quantize(w, p).astype(np.float64) - w)
+        assert (error <= p.scale.astype(np.float64)[:, None] * (1 + 1e-4)).all()
+
+    @given(w=hnp.arrays(np.float32, (4, 6), elements=moderate), axis=st.sampled_from([0, 1]))
+    def test_channels_are_those_of_the_definition_and_do_not_depend_on_signs(self, w: np.ndarray, axis: int) -> None:
+        assume((np.abs(w).max(axis=1 - axis) > 1e-30).all())
+        p, expected = weight_params(w, axis=axis), per_channel(w, axis)
+        np.testing.assert_array_equal(p.scale, expected.scale, strict=True)
+        np.testing.assert_array_equal(quantize(w, p), expected.integers(w), strict=True)
+        mirrored = weight_params(-w, axis=axis)
+        np.testing.assert_array_equal(mirrored.scale, p.scale)
+        np.testing.assert_array_equal(quantize(-w, mirrored), -quantize(w, p))
+
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_refuses_weights_that_are_not_finite(self, bad: float, symmetric: bool) -> None:
@@ -355,6 +399,13 @@ class TestHalf:
         error = np.abs(fake_fp16(x).astype(np.float64) - x)
         assert (error <= np.maximum(np.abs(x).astype(np.float64) * 2.0**-11, 2.0**-25)).all()
         np.testing.assert_array_equal(fake_fp16(fake_fp16(x)), fake_fp16(x))
+
+    @given(x=hnp.arrays(np.float32, 40, elements=st.floats(width=32, allow_nan=False)))
+    def test_monotone_and_odd(self, x: np.ndarray) -> None:
+        x = np.sort(x)
+        found = fake_fp16(x)
+        assert (found[1:] >= found[:-1]).all()
+        np.testing.assert_array_equal(fake_fp16(-x), -found)
 
     def test_all_half_numbers_survive(self) -> None:
         every = np.arange(2**16, dtype=np.uint16).view(np.float16)

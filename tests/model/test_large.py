@@ -414,7 +414,7 @@ def test_more_than_one_message_holds(tmp_path: Path) -> None:
     path = sparse(tmp_path, side, count)
     code = """
     from bitalloy.core.errors import ModelError
-    from bitalloy.model.load import load
+    from bitalloy.model.load import load_graph as load
     from bitalloy.runtime.ort import OrtSession
     graph = load(PATH)
     x = np.zeros((2, 13400), np.float32)
@@ -442,11 +442,11 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     path = sparse(tmp_path, side, count)
     code = """
     from bitalloy.model import load as graphs, weights
-    from bitalloy.model.load import load
     from bitalloy.model.heads import find_heads
+    from bitalloy.model.load import load_graph as load
     from bitalloy.sensitivity.probe import Prober
-    from bitalloy.targets import ORT_CPU
     from bitalloy.targets.base import split
+    from bitalloy.targets.ort_cpu import ORT_CPU
     from bitalloy.targets.recipe import Recipe
     graphs.LARGE_BYTES = weights.LARGE_BYTES = 1 << 20
     graph = load(PATH)
