@@ -26,7 +26,7 @@ from bitalloy.core.records import (
     UnitGraph,
     WeightSite,
 )
-from bitalloy.report import render
+from bitalloy.report.render import render_report
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 
@@ -44,7 +44,7 @@ class Run:
     cost: CostTable
 
     def render(self) -> str:
-        return render(self.summary, self.plan, self.table, self.units, self.cost)
+        return render_report(self.summary, self.plan, self.table, self.units, self.cost)
 
     def with_summary(self, **changes: object) -> Run:
         return replace(self, summary=msgspec.structs.replace(self.summary, **changes))
