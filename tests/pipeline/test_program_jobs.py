@@ -14,8 +14,9 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import perform, residents
 from bitalloy.core.work import Workspace
 from bitalloy.model.graphs.joining import join
-from bitalloy.model.graphs.wiring import Program, load_program
+from bitalloy.model.graphs.wiring import load_program
 from bitalloy.pipeline.prepare import prepare
+from bitalloy.search.program import Program
 from bitalloy.sensitivity.measuring import measure_exact
 from bitalloy.tasks.evaluate import Evaluator
 
