@@ -11,30 +11,11 @@ import numpy as np
 import pytest
 
 from bitalloy.core.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
-<<<<<<< HEAD
 from bitalloy.core.plans import Budget, Choice, CostTable, HeadDamage, ParetoPoint, UnitCost
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, Sensitivity, SensitivityTable
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.pipeline.run import render
-=======
-from bitalloy.core.plans import Budget, Choice, CostTable, HeadDamage, ParetoPoint, Plan, UnitCost
-from bitalloy.core.records import (
-    DataInfo,
-    Edge,
-    Estimate,
-    Latency,
-    MetricValue,
-    Precision,
-    Sensitivity,
-    SensitivityTable,
-    Unit,
-    UnitEdge,
-    UnitGraph,
-    WeightSite,
-)
 from bitalloy.report.render import render_report
->>>>>>> names
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 
