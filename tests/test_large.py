@@ -412,9 +412,9 @@ def test_more_than_one_message_holds(tmp_path: Path) -> None:
     side, count = 13400, 3
     path = sparse(tmp_path, side, count)
     code = """
-    from bitalloy.errors import ModelError
-    from bitalloy.graph import load
-    from bitalloy.runtime import OrtSession
+    from bitalloy.core.errors import ModelError
+    from bitalloy.model.load import load
+    from bitalloy.runtime.ort import OrtSession
     graph = load(PATH)
     x = np.zeros((2, 13400), np.float32)
     x[0, 0], x[1, 5] = 1, 2
@@ -440,10 +440,11 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     side, count = 1600, 16
     path = sparse(tmp_path, side, count)
     code = """
-    from bitalloy import graph as graphs, weights
-    from bitalloy.graph import load
-    from bitalloy.heads import find_heads
-    from bitalloy.sensitivity import Prober, Recipe
+    from bitalloy.model import load as graphs, weights
+    from bitalloy.model.load import load
+    from bitalloy.model.heads import find_heads
+    from bitalloy.sensitivity.probe import Prober
+    from bitalloy.targets.recipe import Recipe
     from bitalloy.targets import ORT_CPU
     from bitalloy.targets.base import split
     graphs.LARGE_BYTES = weights.LARGE_BYTES = 1 << 20
