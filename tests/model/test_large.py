@@ -445,6 +445,8 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     from bitalloy.model.heads import find_heads
     from bitalloy.model.load import load_graph as load
     from bitalloy.sensitivity.probe import Prober
+    from bitalloy.targets.ort_cpu import ORT_CPU
+    from bitalloy.targets.recipe import Recipe
     from bitalloy.targets.base import split
     from bitalloy.targets.ort_cpu import ORT_CPU
     from bitalloy.targets.recipe import Recipe
