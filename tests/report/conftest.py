@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from bitalloy.core.outcome import Comparison, HeadComparison, LatencySpread, MetricComparison, Round, Summary, Triple
-from bitalloy.core.plans import Budget, Choice, CostTable, HeadDamage, ParetoPoint, UnitCost
+from bitalloy.core.plans import BorderCost, Budget, Choice, CostTable, HeadDamage, ParetoPoint, PlanReport, UnitCost
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, Sensitivity, SensitivityTable
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
+from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.report.render import render_report
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
+from bitalloy.targets import target
+from bitalloy.targets.placement import rounded
 
 SHA = "5f3c" * 16
 
@@ -27,7 +30,7 @@ class Run:
     """The five records that the report is made of."""
 
     summary: Summary
-    plan: Plan
+    plan: PlanReport
     table: SensitivityTable
     units: UnitGraph
     cost: CostTable
@@ -67,7 +70,7 @@ def unit_graph(blocks: int, name: Callable[[str], str]) -> UnitGraph:
                 "core": (conv,),
                 "tail": (),
                 "macs": 10**7,
-                "allowed": (Precision.FP32, Precision.INT8),
+                "allowed": (BASELINE, "int8"),
             }
             units.append(
                 Unit(
@@ -100,13 +103,14 @@ def unit_graph(blocks: int, name: Callable[[str], str]) -> UnitGraph:
                 root=f"{add}_out",
                 inner=(),
                 weights=(),
-                allowed=(Precision.FP32,) if last else (Precision.FP32, Precision.INT8),
+                allowed=(BASELINE,) if last else (BASELINE, "int8"),
                 macs=0,
                 reason="operands' ranges differ by a factor of 53, too much for one scale" if last else "",
             )
         )
         tensor, producer = f"{add}_out", add
-    return UnitGraph(target="ort-cpu", model_sha256=SHA, units=tuple(units), edges=tuple(edges))
+    schemes = target("ort-cpu").schemes
+    return UnitGraph(target="ort-cpu", model_sha256=SHA, units=tuple(units), edges=tuple(edges), schemes=schemes)
 
 
 def make_run(
@@ -120,11 +124,11 @@ def make_run(
     """A run whose numbers fit together: damages of sites are drawn, everything else follows from them."""
     generator = np.random.default_rng(seed)
     units = unit_graph(blocks, name)
-    free = [u.id for u in units.units if Precision.INT8 in u.allowed]
-    sites = sorted(frozenset[str]().union(*(members for _, _, _, members in groups(units))))
+    free = [u.id for u in units.units if "int8" in u.allowed]
+    sites = sorted(frozenset[str]().union(*(group.sites for group in groups(units))))
     damage = dict(zip(sites, 10 ** generator.normal(-5.0, 0.7, (len(sites), len(heads))), strict=True))
     if len(heads) > 1:  # the last unit reaches the first head only
-        for site in units.rounded(frozenset({free[-1]})):
+        for site in rounded(units, Plan.of("int8", free[-1])):
             damage[site] = damage[site] * np.eye(len(heads))[0]
 
     def sqnr(chosen: frozenset[str]) -> list[float]:
@@ -136,15 +140,16 @@ def make_run(
 
     rows = [
         Sensitivity(
-            id=group,
-            scope=scope,
-            part=part,
+            id=group.id,
+            scope=group.scope,
+            scheme=group.scheme,
+            part=group.part,
             head=head,
             sqnr_db=estimate(value),
-            flagged=free[3] in group and scope == "unit",
+            flagged=free[3] in group.id and group.scope == "unit",
         )
-        for scope, group, part, members in groups(units)
-        for head, value in zip(heads, sqnr(members), strict=True)
+        for group in groups(units)
+        for head, value in zip(heads, sqnr(group.sites), strict=True)
     ]
     data = DataInfo(name="coco128", count=24, seed=seed, sha256="ab" * 32, preprocessing="letterbox 640x640, RGB, /255")
     table = SensitivityTable(
@@ -158,49 +163,50 @@ def make_run(
         units=tuple(
             UnitCost(
                 unit=u.id,
-                fp32_us=round(float_us[u.id], 3),
-                int8_us=round(float_us[u.id] * float(generator.uniform(0.3, 1.1)), 3) if u.id in set(free) else None,
-                fp32_bytes=4 * sum(w.elements for w in u.weights),
-                int8_bytes=sum(w.elements for w in u.weights),
+                us={BASELINE: round(float_us[u.id], 3)}
+                | {name: round(float_us[u.id] * float(generator.uniform(0.3, 1.1)), 3) for name in u.choices},
+                bytes={BASELINE: 4 * sum(w.elements for w in u.weights)}
+                | {name: sum(w.elements for w in u.weights) for name in u.choices},
             )
             for u in units.units
         ),
-        border_us_per_element=2e-4,
-        border_us=1.5,
+        borders=(
+            BorderCost(source="", sink="int8", us_per_element=2e-4, us=1.5),
+            BorderCost(source="int8", sink="", us_per_element=2e-4, us=1.5),
+        ),
         fixed_us=900.0,
-        float_us=sum(float_us.values()) + 900.0,
-        int8_us=0.6 * sum(float_us.values()) + 900.0,
+        pure_us={BASELINE: sum(float_us.values()) + 900.0, "int8": 0.6 * sum(float_us.values()) + 900.0},
         residual_percent=2.4,
     )
-    order = sorted(free, key=lambda u: float(sum(damage[s].sum() for s in sorted(units.rounded(frozenset({u}))))))
-    fronts = [frozenset(order[: round(n)]) for n in np.linspace(0, len(order), 24)]
-    size = 400_000 + sum(c.fp32_bytes for c in cost.units)
+    order = sorted(free, key=lambda u: float(sum(damage[s].sum() for s in sorted(rounded(units, Plan.of("int8", u))))))
+    fronts = [Plan.of("int8", *order[: round(n)]) for n in np.linspace(0, len(order), 24)]
+    size = 400_000 + sum(c.bytes[BASELINE] for c in cost.units)
     points = [
         ParetoPoint(
-            int8_units=tuple(sorted(f)),
-            predicted_latency_us=round(cost.latency_us(units, f), 2),
-            size_bytes=size - cost.saved_bytes(f),
-            damage=float(sum((damage[s] for s in sorted(units.rounded(f))), start=np.zeros(len(heads))).mean()),
-            sqnr_db=tuple(sqnr(units.rounded(f))),
+            schemes=dict(f.listed),
+            predicted_latency_us=round(latency_us(cost, units, f), 2),
+            size_bytes=size - saved_bytes(cost, f),
+            damage=float(sum((damage[s] for s in sorted(rounded(units, f))), start=np.zeros(len(heads))).mean()),
+            sqnr_db=tuple(sqnr(rounded(units, f))),
         )
         for f in fronts
     ]
-    chosen, everything = fronts[16], frozenset(free)
+    chosen, everything = fronts[16], Plan.of("int8", *free)
     front = tuple(
         p
         for p in sorted(points, key=lambda p: p.predicted_latency_us)
-        if frozenset(p.int8_units) == chosen
+        if p.chosen == chosen
         or not any(q.predicted_latency_us < p.predicted_latency_us and q.damage < p.damage for q in points)
     )
-    predicted, predicted_int8 = sqnr(units.rounded(chosen)), sqnr(units.rounded(everything))
-    plan = Plan(
+    predicted, predicted_lowest = sqnr(rounded(units, chosen)), sqnr(rounded(units, everything))
+    plan = PlanReport(
         model_sha256=SHA,
         target="ort-cpu",
         budget=Budget(latency_ratio=0.85),
         choices=tuple(
             Choice(
                 unit=u.id,
-                precision=Precision.INT8 if u.id in chosen else Precision.FP32,
+                scheme=chosen.scheme_of(u.id),
                 reason=u.reason or f"saves {float_us[u.id] / 2:.0f} us; alone it leaves 41.0 dB on {heads[0]}",
             )
             for u in units.units
@@ -209,34 +215,34 @@ def make_run(
             HeadDamage(head=h, predicted_db=estimate(p), measured_db=estimate(p + 0.4))
             for h, p in zip(heads, predicted, strict=True)
         ),
-        predicted_latency_us=cost.latency_us(units, chosen),
-        predicted_size_bytes=size - cost.saved_bytes(chosen),
+        predicted_latency_us=latency_us(cost, units, chosen),
+        predicted_size_bytes=size - saved_bytes(cost, chosen),
         optimality_gap=0.003,
         pareto=front,
     )
-    return Run(_summary(heads, predicted, predicted_int8, plan, units, cost, data, metrics), plan, table, units, cost)
+    return Run(_summary(heads, predicted, predicted_lowest, plan, units, cost, data, metrics), plan, table, units, cost)
 
 
 def _summary(
     heads: tuple[str, ...],
     predicted: list[float],
-    predicted_int8: list[float],
-    plan: Plan,
+    predicted_lowest: list[float],
+    plan: PlanReport,
     units: UnitGraph,
     cost: CostTable,
     data: DataInfo,
     metrics: bool,
 ) -> Summary:
     ratio = round(plan.predicted_latency_us / cost.all_float_us, 4)
-    int8_ratio = cost.latency_us(units, units.quantizable()) / cost.all_float_us
-    reference = cost.float_us / 1e3
+    lowest_ratio = latency_us(cost, units, units.lowest()) / cost.all_float_us
+    reference = cost.pure_us[BASELINE] / 1e3
 
     def latency(median: float) -> Latency:
         return Latency(median_ms=median, p10_ms=median * 0.97, p90_ms=median * 1.06, count=40)
 
     spread = LatencySpread(
         reference=latency(reference),
-        int8=latency(reference * int8_ratio * 1.03),
+        lowest=latency(reference * lowest_ratio * 1.03),
         mixed=latency(reference * ratio * 1.01),
     )
     measured = round(ratio * 1.01, 4)
@@ -253,18 +259,18 @@ def _summary(
         device=cost.device,
         threads=2,
         budget=plan.budget,
-        latency_ms=Triple(reference=reference, int8=spread.int8.median_ms, mixed=spread.mixed.median_ms),
+        latency_ms=Triple(reference=reference, lowest=spread.lowest.median_ms, mixed=spread.mixed.median_ms),
         latency_ratio=measured,
         predicted_latency_ratio=ratio,
         latency_spread_ms=spread,
         size_bytes=Triple(
-            reference=float(plan.predicted_size_bytes + cost.saved_bytes(plan.int8_units())),
-            int8=float(plan.pareto[0].size_bytes),
+            reference=float(plan.predicted_size_bytes + saved_bytes(cost, plan.chosen)),
+            lowest=float(plan.pareto[0].size_bytes),
             mixed=float(plan.predicted_size_bytes),
         ),
         sqnr_db={
             h: HeadComparison(
-                int8=Comparison(predicted=predicted_int8[i], measured=predicted_int8[i] - 1.1),
+                lowest=Comparison(predicted=predicted_lowest[i], measured=predicted_lowest[i] - 1.1),
                 mixed=Comparison(predicted=predicted[i], measured=predicted[i] + 0.4),
             )
             for i, h in enumerate(heads)
@@ -276,12 +282,12 @@ def _summary(
         metrics={
             "AP50-95": MetricComparison(
                 reference=metric(0.412),
-                int8=metric(0.371),
+                lowest=metric(0.371),
                 mixed=metric(0.408),
                 drop_lowest=Estimate(value=0.041, low=0.022, high=0.06),
                 drop_mixed=Estimate(value=0.004, low=-0.003, high=0.011),
             ),
-            "AP50": MetricComparison(reference=metric(0.58), int8=metric(0.55), mixed=metric(0.577)),
+            "AP50": MetricComparison(reference=metric(0.58), lowest=metric(0.55), mixed=metric(0.577)),
         }
         if metrics
         else {},
@@ -291,13 +297,13 @@ def _summary(
         }
         if metrics
         else {},
-        units=len(units.quantizable()),
-        int8_units=len(plan.int8_units()),
+        units=len(units.lowest()),
+        schemes=plan.chosen.counts(),
         samples=24,
         probes=8,
         settled=True,
         flagged_units=(),
-        fp16_margin=88.4,
+        half_margin=88.4,
         calibration=data,
         analysis=data,
         seconds={"calibration": 41.2, "probe": 130.0, "cost": 0.0, "plan": 3.1, "verify": 22.9},
@@ -308,7 +314,7 @@ def _summary(
                 predicted_ratio=ratio,
                 measured_ratio=measured,
                 sqnr_db=tuple(p + 0.4 for p in predicted),
-                int8_units=len(plan.int8_units()),
+                schemes=plan.chosen.counts(),
             ),
         ),
         seed=0,

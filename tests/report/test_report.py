@@ -22,7 +22,7 @@ from bitalloy.core.outcome import Comparison, Correction, HeadComparison
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import SensitivityTable
 from bitalloy.report import charts, figures, formats
-from bitalloy.report.breakdown import Tables, region_tree
+from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.render import embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 
@@ -111,15 +111,15 @@ class TestPage:
 
     def test_unit_without_int8_shows_why(self, make_run: Make) -> None:
         last = Page(make_run().render()).payload()["scopes"]["unit"][-1]
-        assert last["precision"] == "fp32"
+        assert last["scheme"] == "fp32"
         assert "too much for one scale" in last["reason"]
         assert last["sqnr"] == [None, None]
 
     def test_divergences_have_a_row_with_prediction_and_measurement(self, make_run: Make) -> None:
         run = make_run()
         assert "Shift of predictions" not in run.render()
-        int8, mixed = Comparison(predicted=0.51234, measured=0.7), Comparison(predicted=0.0009, measured=0.0012)
-        page = run.with_summary(kl_nats={"scores": HeadComparison(int8=int8, mixed=mixed)}).render()
+        lowest, mixed = Comparison(predicted=0.51234, measured=0.7), Comparison(predicted=0.0009, measured=0.0012)
+        page = run.with_summary(kl_nats={"scores": HeadComparison(lowest=lowest, mixed=mixed)}).render()
         assert "Shift of predictions (KL divergence, nats, measured)" in page
         assert all(text in page for text in ("predicted 0.512", "0.0012", "predicted 0.0009"))
 
@@ -180,7 +180,7 @@ class TestVerdict:
         assert any("differ by more than 3 dB on scores" in line for line in figures.cautions(wide.summary))
 
     def test_cautions_name_what_is_unsafe(self, make_run: Make) -> None:
-        summary = make_run().with_summary(settled=False, fp16_margin=0.25).summary
+        summary = make_run().with_summary(settled=False, half_margin=0.25).summary
         text = "\n".join(figures.cautions(summary))
         assert "embedded sample" in text
         assert "had not settled after 24 samples" in text
@@ -214,7 +214,7 @@ class TestVariants:
     def test_with_a_single_model_without_regions(self, make_run: Make) -> None:
         run = make_run(blocks=2)
         units = tuple(msgspec.structs.replace(u, region="(model)") for u in run.units.units)
-        tables = Tables(
+        tables = ReportTables(
             run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost, ("boxes", "scores")
         )
         assert [line.id for line in region_tree(tables)] == ["(model)"]
@@ -250,7 +250,7 @@ class TestVariants:
 class TestRegionTree:
     def test_parents_come_first_and_hold_their_children(self, make_run: Make) -> None:
         run = make_run()
-        lines = region_tree(Tables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
+        lines = region_tree(ReportTables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
         assert lines[0].units == len(run.units.units)
         for line in lines[1:]:
             assert line.parent is not None and line.parent < line.index
@@ -259,12 +259,12 @@ class TestRegionTree:
 
     def test_chains_of_single_regions_are_joined(self, make_run: Make) -> None:
         run = make_run()
-        lines = region_tree(Tables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
+        lines = region_tree(ReportTables(run.plan, run.table, run.units, run.cost, ("boxes", "scores")))
         found = {line.id: line for line in lines}
         assert "model.1/m.0/cv1" in found
         assert found["model.1/m.0"].label == "m.0"
         units = tuple(u for u in run.units.units if u.region.startswith("model.1/"))
-        only = Tables(run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost, ("boxes",))
+        only = ReportTables(run.plan, run.table, msgspec.structs.replace(run.units, units=units), run.cost, ("boxes",))
         assert [line.label for line in region_tree(only)][:2] == ["(model)", "model.1/m.0"]
 
 
@@ -453,13 +453,13 @@ class TestBrowser:
     ) -> None:
         run = make_run()
         page = visit(run)
-        times = sorted(round(c.fp32_us, 3) for c in run.cost.units)
+        times = sorted(round(c.us["fp32"], 3) for c in run.cost.units)
         shown = [f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in times]
-        header = page.find_element("css selector", 'th[data-key="float_us"]')
-        click(page, 'th[data-key="float_us"] button')
+        header = page.find_element("css selector", 'th[data-key="time-0"]')
+        click(page, 'th[data-key="time-0"] button')
         assert [float(t) for t in column(page, 7)] == sorted(float(t) for t in shown)
         assert header.get_attribute("aria-sort") == "ascending"
-        click(page, 'th[data-key="float_us"] button')
+        click(page, 'th[data-key="time-0"] button')
         assert [float(t) for t in column(page, 7)] == sorted((float(t) for t in shown), reverse=True)
         assert header.get_attribute("aria-sort") == "descending"
         assert len(page.find_elements("css selector", "#table th[aria-sort]")) == 1

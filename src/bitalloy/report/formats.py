@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from bitalloy.core.plans import BorderCost
 from bitalloy.core.records import DataInfo, Estimate, MetricValue, RangeChoice
 from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.matrix import CEILING_DB
@@ -107,6 +110,27 @@ def ranges(choice: RangeChoice | None) -> str:
     return (
         f"chosen for every tensor by predicted damage ({counts}); with all of INT8, executed on {choice.samples} "
         f"samples, from minmax for all to these: {gains}{kept}"
+    )
+
+
+def border_prices(borders: Iterable[BorderCost]) -> str:
+    """What tensors pay on their way between schemes; directions that have one price stand together.
+
+    >>> inwards = BorderCost(source="", sink="int8", us_per_element=2e-4, us=1.5)
+    >>> border_prices([inwards, BorderCost(source="int8", sink="", us_per_element=2e-4, us=1.5)])
+    'into INT8, out of INT8: 1.50 µs and 200 µs per million elements'
+    """
+    found: dict[tuple[float, float], list[str]] = {}
+    for border in borders:
+        source, sink = border.source.upper(), border.sink.upper()
+        name = f"{source} to {sink}" if source and sink else f"into {sink}" if sink else f"out of {source}"
+        found.setdefault((border.us, border.us_per_element), []).append(name)
+    return (
+        "; ".join(
+            f"{', '.join(names)}: {us:.2f} µs and {each * 1e6:.3g} µs per million elements"
+            for (us, each), names in found.items()
+        )
+        or NONE
     )
 
 
