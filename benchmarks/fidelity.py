@@ -35,7 +35,7 @@ from bitalloy.measure.bench import interleave
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.model.heads import find_heads
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard, damage, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel
@@ -118,7 +118,7 @@ def main() -> None:
     others = np.setdiff1d(np.arange(len(things)), worst)
 
     together = frozenset(u.id for u in convolutions)
-    rewritten = OrtSession(apply(model, units, together, ranges, device).to_bytes())
+    rewritten = OrtSession(write_plan(model, units, together, ranges, device).to_bytes())
     found = output_sqnr(reference, {"int8": rewritten}, heads, iter(feeds), seed=options.seed)["int8"]
     all_linear = matrix.damage(matrix.select(units.rounded(together))).mean(axis=0)
     all_predicted = decibel(all_linear * bend(bent, all_linear))

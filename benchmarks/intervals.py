@@ -23,7 +23,7 @@ from rich.progress import track
 
 from bitalloy import RunDirectory, Settings, Workspace, calibrate, load, open_data
 from bitalloy.core.store import key_of
-from bitalloy.sensitivity.matrix import ProbeMatrix, draws, estimate
+from bitalloy.sensitivity.matrix import ProbeMatrix, draws, estimate_sqnr
 from bitalloy.sensitivity.probe import Prober
 
 
@@ -68,11 +68,11 @@ def main() -> None:
 
     chosen = [everything.select(ready.units.rounded(frozenset({u}))) for u in free]
     weights = draws(options.many, options.seed)
-    truth = np.array([[e.value for e in estimate(everything, c, weights)] for c in chosen])  # (units, heads)
+    truth = np.array([[e.value for e in estimate_sqnr(everything, c, weights)] for c in chosen])  # (units, heads)
     inside, width = [], []
     weights = draws(options.few, options.seed)
     for block in blocks:
-        found = [estimate(block, c, weights) for c in chosen]
+        found = [estimate_sqnr(block, c, weights) for c in chosen]
         low, high = (np.array([[getattr(e, side) for e in row] for row in found]) for side in ("low", "high"))
         reached = truth < 120
         held = np.where(reached, (low <= truth) & (truth <= high), np.nan)

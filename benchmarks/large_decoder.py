@@ -36,7 +36,7 @@ from bitalloy.core.records import TensorRange
 from bitalloy.model import load as graph
 from bitalloy.model.heads import Reference, find_heads
 from bitalloy.model.load import Graph
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.cast import specified
 from bitalloy.runtime.ort import Execution, OrtSession
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
@@ -185,7 +185,7 @@ def main() -> None:
         with step("FP16"):
             exact = Reference(session.run(samples[0]), heads)
             rounded = OrtSession(
-                specified(apply(model, units, half, ranges, device).model), execution=Execution(integers=False)
+                specified(write_plan(model, units, half, ranges, device).model), execution=Execution(integers=False)
             )
             measured = exact.error(rounded.run(samples[0])) / exact.energy
     each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS

@@ -18,7 +18,7 @@ import pytest
 
 import bitalloy
 from bitalloy.core.errors import BitalloyError, DataError, ModelError
-from bitalloy.core.jobs import KINDS, Contexts, Job, LocalExecutor, Opening, perform, residents
+from bitalloy.core.jobs import JOB_KINDS, Contexts, Job, LocalExecutor, Opening, perform, residents
 from bitalloy.core.records import Record
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.work import Silent, Workspace
@@ -76,7 +76,7 @@ def everything(inputs: Any, work: Workspace) -> list[object]:
     """All that is measured in jobs on a small detector."""
     model = bitalloy.load(inputs.detector)
     analysis = bitalloy.analyze(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK, work=work)
-    int8 = analysis.units.quantizable()
+    int8 = analysis.units.lowest_gated()
     some = Selection(units=tuple(sorted(int8)[:2]))
     exact = measure_exact(analysis, some, samples=3, work=work)
     metric = measure_metric(analysis, inputs.labels, some, limit=3, work=work)
@@ -118,7 +118,7 @@ def test_a_model_with_scaled_channels_is_opened_again(inputs: Any, tmp_path: Pat
 
 def test_what_is_in_memory_is_not_opened_again(inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("graph", "files", "samples", "recipe", "labels"):
-        monkeypatch.setitem(KINDS, kind, f"{__name__}:never")
+        monkeypatch.setitem(JOB_KINDS, kind, f"{__name__}:never")
     everything(inputs, Workspace(executor=Recording()))
 
 
@@ -236,8 +236,8 @@ def offset(spec: Number, contexts: Contexts) -> Offset:
 
 @pytest.fixture
 def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, "square", f"{__name__}:square")
-    monkeypatch.setitem(KINDS, "offset", f"{__name__}:offset")
+    monkeypatch.setitem(JOB_KINDS, "square", f"{__name__}:square")
+    monkeypatch.setitem(JOB_KINDS, "offset", f"{__name__}:offset")
     monkeypatch.setattr(Offset, "log", [])
 
 
@@ -255,7 +255,7 @@ def jobs_of(values: Sequence[int], *, groups: int = 1, shared: Opening | None = 
 
 
 def test_every_kind_of_work_is_a_function_of_a_record_and_contexts() -> None:
-    for where in KINDS.values():
+    for where in JOB_KINDS.values():
         module, _, name = where.partition(":")
         spec, contexts = inspect.signature(
             getattr(importlib.import_module(module), name), eval_str=True

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import bitalloy
 from bitalloy.core.outcome import Summary
-from bitalloy.corrections.debiasing import BETTER_DB, WORSE_DB
+from bitalloy.corrections.debiasing import WORSE_DB
+from bitalloy.corrections.trials import BETTER_DB
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING
 from bitalloy.runtime.ort import OrtSession
 

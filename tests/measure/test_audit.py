@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bitalloy.core.units import Unit, UnitGraph
-from bitalloy.measure.audit import audit
+from bitalloy.measure.audit import audit_kernels
 from bitalloy.measure.tracing import Timed
 from bitalloy.runtime.base import Kernel
 
@@ -29,7 +29,7 @@ def test_differences_are_found_and_explained() -> None:
         Timed(Kernel("4", (), "Concat", "int8", ()), ("c",), 10.0),
     ]
     units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcd")), edges=())
-    found = audit(units, frozenset("ab"), kernels, "R", "1")
+    found = audit_kernels(units, frozenset("ab"), kernels, "R", "1")
     assert [u.executed for u in found.units] == ["int8", "fp32", "int8", ""]
     assert [u.unit for u in found.differences()] == ["b", "c"]
     assert ["no integer kernel" in u.cause or "made no" in u.cause for u in found.units] == [False, True, False, False]
@@ -45,7 +45,7 @@ def test_units_inside_kernels_of_others_have_their_precision_where_it_is_certain
         Timed(Kernel("3", (), "FusedConv", "fp32", ()), ("e", "d", "f"), 20.0),
     ]
     units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcdef")), edges=())
-    found = {u.unit: u for u in audit(units, frozenset("abd"), kernels, "R", "1").units}
+    found = {u.unit: u for u in audit_kernels(units, frozenset("abd"), kernels, "R", "1").units}
     assert {name: u.executed for name, u in found.items()} == {
         "a": "int8", "b": "int8", "c": "", "d": "fp32", "e": "fp32", "f": "fp32",
     }  # fmt: skip

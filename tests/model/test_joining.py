@@ -26,7 +26,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import consumers
 from bitalloy.model.weights import to_bytes
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.cast import specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.ort import OrtSession
@@ -249,7 +249,7 @@ def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
         elif kind in ("lowest", unit.id.partition("/")[0]):
             plan[unit.id] = unit.allowed[-1]
     endings = {Precision.INT8: "", Precision.FP16: HALF}
-    mixed = apply(whole, units, frozenset(u + endings[p] for u, p in plan.items() if p in endings), ranges, target)
+    mixed = write_plan(whole, units, frozenset(u + endings[p] for u, p in plan.items() if p in endings), ranges, target)
     before = mixed.to_bytes()
     x, prompt = feeds()
     expected = run(specified(mixed.model), {"encoder/x": x, "decoder/x": prompt})
@@ -283,7 +283,7 @@ def test_what_is_made_in_fp16_crosses_a_wire_in_float32(rounded: Any) -> None:
     whole, units, ranges, target = cases[False, "ort-cuda"]
     unit = next(u for u in units.units if u.root == "encoder/emb")
     assert unit.tail == ("decoder/conv1/Transpose",)
-    parts = divide(apply(whole, units, frozenset({unit.id + HALF}), ranges, target).model, program)
+    parts = divide(write_plan(whole, units, frozenset({unit.id + HALF}), ranges, target).model, program)
     last = parts["encoder"].graph.outputs[0].producer()
     assert last is not None and last.op_type == "Cast"
     assert last.inputs[0] is not None and last.inputs[0].dtype == ir.DataType.FLOAT16
@@ -299,7 +299,7 @@ def test_an_int8_producer_rounds_its_output_itself(rounded: Any) -> None:
     program, cases = rounded
     whole, units, ranges, _ = cases[False, "ort-cpu"]
     unit = next(u for u in units.units if u.root == "encoder/emb")
-    mixed = apply(whole, units, frozenset({unit.id}), ranges, ORT_CPU)
+    mixed = write_plan(whole, units, frozenset({unit.id}), ranges, ORT_CPU)
     parts = divide(mixed.model, program)
     last = parts["encoder"].graph.outputs[0].producer()
     assert last is not None and last.op_type == "DequantizeLinear"

@@ -34,7 +34,7 @@ from bitalloy.model.graphs.wiring import GraphProgram, Wire
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import constant
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import columns
@@ -265,7 +265,7 @@ def test_programs_share_them(large: Graph) -> None:
 def test_saved_with_its_weights_beside_it(large: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "MESSAGE_BYTES", 100_000)
     units = split(large, ORT_CPU, find_heads(large))
-    mixed = apply(large, units, frozenset({"a/MatMul"}), ranges_of(large), ORT_CPU)
+    mixed = write_plan(large, units, frozenset({"a/MatMul"}), ranges_of(large), ORT_CPU)
     with pytest.raises(ModelError, match=r"does not fit one ONNX message of 2 GB. Write it with `save`"):
         mixed.to_bytes()
     folder = tmp_path / "out"

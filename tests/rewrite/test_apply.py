@@ -21,7 +21,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.read import constant
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.targets.base import split
@@ -34,7 +34,7 @@ LIMITS = pytest.mark.parametrize("pair_limit", [128, None])
 
 def rewritten(case: Case, int8: Iterable[str], pair_limit: int | None = 128) -> bytes:
     device = replace(ORT_CPU, pair_limit=pair_limit)
-    return apply(case.graph, case.units, frozenset(int8), case.ranges, device).to_bytes()
+    return write_plan(case.graph, case.units, frozenset(int8), case.ranges, device).to_bytes()
 
 
 def test_nothing_in_int8_is_the_identity(case: Case) -> None:
@@ -144,7 +144,7 @@ def test_fused_kernels_do_not_saturate(case: Case) -> None:
     assert constant(value) is not None
     extreme_graph = Graph(graph.info, changed, graph.source)
     ranges = {**case.ranges, "r1": (0.0, 30.0), "c1": (-30.0, 30.0)}
-    data = apply(extreme_graph, case.units, frozenset({"/body/cv1/Conv"}), ranges, LIMITED).to_bytes()
+    data = write_plan(extreme_graph, case.units, frozenset({"/body/cv1/Conv"}), ranges, LIMITED).to_bytes()
     fused = OrtSession(data).run(case.feeds[0])["y"]
     plain = OrtSession(data, optimize=False).run(case.feeds[0])["y"]
     exact = OrtSession(extreme_graph.to_bytes()).run(case.feeds[0])["y"]
@@ -160,7 +160,7 @@ def test_quantized_weights_respect_the_pair_limit(case: Case) -> None:
 
 
 def test_nodes_carry_their_unit(case: Case) -> None:
-    model = apply(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
+    model = write_plan(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
     units = {u.id for u in case.units.units}
     assert all(n.metadata_props.get(TAG) in units | {BORDER} for n in model.graph)
 
@@ -186,7 +186,7 @@ def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case: Ca
     graph = load_graph(tmp_path / "renamed.onnx")
     units = split(graph, ORT_CPU, find_heads(graph))
     ranges = {foreign.get(name, name): limits for name, limits in case.ranges.items()}
-    found = apply(graph, units, units.quantizable(), ranges, LIMITED).to_bytes()
+    found = write_plan(graph, units, units.quantizable(), ranges, LIMITED).to_bytes()
     expected = rewritten(case, case.units.quantizable())
     assert np.array_equal(OrtSession(found).run(case.feeds[0])["y"], OrtSession(expected).run(case.feeds[0])["y"])
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.biases import find_biases, mean_inputs
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard, damage
@@ -39,7 +39,7 @@ def offsets_of(case) -> dict[str, Offset]:
 def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
     """Against the same plan on a file with another bias in its place."""
     plan, node = frozenset({"/stem/conv/Conv"}), "/stem/conv/Conv"
-    found = apply(case.graph, case.units, plan, case.ranges, ORT_CPU, offsets_of(case)).to_bytes()
+    found = write_plan(case.graph, case.units, plan, case.ranges, ORT_CPU, offsets_of(case)).to_bytes()
     model = onnx.load(case.path)
     name = next(n for n in model.graph.node if n.name == node).input[2]
     for tensor in model.graph.initializer:
@@ -48,10 +48,10 @@ def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
             tensor.CopyFrom(numpy_helper.from_array(shifted, name))
     path = case.path.with_name("shifted.onnx")
     onnx.save(model, path)
-    expected = apply(load_graph(path), case.units, plan, case.ranges, ORT_CPU).to_bytes()
+    expected = write_plan(load_graph(path), case.units, plan, case.ranges, ORT_CPU).to_bytes()
     y, wanted = (OrtSession(m).run(case.feeds[0])["y"] for m in (found, expected))
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
-    plain = apply(case.graph, case.units, plan, case.ranges, ORT_CPU).to_bytes()
+    plain = write_plan(case.graph, case.units, plan, case.ranges, ORT_CPU).to_bytes()
     assert np.abs(OrtSession(plain).run(case.feeds[0])["y"] - wanted).max() > 0.01
 
 
@@ -59,7 +59,7 @@ def test_gates_move_biases_as_the_rewritten_model_does(case) -> None:
     scheme = Recipe(case.units, ORT_CPU, case.ranges, offsets_of(case))
     board, int8 = Switchboard(case.graph, scheme), case.units.quantizable()
     gated = board.run(case.feeds[0], board.gates(case.units.rounded(int8)))["y"]
-    rewritten = apply(case.graph, case.units, int8, case.ranges, ORT_CPU, scheme.offsets).to_bytes()
+    rewritten = write_plan(case.graph, case.units, int8, case.ranges, ORT_CPU, scheme.offsets).to_bytes()
     expected = OrtSession(rewritten, optimize=False).run(case.feeds[0])["y"]
     plain = Switchboard(case.graph, Recipe(case.units, ORT_CPU, case.ranges))
     without = plain.run(case.feeds[0], plain.gates(case.units.rounded(int8)))["y"]
@@ -157,7 +157,7 @@ def test_the_mean_error_of_a_layer_goes(skewed, layer: str, holder: str, result:
 
     def error(offsets: dict[str, Offset] | None = None) -> np.ndarray:
         rounded = onnx.load_model_from_string(
-            apply(graph, units, frozenset({layer}), ranges, ORT_CPU, offsets).to_bytes()
+            write_plan(graph, units, frozenset({layer}), ranges, ORT_CPU, offsets).to_bytes()
         )
         return (outputs_of(rounded, [result], feeds)[result] - exact[result]).mean(axis=axes)
 

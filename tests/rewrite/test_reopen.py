@@ -14,7 +14,7 @@ from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.heads import find_heads
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.divide import divide
 from bitalloy.rewrite.equalize import exponents, find_places, scale
 from bitalloy.rewrite.reopen import reopen
@@ -83,7 +83,7 @@ def scaled(program: Joined) -> Joined:
 
 def test_scaled_float_graphs_compute_the_same_at_any_size(program: Joined) -> None:
     changed = scaled(program)
-    models = shipped(changed, apply(changed, _units(changed), frozenset(), {}, ORT_CPU).model)
+    models = shipped(changed, write_plan(changed, _units(changed), frozenset(), {}, ORT_CPU).model)
     one, other = (m.graph.initializers["gain"].const_value.numpy() for m in (models["first"], program.opened["first"]))  # type: ignore[union-attr]
     assert not np.array_equal(one, other)
     for count in (COUNT, 9):
@@ -102,11 +102,11 @@ def test_rounded_graphs_with_corrected_biases_are_the_same_with_open_sizes(progr
     for site in (w for u in units.units if u.id in plan for w in u.weights):
         node, values = added[site.node]
         offsets[site.id] = Offset(node=node, values=tuple(values.tolist()))
-    mixed = apply(changed, units, plan, ranges, ORT_CPU, offsets).model
+    mixed = write_plan(changed, units, plan, ranges, ORT_CPU, offsets).model
     fixed, opened = divide(mixed, changed.program), shipped(changed, mixed)
     x = rows(COUNT)
     np.testing.assert_allclose(run(opened, x), run(fixed, x), rtol=1e-5, atol=1e-5)
-    plain = shipped(changed, apply(changed, units, plan, ranges, ORT_CPU).model)
+    plain = shipped(changed, write_plan(changed, units, plan, ranges, ORT_CPU).model)
     moved = run(opened, rows(9)) - run(plain, rows(9))
     assert np.abs(moved).mean() > 0.5
     assert opened["first"].graph.inputs[0].shape[1] == "rows"  # type: ignore[index]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitalloy.model.heads import Reference
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.cast import specified
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import views
@@ -92,7 +92,7 @@ def test_what_targets_round_alike_is_one_column(case, ranges) -> None:
 
 def measured(case, ranges, target: Target, plan: frozenset[str]) -> np.ndarray:
     """SQNR in dB of the rewritten model on boxes and scores; the other heads of this random network bend too much."""
-    model = apply(case.graph, split(case.graph, target, case.heads), plan, ranges, target).model
+    model = write_plan(case.graph, split(case.graph, target, case.heads), plan, ranges, target).model
     exact, rounded = OrtSession(case.graph.to_bytes()), OrtSession(specified(model))
     parts = [(Reference(exact.run(f), case.heads), rounded.run(f)) for f in case.feeds]
     errors, energies = [r.error(y) for r, y in parts], [r.energy for r, _ in parts]

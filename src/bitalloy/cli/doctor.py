@@ -55,7 +55,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     extras: tuple[ExtraCheck, ...]
 
 
-def doctor() -> Diagnosis:
+def examine_machine() -> Diagnosis:
     """Look at this machine. Nothing is imported that is not there, nothing is measured."""
     targets = []
     for target in TARGETS.values():

@@ -11,7 +11,7 @@ import typer
 from bitalloy.cli.console import SHOWN_LINES, out_console
 
 
-def models(
+def models_command(
     json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
 ) -> None:
     """List the models that are known by name, with figures.
@@ -31,7 +31,7 @@ def models(
         out_console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
 
 
-def targets(
+def targets_command(
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """List devices and runtimes.
@@ -61,7 +61,7 @@ def targets(
         out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def audit(
+def audit_command(
     run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
     here: Annotated[
         bool,
@@ -106,7 +106,9 @@ def audit(
         out_console.print(found.note, style="yellow", soft_wrap=True)
 
 
-def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+def doctor_command(
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
     """Tell what is available on this machine.
 
     What is not comes with its install line.
@@ -115,9 +117,9 @@ def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print every
     """
     import msgspec
 
-    from bitalloy.cli.doctor import doctor as examine
+    from bitalloy.cli.doctor import examine_machine
 
-    found = examine()
+    found = examine_machine()
     if json_output:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
         return

@@ -46,9 +46,9 @@ def root(
     """
 
 
-@app.command()
+@app.command("run")
 @collected(RunArguments)
-def run(asked: RunArguments) -> None:
+def run_command(asked: RunArguments) -> None:
     """Analyse, plan, apply, verify and report, in one go.
 
     Leaves in the run directory: mixed.onnx (or mixed/ of a program), report.html, summary.json, plan.json,
@@ -148,9 +148,9 @@ def _show(verified: Verified, folder: Path) -> None:
         out_console.print(note, style="yellow", soft_wrap=True)
 
 
-@app.command()
+@app.command("plan")
 @collected(PlanArguments)
-def plan(asked: PlanArguments) -> None:
+def plan_command(asked: PlanArguments) -> None:
     """Plan again from a run directory, without measuring.
 
     Other limits or constraints need neither model nor data. Without limits those of the run hold. Leaves
@@ -184,9 +184,9 @@ def plan(asked: PlanArguments) -> None:
     out_console.print(text.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
+@app.command("sensitivity")
 @collected(SensitivityArguments)
-def sensitivity(asked: SensitivityArguments) -> None:
+def sensitivity_command(asked: SensitivityArguments) -> None:
     """Tell what rounding each part does to every output.
 
     Parts are units, regions or rounding sites; the worst come first. Leaves in the run directory:
@@ -243,8 +243,8 @@ def sensitivity(asked: SensitivityArguments) -> None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 
 
-@app.command()
-def export(
+@app.command("export")
+def export_command(
     name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
     checkpoint: Annotated[
         str | None,
@@ -286,8 +286,13 @@ def export(
         out_console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-for _command in (look.models, look.targets, look.audit, look.doctor):
-    app.command()(_command)
+for _name, _command in (
+    ("models", look.models_command),
+    ("targets", look.targets_command),
+    ("audit", look.audit_command),
+    ("doctor", look.doctor_command),
+):
+    app.command(_name)(_command)
 
 
 def main() -> None:

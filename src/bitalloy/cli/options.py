@@ -10,7 +10,7 @@ from typing import TypeVar
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import FIRST, Keep
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
 RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
 Text = TypeVar("Text", str, str | None)
@@ -36,8 +36,8 @@ def size(text: str | None, float_bytes: int) -> int | None:
     """
     if text is None:
         return None
-    number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *UNITS))
-    return int(min(number * (float_bytes if unit == "x" else UNITS[unit]), MOST_BYTES))
+    number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *BYTE_UNITS))
+    return int(min(number * (float_bytes if unit == "x" else BYTE_UNITS[unit]), MOST_BYTES))
 
 
 def targets(text: str) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ with their fingerprint, the ranges of a target) and on which part of it to work.
 `Opening`. `Contexts` keeps opened things under the hash of their openings, so that many jobs share one of each, and a
 stage puts what it has in memory already there: nothing is opened twice.
 
-`KINDS` says which function does a kind of job, or opens a kind of thing. A closed list of names, and not code in the
-job, decides what runs: a job that comes from elsewhere can do nothing else.
+`JOB_KINDS` says which function does a kind of job, or opens a kind of thing. A closed list of names, and not code in
+the job, decides what runs: a job that comes from elsewhere can do nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
 
-KINDS: dict[str, str] = {
+JOB_KINDS: dict[str, str] = {
     "calibrate": "bitalloy.calibrate.gather:collect_shard",
     "exact": "bitalloy.sensitivity.measuring:measure_sites",
     "metric": "bitalloy.tasks.metric:measure_precision",
@@ -56,7 +56,7 @@ class Opening(Record, frozen=True, kw_only=True, dict=True):
     """How a thing that jobs share is opened, e.g. a model file or the sessions of a prober."""
 
     kind: str
-    """From `KINDS`."""
+    """From `JOB_KINDS`."""
     spec: Any
     """A record, or what JSON makes of one."""
 
@@ -79,7 +79,7 @@ class Job(Record, frozen=True, kw_only=True):
     """A unit of work whose result is stored by itself."""
 
     kind: str
-    """From `KINDS`; the result is stored under the stage of this name."""
+    """From `JOB_KINDS`; the result is stored under the stage of this name."""
     key: str
     """Of all that decides the results of the stage."""
     shard: str
@@ -276,9 +276,9 @@ def refuse_resident(spec: Resident, contexts: Contexts) -> object:
 
 
 def _call(kind: str, spec: object, contexts: Contexts) -> Any:
-    if kind not in KINDS:
-        raise BitalloyError(f"Unknown kind of work '{kind}'. Known are: {', '.join(sorted(KINDS))}.")
-    module, _, name = KINDS[kind].partition(":")
+    if kind not in JOB_KINDS:
+        raise BitalloyError(f"Unknown kind of work '{kind}'. Known are: {', '.join(sorted(JOB_KINDS))}.")
+    module, _, name = JOB_KINDS[kind].partition(":")
     function = getattr(importlib.import_module(module), name)
     wanted = next(iter(inspect.signature(function, eval_str=True).parameters.values())).annotation
     return function(spec if isinstance(spec, wanted) else msgspec.convert(spec, wanted), contexts)

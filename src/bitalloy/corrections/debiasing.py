@@ -15,18 +15,16 @@ from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
-from bitalloy.corrections.trials import compare, gains, untried
+from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare, gains, untried
 from bitalloy.data.datasets import Dataset
 from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
 from bitalloy.rewrite.calibrated import Calibrated, deciding
 
 BIAS = "bias"
-FITTED, LEAST = 16, 4
-"""Samples that the offsets come from, and the fewest that will do."""
-JUDGED = 8
-"""Samples on which the SQNR is measured."""
-BETTER_DB, WORSE_DB = 0.1, 0.2
-"""Mean SQNR that must be gained, and what no head may lose."""
+OFFSET_SAMPLES, LEAST_OFFSET_SAMPLES = 16, 4
+"""Samples that the offsets are fitted on, and the fewest that will do."""
+WORSE_DB = 0.2
+"""SQNR that no head may lose."""
 
 
 class Debiased(Record, frozen=True, kw_only=True):
@@ -58,10 +56,12 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         return _none(0, "no rounded layer with a bias")
     if graph.large:
         return _none(places, "not tried on large models")
-    judged = range(count - min(JUDGED, count // 2), count)
-    fitted = range(min(FITTED, judged.start))
-    if len(fitted) < LEAST:
-        return _none(places, f"needs {LEAST} samples beside the {len(judged)} on which it is judged, of {count}")
+    judged = range(count - min(JUDGING_SAMPLES, count // 2), count)
+    fitted = range(min(OFFSET_SAMPLES, judged.start))
+    if len(fitted) < LEAST_OFFSET_SAMPLES:
+        return _none(
+            places, f"needs {LEAST_OFFSET_SAMPLES} samples beside the {len(judged)} on which it is judged, of {count}"
+        )
 
     def make() -> bytes:
         with work.stage("debias", len(fitted)) as progress:

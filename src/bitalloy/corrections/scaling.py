@@ -10,16 +10,14 @@ from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record, Settings
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
-from bitalloy.corrections.trials import compare, gains, untried
+from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare, gains, untried
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.calibrated import Calibrated, deciding
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
 
-FITTED, JUDGED = 8, 8
-"""Samples that decide factors and ranges, and those after them on which the SQNR is measured."""
-BETTER_DB = 0.1
-"""What a rule must gain in mean SQNR over the heads to be kept."""
+FACTOR_SAMPLES = 8
+"""Samples that decide factors and ranges; those behind them judge whether a rule is kept."""
 
 
 class Scaled(Record, frozen=True, kw_only=True):
@@ -53,8 +51,8 @@ def scaled(
         reason = "large models share their weights" if model.large else "no place where the rule applies"
         return model, tuple(untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
     count = min(len(data), settings.calibration_samples)
-    fitted = range(min(FITTED, count))
-    judged = range(len(fitted), min(len(fitted) + JUDGED, count)) or fitted
+    fitted = range(min(FACTOR_SAMPLES, count))
+    judged = range(len(fitted), min(len(fitted) + JUDGING_SAMPLES, count)) or fitted
     few = msgspec.structs.replace(
         settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
     )

@@ -12,15 +12,20 @@ from bitalloy.data.datasets import Dataset
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.rewrite.calibrated import Calibrated
 
+JUDGING_SAMPLES = 8
+"""Samples on which the SQNR with and without a correction is measured."""
+BETTER_DB = 0.1
+"""Mean SQNR over the heads that a correction must gain to be kept."""
+
 
 def compare(
     without: Calibrated, with_: Calibrated, data: Dataset, samples: Sequence[int], stage: str, work: Workspace
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """SQNR in dB of both models by head, divergences left out.
+    """Measure the SQNR in dB of the model without and with a correction, by head; heads of divergences are left out.
 
     Args:
-        without: the correction.
-        with_: it.
+        without: the model without the correction.
+        with_: the model with the correction.
         data: samples.
         samples: indices of those to measure on.
         stage: under whose name that is shown.
@@ -38,7 +43,7 @@ def compare(
 
 
 def gains(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[float, float]:
-    """DB that are gained over the heads: mean, and least."""
+    """What a correction gains over the heads in dB: the mean, and the least."""
     changes = [with_[h] - without[h] for h in with_]
     return float(np.mean(changes)), min(changes)
 

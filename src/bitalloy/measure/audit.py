@@ -35,7 +35,7 @@ SECONDARY = (
 """Beginnings of kernels that stand beside the work of a unit; they decide only where nothing else ran for it."""
 
 
-def audit(
+def audit_kernels(
     units: UnitGraph,
     plan: Plan,
     kernels: Sequence[Timed],

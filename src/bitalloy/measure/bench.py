@@ -81,7 +81,7 @@ def sittings(
     return {name: np.concatenate([p[name] for p in parts]) for name in models}
 
 
-def summarize(times_ms: np.ndarray) -> Latency:
+def latency_of(times_ms: np.ndarray) -> Latency:
     """Median and spread of a series of times."""
     p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
     return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))

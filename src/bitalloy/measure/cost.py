@@ -28,7 +28,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.formats import find_format
 from bitalloy.measure import bench
 from bitalloy.measure.prices import borders_us, latency_us
-from bitalloy.measure.roofline import estimate
+from bitalloy.measure.roofline import estimate_costs
 from bitalloy.measure.tracing import Traced, profile, trace
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
@@ -300,7 +300,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
     """
     work = work or Workspace()
     if analysis.target.device is not None:
-        return estimate(analysis.graph, analysis.units, analysis.target.device)
+        return estimate_costs(analysis.graph, analysis.units, analysis.target.device)
 
     def make() -> bytes:
         with work.stage("cost", None) as progress:

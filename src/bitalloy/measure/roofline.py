@@ -24,7 +24,7 @@ FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
 """Size of a float32 number; and of the smallest number that a kernel which rounds what it reads hands on."""
 
 
-def estimate(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
+def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
     """A cost table for a device, marked as estimated.
 
     Args:

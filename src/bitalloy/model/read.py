@@ -69,7 +69,7 @@ def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
     return channels.reshape(-1, *(1,) * (rank - 1 - ops.channel_axis(node.op_type, rank)))
 
 
-def weight_axes(node: ir.Node) -> tuple[int, int]:
+def node_weight_axes(node: ir.Node) -> tuple[int, int]:
     """Axes of the weight of a Conv, Gemm or the like: of the channels that go in, and of those that come out."""
     weight = node.inputs[1]
     assert weight is not None, "a product has two operands"

@@ -53,7 +53,7 @@ def drop_unread(graph: ir.Graph) -> None:
         graph.initializers.pop(name)
 
 
-def check(model: ir.Model) -> None:
+def check_model(model: ir.Model) -> None:
     """Let the ONNX checker look at a model that was rewritten.
 
     Raises:

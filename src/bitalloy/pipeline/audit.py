@@ -18,8 +18,7 @@ from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
-from bitalloy.measure.audit import audit as compare
-from bitalloy.measure.audit import reconcile
+from bitalloy.measure.audit import audit_kernels, reconcile
 from bitalloy.measure.tracing import Traced, profile, rewritten, trace
 from bitalloy.pipeline.ship import apply
 from bitalloy.runtime.artefact import Artefact
@@ -29,7 +28,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets import target
 
 
-def audit(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
+def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
     """Profile the mixed model of a plan on its target, and compare what ran with what was planned."""
     work = work or Workspace()
     plan = planned.plan.chosen
@@ -100,4 +99,4 @@ def _look(traced: Traced, units: UnitGraph, plan: Plan, feeds: Mapping[str, np.n
     """Profile a model and read the graphs that ran."""
     runtime = traced.artefact.runtime
     kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten(traced, folder))
-    return compare(units, plan, kernels, runtime.name, runtime.version(), graphs=graphs)
+    return audit_kernels(units, plan, kernels, runtime.name, runtime.version(), graphs=graphs)

@@ -15,7 +15,7 @@ from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.measure.cost import measure_cost
 from bitalloy.report.text import plan_json
 from bitalloy.search.planning import (
-    PLAN,
+    PLAN_FILE,
     plan_tables,
     read_record,
     read_tables,
@@ -50,7 +50,7 @@ def plan_again(
     if asked.max_drop:
         raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
     if not asked.limited:
-        before = read_record(Path(folder) / PLAN, PlanReport).budget
+        before = read_record(Path(folder) / PLAN_FILE, PlanReport).budget
         asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))

@@ -14,10 +14,11 @@ from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, Keep
 from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory
+from bitalloy.core.summaries import write_summary
 from bitalloy.core.work import Workspace
 from bitalloy.measure.cost import measure_cost
 from bitalloy.pipeline.analyze import analyze
-from bitalloy.pipeline.audit import audit
+from bitalloy.pipeline.audit import audit_plan
 from bitalloy.pipeline.calibrate import units_of
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
@@ -25,7 +26,7 @@ from bitalloy.pipeline.ship import Verified, verify
 from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.search.constraints import constrain
-from bitalloy.search.planning import COST, FACTS, MATRIX, UNITS, operators_of
+from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
 
@@ -72,7 +73,7 @@ def deliver(
     """All of `run` behind `prepare`. Arguments as for `run`."""
     work = prepared.work
     budget = budget or Budget()
-    check(prepared, budget, settings or Settings())
+    check_budget(prepared, budget, settings or Settings())
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
@@ -85,13 +86,13 @@ def deliver(
             part, planned = _plan_by_default(part, budget.keep, work)
         verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
         if part.target.device is None:
-            verified = replace(verified, audit=audit(part, verified.planned, work=work))
+            verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
 
 
-def check(prepared: Prepared, budget: Budget, settings: Settings) -> None:
+def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:
     """Refuse what a budget asks for and the model cannot give, before hours of measuring.
 
     Raises:
@@ -130,13 +131,13 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
     (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
     store.publish_files("mixed.onnx" if verified.mixed.program is None else "mixed", verified.mixed.save)
     store.publish("probe_matrix.npz", analysis.matrix.to_bytes())
-    store.publish(MATRIX, verified.tables.matrix.to_bytes())
+    store.publish(MATRIX_FILE, verified.tables.matrix.to_bytes())
     for name, record in (
         ("sensitivity.json", analysis.table),
         ("plan.json", planned.plan),
-        (COST, planned.cost),
-        (UNITS, analysis.units),
-        (FACTS, verified.tables.facts),
+        (COST_FILE, planned.cost),
+        (UNITS_FILE, analysis.units),
+        (FACTS_FILE, verified.tables.facts),
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, _pretty(record))
@@ -144,7 +145,7 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         store.publish("audit.json", _pretty(verified.audit))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
-    store.publish("summary.json", _pretty(verified.summary))
+    store.publish("summary.json", write_summary(verified.summary))
     return path
 
 

@@ -14,12 +14,12 @@ from bitalloy.core.plans import Budget
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_sizes
 from bitalloy.runtime.artefact import Artefact
-from bitalloy.search.planning import Tables
+from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.course import Course
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
-from bitalloy.verify.summary import summarize
+from bitalloy.verify.summary import summarize_run
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Verified:
     mixed: Artefact
     """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
-    tables: Tables
+    tables: PlanTables
     """What the plan rests on in the end: the matrix as corrected by what was measured."""
     audit: Audit | None = None
     """What the runtime ran for it, where `audit` was called."""
@@ -90,7 +90,7 @@ def verify(
     mixed, measured = best.mixed, best.measured
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
     final = _with_measured(final, measured)
-    summary = summarize(
+    summary = summarize_run(
         course.known(),
         final,
         sizes_of(analysis, mixed),

@@ -24,7 +24,7 @@ from bitalloy.targets.placement import WEIGHTS, all_sites, rounded, site_owners
 
 
 @dataclass(frozen=True)
-class Tables:
+class ReportTables:
     """The records of a run, indexed for look-ups by name."""
 
     plan: PlanReport
@@ -101,7 +101,7 @@ class RegionLine:
     shares: Markup
 
 
-def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
+def region_tree(tables: ReportTables) -> tuple[RegionLine, ...]:
     """All regions, parents before children, siblings in graph order.
 
     A region that holds nothing but one other region is shown joined to it, as `model.0/conv`.
@@ -146,13 +146,13 @@ def region_tree(tables: Tables) -> tuple[RegionLine, ...]:
     return tuple(lines)
 
 
-def _shares(tables: Tables, region: str) -> tuple[float, ...]:
+def _shares(tables: ReportTables, region: str) -> tuple[float, ...]:
     """Error energy of a region over that of the whole model, per head."""
     pairs = zip(tables.decibels("region", region, "all"), tables.decibels("region", ROOT, "all"), strict=True)
     return tuple(0.0 if r is None or w is None or r >= CEILING_DB else 10 ** ((w - r) / 10) for r, w in pairs)
 
 
-def _share_bars(tables: Tables, values: Sequence[float], largest: float) -> Markup:
+def _share_bars(tables: ReportTables, values: Sequence[float], largest: float) -> Markup:
     whole = f"of the error energy of all-{tables.measured.upper()}"
     lines = [f"{head}: {value:.1%} {whole}" for head, value in zip(tables.heads, values, strict=True)]
     return charts.shares([value / largest if largest else 0.0 for value in values], "\n".join(lines))
@@ -188,7 +188,7 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
     scopes: dict[str, list[Line]]
 
 
-def payload(tables: Tables) -> Payload:
+def payload(tables: ReportTables) -> Payload:
     """The rows of the sortable table for each scope."""
     scopes = {
         "unit": list(_unit_lines(tables)),
@@ -200,7 +200,7 @@ def payload(tables: Tables) -> Payload:
     )
 
 
-def _unit_lines(tables: Tables) -> Iterable[Line]:
+def _unit_lines(tables: ReportTables) -> Iterable[Line]:
     choices = {c.unit: c for c in tables.plan.choices}
     for unit in tables.units.units:
         choice, time = choices.get(unit.id), tables.times.get(unit.id)
@@ -216,7 +216,7 @@ def _unit_lines(tables: Tables) -> Iterable[Line]:
         )
 
 
-def _region_lines(tables: Tables) -> Iterable[Line]:
+def _region_lines(tables: ReportTables) -> Iterable[Line]:
     for region, members in tables.members.items():
         counts = Counter(tables.plan.chosen.scheme_of(u.id) for u in members)
         yield Line(
@@ -231,7 +231,7 @@ def _region_lines(tables: Tables) -> Iterable[Line]:
         )
 
 
-def _site_lines(tables: Tables) -> Iterable[Line]:
+def _site_lines(tables: ReportTables) -> Iterable[Line]:
     owner = site_owners(tables.units)
     regions = {u.id: u.region for u in tables.units.units}
     chosen = rounded(tables.units, tables.plan.chosen)
@@ -253,18 +253,18 @@ def _site_lines(tables: Tables) -> Iterable[Line]:
         )
 
 
-def _lowered(tables: Tables, units: Iterable[Unit]) -> str:
+def _lowered(tables: ReportTables, units: Iterable[Unit]) -> str:
     """How many units the plan puts into which scheme, in words."""
     chosen = tables.plan.chosen
     return counted(Plan((u.id, chosen.scheme_of(u.id)) for u in units).counts())
 
 
-def _flagged(tables: Tables, scope: str, name: str, part: str) -> bool:
+def _flagged(tables: ReportTables, scope: str, name: str, part: str) -> bool:
     found = (tables.rows.get((scope, name, tables.measured, part, head)) for head in tables.heads)
     return any(r.flagged for r in found if r is not None)
 
 
-def _sqnr(tables: Tables, scope: str, name: str, part: str) -> tuple[Numbers | None, ...]:
+def _sqnr(tables: ReportTables, scope: str, name: str, part: str) -> tuple[Numbers | None, ...]:
     weights = tables.decibels(scope, name, "weights") if part == "all" else (None,) * len(tables.heads)
     activations = tables.decibels(scope, name, "activations") if part == "all" else (None,) * len(tables.heads)
     found: list[Numbers | None] = []

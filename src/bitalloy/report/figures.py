@@ -56,7 +56,7 @@ class FigureRow:
 
 
 @dataclass(frozen=True)
-class Group:
+class FigureGroup:
     """Rows under one heading."""
 
     name: str
@@ -128,13 +128,15 @@ def cautions(summary: Summary) -> tuple[str, ...]:
     return tuple(found)
 
 
-def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Group, ...]:
+def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[FigureGroup, ...]:
     """Float, all-INT8 and mixed model side by side, predictions beside measurements."""
     groups = [
-        Group("Cost", (_latency(summary), _ratio(summary, predicted_lowest_ratio(units, cost)), *_sizes(summary))),
-        Group("Output error (SQNR, measured)", tuple(_sqnr(summary))),
-        Group("Shift of predictions (KL divergence, nats, measured)", tuple(_divergences(summary))),
-        Group("Task accuracy", tuple(_accuracy(summary))),
+        FigureGroup(
+            "Cost", (_latency(summary), _ratio(summary, predicted_lowest_ratio(units, cost)), *_sizes(summary))
+        ),
+        FigureGroup("Output error (SQNR, measured)", tuple(_sqnr(summary))),
+        FigureGroup("Shift of predictions (KL divergence, nats, measured)", tuple(_divergences(summary))),
+        FigureGroup("Task accuracy", tuple(_accuracy(summary))),
     ]
     return tuple(g for g in groups if g.rows)
 

@@ -19,7 +19,7 @@ from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
 from bitalloy.core.records import SensitivityTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
-from bitalloy.report.breakdown import Tables, payload, region_tree
+from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.text import counted
 
 OFF_SCALE_DB = 80.0
@@ -45,7 +45,7 @@ def render_report(
         audit: what the runtime ran, where that was looked at.
     """
     heads = figures.heads_of(plan, summary)
-    tables = Tables(plan, table, units, cost, heads)
+    tables = ReportTables(plan, table, units, cost, heads)
     style, script = _asset("style.css"), _asset("script.js")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bitalloy.report", "."),
@@ -93,7 +93,7 @@ def render_report(
     )
 
 
-def _time_columns(tables: Tables) -> tuple[tuple[str, str, str], ...]:
+def _time_columns(tables: ReportTables) -> tuple[tuple[str, str, str], ...]:
     """Key, heading and unit of the columns of time: of the baseline, and of every scheme."""
     names = ("float", *(scheme.upper() for scheme in tables.schemes))
     return tuple((f"time-{i}", f"Time {name}", "µs") for i, name in enumerate(names))

@@ -63,7 +63,7 @@ class Mixed:
         return save(self.model, path)
 
 
-def apply(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
+def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
     """Rewrite a graph so that every unit of a plan runs in its scheme, and all others as they are.
 
     Args:

@@ -28,7 +28,7 @@ from bitalloy.calibrate.channels import channel_means
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of, static_shape, weight_axes
+from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of, node_weight_axes, static_shape
 from bitalloy.targets.placement import weight_site
 from bitalloy.targets.recipe import Recipe
 
@@ -131,7 +131,7 @@ def _rounds(scheme: Scheme) -> bool:
 def _product(layer: ir.Node, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """(outputs,): what a layer makes of an input that is `mean`, (inputs,), everywhere."""
     if layer.op_type != "Conv":
-        return np.asarray(mean @ np.moveaxis(weight, weight_axes(layer), (0, 1)))
+        return np.asarray(mean @ np.moveaxis(weight, node_weight_axes(layer), (0, 1)))
     groups = int(attribute(layer, "group", 1))  # type: ignore[call-overload]
     outputs, inputs = weight.shape[:2]
     sums = weight.reshape(groups, outputs // groups, inputs, -1).sum(axis=3)

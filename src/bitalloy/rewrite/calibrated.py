@@ -22,8 +22,7 @@ from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raise_opset
-from bitalloy.rewrite.apply import Mixed
-from bitalloy.rewrite.apply import apply as rewrite
+from bitalloy.rewrite.apply import Mixed, write_plan
 from bitalloy.rewrite.cast import specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.rewrite.reopen import reopen
@@ -95,7 +94,7 @@ class Calibrated:
 
     def variant(self, plan: Plan) -> Mixed:
         """The model in which the units of a plan run in its schemes."""
-        return rewrite(self.graph, self.recipe(), plan)
+        return write_plan(self.graph, self.recipe(), plan)
 
     def artefact(self, plan: Plan) -> Artefact:
         """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
@@ -133,7 +132,7 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
 
 
 def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
-    model = rewrite(graph, recipe, plan).model
+    model = write_plan(graph, recipe, plan).model
     if not isinstance(graph, Joined):
         return Artefact({ONLY: model}, runtime=recipe.target.runtime)
     parts = divide(model, graph.program)

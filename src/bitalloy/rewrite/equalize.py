@@ -35,7 +35,7 @@ from bitalloy.core.jobs import Contexts
 from bitalloy.model.graphs.again import GraphFile, open_file
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape, weight_axes
+from bitalloy.model.read import attribute, constant, consumers, name_of, node_weight_axes, static_shape
 from bitalloy.model.write import Fresh, add_initializer, namer
 
 SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
@@ -193,7 +193,7 @@ class _Finder:
         out = node.outputs[0]
         shape = static_shape(out)
         axis = ops.channel_axis(node.op_type, len(shape))
-        divided = [Operand(name_of(node), 1, weight_axes(node)[1])]
+        divided = [Operand(name_of(node), 1, node_weight_axes(node)[1])]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             if not _is_vector(bias, shape[axis]):
@@ -222,7 +222,7 @@ class _Finder:
             if attribute(node, "transA", 0) or (node.op_type != "Conv" and array.ndim != 2):
                 return ()
             groups = int(attribute(node, "group", 1))  # type: ignore[call-overload]
-            found.append(Operand(name_of(node), 1, weight_axes(node)[0], groups))
+            found.append(Operand(name_of(node), 1, node_weight_axes(node)[0], groups))
         empty = 0 in static_shape(value)  # as a cache before the first token
         return () if empty or value.name in self._outputs else tuple(found)
 

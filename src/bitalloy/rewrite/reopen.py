@@ -23,7 +23,7 @@ from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant, name_of
-from bitalloy.model.write import add_initializer, check, drop_unread, insert_behind, namer
+from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer
 from bitalloy.rewrite.cast import computed, is_border, lower
 
 ALIAS = "/to_last"
@@ -72,7 +72,7 @@ class _Carrier:
         for kind, names in self._lowered.items():
             lower(self._model, names, kind, namer(self._model))
         drop_unread(self._model.graph)
-        check(self._model)
+        check_model(self._model)
         return self._model
 
     def _operands(self) -> tuple[list[tuple[ir.Node, int, ir.Node]], list[tuple[ir.Node, int, ir.Value | None]]]:

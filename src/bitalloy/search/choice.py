@@ -15,7 +15,7 @@ from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.prices import latency_interval_us
 from bitalloy.search import front as around
 from bitalloy.search.program import Limits, Problem, Program
-from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate
+from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 
 
@@ -96,7 +96,7 @@ def complete(
     elif progress is not None:
         progress(1)
     weights = draws(problem.matrix.samples, seed)
-    estimates = estimate(problem.matrix, problem.sites(plan), weights, problem.secant)
+    estimates = estimate_sqnr(problem.matrix, problem.sites(plan), weights, problem.secant)
     return PlanReport(
         model_sha256=problem.units.model_sha256,
         target=problem.units.target,

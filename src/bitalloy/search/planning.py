@@ -28,8 +28,11 @@ from bitalloy.search.protection import Advice, protect, read_advice
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix
 
-PLAN, UNITS, COST, MATRIX, FACTS = "plan.json", "units.json", "cost.json", "planning.npz", "planning.json"
+PLAN_FILE, UNITS_FILE, COST_FILE = "plan.json", "units.json", "cost.json"
+MATRIX_FILE, FACTS_FILE = "planning.npz", "planning.json"
 """The plan in a run directory, and the files that it rests on; the matrix is the probe matrix as last corrected."""
+PLAN_FILES = ("summary.json", PLAN_FILE, UNITS_FILE, COST_FILE, MATRIX_FILE, FACTS_FILE)
+"""All that a finished run leaves and that planning needs."""
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
@@ -49,7 +52,7 @@ class Facts(Record, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Tables:
+class PlanTables:
     """All that a plan is made from: no network, no data."""
 
     units: UnitGraph
@@ -63,7 +66,7 @@ def operators_of(graph: Graph) -> dict[str, str]:
     return {name_of(node): node.op_type for node in graph.nodes}
 
 
-def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Workspace | None = None) -> Planned:
+def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work: Workspace | None = None) -> Planned:
     """Choose the precision of every unit for a budget, and the Pareto front where it is wanted.
 
     Raises:
@@ -84,7 +87,7 @@ def plan_tables(tables: Tables, budget: Budget, *, front: bool = True, work: Wor
     return Planned(plan, tables.cost, tuple(case.protected))
 
 
-def plan_around(tables: Tables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace) -> Planned:
+def plan_around(tables: PlanTables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace) -> Planned:
     """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
     case = _narrowed(tables, budget)
 
@@ -105,7 +108,7 @@ def plan_around(tables: Tables, budget: Budget, decided: Proven, *, front: bool 
     return Planned(found, tables.cost, tuple(case.protected))
 
 
-def damage_of(tables: Tables, budget: Budget, plan: Plan) -> float:
+def plan_damage(tables: PlanTables, budget: Budget, plan: Plan) -> float:
     """Predicted damage of any plan, as the points of a front have it."""
     return _narrowed(tables, budget).problem.total(plan)
 
@@ -114,7 +117,7 @@ def damage_of(tables: Tables, budget: Budget, plan: Plan) -> float:
 class _Case:
     """Tables after the family's advice and the budget's patterns."""
 
-    tables: Tables
+    tables: PlanTables
     budget: Budget
     problem: Problem
     protected: Mapping[str, str]
@@ -135,7 +138,7 @@ class _Case:
         return msgspec.structs.replace(plan, choices=tuple(choices))
 
 
-def _narrowed(tables: Tables, budget: Budget) -> _Case:
+def _narrowed(tables: PlanTables, budget: Budget) -> _Case:
     facts = tables.facts
     advised = protect(facts.advice, tables.units, tables.matrix)
     asked = constrain(advised.units, budget.keep, facts.operators, full=tables.units)
@@ -159,28 +162,28 @@ def _hints(case: _Case) -> str:
     return "".join(parts)
 
 
-def read_tables(folder: str | Path) -> Tables:
+def read_tables(folder: str | Path) -> PlanTables:
     """The tables that a finished run left.
 
     Raises:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
     """
     path = Path(folder)
-    missing = [name for name in ("summary.json", PLAN, UNITS, COST, MATRIX, FACTS) if not (path / name).is_file()]
+    missing = [name for name in PLAN_FILES if not (path / name).is_file()]
     if missing:
         raise RunDirectoryError(
             f"'{path}' has no {missing[0]}, so there is nothing to plan from. Expected the run directory of a finished "
             "`bitalloy run` of this version; finish it with the same command, or name another."
         )
     try:
-        matrix = ProbeMatrix.from_bytes((path / MATRIX).read_bytes())
+        matrix = ProbeMatrix.from_bytes((path / MATRIX_FILE).read_bytes())
     except (OSError, ValueError, KeyError) as error:
-        raise RunDirectoryError(f"'{path / MATRIX}' is damaged: {error}. Give the run's command again.") from error
-    return Tables(
-        read_record(path / UNITS, UnitGraph),
+        raise RunDirectoryError(f"'{path / MATRIX_FILE}' is damaged: {error}. Give the run's command again.") from error
+    return PlanTables(
+        read_record(path / UNITS_FILE, UnitGraph),
         matrix,
-        read_record(path / COST, CostTable),
-        read_record(path / FACTS, Facts),
+        read_record(path / COST_FILE, CostTable),
+        read_record(path / FACTS_FILE, Facts),
     )
 
 
@@ -204,7 +207,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
         ) from error
 
 
-def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
+def tables_of(analysis: Analysis, cost: CostTable) -> PlanTables:
     """What plans are made from."""
     graph, settings = analysis.graph, analysis.settings
     facts = Facts(
@@ -215,4 +218,4 @@ def tables_of(analysis: Analysis, cost: CostTable) -> Tables:
         seed=settings.seed,
         secant=analysis.secant,
     )
-    return Tables(analysis.units, analysis.matrix, cost, facts)
+    return PlanTables(analysis.units, analysis.matrix, cost, facts)

@@ -36,7 +36,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Correction:
+class CorrectedMatrix:
     """A matrix and a secant that predict what was found."""
 
     matrix: ProbeMatrix
@@ -56,7 +56,9 @@ class Correction:
         return matrix.scaled(factors)
 
 
-def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]) -> Correction:
+def correct(
+    matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]
+) -> CorrectedMatrix:
     """Fit a matrix and a secant to what was found.
 
     Args:
@@ -72,7 +74,7 @@ def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], ev
     for _ in range(ROUNDS):
         total, count = np.zeros_like(logs), np.zeros(logs.shape[1])
         for finding, inside in zip(findings, columns, strict=True):
-            predicted = damage_of(fixed, bent, finding.sites)
+            predicted = bent_damage(fixed, bent, finding.sites)
             reached = (predicted > 0) & (finding.damage > 0)
             step = np.log(np.where(reached, finding.damage, 1) / np.where(reached, predicted, 1))
             total[:, inside] += step[:, None]
@@ -80,10 +82,10 @@ def correct(matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], ev
         logs = np.clip(logs + STEP * total / np.maximum(count, 1), -limit, limit)
         fixed = matrix.scaled(np.exp(logs / 2))
         bent = _at_full_size(secant, matrix, fixed, everything)
-    return Correction(fixed, bent, np.exp(logs / 2))
+    return CorrectedMatrix(fixed, bent, np.exp(logs / 2))
 
 
-def damage_of(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
+def bent_damage(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
     """(heads,): relative error energy that a matrix predicts for a set of sites, corrected by the secant."""
     linear = matrix.damage(matrix.select(sites)).mean(axis=0)
     return np.asarray(linear * bend(secant, linear))

@@ -193,7 +193,7 @@ def straight(secant: Secant, damage: float | np.ndarray) -> np.ndarray:
     return np.array([grid[inside[:, h], h].max(initial=0.0) for h in range(len(secant.heads))])
 
 
-def estimate(
+def estimate_sqnr(
     matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray, secant: Secant | None = None
 ) -> tuple[Estimate, ...]:
     """SQNR of rounding the chosen sites together, per head, with a 95 % bootstrap interval over samples (`around`).

@@ -26,11 +26,11 @@ from bitalloy.model.heads import is_divergence
 from bitalloy.model.regions import ancestors
 from bitalloy.rewrite.calibrated import Calibrated, deciding, versions
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.correct import Correction, Finding, correct
+from bitalloy.sensitivity.correct import CorrectedMatrix, Finding, correct
 from bitalloy.sensitivity.exact import Measurement, Switchboard
 from bitalloy.sensitivity.matrix import draws, interval
 from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
-from bitalloy.sensitivity.table import Group, alike, groups
+from bitalloy.sensitivity.table import SiteGroup, alike, groups
 from bitalloy.sensitivity.table import sensitivities as table_of
 from bitalloy.targets.placement import WHOLE, rounded
 
@@ -62,7 +62,7 @@ class Row(Record, frozen=True, kw_only=True):
     """||y||^2."""
 
 
-def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Group]:
+def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[SiteGroup]:
     """What a selection names, each with the sites that its measurement rounds.
 
     Raises:
@@ -93,7 +93,7 @@ def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[Grou
     return found
 
 
-def _rounded(units: UnitGraph, group: Group, mode: str) -> frozenset[str]:
+def _rounded(units: UnitGraph, group: SiteGroup, mode: str) -> frozenset[str]:
     """Sites that are rounded in the measurement of a group."""
     if mode == ONE:
         return group.sites
@@ -106,10 +106,10 @@ def _rounded(units: UnitGraph, group: Group, mode: str) -> frozenset[str]:
     return rounded(units, Plan((unit, scheme) for unit, scheme in whole.items() if unit not in left_out))
 
 
-def everything(units: UnitGraph) -> Group:
+def everything(units: UnitGraph) -> SiteGroup:
     """All that can be rounded, together."""
     whole = units.lowest_gated()
-    return Group("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
+    return SiteGroup("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
 
 
 def measure_exact(
@@ -301,7 +301,7 @@ def confirm(
 
 def _confirmed(
     analysis: Analysis, worst: int, *, flagged: bool, samples: int, work: Workspace
-) -> tuple[Analysis, Correction | None]:
+) -> tuple[Analysis, CorrectedMatrix | None]:
     units, matrix = analysis.units, analysis.matrix
     gated = frozenset(scheme.name for scheme in units.schemes if scheme.gated)
     doubtful = _doubtful(analysis.table, worst, gated, flagged=flagged)
@@ -337,7 +337,7 @@ def _confirmed(
     return replace(analysis, matrix=fixed, secant=bent, table=table, key=key), correction
 
 
-def _name(row: Group | Sensitivity) -> tuple[str, str, str, str]:
+def _name(row: SiteGroup | Sensitivity) -> tuple[str, str, str, str]:
     """What tells a row of a table from others, whatever the head."""
     return row.scope, row.id, row.scheme, row.part
 

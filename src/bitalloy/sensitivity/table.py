@@ -11,7 +11,7 @@ from bitalloy.core.records import DataInfo, Secant, Sensitivity, SensitivityTabl
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.regions import ancestors
-from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate_sqnr
 from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, WHOLE, all_sites, own_sites, rounded, weight_site
 
 SETTLED = 0.98
@@ -19,7 +19,7 @@ FLAG_DB = 1.0
 
 
 @dataclass(frozen=True)
-class Group:
+class SiteGroup:
     """Sites that are rounded together in one measurement."""
 
     scope: str
@@ -34,12 +34,12 @@ class Group:
     """Whether what is rounded has been rounded already, so that it is not measured alone."""
 
 
-def groups(units: UnitGraph) -> list[Group]:
+def groups(units: UnitGraph) -> list[SiteGroup]:
     """Every site, unit and region in each scheme that it could be rounded to.
 
     Units that compute in another format have no sites of their own, so there are no regions of them.
     """
-    found: list[Group] = []
+    found: list[SiteGroup] = []
     sites = {site.id: site for site in all_sites(units)}
     for scheme in (s for s in units.schemes if s.gated):
         by_region: dict[str, set[str]] = defaultdict(set)
@@ -53,23 +53,23 @@ def groups(units: UnitGraph) -> list[Group]:
             found += _parts("region", region, scheme.name, rounded(units, Plan.of(scheme.name, *members)), weights)
         whole = rounded(units, Plan.of(scheme.name, *(u.id for u in able)))
         found += [
-            Group("site", sites[s].label, scheme.name, sites[s].part, frozenset({s}), sites[s].again)
+            SiteGroup("site", sites[s].label, scheme.name, sites[s].part, frozenset({s}), sites[s].again)
             for s in sorted(whole)
         ]
     for scheme in (s for s in units.schemes if s.cast):
         found += [
-            Group("unit", u.id, scheme.name, WHOLE, frozenset(s.id for s in own_sites(u, scheme)))
+            SiteGroup("unit", u.id, scheme.name, WHOLE, frozenset(s.id for s in own_sites(u, scheme)))
             for u in units.units
             if scheme.name in u.allowed
         ]
     return found
 
 
-def _parts(scope: str, name: str, scheme: str, sites: frozenset[str], weights: frozenset[str]) -> list[Group]:
-    found = [Group(scope, name, scheme, WHOLE, sites)]
+def _parts(scope: str, name: str, scheme: str, sites: frozenset[str], weights: frozenset[str]) -> list[SiteGroup]:
+    found = [SiteGroup(scope, name, scheme, WHOLE, sites)]
     if sites & weights:
-        found.append(Group(scope, name, scheme, WEIGHTS, sites & weights))
-        found.append(Group(scope, name, scheme, ACTIVATIONS, sites - weights))
+        found.append(SiteGroup(scope, name, scheme, WEIGHTS, sites & weights))
+        found.append(SiteGroup(scope, name, scheme, ACTIVATIONS, sites - weights))
     return found
 
 
@@ -96,7 +96,7 @@ def sensitivities(
     for group in groups(units):
         chosen = matrix.select(group.sites)
         # the secant is measured on everything together, and one thing alone bends in its own way
-        estimates = estimate(matrix, chosen, weights, secant if group.scope == "region" else None)
+        estimates = estimate_sqnr(matrix, chosen, weights, secant if group.scope == "region" else None)
         moved = np.abs(decibel(bend(secant, matrix.damage(chosen).mean(axis=0)))) > FLAG_DB
         rows += [
             Sensitivity(

@@ -41,19 +41,19 @@ from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
 
-WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
-FUSED_ACTIVATIONS = frozenset({
+INTEGER_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+OPENVINO_FUSED_ACTIVATIONS = frozenset({
     "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Tanh",
 })  # fmt: skip
 NO_KERNEL = "OpenVINO has no integer kernel for it here"
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
-    if node.op_type in WEIGHTED:
+    if node.op_type in INTEGER_PRODUCTS:
         return _fused(_product(node))
     if node.op_type == "Concat":
         reader = only_reader(node.outputs[0])
-        if reader is not None and reader.op_type in WEIGHTED and not (core := _product(reader)).unfit:
+        if reader is not None and reader.op_type in INTEGER_PRODUCTS and not (core := _product(reader)).unfit:
             return _joined(node, _fused(core))
         return Core("Concat", (node,), unfit="takes the precision of what reads it")
     return Core(node.op_type, (node,), unfit=NO_KERNEL)
@@ -97,7 +97,7 @@ def _fused(core: Core) -> Core:
         nodes.append(bias)
     if silu := silu_of(nodes[-1].outputs[0]):
         nodes += silu
-    elif (next_ := only_reader(nodes[-1].outputs[0])) is not None and next_.op_type in FUSED_ACTIVATIONS:
+    elif (next_ := only_reader(nodes[-1].outputs[0])) is not None and next_.op_type in OPENVINO_FUSED_ACTIVATIONS:
         nodes.append(next_)
     return replace(core, nodes=tuple(nodes))
 

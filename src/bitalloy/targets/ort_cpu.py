@@ -34,7 +34,7 @@ from bitalloy.targets.base import Core, Offer, Target, fused
 from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
 
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
-FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
+ORT_FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
@@ -72,7 +72,7 @@ def _pool_fault(node: ir.Node) -> str:
 def _activation(core: Core) -> Core:
     """A convolution with the activation that runs inside it."""
     following = only_reader(core.nodes[-1].outputs[0]) if not core.unfit else None
-    if following is None or following.op_type not in FUSED_ACTIVATIONS:
+    if following is None or following.op_type not in ORT_FUSED_ACTIVATIONS:
         return core
     return replace(core, nodes=(*core.nodes, following))
 

@@ -30,7 +30,7 @@ def weighted(node: ir.Node, *, axis: int) -> Core:
         return Core(node.op_type, (node,), unfit="weights or bias are computed at run time")
     if bias is not None and len(static_shape(bias)) != 1:
         return Core(node.op_type, (node,), unfit="the bias is not a vector")
-    return Core(node.op_type, (node,), weights=(weight_site(node, axis),))
+    return Core(node.op_type, (node,), weights=(second_operand(node, axis),))
 
 
 def matmul(node: ir.Node) -> Core:
@@ -44,7 +44,7 @@ def matmul(node: ir.Node) -> Core:
     rank = len(static_shape(right))
     if rank != 2:
         return Core("MatMul", (node,), unfit="the constant operand is not a matrix")
-    return Core("MatMul", (node,), weights=(weight_site(node, 1),))
+    return Core("MatMul", (node,), weights=(second_operand(node, 1),))
 
 
 def gemm(node: ir.Node, runtime: str) -> Core:
@@ -74,7 +74,7 @@ def silu_of(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
     return (sigmoid, product) if only_reader(sigmoid.outputs[0]) is product else None
 
 
-def weight_site(node: ir.Node, axis: int) -> WeightSite:
+def second_operand(node: ir.Node, axis: int) -> WeightSite:
     """The second operand of a node, rounded along `axis`."""
     value = node.inputs[1]
     assert value is not None

@@ -34,10 +34,10 @@ from bitalloy.model.read import attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import A10, Core, Offer, Target, fused
-from bitalloy.targets.patterns import matmul, moves, only_reader, silu_of, weight_site
+from bitalloy.targets.patterns import matmul, moves, only_reader, second_operand, silu_of
 from bitalloy.targets.safety import HALF_PRECISION
 
-ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
+TENSORRT_FUSED_ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
@@ -65,7 +65,7 @@ def _plain(node: ir.Node, reason: str) -> Core:
 def _weighted(node: ir.Node, *, axis: int) -> Core:
     if constant(node.inputs[1]) is None:
         return _plain(node, "the weights are computed at run time")
-    return Core(node.op_type, (node, *_behind(node)), weights=(weight_site(node, axis),))
+    return Core(node.op_type, (node, *_behind(node)), weights=(second_operand(node, axis),))
 
 
 def _matmul(node: ir.Node) -> Core:
@@ -104,7 +104,7 @@ def _from_weights(value: ir.Value) -> bool:
         return False
     if node.op_type == "Mul" and (gate := _gate_of(node)) is not None:
         node = gate.inputs[0].producer()  # type: ignore[union-attr]
-    elif node.op_type in ACTIVATIONS:
+    elif node.op_type in TENSORRT_FUSED_ACTIVATIONS:
         node = node.inputs[0].producer()  # type: ignore[union-attr]
     if node is not None and node.op_type == "Add":
         node = next((v.producer() for v in node.inputs if v is not None and constant(v) is None), None)
@@ -115,7 +115,7 @@ def _behind(node: ir.Node) -> tuple[ir.Node, ...]:
     """The activation that a kernel applies to what it makes: one operator, or x * Sigmoid(x)."""
     after = only_reader(node.outputs[0])
     if after is not None:
-        return (after,) if after.op_type in ACTIVATIONS else ()
+        return (after,) if after.op_type in TENSORRT_FUSED_ACTIVATIONS else ()
     return silu_of(node.outputs[0]) or ()
 
 

@@ -41,8 +41,8 @@ SHARD = 32
 """Samples that are stored together."""
 STREAMS = 4
 """Samples that are in memory at the same time, at most."""
-JUDGED = 4
-"""Models of which what is known stays in memory."""
+JUDGED_MODELS = 4
+"""Models whose judgement stays in memory, at most: those that were asked for last."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Evaluator:
             seen = self._seen(labels, samples, key, subject, stage)
             self._judged[key] = self._task.judge(seen, labels.data, samples)
         self._judged[key] = self._judged.pop(key)
-        for old in list(self._judged)[:-JUDGED]:
+        for old in list(self._judged)[:-JUDGED_MODELS]:
             del self._judged[old]
         return self._judged[key]
 

@@ -11,7 +11,16 @@ from bitalloy.core.errors import DataError
 from bitalloy.data import masks
 from bitalloy.data.datasets import Samples, choose_samples
 from bitalloy.tasks.base import Interface
-from bitalloy.tasks.promptable import KINDS, Prompt, PromptData, feeds_of, grid, open_prompts, prepare_image, prompts_of
+from bitalloy.tasks.promptable import (
+    PROMPT_KINDS,
+    Prompt,
+    PromptData,
+    feeds_of,
+    grid,
+    open_prompts,
+    prepare_image,
+    prompts_of,
+)
 
 __all__ = ["PromptSamples"]
 
@@ -58,7 +67,7 @@ class PromptSamples(Samples):
         return len(self._indices)
 
     def name(self, index: int) -> str:
-        return f"{self._data.files[self._indices[index]].name}, {KINDS[index % len(KINDS)]}"
+        return f"{self._data.files[self._indices[index]].name}, {PROMPT_KINDS[index % len(PROMPT_KINDS)]}"
 
     def feeds(self, index: int) -> dict[str, np.ndarray]:
         data, place = self._data, self._indices[index]
@@ -74,10 +83,10 @@ class PromptSamples(Samples):
         return digest.hexdigest()
 
     def _prompt(self, index: int, size: tuple[int, int]) -> Prompt:
-        data, kind = self._data, KINDS[index % len(KINDS)]
+        data, kind = self._data, PROMPT_KINDS[index % len(PROMPT_KINDS)]
         if data.labels is None:
             cells = grid(size)
-            return cells[(index // len(KINDS)) % len(cells)][kind]
+            return cells[(index // len(PROMPT_KINDS)) % len(cells)][kind]
         entry = data.labels.images[self._indices[index]]
         objects = [b for b in self._objects[entry.id] if not b.iscrowd]
         for step in range(len(objects)):

@@ -37,7 +37,7 @@ from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coc
 from bitalloy.tasks.resample import resize
 
 __all__ = [
-    "KINDS",
+    "PROMPT_KINDS",
     "PROMPTABLE",
     "Prompt",
     "PromptData",
@@ -51,7 +51,7 @@ __all__ = [
     "to_mask",
 ]
 
-KINDS = ("box", "point")
+PROMPT_KINDS = ("box", "point")
 COORDINATES, LABELS = "point_coords", "point_labels"
 """Names of the inputs, as in SAM's own export."""
 _SLACK = 1.0
@@ -259,7 +259,7 @@ def observe_prompts(models: Mapping[str, RunModel], data: PromptData, sample: in
     drawn: dict[str, list[masks.Rle]] = {name: [] for name in models}
     quality: dict[str, list[float]] = {name: [] for name in models}
     for prompts, truth in _asked(data, sample, opened.size):
-        for kind in KINDS:
+        for kind in PROMPT_KINDS:
             feeds = {data.image.input: canvas, **feeds_of(prompts[kind], opened.size, covered)}
             for name, run in models.items():
                 found = to_mask(run(dict(feeds)), kind, canvas.shape[-1], covered, opened.size)
@@ -268,7 +268,7 @@ def observe_prompts(models: Mapping[str, RunModel], data: PromptData, sample: in
     return {
         name: {
             **masks.packed(drawn[name]),
-            "quality": np.reshape(quality[name], (-1, len(KINDS))),
+            "quality": np.reshape(quality[name], (-1, len(PROMPT_KINDS))),
             "size": np.array(opened.size),
         }
         for name in models
@@ -293,11 +293,11 @@ def measure_prompts(
     """
     reference = next(iter(seen.values()))
     counts = np.array([float(len(one["quality"])) for one in reference])
-    totals = {(name, kind): np.zeros((len(samples), 2)) for name in seen for kind in KINDS}
+    totals = {(name, kind): np.zeros((len(samples), 2)) for name in seen for kind in PROMPT_KINDS}
     for i, first in enumerate(reference):
         for name, part in seen.items():
             same = _agreement(first, part[i])
-            for k, kind in enumerate(KINDS):
+            for k, kind in enumerate(PROMPT_KINDS):
                 totals[name, kind][i] = sum(part[i]["quality"][:, k]), sum(same[:, k])
     used = counts > 0
     if not used.any():
@@ -313,7 +313,7 @@ def measure_prompts(
             n,
         )
         for what, column in columns.items()
-        for kind in KINDS
+        for kind in PROMPT_KINDS
     )
     asked = "objects" if data.labels else "cells of a grid"
     notes = [f"{int(objects.sum())} {asked} on {n} images."]
@@ -326,7 +326,7 @@ def _agreement(first: Seen, other: Seen) -> np.ndarray:
     """(objects, kinds): IoU of the masks of two models on one image."""
     size = int(first["size"][0]), int(first["size"][1])
     pairs = zip(masks.unpacked(first, size), masks.unpacked(other, size), strict=True)
-    return np.reshape([overlap(masks.decode(a), masks.decode(b)) for a, b in pairs], (-1, len(KINDS)))
+    return np.reshape([overlap(masks.decode(a), masks.decode(b)) for a, b in pairs], (-1, len(PROMPT_KINDS)))
 
 
 def _asked(data: PromptData, index: int, size: tuple[int, int]) -> Iterator[tuple[dict[str, Prompt], Mask | None]]:

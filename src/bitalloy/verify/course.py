@@ -24,7 +24,7 @@ from bitalloy.rewrite.calibrated import unseen
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.search.choice import Proven
-from bitalloy.search.planning import damage_of, plan_around, plan_tables, tables_of
+from bitalloy.search.planning import plan_around, plan_damage, plan_tables, tables_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import Finding
 from bitalloy.verify.neighbours import NEIGHBOURS, SHOWN, Sitting, beside, measure_beside, with_measured
@@ -37,7 +37,7 @@ BENCH_REPEATS = 40
 MAX_ROUNDS = 3
 
 
-BETTER_DB, STEADY = 0.1, 0.02
+NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 """What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
 
 
@@ -122,7 +122,7 @@ class Course:
     def everything(self) -> tuple[Plan, float]:
         """The plan with all that it can in its lowest scheme, and its predicted damage."""
         plan = self._analysis.units.lowest()
-        return plan, damage_of(self.tables, self.budget, plan)
+        return plan, plan_damage(self.tables, self.budget, plan)
 
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
@@ -150,7 +150,7 @@ class Course:
         own = next(m for m, i in found if points[i].chosen == final.plan.chosen)
         best, index = min(found)
         gain = own[1] - best[1]
-        enough = STEADY * own[1] if seeks_speed(self.budget) else BETTER_DB
+        enough = NEIGHBOUR_GAIN_SHARE * own[1] if seeks_speed(self.budget) else NEIGHBOUR_GAIN_DB
         return points[index] if best[0] <= own[0] and gain > enough else None
 
     def _from_front(self, point: ParetoPoint) -> Planned:
@@ -263,9 +263,9 @@ def _latency(
         then=then,
     )
     return LatencySpread(
-        reference=bench.summarize(times["float"]),
-        lowest=bench.summarize(times["lowest"]),
-        mixed=bench.summarize(times["mixed"]),
+        reference=bench.latency_of(times["float"]),
+        lowest=bench.latency_of(times["lowest"]),
+        mixed=bench.latency_of(times["mixed"]),
     )
 
 

@@ -22,16 +22,16 @@ from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
-from bitalloy.search.planning import Tables
+from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.correct import Finding, correct, damage_of
+from bitalloy.sensitivity.correct import Finding, bent_damage, correct
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.measuring import measured as execute
 from bitalloy.targets.placement import rounded
 
 TOLERATED_DB = 1.5
 """A head whose measured SQNR differs by less from the prediction needs no repair."""
-UNITS, PAIRED = 8, 3
+SUSPECT_UNITS, PAIRED_UNITS = 8, 3
 """Units that are measured by themselves, and how many of the first in pairs too."""
 
 
@@ -50,7 +50,7 @@ class Gap:
 class Repaired:
     """What is known after a repair."""
 
-    tables: Tables
+    tables: PlanTables
     findings: tuple[Finding, ...]
     """All that the tables were fitted to."""
     record: Repair
@@ -71,7 +71,7 @@ def gap_of(planned: Planned, found: Measured) -> Gap:
 
 def repair(
     analysis: Analysis,
-    base: Tables,
+    base: PlanTables,
     before: Sequence[Finding],
     planned: Planned,
     found: Measured,
@@ -113,14 +113,14 @@ def repair(
     changes = [
         Remeasured(
             units=tuple(sorted(left, key=order.__getitem__)),
-            change_db=_named(names, decibel(damage_of(matrix, secant, f.sites)) - decibel(f.damage)),
+            change_db=_named(names, decibel(bent_damage(matrix, secant, f.sites)) - decibel(f.damage)),
         )
         for left, f in zip(sets, new, strict=True)
     ]
     record = Repair(
         gap_db=_named(names, gap.measured_db - gap.predicted_db),
         remeasured=tuple(sorted(changes, key=lambda c: -max(map(abs, c.change_db.values()), default=0.0))),
-        left_db=_named(names, gap.measured_db - decibel(damage_of(fixed, bent, whole.sites))),
+        left_db=_named(names, gap.measured_db - decibel(bent_damage(fixed, bent, whole.sites))),
     )
     number = key_of(before=base.facts.key, findings=[(sorted(f.sites), f.damage.tolist()) for f in findings])
     facts = msgspec.structs.replace(base.facts, key=number, secant=bent)
@@ -132,13 +132,13 @@ def _gated(units: UnitGraph, plan: Plan) -> Plan:
     return Plan((unit, scheme) for unit, scheme in plan.items() if units.scheme(scheme).gated)
 
 
-def _suspects(tables: Tables, plan: Plan, wide: np.ndarray) -> list[Plan]:
+def _suspects(tables: PlanTables, plan: Plan, wide: np.ndarray) -> list[Plan]:
     """Units, and pairs of the first of them, by their predicted part of the damage to the heads that are off."""
     matrix, secant, units = tables.matrix, tables.facts.secant, tables.units
-    whole = np.maximum(damage_of(matrix, secant, rounded(units, plan)), 1e-30)
-    alone = {u: damage_of(matrix, secant, rounded(units, Plan.of(s, u))) / whole for u, s in plan.items()}
-    first = sorted(alone, key=lambda u: (-float(alone[u][wide].max()), u))[:UNITS]
-    pairs = combinations(first[:PAIRED], 2)
+    whole = np.maximum(bent_damage(matrix, secant, rounded(units, plan)), 1e-30)
+    alone = {u: bent_damage(matrix, secant, rounded(units, Plan.of(s, u))) / whole for u, s in plan.items()}
+    first = sorted(alone, key=lambda u: (-float(alone[u][wide].max()), u))[:SUSPECT_UNITS]
+    pairs = combinations(first[:PAIRED_UNITS], 2)
     return [Plan((u, plan[u]) for u in few) for few in (*((u,) for u in first), *pairs)]
 
 

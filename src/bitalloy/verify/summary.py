@@ -14,7 +14,7 @@ from bitalloy.model.heads import KL, is_divergence
 from bitalloy.rewrite.calibrated import versions
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.matrix import draws, estimate
+from bitalloy.sensitivity.matrix import draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import shortfall
@@ -22,7 +22,7 @@ from bitalloy.verify.rounds import shortfall
 MOSTLY_NOISE_DB = 3.01
 
 
-def summarize(
+def summarize_run(
     analysis: Analysis,
     planned: Planned,
     sizes: Mapping[str, Triple],
@@ -36,7 +36,7 @@ def summarize(
     matrix, units = analysis.matrix, analysis.units
     weights = draws(matrix.samples, analysis.settings.seed)
     everything = matrix.select(rounded(units, units.lowest()))
-    predicted_lowest = estimate(matrix, everything, weights, analysis.secant)
+    predicted_lowest = estimate_sqnr(matrix, everything, weights, analysis.secant)
     sqnr = {
         head.head: HeadComparison(
             lowest=Comparison(predicted=predicted_lowest[i].value, measured=measured.sqnr_lowest[i].value),
