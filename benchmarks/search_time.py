@@ -19,14 +19,18 @@ import time
 
 import numpy as np
 
-from bitalloy.core.plans import Budget, CostTable, UnitCost
+from bitalloy.core.plans import BorderCost, Budget, CostTable, UnitCost
 from bitalloy.core.records import Secant
+from bitalloy.core.schemes import BASELINE, Scheme
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.search.choice import search
 from bitalloy.search.program import Problem
 from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.placement import ACTIVATIONS, Site, own_sites, rounded
 
-BOTH = (Precision.FP32, Precision.INT8)
+FLOAT = Scheme(name=BASELINE)
+HALF = Scheme(name="fp16", activation="float16", weight="float16", cast=True)
+INT8 = Scheme(name="int8", activation="uint8", weight="int8", bias="int32")
 HEADS = ("boxes", "scores")
 
 
@@ -53,6 +57,8 @@ class Drawing:
             count = int(self._random.choice([4_608, 18_432, 73_728]))
             weights = (WeightSite(tensor=f"{name}.weight", node=name, slot=1, axis=0, elements=count),)
         inner = (Edge(tensor=f"{name}.sigmoid", node=name, slot=1),) if kind == "SiLU" else ()
+        schemes = (FLOAT, *(HALF,) * self._half, *(INT8,) * (kind != "Softmax"))
+        allowed = tuple(scheme.name for scheme in schemes)
         self.units.append(
             Unit(
                 id=name,
@@ -63,7 +69,7 @@ class Drawing:
                 root=f"{name}.out",
                 inner=inner,
                 weights=weights,
-                allowed=((Precision.FP32,) if kind == "Softmax" else BOTH) + (Precision.FP16,) * self._half,
+                allowed=allowed,
                 macs=0,
             )
         )
@@ -76,12 +82,8 @@ class Drawing:
         self.costs.append(
             UnitCost(
                 unit=name,
-                fp32_us=slow,
-                int8_us=None if kind == "Softmax" else fast,
-                fp16_us=0.6 * slow if self._half else None,
-                fp32_bytes=4 * stored,
-                fp16_bytes=2 * stored,
-                int8_bytes=stored,
+                us={scheme: {BASELINE: slow, HALF.name: 0.6 * slow, INT8.name: fast}[scheme] for scheme in allowed},
+                bytes={scheme: {BASELINE: 4, HALF.name: 2, INT8.name: 1}[scheme] * stored for scheme in allowed},
             )
         )
         return f"{name}.out"
@@ -123,20 +125,24 @@ def network(count: int, random: np.random.Generator, *, half: bool) -> tuple[Uni
         block += 1
         elements = max(elements // 2, 12_800) if block % 3 == 0 else elements
     net.leave(net.unit("Conv", block, [tensor], elements), elements)
-    units = UnitGraph(target="ort-cpu", model_sha256="0" * 64, units=tuple(net.units), edges=tuple(net.edges))
-    slow = sum(c.fp32_us for c in net.costs)
+    units = UnitGraph(
+        target="ort-cpu",
+        model_sha256="0" * 64,
+        units=tuple(net.units),
+        edges=tuple(net.edges),
+        schemes=(FLOAT, *(HALF,) * half, INT8),
+    )
+    slow = sum(c.us[BASELINE] for c in net.costs)
+    prices = [(INT8.name, "", 5e-4, 5.0), ("", INT8.name, 5e-4, 5.0)]
+    prices += [(BASELINE, HALF.name, 4e-4, 4.0), (HALF.name, BASELINE, 4e-4, 4.0)] * half
     cost = CostTable(
         target="ort-cpu",
         device="none",
         threads=2,
         units=tuple(net.costs),
-        border_us_per_element=5e-4,
-        border_us=5.0,
-        cast_us_per_element=4e-4 * half,
-        cast_us=4.0 * half,
+        borders=tuple(BorderCost(source=a, sink=b, us_per_element=each, us=us) for a, b, each, us in prices),
         fixed_us=0.02 * slow,
-        float_us=1.02 * slow,
-        int8_us=0.6 * slow,
+        pure_us={BASELINE: 1.02 * slow, INT8.name: 0.6 * slow},
         residual_percent=3.0,
     )
     return units, cost
@@ -144,9 +150,10 @@ def network(count: int, random: np.random.Generator, *, half: bool) -> tuple[Uni
 
 def matrix_of(units: UnitGraph, samples: int, probes: int, random: np.random.Generator) -> ProbeMatrix:
     """A probe matrix with a column for every site; later sites do more damage."""
-    sites = [s for u in units.units for s in (*(w.id for w in u.weights), *(e.id for e in u.inner))]
-    sites += [e.id for e in units.edges] + [e.id + AGAIN for e in units.edges if e.passed_on]
-    halves = [u.id + HALF for u in units.units if Precision.FP16 in u.allowed]
+    sites = [s.id for u in units.units for s in own_sites(u, INT8)]
+    sites += [Site(e.id, INT8.name, ACTIVATIONS).id for e in units.edges]
+    sites += [Site(e.id, INT8.name, ACTIVATIONS, again=True).id for e in units.edges if e.passed_on]
+    halves = [s.id for u in units.units if HALF.name in u.allowed for s in own_sites(u, HALF)]
     rows, own = [], []
     levels = np.concatenate([np.linspace(0, 1, len(sites)), np.linspace(-3, -2, len(halves))])
     sites += halves
@@ -164,7 +171,7 @@ def problem_of(count: int, seed: int, *, half: bool) -> Problem:
     random = np.random.default_rng(seed)
     units, cost = network(count, random, half=half)
     matrix = matrix_of(units, 16, 4, random)
-    whole = matrix.damage(matrix.select(units.rounded(units.quantizable()))).mean(axis=0)
+    whole = matrix.damage(matrix.select(rounded(units, units.lowest_gated()))).mean(axis=0)
     secant = Secant(
         heads=HEADS,
         fractions=(0.35, 1.0),
@@ -172,7 +179,7 @@ def problem_of(count: int, seed: int, *, half: bool) -> Problem:
         linear=tuple(whole),
         samples=8,
     )
-    size = sum(c.fp32_bytes for c in cost.units) + 100_000
+    size = sum(c.bytes[BASELINE] for c in cost.units) + 100_000
     return Problem(units, matrix, secant, cost, size)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bitalloy.core.schemes import Plan
 from bitalloy.search.program import Problem
 
 
-def same_one_by_one(problem: Problem, plan: frozenset[str]) -> None:
+def same_one_by_one(problem: Problem, plan: Plan) -> None:
     """All neighbours of a plan at once, and each from the definitions."""
     damage, latency, size = problem.neighbours(plan)
     for i, move in enumerate(problem.moves):

@@ -9,34 +9,35 @@ import numpy as np
 import pytest
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import Budget, CostTable, Keep, UnitCost
+from bitalloy.core.plans import BorderCost, Budget, CostTable, Keep, UnitCost
 from bitalloy.core.records import Secant
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.search.choice import search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import operators_of
 from bitalloy.search.program import Problem
 from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.placement import all_sites
 
 
 def keep(*texts: str) -> tuple[Keep, ...]:
-    return tuple(Keep(precision=Precision(t.partition(":")[0]), pattern=t.partition(":")[2]) for t in texts)
+    return tuple(Keep(scheme=t.partition(":")[0], pattern=t.partition(":")[2]) for t in texts)
 
 
 def narrowed(case, *texts: str):
     return constrain(case.units, keep(*texts), operators_of(case.graph)).units
 
 
-def fixed(units, precision: Precision) -> set[str]:
+def fixed(units, scheme: str) -> set[str]:
     """Units that a pattern decided."""
-    return {u.id for u in units.units if u.allowed == (precision,) and u.reason.startswith("kept in")}
+    return {u.id for u in units.units if u.allowed == (scheme,) and u.reason.startswith("kept in")}
 
 
 @pytest.fixture(scope="module")
 def problem(case) -> Problem:
     """Tables in which INT8 halves the time of every unit and every site does the same damage."""
     units = case.units
-    sites = sorted(frozenset[str]().union(*(units.rounded(frozenset({u})) for u in units.quantizable())))
-    sites = sorted({*sites, *units.rounded(units.quantizable())})
+    sites = sorted({site.id for site in all_sites(units)})
     rows = np.random.default_rng(0).standard_normal((4, 2, len(sites))).astype(np.float32) * 1e-2
     heads = tuple(h.name for h in case.heads)
     matrix = ProbeMatrix(
@@ -48,20 +49,25 @@ def problem(case) -> Problem:
     )
     whole = tuple(float(d) for d in matrix.damage(matrix.select(sites)).mean(axis=0))
     secant = Secant(heads=heads, fractions=(1.0,), damage=(whole,), linear=whole, samples=4)
-    free = units.quantizable()
+    free = units.able("int8")
     cost = CostTable(
         target="ort-cpu",
         device="none",
         threads=1,
         units=tuple(
-            UnitCost(unit=u.id, fp32_us=100.0, int8_us=50.0 if u.id in free else None, fp32_bytes=400, int8_bytes=100)
+            UnitCost(
+                unit=u.id,
+                us={BASELINE: 100.0} | ({"int8": 50.0} if u.id in free else {}),
+                bytes={BASELINE: 400} | ({"int8": 100} if u.id in free else {}),
+            )
             for u in units.units
         ),
-        border_us_per_element=0.0,
-        border_us=5.0,
+        borders=tuple(
+            BorderCost(source=source, sink=sink, us_per_element=0.0, us=5.0)
+            for source, sink in (("int8", ""), ("", "int8"))
+        ),
         fixed_us=10.0,
-        float_us=1000.0,
-        int8_us=500.0,
+        pure_us={BASELINE: 1000.0, "int8": 500.0},
         residual_percent=1.0,
     )
     return Problem(units, matrix, secant, cost, 10_000)
@@ -69,32 +75,34 @@ def problem(case) -> Problem:
 
 def test_a_pattern_finds_units_by_region_node_kind_and_operator(case) -> None:
     by_id = {u.id: u for u in case.units.units}
-    free = case.units.quantizable()
-    assert fixed(narrowed(case, "fp32:body"), Precision.FP32) == {
+    free = case.units.able("int8")
+    assert fixed(narrowed(case, "fp32:body"), BASELINE) == {
         u for u in by_id if "/body/" in u and by_id[u].region.startswith("body")
     }
-    assert fixed(narrowed(case, "fp32:/body/cv1/Relu"), Precision.FP32) == {
+    assert fixed(narrowed(case, "fp32:/body/cv1/Relu"), BASELINE) == {
         u.id for u in case.units.units if "/body/cv1/Relu" in (*u.core, *u.tail)
     }
     convolutions = {u.id for u in case.units.units if any("Conv" in n for n in u.core)}
-    assert fixed(narrowed(case, "int8:Conv"), Precision.INT8) == convolutions & free
-    assert fixed(narrowed(case, "fp32:*"), Precision.FP32) == set(by_id)
+    assert fixed(narrowed(case, "int8:Conv"), "int8") == convolutions & free
+    assert fixed(narrowed(case, "fp32:*"), BASELINE) == set(by_id)
 
 
 def test_the_last_pattern_holds_and_says_so(case) -> None:
     units = narrowed(case, "fp32:body", "int8:/body/cv1/*")
     inner = {u.id for u in units.units if u.id.startswith("/body/cv1/")}
-    assert inner and fixed(units, Precision.INT8) == inner & case.units.quantizable()
-    assert not fixed(units, Precision.FP32) & inner
-    assert all("int8:/body/cv1/*" in u.reason for u in units.units if u.id in fixed(units, Precision.INT8))
-    rest = next(u for u in units.units if u.id in fixed(units, Precision.FP32))
-    assert "fp32:body" in rest.reason and rest.weights == () and rest.inner == ()
+    assert inner and fixed(units, "int8") == inner & case.units.able("int8")
+    assert not fixed(units, BASELINE) & inner
+    assert all("int8:/body/cv1/*" in u.reason for u in units.units if u.id in fixed(units, "int8"))
+    rest = next(u for u in units.units if u.id in fixed(units, BASELINE))
+    assert "fp32:body" in rest.reason and rest.choices == ()
+    places = {site.place for site in all_sites(units)}
+    assert not places & {part.id for u in units.units if not u.choices for part in (*u.weights, *u.inner)}
 
 
 def test_numbers_of_a_range(case) -> None:
     """`{0..1}` names what both numbers name, and no third."""
-    one = fixed(narrowed(case, "fp32:/body/cv{0..1}/*"), Precision.FP32)
-    assert one == fixed(narrowed(case, "fp32:/body/cv1/*"), Precision.FP32) != set()
+    one = fixed(narrowed(case, "fp32:/body/cv{0..1}/*"), BASELINE)
+    assert one == fixed(narrowed(case, "fp32:/body/cv1/*"), BASELINE) != set()
     with pytest.raises(BitalloyError, match="matches no unit"):
         narrowed(case, "fp32:/body/cv{2..9}/*")
     with pytest.raises(BitalloyError, match=re.escape("{9..2}")):
@@ -104,31 +112,32 @@ def test_numbers_of_a_range(case) -> None:
 def test_what_cannot_be_is_refused_with_the_reason(case) -> None:
     with pytest.raises(BitalloyError, match=r"Close to it: .*body"):
         narrowed(case, "fp32:bodi")
-    refused = next(u for u in case.units.units if u.id not in case.units.quantizable())
+    refused = next(u for u in case.units.units if u.id not in case.units.able("int8"))
     with pytest.raises(BitalloyError, match=re.escape(refused.id)) as error:
         narrowed(case, f"int8:{refused.id}")
-    assert refused.reason and refused.reason in str(error.value)
+    assert refused.refused["int8"] and refused.refused["int8"] in str(error.value)
     with pytest.raises(BitalloyError, match="FP16"):
         narrowed(case, "fp16:body")
 
 
 def test_a_region_in_int8_leaves_what_cannot_and_says_why(case) -> None:
     units = narrowed(case, "int8:head")
-    unable = [u for u in units.units if u.region.startswith("head") and u.id not in case.units.quantizable()]
+    unable = [u for u in units.units if u.region.startswith("head") and u.id not in case.units.able("int8")]
     assert unable and all("INT8 was asked for (int8:head)" in u.reason for u in unable)
 
 
 def test_every_plan_of_the_search_holds_them(case, problem) -> None:
     units = narrowed(case, "fp32:/body/cv1/*", "int8:/stem/*")
-    forced, barred = fixed(units, Precision.INT8), fixed(units, Precision.FP32)
-    assert forced and barred & case.units.quantizable()
+    forced, barred = fixed(units, "int8"), fixed(units, BASELINE)
+    assert forced and barred & case.units.able("int8")
     free = search(problem, Budget(latency_ratio=0.8))
     bound = Problem(units, problem.matrix, problem.secant, problem.cost, problem.float_bytes)
     plan = search(bound, Budget(latency_ratio=0.8))
-    for chosen in (plan.int8_units(), *(frozenset(p.int8_units) for p in plan.pareto)):
-        assert forced <= chosen and not barred & chosen
-    assert plan.predicted_latency_us <= 0.8 * problem.latency_us(frozenset()) + 1e-6
-    assert bound.total(plan.int8_units()) >= problem.total(free.int8_units()) * (1 - 1e-9)
+    for chosen in (plan.chosen, *(p.chosen for p in plan.pareto)):
+        lowered = chosen.units_in("int8")
+        assert forced <= lowered and not barred & lowered
+    assert plan.predicted_latency_us <= 0.8 * problem.latency_us(Plan()) + 1e-6
+    assert bound.total(plan.chosen) >= problem.total(free.chosen) * (1 - 1e-9)
     reasons = {c.unit: c.reason for c in plan.choices}
     assert all("as asked (int8:/stem/*); alone it leaves" in reasons[u] for u in forced)
     assert all("as asked (fp32:/body/cv1/*)" in reasons[u] for u in barred)
@@ -138,8 +147,8 @@ def test_floors_of_single_heads_hold(problem) -> None:
     heads = problem.matrix.heads
     plain = search(problem, Budget(min_sqnr_db=15.0))
     strict = search(problem, Budget(min_sqnr_db=15.0, head_sqnr_db={heads[0]: 30.0}))
-    assert problem.damage(strict.int8_units())[0] <= 10**-3.0
-    assert problem.damage(plain.int8_units())[0] > 10**-3.0
+    assert problem.damage(strict.chosen)[0] <= 10**-3.0
+    assert problem.damage(plain.chosen)[0] > 10**-3.0
     assert strict.predicted_latency_us > plain.predicted_latency_us
     with pytest.raises(BitalloyError, match=f"floor on 'nose'.*{heads[0]}"):
         search(problem, Budget(head_sqnr_db={"nose": 10.0}))
@@ -154,4 +163,4 @@ def test_limits_together_say_what_is_in_reach(problem) -> None:
     assert said is not None
     named = float(said[1])
     found = search(problem, msgspec.structs.replace(budget, latency_ratio=named + 0.01))
-    assert found.predicted_latency_us <= (named + 0.01) * problem.latency_us(frozenset()) + 1e-6
+    assert found.predicted_latency_us <= (named + 0.01) * problem.latency_us(Plan()) + 1e-6
