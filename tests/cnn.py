@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import Head
-from bitalloy.core.units import UnitGraph
+from bitalloy.core.schemes import Plan
+from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.targets.base import split
+from bitalloy.targets.base import Target, split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,26 @@ class Case:
     units: UnitGraph
     ranges: Mapping[str, tuple[float, float]]
     feeds: list[dict[str, np.ndarray]]
+
+    def recipe(self, device: Target = ORT_CPU, offsets: Mapping[str, Offset] | None = None) -> Recipe:
+        """How a variant of the target rounds the model."""
+        return Recipe(msgspec.structs.replace(self.units, schemes=device.schemes), device, self.ranges, offsets or {})
+
+
+def with_pair_limit(device: Target, limit: int | None) -> Target:
+    """A target on a processor whose INT8 kernels have another limit."""
+    offers = (
+        replace(offer, scheme=msgspec.structs.replace(offer.scheme, pair_limit=limit))
+        if offer.scheme.name == "int8"
+        else offer
+        for offer in device.offers
+    )
+    return replace(device, offers=tuple(offers))
+
+
+def int8(units: Iterable[str]) -> Plan:
+    """The plan with some units in INT8 and all others as they are."""
+    return Plan.of("int8", *units)
 
 
 def build_cnn(path: Path, seed: int = 0) -> None:

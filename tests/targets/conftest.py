@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,21 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
+from tests.cnn import int8, with_pair_limit
 
 from bitalloy.calibrate.streaming import collect
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.targets import target
 from bitalloy.targets.base import Target, split
+from bitalloy.targets.recipe import Recipe
 
 RESIDUAL = """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4,4,3,3] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
     c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w2)  a = Add(d, r)  s = Relu(a)
@@ -104,11 +107,11 @@ CASES: dict[str, dict[str, str]] = {
             c = Conv(x, w1)  t = Transpose<perm=[0,2,3,1]>(c)  y = Neg(t) }""",
     },
 }
-PLANS: dict[tuple[str, str], Callable[[UnitGraph], frozenset[str]]] = {
-    ("tensorrt", "case1-conv"): UnitGraph.quantizable,
-    ("tensorrt", "case1-transposed-gemm"): UnitGraph.quantizable,
-    ("tensorrt", "case2-residual"): UnitGraph.quantizable,
-    ("tensorrt", "case6-half-beside-int8"): lambda units: frozenset({"/c/Conv", f"/d/Conv{HALF}", "/y/Conv"}),
+PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
+    ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
+    ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
+    ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,
+    ("tensorrt", "case6-half-beside-int8"): lambda units: int8(("/c/Conv", "/y/Conv")).moved("/d/Conv", "fp16"),
 }
 PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
 """Pair limit of the targets whose own one depends on the processor."""
@@ -122,7 +125,7 @@ class Rewritten:
 
     graph: Graph
     units: UnitGraph
-    lowered: frozenset[str]
+    plan: Plan
     model: ir.Model
     feeds: Mapping[str, np.ndarray]
     target: Target
@@ -146,23 +149,25 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     for node in model.graph.node:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, folder / "case.onnx")
-    graph, device = load_graph(folder / "case.onnx"), replace(target(name), pair_limit=pair_limit)
+    graph, device = load_graph(folder / "case.onnx"), target(name)
+    if name in PAIR_LIMIT:
+        device = with_pair_limit(device, pair_limit)
     units = split(graph, device, find_heads(graph))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     found = collect(graph.model, [t for t in graph.value if t in tensors], [feeds]).ranges("minmax")
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
-    lowered = PLANS.get((name, case), UnitGraph.lowest)(units)
-    made = apply(graph, units, lowered, ranges, device)
-    return Rewritten(graph, units, lowered, made.model, feeds, device, ranges)
+    plan = PLANS.get((name, case), UnitGraph.lowest)(units)
+    made = write_plan(graph, Recipe(units, device, ranges), plan)
+    return Rewritten(graph, units, plan, made.model, feeds, device, ranges)
 
 
 def as_text(made: Rewritten) -> str:
     """Units with their reasons, then the rewritten nodes in order, with their constants; halves are marked."""
     lines = []
     for unit in made.units.units:
-        formats = "/".join(unit.allowed) + (f" ({unit.reason})" if unit.reason else "")
+        formats = "/".join(unit.allowed) + (f" ({unit.why})" if unit.why else "")
         lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")
     for node in made.model.graph:
         inputs = ", ".join(_operand(v) for v in node.inputs)

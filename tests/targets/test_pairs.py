@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import pytest
@@ -11,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
+from tests.cnn import int8, with_pair_limit
 from tests.definition import orders, pair_sums
 from tests.micro import build
 
 from bitalloy.model.heads import find_heads
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.targets import target
 from bitalloy.targets.base import split
+from bitalloy.targets.recipe import Recipe
 
 LIMITS = st.sampled_from([128, 100, 33])
 
@@ -52,11 +52,11 @@ def test_no_two_neighbours_exceed_the_limit(
         ("y", [1, 4]),
         {"convolution": convolution, "product": product, "rows": rows},
     )
-    device = replace(target(name), pair_limit=limit)
+    device = with_pair_limit(target(name), limit)
     units = split(graph, device, find_heads(graph))
-    assert {"c", "m", "g"} <= units.quantizable()
+    assert {"c", "m", "g"} <= units.able("int8")
     ranges = {edge.root: (-1.0, 1.0) for edge in units.edges}
-    made = apply(graph, units, frozenset({"c", "m", "g"}), ranges, device).to_bytes()
+    made = write_plan(graph, Recipe(units, device, ranges), int8(("c", "m", "g"))).to_bytes()
     stored = [numpy_helper.to_array(i) for i in onnx.load_model_from_string(made).graph.initializer]
     found = {w.shape: w for w in stored if w.dtype == np.int8 and w.ndim > 1}
     for weight, axis in ((convolution, 0), (product, 1), (rows, 0)):

@@ -9,18 +9,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tests.cnn import int8
 from tests.definition import asymmetric, per_channel, root, symmetric
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.model.heads import find_heads
 from bitalloy.model.read import attribute, constant
 from bitalloy.model.weights import to_bytes
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.cast import specified
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cuda import ORT_CUDA
-from bitalloy.targets.tensorrt import TENSORRT
+from bitalloy.targets.placement import rounded
+from bitalloy.targets.recipe import Recipe
 
 Rewrite = Callable[[str, str], Any]
 
@@ -31,7 +33,7 @@ def test_rewritten_model_is_valid_and_close_to_float(rewrite: Rewrite, name: str
     proto = onnx.load_model_from_string(to_bytes(made.model))
     onnx.checker.check_model(proto, full_check=True)
     onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    assert made.lowered
+    assert made.plan
     exact = OrtSession(made.graph.model).run(made.feeds)["y"]
     found = OrtSession(specified(made.model)).run(made.feeds)["y"]
     assert found.dtype == np.float32
@@ -45,13 +47,13 @@ def test_scales_are_those_of_the_definitions(rewrite: Rewrite, name: str, case: 
     original = onnx.load_model_from_string(made.graph.to_bytes())
     grid = symmetric if name == "tensorrt" else asymmetric
     for node in (n for n in made.model.graph if n.op_type == "QuantizeLinear"):
-        rounded, maker = node.inputs[0], node.inputs[0].producer()
+        value, maker = node.inputs[0], node.inputs[0].producer()
         while maker is not None and maker.op_type == "Cast":
-            rounded, maker = maker.inputs[0], maker.inputs[0].producer()
-        name = str(rounded.name)
+            value, maker = maker.inputs[0], maker.inputs[0].producer()
+        name = str(value.name)
         expected = grid(*made.ranges[name if name in made.ranges else root(original, name)])
-        for parameter, value in ((expected.scale, node.inputs[1]), (expected.zero, node.inputs[2])):
-            np.testing.assert_array_equal(array_of(value), parameter, strict=True)
+        for parameter, stored in ((expected.scale, node.inputs[1]), (expected.zero, node.inputs[2])):
+            np.testing.assert_array_equal(array_of(stored), parameter, strict=True)
 
 
 def test_weights_are_those_of_the_definitions(rewrite: Rewrite, name: str, case: str) -> None:
@@ -65,7 +67,7 @@ def test_weights_are_those_of_the_definitions(rewrite: Rewrite, name: str, case:
         products = {"MatMul": 1, "Gemm": 0 if attribute(node, "transB", 0) else 1, "ConvTranspose": 1}
         axis = products.get(node.op_type, 0)
         depthwise = node.op_type == "Conv" and weight.shape[1] == 1
-        expected = per_channel(weight, axis, None if depthwise else made.target.pair_limit)
+        expected = per_channel(weight, axis, None if depthwise else made.units.scheme("int8").pair_limit)
         found = [array_of(value) for value in stored.inputs]
         assert attribute(stored, "axis", 1) == axis
         for value, parameter in zip(found, (expected.integers(weight), expected.scale, expected.zero), strict=True):
@@ -93,17 +95,14 @@ def test_int8_of_tensorrt_is_symmetric_and_biases_stay_float(rewrite: Rewrite, c
 def test_cuda_has_no_int8(rewrite: Rewrite) -> None:
     graph = rewrite("ort-cuda", "case1-half").graph
     units = split(graph, ORT_CUDA, find_heads(graph))
-    assert not units.quantizable()
+    assert not units.able("int8") and not units.lowest_gated()
     with pytest.raises(BitalloyError, match=r"'/a/Conv' in INT8.*no INT8 kernels"):
-        apply(graph, units, frozenset({"/a/Conv"}), {}, ORT_CUDA)
-    with pytest.raises(BitalloyError, match="one precision"):
-        both = split(graph, TENSORRT, find_heads(graph))
-        apply(graph, both, frozenset({"/a/Conv", f"/a/Conv{HALF}"}), {}, TENSORRT)
+        write_plan(graph, Recipe(units, ORT_CUDA, {}), int8(["/a/Conv"]))
 
 
 def test_residual_operand_that_fuses_is_the_later_one(rewrite: Rewrite) -> None:
     """Of Conv -> Conv -> Add the second Conv runs with the Add; the other operand carries the pair."""
     units = rewrite("tensorrt", "case2-residual").units
     add = next(u for u in units.units if u.kind == "Add")
-    assert Precision.INT8 in add.allowed and add.core == ("/a/Add", "/s/Relu")
-    assert units.rounded(frozenset({add.id})) == {"r->/a/Add"}
+    assert "int8" in add.allowed and add.core == ("/a/Add", "/s/Relu")
+    assert rounded(units, int8([add.id])) == {"r->/a/Add in int8"}

@@ -13,13 +13,15 @@ from onnx import numpy_helper
 from tests.targets.conftest import CASES
 
 from bitalloy.core.outcome import Audit
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Unit, UnitGraph
-from bitalloy.measure.audit import audit, reconcile
+from bitalloy.measure.audit import audit_kernels, reconcile
 from bitalloy.measure.tracing import profile, rewritten, trace
 from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import ORT
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 FLOATS = {
     "activations": """(float[1,3,16,16] x, float[8,3,3,3] w1, float[8,8,3,3] w2, float[8] w3, float[8] w4)
@@ -54,7 +56,7 @@ def look(text: str, folder: Path) -> tuple[Audit, dict[str, tuple[str, ...]]]:
     loaded = ir.from_proto(model)
     for node in loaded.graph:
         node.metadata_props[TAG] = str(node.name)
-    both = (Precision.FP32, Precision.INT8)
+    both = (BASELINE, "int8")
     units = UnitGraph(
         target="ort-cpu",
         model_sha256="",
@@ -66,12 +68,13 @@ def look(text: str, folder: Path) -> tuple[Audit, dict[str, tuple[str, ...]]]:
             for n in model.graph.node
         ),
         edges=(),
+        schemes=ORT_CPU.schemes,
     )  # fmt: skip
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     traced = trace(Artefact({ONLY: loaded}), (u.id for u in units.units))
     kernels = profile(traced, {"x": generator.standard_normal(shape).astype(np.float32)}, folder)
     merged, graphs = reconcile(traced, kernels, rewritten(traced, folder))
-    found = audit(units, frozenset(), merged, "R", "1", graphs=graphs)
+    found = audit_kernels(units, Plan(), merged, "R", "1", graphs=graphs)
     assert all(node.ran for node in graphs[0].nodes) and len(graphs[0].nodes) == len(found.kernels)
     takers = {u.id: tuple(n.op for n in graphs[0].nodes if u.id in n.nodes) for u in units.units}
     return found, takers

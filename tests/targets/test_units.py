@@ -10,14 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from tests.cnn import int8
 
+from bitalloy.core.schemes import BASELINE
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import load_graph
 from bitalloy.model.regions import ancestors, path_of
-from bitalloy.rewrite.apply import apply
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
+from bitalloy.targets.recipe import Recipe
 
 
 def test_patterns_become_units(case) -> None:
@@ -35,15 +39,15 @@ def test_every_node_belongs_to_exactly_one_unit(case) -> None:
 
 def test_outputs_of_different_meaning_never_share_a_scale(case) -> None:
     joined = next(u for u in case.units.units if u.id == "/head/Concat")
-    assert joined.allowed == (Precision.FP32,)
-    assert "different meaning" in joined.reason
+    assert joined.allowed == (BASELINE,)
+    assert "different meaning" in joined.why
 
 
 def test_constant_operands_and_exclusions_stay_in_float(case) -> None:
-    assert "/head/box/Mul" not in case.units.quantizable()
+    assert "/head/box/Mul" not in case.units.able("int8")
     units = split(case.graph, ORT_CPU, case.heads, exclude=frozenset({"/body/dw/Conv"}))
     excluded = next(u for u in units.units if u.id == "/body/dw/Conv")
-    assert excluded.allowed == (Precision.FP32,)
+    assert excluded.allowed == (BASELINE,)
     assert excluded.weights == ()
 
 
@@ -59,28 +63,30 @@ def test_an_edge_is_rounded_when_either_side_is_int8(case) -> None:
     edge = next(e for e in case.units.edges if e.consumer == "/body/cv1/Conv")
     assert edge.producer == "/stem/act/Sigmoid" and edge.rooted
     for plan in (["/stem/act/Sigmoid"], ["/body/cv1/Conv"], ["/stem/act/Sigmoid", "/body/cv1/Conv"]):
-        assert edge.id in case.units.rounded(frozenset(plan))
-    assert edge.id not in case.units.rounded(frozenset({"/body/dw/Conv"}))
+        assert f"{edge.id} in int8" in rounded(case.units, int8(plan))
+    assert f"{edge.id} in int8" not in rounded(case.units, int8(["/body/dw/Conv"]))
 
 
 def test_an_int8_tail_is_rounded_once(case) -> None:
     """Split and Resize carry the integers of the Add: their outputs are not rounded again."""
     into_concat = [e for e in case.units.edges if e.consumer == "/neck/Concat" and e.producer == "/body/Add"]
     assert into_concat and all(not e.rooted for e in into_concat)
-    both = case.units.rounded(frozenset({"/body/Add", "/neck/Concat"}))
-    alone = case.units.rounded(frozenset({"/neck/Concat"}))
-    assert not any(e.id in both for e in into_concat)
-    assert all(e.id in alone for e in into_concat)
+    both = rounded(case.units, int8(["/body/Add", "/neck/Concat"]))
+    alone = rounded(case.units, int8(["/neck/Concat"]))
+    assert not any(f"{e.id} in int8" in both for e in into_concat)
+    assert all(f"{e.id} in int8" in alone for e in into_concat)
 
 
 @settings(max_examples=50)
 @given(st.data())
 def test_more_int8_units_never_round_fewer_weights(case_units, data) -> None:
-    free = sorted(case_units.quantizable())
+    free = sorted(case_units.able("int8"))
     small = frozenset(data.draw(st.sets(st.sampled_from(free))))
     large = small | frozenset(data.draw(st.sets(st.sampled_from(free))))
-    weights = {w.id for u in case_units.units for w in u.weights}
-    assert case_units.rounded(small) & weights <= case_units.rounded(large) & weights
+    weights = {f"{w.id} in int8" for u in case_units.units for w in u.weights}
+    everything = rounded(case_units, case_units.lowest_gated())
+    assert weights <= everything
+    assert rounded(case_units, int8(small)) & weights <= rounded(case_units, int8(large)) & weights
 
 
 def test_regions_come_from_node_names(case) -> None:
@@ -89,7 +95,7 @@ def test_regions_come_from_node_names(case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "int8"),
+    ("attributes", "runs"),
     [
         ({}, True),
         ({"pads": [1] * 4}, True),
@@ -99,7 +105,7 @@ def test_regions_come_from_node_names(case) -> None:
         ({"dilations": [2, 2]}, False),
     ],
 )
-def test_average_pools_run_in_int8_where_the_kernel_is_right(tmp_path, attributes, int8) -> None:
+def test_average_pools_run_in_int8_where_the_kernel_is_right(tmp_path, attributes, runs) -> None:
     """Of a pool in INT8 the fused kernel must give what the separate operators give, within one step."""
     pool = helper.make_node("AveragePool", ["d"], ["p"], "pool", kernel_shape=[3, 3], strides=[2, 2], **attributes)
     nodes = [helper.make_node("Relu", ["x"], ["d"], "relu"), pool, helper.make_node("Neg", ["p"], ["y"], "end")]
@@ -110,9 +116,10 @@ def test_average_pools_run_in_int8_where_the_kernel_is_right(tmp_path, attribute
     onnx.save(model, tmp_path / "pool.onnx")
     graph = load_graph(tmp_path / "pool.onnx")
     units = split(graph, ORT_CPU, find_heads(graph))
-    assert units.quantizable() == ({"pool"} if int8 else set())
+    assert units.able("int8") == ({"pool"} if runs else set())
     high = 4.0
-    found = apply(graph, units, units.quantizable(), {"d": (0.0, high), "p": (0.0, high)}, ORT_CPU).to_bytes()
+    recipe = Recipe(units, ORT_CPU, {"d": (0.0, high), "p": (0.0, high)})
+    found = write_plan(graph, recipe, units.lowest_gated()).to_bytes()
     feeds = {"x": np.random.default_rng(0).uniform(0, high, (1, 4, 34, 34)).astype(np.float32)}
     fused, plain = (OrtSession(found, optimize=o).run(feeds)["y"] for o in (True, False))
     assert np.abs(fused - plain).max() <= 1.01 * high / 255

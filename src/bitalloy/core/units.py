@@ -103,7 +103,7 @@ class Unit(Record, frozen=True, kw_only=True):
     """Schemes that the unit may run in, in the order of the target: the lowest one last."""
     macs: int
     refused: dict[str, str] = msgspec.field(default_factory=dict)
-    """Scheme of the target -> why the unit may not run in it."""
+    """Scheme -> why the unit may not run in it."""
     reason: str = ""
     """Why the unit has no choice, where a pattern, advice or the user decided it."""
     evidence: dict[str, Evidence] = msgspec.field(default_factory=dict)

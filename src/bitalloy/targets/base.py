@@ -113,6 +113,8 @@ class Target:
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
     schemes: tuple[Scheme, ...] = field(init=False)
     """The baseline and those that it offers."""
 
@@ -205,7 +207,7 @@ def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
 
 def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_output: str) -> dict[str, str]:
     """Scheme -> why the unit of a core may not run in it."""
-    found = {}
+    found = dict(target.lacks)
     for offer in target.offers:
         reason = offer.refuse(core, members)
         if not reason and offer.scheme.rounds and target.placement is Placement.ENDS:

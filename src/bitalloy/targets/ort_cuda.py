@@ -22,7 +22,7 @@ from bitalloy.targets.safety import HALF_PRECISION
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
-    return Core(node.op_type, (node,), unfit="ONNX Runtime has no kernels for Q/DQ models on CUDA")
+    return Core(node.op_type, (node,))
 
 
 ORT_CUDA = Target(
@@ -30,6 +30,7 @@ ORT_CUDA = Target(
     describe="ONNX Runtime, CUDA provider: FP16; no INT8, for which the provider has no kernels",
     runtime=ORT,
     offers=(HALF_PRECISION,),
+    lacks={"int8": "ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA"},
     slow_softmax=False,
     device=A10,
     native=ORT_GPU,
