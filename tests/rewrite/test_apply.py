@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
-from tests.cnn import Case
+from tests.cnn import Case, int8, with_pair_limit
 from tests.definition import Simulation, asymmetric, orders, pair_sums, per_channel, root
 
 from bitalloy.core.errors import BitalloyError
+from bitalloy.core.schemes import Plan
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import BORDER, TAG
@@ -26,15 +26,16 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
-LIMITED = replace(ORT_CPU, pair_limit=128)
+LIMITED = with_pair_limit(ORT_CPU, 128)
 LIMITS = pytest.mark.parametrize("pair_limit", [128, None])
 
 
-def rewritten(case: Case, int8: Iterable[str], pair_limit: int | None = 128) -> bytes:
-    device = replace(ORT_CPU, pair_limit=pair_limit)
-    return write_plan(case.graph, case.units, frozenset(int8), case.ranges, device).to_bytes()
+def rewritten(case: Case, units: Iterable[str], pair_limit: int | None = 128) -> bytes:
+    recipe = case.recipe(with_pair_limit(ORT_CPU, pair_limit))
+    return write_plan(case.graph, recipe, int8(units)).to_bytes()
 
 
 def test_nothing_in_int8_is_the_identity(case: Case) -> None:
@@ -51,7 +52,7 @@ def test_any_plan_computes_what_the_definitions_say(
     case: Case, simulation: Simulation, pair_limit: int | None, data: st.DataObject
 ) -> None:
     """Executed as written, the artefact rounds what the plan names, where and as the specification says."""
-    plan = data.draw(st.sets(st.sampled_from(sorted(case.units.quantizable()))))
+    plan = data.draw(st.sets(st.sampled_from(sorted(case.units.able("int8")))))
     outputs = {name: [str(v.name) for v in node.outputs] for name, node in case.graph.node.items()}
     chosen = [u for u in case.units.units if u.id in plan]
     integer = [{*u.core, *u.tail} for u in chosen]
@@ -65,7 +66,7 @@ def test_any_plan_computes_what_the_definitions_say(
 
 @LIMITS
 def test_constants_are_those_of_the_definitions(case: Case, pair_limit: int | None) -> None:
-    model = onnx.load_model_from_string(rewritten(case, case.units.quantizable(), pair_limit))
+    model = onnx.load_model_from_string(rewritten(case, case.units.able("int8"), pair_limit))
     original = onnx.load_model_from_string(case.graph.to_bytes())
     values = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     floats = {i.name: numpy_helper.to_array(i) for i in original.graph.initializer}
@@ -101,13 +102,13 @@ def test_any_plan_keeps_the_interface_and_equals_the_switched_network(
     case: Case, board: Switchboard, data: st.DataObject
 ) -> None:
     """The artefact, executed without fusion, must round exactly the sites that the plan names and no others."""
-    plan = frozenset(data.draw(st.sets(st.sampled_from(sorted(case.units.quantizable())))))
+    plan = data.draw(st.sets(st.sampled_from(sorted(case.units.able("int8")))))
     model = onnx.load_model_from_string(rewritten(case, plan))
     onnx.checker.check_model(model)
     assert [i.name for i in model.graph.input] == ["x"]
     assert [o.name for o in model.graph.output] == ["y"]
     found = OrtSession(model.SerializeToString(), optimize=False).run(case.feeds[0])["y"]
-    expected = board.run(case.feeds[0], board.gates(case.units.rounded(plan)))["y"]
+    expected = board.run(case.feeds[0], board.gates(rounded(case.units, int8(plan))))["y"]
     exact = OrtSession(case.graph.to_bytes()).run(case.feeds[0])["y"]
     error = np.square(found - exact).sum()
     # biases are int32 in the artefact and float on the board: a few roundings at half a step fall the other way
@@ -120,7 +121,7 @@ def test_runtime_fuses_all_int8_units_into_integer_kernels(case: Case, tmp_path:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    ort.InferenceSession(rewritten(case, case.units.quantizable()), options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(rewritten(case, case.units.able("int8")), options, providers=["CPUExecutionProvider"])
     kernels = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kernels.count("QLinearConv") == 5
     assert "Conv" not in kernels and "FusedConv" not in kernels
@@ -144,7 +145,8 @@ def test_fused_kernels_do_not_saturate(case: Case) -> None:
     assert constant(value) is not None
     extreme_graph = Graph(graph.info, changed, graph.source)
     ranges = {**case.ranges, "r1": (0.0, 30.0), "c1": (-30.0, 30.0)}
-    data = write_plan(extreme_graph, case.units, frozenset({"/body/cv1/Conv"}), ranges, LIMITED).to_bytes()
+    recipe = Recipe(case.recipe(LIMITED).units, LIMITED, ranges)
+    data = write_plan(extreme_graph, recipe, int8(["/body/cv1/Conv"])).to_bytes()
     fused = OrtSession(data).run(case.feeds[0])["y"]
     plain = OrtSession(data, optimize=False).run(case.feeds[0])["y"]
     exact = OrtSession(extreme_graph.to_bytes()).run(case.feeds[0])["y"]
@@ -152,7 +154,7 @@ def test_fused_kernels_do_not_saturate(case: Case) -> None:
 
 
 def test_quantized_weights_respect_the_pair_limit(case: Case) -> None:
-    model = onnx.load_model_from_string(rewritten(case, case.units.quantizable(), 128))
+    model = onnx.load_model_from_string(rewritten(case, case.units.able("int8"), 128))
     for tensor in model.graph.initializer:
         if tensor.name.endswith("weight_int8") and "/dw/" not in tensor.name:
             for rows in orders(numpy_helper.to_array(tensor), 0):
@@ -160,7 +162,7 @@ def test_quantized_weights_respect_the_pair_limit(case: Case) -> None:
 
 
 def test_nodes_carry_their_unit(case: Case) -> None:
-    model = write_plan(case.graph, case.units, case.units.quantizable(), case.ranges, ORT_CPU).model
+    model = write_plan(case.graph, case.recipe(), case.units.lowest()).model
     units = {u.id for u in case.units.units}
     assert all(n.metadata_props.get(TAG) in units | {BORDER} for n in model.graph)
 
@@ -184,18 +186,20 @@ def test_names_of_the_file_may_be_those_that_the_rewriting_would_choose(case: Ca
         weight.name = foreign.get(weight.name, weight.name)
     onnx.save(model, tmp_path / "renamed.onnx")
     graph = load_graph(tmp_path / "renamed.onnx")
-    units = split(graph, ORT_CPU, find_heads(graph))
+    units = split(graph, LIMITED, find_heads(graph))
     ranges = {foreign.get(name, name): limits for name, limits in case.ranges.items()}
-    found = write_plan(graph, units, units.quantizable(), ranges, LIMITED).to_bytes()
-    expected = rewritten(case, case.units.quantizable())
+    found = write_plan(graph, Recipe(units, LIMITED, ranges), units.lowest()).to_bytes()
+    expected = rewritten(case, case.units.able("int8"))
     assert np.array_equal(OrtSession(found).run(case.feeds[0])["y"], OrtSession(expected).run(case.feeds[0])["y"])
 
 
 def test_unknown_and_forbidden_units_are_refused(case: Case) -> None:
     with pytest.raises(BitalloyError, match="does not have"):
         rewritten(case, {"nothing"})
-    with pytest.raises(BitalloyError, match="must stay float"):
+    with pytest.raises(BitalloyError, match="INT8, where it cannot run: joins outputs of different meaning"):
         rewritten(case, {"/head/Concat"})
+    with pytest.raises(BitalloyError, match="ort-cpu has no INT4"):
+        write_plan(case.graph, case.recipe(), Plan.of("int4", "/stem/conv/Conv"))
 
 
 @pytest.fixture(scope="module")
@@ -205,4 +209,4 @@ def simulation(case: Case) -> Simulation:
 
 @pytest.fixture(scope="module")
 def board(case: Case) -> Switchboard:
-    return Switchboard(case.graph, Recipe(case.units, LIMITED, case.ranges))
+    return Switchboard(case.graph, case.recipe(LIMITED))

@@ -6,26 +6,28 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tests.cnn import int8
 
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.biases import find_biases, mean_inputs
+from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
 
 def test_biases_of_int8_layers_are_found(case) -> None:
-    int8 = case.units.quantizable()
+    able = case.units.able("int8")
     nodes = {b.node for b in find_biases(case.graph, case.units)}
     without_bias = {"/body/dw/Conv", "/head/cls/Conv"}
-    assert nodes == {w.node for u in case.units.units if u.id in int8 for w in u.weights} - without_bias
+    assert nodes == {w.node for u in case.units.units if u.id in able for w in u.weights} - without_bias
     assert {"/stem/conv/Conv", "/body/cv1/Conv"} <= nodes
 
 
@@ -33,13 +35,13 @@ def offsets_of(case) -> dict[str, Offset]:
     """Far larger than any that a correction gives."""
     biases = find_biases(case.graph, case.units)
     channels = {b.weight.id: case.graph.node[b.node].inputs[2].shape[0] for b in biases}
-    return {b.weight.id: Offset(node=b.node, values=(0.25,) * channels[b.weight.id]) for b in biases}
+    return {f"{b.weight.id} in int8": Offset(node=b.node, values=(0.25,) * channels[b.weight.id]) for b in biases}
 
 
 def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
     """Against the same plan on a file with another bias in its place."""
-    plan, node = frozenset({"/stem/conv/Conv"}), "/stem/conv/Conv"
-    found = write_plan(case.graph, case.units, plan, case.ranges, ORT_CPU, offsets_of(case)).to_bytes()
+    plan, node = int8(["/stem/conv/Conv"]), "/stem/conv/Conv"
+    found = write_plan(case.graph, case.recipe(offsets=offsets_of(case)), plan).to_bytes()
     model = onnx.load(case.path)
     name = next(n for n in model.graph.node if n.name == node).input[2]
     for tensor in model.graph.initializer:
@@ -48,31 +50,31 @@ def test_an_offset_moves_the_bias_of_a_rounded_layer_and_no_other(case) -> None:
             tensor.CopyFrom(numpy_helper.from_array(shifted, name))
     path = case.path.with_name("shifted.onnx")
     onnx.save(model, path)
-    expected = write_plan(load_graph(path), case.units, plan, case.ranges, ORT_CPU).to_bytes()
+    expected = write_plan(load_graph(path), case.recipe(), plan).to_bytes()
     y, wanted = (OrtSession(m).run(case.feeds[0])["y"] for m in (found, expected))
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
-    plain = write_plan(case.graph, case.units, plan, case.ranges, ORT_CPU).to_bytes()
+    plain = write_plan(case.graph, case.recipe(), plan).to_bytes()
     assert np.abs(OrtSession(plain).run(case.feeds[0])["y"] - wanted).max() > 0.01
 
 
 def test_gates_move_biases_as_the_rewritten_model_does(case) -> None:
-    scheme = Recipe(case.units, ORT_CPU, case.ranges, offsets_of(case))
-    board, int8 = Switchboard(case.graph, scheme), case.units.quantizable()
-    gated = board.run(case.feeds[0], board.gates(case.units.rounded(int8)))["y"]
-    rewritten = write_plan(case.graph, case.units, int8, case.ranges, ORT_CPU, scheme.offsets).to_bytes()
+    recipe = case.recipe(offsets=offsets_of(case))
+    board, plan = Switchboard(case.graph, recipe), case.units.lowest()
+    gated = board.run(case.feeds[0], board.gates(rounded(case.units, plan)))["y"]
+    rewritten = write_plan(case.graph, recipe, plan).to_bytes()
     expected = OrtSession(rewritten, optimize=False).run(case.feeds[0])["y"]
-    plain = Switchboard(case.graph, Recipe(case.units, ORT_CPU, case.ranges))
-    without = plain.run(case.feeds[0], plain.gates(case.units.rounded(int8)))["y"]
+    plain = Switchboard(case.graph, case.recipe())
+    without = plain.run(case.feeds[0], plain.gates(rounded(case.units, plan)))["y"]
     assert np.abs(gated - expected).max() < 0.05 * np.abs(without - expected).max()
 
 
 def test_the_probe_matrix_sees_the_offsets(case) -> None:
     """Against execution, with offsets so small that the network stays linear and so large that rounding is nothing."""
     offsets = {s: Offset(node=o.node, values=(0.02,) * len(o.values)) for s, o in offsets_of(case).items()}
-    scheme = Recipe(case.units, ORT_CPU, case.ranges, offsets)
-    prober, board = Prober(case.graph, case.heads, [scheme]), Switchboard(case.graph, scheme)
+    recipe = case.recipe(offsets=offsets)
+    prober, board = Prober(case.graph, case.heads, [recipe]), Switchboard(case.graph, recipe)
     rows = [prober.measure(f, sample=i, probes=64, seed=1) for i, f in enumerate(case.feeds)]
-    matrix, site = ProbeMatrix.concatenate(rows), next(s for s in offsets if s.endswith("/body/cv1/Conv#1"))
+    matrix, site = ProbeMatrix.concatenate(rows), next(s for s in offsets if s.endswith("/body/cv1/Conv#1 in int8"))
     exact, _ = damage(board, [board.gates({site})], case.heads, case.feeds)
     predicted = decibel(matrix.damage(matrix.select({site})).mean(axis=0))
     np.testing.assert_allclose(predicted, decibel(exact.mean(axis=0)[:, 0]), atol=1.0)
@@ -153,13 +155,12 @@ def test_the_mean_error_of_a_layer_goes(skewed, layer: str, holder: str, result:
     ranges = {n: (float(v.min()), float(v.max())) for n, v in seen.items()}
     biases = [b for b in find_biases(graph, units) if b.weight.node == layer]
     assert [b.node for b in biases] == [holder]
-    found = offsets(graph, biases, ORT_CPU, mean_inputs(graph, biases, feeds))
+    found = bias_offsets(graph, biases, Recipe(units, ORT_CPU, ranges), mean_inputs(graph, biases, feeds))
 
     def error(offsets: dict[str, Offset] | None = None) -> np.ndarray:
-        rounded = onnx.load_model_from_string(
-            write_plan(graph, units, frozenset({layer}), ranges, ORT_CPU, offsets).to_bytes()
-        )
-        return (outputs_of(rounded, [result], feeds)[result] - exact[result]).mean(axis=axes)
+        recipe = Recipe(units, ORT_CPU, ranges, offsets or {})
+        made = onnx.load_model_from_string(write_plan(graph, recipe, int8([layer])).to_bytes())
+        return (outputs_of(made, [result], feeds)[result] - exact[result]).mean(axis=axes)
 
     before, after = np.abs(error()), np.abs(error(found))
     assert after.max() < 0.2 * before.max(), (before, after)

@@ -9,7 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tests.cnn import int8
 
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
@@ -21,6 +23,7 @@ from bitalloy.rewrite.reopen import reopen
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 WIDTH, COUNT = 8, 5
 
@@ -83,7 +86,7 @@ def scaled(program: Joined) -> Joined:
 
 def test_scaled_float_graphs_compute_the_same_at_any_size(program: Joined) -> None:
     changed = scaled(program)
-    models = shipped(changed, write_plan(changed, _units(changed), frozenset(), {}, ORT_CPU).model)
+    models = shipped(changed, write_plan(changed, Recipe(_units(changed), ORT_CPU, {}), Plan()).model)
     one, other = (m.graph.initializers["gain"].const_value.numpy() for m in (models["first"], program.opened["first"]))  # type: ignore[union-attr]
     assert not np.array_equal(one, other)
     for count in (COUNT, 9):
@@ -93,7 +96,7 @@ def test_scaled_float_graphs_compute_the_same_at_any_size(program: Joined) -> No
 def test_rounded_graphs_with_corrected_biases_are_the_same_with_open_sizes(program: Joined) -> None:
     changed = scaled(program)
     ranges = {t: (-40.0, 40.0) for t in changed.value}
-    units, plan = _units(changed), frozenset({"first/up", "second/up"})
+    units, plan = _units(changed), int8(["first/up", "second/up"])
     added = {
         "first/up": ("first/add", np.linspace(-1, 1, WIDTH)),
         "second/up": ("second/add", np.linspace(1, 2, WIDTH)),
@@ -101,12 +104,12 @@ def test_rounded_graphs_with_corrected_biases_are_the_same_with_open_sizes(progr
     offsets = {}
     for site in (w for u in units.units if u.id in plan for w in u.weights):
         node, values = added[site.node]
-        offsets[site.id] = Offset(node=node, values=tuple(values.tolist()))
-    mixed = write_plan(changed, units, plan, ranges, ORT_CPU, offsets).model
+        offsets[f"{site.id} in int8"] = Offset(node=node, values=tuple(values.tolist()))
+    mixed = write_plan(changed, Recipe(units, ORT_CPU, ranges, offsets), plan).model
     fixed, opened = divide(mixed, changed.program), shipped(changed, mixed)
     x = rows(COUNT)
     np.testing.assert_allclose(run(opened, x), run(fixed, x), rtol=1e-5, atol=1e-5)
-    plain = shipped(changed, write_plan(changed, units, plan, ranges, ORT_CPU).model)
+    plain = shipped(changed, write_plan(changed, Recipe(units, ORT_CPU, ranges), plan).model)
     moved = run(opened, rows(9)) - run(plain, rows(9))
     assert np.abs(moved).mean() > 0.5
     assert opened["first"].graph.inputs[0].shape[1] == "rows"  # type: ignore[index]
