@@ -1,7 +1,7 @@
 """Predicted against measured SQNR of plans with FP16, head by head.
 
-Of every target: all units in FP16 that may run in it, every unit in the lowest precision that it may take, units in
-precisions drawn at random, and the plan of a search. Measured: the models as they are shipped, of a program all of its
+Of every target: all units in FP16 that may run in it, every unit in the lowest scheme that it may take, units in
+schemes drawn at random, and the plan of a search. Measured: the models as they are shipped, of a program all of its
 graphs with the sizes that its files leave open, executed on the CPU with every rounding as the graphs say, on the
 samples of the probe matrix.
 
@@ -21,47 +21,42 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, measure_cost, plan
+from bitalloy import Budget, Plan, RunDirectory, Settings, Workspace, analyze, measure_cost, plan
+from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import bend, decibel
+from bitalloy.targets.placement import rounded
 
 TARGETS = ("tensorrt", "ort-cuda")
 
 
-def plans_of(analysis: Analysis, seed: int, work: Workspace) -> dict[str, frozenset[str]]:
+def plans_of(analysis: Analysis, seed: int, work: Workspace) -> dict[str, Plan]:
     """Name -> plan, without repetitions. The search has a budget halfway between float and everything lowered."""
     units, cost, lowest = analysis.units.units, measure_cost(analysis), analysis.units.lowest()
-    ratio = round((1 + cost.latency_us(analysis.units, lowest) / cost.all_float_us) / 2, 2)
+    ratio = round((1 + latency_us(cost, analysis.units, lowest) / cost.all_float_us) / 2, 2)
     random = np.random.default_rng(seed)
-    mixed = set()
-    for unit in units:
-        names = {Precision.FP32: None, Precision.FP16: unit.id + HALF, Precision.INT8: unit.id}
-        mixed.add(names[unit.allowed[int(random.integers(len(unit.allowed)))]])
     found = {
-        "FP16": frozenset(u.id + HALF for u in units if Precision.FP16 in u.allowed),
+        "FP16": Plan.of("fp16", *analysis.units.able("fp16")),
         "lowest": lowest,
-        "random": frozenset(m for m in mixed if m is not None),
-        f"search {ratio}x": plan(
-            analysis, Budget(latency_ratio=ratio), table=cost, front=False, work=work
-        ).plan.lowered(),
+        "random": Plan({u.id: u.allowed[int(random.integers(len(u.allowed)))] for u in units}),
+        f"search {ratio}x": plan(analysis, Budget(latency_ratio=ratio), table=cost, front=False, work=work).plan.chosen,
     }
     return {name: p for i, (name, p) in enumerate(found.items()) if p not in list(found.values())[:i]}
 
 
-def measure(analysis: Analysis, plans: dict[str, frozenset[str]]) -> dict[str, object]:
+def measure(analysis: Analysis, plans: dict[str, Plan]) -> dict[str, object]:
     """Predictions beside measurements."""
     feeds = [analysis.data.feeds(i) for i in range(analysis.matrix.samples)]
     models = {name: analysis.executable(analysis.artefact(p)) for name, p in plans.items()}
     found = artefact_sqnr(analysis.original(), models, analysis.heads, feeds)
     result: dict[str, object] = {}
     for name, lowered in plans.items():
-        linear = analysis.matrix.damage(analysis.matrix.select(analysis.units.rounded(lowered))).mean(axis=0)
+        linear = analysis.matrix.damage(analysis.matrix.select(rounded(analysis.units, lowered))).mean(axis=0)
         predicted = decibel(linear * bend(analysis.secant, linear))
-        half = sum(m.endswith(HALF) for m in lowered)
         result[name] = {
-            "units": {"fp16": half, "int8": len(lowered) - half, "all": len(analysis.units.units)},
+            "units": {"fp16": 0, "int8": 0} | lowered.counts() | {"all": len(analysis.units.units)},
             "heads": {
                 head.name: [round(float(p), 2), round(m.value, 2)]
                 for head, p, m in zip(analysis.heads, predicted, found[name], strict=True)

@@ -33,6 +33,7 @@ import numpy as np
 
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.records import TensorRange
+from bitalloy.core.schemes import Plan
 from bitalloy.model import load as graph
 from bitalloy.model.heads import Reference, find_heads
 from bitalloy.model.load import Graph
@@ -43,8 +44,9 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
-from bitalloy.targets.safety import judge
+from bitalloy.targets.safety import judge, tensors_to_judge
 
 FLOAT_RUNS = 3
 LLAMA = Path(__file__).resolve().parents[1] / "reference" / "llama.py"
@@ -149,9 +151,8 @@ def main() -> None:
     device = target(options.target)
     units = split(model, device, heads)
     with step("calibrate"):
-        wanted = (
-            {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner} | tensors(model, units)
-        )
+        inner = {e.tensor for u in units.units for e in u.inner}
+        wanted = {e.root for e in units.edges} | inner | tensors_to_judge(model, units)
         order = [t for t in model.value if t in wanted]
         statistics = collect(model.model, order, iter(samples))
         ranges = statistics.ranges("minmax")
@@ -180,14 +181,13 @@ def main() -> None:
     with step("float pass"):
         for _ in range(FLOAT_RUNS):
             session.run(samples[0])
-    half = frozenset(u.id + HALF for u in units.units if Precision.FP16 in u.allowed)
+    half = Plan.of("fp16", *units.able("fp16"))
     if half:
         with step("FP16"):
             exact = Reference(session.run(samples[0]), heads)
-            rounded = OrtSession(
-                specified(write_plan(model, units, half, ranges, device).model), execution=Execution(integers=False)
-            )
-            measured = exact.error(rounded.run(samples[0])) / exact.energy
+            lowered = specified(write_plan(model, Recipe(units, device, ranges), half).model)
+            halved = OrtSession(lowered, execution=Execution(integers=False))
+            measured = exact.error(halved.run(samples[0])) / exact.energy
     each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS
     busy, plainly = processor["probe"] / len(samples), processor["float pass"] / FLOAT_RUNS
     weights = sum(v.const_value.nbytes for v in model.model.graph.initializers.values() if v.const_value is not None)
@@ -212,7 +212,7 @@ def main() -> None:
         "finite": bool(all(np.isfinite(r).all() for r in matrix.rows)),
     }
     if half:
-        predicted = matrix.damage(matrix.select(half)).mean(axis=0)
+        predicted = matrix.damage(matrix.select(rounded(units, half))).mean(axis=0)
         result["half_units"] = len(half)
         result["half_db"] = [round(float(decibel(d[0])), 2) for d in (predicted, measured)]
     print(json.dumps(result))

@@ -81,7 +81,7 @@ def own(target: str, options: argparse.Namespace) -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=2)
         seconds = round(time.perf_counter() - start, 2)
         summary = json.loads((folder / "summary.json").read_text())
-        kept = {k: summary[k] for k in ("latency_ratio", "predicted_latency_ratio", "int8_units", "units", "sqnr_db")}
+        kept = {k: summary[k] for k in ("latency_ratio", "predicted_latency_ratio", "schemes", "units", "sqnr_db")}
         load_ = round(os.getloadavg()[2], 2)
         result.write_text(json.dumps({"wall_seconds": seconds, "load_15_minutes": load_, "summary": kept}))
     return json.loads(result.read_text())

@@ -23,7 +23,7 @@ NAMES = [
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
     "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Precision", "RunDirectory", "RunOptions", "Selection",
+    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Plan", "RunDirectory", "RunOptions", "Selection",
     "Settings", "Summary", "Verified", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",

@@ -12,12 +12,14 @@ from PIL import Image
 from tests.pipeline.test_programs import axes, decibels, random_feeds, run
 
 import bitalloy as api
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.cast import specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.sensitivity.matrix import decibel
+from bitalloy.targets.placement import rounded
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.open import interface_of, runner
 
@@ -41,29 +43,26 @@ def analyses(
     return found
 
 
-def plans(analysis: Any) -> dict[str, frozenset[str]]:
-    """All that may in FP16, and precisions drawn at random."""
-    random, endings = np.random.default_rng(3), {Precision.INT8: "", Precision.FP16: HALF}
+def plans(analysis: Any) -> dict[str, Plan]:
+    """All that may in FP16, and schemes drawn at random."""
+    random = np.random.default_rng(3)
     drawn = {u.id: u.allowed[int(random.integers(len(u.allowed)))] for u in analysis.units.units}
-    return {
-        "FP16": frozenset(u.id + HALF for u in analysis.units.units if Precision.FP16 in u.allowed),
-        "random": frozenset(u + endings[p] for u, p in drawn.items() if p in endings),
-    }
+    return {"FP16": Plan.of("fp16", *analysis.units.able("fp16")), "random": Plan(drawn)}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["promptable", "language"])
 def test_measured_damage_is_the_predicted_one(analyses: Any, name: str, target: str) -> None:
     analysis = analyses[name, target]
-    evidence = [u.half for u in analysis.units.units if Precision.FP16 in u.allowed]
+    evidence = [u.evidence.get("fp16") for u in analysis.units.units if "fp16" in u.allowed]
     assert len(evidence) > 10 and all(half is not None and not half.reason for half in evidence)
     chosen = plans(analysis)
     feeds = [analysis.data.feeds(i) for i in range(4)]
     models = {plan: analysis.executable(analysis.artefact(lowered)) for plan, lowered in chosen.items()}
     found = artefact_sqnr(analysis.original(), models, analysis.heads, feeds)
     for plan, lowered in chosen.items():
-        rounded = analysis.matrix.select(analysis.units.rounded(lowered))
-        predicted = decibel(analysis.matrix.damage(rounded).mean(axis=0))
+        sites = analysis.matrix.select(rounded(analysis.units, lowered))
+        predicted = decibel(analysis.matrix.damage(sites).mean(axis=0))
         for head, guess, measured in zip(analysis.heads, predicted, found[plan], strict=True):
             assert measured.value == pytest.approx(guess, abs=3), (plan, head.name)
 
@@ -133,7 +132,7 @@ def test_a_run_for_cuda(inside: Any, promptable: Path, drawn: Path) -> None:
     """A program has a plan on a target without INT8, and the summary has its measured SQNR."""
     inside.run(promptable, "--data", drawn / "images", "--target", "ort-cuda", "--size", "0.7x").succeeded()
     summary = inside.summary()
-    assert summary["fp16_units"] and not summary["int8_units"]
+    assert summary["fp16_units"] and summary["schemes"] == {"fp16": summary["fp16_units"]}
     for head in summary["sqnr_db"].values():
         assert head["mixed"]["measured"] == pytest.approx(head["mixed"]["predicted"], abs=4)
     assert {"mixed/encoder.onnx", "mixed/decoder.onnx", "mixed/program.json"} <= inside.files()

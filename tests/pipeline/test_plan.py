@@ -16,11 +16,13 @@ import pytest
 import bitalloy
 from bitalloy.core.outcome import Evaluation
 from bitalloy.core.plans import FIRST, Budget
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.planning import read_tables
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.measuring import measured
+from bitalloy.targets.placement import rounded
 from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.detection import DETECTION
 from bitalloy.tasks.evaluate import Evaluator
@@ -47,17 +49,17 @@ def finished(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_run_holds_constraints_and_says_so(finished: Any) -> None:
     plan = json.loads((finished.folder / "run" / "plan.json").read_text())
     first = next(c for c in plan["choices"] if c["unit"] == "/conv0/Conv")
-    assert first["precision"] == "fp32" and "kept in FP32 as asked (fp32:/conv0/*)" in first["reason"]
-    assert all("/conv0/Conv" not in point["int8_units"] for point in plan["pareto"])
-    assert plan["budget"]["keep"] == [{"precision": "fp32", "pattern": "/conv0/*"}]
+    assert first["scheme"] == "fp32" and "kept in FP32 as asked (fp32:/conv0/*)" in first["reason"]
+    assert all("/conv0/Conv" not in point["schemes"] for point in plan["pareto"])
+    assert plan["budget"]["keep"] == [{"scheme": "fp32", "pattern": "/conv0/*"}]
 
 
 def test_planning_again_needs_neither_model_nor_data(finished: Any) -> None:
     before = (finished.folder / "run" / "plan.json").read_bytes()
     shown = json.loads(finished("plan", "run", "--size", "0.5x", "--keep", "int8:/conv0/*", "--json").succeeded().out)
-    chosen = {c["unit"]: c["precision"] for c in shown["choices"]}
+    chosen = {c["unit"]: c["scheme"] for c in shown["choices"]}
     assert chosen["/conv0/Conv"] == "int8"
-    assert all("/conv0/Conv" in point["int8_units"] for point in shown["pareto"])
+    assert all(point["schemes"]["/conv0/Conv"] == "int8" for point in shown["pareto"])
     assert json.loads((finished.folder / "run" / "replanned.json").read_text()) == shown
     assert (finished.folder / "run" / "plan.json").read_bytes() == before
     again = bitalloy.plan_again(finished.folder / "run")  # the run's own budget
@@ -124,8 +126,11 @@ def analysis(inputs: Any) -> Any:
 def table(analysis: Any) -> Any:
     """A cost table in which INT8 is fast everywhere, whatever this machine does at the moment."""
     found = bitalloy.measure_cost(analysis)
-    fast = tuple(c if c.int8_us is None else msgspec.structs.replace(c, fp32_us=10.0, int8_us=4.0) for c in found.units)
-    return msgspec.structs.replace(found, units=fast, fixed_us=0.0, border_us=0.1, border_us_per_element=0.0)
+    fast = tuple(
+        msgspec.structs.replace(c, us={"fp32": 10.0, "int8": 4.0}) if "int8" in c.us else c for c in found.units
+    )
+    borders = tuple(msgspec.structs.replace(b, us=0.1, us_per_element=0.0) for b in found.borders)
+    return msgspec.structs.replace(found, units=fast, fixed_us=0.0, borders=borders)
 
 
 def test_the_fastest_plan_that_keeps_a_task_metric(analysis: Any, table: Any, inputs: Any) -> None:
@@ -140,7 +145,7 @@ def test_the_fastest_plan_that_keeps_a_task_metric(analysis: Any, table: Any, in
         assert all(e.kept == (most > 0) for e in tried)
         found[most] = point
     assert found[1.0] == min(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
-    assert found[-1.0].int8_units == ()
+    assert not found[-1.0].chosen
 
 
 @pytest.mark.parametrize("count", range(1, 14))
@@ -181,7 +186,7 @@ def test_a_model_is_executed_once_over_the_labels(
     """However often it is compared, in a run directory or without one; what is stored is found again."""
     image = analysis.graph.info.inputs[0].name
     planned = bitalloy.plan(analysis, Budget(max_drop={FIRST: 0.02}), table=table)
-    int8, fast = analysis.units.lowest(), planned.plan.lowered()
+    int8, fast = analysis.units.lowest(), planned.plan.chosen
     found = []
     for store in (None, RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")):
         with monkeypatch.context() as patch:
@@ -191,14 +196,14 @@ def test_a_model_is_executed_once_over_the_labels(
             found.append((point, tried, measure_metrics(evaluator, int8, fast)))
             again = len(found) == 3
             assert set(counts.values()) == (set() if again else {4})
-            plans = {frozenset(p.lowered()) for p in planned.plan.pareto if len(p.int8_units) in used(tried)}
+            plans = {p.chosen for p in planned.plan.pareto if len(p.chosen) in used(tried)}
             assert again or 3 <= len(counts) <= len(plans | {int8, fast}) + 1
     assert found[0] == found[1] == found[2]
 
 
 def used(tried: Sequence[Evaluation]) -> set[int]:
     """Sizes of the plans that were evaluated."""
-    return {e.int8_units for e in tried}
+    return {sum(e.schemes.values()) for e in tried}
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(
@@ -242,22 +247,22 @@ def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table
     assert summary.evaluations and set(summary.evaluations[0].drops) == {"AP50-95"}
     assert [r.shipped for r in summary.rounds].count(True) == 1
     fastest = min(verified.planned.plan.pareto, key=lambda p: p.predicted_latency_us)
-    assert verified.planned.plan.int8_units() == frozenset(fastest.int8_units)
+    assert verified.planned.plan.chosen == fastest.chosen
 
 
 def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None:
     plan = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table).plan
     points = beside(plan)
-    assert 3 <= len(points) <= 7 and plan.int8_units() in {frozenset(p.int8_units) for p in points}
-    order = [p.int8_units for p in plan.pareto]
-    assert [order.index(p.int8_units) for p in points] == list(
-        range(order.index(points[0].int8_units), order.index(points[-1].int8_units) + 1)
+    assert 3 <= len(points) <= 7 and plan.chosen in {p.chosen for p in points}
+    order = [p.chosen for p in plan.pareto]
+    assert [order.index(p.chosen) for p in points] == list(
+        range(order.index(points[0].chosen), order.index(points[-1].chosen) + 1)
     )
     found = with_measured(plan, points, measure_beside(analysis, points, [0, 1, 2], bitalloy.Workspace()))
     seen = [p for p in found.pareto if p.measured_ratio is not None]
-    assert [p.int8_units for p in seen] == [p.int8_units for p in points]
+    assert [p.chosen for p in seen] == [p.chosen for p in points]
     exact, _ = measured(
-        analysis, [analysis.units.rounded(frozenset(p.int8_units)) for p in points], range(3), work=bitalloy.Workspace()
+        analysis, [rounded(analysis.units, p.chosen) for p in points], range(3), work=bitalloy.Workspace()
     )
     oracle = decibel(exact.mean(axis=0)).T  # by execution with gates, not by the shipped models
     heads = [i for i, h in enumerate(analysis.heads) if not h.kind]
@@ -271,7 +276,7 @@ def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None
 def distorted(analysis: Any, unit: str, factor: float) -> Any:
     """An analysis that believes the damage of one unit's sites to be smaller by a factor."""
     matrix = analysis.matrix
-    columns = [matrix.column[s] for s in analysis.units.rounded(frozenset({unit})) if s in matrix.column]
+    columns = [matrix.column[s] for s in rounded(analysis.units, Plan.of("int8", unit)) if s in matrix.column]
     scale = np.ones(len(matrix.sites), np.float32)
     scale[columns] = factor**-0.5
     changed = replace(
@@ -286,9 +291,9 @@ def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, t
         (r for r in analysis.table.rows if r.scope == "unit" and r.head in heads), key=lambda r: r.sqnr_db.value
     )
     wrong = distorted(analysis, worst.id, 50.0)
-    budget = Budget(latency_ratio=2.0, keep=(bitalloy.Keep(precision=bitalloy.Precision.INT8, pattern="*"),))
+    budget = Budget(latency_ratio=2.0, keep=(bitalloy.Keep(scheme="int8", pattern="*"),))
     planned = bitalloy.plan(wrong, budget, table=table, front=False)
-    assert worst.id in planned.plan.int8_units()
+    assert worst.id in planned.plan.chosen.units_in("int8")
     course = Course(wrong, planned, bitalloy.Workspace())
     course.search()
     first = course.rounds()[0].repair

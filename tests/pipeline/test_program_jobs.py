@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 from tests.core.test_jobs import QUICK, Recording, elsewhere
-from tests.programs.conftest import write_promptable
+from tests.small_programs import write_promptable
 
 import bitalloy
 from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import perform, residents
 from bitalloy.core.work import Workspace
 from bitalloy.model.graphs.joining import join
-from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.graphs.wiring import GraphProgram, load_program
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.search.program import Program
 from bitalloy.sensitivity.measuring import measure_exact
 from bitalloy.tasks.evaluate import Evaluator
 
@@ -30,7 +29,7 @@ def test_another_process_gives_the_same_bytes(
     ready = prepare(request.getfixturevalue(program), out=tmp_path / "run", data=drawn / labels, labels=drawn / labels)
     analysis = bitalloy.analyze(ready.model, ready.data, QUICK, work=work)
     measure_exact(analysis, samples=1, work=work)
-    evaluator, int8 = Evaluator(analysis, ready.labels, 3, work), analysis.units.quantizable()
+    evaluator, int8 = Evaluator(analysis, ready.labels, 3, work), analysis.units.lowest_gated()
     evaluator.results({"float": evaluator.reference, "int8": evaluator.subject(int8)}, "evaluate", resamples=10)
     chosen = [executor.of(kind)[-1] for kind in ("calibrate", "probe", "exact", "observed")]
     assert all(residents(job) == () for job, _ in chosen)
@@ -60,7 +59,7 @@ def test_a_program_made_in_memory_binds_jobs_to_its_process(promptable: Path, dr
     ready = prepare(promptable, out=tmp_path / "run", data=drawn / "images")
     shapes = {"decoder:point_coords": (1, 2, 2), "decoder:point_labels": (1, 2)}
     loaded = load_program(promptable, shapes=shapes)
-    model = join(Program(loaded.graphs, loaded.wires))
+    model = join(GraphProgram(loaded.graphs, loaded.wires))
     bitalloy.calibrate(model, ready.data, QUICK, work=Workspace(executor=executor))
     ((job, _),) = executor.of("calibrate")
     assert residents(job) == ("the model 'encoder+decoder'",)

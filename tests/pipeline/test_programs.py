@@ -149,7 +149,7 @@ def test_advice_of_the_family_holds_where_measurement_bears_it_out(asked: Any) -
     assert kept and set(summary["protected_units"]) == kept
     for choice in plan["choices"]:
         if choice["unit"] in kept:
-            assert choice["precision"] == "fp32" and "Outliers. a paper; measured: " in choice["reason"]
+            assert choice["scheme"] == "fp32" and "Outliers. a paper; measured: " in choice["reason"]
 
 
 def test_no_protect_frees_all(inside: Any, promptable: Path, drawn: Path) -> None:
@@ -190,7 +190,7 @@ def test_int8_graphs_generate_with_a_cache_as_without(spoken: Any, drawn: Path, 
     """Token by token through the cache, or all tokens at once: the same logits up to flips of roundings."""
     verified, _ = spoken
     graph = verified.analysis.graph
-    shipped = verified.analysis.artefact(verified.analysis.units.quantizable())
+    shipped = verified.analysis.artefact(verified.analysis.units.lowest_gated())
     shipped.save(tmp_path)
     chat = open_chat(interface_of(graph))
     talk = runner(graph, shipped.session())
@@ -219,7 +219,7 @@ def test_roundings_are_the_same_with_open_sizes(spoken: Any, tmp_path: Path) -> 
     """At the samples' sizes, graph by graph, with everything in INT8: nothing but the form differs."""
     verified, _ = spoken
     analysis = verified.analysis
-    int8 = analysis.units.quantizable()
+    int8 = analysis.units.lowest_gated()
     fixed = divide(analysis.variant(int8).model, analysis.graph.program)
     shipped = analysis.artefact(int8)
     shipped.save(tmp_path / "open")

@@ -23,7 +23,7 @@ RESULTS = {
 SUMMARY = {
     "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
-    "metrics", "confidence_shift", "units", "int8_units", "samples", "probes", "settled", "flagged_units",
+    "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
     "versions", "notes",
 }  # fmt: skip
@@ -130,7 +130,7 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert {r["head"] for r in table["rows"]} == {"boxes", "scores", "detections", "scores KL"}
     assert set(summary["metrics"]) == {"AP50-95", "AP50"}
     assert summary["metrics"]["AP50-95"]["float"]["n"] == 8
-    assert 0 < summary["int8_units"] <= summary["units"]
+    assert 0 < summary["int8_units"] == summary["schemes"]["int8"] <= summary["units"]
     assert summary["samples"] == 8 and summary["calibration"]["count"] == 8
     notes = [n for n in summary["notes"] if not n.startswith("The machine was busy")]
     assert notes == ["Intervals rest on 8 images only and are rough."]
@@ -140,15 +140,16 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
 def test_headline_is_honest(finished: Any) -> None:
     summary = finished.summary()
     assert summary["headline"] in finished.command.out
-    same = summary["int8_units"] == 0
+    same = not summary["schemes"]
     assert ("NOT faster" in summary["headline"]) == (summary["latency_ratio"] >= 1 or same)
 
 
 def test_tables_agree_with_the_summary(finished: Any) -> None:
     summary = finished.summary()
     plan, table = (json.loads((finished.folder / "run" / f"{n}.json").read_text()) for n in ("plan", "sensitivity"))
-    chosen = [c for c in plan["choices"] if c["precision"] == "int8"]
-    assert len(chosen) == summary["int8_units"] and all(c["reason"] for c in plan["choices"])
+    chosen = [c for c in plan["choices"] if c["scheme"] == "int8"]
+    assert len(chosen) == summary["int8_units"] == summary["schemes"].get("int8", 0)
+    assert all(c["reason"] for c in plan["choices"])
     assert plan["model_sha256"] == table["model_sha256"] == summary["model_sha256"]
     assert plan["budget"] == summary["budget"]
     rows = (finished.folder / "run" / "sensitivity.csv").read_text().splitlines()

@@ -12,8 +12,7 @@ import pytest
 
 import bitalloy
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import CostTable
-from bitalloy.core.schemes import Plan
+from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.pipeline.audit import audit_run
@@ -42,21 +41,24 @@ def test_every_target_has_its_files(result: tuple[Path, Any]) -> None:
     assert [v.summary.target for v in (verified, *verified.others)] == list(NAMES)
     for name, folder in zip(NAMES, (out, out / "tensorrt", out / "ort-cuda"), strict=True):
         assert {f.name for f in folder.iterdir()} >= FILES
-        plan, units = read(folder, "plan", Plan), read(folder, "units", UnitGraph)
+        plan, units = read(folder, "plan", PlanReport), read(folder, "units", UnitGraph)
         assert plan.target == units.target == name
         assert [c.unit for c in plan.choices] == [u.id for u in units.units]
         onnx.checker.check_model(onnx.load(folder / "mixed.onnx"), full_check=True)
 
 
-def test_targets_have_the_precisions_that_they_are_said_to_have(result: tuple[Path, Any]) -> None:
+def test_targets_have_the_schemes_that_they_are_said_to_have(result: tuple[Path, Any]) -> None:
     out, _ = result
-    plans = {n: read(f, "plan", Plan) for n, f in zip(NAMES, (out, out / "tensorrt", out / "ort-cuda"), strict=True)}
-    assert not plans["ort-cpu"].fp16_units() and not plans["ort-cuda"].int8_units()
-    assert plans["tensorrt"].lowered() and plans["ort-cuda"].fp16_units()
+    plans = {
+        n: read(f, "plan", PlanReport) for n, f in zip(NAMES, (out, out / "tensorrt", out / "ort-cuda"), strict=True)
+    }
+    chosen = {name: plan.chosen for name, plan in plans.items()}
+    assert not chosen["ort-cpu"].units_in("fp16") and not chosen["ort-cuda"].units_in("int8")
+    assert chosen["tensorrt"] and chosen["ort-cuda"].units_in("fp16")
     stored = onnx.load(out / "ort-cuda" / "mixed.onnx").graph
     assert any(i.data_type == onnx.TensorProto.FLOAT16 for i in stored.initializer)
     assert not {n.op_type for n in stored.node} & {"QuantizeLinear", "DequantizeLinear"}
-    halves = {c.unit: c.reason for c in plans["ort-cuda"].choices if c.precision is Precision.FP16}
+    halves = {c.unit: c.reason for c in plans["ort-cuda"].choices if c.scheme == "fp16"}
     assert all("safe in FP16: values reach" in reason for reason in halves.values())
 
 
@@ -80,13 +82,14 @@ def test_a_device_that_is_not_here_is_not_audited(result: tuple[Path, Any], name
 @pytest.mark.parametrize("name", NAMES)
 def test_fp16_on_a_cpu_is_said_to_be_executed_in_fp32(result: tuple[Path, Any], name: str) -> None:
     folder = result[0] if name == "ort-cpu" else result[0] / name
-    plan, found = read(folder, "plan", Plan), audit_run(folder, here=True)
-    assert {u.unit: u.planned for u in found.units} == {c.unit: c.precision for c in plan.choices}
+    plan, found = read(folder, "plan", PlanReport), audit_run(folder, here=True)
+    assert {u.unit: u.planned for u in found.units} == {c.unit: c.scheme for c in plan.choices}
     assert found.note == (
         "" if name == "ort-cpu" else f"Executed by ONNX Runtime on this CPU. This says nothing about {name}."
     )
-    halves = {u.unit: u for u in found.units if u.planned is Precision.FP16 and u.kernels}
-    assert set(halves) <= plan.fp16_units() and bool(halves) == bool(plan.fp16_units())
+    halves = {u.unit: u for u in found.units if u.planned == "fp16" and u.kernels}
+    half = plan.chosen.units_in("fp16")
+    assert set(halves) <= half and bool(halves) == bool(half)
     cast = [u for u in halves.values() if u.executed == "fp32"]
     assert {u.kind for u in cast} >= {u.kind for u in halves.values() if u.kind in ("Conv", "Gemm")}
     assert all("no FP16 kernel" in u.cause and "Cast to FP32" in u.cause for u in cast)

@@ -281,6 +281,7 @@ class TestFiles:
                 row.sqnr_db.high,
             )
             assert line["flagged"] == ("true" if row.flagged else "false")
+            assert line["scheme"] == row.scheme
 
     def test_csv_keeps_names_with_line_breaks_and_quotes(self, make_run: Make) -> None:
         table = make_run(blocks=2, name=lambda s: f'a"b,c\r\nd\re\n{s}').table

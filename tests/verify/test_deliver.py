@@ -22,7 +22,7 @@ from bitalloy.verify import rounds
 from bitalloy.verify.summary import summarize_run
 
 FLOOR_DB = 5.0
-SIZES = {ONLY: Triple(reference=1, int8=1, mixed=1)}
+SIZES = {ONLY: Triple(reference=1, lowest=1, mixed=1)}
 NO_METRICS = Metrics(metrics={}, confidence_shift={})
 
 
@@ -33,7 +33,7 @@ def timed(median_ms: float, p10_ms: float | None = None) -> Latency:
 def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None) -> Measured:
     """Good SQNR of all heads, and the mixed model at `ratio` of float's 10 ms."""
     good = tuple(Estimate(value=30.0, low=29.0, high=31.0) for _ in analysis.heads)
-    latency = LatencySpread(reference=timed(10.0, p10_ms), int8=timed(8.0), mixed=timed(10.0 * ratio))
+    latency = LatencySpread(reference=timed(10.0, p10_ms), lowest=timed(8.0), mixed=timed(10.0 * ratio))
     return Measured(latency=latency, sqnr_lowest=good, sqnr_mixed=good, float32=good)
 
 
@@ -48,8 +48,11 @@ def analysis(inputs: Any) -> Any:
 def planned(analysis: Any) -> Any:
     """A plan of all units at half of float's time, as a table says in which everything in INT8 is fast."""
     table = bitalloy.measure_cost(analysis)
-    fast = tuple(c if c.int8_us is None else msgspec.structs.replace(c, fp32_us=10.0, int8_us=4.0) for c in table.units)
-    table = msgspec.structs.replace(table, units=fast, fixed_us=0.0, border_us=0.1, border_us_per_element=0.0)
+    fast = tuple(
+        msgspec.structs.replace(c, us={"fp32": 10.0, "int8": 4.0}) if "int8" in c.us else c for c in table.units
+    )
+    borders = tuple(msgspec.structs.replace(b, us=0.1, us_per_element=0.0) for b in table.borders)
+    table = msgspec.structs.replace(table, units=fast, fixed_us=0.0, borders=borders)
     return bitalloy.plan(analysis, Budget(min_sqnr_db=FLOOR_DB), table=table)
 
 
@@ -60,7 +63,7 @@ def test_a_plan_above_the_floor_that_is_slower_than_float_is_searched_again(anal
     assert following is not None
     asked, table = following
     again = bitalloy.plan(analysis, asked, table=table)
-    assert again.plan.int8_units() != planned.plan.int8_units()
+    assert again.plan.chosen != planned.plan.chosen
     assert again.predicted_ratio <= 1.0 + GAP  # of the solver
     assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.9)) is None
 
@@ -91,7 +94,7 @@ def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p
 
 
 def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any) -> None:
-    everything = tuple(msgspec.structs.replace(c, precision=bitalloy.Precision.FP32) for c in planned.plan.choices)
+    everything = tuple(msgspec.structs.replace(c, scheme="fp32") for c in planned.plan.choices)
     plan = msgspec.structs.replace(planned.plan, choices=everything)
     idle = bitalloy.Planned(plan, planned.cost)
     summary = summarize_run(analysis, idle, SIZES, measured(analysis, 0.12), NO_METRICS, (), {})

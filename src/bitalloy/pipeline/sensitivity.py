@@ -75,11 +75,11 @@ def sensitivity(
         _publish(store, FILES["exact"], table)
         return table
     analysis = analyze(loaded, dataset, settings, work=work)
-    wanted = {(t.scope, t.id) for t in chosen(analysis.units, asked.selection)}
+    wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen(analysis.units, asked.selection)}
     if asked.confirmed is not None:
         analysis = confirm(analysis, asked.confirmed, work=work)
     _publish(store, FILES["probe"], analysis.table)
-    rows = tuple(r for r in analysis.table.rows if (r.scope, r.id) in wanted and (r.part == "all" or r.scope == "site"))
+    rows = tuple(r for r in analysis.table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
     return msgspec.structs.replace(analysis.table, rows=rows)
 
 

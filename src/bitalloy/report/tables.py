@@ -9,7 +9,7 @@ import msgspec
 
 from bitalloy.core.records import SensitivityTable
 
-COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact")
+COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact", "scheme")
 
 
 def sensitivity_csv(table: SensitivityTable) -> str:
@@ -23,7 +23,7 @@ def sensitivity_csv(table: SensitivityTable) -> str:
     for row in table.rows:
         value = row.sqnr_db
         marks = ("true" if mark else "false" for mark in (row.flagged, row.exact))
-        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, *marks))
+        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, *marks, row.scheme))
     return buffer.getvalue()
 
 

@@ -73,7 +73,7 @@ def plan_line(planned: Planned) -> str:
 
 
 def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings, and a line of cells for each thing, worst first.
+    """Headings, and a line of cells for each thing, worst first; in each scheme, where there are several.
 
     With leave-one-out the worst is what gains most when it alone stays in float.
     """
@@ -84,10 +84,11 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
             (r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order
         ]
         return ("", "", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
-    found: dict[tuple[str, str], list[Sensitivity]] = {}
+    found: dict[tuple[str, str, str], list[Sensitivity]] = {}
     for row in table.rows:
-        found.setdefault((row.scope, row.id), []).append(row)
-    whole = {r.head: r.sqnr_db.value for r in found.get(("all", EVERYTHING), [])}
+        found.setdefault((row.scope, row.id, row.scheme), []).append(row)
+    whole = {r.head: r.sqnr_db.value for r in table.rows if (r.scope, r.id) == ("all", EVERYTHING)}
+    several = len({r.scheme for r in table.rows}) > 1
 
     def badness(rows: list[Sensitivity]) -> float:
         rows = [r for r in rows if not is_divergence(r.head)]
@@ -96,12 +97,14 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
         return min(r.sqnr_db.value for r in rows)
 
     lines = []
-    for (scope, name), rows in sorted(found.items(), key=lambda item: (badness(item[1]), item[0])):
+    for (scope, name, scheme), rows in sorted(found.items(), key=lambda item: (badness(item[1]), item[0])):
         mark = "exact" if rows[0].exact else "flagged" if any(r.flagged for r in rows) else ""
-        lines.append((scope, name, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
+        cell = (scheme.upper(),) if several else ()
+        lines.append((scope, name, *cell, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
     heads = [r.head for r in next(iter(found.values()))] if found else []
     without = " without it" if table.method == ALL_BUT_ONE else ""
-    return ("", "", *(f"{head}, dB{without}" for head in heads), ""), lines
+    column = ("in",) if several else ()
+    return ("", "", *column, *(f"{head}, dB{without}" for head in heads), ""), lines
 
 
 def _interval(value: Estimate, form: str) -> str:
