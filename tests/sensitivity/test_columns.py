@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
+from bitalloy.core.schemes import Plan
+from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import Reference
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.rewrite.cast import specified
@@ -17,6 +20,7 @@ from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.ort_cuda import ORT_CUDA
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 from bitalloy.targets.tensorrt import TENSORRT
 
@@ -42,12 +46,12 @@ def everything(case) -> bytes:
     return model.SerializeToString()
 
 
-def schemes(case, ranges, targets: tuple[Target, ...]) -> list[Recipe]:
+def recipes(case, ranges, targets: tuple[Target, ...]) -> list[Recipe]:
     return [Recipe(split(case.graph, t, case.heads), t, ranges) for t in targets]
 
 
 def prober(case, ranges, targets: tuple[Target, ...]) -> Prober:
-    return Prober(case.graph, case.heads, schemes(case, ranges, targets))
+    return Prober(case.graph, case.heads, recipes(case, ranges, targets))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def joint(case, ranges) -> dict[str, ProbeMatrix]:
     """Target -> its columns of one matrix."""
     together = prober(case, ranges, TARGETS)
     rows = [together.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
-    found = views(case.graph, schemes(case, ranges, TARGETS))
+    found = views(case.graph, recipes(case, ranges, TARGETS))
     whole = ProbeMatrix.concatenate(rows)
     return {t.name: whole.view(v) for t, v in zip(TARGETS, found, strict=True)}
 
@@ -83,31 +87,33 @@ def test_what_targets_round_alike_is_one_column(case, ranges) -> None:
     twin = replace(TENSORRT, name="twin")
     both, one = prober(case, ranges, (TENSORRT, twin)), prober(case, ranges, (TENSORRT,))
     assert both.sites == one.sites
-    coarse = replace(twin, activation_symmetric=False)
+    offers = (replace(o, scheme=msgspec.structs.replace(o.scheme, activation="uint8")) for o in twin.offers[1:])
+    coarse = replace(twin, offers=(twin.offers[0], *offers))
     found = prober(case, ranges, (TENSORRT, coarse)).sites
     added = set(found) - set(one.sites)
     assert added and all(name.endswith(" on twin") for name in added)
     assert not any("#1" in name for name in added), "weights have the same format on both"
 
 
-def measured(case, ranges, target: Target, plan: frozenset[str]) -> np.ndarray:
+def measured(case, ranges, target: Target, plan: Plan) -> np.ndarray:
     """SQNR in dB of the rewritten model on boxes and scores; the other heads of this random network bend too much."""
-    model = write_plan(case.graph, split(case.graph, target, case.heads), plan, ranges, target).model
-    exact, rounded = OrtSession(case.graph.to_bytes()), OrtSession(specified(model))
-    parts = [(Reference(exact.run(f), case.heads), rounded.run(f)) for f in case.feeds]
+    (recipe,) = recipes(case, ranges, (target,))
+    model = write_plan(case.graph, recipe, plan).model
+    exact, mixed = OrtSession(case.graph.to_bytes()), OrtSession(specified(model))
+    parts = [(Reference(exact.run(f), case.heads), mixed.run(f)) for f in case.feeds]
     errors, energies = [r.error(y) for r, y in parts], [r.energy for r, _ in parts]
     return decibel(np.mean(errors, axis=0) / np.mean(energies, axis=0))[:2]
 
 
-def predicted(matrix: ProbeMatrix, units, plan: frozenset[str]) -> np.ndarray:
-    return decibel(matrix.damage(matrix.select(units.rounded(plan))).mean(axis=0))[:2]
+def predicted(matrix: ProbeMatrix, units: UnitGraph, plan: Plan) -> np.ndarray:
+    return decibel(matrix.damage(matrix.select(rounded(units, plan))).mean(axis=0))[:2]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_int8_of_another_target_is_predicted(case, ranges, joint, share) -> None:
     units = split(case.graph, TENSORRT, case.heads)
     rng = np.random.default_rng(int(10 * share))
-    plan = frozenset(u for u in sorted(units.quantizable()) if rng.random() < share)
+    plan = Plan.of("int8", *(u for u in sorted(units.able("int8")) if rng.random() < share))
     found, expected = predicted(joint["tensorrt"], units, plan), measured(case, ranges, TENSORRT, plan)
     assert plan and np.abs(found - expected)[expected > 10].max() < 2.5
 
@@ -115,7 +121,7 @@ def test_int8_of_another_target_is_predicted(case, ranges, joint, share) -> None
 @pytest.mark.parametrize("target", [TENSORRT, ORT_CUDA], ids=lambda t: t.name)
 def test_fp16_is_predicted(case, ranges, joint, target) -> None:
     units = split(case.graph, target, case.heads)
-    plan = frozenset(u.id + HALF for u in units.units if Precision.FP16 in u.allowed)
+    plan = Plan.of("fp16", *units.able("fp16"))
     assert len(plan) == len(units.units)
     found, expected = predicted(joint[target.name], units, plan), measured(case, ranges, target, plan)
     assert (expected > 45).all() and (expected < 90).all()

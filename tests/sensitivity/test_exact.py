@@ -20,7 +20,9 @@ from onnx import TensorProto, helper
 import bitalloy
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import SensitivityTable
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
+from bitalloy.core.units import UnitGraph
 from bitalloy.formats.affine import activation_params
 from bitalloy.model.heads import head_of, is_divergence
 from bitalloy.model.read import name_of
@@ -30,9 +32,21 @@ from bitalloy.sensitivity.exact import Segment, Switchboard
 from bitalloy.sensitivity.matrix import bend, decibel
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, chosen
 from bitalloy.sensitivity.segments import cut, extract, reads
+from bitalloy.targets.placement import ACTIVATIONS, Site, possible_sites, rounded, weight_site
+from bitalloy.targets.recipe import stored_weight
 from bitalloy.tasks.metric import MetricTable
 
 QUICK = bitalloy.Settings(samples=4, probes=8, calibration_samples=8)
+
+
+def able(units: UnitGraph) -> list[str]:
+    """Units that may run in INT8, in order of their names."""
+    return sorted(units.able("int8"))
+
+
+def sites_of(units: UnitGraph, *names: str) -> frozenset[str]:
+    """Sites of the plan with some units in INT8."""
+    return rounded(units, Plan.of("int8", *names))
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ def places(inputs: Any) -> dict[str, Place]:
     for name, data in (("classifier", inputs.images), ("detector", inputs.scenes)):
         model = bitalloy.load(getattr(inputs, name))
         ready = bitalloy.calibrate(model, bitalloy.open_data(model, data, limit=4), QUICK)
-        found[name] = Place(ready, Switchboard(model, ready.scheme(), segments=6))
+        found[name] = Place(ready, Switchboard(model, ready.recipe(), segments=6))
     return found
 
 
@@ -90,11 +104,11 @@ def test_segments_one_after_another_are_the_network(place: Place, count: int) ->
 def test_branching_off_gives_the_same_bits_as_an_execution_from_the_start(place: Place) -> None:
     ready, board = place.ready, place.board
     feeds = ready.data.feeds(1)
-    everything = ready.units.rounded(ready.units.quantizable())
-    for around in (frozenset(), everything):
+    everything = rounded(ready.units, ready.units.lowest())
+    for around in (frozenset[str](), everything):
         walk = board.walk(feeds, board.gates(around))
-        for unit in sorted(ready.units.quantizable()):
-            gates = board.gates(ready.units.rounded(frozenset({unit})) ^ around)
+        for unit in able(ready.units):
+            gates = board.gates(sites_of(ready.units, unit) ^ around)
             for name, y in board.run(feeds, gates).items():
                 np.testing.assert_array_equal(walk.run(gates)[name], y, err_msg=unit)
         for name, y in walk.outputs.items():
@@ -117,11 +131,11 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
     monkeypatch.setattr(Segment, "run", run)
     saved = 0
     for unit in units.units:
-        if unit.id not in units.quantizable():
+        if unit.id not in units.lowest():
             continue
         reached = {w.node for w in unit.weights} | {e.node for e in unit.inner}
-        sites = units.rounded(frozenset({unit.id}))
-        reached |= {u.node for e in units.edges if {e.id, e.id + AGAIN} & sites for u in e.uses}
+        sites = sites_of(units, unit.id)
+        reached |= {u.node for e in units.edges if {s.id for s in possible_sites(units, e)} & sites for u in e.uses}
         for node in graph.nodes:  # in topological order
             makers = (v.producer() for v in node.inputs if v is not None)
             if any(name_of(maker) in reached for maker in makers if maker is not None):
@@ -130,15 +144,15 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
         walk.run(place.board.gates(sites))
         assert ran == sorted(i for i, names in enumerate(parts) if reached & set(names)), unit.id
         saved += len(parts) - len(ran)
-    assert saved > len(units.quantizable())
+    assert saved > len(units.lowest())
 
 
 def test_the_number_of_segments_does_not_matter(place: Place) -> None:
     ready = place.ready
     feeds = ready.data.feeds(0)
-    whole = Switchboard(ready.graph, ready.scheme(), segments=1)
-    for unit in sorted(ready.units.quantizable()):
-        sites = ready.units.rounded(frozenset({unit}))
+    whole = Switchboard(ready.graph, ready.recipe(), segments=1)
+    for unit in able(ready.units):
+        sites = sites_of(ready.units, unit)
         one, many = (b.run(feeds, b.gates(sites)) for b in (whole, place.board))
         for name in one:
             close = np.isclose(one[name], many[name], rtol=1e-3, atol=1e-3 * np.abs(one[name]).max())
@@ -156,7 +170,8 @@ def test_rounding_a_weight_is_the_model_with_the_rounded_weight(place: Place) ->
             node = ready.graph.node[site.node]
             weight = constant(node.inputs[site.slot])
             assert weight is not None and site.axis is not None
-            params = weight_params(ready.target, node, site)
+            params = stored_weight(ready.units.scheme("int8"), node, site)
+            assert params is not None
             shape = [1] * weight.ndim
             shape[site.axis] = -1
             scale = np.asarray(params.scale, np.float32).reshape(shape)
@@ -164,34 +179,34 @@ def test_rounding_a_weight_is_the_model_with_the_rounded_weight(place: Place) ->
             stored = next(i for i in proto.graph.initializer if i.name == site.tensor)
             stored.CopyFrom(onnx.numpy_helper.from_array(np.round(weight / scale).clip(-127, 127) * scale, site.tensor))
             expected = OrtSession(proto.SerializeToString()).run(feeds)
-            for name, y in place.board.run(feeds, place.board.gates([site.id])).items():
+            for name, y in place.board.run(feeds, place.board.gates([weight_site(site, "int8").id])).items():
                 tolerance = 1e-5 * float(np.abs(expected[name]).max())
                 np.testing.assert_allclose(y, expected[name], rtol=1e-4, atol=tolerance, err_msg=site.id)
 
 
 def test_rounding_an_input_is_the_model_on_a_rounded_image(place: Place) -> None:
     ready = place.ready
-    edge = next(e for e in ready.units.edges if e.producer is None and e.consumer in ready.units.quantizable())
+    edge = next(e for e in ready.units.edges if e.producer is None and e.consumer in ready.units.lowest())
     feeds = ready.data.feeds(0)
-    params = activation_params(*ready.ranges[edge.root], signed=ready.target.activation_signed)
+    params = activation_params(*ready.ranges[edge.root])
     x, scale, zero = feeds[edge.tensor], np.float32(params.scale), np.float32(params.zero_point)
     # coarser by half a step, so that rounding does something to images that are stored in 8 bits
     feeds = {edge.tensor: x + scale / 4}
-    rounded = ((np.round(feeds[edge.tensor] / scale) + zero).clip(0, 255) - zero) * scale
-    expected = OrtSession(ready.graph.to_bytes()).run({edge.tensor: rounded.astype(np.float32)})
-    for name, y in place.board.run(feeds, place.board.gates([edge.id])).items():
+    coarse = ((np.round(feeds[edge.tensor] / scale) + zero).clip(0, 255) - zero) * scale
+    expected = OrtSession(ready.graph.to_bytes()).run({edge.tensor: coarse.astype(np.float32)})
+    for name, y in place.board.run(feeds, place.board.gates([Site(edge.id, "int8", ACTIVATIONS).id])).items():
         np.testing.assert_allclose(y, expected[name], rtol=1e-4, atol=1e-4 * float(np.abs(y).max()))
 
 
 def test_a_whole_plan_is_the_rewritten_model(place: Place) -> None:
     """All units in INT8: the switchboard against the artefact, unfused so that both round at the same places."""
     ready = place.ready
-    everything = ready.units.quantizable()
+    everything = ready.units.lowest()
     artefact = OrtSession(ready.variant(everything).to_bytes(), optimize=False)
     for index in range(2):
         feeds = ready.data.feeds(index)
         found, expected = (
-            place.board.run(feeds, place.board.gates(ready.units.rounded(everything))),
+            place.board.run(feeds, place.board.gates(rounded(ready.units, everything))),
             artefact.run(feeds),
         )
         exact = OrtSession(ready.graph.to_bytes()).run(feeds)
@@ -208,10 +223,10 @@ def test_one_at_a_time_is_what_the_outputs_say(places: dict[str, Place]) -> None
     ready = place.ready
     table = bitalloy.measure_exact(ready, samples=3)
     assert table.method == "one-at-a-time" and table.samples == 3 and all(r.exact for r in table.rows)
-    assert {r.id for r in table.rows} == ready.units.quantizable()
+    assert {r.id for r in table.rows} == ready.units.able("int8")
     reference = OrtSession(ready.graph.to_bytes())
-    for unit in sorted(ready.units.quantizable())[::3]:
-        gates = place.board.gates(ready.units.rounded(frozenset({unit})))
+    for unit in able(ready.units)[::3]:
+        gates = place.board.gates(sites_of(ready.units, unit))
         for head in (h for h in ready.heads if h.scores is None):
             error = energy = 0.0
             for index in range(3):
@@ -237,14 +252,14 @@ def test_leave_one_out_is_all_rounded_but_the_unit(places: dict[str, Place]) -> 
     ready, board = places["classifier"].ready, places["classifier"].board
     table = bitalloy.measure_exact(ready, mode=ALL_BUT_ONE, samples=2)
     value = {(r.scope, r.id): r.sqnr_db.value for r in table.rows}
-    free = ready.units.quantizable()
+    free = ready.units.able("int8")
     reference = OrtSession(ready.graph.to_bytes())
     for name, plan in (((("all", EVERYTHING)), free), *((("unit", u), free - {u}) for u in sorted(free)[:3])):
         error = energy = 0.0
         for index in range(2):
             feeds = ready.data.feeds(index)
             y = head_of(reference.run(feeds), ready.heads[0])
-            found = board.run(feeds, board.gates(ready.units.rounded(plan)))
+            found = board.run(feeds, board.gates(sites_of(ready.units, *plan)))
             error += float(np.square(head_of(found, ready.heads[0]) - y).sum())
             energy += float(np.square(y).sum())
         assert value[name] == pytest.approx(10 * np.log10(energy / error), abs=0.3)
@@ -254,7 +269,7 @@ def test_a_region_left_out_leaves_out_its_units(places: dict[str, Place]) -> Non
     units = places["classifier"].ready.units
     for thing in chosen(units, bitalloy.Selection(regions=("*",)), ALL_BUT_ONE):
         members = {u.id for u in units.units if thing.id == "(model)" or (u.region + "/").startswith(thing.id + "/")}
-        assert thing.sites == units.rounded(units.quantizable() - members)
+        assert thing.sites == sites_of(units, *units.able("int8") - members)
 
 
 @pytest.mark.parametrize("option", ["units", "regions", "sites"])
@@ -295,11 +310,11 @@ def test_a_stopped_measurement_goes_on_from_its_shards(places: dict[str, Place],
             replace(ready, data=FailingData(ready.data, 2)), samples=3, work=bitalloy.Workspace(store)
         )
     kept = sorted(p.name for p in store.path.rglob("cache/exact-*/*"))
-    assert len(kept) == 2 * len(ready.units.quantizable())
+    assert len(kept) == 2 * len(ready.units.lowest())
     # what is there is not measured again: the first samples cannot even be read now
     again = replace(ready, data=FailingData(ready.data, 0))
     assert bitalloy.measure_exact(again, samples=3, work=bitalloy.Workspace(store)) == expected
-    some = bitalloy.Selection(units=(sorted(ready.units.quantizable())[0],))
+    some = bitalloy.Selection(units=(able(ready.units)[0],))
     part = bitalloy.measure_exact(again, some, samples=3, work=bitalloy.Workspace(store))
     assert set(part.rows) <= set(expected.rows)
 
@@ -329,7 +344,7 @@ def test_confirmed_rows_are_exact_and_the_prediction_moves_towards_them(analysis
         if not row.exact:
             continue
         assert row.sqnr_db == exact[row.id, row.head] and not row.flagged
-        sites = analysis.units.rounded(frozenset({row.id}))
+        sites = sites_of(analysis.units, row.id)
         for when, found in (("before", analysis), ("after", confirmed)):
             linear = found.matrix.damage(found.matrix.select(sites)).mean(axis=0)
             head = found.matrix.heads.index(row.head)
@@ -343,7 +358,7 @@ def test_confirmed_rows_are_exact_and_the_prediction_moves_towards_them(analysis
 
 def test_confirmation_keeps_the_measured_damage_of_everything(analysis: bitalloy.Analysis) -> None:
     confirmed = bitalloy.confirm(analysis, 4)
-    everything = analysis.units.rounded(analysis.units.quantizable())
+    everything = rounded(analysis.units, analysis.units.lowest())
     matrix, secant = confirmed.matrix, confirmed.secant
     linear = matrix.damage(matrix.select(everything)).mean(axis=0)
     np.testing.assert_allclose(linear * bend(secant, linear), analysis.secant.damage[-1], rtol=1e-5)
@@ -360,18 +375,18 @@ def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any,
 
     model = bitalloy.load(inputs.detector)
     ready = bitalloy.calibrate(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK)
-    unit = sorted(ready.units.quantizable())[0]
+    unit = able(ready.units)[0]
     table = bitalloy.measure_metric(ready, inputs.labels, bitalloy.Selection(units=(unit,)), limit=4)
-    board = Switchboard(model, ready.scheme())
+    board = Switchboard(model, ready.recipe())
     spec = image_spec(model)
     assert spec is not None
     data = DetectionData(read_coco(inputs.labels), spec, class_names(model.metadata))
-    float_, rounded = (
+    float_, coarse = (
         evaluate_detection(partial(board.run, gates=g), data, limit=4)
-        for g in (board.gates(()), board.gates(ready.units.rounded(frozenset({unit}))))
+        for g in (board.gates(()), board.gates(sites_of(ready.units, unit)))
     )
-    assert (table.reference, table.rows[0].value) == (float_.ap, rounded.ap)
-    drop = paired_difference(float_, rounded)
+    assert (table.reference, table.rows[0].value) == (float_.ap, coarse.ap)
+    drop = paired_difference(float_, coarse)
     assert (table.rows[0].drop.value, table.rows[0].drop.low) == pytest.approx((drop.value, drop.low))
 
 

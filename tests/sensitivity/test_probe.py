@@ -8,14 +8,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import DataInfo, Secant
+from bitalloy.core.schemes import Plan
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import load_graph
 from bitalloy.sensitivity.exact import Switchboard, damage, secant
-from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate, straight
+from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate_sqnr, straight
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.table import sensitivities
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
 
@@ -31,8 +33,8 @@ def matrix(case) -> ProbeMatrix:
 
 
 def test_every_unit_agrees_with_exact_execution(case, board, matrix) -> None:
-    free = sorted(case.units.quantizable())
-    sets = [case.units.rounded(frozenset({u})) for u in free]
+    free = sorted(case.units.able("int8"))
+    sets = [rounded(case.units, Plan.of("int8", u)) for u in free]
     exact, _ = damage(board, [board.gates(s) for s in sets], case.heads, case.feeds)
     exact_db = decibel(exact.mean(axis=0))
     predicted_db = decibel(np.stack([matrix.damage(matrix.select(s)).mean(axis=0) for s in sets], axis=1))
@@ -48,9 +50,9 @@ def test_whole_plans_agree_with_exact_execution(case, board, matrix) -> None:
     whose kernels decide the scales of weights.
     """
     rng = np.random.default_rng(5)
-    free = sorted(case.units.quantizable())
-    plans = [frozenset(u for u in free if rng.random() < p) for p in (0.2, 0.4, 0.6, 0.8, 1.0)]
-    sets = [case.units.rounded(p) for p in plans]
+    free = sorted(case.units.able("int8"))
+    plans = [Plan.of("int8", *(u for u in free if rng.random() < p)) for p in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    sets = [rounded(case.units, p) for p in plans]
     exact, _ = damage(board, [board.gates(s) for s in sets], case.heads, case.feeds)
     for i, sites in enumerate(sets):
         predicted, measured = (
@@ -81,14 +83,16 @@ def test_rows_do_not_depend_on_order_or_grouping(case) -> None:
 
 def test_intervals_contain_the_value_of_more_samples(case, matrix) -> None:
     part = matrix.subset(slice(4))
-    chosen = matrix.select(case.units.rounded(case.units.quantizable()))
-    for small, large in zip(estimate(part, chosen, draws(4, 0)), estimate(matrix, chosen, draws(8, 0)), strict=True):
+    chosen = matrix.select(rounded(case.units, case.units.lowest()))
+    for small, large in zip(
+        estimate_sqnr(part, chosen, draws(4, 0)), estimate_sqnr(matrix, chosen, draws(8, 0)), strict=True
+    ):
         assert small.low <= small.value <= small.high
         assert small.low - 1.0 <= large.value <= small.high + 1.0
 
 
 def test_secant_corrects_towards_the_measured_path(case, board, matrix) -> None:
-    sites = case.units.rounded(case.units.quantizable())
+    sites = rounded(case.units, case.units.lowest())
     bent = secant(board, matrix, sites, case.heads, case.feeds)
     linear = matrix.damage(matrix.select(sites)).mean(axis=0)
     exact, _ = damage(board, [board.gates(sites)], case.heads, case.feeds)
@@ -108,7 +112,7 @@ def test_bend_and_straight_are_inverse() -> None:
 
 
 def test_table_splits_weights_from_activations(case, matrix) -> None:
-    sites = case.units.rounded(case.units.quantizable())
+    sites = rounded(case.units, case.units.lowest())
     linear = tuple(float(d) for d in matrix.damage(matrix.select(sites)).mean(axis=0))
     flat = Secant(heads=matrix.heads, fractions=(1.0,), damage=(linear,), linear=linear, samples=8)
     info = DataInfo(name="random", count=8, seed=0, sha256="0" * 64, preprocessing="none")
@@ -159,8 +163,8 @@ def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
     heads = find_heads(loaded)
     assert [h.name for h in heads] == ["mid", "y"]
     units = split(loaded, ORT_CPU, heads[1:])  # `mid` is no head, so its unit may run in INT8
-    leaving, inside = "mid->(output)", "mid->second"
-    assert {leaving, inside} <= units.rounded(units.quantizable())
+    leaving, inside = "mid->(output) in int8", "mid->second in int8"
+    assert {leaving, inside} <= rounded(units, units.lowest())
     ranges = {e.root: (-4.0, 4.0) for e in units.edges}
     feeds = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)} for _ in range(4)]
     board = Switchboard(loaded, Recipe(units, ORT_CPU, ranges))

@@ -22,6 +22,7 @@ from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.ranges import choose, late, picked
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import ACTIVATIONS, Site, rounded
 from bitalloy.targets.recipe import Recipe
 
 SCALES = (3.0, 1.0, 0.45)
@@ -38,17 +39,18 @@ def probed(case, candidates) -> tuple[ProbeMatrix, list[dict[str, str]], list[di
     """One matrix for all candidates, and the columns of each: everywhere, and only behind Concats."""
     first, *others = candidates
     behind = [late(case.units, first, r) for r in others]
-    schemes = [Recipe(case.units, ORT_CPU, r) for r in (*candidates, *behind)]
-    prober = Prober(case.graph, case.heads, schemes)
+    recipes = [Recipe(case.units, ORT_CPU, r) for r in (*candidates, *behind)]
+    prober = Prober(case.graph, case.heads, recipes)
     rows = [prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
-    found = views(case.graph, schemes)
+    found = views(case.graph, recipes)
     return ProbeMatrix.concatenate(rows), found[: len(SCALES)], [found[0], *found[len(SCALES) :]]
 
 
 @pytest.fixture(scope="module")
 def alone(case, candidates) -> dict[str, np.ndarray]:
     """Tensor -> damage of its roundings by execution, (heads, candidates)."""
-    roots = {e.id: e.root for e in case.units.edges} | {e.id: e.tensor for u in case.units.units for e in u.inner}
+    places = {e.id: e.root for e in case.units.edges} | {e.id: e.tensor for u in case.units.units for e in u.inner}
+    roots = {Site(place, "int8", ACTIVATIONS).id: tensor for place, tensor in places.items()}
     found: dict[str, np.ndarray] = {}
     for number, ranges in enumerate(candidates):
         board = Switchboard(case.graph, Recipe(case.units, ORT_CPU, ranges))
@@ -63,7 +65,7 @@ def test_the_best_range_by_execution_is_chosen(case, probed, alone) -> None:
     matrix, names, _ = probed
     best = choose(matrix, names, case.units)
     plain = [i for i, h in enumerate(case.heads) if not h.kind]
-    whole = matrix.damage(matrix.select(case.units.rounded(case.units.quantizable()))).mean(axis=0)
+    whole = matrix.damage(matrix.select(rounded(case.units, case.units.lowest()))).mean(axis=0)
     costs = {t: (d[plain] / whole[plain, None]).sum(axis=0) for t, d in alone.items()}
     worth = {t: c for t, c in costs.items() if c.max() > 1e-6}
     assert len(worth) > 8
@@ -79,8 +81,8 @@ def test_all_units_on_chosen_ranges_are_predicted(case, candidates, probed) -> N
     for best in (choose(matrix, names, case.units), {t: 1 + (t in joined) for t in case.ranges}):
         ranges = {t: candidates[best.get(t, 0)][t] for t in case.ranges}
         view = matrix.view(picked(names, behind, best, case.units))
-        sites = case.units.rounded(case.units.quantizable())
-        assert sites <= set(view.sites) and any(s.endswith(AGAIN) for s in sites)
+        sites = rounded(case.units, case.units.lowest())
+        assert sites <= set(view.sites) and any(s.endswith(" again in int8") for s in sites)
         board = Switchboard(case.graph, Recipe(case.units, ORT_CPU, ranges))
         exact, _ = damage(board, [board.gates(sites)], case.heads, case.feeds)
         found = decibel(view.damage(view.select(sites)).mean(axis=0))
@@ -118,12 +120,12 @@ def test_an_outlier_is_cut_where_the_network_does_not_listen(tmp_path: Path, nee
     units = split(net, ORT_CPU, heads)
     wide = dict.fromkeys(("x", "a", "b", "y"), (-240.0, 240.0))
     narrow = {**wide, "b": (-4.0, 4.0)}
-    schemes = [Recipe(units, ORT_CPU, wide), Recipe(units, ORT_CPU, narrow)]
-    prober = Prober(net, heads, schemes)
+    recipes = [Recipe(units, ORT_CPU, wide), Recipe(units, ORT_CPU, narrow)]
+    prober = Prober(net, heads, recipes)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((1, 1, 16, 16)).astype(np.float32)} for _ in range(4)]
     matrix = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=32, seed=0) for i, f in enumerate(feeds)])
-    names = views(net, schemes)
+    names = views(net, recipes)
     assert choose(matrix, names, units)["b"] == (0 if needed else 1)
 
 
@@ -145,12 +147,12 @@ def test_an_analysis_says_what_its_choice_brought(case, tmp_path: Path) -> None:
     samples = range(8, 16)
     exact = OrtSession(case.path)
     for analysis, told in ((plain, choice.first_db), (found, choice.chosen_db)):
-        rounded = OrtSession(analysis.variant(analysis.units.quantizable()).to_bytes())
+        lowest = OrtSession(analysis.variant(analysis.units.lowest()).to_bytes())
         energy, error = [], []
         for i in samples:
             reference = Reference(exact.run(prepared.data.feeds(i)), case.heads)
             energy.append(reference.energy)
-            error.append(reference.error(rounded.run(prepared.data.feeds(i))))
+            error.append(reference.error(lowest.run(prepared.data.feeds(i))))
         measured = decibel(np.sum(error, axis=0) / np.sum(energy, axis=0))
         if analysis is plain or choice.kept:
             np.testing.assert_allclose([e.value for e in told], measured, atol=0.05)
