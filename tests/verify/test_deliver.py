@@ -19,7 +19,7 @@ from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
-from bitalloy.verify.summary import summarize_run
+from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
 FLOOR_DB = 5.0
 SIZES = {ONLY: Triple(reference=1, lowest=1, mixed=1)}
@@ -85,10 +85,14 @@ def test_a_size_budget_may_cost_time(analysis: Any, planned: Any) -> None:
     assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 1.4)) is None
 
 
+def shipped(planned: Any, found: Measured) -> MeasuredPlan:
+    return MeasuredPlan(planned=planned, measured=found, sizes=SIZES, metrics=NO_METRICS)
+
+
 @pytest.mark.parametrize(("p10_ms", "busy"), [(9.0, False), (0.7, True)])
 def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p10_ms: float, busy: bool) -> None:
     found = measured(analysis, 0.12, p10_ms=p10_ms)
-    summary = summarize_run(analysis, planned, SIZES, found, NO_METRICS, (), {})
+    summary = summarize_run(analysis, shipped(planned, found), {})
     assert any("machine was busy" in note for note in summary.notes) == busy
     assert (unsteadiness(found.latency.reference) > 10) == busy
 
@@ -97,7 +101,7 @@ def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any)
     everything = tuple(msgspec.structs.replace(c, scheme="fp32") for c in planned.plan.choices)
     plan = msgspec.structs.replace(planned.plan, choices=everything)
     idle = bitalloy.Planned(plan, planned.cost)
-    summary = summarize_run(analysis, idle, SIZES, measured(analysis, 0.12), NO_METRICS, (), {})
+    summary = summarize_run(analysis, shipped(idle, measured(analysis, 0.12)), {})
     assert "NOT faster" in summary.headline
 
 

@@ -24,7 +24,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.regions import ancestors, path_of, region_id
 from bitalloy.rewrite.calibrated import Calibrated, versions
 from bitalloy.targets import target
-from bitalloy.targets.base import split
+from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
 
 RANGE_RATIO = 16.0
@@ -58,8 +58,23 @@ def calibrate(
             return calibrate(graph, data, few, work=work)
 
         model, corrections = scaled(model, data, settings, trial, work, versions=versions())
-    heads = find_heads(model)
-    excluded = _excluded(model, settings.exclude)
+    parts = [
+        replace(part, given=given, corrections=corrections, notes=notes)
+        for part in _on_each(devices, model, data, settings, work)
+    ]
+    if settings.bias_correction:
+        debiased = debias(parts, data, parts[0].calibration.data.count, work)
+        corrections = (*corrections, debiased.correction)
+        offsets = debiased.offsets or ({},) * len(parts)
+        parts = [replace(p.corrected(o), corrections=corrections) for p, o in zip(parts, offsets, strict=True)]
+    return replace(parts[0], others=tuple(parts[1:]))
+
+
+def _on_each(
+    devices: Sequence[Target], model: Graph, data: Dataset, settings: Settings, work: Workspace
+) -> list[Calibrated]:
+    """The model on each target, with the ranges that all of them share."""
+    heads, excluded = find_heads(model), _excluded(model, settings.exclude)
     units = [split(model, device, heads, exclude=excluded) for device in devices]
     for device, found in zip(devices, units, strict=True):
         if not found.lowest():
@@ -81,7 +96,7 @@ def calibrate(
     )
     calibration = gather(model, units, data, info, settings, key, work)
     ranges = {r.tensor: r for r in calibration.ranges}
-    parts = [
+    return [
         Calibrated(
             graph=model,
             target=device,
@@ -92,19 +107,11 @@ def calibrate(
             info=info,
             excluded=excluded,
             calibration=calibration,
-            given=given,
-            corrections=corrections,
+            given=model,
             key=key_of(analysis=key, target=device.name) if index else key,
-            notes=notes,
         )
         for index, (device, found) in enumerate(zip(devices, units, strict=True))
     ]
-    if settings.bias_correction:
-        debiased = debias(parts, data, calibration.data.count, work)
-        corrections = (*corrections, debiased.correction)
-        offsets = debiased.offsets or ({},) * len(parts)
-        parts = [replace(p.corrected(o), corrections=corrections) for p, o in zip(parts, offsets, strict=True)]
-    return replace(parts[0], others=tuple(parts[1:]))
 
 
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:

@@ -19,7 +19,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.course import Course
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
-from bitalloy.verify.summary import summarize_run
+from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,15 @@ def verify(
     mixed, measured = best.mixed, best.measured
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
     final = _with_measured(final, measured)
-    summary = summarize_run(
-        course.known(),
-        final,
-        sizes_of(analysis, mixed),
-        measured,
-        metrics,
-        course.rounds(),
-        work.seconds,
-        evaluations,
+    shipped = MeasuredPlan(
+        planned=final,
+        measured=measured,
+        sizes=sizes_of(analysis, mixed),
+        metrics=metrics,
+        rounds=course.rounds(),
+        evaluations=evaluations,
     )
+    summary = summarize_run(course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)
 
 

@@ -33,6 +33,11 @@ class Core:
     joined: tuple[Edge, ...] = ()
     """Inputs that the kernel takes unrounded in any case, because it makes them itself (`Placement.NONE`)."""
 
+    @property
+    def root(self) -> str:
+        """The tensor that the pattern makes."""
+        return str(self.nodes[-1].outputs[0].name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
@@ -137,9 +142,63 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
             serve parts of different meaning, and neither are units that make a head's last tensor.
         exclude: node names that stay in the baseline.
     """
-    order = {name_of(n): i for i, n in enumerate(graph.nodes)}
+    found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
     final = {h.tensor for h in heads}
+    units = []
+    for name, core in found.cores.items():
+        members = found.members(name)
+        refused = _refused(target, core, members, _unfit_output(core.root, joined, final))
+        allowed = tuple(s.name for s in target.schemes if s.name not in refused)
+        excluded = bool(exclude & {name_of(n) for n in members})
+        sited = any(s.gated and s.name in allowed for s in target.schemes) and not excluded
+        units.append(
+            Unit(
+                id=name,
+                kind=core.kind,
+                region=region_id(path_of(core.nodes[0])),
+                core=tuple(name_of(n) for n in core.nodes),
+                tail=tuple(name_of(n) for n in found.tails[name]),
+                root=core.root,
+                inner=core.inner if sited else (),
+                weights=core.weights if sited else (),
+                allowed=(BASELINE,) if excluded else allowed,
+                macs=sum(macs(n) for n in core.nodes),
+                refused=refused,
+                reason="excluded by the user" if excluded else "",
+            )
+        )
+    unrounded = frozenset(e for core in found.cores.values() for e in core.joined)
+    edges = _edges(graph, found.owner, {u.id: u for u in units}, target.placement, unrounded)
+    if target.single_reader:
+        edges = _entering(edges, {name: name_of(c.reader or c.nodes[0]) for name, c in found.cores.items()})
+    return UnitGraph(
+        target=target.name,
+        model_sha256=graph.info.sha256,
+        units=tuple(units),
+        edges=tuple(edges),
+        schemes=target.schemes,
+    )
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """All nodes of a graph, each in the unit that owns it."""
+
+    cores: Mapping[str, Core]
+    """Unit -> the pattern that it was made from, in topological order."""
+    tails: Mapping[str, Sequence[ir.Node]]
+    """Unit -> the nodes behind its core that only move data, in the order of the graph."""
+    owner: Mapping[str, str]
+    """Node -> unit."""
+
+    def members(self, unit: str) -> tuple[ir.Node, ...]:
+        """All nodes of a unit."""
+        return (*self.cores[unit].nodes, *self.tails[unit])
+
+
+def _group(graph: Graph, target: Target) -> _Grouped:
+    """Match the patterns of a target in topological order; what only moves data joins the unit that feeds it."""
     owner: dict[str, str] = {}
     cores: dict[str, Core] = {}
     tails: dict[str, list[ir.Node]] = {}
@@ -158,42 +217,8 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         core = target.match(node, graph)
         cores[name], tails[name] = core, []
         owner.update({name_of(n): name for n in core.nodes})
-        root_unit[str(core.nodes[-1].outputs[0].name)] = name
-    units = []
-    for name, core in cores.items():
-        root = str(core.nodes[-1].outputs[0].name)
-        members = (*core.nodes, *tails[name])
-        refused = _refused(target, core, members, _unfit_output(root, joined, final))
-        allowed = tuple(s.name for s in target.schemes if s.name not in refused)
-        excluded = bool(exclude & {name_of(n) for n in members})
-        sited = any(s.gated and s.name in allowed for s in target.schemes) and not excluded
-        units.append(
-            Unit(
-                id=name,
-                kind=core.kind,
-                region=region_id(path_of(core.nodes[0])),
-                core=tuple(name_of(n) for n in core.nodes),
-                tail=tuple(name_of(n) for n in sorted(tails[name], key=lambda n: order[name_of(n)])),
-                root=root,
-                inner=core.inner if sited else (),
-                weights=core.weights if sited else (),
-                allowed=(BASELINE,) if excluded else allowed,
-                macs=sum(macs(n) for n in core.nodes),
-                refused=refused,
-                reason="excluded by the user" if excluded else "",
-            )
-        )
-    unrounded = frozenset(e for core in cores.values() for e in core.joined)
-    edges = _edges(graph, owner, {u.id: u for u in units}, target.placement, unrounded)
-    if target.single_reader:
-        edges = _entering(edges, {name: name_of(core.reader or core.nodes[0]) for name, core in cores.items()})
-    return UnitGraph(
-        target=target.name,
-        model_sha256=graph.info.sha256,
-        units=tuple(units),
-        edges=tuple(edges),
-        schemes=target.schemes,
-    )
+        root_unit[core.root] = name
+    return _Grouped(cores, tails, owner)
 
 
 def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
@@ -218,7 +243,7 @@ def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_outpu
 
 
 def _edges(
-    graph: Graph, owner: dict[str, str], units: dict[str, Unit], placement: Placement, unrounded: frozenset[Edge]
+    graph: Graph, owner: Mapping[str, str], units: dict[str, Unit], placement: Placement, unrounded: frozenset[Edge]
 ) -> list[UnitEdge]:
     """Float edges that leave a unit's core or enter another unit; edges inside a core are left out."""
     roots = {u.root: u.id for u in units.values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -92,40 +92,14 @@ def measure_metric(
             f"Box AP needs a detector with output (1, 4 + classes, n); this model's outputs are "
             f"{[list(o.shape) for o in model.info.outputs]}. Leave out --metric to measure SQNR."
         )
-    digest = hashlib.sha256(labels.read_bytes()).hexdigest()
-    key = key_of(
-        model=model.identity,
-        shapes=model.info.inputs,
-        target=ready.target.name,
-        ranges=ready.calibration.ranges,
-        offsets=ready.offsets,
-        labels=digest,
-        limit=limit,
-        seed=ready.settings.seed,
-        versions=versions(),
-    )
-    switches, graph, recipe = switchboard_opening(ready), graph_opening(model), ready.recipe()
-    classes = class_names(model.metadata)
-    jobs = []
-    for sites in dict.fromkeys((frozenset[str](), *(t.sites for t in things))):
-        spec = MeasuredPrecision(
-            switchboard=switches,
-            sites=tuple(sorted(sites)),
-            image=image,
-            labels=str(labels.absolute()),
-            sha256=digest,
-            limit=limit,
-            seed=ready.settings.seed,
-            names=None if classes is None else tuple(classes),
-        )
-        name = hashlib.sha256("\n".join(spec.sites).encode()).hexdigest()[:24]
-        jobs.append(Job(kind="metric", key=key, shard=name, spec=spec))
-    held = work.executor.contexts.holding((graph, model), (switches.spec.recipe, recipe))
+    sites = (frozenset[str](), *(t.sites for t in things))
+    switches = switchboard_opening(ready)
+    jobs = _jobs(ready, labels, image, switches, dict.fromkeys(sites), limit)
+    held = work.executor.contexts.holding((graph_opening(model), model), (switches.spec.recipe, ready.recipe()))
     with work.stage("metric", len(jobs)) as progress, held:
         results = [msgspec.json.decode(raw, type=_Result) for raw in work.map(jobs, progress)]
     of = {frozenset(job.spec.sites): result for job, result in zip(jobs, results, strict=True)}
-    found = [of[sites] for sites in (frozenset[str](), *(t.sites for t in things))]
-    reference, *others = found
+    reference, *others = (of[rounded] for rounded in sites)
     return MetricTable(
         model_sha256=model.info.sha256,
         metric=METRIC,
@@ -136,6 +110,45 @@ def measure_metric(
             for t, r in zip(things, others, strict=True)
         ),
     )
+
+
+def _jobs(
+    ready: Calibrated,
+    labels: Path,
+    image: ImageSpec,
+    switches: Opening,
+    sites: Iterable[frozenset[str]],
+    limit: int | None,
+) -> list[Job]:
+    """One job for each set of sites that is rounded."""
+    model, seed, classes = ready.graph, ready.settings.seed, class_names(ready.graph.metadata)
+    digest = hashlib.sha256(labels.read_bytes()).hexdigest()
+    key = key_of(
+        model=model.identity,
+        shapes=model.info.inputs,
+        target=ready.target.name,
+        ranges=ready.calibration.ranges,
+        offsets=ready.offsets,
+        labels=digest,
+        limit=limit,
+        seed=seed,
+        versions=versions(),
+    )
+    jobs = []
+    for rounded in sites:
+        spec = MeasuredPrecision(
+            switchboard=switches,
+            sites=tuple(sorted(rounded)),
+            image=image,
+            labels=str(labels.absolute()),
+            sha256=digest,
+            limit=limit,
+            seed=seed,
+            names=None if classes is None else tuple(classes),
+        )
+        name = hashlib.sha256("\n".join(spec.sites).encode()).hexdigest()[:24]
+        jobs.append(Job(kind="metric", key=key, shard=name, spec=spec))
+    return jobs
 
 
 class MeasuredPrecision(Record, frozen=True, kw_only=True):

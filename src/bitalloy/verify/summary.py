@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
@@ -22,18 +23,29 @@ from bitalloy.verify.rounds import shortfall
 MOSTLY_NOISE_DB = 3.01
 
 
-def summarize_run(
-    analysis: Analysis,
-    planned: Planned,
-    sizes: Mapping[str, Triple],
-    measured: Measured,
-    metrics: Metrics,
-    rounds: Sequence[Round],
-    seconds: Mapping[str, float],
-    evaluations: Sequence[Evaluation] = (),
-) -> Summary:
-    """Put predictions and measurements of a run side by side."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPlan:
+    """The plan that is shipped, with all that was measured on the way to it."""
+
+    planned: Planned
+    measured: Measured
+    sizes: Mapping[str, Triple]
+    """Graph -> its size in bytes in the three models."""
+    metrics: Metrics
+    rounds: tuple[Round, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
+    """Put predictions and measurements of a run side by side.
+
+    Args:
+        analysis: of the model, with the probe matrix as last corrected.
+        shipped: the plan with its measurements.
+        seconds: wall time per stage.
+    """
     matrix, units = analysis.matrix, analysis.units
+    planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
     weights = draws(matrix.samples, analysis.settings.seed)
     everything = matrix.select(rounded(units, units.lowest()))
     predicted_lowest = estimate_sqnr(matrix, everything, weights, analysis.secant)
@@ -78,8 +90,8 @@ def summarize_run(
         calibration=analysis.calibration.data,
         analysis=part_of(analysis.info, matrix.samples),
         seconds=dict(seconds),
-        rounds=tuple(rounds),
-        evaluations=tuple(evaluations),
+        rounds=shipped.rounds,
+        evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
         notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *_unresolved(planned, measured), *metrics.notes),
