@@ -33,7 +33,7 @@ from bitalloy.core.store import key_of
 from bitalloy.model.heads import Reference
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.search.program import Problem
+from bitalloy.search.problem import Problem
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import bend, decibel
 from bitalloy.tasks.coco import read_coco

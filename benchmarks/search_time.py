@@ -24,7 +24,7 @@ from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Scheme
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.search.choice import search
-from bitalloy.search.program import Problem
+from bitalloy.search.problem import Problem
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import ACTIVATIONS, Site, own_sites, rounded
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitalloy.core.schemes import Plan
-from bitalloy.search.program import Problem
+from bitalloy.search.problem import Problem
 
 
 def same_one_by_one(problem: Problem, plan: Plan) -> None:

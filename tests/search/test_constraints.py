@@ -15,7 +15,7 @@ from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.search.choice import search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import operators_of
-from bitalloy.search.program import Problem
+from bitalloy.search.problem import Problem
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import all_sites
 

@@ -16,7 +16,8 @@ from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.measure.roofline import estimate_costs
 from bitalloy.model.heads import find_heads
 from bitalloy.search.choice import search
-from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.search.problem import Problem
+from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import Device, split

@@ -21,7 +21,8 @@ from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.search.choice import search
 from bitalloy.search.front import polish
-from bitalloy.search.program import GAP, Limits, Problem, Program
+from bitalloy.search.problem import Problem
+from bitalloy.search.program import GAP, Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU

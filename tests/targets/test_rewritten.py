@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 from tests.targets.conftest import CASES
 
-from bitalloy.core.outcome import Audit
+from bitalloy.core.audited import Audit
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit_kernels, reconcile

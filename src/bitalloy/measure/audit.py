@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bitalloy.core.outcome import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
+from bitalloy.core.audited import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.tracing import Timed, Traced

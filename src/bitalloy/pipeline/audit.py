@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy.core.audited import Audit
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
-from bitalloy.core.outcome import Audit
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.schemes import Plan

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from bitalloy.core.outcome import Audit, Evaluation, Summary, Triple
+from bitalloy.core.audited import Audit
+from bitalloy.core.outcome import Evaluation, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget
 from bitalloy.core.work import Workspace

@@ -14,7 +14,8 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from bitalloy.core.outcome import Audit, Summary
+from bitalloy.core.audited import Audit
+from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
 from bitalloy.core.records import SensitivityTable
 from bitalloy.core.units import UnitGraph

@@ -14,7 +14,8 @@ from bitalloy.core.units import Evidence, Unit
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.prices import latency_interval_us
 from bitalloy.search import front as around
-from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.search.problem import Problem
+from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 

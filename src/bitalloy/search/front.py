@@ -9,7 +9,8 @@ import numpy as np
 
 from bitalloy.core.plans import ParetoPoint
 from bitalloy.core.schemes import Plan
-from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.search.problem import Problem
+from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import decibel
 
 FRONT_BUDGETS = 24

@@ -23,7 +23,7 @@ from bitalloy.model.read import name_of
 from bitalloy.search.choice import Proven, complete, search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.front import FRONT_BUDGETS
-from bitalloy.search.program import Problem
+from bitalloy.search.problem import Problem
 from bitalloy.search.protection import Advice, protect, read_advice
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix

@@ -1,53 +1,44 @@
-"""Choose the precision of every unit: a mixed-integer program for the additive part, local search for interactions.
+"""Choose the scheme of every unit: a mixed-integer program for the additive part of the damage.
 
-The program (HiGHS, through scipy) has a binary variable per unit and precision below FP32 that the unit may take (x for
-INT8, h for FP16, x + h <= 1), a rounding variable y per edge, and border variables z and c per tensor and direction:
+The program (HiGHS, through scipy) has a binary variable x for each unit and each scheme beside the baseline that the
+unit may run in, a variable y for each site that depends on the schemes at both ends of an edge, and a variable z for
+each conversion on a tensor. Solved for the least damage or the least latency, it holds that
 
-    y_e >= x_producer, y_e >= x_consumer          an edge is rounded when either side is INT8, or as the target rounds
-    z_t >= x_producer - x_consumer                a border costs where INT8 begins or ends (and the reverse)
-    c_t >= h_producer - h_consumer - x_consumer   or where FP16 meets FP32 (and the reverse)
-    damage_h = sum_w D_wh x + sum_e D_eh y        relative error energy of head h, sites taken as independent
-    latency  = fixed + sum of units + sum of borders
+    sum_s x_us <= 1                        a unit has one scheme
+    y_e >= x_us, y_e >= x_vt               a site is rounded where the scheme at either end asks for it
+    z_c >= x_us - x_vt                     a conversion is paid where the schemes at both ends differ so
+    damage_h = sum D_hx x + sum D_hy y     relative error energy of head h, with sites taken as independent
+    latency  = fixed + units + borders     from the cost table
 
-The probe matrix knows more than the program: it gives the damage of whole sets of sites, with their interactions.
-Local search flips units while that damage falls. With few rows the interaction terms are noisy, and a search over
-thousands of plans would fit the noise; so they enter with half their weight (`SHRINK`), the additive part in full.
-
+It knows nothing of how errors add up: `search.front.polish` goes on from its solution with the damage of whole plans.
 This module sees tables, not graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
-from bitalloy.core.plans import CostTable
-from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
-from bitalloy.core.units import UnitEdge, UnitGraph
-from bitalloy.measure.prices import latency_us, saved_bytes
-from bitalloy.model.heads import DETECTIONS
-from bitalloy.search.moves import Moves
+from bitalloy.core.units import UnitEdge
+from bitalloy.search.problem import Problem
 from bitalloy.search.withheld import withheld
-from bitalloy.sensitivity.matrix import ProbeMatrix, bend, straight
+from bitalloy.sensitivity.matrix import straight
 from bitalloy.targets.placement import (
     Conversion,
     Site,
     conversions,
     own_sites,
     possible_sites,
-    rounded,
     roundings,
     scheme_pairs,
 )
 
-SHRINK = 0.5
 NODE_LIMIT = 2000
 """Nodes of the solver's tree after which it stops. Not a time: the same input gives the same plan on any machine."""
 GAP = 0.005
@@ -72,90 +63,6 @@ class Limits:
     def damages(self, heads: int) -> np.ndarray:
         """(heads,): the limits on damage."""
         return np.array(self.damage) if self.damage else np.full(heads, np.inf)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All tables that the search needs."""
-
-    units: UnitGraph
-    matrix: ProbeMatrix
-    secant: Secant
-    cost: CostTable
-    float_bytes: int
-
-    @cached_property
-    def choices(self) -> Mapping[str, tuple[str, ...]]:
-        """Units that may run in another scheme than the baseline, in graph order -> these schemes, the lowest first."""
-        return {u.id: u.choices for u in self.units.units if u.choices}
-
-    @cached_property
-    def fixed(self) -> Plan:
-        """The least that every plan holds: units that may not run in the baseline."""
-        return Plan({u.id: u.choices[0] for u in self.units.units if u.choices and BASELINE not in u.allowed})
-
-    @cached_property
-    def moves(self) -> tuple[tuple[str, str], ...]:
-        """(unit, scheme) that a single unit may change to; it goes back to the baseline where it is there already."""
-        choice = {u.id for u in self.units.units if len(u.allowed) > 1}
-        return tuple((unit, scheme) for unit, schemes in self.choices.items() if unit in choice for scheme in schemes)
-
-    def moved(self, plan: Plan, move: tuple[str, str]) -> Plan:
-        """A plan after one of the `moves`."""
-        unit, scheme = move
-        return plan.moved(unit, BASELINE if plan.scheme_of(unit) == scheme else scheme)
-
-    def sites(self, plan: Plan) -> np.ndarray:
-        """0/1 vector of the sites that a plan rounds."""
-        return self.matrix.select(rounded(self.units, plan))
-
-    @cached_property
-    def site_damage(self) -> np.ndarray:
-        """(heads, sites): mean relative error energy of each site alone."""
-        return np.asarray(self.matrix.site_damage().mean(axis=0))
-
-    def damage(self, plan: Plan) -> np.ndarray:
-        """(heads,): relative error energy of a plan, interactions shrunk by `SHRINK`, corrected by the secant."""
-        chosen = self.sites(plan)
-        together = self.matrix.damage(chosen).mean(axis=0)
-        linear = np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
-        return np.asarray(linear * bend(self.secant, linear))
-
-    def neighbours(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the plans one move away, in the order of `moves`: damage (moves, heads), latency in us, bytes."""
-        found = self._neighbours.neighbours(plan)
-        linear = SHRINK * found.together + (1 - SHRINK) * found.alone
-        damage = np.asarray(linear * bend(self.secant, linear))
-        return damage, found.latency_us, self.float_bytes - found.saved_bytes
-
-    @cached_property
-    def _neighbours(self) -> Moves:
-        return Moves(self.units, self.moves, self.matrix, self.cost)
-
-    @cached_property
-    def aims(self) -> np.ndarray:
-        """(heads,): weights of the heads in the one number that is minimized.
-
-        Each head counts by its share of the damage that rounding everything does to it, so that none drowns the
-        others. Where detections are judged, the plain boxes, nearly all of them of anchors that see nothing, are not.
-        Divergences are not: they are made of heads that are judged already.
-        """
-        heads = self.matrix.heads
-        judged = self.matrix.plain & np.array([h != "boxes" or DETECTIONS not in heads for h in heads])
-        whole = self.site_damage @ self.sites(self.units.lowest())
-        return np.asarray(np.where(judged & (whole > 0), 1 / np.maximum(whole, 1e-30), 0.0) / judged.sum())
-
-    def total(self, plan: Plan) -> float:
-        """What is minimized: damage of a plan, summed over the heads by `aims`."""
-        return float(self.aims @ self.damage(plan))
-
-    def latency_us(self, plan: Plan) -> float:
-        """Predicted latency of a plan."""
-        return latency_us(self.cost, self.units, plan)
-
-    def size_bytes(self, plan: Plan) -> int:
-        """Predicted file size of a plan."""
-        return self.float_bytes - saved_bytes(self.cost, plan)
 
 
 @dataclass(frozen=True)
