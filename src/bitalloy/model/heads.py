@@ -8,9 +8,9 @@ Case 3. A head that gives a distribution makes a second head, named `... KL`, la
         LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
 
 The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names. Its boxes make a second
-head, `detections`: errors relative to the size of the box, weighed by the squared score of the anchor, because average
+head, `detections`: errors relative to the size of the box, weighted by the squared score of the anchor, because average
 precision sees small boxes of confident anchors and hardly any of the other thousands. In models of a known family
-other heads are weighed by its relevance (`bitalloy.model.relevance`).
+other heads are weighted by its relevance (`bitalloy.model.relevance`).
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
 
 
 def needs_values(head: Head) -> bool:
-    """Whether errors of a head are weighed by its float values."""
+    """Whether errors of a head are weighted by its float values."""
     return bool(head.scores or head.kind or head.family)
 
 
 class Squares:
-    """Squared errors of a head, weighed by relevance: what SQNR is made of.
+    """Squared errors of a head, weighted by relevance: what SQNR is made of.
 
     Args:
         head: part of the outputs.
@@ -162,21 +162,21 @@ class Squares:
             size = np.maximum(_along(self._value, head.axis, 2, 4), LEAST_SIZE)
             signal = np.concatenate([size, size], axis=head.axis)
             self._factors = np.square(confidence) / signal
-        self.energy = float(np.square(self._weighed(signal)).sum())
-        """||y||^2. Of weighed boxes the sizes stand for y: an error as large as the box is 0 dB."""
+        self.energy = float(np.square(self._weighted(signal)).sum())
+        """||y||^2. Of weighted boxes the sizes stand for y: an error as large as the box is 0 dB."""
 
     noise = 0.0
     """Errors that float32 arithmetic makes anyway are small beside y."""
 
     def error(self, found: np.ndarray) -> float:
-        """||y_found - y||^2, weighed."""
-        return float(np.square(self._weighed(found - self._value)).sum())
+        """||y_found - y||^2, weighted."""
+        return float(np.square(self._weighted(found - self._value)).sum())
 
     def cotangents(self, signs: np.ndarray) -> np.ndarray:
-        """Probes v with E[<v, e>^2] = ||e||^2, weighed, from independent signs (probes, *shape of the head)."""
-        return self._weighed(signs)
+        """Probes v with E[<v, e>^2] = ||e||^2, weighted, from independent signs (probes, *shape of the head)."""
+        return self._weighted(signs)
 
-    def _weighed(self, value: np.ndarray) -> np.ndarray:
+    def _weighted(self, value: np.ndarray) -> np.ndarray:
         return value if self._factors is None else value * self._factors.astype(value.dtype)
 
 
@@ -206,7 +206,7 @@ class Reference:
         return np.array([part.noise for part in self.parts])
 
     def error(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(heads,): ||y_found - y||^2, weighed by relevance; of divergences 2 KL in nats."""
+        """(heads,): ||y_found - y||^2, weighted by relevance; of divergences 2 KL in nats."""
         return np.array([p.error(head_of(found, h)) for h, p in zip(self._heads, self.parts, strict=True)])
 
 

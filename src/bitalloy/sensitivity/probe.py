@@ -83,9 +83,9 @@ class Prober:
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
         state = self._primal.run_values(values, self._primal.output_names)
         self.executions += 1
-        weighed = [h for h in self._heads if needs_values(h)]
-        found = Reference({name: state[name].numpy() for name in self._kept}, weighed).parts
-        parts = {h.name: part for h, part in zip(weighed, found, strict=True)}
+        weighted = [h for h in self._heads if needs_values(h)]
+        found = Reference({name: state[name].numpy() for name in self._kept}, weighted).parts
+        parts = {h.name: part for h, part in zip(weighted, found, strict=True)}
         counts = [probes] * len(self._heads) if isinstance(probes, int) else probes
         energy, rows, own = [], [], []
         for index, (head, count) in enumerate(zip(self._heads, counts, strict=True)):
