@@ -164,7 +164,7 @@ def main() -> None:
                 high=0,
                 method="",
                 magnitude=float(magnitude[t]),
-                subnormal=statistics.fp16_subnormal[t],
+                subnormal=statistics.half_subnormal[t],
             )
             for t in order
         }

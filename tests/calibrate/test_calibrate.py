@@ -498,14 +498,14 @@ def slow_divergence(counts: np.ndarray, keep: int, levels: int = 128) -> float:
 class TestHalf:
     def test_margin(self) -> None:
         assert (
-            observed({"a": [np.array([2, -131008], np.float32)], "b": [np.array([1, 5], np.float32)]}).fp16_margin
+            observed({"a": [np.array([2, -131008], np.float32)], "b": [np.array([1, 5], np.float32)]}).half_margin
             == 0.5
         )
-        assert observed({"a": [np.zeros(3, np.float32)]}).fp16_margin == math.inf
+        assert observed({"a": [np.zeros(3, np.float32)]}).half_margin == math.inf
 
     def test_share_of_subnormals(self) -> None:
         stats = observed({"a": [np.array([0, 0, 6e-5, -1e-9, 6.2e-5, 1], np.float32)], "z": [np.zeros(6, np.float32)]})
-        assert stats.fp16_subnormal == {"a": 0.5, "z": 0.0}
+        assert stats.half_subnormal == {"a": 0.5, "z": 0.0}
 
 
 @pytest.mark.parametrize("module", [clipping, statistics, streaming])

@@ -59,7 +59,7 @@ def gather(
         automatic = settings.range_method == "auto"
         first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (settings.range_method,)
         found, more = statistics.ranges(first), {method: statistics.ranges(method) for method in others}
-        largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.fp16_subnormal
+        largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
@@ -76,7 +76,7 @@ def gather(
                 )
                 for t in order
             ),
-            half_margin=float(statistics.fp16_margin),
+            half_margin=float(statistics.half_margin),
         )
         return msgspec.json.encode(record)
 

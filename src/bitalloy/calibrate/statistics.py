@@ -18,7 +18,7 @@ import numpy as np
 
 from bitalloy.calibrate.clipping import Floats, Ints, entropy_threshold, mse_range, quantile
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.formats.float16 import FP16_MAX, FP16_TINY
+from bitalloy.formats.float16 import HALF_LARGEST, HALF_SMALLEST_NORMAL
 
 BINS = 2048
 MOMENTUM = 0.9
@@ -67,13 +67,13 @@ class Statistics:
         return np.maximum(np.abs(self.low), np.abs(self.high))
 
     @property
-    def fp16_margin(self) -> float:
+    def half_margin(self) -> float:
         """65504 / the largest |x| of all tensors: below 1 FP16 overflows."""
         largest = float(self.magnitude.max(initial=0.0))
-        return FP16_MAX / largest if largest else np.inf
+        return HALF_LARGEST / largest if largest else np.inf
 
     @property
-    def fp16_subnormal(self) -> dict[str, float]:
+    def half_subnormal(self) -> dict[str, float]:
         """Share of the non-zero values that FP16 stores with fewer than 11 bits."""
         share = self.subnormal / np.maximum(self.count - self.zeros, 1)
         return dict(zip(self.tensors, share.tolist(), strict=True))
@@ -242,7 +242,7 @@ def _count(vectors: Sequence[np.ndarray], exponent: Ints, origin: Ints) -> tuple
     total = np.add.reduceat(x, starts)
     np.abs(x, out=x)
     zeros = np.add.reduceat((x == 0).view(np.uint8), starts, dtype=np.int64)
-    small = np.add.reduceat((x < FP16_TINY).view(np.uint8), starts, dtype=np.int64)
+    small = np.add.reduceat((x < HALF_SMALLEST_NORMAL).view(np.uint8), starts, dtype=np.int64)
     return histogram, zeros, small - zeros, total, np.add.reduceat(np.square(x, out=x), starts)
 
 

@@ -62,7 +62,7 @@ class Head(Record, frozen=True, kw_only=True):
     stop: int | None = None
     """`output[start:stop]` along `axis`; the whole output where `axis` is None."""
     scores: tuple[int, int] | None = None
-    """Of boxes weighed by relevance: where the class scores lie along `axis`."""
+    """Of boxes weighted by relevance: where the class scores lie along `axis`."""
     family: str = ""
     """Whose relevance weighs the errors (`bitalloy.model.relevance`); empty where all elements count alike."""
     kind: str = ""
@@ -95,7 +95,7 @@ class Calibration(Record, frozen=True, kw_only=True):
     data: DataInfo
     method: str
     ranges: tuple[TensorRange, ...]
-    half_margin: float = msgspec.field(name="abs_max_fp16_margin")
+    half_margin: float
     """65504 divided by the largest magnitude seen in any tensor: below 1 half precision overflows."""
 
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from bitalloy.core.units import Evidence
 from bitalloy.formats.base import QuantParams, Writer
 
-FP16_MAX = 65504.0
+HALF_LARGEST = 65504.0
 """Largest finite FP16 number; magnitudes from 65520 on become infinite."""
-FP16_TINY = 2.0**-14
+HALF_SMALLEST_NORMAL = 2.0**-14
 """Smallest normal FP16 number, 6.1e-5: below it precision is lost bit by bit, below 2^-25 all becomes 0."""
 HEADROOM = 2.0
 LARGEST_SUBNORMAL = 0.5
@@ -77,9 +77,9 @@ class Float16:
     def safe(self, evidence: Evidence) -> tuple[float, str]:
         """See the cases of the module."""
         error = math.sqrt(evidence.depth) / 2048
-        if evidence.magnitude * HEADROOM > FP16_MAX:
+        if evidence.magnitude * HEADROOM > HALF_LARGEST:
             return error, f"FP16 would overflow: values reach {evidence.magnitude:.3g}, and it ends at 65504"
-        if evidence.partial_sum > FP16_MAX:
+        if evidence.partial_sum > HALF_LARGEST:
             return error, (
                 f"FP16 could overflow while {evidence.depth} products are summed up: the sum may reach "
                 f"{evidence.partial_sum:.3g}"

@@ -13,9 +13,7 @@ from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.read import consumers, is_float, name_of
 from bitalloy.model.write import Fresh, namer
-from bitalloy.rewrite.cast import cast, is_border
-
-HALF_TYPE, SINGLE_TYPE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+from bitalloy.rewrite.cast import LOWER_TYPES, cast, is_border
 
 
 def divide(model: ir.Model, program: GraphProgram) -> dict[str, ir.Model]:
@@ -84,14 +82,16 @@ def _part(model: ir.Model, program: GraphProgram, name: str) -> ir.Model:
 
 
 def _leaving(graph: ir.Graph, value: ir.Value, fresh: Fresh) -> ir.Value:
-    """The value as its own unit rounds it, where it does; of one in FP16 the float32 that it is cast back to."""
+    """The value as its own unit rounds it, where it does; of one in a lower type the float32 behind its Cast."""
     for use in consumers(value):
         if use.node.op_type == "QuantizeLinear" and use.node.metadata_props.get(TAG, BORDER) != BORDER:
             for after in consumers(use.node.outputs[0]):
                 return after.node.outputs[0]
         if not is_float(value) and is_border(use.node):
             return use.node.outputs[0]
-    return value if value.dtype != HALF_TYPE else cast(graph, value, SINGLE_TYPE, fresh(f"{value.name}/single"))
+    if value.dtype not in LOWER_TYPES:
+        return value
+    return cast(graph, value, ir.DataType.FLOAT, fresh(f"{value.name}/single"))
 
 
 def _arrive(
@@ -103,14 +103,14 @@ def _arrive(
     fresh: Fresh,
 ) -> None:
     """Let those nodes that belong to `owners` read `start` in place of `value`, in the type in which they read that."""
-    half: ir.Value | None = None
+    lower: ir.Value | None = None
     for use in consumers(value):
-        if value.dtype == HALF_TYPE and is_border(use.node):
+        if value.dtype in LOWER_TYPES and is_border(use.node):
             _arrive(graph, start, use.node.outputs[0], owners, program, fresh)
         elif _owner(use.node, program) in owners:
-            if value.dtype == HALF_TYPE and half is None:
-                half = cast(graph, start, HALF_TYPE, fresh(f"{start.name}/half"))
-            use.node.replace_input_with(use.slot, start if half is None else half)
+            if value.dtype in LOWER_TYPES and lower is None:
+                lower = cast(graph, start, value.dtype, fresh(f"{start.name}/half"))
+            use.node.replace_input_with(use.slot, start if lower is None else lower)
 
 
 def _unrounded(value: ir.Value) -> ir.Value:

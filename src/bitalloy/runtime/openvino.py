@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.formats.words import KERNEL_SCHEMES
 from bitalloy.model.weights import MESSAGE_BYTES, to_bytes, weight_bytes
 from bitalloy.runtime.base import Kernel, Reopener, Runtime
 from bitalloy.runtime.ort import available_cores
 
-_TYPES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 _RESULT = "/sink_port_0"
 """What the importer appends to the name of an output for the node that stands for it."""
 _NO_KERNELS = frozenset({"Const", "Constant", "Input", "Output", "Parameter", "Result"})
@@ -126,7 +126,7 @@ class OpenVinoSession:
                     name=name,
                     layers=layers or (name,),
                     op=f"{kind} {facts.get('primitiveType', '')}".strip(),
-                    precision=_TYPES.get(precision, precision),
+                    precision=KERNEL_SCHEMES.get(precision, precision),
                     us=tuple(times[name]),
                 )
             )

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitalloy.core.errors import BitalloyError, ModelError
+from bitalloy.formats.words import KERNEL_SCHEMES
 from bitalloy.model.weights import Packed, pack
 from bitalloy.runtime.base import Kernel, Runtime
 
@@ -25,7 +26,6 @@ ort.set_default_logger_severity(3)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _KERNEL = "_kernel_time"
 """Ending of the events of a profile that stand for the execution of a node."""
-_TYPES = {"float": "fp32", "float16": "fp16", "uint8": "int8", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def _precision(args: Mapping[str, Any]) -> str:
     """Type of the largest operand of a profiled node, the first of equals: others may be scales, sizes or indices."""
     operands = [(kind, math.prod(shape)) for one in args.get("input_type_shape") or () for kind, shape in one.items()]
     kind, _ = max(operands, key=lambda operand: operand[1], default=("", 0))
-    return _TYPES.get(kind, kind)
+    return KERNEL_SCHEMES.get(kind, kind)
 
 
 @cache

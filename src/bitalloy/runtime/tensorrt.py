@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from bitalloy.core import files
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.formats.words import KERNEL_SCHEMES
 from bitalloy.model.weights import to_bytes
 from bitalloy.runtime.base import Kernel, Runtime
 
@@ -46,13 +47,10 @@ class Layer:
         return Kernel(self.name, (self.name, self.origin), self.kind, _precision(self.inputs), us)
 
 
-_TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32": "fp32"}
-
-
 def _precision(tensors: tuple[str, ...]) -> str:
     """Of the first tensor, which is the one that a layer works on; others may be scales."""
-    words = re.findall("|".join(_TYPES), tensors[0].lower()) if tensors else []
-    return _TYPES[words[0]] if words else ""
+    words = re.findall("|".join(sorted(KERNEL_SCHEMES, key=len, reverse=True)), tensors[0].lower()) if tensors else []
+    return KERNEL_SCHEMES[words[0]] if words else ""
 
 
 def missing() -> str:

@@ -44,7 +44,7 @@ SEGFORMER_REGIONS = (
 SEGFORMER_PROTECTION = (
     ProtectionAdvice(
         pattern="*/attention/Softmax",
-        reason="Attention weights of many pixels lie far below one INT8 step.",
+        reason="Attention weights of many pixels lie far below one of 256 steps.",
         source="https://arxiv.org/abs/2509.10334",
     ),
     ProtectionAdvice(

@@ -1,0 +1,46 @@
+"""`summary.json` as a file: written with the names of all versions, read from any of them.
+
+Schema 1 counted units by two names, `int8_units` and `fp16_units`, in the summary, its rounds and its evaluations.
+Schema 2 has a mapping `schemes` in their place, which knows every scheme; the old names are still written beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from bitalloy.core.errors import RunDirectoryError
+from bitalloy.core.outcome import Summary
+
+OLD_COUNTS = {"int8_units": "int8", "fp16_units": "fp16"}
+"""Field of schema 1 -> the scheme that it counts."""
+COUNTED = ("rounds", "evaluations")
+"""Lists of the summary whose entries count units too."""
+
+
+def write_summary(summary: Summary) -> bytes:
+    """A summary as JSON, with the counts of schema 1 beside those of schema 2."""
+    content: dict[str, Any] = msgspec.to_builtins(summary)
+    for part in (content, *(entry for name in COUNTED for entry in content[name])):
+        part.update({old: part["schemes"].get(scheme, 0) for old, scheme in OLD_COUNTS.items()})
+    return msgspec.json.format(msgspec.json.encode(content), indent=2)
+
+
+def read_summary(data: bytes) -> Summary:
+    """A summary of schema 1 or 2.
+
+    Raises:
+        RunDirectoryError: the file is damaged, or of another version.
+    """
+    try:
+        content = msgspec.json.decode(data, type=dict[str, Any])
+        for part in (content, *(entry for name in COUNTED for entry in content.get(name, ()))):
+            counts = {scheme: part.pop(old, 0) for old, scheme in OLD_COUNTS.items()}
+            part.setdefault("schemes", {scheme: count for scheme, count in counts.items() if count})
+        return msgspec.convert(content | {"schema": 2}, type=Summary)
+    except (msgspec.MsgspecError, AttributeError, TypeError) as error:
+        raise RunDirectoryError(
+            f"This is no summary.json that this version can read: {error}. Expected schema 1 or 2; give the run's "
+            "command again."
+        ) from error
