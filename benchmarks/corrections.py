@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy import Calibrated, Settings, calibrate
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.rewrite.biases import find_biases, mean_inputs
+from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
+from bitalloy.targets.placement import weight_site
 
 
-def compare(parts: dict[str, Calibrated], plan: frozenset[str], samples: range) -> dict[str, dict[str, float]]:
+def compare(parts: dict[str, Calibrated], plan: Plan, samples: range) -> dict[str, dict[str, float]]:
     """SQNR in dB by head of a plan on `without` and on `with`."""
     first = parts["without"]
     models = {name: part.executable(part.artefact(plan)) for name, part in parts.items()}
@@ -63,16 +65,19 @@ def main() -> None:
         result["scaling"][rule] = entry
         print(rule, entry, flush=True)
 
-    generator, units = np.random.default_rng(options.seed), sorted(plain.units.lowest())
-    plans = {"all": frozenset(units)}
+    generator, lowest = np.random.default_rng(options.seed), plain.units.lowest()
+    plans = {"all": lowest}
     for number in range(options.halves):
-        plans[f"half {number}"] = frozenset(u for u in units if generator.random() < 0.5)
+        plans[f"half {number}"] = Plan(choice for choice in lowest.listed if generator.random() < 0.5)
     biases = find_biases(plain.graph, plain.units)
-    found = offsets(plain.graph, biases, plain.target, mean_inputs(plain.graph, biases, feeds))
+    found = bias_offsets(plain.graph, biases, plain.recipe(), mean_inputs(plain.graph, biases, feeds))
     parts = {"without": plain, "with": plain.corrected(found)}
-    layers = {u.id: sum(w.id in found for w in u.weights) for u in plain.units.units}
+    layers = {u.id: u.weights for u in plain.units.units}
     for name, plan in plans.items():
-        result["bias"][name] = {"places": sum(layers[u] for u in plan), **compare(parts, plan, judged)}
+        result["bias"][name] = {
+            "places": sum(weight_site(w, s).id in found for u, s in plan.items() for w in layers[u]),
+            **compare(parts, plan, judged),
+        }
         print(name, result["bias"][name], flush=True)
     facts = {"benchmark": "corrections", "model": options.model, "samples": count, "seed": options.seed}
     print(json.dumps({**facts, "model_sha256": model.info.sha256[:16], **result}))

@@ -39,6 +39,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 from rich.console import Console
@@ -46,8 +47,7 @@ from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
 from bitalloy.calibrate.streaming import collect
-from bitalloy.core.units import UnitGraph, WeightSite
-from bitalloy.formats.affine import activation_params
+from bitalloy.core.units import UnitEdge, UnitGraph, WeightSite
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, name_of
@@ -57,12 +57,21 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import Core, Target, split
+from bitalloy.targets.placement import ACTIVATIONS, Site, weight_site
 from bitalloy.targets.recipe import Recipe
 
 CHILD = Path(__file__).with_name("aimet_sensitivity.py")
+SCHEME = "int8"
 
 
-def operator_units(graph: Graph) -> UnitGraph:
+def aimet_target() -> Target:
+    """ONNX Runtime with the whole of INT8 for weights, as AIMET scales them."""
+    (offer,) = target("ort-cpu").offers
+    full = replace(offer, scheme=msgspec.structs.replace(offer.scheme, pair_limit=None))
+    return replace(target("ort-cpu"), offers=(full,))
+
+
+def operator_units(graph: Graph, device: Target) -> UnitGraph:
     """Every operator as a unit of its own that may run in INT8, with its weights: what AIMET's simulation rounds."""
 
     def match(node: ir.Node, graph: Graph) -> Core:
@@ -78,8 +87,7 @@ def operator_units(graph: Graph) -> UnitGraph:
                 weights = (site,)
         return Core(f"operator {node.op_type}", (node,), weights=weights)
 
-    device = replace(target("ort-cpu"), match=match, follows=lambda node: False)
-    return split(graph, device, ())
+    return split(graph, replace(device, match=match, follows=lambda node: False), ())
 
 
 def operator_sites(graph: Graph, units: UnitGraph) -> dict[str, tuple[frozenset[str], dict[str, list[str]]]]:
@@ -88,27 +96,30 @@ def operator_sites(graph: Graph, units: UnitGraph) -> dict[str, tuple[frozenset[
     found = {}
     for unit in units.units:
         leaving = [e for e in units.edges if e.producer == unit.id and e.rooted]
-        sites = {w.id for w in unit.weights} | {e.id for e in leaving}
+        sites = {weight_site(w, SCHEME).id for w in unit.weights} | {entry_site(e) for e in leaving}
         rounds = {
             "inputs": [first[unit.id].tensor] if unit.id in first else [],
             "outputs": [unit.root] if leaving else [],
             "weights": [w.tensor for w in unit.weights],
         }
         if unit.id in first:
-            sites.add(first[unit.id].id)
+            sites.add(entry_site(first[unit.id]))
         if sites:
             found[unit.id] = (frozenset(sites), rounds)
     return found
 
 
-def scales_of(
-    graph: Graph, units: UnitGraph, ranges: dict[str, tuple[float, float]], device: Target
-) -> dict[str, np.ndarray]:
+def entry_site(edge: UnitEdge) -> str:
+    """The site of a tensor."""
+    return Site(edge.id, SCHEME, ACTIVATIONS).id
+
+
+def scales_of(graph: Graph, recipe: Recipe) -> dict[str, np.ndarray]:
     """Scales of every tensor and weight that may be rounded."""
-    found = {t: activation_params(*r, signed=device.activation_signed).scale.reshape(-1) for t, r in ranges.items()}
-    for site in (w for u in units.units for w in u.weights):
-        found[site.tensor] = weight_params(device, graph.node[site.node], site).scale.reshape(-1)
-    return found
+    rounded = {t: recipe.tensor_params(SCHEME, t) for t in recipe.ranges}
+    for site in (w for u in recipe.units.units for w in u.weights):
+        rounded[site.tensor] = recipe.weight_params(SCHEME, graph.node[site.node], site)
+    return {tensor: params.scale.reshape(-1) for tensor, (_, params) in rounded.items() if params is not None}
 
 
 def agreement(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
@@ -198,8 +209,8 @@ def main() -> None:
     heads = tuple(
         h for h in find_heads(model) if h.scores is None and not h.kind
     )  # AIMET measures parts of outputs, unweighed
-    device = replace(target("ort-cpu"), pair_limit=None)  # weights as AIMET scales them
-    units = operator_units(model)
+    device = aimet_target()
+    units = operator_units(model, device)
     data = open_data(model, options.images, limit=options.samples, seed=options.seed)
     feeds = [data.feeds(i) for i in range(len(data))]
     table = operator_sites(model, units)
@@ -220,7 +231,8 @@ def main() -> None:
     ranges = collect(model.to_bytes(), [t for t in model.value if t in tensors], iter(feeds)).ranges("minmax")
     calibrated = time.perf_counter()
     stick = Yardstick(model, feeds)
-    prober = Prober(model, heads, [Recipe(units, device, ranges)])
+    recipe = Recipe(units, device, ranges)
+    prober = Prober(model, heads, [recipe])
     build = time.perf_counter() - calibrated
     prober.measure(feeds[0], sample=0, probes=min(options.probes), seed=options.seed)  # the first one allocates
     tables, spent, pace = {}, {}, {}
@@ -237,7 +249,7 @@ def main() -> None:
                 spent[probes, count] = seconds
         pace[probes] = stick.read()
     del prober
-    board = Switchboard(model, Recipe(units, device, ranges), at_once=len(feeds))
+    board = Switchboard(model, recipe, at_once=len(feeds))
     sets = [board.gates(table[n][0]) for n in names]
     begun, marks = time.perf_counter(), []
 
@@ -252,7 +264,7 @@ def main() -> None:
     exact_pass = stick.read()
 
     energy = np.mean(theirs["energy"], axis=0)
-    entries, ours = theirs["operators"], scales_of(model, units, ranges, device)
+    entries, ours = theirs["operators"], scales_of(model, recipe)
     same = [
         n for n, e in entries.items() if n in exact and all(sorted(e[k]) == sorted(v) for k, v in table[n][1].items())
     ]

@@ -7,17 +7,24 @@ from typing import Any
 
 import pytest
 
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit_kernels
 from bitalloy.measure.tracing import Timed
 from bitalloy.runtime.base import Kernel
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 
 def unit(name: str) -> Unit:
-    both = (Precision.FP32, Precision.INT8)
+    both = (BASELINE, "int8")
     return Unit(
         id=name, kind="Conv", region="", core=(name,), tail=(), root=name, inner=(), weights=(), allowed=both, macs=0
     )
+
+
+def graph_of(names: str) -> UnitGraph:
+    units = tuple(map(unit, names))
+    return UnitGraph(target="ort-cpu", model_sha256="", units=units, edges=(), schemes=ORT_CPU.schemes)
 
 
 def test_differences_are_found_and_explained() -> None:
@@ -28,8 +35,8 @@ def test_differences_are_found_and_explained() -> None:
         Timed(Kernel("3", (), "Conv", "fp32", ()), ("b",), 20.0),
         Timed(Kernel("4", (), "Concat", "int8", ()), ("c",), 10.0),
     ]
-    units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcd")), edges=())
-    found = audit_kernels(units, frozenset("ab"), kernels, "R", "1")
+    units = graph_of("abcd")
+    found = audit_kernels(units, Plan.of("int8", *"ab"), kernels, "R", "1")
     assert [u.executed for u in found.units] == ["int8", "fp32", "int8", ""]
     assert [u.unit for u in found.differences()] == ["b", "c"]
     assert ["no integer kernel" in u.cause or "made no" in u.cause for u in found.units] == [False, True, False, False]
@@ -44,8 +51,8 @@ def test_units_inside_kernels_of_others_have_their_precision_where_it_is_certain
         Timed(Kernel("2", (), "QuantizeLinear", "fp32", ()), ("b",), 1.0),
         Timed(Kernel("3", (), "FusedConv", "fp32", ()), ("e", "d", "f"), 20.0),
     ]
-    units = UnitGraph(target="ort-cpu", model_sha256="", units=tuple(map(unit, "abcdef")), edges=())
-    found = {u.unit: u for u in audit_kernels(units, frozenset("abd"), kernels, "R", "1").units}
+    units = graph_of("abcdef")
+    found = {u.unit: u for u in audit_kernels(units, Plan.of("int8", *"abd"), kernels, "R", "1").units}
     assert {name: u.executed for name, u in found.items()} == {
         "a": "int8", "b": "int8", "c": "", "d": "fp32", "e": "fp32", "f": "fp32",
     }  # fmt: skip
@@ -63,7 +70,7 @@ def test_a_run_is_audited(inside: Any, inputs: Any, target: str) -> None:
     plan = json.loads((inside.folder / "run" / "plan.json").read_text())
     again = json.loads(inside("audit", "run", "--json").succeeded().out)
     for found in (stored, again):
-        assert {u["unit"]: u["planned"] for u in found["units"]} == {c["unit"]: c["precision"] for c in plan["choices"]}
+        assert {u["unit"]: u["planned"] for u in found["units"]} == {c["unit"]: c["scheme"] for c in plan["choices"]}
         convolutions = [u for u in found["units"] if u["kind"] == "Conv"]
         assert convolutions and all(u["executed"] == u["planned"] for u in convolutions)
         assert sum(found["share_of_time"].values()) == pytest.approx(1, abs=1e-3)

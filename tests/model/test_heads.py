@@ -19,6 +19,7 @@ from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
 SIDE = 6
@@ -161,7 +162,7 @@ def test_predicted_damage_is_that_of_execution(tmp_path: Path, node: NodeProto, 
     random = np.random.default_rng(3)
     feeds = [{"x": random.normal(0, 1, (1, 3, SIDE, SIDE)).astype(np.float32)} for _ in range(3)]
     prober = Prober(graph, heads, [Recipe(units, ORT_CPU, ranges)])
-    sites = units.rounded(units.quantizable())
+    sites = rounded(units, units.lowest())
     damages = []
     for sample, feed in enumerate(feeds):
         matrix = prober.measure(feed, sample=sample, probes=(2, 512), seed=0)

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import ModelError
+from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Edge
 from bitalloy.model.graphs.joining import join
 from bitalloy.model.graphs.wiring import GraphProgram, Wire, load_program
@@ -33,6 +34,7 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets import TARGETS
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 
 node = helper.make_node
 Array = np.ndarray[Any, Any]
@@ -240,16 +242,15 @@ def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
     case = data.draw(st.sampled_from(sorted(cases)), label="inner, target")
     whole, units, ranges, target = cases[case]
     kind = data.draw(st.sampled_from(["lowest", "FP16", "encoder", "decoder", "some"]), label="plan")
-    plan = {u.id: Precision.FP32 for u in units.units}
+    plan = Plan()
     for unit in units.units:
         if kind == "some":
-            plan[unit.id] = data.draw(st.sampled_from(unit.allowed), label=unit.id)
-        elif kind == "FP16" and Precision.FP16 in unit.allowed:
-            plan[unit.id] = Precision.FP16
+            plan = plan.moved(unit.id, data.draw(st.sampled_from(unit.allowed), label=unit.id))
+        elif kind == "FP16" and "fp16" in unit.allowed:
+            plan = plan.moved(unit.id, "fp16")
         elif kind in ("lowest", unit.id.partition("/")[0]):
-            plan[unit.id] = unit.allowed[-1]
-    endings = {Precision.INT8: "", Precision.FP16: HALF}
-    mixed = write_plan(whole, units, frozenset(u + endings[p] for u, p in plan.items() if p in endings), ranges, target)
+            plan = plan.moved(unit.id, unit.allowed[-1])
+    mixed = write_plan(whole, Recipe(units, target, ranges), plan)
     before = mixed.to_bytes()
     x, prompt = feeds()
     expected = run(specified(mixed.model), {"encoder/x": x, "decoder/x": prompt})
@@ -268,11 +269,11 @@ def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
         made = {n.name: n.outputs[0].dtype for n in part.graph}
         for unit in units.units:  # arithmetic went where the plan put it
             if unit.id.startswith(f"{name}/"):
-                half = plan[unit.id] is Precision.FP16
+                half = plan.scheme_of(unit.id) == "fp16"
                 assert all((made.get(n.removeprefix(f"{name}/")) == ir.DataType.FLOAT16) == half for n in unit.core)
     stored = {name: {v.dtype.name for v in p.graph.initializers.values() if v.dtype} for name, p in parts.items()}
     for name in parts:  # and rounding
-        weighted = [u for u in units.units if plan[u.id] is Precision.INT8 and u.weights and u.id.startswith(name)]
+        weighted = [u for u in units.units if plan.scheme_of(u.id) == "int8" and u.weights and u.id.startswith(name)]
         assert ("INT8" in stored[name]) == bool(weighted)
     assert mixed.to_bytes() == before
 
@@ -283,7 +284,7 @@ def test_what_is_made_in_fp16_crosses_a_wire_in_float32(rounded: Any) -> None:
     whole, units, ranges, target = cases[False, "ort-cuda"]
     unit = next(u for u in units.units if u.root == "encoder/emb")
     assert unit.tail == ("decoder/conv1/Transpose",)
-    parts = divide(write_plan(whole, units, frozenset({unit.id + HALF}), ranges, target).model, program)
+    parts = divide(write_plan(whole, Recipe(units, target, ranges), Plan.of("fp16", unit.id)).model, program)
     last = parts["encoder"].graph.outputs[0].producer()
     assert last is not None and last.op_type == "Cast"
     assert last.inputs[0] is not None and last.inputs[0].dtype == ir.DataType.FLOAT16
@@ -299,7 +300,7 @@ def test_an_int8_producer_rounds_its_output_itself(rounded: Any) -> None:
     program, cases = rounded
     whole, units, ranges, _ = cases[False, "ort-cpu"]
     unit = next(u for u in units.units if u.root == "encoder/emb")
-    mixed = write_plan(whole, units, frozenset({unit.id}), ranges, ORT_CPU)
+    mixed = write_plan(whole, Recipe(units, ORT_CPU, ranges), Plan.of("int8", unit.id))
     parts = divide(mixed.model, program)
     last = parts["encoder"].graph.outputs[0].producer()
     assert last is not None and last.op_type == "DequantizeLinear"

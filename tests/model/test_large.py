@@ -27,7 +27,7 @@ from bitalloy.adjoint.engine import build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.errors import ModelError
-from bitalloy.formats.affine import fake_quantize
+from bitalloy.core.schemes import Plan
 from bitalloy.model import weights
 from bitalloy.model.graphs.joining import join
 from bitalloy.model.graphs.wiring import GraphProgram, Wire
@@ -42,6 +42,7 @@ from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def test_same_measurement_as_with_copies(large: Graph, small: Graph, monkeypatch
         units = split(graph, ORT_CPU, find_heads(graph))
         prober = Prober(graph, find_heads(graph), [Recipe(units, ORT_CPU, ranges_of(graph))])
         board = Switchboard(graph, Recipe(units, ORT_CPU, ranges_of(graph)))
-        gates = board.gates(units.rounded(units.quantizable()))
+        gates = board.gates(rounded(units, units.lowest()))
         found.append((prober.measure(inputs(1)[0], sample=0, probes=3, seed=0), board.run(inputs(1)[0], gates)))
     (rows, outputs), (expected, wanted) = found
     assert rows.sites == expected.sites
@@ -204,14 +205,16 @@ def test_rounded_weights_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = load_graph(tmp_path / "m.onnx")
     units = split(model, ORT_CPU, find_heads(model))
     (site,) = (s for u in units.units for s in u.weights)
-    delta = fake_quantize(w, weight_params(ORT_CPU, model.node["MatMul"], site)) - w
+    recipe = Recipe(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)})
+    stored, params = recipe.weight_params("int8", model.node["MatMul"], site)
+    delta = stored.reference(w, params) - w
     assert np.abs(delta).max() > 0
     found = []
     for limit in (1, 1 << 40):
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         fresh = Graph(model.info, model.model, model.source)
-        board = Switchboard(fresh, Recipe(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)}))
-        found.append(board.run({"x": np.eye(SIZE, dtype=np.float32)}, board.gates([site.id]))["y"])
+        board = Switchboard(fresh, recipe)
+        found.append(board.run({"x": np.eye(SIZE, dtype=np.float32)}, board.gates([f"{site.id} in int8"]))["y"])
     for y in found:
         np.testing.assert_array_equal(-y, w + delta)
 
@@ -265,7 +268,7 @@ def test_programs_share_them(large: Graph) -> None:
 def test_saved_with_its_weights_beside_it(large: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "MESSAGE_BYTES", 100_000)
     units = split(large, ORT_CPU, find_heads(large))
-    mixed = write_plan(large, units, frozenset({"a/MatMul"}), ranges_of(large), ORT_CPU)
+    mixed = write_plan(large, Recipe(units, ORT_CPU, ranges_of(large)), Plan.of("int8", "a/MatMul"))
     with pytest.raises(ModelError, match=r"does not fit one ONNX message of 2 GB. Write it with `save`"):
         mixed.to_bytes()
     folder = tmp_path / "out"
@@ -587,9 +590,9 @@ def test_the_decoder_is_analysed_with_an_empty_cache(llama: ModuleType, decoder:
     matrix = Prober(net, heads, [Recipe(units, ORT_CPU, ranges)]).measure(feeds, sample=0, probes=64, seed=0)
     board = Switchboard(net, Recipe(units, ORT_CPU, ranges))
     unit = "/layers.0/mlp/down_proj/MatMul"
-    site = next(w.id for u in units.units if u.id == unit for w in u.weights)
-    rounded = board.run(feeds, board.gates([site]))["logits"]
-    measured = float(np.square(rounded - exact["logits"]).sum())
+    site = next(f"{w.id} in int8" for u in units.units if u.id == unit for w in u.weights)
+    found = board.run(feeds, board.gates([site]))["logits"]
+    measured = float(np.square(found - exact["logits"]).sum())
     predicted = float(np.square(matrix.rows[0][0, :, matrix.sites.index(site)]).mean())
     assert measured > 0
     assert 0.6 < predicted / measured < 1.6

@@ -111,14 +111,14 @@ def test_specified_computes_every_rounding_that_the_graph_says(case) -> None:
 
     weights = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in onnx.load(case.path).graph.initializer}
 
-    def stored(t):
+    def to_half(t):
         return t.half().float()
 
     def conv(x, w, b, stride):
-        return stored(torch.nn.functional.conv2d(x, stored(weights[w]), stored(weights[b]), stride=stride, padding=1))
+        return to_half(torch.nn.functional.conv2d(x, to_half(weights[w]), to_half(weights[b]), stride=stride, padding=1))
 
-    c0 = conv(stored(torch.tensor(case.feeds[0]["x"])), "w0", "b0", 2)
-    a0 = stored(c0 * stored(torch.sigmoid(c0)))
+    c0 = conv(to_half(torch.tensor(case.feeds[0]["x"])), "w0", "b0", 2)
+    a0 = to_half(c0 * to_half(torch.sigmoid(c0)))
     expected = torch.relu(conv(a0, "w1", "b1", 1)).numpy()
     # sums in another order fall on the other side of a rounding here and there
     assert (found == expected).mean() > 0.98
