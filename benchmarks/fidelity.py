@@ -31,6 +31,7 @@ from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
 from bitalloy.calibrate.streaming import collect
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.bench import interleave
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.model.heads import find_heads
@@ -42,6 +43,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import target
 from bitalloy.targets.base import split
+from bitalloy.targets.placement import all_sites, rounded
 from bitalloy.targets.recipe import Recipe
 
 
@@ -92,19 +94,22 @@ def main() -> None:
     reference = OrtSession(model.to_bytes())
     float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
 
-    convolutions = [u for u in units.units if u.kind == "Conv" and u.id in units.quantizable()]
-    board = Switchboard(model, Recipe(units, device, ranges), at_once=len(feeds))
+    whole = units.lowest_gated()
+    convolutions = [u.id for u in units.units if u.kind == "Conv" and u.id in whole]
+    recipe = Recipe(units, device, ranges)
+    board = Switchboard(model, recipe, at_once=len(feeds))
     if options.scope == "sites":
-        found_sites = sorted(s for s in units.rounded(units.quantizable()) if not s.endswith(AGAIN))
+        again = {site.id for site in all_sites(units) if site.again}
+        found_sites = sorted(rounded(units, whole) - again)
         things = {s: frozenset({s}) for s in found_sites}
     else:
-        things = {u.id: units.rounded(frozenset({u.id})) for u in convolutions}
+        things = {u: rounded(units, Plan.of(whole[u], u)) for u in convolutions}
     with Progress(console=console) as progress:
         task = progress.add_task("exact", total=len(things) * len(feeds))
         sets = [board.gates(sites) for sites in things.values()]
         exact, energy = damage(board, sets, heads, feeds, progress=lambda n: progress.advance(task, n))
     started = time.perf_counter()
-    bent = secant(board, matrix, units.rounded(units.quantizable()), heads, feeds)
+    bent = secant(board, matrix, rounded(units, whole), heads, feeds)
     secant_s = time.perf_counter() - started
     linear = np.stack([matrix.damage(matrix.select(sites)).mean(axis=0) for sites in things.values()])  # things, heads
     measured = exact.mean(axis=0)  # (heads, things)
@@ -117,10 +122,10 @@ def main() -> None:
     predicted[:, worst] = few.mean(axis=0)
     others = np.setdiff1d(np.arange(len(things)), worst)
 
-    together = frozenset(u.id for u in convolutions)
-    rewritten = OrtSession(write_plan(model, units, together, ranges, device).to_bytes())
+    together = Plan((u, whole[u]) for u in convolutions)
+    rewritten = OrtSession(write_plan(model, recipe, together).to_bytes())
     found = output_sqnr(reference, {"int8": rewritten}, heads, iter(feeds), seed=options.seed)["int8"]
-    all_linear = matrix.damage(matrix.select(units.rounded(together))).mean(axis=0)
+    all_linear = matrix.damage(matrix.select(rounded(units, together))).mean(axis=0)
     all_predicted = decibel(all_linear * bend(bent, all_linear))
 
     result = {

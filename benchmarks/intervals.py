@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 from bitalloy import RunDirectory, Settings, Workspace, calibrate, load, open_data
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.sensitivity.matrix import ProbeMatrix, draws, estimate_sqnr
 from bitalloy.sensitivity.probe import Prober
+from bitalloy.targets.placement import rounded
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     for index in track(range(options.many), description="probe", console=console):
         stored = store.get("interval-rows", key, f"{index:06d}")
         if stored is None:
-            prober = prober or Prober(ready.graph, ready.heads, [ready.scheme()])
+            prober = prober or Prober(ready.graph, ready.heads, [ready.recipe()])
             stored = prober.measure(data.feeds(index), sample=index, probes=each, seed=options.seed).to_bytes()
             store.put("interval-rows", key, stored, f"{index:06d}")
         shards.append(ProbeMatrix.from_bytes(stored))
@@ -64,9 +66,9 @@ def main() -> None:
         ProbeMatrix.concatenate(shards[start : start + options.few])
         for start in range(0, options.many - options.few + 1, options.few)
     ]
-    free = [u.id for u in ready.units.units if u.id in ready.units.quantizable()]
+    free = ready.units.lowest_gated()
 
-    chosen = [everything.select(ready.units.rounded(frozenset({u}))) for u in free]
+    chosen = [everything.select(rounded(ready.units, Plan.of(scheme, u))) for u, scheme in free.items()]
     weights = draws(options.many, options.seed)
     truth = np.array([[e.value for e in estimate_sqnr(everything, c, weights)] for c in chosen])  # (units, heads)
     inside, width = [], []

@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, confirm, load, measure_cost, open_data, plan
 from bitalloy.measure.bench import interleave
+from bitalloy.measure.prices import latency_us
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from plan_prediction import random_plans
 
@@ -58,11 +59,11 @@ def main() -> None:
     analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     table = measure_cost(analysis, work=work)
     front = plan(analysis, Budget(latency_ratio=1.0), table=table, work=work).plan.pareto
-    inner = [frozenset(p.int8_units) for p in front if p.int8_units]
+    inner = [p.chosen for p in front if p.schemes]
     half = min(options.plans // 2, len(inner))
     chosen = [inner[round(i)] for i in np.linspace(0, len(inner) - 1, half)]
     plans = [*chosen, *random_plans(analysis, np.linspace(0.1, 1.0, options.plans - half), [options.seed, 71])]
-    predicted = np.array([table.latency_us(analysis.units, p) for p in plans]) / table.all_float_us
+    predicted = np.array([latency_us(table, analysis.units, p) for p in plans]) / table.all_float_us
 
     artefacts = {str(i): analysis.artefact(p) for i, p in enumerate(plans)}
     rounds: list[np.ndarray] = []

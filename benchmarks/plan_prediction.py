@@ -29,6 +29,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import RunDirectory, Settings, Workspace, analyze, confirm, load, open_data
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.model.heads import Reference
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
@@ -36,24 +37,25 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.problem import Problem
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import bend, decibel
+from bitalloy.targets.placement import rounded
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DetectionData, evaluate_detection
 from bitalloy.tasks.open import image_spec
 from bitalloy.tasks.yolo import class_names
 
 
-def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequence[int]) -> list[frozenset[str]]:
-    """Plans that put given shares of the units in INT8: scattered ones and runs of neighbours by turns."""
-    free = [u.id for u in analysis.units.units if u.id in analysis.units.quantizable()]
+def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequence[int]) -> list[Plan]:
+    """Plans that put given shares of the units in INT8, or what is lowest: scattered ones and runs of neighbours."""
+    free = list(analysis.units.lowest_gated().items())
     random = np.random.default_rng(seed)
     plans = []
     for number, share in enumerate(shares):
         size = max(1, round(share * len(free)))
         if number % 2:
             start = int(random.integers(0, len(free) - size + 1))
-            plans.append(frozenset(free[start : start + size]))
+            plans.append(Plan(free[start : start + size]))
         else:
-            plans.append(frozenset(random.permutation(free)[:size].tolist()))
+            plans.append(Plan(free[i] for i in random.permutation(len(free))[:size]))
     return plans
 
 
@@ -74,7 +76,7 @@ class Bench:
         self.energy = np.array([e.energy for e in self._exact]).mean(axis=0)
         """Mean ||y||^2 of each head, weighed as the probes are."""
 
-    def damage(self, plan: frozenset[str]) -> np.ndarray:
+    def damage(self, plan: Plan) -> np.ndarray:
         """Relative error energy of the rewritten model, (heads,)."""
 
         def make() -> bytes:
@@ -85,12 +87,12 @@ class Bench:
         key = key_of(
             analysis=self._analysis.calibration,
             heads=self._analysis.heads,
-            plan=sorted(plan),
+            plan=plan.listed,
             samples=len(self._feeds),
         )
         return np.array(json.loads(self._store.cached("plan-damage", key, make)))
 
-    def ap(self, plan: frozenset[str], labels: Path, limit: int | None) -> float:
+    def ap(self, plan: Plan, labels: Path, limit: int | None) -> float:
         """Box AP of the rewritten model; of the float model for an empty plan."""
         model = self._analysis.graph
         spec = image_spec(model)
@@ -103,7 +105,7 @@ class Bench:
 
         key = key_of(
             analysis=self._analysis.calibration,
-            plan=sorted(plan),
+            plan=plan.listed,
             labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
             limit=limit,
         )
@@ -165,9 +167,9 @@ def main() -> None:
 
     plans = random_plans(analysis, np.geomspace(0.02, 1.0, options.plans), options.seed)
     measured, predicted, searched, drops = [], [], [], []
-    float_ap = bench.ap(frozenset(), options.eval, options.limit) if options.eval else 0.0
+    float_ap = bench.ap(Plan(), options.eval, options.limit) if options.eval else 0.0
     for number, plan in enumerate(plans):
-        linear = matrix.damage(matrix.select(units.rounded(plan))).mean(axis=0)
+        linear = matrix.damage(matrix.select(rounded(units, plan))).mean(axis=0)
         predicted.append(linear * bend(analysis.secant, linear))
         searched.append(problem.damage(plan))
         measured.append(bench.damage(plan))

@@ -79,7 +79,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     float_s, probe_s = float(np.median(passes)), float(np.median(probes))
     return {
         "parameters": model.info.parameters,
-        "units": len(units.quantizable()),
+        "units": len(units.lowest()),
         "float_ms": round(1e3 * float_s, 2),
         "probe_ms": round(1e3 * probe_s, 2),
         "passes_per_image": round(probe_s / float_s, 2),
