@@ -115,7 +115,9 @@ def test_specified_computes_every_rounding_that_the_graph_says(case) -> None:
         return t.half().float()
 
     def conv(x, w, b, stride):
-        return to_half(torch.nn.functional.conv2d(x, to_half(weights[w]), to_half(weights[b]), stride=stride, padding=1))
+        return to_half(
+            torch.nn.functional.conv2d(x, to_half(weights[w]), to_half(weights[b]), stride=stride, padding=1)
+        )
 
     c0 = conv(to_half(torch.tensor(case.feeds[0]["x"])), "w0", "b0", 2)
     a0 = to_half(c0 * to_half(torch.sigmoid(c0)))
