@@ -75,7 +75,7 @@ class Builder:
         return self._expressions[key]
 
     def const(self, array: np.ndarray | Sequence[int] | float) -> ir.Value:
-        """An initializer; lists become int64 and floats float32. Small equal arrays share one initializer."""
+        """Make an initializer; lists become int64 and floats float32. Small equal arrays share one initializer."""
         kind = np.float32 if isinstance(array, float) else np.int64
         data = np.asarray(array, dtype=None if isinstance(array, np.ndarray) else kind)
         data = np.ascontiguousarray(data) if data.ndim else data
@@ -87,11 +87,11 @@ class Builder:
         return self._constants[key]
 
     def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Elementwise product, with the broadcast shape recorded."""
+        """Return the elementwise product, with the broadcast shape recorded."""
         return self.op("Mul", a, b, shape=_broadcast(a, b))
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Elementwise sum, with the broadcast shape recorded."""
+        """Return the elementwise sum, with the broadcast shape recorded."""
         return self.op("Add", a, b, shape=_broadcast(a, b))
 
     def like(self, op_type: str, x: ir.Value, *rest: ir.Value | None, **attributes: AttributeValue) -> ir.Value:

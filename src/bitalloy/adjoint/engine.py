@@ -116,7 +116,7 @@ class Context:
         self.residuals: dict[ir.Value, ir.Value] = {}
 
     def wants(self, value: ir.Value | None) -> bool:
-        """Whether the gradient of this input is needed at all."""
+        """Return whether the gradient of this input is needed at all."""
         return value in self._wanted
 
     def residual(self, value: ir.Value) -> ir.Value:
@@ -136,7 +136,7 @@ class Context:
         return replace(cot, diagonal=factor if cot.diagonal is None else self.p.mul(cot.diagonal, factor))
 
     def dense(self, cot: Cotangent) -> ir.Value:
-        """The gradient as one reverse value (P, *shape of the window)."""
+        """Return the gradient as one reverse value (P, *shape of the window)."""
         if cot.diagonal is None:
             return cot.base
         return self.r.op("Mul", cot.base, self.residual(cot.diagonal))
@@ -156,7 +156,7 @@ class Context:
         return self.r.op("Reshape", value, self.r.const([-1, *shape]))
 
     def zeros(self, shape: Sequence[int]) -> ir.Value:
-        """Zeros (P, *shape)."""
+        """Return zeros (P, *shape)."""
         full = self.r.op("Concat", self.probes, self.r.const(list(shape)), axis=0) if shape else self.probes
         return self.r.op("Expand", self.r.const(np.zeros((), np.float32)), full)
 
@@ -375,7 +375,7 @@ def _gradients(
 
 
 def unsupported(node: ir.Node, what: str) -> UnsupportedOpError:
-    """The error of a node that stands between a tap and a head and cannot be differentiated."""
+    """Return the error of a node that stands between a tap and a head and cannot be differentiated."""
     return UnsupportedOpError(
         f"Node '{node.name}' ({node.op_type}) {what}, so the error of what lies before it cannot be measured. "
         f"Exclude it, and with it everything before it, with --exclude '{node.name}'."

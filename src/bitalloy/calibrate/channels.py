@@ -20,7 +20,7 @@ AXES_ARE_INPUTS = 18
 def channel_maxima(
     model: ir.Model, tensors: Mapping[str, int], feeds: Iterable[Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Largest magnitude of every channel over samples.
+    """Measure the largest magnitude of every channel over samples.
 
     Args:
         model: float32; not changed.
@@ -47,7 +47,7 @@ def channel_means(
     feeds: Iterable[Mapping[str, np.ndarray]],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Mean of every channel over samples and positions.
+    """Measure the mean of every channel over samples and positions.
 
     Args:
         model: not changed.

@@ -10,7 +10,7 @@ Ints = NDArray[np.int64]
 
 
 def quantile(counts: Ints, cut: Floats) -> Floats:
-    """Position in bins that has `cut` values before it, for each row of `counts` (tensors, bins).
+    """Return the position in bins that has `cut` values before it, for each row of `counts` (tensors, bins).
 
     >>> quantile(np.array([[2, 4, 4]]), np.array([3.0]))  # both of bin 0, and a quarter of bin 1
     array([1.25])
@@ -23,7 +23,7 @@ def quantile(counts: Ints, cut: Floats) -> Floats:
 
 
 def entropy_threshold(counts: Ints, *, levels: int = 128, stride: int = 8) -> int:
-    """How many of the histogram's bins of |x| to keep, so that `levels` levels tell most about the values.
+    """Return how many of the histogram's bins of |x| to keep, so that `levels` levels tell most about the values.
 
     Minimises KL(P || Q) over i = levels, levels + stride, ..., len(counts): P is the first i bins with everything
     above added to the last; Q spreads the sum of each of `levels` equal groups of those bins (outliers left out)

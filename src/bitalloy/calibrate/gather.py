@@ -93,7 +93,7 @@ class CalibrationShard(Record, frozen=True, kw_only=True):
 
 
 def collect_shard(spec: CalibrationShard, contexts: Contexts) -> bytes:
-    """The statistics of the samples, as `Statistics.to_bytes` gives them."""
+    """Return the statistics of the samples, as `Statistics.to_bytes` gives them."""
     graph, data = contexts.open(spec.graph), contexts.open(spec.data)
     return collect(graph.model, spec.tensors, (data.feeds(i) for i in spec.samples)).to_bytes()
 

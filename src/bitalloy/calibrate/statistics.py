@@ -103,7 +103,7 @@ class Statistics:
         return dict(zip(self.tensors, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     def merge(self, other: Statistics) -> Statistics:
-        """Statistics of this data followed by `other`'s, as if one pass had seen both.
+        """Return statistics of this data followed by `other`'s, as if one pass had seen both.
 
         Extremes and counts do not depend on the order; moving averages do, by their nature.
 
@@ -195,7 +195,7 @@ ARRAYS = tuple(f.name for f in fields(Statistics) if f.name not in ("tensors", "
 def observe(
     tensors: tuple[str, ...], ends: Floats, vectors: Sequence[np.ndarray], before: Statistics | None
 ) -> Statistics:
-    """Statistics of one sample, already on the grid that it shares with what came before.
+    """Compute statistics of one sample, already on the grid that it shares with what came before.
 
     Args:
         tensors: their names.

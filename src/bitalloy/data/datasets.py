@@ -32,7 +32,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Identifier of a sample, e.g. its path inside the folder."""
+        """Return the identifier of a sample, e.g. its path inside the folder."""
         ...
 
     def feeds(self, index: int) -> Feeds:
@@ -62,7 +62,7 @@ class Samples(ABC):
 
     @abstractmethod
     def fingerprint(self, index: int) -> str:
-        """SHA-256 over the name and the contents of a sample, in hexadecimal."""
+        """Return the SHA-256 over the name and the contents of a sample, in hexadecimal."""
 
     @cached_property
     def info(self) -> DataInfo:
@@ -317,7 +317,7 @@ def open_samples_again(spec: SamplesAgain, contexts: Contexts) -> Samples:
 
 
 def choose_samples(names: Sequence[str], *, limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` samples, ascending; the same on every machine.
+    """Return the indices of at most `limit` samples, ascending; the same on every machine.
 
     Samples are drawn by the order of SHA-256(seed, name), so a smaller limit gives a part of the larger one's choice.
     """

@@ -165,7 +165,7 @@ def infer_image_spec(
 
 
 def no_image_input(inputs: Iterable[TensorSpec]) -> str:
-    """The message for a model that takes no image where images came."""
+    """Return the message for a model that takes no image where images came."""
     came = ", ".join(f"'{i.name}' {describe_spec(i)}" for i in inputs)
     return (
         f"No input takes an image: the model has {came}; expected 4 dimensions with 1 or 3 channels, "

@@ -99,7 +99,7 @@ def from_coco(segmentation: bytes, height: int, width: int) -> Rle:
 
 
 def overlap(a: Mask, b: Mask) -> float:
-    """Intersection over union of two masks of one size; 1 where both are empty."""
+    """Return the intersection over union of two masks of one size; 1 where both are empty."""
     union = int(np.count_nonzero(a | b))
     return int(np.count_nonzero(a & b)) / union if union else 1.0
 

@@ -67,7 +67,7 @@ class Divergence:
             self.energy = 2.0 * value.size / value.shape[head.classes]
 
     def error(self, found: np.ndarray) -> float:
-        """Twice the sum of the divergences in nats, never negative."""
+        """Return twice the sum of the divergences in nats, never negative."""
         p = self._p
         if self._head.kind == BERNOULLI:
             q = np.clip(found, LEAST_SCORE, 1 - LEAST_SCORE)

@@ -11,7 +11,7 @@ from bitalloy.core.errors import ModelError
 
 
 def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
-    """The message of an ONNX file without its external data, and the bytes of the file.
+    """Read the message of an ONNX file without its external data, and the bytes of the file.
 
     Raises:
         ModelError: the file is missing, is no ONNX file, or is truncated.

@@ -43,7 +43,7 @@ LEAST_SIZE = 1.0
 
 
 def find_heads(graph: Graph) -> tuple[Head, ...]:
-    """Heads of all float outputs that count, in order, divergences last.
+    """Find the heads of all float outputs that count, in order, divergences last.
 
     Raises:
         ModelError: the model has no float output.
@@ -134,13 +134,13 @@ def _parts(output: ir.Value) -> list[Head]:
 
 
 def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
-    """The part of the outputs that belongs to a head, in float64."""
+    """Return the part of the outputs that belongs to a head, in float64."""
     value = outputs[head.output].astype(np.float64)
     return value if head.axis is None else _along(value, head.axis, head.start, head.stop)
 
 
 def needs_values(head: Head) -> bool:
-    """Whether errors of a head are weighted by its float values."""
+    """Return whether errors of a head are weighted by its float values."""
     return bool(head.scores or head.kind or head.family)
 
 

@@ -90,7 +90,7 @@ class Graph:
         return tuple(str(v.name) for v in self.model.graph.outputs)
 
     def clone(self) -> ir.Model:
-        """A deep copy that may be rewritten; the tensors' memory is shared."""
+        """Make a deep copy that may be rewritten; the tensors' memory is shared."""
         return self.model.clone()
 
     @cached_property
@@ -99,7 +99,7 @@ class Graph:
         return is_large(self.model)
 
     def to_bytes(self) -> bytes:
-        """The normal form as a serialized `ModelProto`.
+        """Return the normal form as a serialized `ModelProto`.
 
         Raises:
             ModelError: it does not fit into the 2 GB of one message.

@@ -19,36 +19,36 @@ class Consumer:
 
 
 def name_of(node: ir.Node) -> str:
-    """Name of a node in normal form."""
+    """Return the name of a node in normal form."""
     assert node.name, "normal form gives every node a name"
     return node.name
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer, or None where the value is computed or absent."""
+    """Return the array of an initializer, or None where the value is computed or absent."""
     if value is None or value.const_value is None or value.producer() is not None:
         return None
     return value.const_value.numpy()
 
 
 def static_shape(value: ir.Value) -> tuple[int, ...]:
-    """Shape of a tensor in normal form, as integers."""
+    """Return the shape of a tensor in normal form, as integers."""
     assert value.shape is not None and value.shape.is_static(), f"{value.name} has no static shape"
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 
 def is_float(value: ir.Value) -> bool:
-    """Whether a tensor carries float32 data."""
+    """Return whether a tensor carries float32 data."""
     return value.dtype == ir.DataType.FLOAT
 
 
 def consumers(value: ir.Value) -> tuple[Consumer, ...]:
-    """All uses of a tensor by nodes, in graph order of the uses' registration."""
+    """Return all uses of a tensor by nodes, in graph order of the uses' registration."""
     return tuple(Consumer(node, slot) for node, slot in value.uses())
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Value of a node attribute as plain Python (int, float, str, tuple), or `default`."""
+    """Return the value of a node attribute as plain Python (int, float, str, tuple), or `default`."""
     attr = node.attributes.get(name)
     if attr is None:
         return default
@@ -57,14 +57,14 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
 
 
 def bias_slot(node: ir.Node) -> int | None:
-    """Which operand of a Conv, Gemm or Add is a constant that it adds; None where none or both are."""
+    """Return which operand of a Conv, Gemm or Add is a constant that it adds; None where none or both are."""
     slots = (0, 1) if node.op_type == "Add" else (2,)
     found = [s for s in slots if s < len(node.inputs) and constant(node.inputs[s]) is not None]
     return found[0] if len(found) == 1 else None
 
 
 def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
-    """Numbers per channel, shaped to be added to what a Conv, Gemm or MatMul gives."""
+    """Return numbers per channel, shaped to be added to what a Conv, Gemm or MatMul gives."""
     rank = len(node.outputs[0].shape or ())
     return channels.reshape(-1, *(1,) * (rank - 1 - ops.channel_axis(node.op_type, rank)))
 

@@ -23,7 +23,7 @@ ROOT = "(model)"
 
 
 def path_of(node: ir.Node) -> tuple[str, ...]:
-    """Path of the module that a node belongs to, outermost first; empty for the root.
+    """Return the path of the module that a node belongs to, outermost first; empty for the root.
 
     >>> path_of(ir.node("Conv", [], name="/model.4/m.0/cv1/conv/Conv"))
     ('model.4', 'm.0', 'cv1', 'conv')
@@ -54,12 +54,12 @@ def _scopes(text: str) -> list[str]:
 
 
 def region_id(path: Iterable[str]) -> str:
-    """Name of a region, e.g. `model.4/m.0/cv1`."""
+    """Return the name of a region, e.g. `model.4/m.0/cv1`."""
     return "/".join(path) or ROOT
 
 
 def ancestors(region: str) -> tuple[str, ...]:
-    """All regions that contain a region, itself first and the root last.
+    """Return all regions that contain a region, itself first and the root last.
 
     >>> ancestors("model.4/m.0")
     ('model.4/m.0', 'model.4', '(model)')

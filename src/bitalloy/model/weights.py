@@ -39,12 +39,12 @@ class Packed:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
+    """Return the bytes of all initializers."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def is_large(model: ir.Model) -> bool:
-    """Whether weights are to be shared, not copied."""
+    """Return whether weights are to be shared, not copied."""
     return weight_bytes(model) >= LARGE_BYTES
 
 
@@ -64,7 +64,7 @@ def pack(model: ir.Model) -> Packed:
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """The whole model as one serialized `ModelProto`.
+    """Return the whole model as one serialized `ModelProto`.
 
     Raises:
         ModelError: it does not fit into one message.
@@ -166,7 +166,7 @@ def _view(file: np.ndarray, tensor: ir.ExternalTensor) -> np.ndarray:
 
 
 def is_mapped(tensor: onnx.TensorProto) -> bool:
-    """Whether `hold` will map this tensor's external data instead of reading it."""
+    """Return whether `hold` will map this tensor's external data instead of reading it."""
     if tensor.data_type not in LENT_TYPES:
         return False
     item = ir.DataType(tensor.data_type).numpy().itemsize

@@ -115,7 +115,7 @@ def _on_each(
 
 
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
-    """The units of a model on each target, without samples; calibration may keep more of them in float."""
+    """Find the units of a model on each target, without samples; calibration may keep more of them in float."""
     excluded, heads = _excluded(model, settings.exclude), find_heads(model)
     return tuple(split(model, target(name), heads, exclude=excluded) for name in settings.targets)
 

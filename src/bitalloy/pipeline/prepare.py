@@ -149,7 +149,7 @@ def open_data(
     model: Graph, path: str | Path | None, *, image: ImageChoice = None, limit: int | None = None, seed: int = 0,
     sample_folder: Path | None = None,
 ) -> Dataset:  # fmt: skip
-    """Samples for a model from a folder or file, or the embedded sample where no path is given.
+    """Open samples for a model from a folder or file, or the embedded sample where no path is given.
 
     Args:
         model: whose inputs the samples must fit.

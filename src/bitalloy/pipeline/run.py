@@ -150,7 +150,7 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
 
 
 def render(verified: Verified) -> str:
-    """The report as one HTML page."""
+    """Write the report as one HTML page."""
     analysis = verified.analysis
     planned = verified.planned
     return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, verified.audit)

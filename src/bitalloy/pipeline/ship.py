@@ -41,7 +41,7 @@ class Verified:
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
-    """The mixed-precision model of a plan, checked; `save` writes it."""
+    """Make the mixed-precision model of a plan, checked; `save` writes it."""
     return analysis.artefact(planned.plan.chosen)
 
 

@@ -72,7 +72,7 @@ class ReportTables:
         return tuple(None if r is None else r.sqnr_db.value for r in rows)
 
     def time_us(self, units: Iterable[Unit], scheme: str) -> float:
-        """Time of units in a scheme; units that cannot run in it count in the baseline."""
+        """Return the time of units in a scheme; units that cannot run in it count in the baseline."""
         found = [self.times[u.id].us for u in units if u.id in self.times]
         return sum(us.get(scheme, us[BASELINE]) for us in found)
 
@@ -102,7 +102,7 @@ class RegionLine:
 
 
 def region_tree(tables: ReportTables) -> tuple[RegionLine, ...]:
-    """All regions, parents before children, siblings in graph order.
+    """Return all regions, parents before children, siblings in graph order.
 
     A region that holds nothing but one other region is shown joined to it, as `model.0/conv`.
     """
@@ -189,7 +189,7 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def payload(tables: ReportTables) -> Payload:
-    """The rows of the sortable table for each scope."""
+    """Return the rows of the sortable table for each scope."""
     scopes = {
         "unit": list(_unit_lines(tables)),
         "region": list(_region_lines(tables)),

@@ -45,7 +45,7 @@ class Series:
     """Single points on top."""
 
     def markers(self) -> tuple[Marker, ...]:
-        """All points."""
+        """Return all points."""
         return (*self.line, *(m for pair in self.pairs for m in pair), *self.marked)
 
 
@@ -213,7 +213,7 @@ def shares(values: Iterable[float], tip: str) -> Markup:
 
 
 def legend_marker(shape: str) -> Markup:
-    """A shape alone, for a legend."""
+    """Draw a shape alone, for a legend."""
     return Markup(
         '<svg class="key m-{0}" width="18" height="18" viewBox="-9 -9 18 18" aria-hidden="true">{1}</svg>'
     ).format(shape, MARKER_SHAPES[shape])

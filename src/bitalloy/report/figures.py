@@ -64,7 +64,7 @@ class FigureGroup:
 
 
 def limits(summary: Summary) -> tuple[Limit, ...]:
-    """The budget beside what was measured."""
+    """Return the budget beside what was measured."""
     budget, found = summary.budget, []
     if budget.latency_ratio is not None:
         met = summary.latency_ratio <= budget.latency_ratio * TOLERANCE
@@ -104,7 +104,7 @@ def tone(summary: Summary) -> str:
 
 
 def cautions(summary: Summary) -> tuple[str, ...]:
-    """What a reader must know before relying on the numbers."""
+    """Return what a reader must know before relying on the numbers."""
     found = list(summary.notes)
     wide = [h for h, pair in summary.sqnr_db.items() if _wide(pair.mixed.predicted, pair.mixed.measured)]
     if wide:
@@ -142,12 +142,12 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
 
 
 def predicted_lowest_ratio(units: UnitGraph, cost: CostTable) -> float:
-    """Predicted latency over float of the model with all that it can in its lowest scheme."""
+    """Return the predicted latency over float of the model with all that it can in its lowest scheme."""
     return latency_us(cost, units, units.lowest()) / cost.all_float_us
 
 
 def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the table of search rounds."""
+    """Return the header and lines of the table of search rounds."""
     names = list(heads)
     header = (
         "Round",
@@ -189,7 +189,7 @@ def _floors(one: Round) -> str:
 
 
 def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of what was measured exactly because a plan differed from its prediction."""
+    """Return the header and lines of what was measured exactly because a plan differed from its prediction."""
     names = list(heads)
     header = ("Round", "Rounded", *(f"{head}: measured over predicted" for head in names))
     lines = []
@@ -205,7 +205,7 @@ def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], li
 
 
 def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the plans that were evaluated for a limit on a task metric."""
+    """Return the header and lines of the plans that were evaluated for a limit on a task metric."""
     names = sorted({name for one in summary.evaluations for name in one.drops})
     header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
     lines = [
@@ -221,7 +221,7 @@ def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and lines of the light corrections that were tried."""
+    """Return the header and lines of the light corrections that were tried."""
     names = list(heads)
     header = (
         "Correction", "Kept", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),

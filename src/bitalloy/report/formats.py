@@ -93,7 +93,7 @@ def data_line(info: DataInfo) -> str:
 
 
 def ranges(choice: RangeChoice | None) -> str:
-    """How INT8 ranges were calibrated, and what choosing them tensor by tensor brought.
+    """Return how INT8 ranges were calibrated, and what choosing them tensor by tensor brought.
 
     >>> ranges(None)
     'one method for all tensors'
@@ -114,7 +114,7 @@ def ranges(choice: RangeChoice | None) -> str:
 
 
 def border_prices(borders: Iterable[BorderCost]) -> str:
-    """What tensors pay on their way between schemes; directions that have one price stand together.
+    """Return what tensors pay on their way between schemes; directions that have one price stand together.
 
     >>> inwards = BorderCost(source="", sink="int8", us_per_element=2e-4, us=1.5)
     >>> border_prices([inwards, BorderCost(source="int8", sink="", us_per_element=2e-4, us=1.5)])

@@ -35,7 +35,7 @@ def render_report(
     cost: CostTable,
     audit: Audit | None = None,
 ) -> str:
-    """The report as one offline HTML page.
+    """Write the report as one offline HTML page.
 
     Args:
         summary: result of the run.

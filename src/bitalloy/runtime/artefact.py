@@ -39,7 +39,7 @@ class Chain:
         return tuple(names[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names)
 
     def part(self, name: str) -> Session:
-        """The session of one graph."""
+        """Return the session of one graph."""
         return self._sessions[name]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ class OpenVinoSession:
         return found
 
     def kernels(self) -> tuple[Kernel, ...]:
-        """The nodes of the execution graph that took part in a run, in order."""
+        """Return the nodes of the execution graph that took part in a run, in order."""
         times = self._times or {}
         found = []
         for node in self._compiled.get_runtime_model().get_ordered_ops():
@@ -133,7 +133,7 @@ class OpenVinoSession:
         return tuple(found)
 
     def exported(self) -> CompiledModel:
-        """The compiled model; a session of it is opened in a quarter of the time."""
+        """Return the compiled model; a session of it is opened in a quarter of the time."""
         return CompiledModel(self._compiled.export_model().getvalue())
 
     def close(self) -> None:

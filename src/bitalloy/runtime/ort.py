@@ -161,7 +161,7 @@ def _options(execution: Execution) -> ort.SessionOptions:
 
 
 def rewrite(model: ir.Model | Path, folder: Path, provider: str = CPU) -> ir.Model:
-    """The graph that a session runs. Its large weights are in the folder, in a file of their own.
+    """Return the graph that a session runs. Its large weights are in the folder, in a file of their own.
 
     Raises:
         ModelError: it cannot be written, such as on a full disk.
@@ -234,7 +234,7 @@ AS_WRITTEN = Runtime(ORT.name, partial(OrtSession, execution=Execution(integers=
 
 
 def cuda_missing() -> str:
-    """Why the CUDA provider cannot be used here; empty where it can."""
+    """Return why the CUDA provider cannot be used here; empty where it can."""
     if CUDA in ort.get_available_providers():
         return ""
     return "this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu"

@@ -54,7 +54,7 @@ def _precision(tensors: tuple[str, ...]) -> str:
 
 
 def missing() -> str:
-    """Why TensorRT cannot be used here; empty where it can."""
+    """Return why TensorRT cannot be used here; empty where it can."""
     for name in ("tensorrt", "cuda.bindings.runtime"):
         try:
             importlib.import_module(name)
@@ -150,13 +150,13 @@ class TensorRtSession:
         return found
 
     def kernels(self) -> tuple[Kernel, ...]:
-        """The layers that took part in a run, with their times."""
+        """Return the layers that took part in a run, with their times."""
         return tuple(
             layer.kernel(tuple(self._times[layer.name])) for layer in self.layers() if layer.name in self._times
         )
 
     def layers(self) -> tuple[Layer, ...]:
-        """What the engine consists of: which layers were fused, and the type of every tensor between them."""
+        """Return what the engine consists of: which layers were fused, and the type of every tensor between them."""
         inspector = self._engine.create_engine_inspector()
         return read_layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
@@ -183,7 +183,7 @@ class TensorRtSession:
 
 
 def read_layers(text: str) -> tuple[Layer, ...]:
-    """Layers from the engine inspector's JSON.
+    """Read the layers from the engine inspector's JSON.
 
     Raises:
         ModelError: the engine was built without details, or the text is something else.

@@ -75,11 +75,11 @@ class Scene:
         return np.array(found, np.float32).reshape(-1, 2)
 
     def caption(self) -> str:
-        """One sentence that names and counts every shape."""
+        """Return one sentence that names and counts every shape."""
         return words.caption(self.labels.tolist(), self.colors.tolist())
 
     def questions(self) -> list[dict[str, Any]]:
-        """Questions with answers: yes or no, a number, multiple choice; see `words.questions`."""
+        """Return questions with answers: yes or no, a number, multiple choice; see `words.questions`."""
         return words.questions(self.labels.tolist(), self.colors.tolist())
 
 

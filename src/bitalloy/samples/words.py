@@ -16,7 +16,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def caption(labels: Sequence[int], colors: Sequence[int]) -> str:
-    """One sentence that counts every kind of shape, in the order in which they were painted.
+    """Return one sentence that counts every kind of shape, in the order in which they were painted.
 
     Example: labels (0, 3, 0), colours (0, 5, 0) -> `Two red circles and one blue star.`
     """
@@ -34,7 +34,7 @@ def caption(labels: Sequence[int], colors: Sequence[int]) -> str:
 
 
 def questions(labels: Sequence[int], colors: Sequence[int]) -> list[dict[str, Any]]:
-    """Questions about a scene: `question`, `answer`, and `choices` where there are some.
+    """Return questions about a scene: `question`, `answer`, and `choices` where there are some.
 
     1. Yes or no, one of each, as in POPE: is there a shape that is there, and one that is not?
     2. How many shapes there are, to be answered with a number.

@@ -52,7 +52,7 @@ def views(graph: Graph, wanted: Sequence[Recipe]) -> list[dict[str, str]]:
 
 
 def columns(graph: Graph, recipe: Recipe) -> list[Column]:
-    """All columns of a recipe, one per site."""
+    """Return all columns of a recipe, one per site."""
     units = recipe.units
     found = []
     for scheme in (s for s in units.schemes if s.gated):
@@ -79,7 +79,7 @@ def columns(graph: Graph, recipe: Recipe) -> list[Column]:
 
 
 def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
-    """Column by name, without repetitions: sites of the first target keep their names, see `names`."""
+    """Return the column by name, without repetitions: sites of the first target keep their names, see `names`."""
     found: dict[str, Column] = {}
     for wanted, known in zip(targets, names(targets), strict=True):
         for column in wanted:

@@ -112,7 +112,7 @@ class Switchboard:
         return tuple(first[number] for number in range(self._count))
 
     def gates(self, sites: Iterable[str], scale: float = 1.0) -> np.ndarray:
-        """Gate vector (sites,) float32 with `scale` at the given sites."""
+        """Return the gate vector (sites,) float32 with `scale` at the given sites."""
         vector = np.zeros(self._count, np.float32)
         vector[[self._column[s] for s in sites]] = scale
         return vector
@@ -125,7 +125,7 @@ class Switchboard:
         return Walk(self._segments, self._outputs, gates, values)
 
     def run(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs with the gated roundings in place."""
+        """Return the outputs with the gated roundings in place."""
         return self.walk(feeds, gates).outputs
 
 
@@ -145,7 +145,7 @@ class Walk:
         return {output: self._values[name].numpy() for output, name in self._names.items()}
 
     def run(self, gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs with other gates; only what they change is executed."""
+        """Return the outputs with other gates; only what they change is executed."""
         values = dict(self._values)
         changed: set[str] = set()
         for segment in self._segments:
@@ -175,7 +175,7 @@ class Segment:
         return np.array([column for column, *_ in (*self.edges, *self.weights)], np.int64)
 
     def run(self, values: Mapping[str, ort.OrtValue], gates: np.ndarray) -> dict[str, ort.OrtValue]:
-        """Tensors that it hands on, for all tensors handed on before."""
+        """Return the tensors that it hands on, for all tensors handed on before."""
         feeds = {name: values[name] for name in self.inputs}
         if gates.any():
             feeds[GATES] = ort.OrtValue.ortvalue_from_numpy(gates)
@@ -236,7 +236,7 @@ def damage(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured error energies of sets of sites.
+    """Return the measured error energies of sets of sites.
 
     Args:
         board: the switchable model.

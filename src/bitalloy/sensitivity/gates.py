@@ -48,7 +48,7 @@ class Gatekeeper:
     def weight(
         self, site: WeightSite, stored: Format, params: QuantParams | None, offset: Offset | None = None
     ) -> None:
-        """A gate on the error of a weight and the offset that goes with it, added to the output of its node."""
+        """Return a gate on the error of a weight and the offset that goes with it, added to the output of its node."""
         node = self._nodes[site.node]
         before, delta = self._change(node.inputs[site.slot], stored, params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
@@ -87,7 +87,7 @@ class Gatekeeper:
         return [*body.nodes, change], change.outputs[0]
 
     def edge(self, uses: Sequence[Edge], stored: Format, params: QuantParams | None) -> None:
-        """A gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
+        """Return a gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
         first = uses[0]
         x = self._leaving.get(first.tensor) or self._values[first.tensor]
         if first.node:
@@ -142,7 +142,7 @@ class Gatekeeper:
         return choice.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer of the graph."""
+        """Return an initializer of the graph."""
         return add_initializer(self._graph, name, array)
 
 

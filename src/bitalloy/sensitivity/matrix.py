@@ -54,7 +54,7 @@ class ProbeMatrix:
         return chosen
 
     def damage(self, chosen: np.ndarray) -> np.ndarray:
-        """Relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
+        """Return the relative error energy ||sum J e||^2 / ||y||^2 of a plan, (samples, heads).
 
         `chosen` is (sites,), 1 where the plan rounds. The square of the sum splits into the squares of all parts of all
         sites, and the products of different parts. Roundings are nearly independent, so the products are mostly noise
@@ -65,7 +65,7 @@ class ProbeMatrix:
         return self._energies((rows @ chosen, own @ chosen) for rows, own in zip(self.rows, self.own, strict=True))
 
     def site_damage(self) -> np.ndarray:
-        """Relative error energy of every site alone, (samples, heads, sites)."""
+        """Return the relative error energy of every site alone, (samples, heads, sites)."""
         pairs = zip(self.rows, self.own, strict=True)
         return self._energies((rows.astype(np.float64), own.astype(np.float64)) for rows, own in pairs)
 
@@ -77,7 +77,7 @@ class ProbeMatrix:
         return np.stack(columns, axis=1)
 
     def resampled(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Relative error energy of a plan for bootstrap draws of the samples, (draws, heads).
+        """Return the relative error energy of a plan for bootstrap draws of the samples, (draws, heads).
 
         `weights` is (draws, samples), see `draws`.
         """
@@ -92,7 +92,7 @@ class ProbeMatrix:
         return np.stack(columns, axis=1)
 
     def view(self, names: Mapping[str, str]) -> ProbeMatrix:
-        """The columns of one target: `names` maps its sites to columns. Sites without a column are left out."""
+        """Return the columns of one target: `names` maps its sites to columns. Sites without a column are left out."""
         known = {site: self.column[name] for site, name in names.items() if name in self.column}
         if tuple(known) == self.sites:
             return self
@@ -107,12 +107,12 @@ class ProbeMatrix:
         return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
 
     def subset(self, samples: slice) -> ProbeMatrix:
-        """The rows of some of the samples."""
+        """Return the rows of some of the samples."""
         rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))
         return ProbeMatrix(self.heads, self.sites, rows, own, self.energy[samples])
 
     def to_bytes(self) -> bytes:
-        """The matrix as a compressed .npz without pickled objects."""
+        """Return the matrix as a compressed .npz without pickled objects."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
         arrays |= {f"own_{i}": r for i, r in enumerate(self.own)}
@@ -153,7 +153,7 @@ def draws(samples: int, seed: int) -> np.ndarray:
 
 
 def shrink(values: np.ndarray) -> np.ndarray:
-    """Positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2.
+    """Return the positive-part James-Stein factor, 0 to 1, for the mean of noisy values: 1 - var(mean) / mean^2.
 
     The mean is over the first two axes (samples, probes); the result has the shape of the others.
     """
@@ -167,7 +167,7 @@ def shrink(values: np.ndarray) -> np.ndarray:
 
 
 def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
-    """Factor from linear to true damage, for a linear damage of shape (..., heads).
+    """Return the factor from linear to true damage, for a linear damage of shape (..., heads).
 
     A plan whose linear damage is t^2 times that of the all-INT8 network is taken to bend like the all-INT8 network
     with all errors scaled by t. Between the measured fractions the logarithm of the factor is linear in t; at t = 0
@@ -213,7 +213,7 @@ def interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Est
 
 
 def around(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
-    """A relative error energy in dB, with an interval of 95 % from its bootstrap draws.
+    """Return a relative error energy in dB, with an interval of 95 % from its bootstrap draws.
 
     Both sides reach as far as the farther percentile, times what Student's t and the bootstrap's own bias,
     sqrt(n / (n - 1)), add for n samples: damages are heavy-tailed, and a few samples rarely show the tail (Hesterberg,

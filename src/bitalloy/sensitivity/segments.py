@@ -42,14 +42,14 @@ def cut(graph: Graph, count: int) -> list[tuple[ir.Node, ...]]:
 
 
 def reads(nodes: Sequence[ir.Node]) -> tuple[str, ...]:
-    """Names of the tensors that the nodes read and do not make, constants left out."""
+    """Return the names of the tensors that the nodes read and do not make, constants left out."""
     made = {v.name for n in nodes for v in n.outputs}
     found = (v for n in nodes for v in n.inputs if v is not None and not v.is_initializer() and v.name not in made)
     return tuple(dict.fromkeys(str(v.name) for v in found))
 
 
 def extract(graph: Graph, nodes: Sequence[ir.Node]) -> ir.Model:
-    """The nodes as a model of their own.
+    """Return the nodes as a model of their own.
 
     Its inputs are the tensors that they read from elsewhere, its outputs those that other nodes read or that leave
     the graph. Weights share memory with the original.

@@ -20,5 +20,5 @@ TASKS: tuple[Task[Any], ...] = (
 
 
 def find_task(model: Interface) -> Task[Any] | None:
-    """The first task that a model looks like, or None."""
+    """Find the first task that a model looks like, or None."""
     return next((task for task in TASKS if task.matches(model)), None)

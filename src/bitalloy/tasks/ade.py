@@ -28,7 +28,7 @@ class LabelledFile:
 
 
 def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
-    """Images and their label maps, in the order of their names.
+    """Find the images and their label maps, in the order of their names.
 
     1. `images/` and `annotations/` as in ADEChallengeData2016, where `validation/` in both is taken if it is there.
        Inside, subfolders must be the same on both sides.
@@ -72,7 +72,7 @@ def _name(file: Path, root: Path) -> str:
 
 
 def read_label(file: LabelledFile, size: tuple[int, int], classes: int, *, reduce_zero_label: bool) -> np.ndarray:
-    """A label map as class numbers: (height, width) uint8, `IGNORED` where a pixel does not count.
+    """Read a label map as class numbers: (height, width) uint8, `IGNORED` where a pixel does not count.
 
     Args:
         file: image and label map.

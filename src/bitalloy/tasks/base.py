@@ -64,11 +64,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text, without those that start and end it."""
+        """Return the token ids of a text, without those that start and end it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Return text of token ids."""
         ...
 
 
@@ -123,7 +123,7 @@ class TaskData(Protocol):
         ...
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
-        """Numbers of at most `limit` samples, ascending; None takes all."""
+        """Return numbers of at most `limit` samples, ascending; None takes all."""
         ...
 
 
@@ -234,7 +234,7 @@ class Task(Generic[DataT]):
 
 
 def pack_seen(seen: Sequence[Seen]) -> bytes:
-    """What was observed on some samples as an .npz without pickled objects."""
+    """Return what was observed on some samples as an .npz without pickled objects."""
     buffer = io.BytesIO()
     arrays = {f"{i}/{name}": value for i, one in enumerate(seen) for name, value in one.items()}
     np.savez(buffer, count=np.array(len(seen)), **arrays)  # type: ignore[arg-type]
@@ -253,10 +253,10 @@ def unpack_seen(data: bytes) -> list[Seen]:
 
 
 def image_input(model: Interface) -> TensorSpec | None:
-    """The input (batch, 3, h, w) that takes an image."""
+    """Return the input (batch, 3, h, w) that takes an image."""
     return next((i for i in model.inputs if len(i.shape) == 4 and i.shape[1] == 3), None)
 
 
 def few_images(n: int) -> tuple[str, ...]:
-    """A note where intervals rest on few images."""
+    """Return a note where intervals rest on few images."""
     return (f"Intervals rest on {n} images only and are rough.",) if n < FEW else ()

@@ -72,7 +72,7 @@ def bootstrap_estimate(value: float, resampled: np.ndarray) -> Estimate:
 def metric_value(
     value: float, resampled: np.ndarray, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> MetricValue:
-    """A value with its interval, cut at what the metric can reach; `n` images."""
+    """Return a value with its interval, cut at what the metric can reach; `n` images."""
     spread = bootstrap_estimate(value, resampled)
     return MetricValue(value=value, low=max(bounds[0], spread.low), high=min(bounds[1], spread.high), n=n)
 
@@ -85,7 +85,7 @@ def compare_models(
     higher_is_better: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> TaskMetric:
-    """One metric of all models side by side; the first model is the reference of the paired drops.
+    """Return one metric of all models side by side; the first model is the reference of the paired drops.
 
     Args:
         name: of the metric.

@@ -55,11 +55,11 @@ class CaptionData:
         return True
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Numbers of at most `limit` images."""
+        """Return numbers of at most `limit` images."""
         return choose_samples([name for name, _ in self.captions], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, captions, preprocessing and prompt."""
+        """Return the SHA-256 of names, captions, preprocessing and prompt."""
         return hashlib.sha256(f"{self.chat.describe()}\0{QUESTION}\0{self.captions}".encode()).hexdigest()
 
 
@@ -127,7 +127,7 @@ def measure_captions(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Perplexity, and agreement with the first model, over the tokens of the captions and their ends.
+    """Measure the perplexity, and agreement with the first model, over the tokens of the captions and their ends.
 
     Perplexity is the exponential of the mean loss per token. `top-1 agreement` is the part of positions at which a
     model's best token is the first model's. `KL divergence` is the mean over positions of KL(first || model), in nats.

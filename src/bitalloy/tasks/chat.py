@@ -74,11 +74,11 @@ class SentencePieces:
         return int(self.processor.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return [int(i) for i in self.processor.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids beyond the vocabulary, to which padded models may come, are left out."""
+        """Return text of token ids; ids beyond the vocabulary, to which padded models may come, are left out."""
         size = int(self.processor.vocab_size())
         return str(self.processor.decode([i for i in ids if i < size]))
 
@@ -115,12 +115,12 @@ class Chat:
         return image_feed(resized, self.image)[0]
 
     def prompt(self, question: str) -> tuple[int, ...]:
-        """Ids of a question; the two sides of the image are tokenised apart, as the model was trained."""
+        """Return the ids of a question; the two sides of the image are tokenised apart, as the model was trained."""
         before, after = self.template.split("<image>")
         return self._lead(before) + tuple(self.tokenizer.encode(after.replace("{question}", question)))
 
     def turn(self, question: str, answer: str) -> Turn:
-        """Ids of a question and its answer, tokenised as one text: what both share is the prompt."""
+        """Return the ids of a question and its answer, tokenised as one text: what both share is the prompt."""
         before, after = self.template.split("<image>")
         asked = after.replace("{question}", question)
         alone, both = self.tokenizer.encode(asked), self.tokenizer.encode(f"{asked} {answer}")
@@ -132,7 +132,7 @@ class Chat:
         return (*start, *self.tokenizer.encode(before), IMAGE_TOKEN)
 
     def feeds(self, image: np.ndarray, ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """Inputs of the model."""
+        """Return the inputs of the model."""
         return {self.image.input: image, IDS: np.array([ids], np.int64)}
 
     def answer(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
@@ -148,7 +148,7 @@ class Chat:
 
 
 def open_chat(model: Interface) -> Chat:
-    """How to talk to a model: its tokenizer, and CLIP's image preparation.
+    """Return how to talk to a model: its tokenizer, and CLIP's image preparation.
 
     Raises:
         DataError: the model comes without a tokenizer.
@@ -162,7 +162,7 @@ def open_chat(model: Interface) -> Chat:
 
 
 def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """Log-probabilities (count, vocabulary) float64 of the token after each of the last `count` positions.
+    """Return the log-probabilities (count, vocabulary) float64 of the token after each of the last `count` positions.
 
     Logits that are not numbers count as 0, infinite ones as the largest numbers: a broken model is a bad model.
 

@@ -62,7 +62,7 @@ class ChatSamples(Samples):
         limit: int | None,
         seed: int,
     ) -> ChatSamples:
-        """Samples from questions (JSON lines), captions (COCO) and folders of images.
+        """Open samples from questions (JSON lines), captions (COCO) and folders of images.
 
         Raises:
             DataError: nothing usable there.

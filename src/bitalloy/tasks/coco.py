@@ -76,7 +76,7 @@ class CocoLabels:
         return found
 
     def has_masks(self) -> bool:
-        """Whether any object has a mask."""
+        """Return whether any object has a mask."""
         return any(bytes(box.segmentation) not in (b"null", b"[]") for box in self.boxes)
 
     def open_image(self, entry: LabelledImage, channels: int = 3) -> Image.Image:
@@ -94,7 +94,7 @@ class CocoLabels:
         return opened
 
     def mask(self, box: LabelledBox, size: tuple[int, int]) -> masks.Rle:
-        """The mask of an object on its image of `size` (width, height).
+        """Return the mask of an object on its image of `size` (width, height).
 
         Raises:
             DataError: the object has none, or a broken one.
@@ -108,11 +108,11 @@ class CocoLabels:
             ) from error
 
     def fingerprint(self) -> str:
-        """SHA-256 of the annotation file."""
+        """Return the SHA-256 of the annotation file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def category_ids(self, classes: int, names: Sequence[str] | None) -> np.ndarray:
-        """Category id per class index of the model, -1 for a class that the labels do not know.
+        """Return the category id per class index of the model, -1 for a class that the labels do not know.
 
         1. By name, where the model's class names are known and hold every category.
         2. By order of id, where there are as many categories as classes (80 in COCO, whose ids run to 90).
@@ -177,7 +177,7 @@ def _check_references(path: Path, content: _File) -> None:
 
 
 def find_images(path: Path, names: Sequence[str], images: Path | None = None) -> Path:
-    """The folder that holds the images which a label file lists.
+    """Find the folder that holds the images which a label file lists.
 
     1. `images` beside the file, or the file's own folder.
     2. COCO's own layout: for `annotations/instances_val2017.json`, `val2017` beside `annotations`, or `images/val2017`

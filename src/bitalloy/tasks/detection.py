@@ -64,7 +64,7 @@ class DetectionData:
     """Class names of the model, where known."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of labels, preprocessing and class names."""
+        """Return the SHA-256 of labels, preprocessing and class names."""
         parts = (self.labels.fingerprint(), self.image.describe(), repr(self.names))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -74,15 +74,15 @@ class DetectionData:
         return False
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Numbers of at most `limit` images, in the order of their ids."""
+        """Return numbers of at most `limit` images, in the order of their ids."""
         return choose_samples([e.file_name for e in self.labels.images], limit=limit, seed=seed)
 
     def entries(self, samples: Sequence[int]) -> list[LabelledImage]:
-        """Images by their numbers."""
+        """Return the images by their numbers."""
         return [self.labels.images[i] for i in samples]
 
     def opened(self, sample: int) -> tuple[dict[str, np.ndarray], Geometry, tuple[int, int]]:
-        """Feeds of one image, where it lies on the canvas, and its own width and height."""
+        """Return the feeds of one image, where it lies on the canvas, and its own width and height."""
         image = self.labels.open_image(self.labels.images[sample], self.image.channels)
         feed, geometry = image_feed(image, self.image)
         return {self.image.input: feed}, geometry, image.size
@@ -132,7 +132,7 @@ def open_detection(annotations: Path, model: Interface) -> DetectionData:
 def evaluate_detection(
     run: RunModel, data: DetectionData, *, limit: int | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> DetectionResult:
-    """Average precision of a model on labelled images, with 95 % intervals from a bootstrap over images.
+    """Measure the average precision of a model on labelled images, with 95 % intervals from a bootstrap over images.
 
     Args:
         run: feeds of one image -> outputs in graph order.
@@ -150,7 +150,7 @@ def evaluate_detection(
 
 
 def observe_detectors(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
-    """Detections on one image.
+    """Find the detections on one image.
 
     Raises:
         DataError: labels, images and models do not fit each other.
@@ -194,7 +194,7 @@ def measure_detectors(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Box AP and confidence shift of several models on the same images, side by side."""
+    """Measure the box AP and confidence shift of several models on the same images, side by side."""
     results = _results(judged, data, samples, seed, resamples)
     return TaskResult(
         task="detection",
@@ -205,17 +205,17 @@ def measure_detectors(
 
 
 def seen_of(found: Detections, classes: int) -> dict[str, np.ndarray]:
-    """Detections of one image by a model of so many classes, as arrays."""
+    """Return the detections of one image by a model of so many classes, as arrays."""
     return {"boxes": found.boxes, "scores": found.scores, "classes": found.classes, "of": np.array(classes)}
 
 
 def detections_of(seen: Sequence[Seen]) -> list[Detections]:
-    """Detections per image."""
+    """Return the detections per image."""
     return [Detections(one["boxes"], one["scores"], one["classes"]) for one in seen]
 
 
 def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
-    """Category id per class index of a model."""
+    """Return the category id per class index of a model."""
     return data.labels.category_ids(int(seen[0]["of"]), data.names)
 
 
@@ -229,7 +229,7 @@ def _results(
 def precision_of(
     matches: Matches, images: Sequence[LabelledImage], found: Sequence[Detections], weights: np.ndarray, seed: int
 ) -> DetectionResult:
-    """The result of one model from its matches; `weights` (B, I) come from `resampled_weights` with `seed`."""
+    """Return the result of one model from its matches; `weights` (B, I) come from `resampled_weights` with `seed`."""
     resampled = average_precision(matches, weights)
     mean, half = resampled.mean(axis=1), resampled[:, 0]
     return DetectionResult(
@@ -252,7 +252,7 @@ def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tupl
 
 
 def shifts(results: Mapping[str, DetectionResult]) -> dict[str, Estimate]:
-    """Confidence shift of every model against the first; without those that share no detection with it."""
+    """Return the confidence shift of every model against the first; without those that share no detection with it."""
     reference, *others = results
     found = {}
     for name in others:
@@ -280,7 +280,7 @@ def paired_difference(a: DetectionResult, b: DetectionResult) -> Estimate:
 def confidence_shift(
     a: DetectionResult, b: DetectionResult, *, confidence: float = SHOWN_CONFIDENCE
 ) -> ConfidenceShift:
-    """Scores of the detections of a above `confidence` and of their counterparts in b.
+    """Return the scores of the detections of a above `confidence` and of their counterparts in b.
 
     The counterpart is the free detection of b, of any score, with the same class and the greatest IoU, at least 0.5;
     the best detections of a choose first. The interval comes from the resamples over images.

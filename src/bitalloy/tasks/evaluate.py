@@ -105,7 +105,7 @@ class Evaluator:
         return Subject(("float",), Opening(kind="artefact", spec=self._parts))
 
     def subject(self, plan: Plan) -> Subject:
-        """The model of a plan, made when it is needed."""
+        """Return the model of a plan, made when it is needed."""
         spec = msgspec.structs.replace(self._parts, schemes=dict(plan.listed))
         listed = (f"{unit} in {scheme}" for unit, scheme in plan.listed)
         return Subject((self._analysis.key, *listed), Opening(kind="artefact", spec=spec))
@@ -244,7 +244,7 @@ def open_observer(spec: ObserverParts, contexts: Contexts) -> Observer:
 
 
 def observe_shard(spec: ObservedSamples, contexts: Contexts) -> bytes:
-    """What the model does, as `pack_seen` writes it."""
+    """Return what the model does, as `pack_seen` writes it."""
     observer: Observer = contexts.open(spec.observer)
     return pack_seen(observer.observe(spec.samples))
 
@@ -278,7 +278,7 @@ class Observer:
             self._opened = stack.pop_all()
 
     def observe(self, samples: Sequence[int]) -> list[Seen]:
-        """What the model does on some samples."""
+        """Return what the model does on some samples."""
         models = {name: _for_each_thread(self._graph, session) for name, session in self._sessions.items()}
         found = self._pool.map(lambda i: self._task.observe(models, self._data, i)["model"], samples)
         return list(found)

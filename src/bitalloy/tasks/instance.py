@@ -44,7 +44,7 @@ def draw_masks(
     canvas: tuple[int, int],
     size: tuple[int, int],
 ) -> Iterator[np.ndarray]:
-    """Masks in image pixels, one after the other: three hundred of a large photograph would not fit in memory.
+    """Draw the masks in image pixels, one after the other: three hundred of a large photograph would not fit in memory.
 
     Image pixel (i, j) has its centre at (j + 1/2, i + 1/2); its logit is read at that place of the prototypes, so the
     canvas's padding needs no rounding. Pixels whose centre lies outside the box are not in the mask.
@@ -75,7 +75,7 @@ def draw_masks(
 def find_instances(
     outputs: Mapping[str, np.ndarray], image: ImageSpec, geometry: Geometry, size: tuple[int, int]
 ) -> tuple[Detections, list[Rle]]:
-    """Boxes and masks of one image, in its pixels.
+    """Find the boxes and masks of one image, in its pixels.
 
     Args:
         outputs: of the model, in graph order.
@@ -97,7 +97,7 @@ def find_instances(
 
 
 def observe_instances(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
-    """Boxes and masks on one image.
+    """Find the boxes and masks on one image.
 
     Raises:
         DataError: labels, images and models do not fit each other.
@@ -137,7 +137,7 @@ def measure_instances(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Box AP, mask AP and confidence shift of several models on the same images, side by side.
+    """Measure the box AP, mask AP and confidence shift of several models on the same images, side by side.
 
     Labels without any mask still give box AP, with a note.
     """

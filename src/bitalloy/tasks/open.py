@@ -40,7 +40,7 @@ from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
-    """What a file says about the preparation of its images.
+    """Read what a file says about the preparation of its images.
 
     Raises:
         ModelError: the entry is damaged.
@@ -53,12 +53,12 @@ def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
 
 
 def speaks(inputs: Sequence[TensorSpec]) -> bool:
-    """Whether a program takes an image and the tokens around it."""
+    """Return whether a program takes an image and the tokens around it."""
     return {chat.BEFORE, chat.AFTER, chat.MASK, chat.POSITIONS} <= {i.name for i in inputs} and _takes_image(inputs)
 
 
 def takes_prompts(inputs: Sequence[TensorSpec]) -> bool:
-    """Whether a program takes an image and points."""
+    """Return whether a program takes an image and points."""
     return {promptable.COORDINATES, promptable.LABELS} <= {i.name for i in inputs} and _takes_image(inputs)
 
 
@@ -69,7 +69,7 @@ def interface(
     folder: Path,
     image: ImageSpec | None = None,
 ) -> Interface:
-    """A model as its task sees it.
+    """Return a model as its task sees it.
 
     Args:
         inputs: free inputs.
@@ -90,13 +90,13 @@ def interface(
 
 
 def interface_of(graph: Graph) -> Interface:
-    """A loaded model as its task sees it."""
+    """Return a loaded model as its task sees it."""
     folder = graph.source if isinstance(graph, Joined) else graph.source.parent
     return interface(graph.info.inputs, graph.info.outputs, graph.metadata, folder)
 
 
 def tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that lies beside the graphs of a language program.
+    """Read the tokenizer that lies beside the graphs of a language program.
 
     Raises:
         ModelError: there is none, or it is damaged.
@@ -136,7 +136,7 @@ def cache_size(inputs: Sequence[TensorSpec]) -> tuple[int, int, int]:
 def open_samples(
     outline: Outline, paths: Sequence[Path], *, image: ImageSpec | None, limit: int | None, seed: int
 ) -> Samples:
-    """Samples of a program, all of the same shapes.
+    """Open samples of a program, all of the same shapes.
 
     Args:
         outline: the program.
@@ -187,7 +187,7 @@ class ProgramFiles(Record, frozen=True, kw_only=True):
 
 
 def open_program_files(spec: ProgramFiles, _: Contexts) -> Samples:
-    """Samples of a program in files, whatever they hold by now."""
+    """Open samples of a program in files, whatever they hold by now."""
     paths = [Path(path) for path in spec.paths]
     return open_samples(read_outline(spec.folder), paths, image=spec.image, limit=spec.limit, seed=spec.seed)
 
@@ -223,7 +223,7 @@ def _takes_image(inputs: Sequence[TensorSpec]) -> bool:
 
 
 def holds_arrays(path: Path) -> bool:
-    """Whether a path is a file of arrays or a folder with some."""
+    """Return whether a path is a file of arrays or a folder with some."""
     suffixes = {".npz", ".npy"}
     if path.is_file():
         return path.suffix.lower() in suffixes
@@ -248,7 +248,7 @@ ImageChoice = ImageSpec | Mapping[str, object] | None
 
 
 def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
-    """How images become feeds for a model, or None where it takes no image.
+    """Return how images become feeds for a model, or None where it takes no image.
 
     What is given counts before what the model's file says, and this before what is inferred from the input.
     """

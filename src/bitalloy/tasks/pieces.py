@@ -56,7 +56,7 @@ class Pieces:
         return {text: i for i, (text, _, _) in enumerate(self.pieces)}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without those that start and end it."""
+        """Return the token ids of a text, without those that start and end it."""
         text = " ".join(part for part in text.split(" ") if part) if self.squeeze else text
         if not text:
             return []
@@ -71,7 +71,7 @@ class Pieces:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids beyond the vocabulary and those without text are left out."""
+        """Return text of token ids; ids beyond the vocabulary and those without text are left out."""
         raw = bytearray()
         for number in ids:
             if not 0 <= number < len(self.pieces):

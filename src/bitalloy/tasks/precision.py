@@ -225,7 +225,7 @@ def _category(row: np.ndarray) -> CategoryMatches:
 
 
 def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Average precision as if image i occurred `weights[:, i]` times.
+    """Compute the average precision as if image i occurred `weights[:, i]` times.
 
     A repeated detection only repeats a step of the precision-recall curve, so the best precision at every recall is
     that of the curve through the ends of the steps: equal to pycocotools' value on repeated images, but for the

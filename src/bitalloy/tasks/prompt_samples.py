@@ -46,7 +46,7 @@ class PromptSamples(Samples):
 
     @staticmethod
     def open(path: Path, model: Interface, *, limit: int | None, seed: int) -> PromptSamples:
-        """Samples from a COCO annotation file with masks, or from a folder of images.
+        """Open samples from a COCO annotation file with masks, or from a folder of images.
 
         Raises:
             DataError: nothing usable there.

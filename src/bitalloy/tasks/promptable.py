@@ -71,12 +71,12 @@ class Prompt:
 
     @staticmethod
     def box(x1: float, y1: float, x2: float, y2: float) -> Prompt:
-        """A box by its corners."""
+        """Make a box by its corners."""
         return Prompt(np.array([[x1, y1], [x2, y2]]), np.array([2.0, 3.0]))
 
     @staticmethod
     def point(x: float, y: float) -> Prompt:
-        """A point inside, with the padding that a prompt without a box needs."""
+        """Make a point inside, with the padding that a prompt without a box needs."""
         return Prompt(np.array([[x, y], [0.0, 0.0]]), np.array([1.0, -1.0]))
 
 
@@ -91,7 +91,7 @@ class PromptData:
     """Its height and width are the canvas."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the labels, or else of the images, and the preprocessing."""
+        """Return the SHA-256 of the labels, or else of the images, and the preprocessing."""
         digest = hashlib.sha256(self.image.describe().encode())
         if self.labels is not None:
             digest.update(self.labels.fingerprint().encode())
@@ -111,7 +111,7 @@ class PromptData:
         return self.labels.objects() if self.labels is not None else {}
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Numbers of at most `limit` images."""
+        """Return numbers of at most `limit` images."""
         return choose_samples([file.name for file in self.files], limit=limit, seed=seed)
 
     def open(self, index: int) -> Image.Image:
@@ -144,7 +144,7 @@ def open_prompts(path: Path, model: Interface) -> PromptData:
 
 
 def grid(size: tuple[int, int]) -> list[dict[str, Prompt]]:
-    """Prompts, by kind, over an image of `size` (width, height): cells and their centres, row by row."""
+    """Return the prompts, by kind, over an image of `size` (width, height): cells and their centres, row by row."""
     width, height = size[0] / _CELLS, size[1] / _CELLS
     corners = [(column * width, row * height) for row in range(_CELLS) for column in range(_CELLS)]
     return [
@@ -175,7 +175,7 @@ def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask:
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
-    """The feed (1, 3, h, w), and (height, width) of the part of the canvas that the image covers.
+    """Return the feed (1, 3, h, w), and (height, width) of the part of the canvas that the image covers.
 
     The longest side gets the canvas's length, pixels are normalised, and the rest is zero, as SAM does.
     """
@@ -202,7 +202,7 @@ def feeds_of(prompt: Prompt, size: tuple[int, int], covered: tuple[int, int]) ->
 def to_mask(
     outputs: Mapping[str, np.ndarray], kind: str, side: int, covered: tuple[int, int], size: tuple[int, int]
 ) -> Mask:
-    """The mask of a prompt in image pixels.
+    """Return the mask of a prompt in image pixels.
 
     Args:
         outputs: masks (1, c, h, w) and predicted IoU (1, c), in this order.
@@ -228,7 +228,7 @@ def to_mask(
 
 
 def join_promptable(encode: RunModel, decode: RunModel) -> RunModel:
-    """One function of an encoder and a decoder; what the encoder gives is kept for the prompts of the same image.
+    """Build one function of an encoder and a decoder; what the encoder gives is kept for the prompts of the same image.
 
     The encoder gets the feeds without the prompt, the decoder the encoder's outputs by name, and the prompt. An image
     is the same as before if its array is the very same object.
@@ -247,7 +247,7 @@ def join_promptable(encode: RunModel, decode: RunModel) -> RunModel:
 
 
 def observe_prompts(models: Mapping[str, RunModel], data: PromptData, sample: int, /) -> dict[str, Seen]:
-    """Masks for all prompts on one image, packed, and their IoU with the labels (objects, kinds).
+    """Return the masks for all prompts on one image, packed, and their IoU with the labels (objects, kinds).
 
     Crowds and objects without a pixel are left out.
 

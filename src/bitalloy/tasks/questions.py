@@ -97,11 +97,11 @@ class QuestionData:
         return found
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Numbers of at most `limit` images, in the order of their names."""
+        """Return numbers of at most `limit` images, in the order of their names."""
         return choose_samples(list(self.by_image), limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
-        """SHA-256 of questions, preprocessing and prompt."""
+        """Return the SHA-256 of questions, preprocessing and prompt."""
         return hashlib.sha256(f"{self.chat.describe()}\0{self.questions}".encode()).hexdigest()
 
 
@@ -176,7 +176,7 @@ def _plain(text: str) -> str:
 
 
 def read_answer(text: str, question: Question) -> str:
-    """What a generated text answers: `yes` or `no`, a letter (`?` for none), or the text itself in plain form.
+    """Return what a generated text answers: `yes` or `no`, a letter (`?` for none), or the text itself in plain form.
 
     1. Yes or no as in POPE's evaluation: `no` if the first sentence has the word no or not, else `yes`.
     2. Multiple choice: a letter at the start, alone or before a mark; a letter after `answer is`; the text of a choice.
@@ -196,7 +196,7 @@ def read_answer(text: str, question: Question) -> str:
 
 
 def observe_questions(models: Mapping[str, RunModel], data: QuestionData, sample: int, /) -> dict[str, Seen]:
-    """Answers to all questions about one image, generated greedily.
+    """Generate the answers to all questions about one image, generated greedily.
 
     Raises:
         DataError: the image is damaged, or a model's outputs are not logits.

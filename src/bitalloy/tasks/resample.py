@@ -17,7 +17,7 @@ def centres(old: int, new: int) -> np.ndarray:
 
 
 def sample(maps: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Values of (..., h, w) maps at every pair of rows (r,) and columns (c,): (..., r, c) float32.
+    """Return the values of (..., h, w) maps at every pair of rows (r,) and columns (c,): (..., r, c) float32.
 
     Bilinear between the four nearest pixels, without averaging where the grid is coarser than the map; beyond the
     outermost pixel centres the border's value.

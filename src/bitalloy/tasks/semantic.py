@@ -68,11 +68,11 @@ class SemanticData:
         return False
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Numbers of at most `limit` images, in the order of their names."""
+        """Return numbers of at most `limit` images, in the order of their names."""
         return choose_samples([f.name for f in self.files], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names and label maps, preprocessing and protocol."""
+        """Return the SHA-256 of names and label maps, preprocessing and protocol."""
         digest = hashlib.sha256(
             f"{self.image.describe()}\0{self.classes} {self.reduce_zero_label} {self.protocol}".encode()
         )
@@ -122,7 +122,7 @@ def open_semantic(
 
 
 def official_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of the canvas in the official protocol (NVlabs/SegFormer, `AlignResize`).
+    """Return the width and height of the canvas in the official protocol (NVlabs/SegFormer, `AlignResize`).
 
     It has the largest scale at which the short side is at most 512 and the long one at most 2048 pixels; each side is
     then rounded up to a multiple of 32.
@@ -136,7 +136,7 @@ def official_size(width: int, height: int) -> tuple[int, int]:
 
 
 def prepare_feed(image: Image.Image, data: SemanticData) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The feed of an image, and the sizes (height, width) that its logits pass through on their way back."""
+    """Return the feed of an image, and the sizes (height, width) that its logits pass through on their way back."""
     original = (image.height, image.width)
     if data.protocol == "squash":
         spec = msgspec.structs.replace(data.image, fit="stretch")
@@ -171,7 +171,7 @@ def confusion(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndar
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:
-    """Mean over classes of intersection / (labelled + predicted - intersection), in 0..1.
+    """Compute the mean over classes of intersection / (labelled + predicted - intersection), in 0..1.
 
     A class that is neither labelled nor predicted does not count; one that is predicted only counts as 0, as in
     mmsegmentation. NaN where no class occurs.

@@ -37,7 +37,7 @@ _STRIDES = (4, 8, 16, 32, 64)
 
 
 def looks_like_yolo(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether the shapes are those of a YOLOv8 to YOLO11 detector, with or without mask coefficients.
+    """Return whether the shapes are those of a YOLOv8 to YOLO11 detector, with or without mask coefficients.
 
     One image input; a first output (batch, 4 + nc, n) with 4 + nc < n, where n is the number of cells of
     consecutive strides (8400 = 80*80 + 40*40 + 20*20 at 640x640), as far as the sizes are fixed.
@@ -56,7 +56,7 @@ def looks_like_yolo(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec])
 
 
 def has_masks(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether a detector also gives mask coefficients, and prototypes (batch, m, h, w) as its second output."""
+    """Return whether a detector also gives mask coefficients, and prototypes (batch, m, h, w) as its second output."""
     if not looks_like_yolo(inputs, outputs) or len(outputs) < 2 or len(outputs[1].shape) != 4:
         return False
     rows, count = outputs[0].shape[1], outputs[1].shape[1]
@@ -64,7 +64,7 @@ def has_masks(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bo
 
 
 def class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Class names by index from the `names` entry that Ultralytics writes: `{0: 'person', 1: 'bicycle'}`."""
+    """Read the class names by index from the `names` entry that Ultralytics writes: `{0: 'person', 1: 'bicycle'}`."""
     try:
         names = ast.literal_eval(metadata["names"])
         return tuple(str(names[i]) for i in range(len(names)))
@@ -124,7 +124,7 @@ def suppress(
 
 
 def detections(boxes: np.ndarray, scores: np.ndarray, index: np.ndarray, label: np.ndarray) -> Detections:
-    """The chosen boxes (k,) with their classes (k,) as corners, in input pixels."""
+    """Return the chosen boxes (k,) with their classes (k,) as corners, in input pixels."""
     centre, half = boxes[index, :2], boxes[index, 2:] / 2
     return Detections(np.concatenate([centre - half, centre + half], axis=1), scores[label, index], label)
 

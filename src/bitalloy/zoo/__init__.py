@@ -60,7 +60,7 @@ class Source:
 
 
 def resolve(model: str | Path) -> Source:
-    """The file, or the folder of a program, behind a name of the zoo or a path.
+    """Find the file, or the folder of a program, behind a name of the zoo or a path.
 
     Raises:
         ModelError: neither a known name nor a file or program, or a name that must be exported first.
@@ -84,17 +84,17 @@ def resolve(model: str | Path) -> Source:
 
 
 def is_variant(name: str) -> bool:
-    """Whether a name belongs to a model family, so that the model must be exported first."""
+    """Return whether a name belongs to a model family, so that the model must be exported first."""
     return name in _variant_names()
 
 
 def families() -> tuple[Family, ...]:
-    """All families, in order. None of their libraries is imported."""
+    """Return all families, in order. None of their libraries is imported."""
     return tuple(pkgutil.resolve_name(place) for place in FAMILIES.values())
 
 
 def find(name: str) -> tuple[Family, Variant]:
-    """The family and variant of a name.
+    """Find the family and variant of a name.
 
     Raises:
         ModelError: unknown name; the message suggests the nearest.

@@ -34,7 +34,7 @@ def locate(checkpoint: str | Path | None, remote: Remote, *, extra: str) -> Path
 
 
 def fetch(remote: Remote, *, extra: str) -> Path:
-    """The file behind a URL, or the folder of a hub repository; downloaded once, with a progress bar.
+    """Fetch the file behind a URL, or the folder of a hub repository; downloaded once, with a progress bar.
 
     Raises:
         ModelError: it cannot be downloaded, or its checksum is wrong; the message says what to put where.

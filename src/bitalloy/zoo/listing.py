@@ -12,12 +12,12 @@ from bitalloy.zoo.base import Family, Variant
 
 
 def install_line(family: Family) -> str:
-    """What to type for the family's extra."""
+    """Return what to type for the family's extra."""
     return f"pip install 'bitalloy[{family.extra}]'"
 
 
 def as_json() -> dict[str, object]:
-    """Everything that is known about every name, for machines."""
+    """Return everything that is known about every name, for machines."""
     return {
         "samples": [{"name": name, "file": file, "embedded": True} for name, file in (NAMES | PROGRAMS).items()],
         "families": [
@@ -35,7 +35,7 @@ def as_json() -> dict[str, object]:
 
 
 def tables() -> Iterator[Table | str]:
-    """The embedded sample in a line, then a table and its notes for each family."""
+    """Return the embedded sample in a line, then a table and its notes for each family."""
     for name, file in NAMES.items():
         yield f"{name}  embedded sample ({file}), ready to run"
     for name, folder in PROGRAMS.items():

@@ -68,7 +68,7 @@ def prompts(
     box: tuple[float, float, float, float] | None = None,
     side: int = SAM_SIDE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The decoder's inputs for points, a box, or both.
+    """Return the decoder's inputs for points, a box, or both.
 
     Args:
         size: height and width of the original image in pixels.

@@ -177,7 +177,7 @@ def _decoder_facts(facts: ExportFacts, numbers: Mapping[str, Any]) -> ExportFact
 
 
 def clip(numbers: Mapping[str, Any], side: int) -> Any:
-    """The vision tower with random weights, for square images of `side` pixels."""
+    """Build the vision tower with random weights, for square images of `side` pixels."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -194,7 +194,7 @@ def clip(numbers: Mapping[str, Any], side: int) -> Any:
 
 
 def llama(numbers: Mapping[str, Any]) -> Any:
-    """The language model with random weights."""
+    """Build the language model with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -49,7 +49,7 @@ def prompt(question: str) -> tuple[str, str]:
 
 
 def sentence_pieces(path: Path) -> Any:
-    """The SentencePiece model of `tokenizer.model`, a file or the folder that holds it.
+    """Return the SentencePiece model of `tokenizer.model`, a file or the folder that holds it.
 
     Raises:
         ModelError: no such file, or it is damaged.
@@ -69,7 +69,7 @@ def sentence_pieces(path: Path) -> Any:
 
 
 def tokenize(question: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (1, A) before and (1, B) after the image.
+    """Return the token ids (1, A) before and (1, B) after the image.
 
     Both halves are tokenized alone, as the published code does; only the first starts with `<s>`.
     """
@@ -93,7 +93,7 @@ def generate(
     limit: int = 128,
     end: int | None = END,
 ) -> list[int]:
-    """Token ids of the answer, always the likeliest one next.
+    """Return the token ids of the answer, always the likeliest one next.
 
     Args:
         run: runs one of the three graphs.

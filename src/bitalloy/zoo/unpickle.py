@@ -62,7 +62,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def state_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module's shell, by the names of its state dict."""
+    """Return the parameters and buffers of a module's shell, by the names of its state dict."""
     fields = vars(module) if isinstance(module, Shell) else {}
     left_out = fields.get("_non_persistent_buffers_set", ())
     for kind in ("_parameters", "_buffers"):

@@ -17,7 +17,7 @@ Derivative = Callable[[Builder, ir.Value, ir.Value, ir.Node], ir.Value]
 
 
 def single(cots: Cots) -> Cotangent:
-    """The gradient of a node's first output."""
+    """Return the gradient of a node's first output."""
     assert cots[0] is not None, "the engine calls a rule where its first output carries a gradient"
     return cots[0]
 
@@ -38,7 +38,7 @@ def unary(derivative: Derivative) -> Rule:
 
 
 def scalar(p: Builder, x: float) -> ir.Value:
-    """A float32 constant without axes."""
+    """Make a float32 constant without axes."""
     return p.const(np.array(x, np.float32))
 
 
@@ -48,7 +48,7 @@ def mask(p: Builder, condition: ir.Value, like: ir.Value) -> ir.Value:
 
 
 def number(node: ir.Node, name: str, default: float) -> float:
-    """A numeric attribute."""
+    """Return a numeric attribute."""
     return float(attribute(node, name, default))  # type: ignore[arg-type]
 
 

@@ -32,7 +32,7 @@ class Window:
 
     @classmethod
     def of(cls, node: ir.Node, kernel: Sequence[int]) -> Window:
-        """The window of a node, with `auto_pad` resolved."""
+        """Return the window of a node, with `auto_pad` resolved."""
         size, out = static_shape(data(node))[2:], static_shape(node.outputs[0])[2:]
         strides, dilations, before, _ = geometry(node, size, out, kernel)
         return cls(size, out, kernel, strides, dilations, before)

@@ -13,19 +13,19 @@ from bitalloy.model.read import attribute, constant, static_shape
 
 
 def dense(ctx: Context, cots: Cots) -> ir.Value:
-    """The gradient (P, *shape) of a node's first output."""
+    """Return the gradient (P, *shape) of a node's first output."""
     return ctx.dense(single(cots))
 
 
 def data(node: ir.Node, slot: int = 0) -> ir.Value:
-    """A required input."""
+    """Return a required input."""
     value = node.inputs[slot]
     assert value is not None
     return value
 
 
 def integers(node: ir.Node, slot: int) -> tuple[int, ...] | None:
-    """A constant integer input as a tuple; None where it is absent."""
+    """Return a constant integer input as a tuple; None where it is absent."""
     if slot >= len(node.inputs) or node.inputs[slot] is None:
         return None
     array = constant(node.inputs[slot])
@@ -35,7 +35,7 @@ def integers(node: ir.Node, slot: int) -> tuple[int, ...] | None:
 
 
 def scatter_add(ctx: Context, grad: ir.Value, shape: tuple[int, ...], axis: int, index: np.ndarray) -> ir.Value:
-    """Zeros (P, *shape) with `grad` (P, ..., len(index), ...) added at `index` along `axis`."""
+    """Return zeros (P, *shape) with `grad` (P, ..., len(index), ...) added at `index` along `axis`."""
     lined = index.reshape(-1, *[1] * (len(shape) - axis - 1)).astype(np.int64)
     expanded = ctx.r.op("Expand", ctx.r.const(lined), ctx.r.op("Shape", grad))
     return ctx.r.op("ScatterElements", ctx.zeros(shape), expanded, grad, axis=axis + 1, reduction="add")
@@ -94,7 +94,7 @@ def _slice(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 
 def slice_of(start: int, end: int, step: int) -> slice:
-    """An ONNX slice as Python's: with a negative step, an end before the first element means `None`."""
+    """Return an ONNX slice as Python's: with a negative step, an end before the first element means `None`."""
     return slice(start, None if step < 0 and end < -(1 << 30) else end, step)
 
 

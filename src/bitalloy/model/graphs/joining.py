@@ -37,7 +37,7 @@ class Joined(Graph):
 
 
 def join(program: GraphProgram, *, inner: bool = False) -> Joined:
-    """One graph that computes what the wired graphs compute.
+    """Build one graph that computes what the wired graphs compute.
 
     Names of nodes and tensors get their graph's name in front (`encoder/...`), those of free inputs and outputs
     only where they would clash. Weights are shared with the parts.

@@ -146,7 +146,7 @@ def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[
 
 
 def is_program(path: str | Path) -> bool:
-    """Whether a path is a `program.json` or a folder that holds one."""
+    """Return whether a path is a `program.json` or a folder that holds one."""
     path = Path(path)
     return path.name == PROGRAM_FILE or (path / PROGRAM_FILE).is_file()
 
