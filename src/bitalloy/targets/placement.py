@@ -154,24 +154,29 @@ def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
     """Ids of all sites that a plan rounds."""
     known = {scheme.name: scheme for scheme in units.schemes}
     sites = {s.id for u in units.units if u.id in plan for s in own_sites(u, known[plan[u.id]])}
-    for edge in units.edges:
-        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+    for edge, source, sink in _touched(units, plan):
         sites.update(site.id for site in roundings(edge, source, sink))
     return frozenset(sites)
 
 
 def borders(units: UnitGraph, plan: Plan) -> dict[Conversion, tuple[float, int]]:
     """Conversion -> elements on, and number of, the tensors that a plan converts so, each tensor once."""
-    known = {scheme.name: scheme for scheme in units.schemes}
     crossing: dict[tuple[str, Conversion], int] = {}
-    for edge in units.edges:
-        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+    for edge, source, sink in _touched(units, plan):
         crossing.update({(edge.tensor, c): edge.elements for c in conversions(edge, source, sink)})
     found: dict[Conversion, tuple[float, int]] = {}
     for (_, conversion), elements in crossing.items():
         total, count = found.get(conversion, (0.0, 0))
         found[conversion] = total + elements, count + 1
     return found
+
+
+def _touched(units: UnitGraph, plan: Plan) -> Iterator[tuple[UnitEdge, Scheme, Scheme]]:
+    """Edges with a unit of a plan at an end, and the schemes of both; all others have neither sites nor conversions."""
+    known = {scheme.name: scheme for scheme in units.schemes}
+    for edge in units.edges:
+        if edge.producer in plan or edge.consumer in plan:
+            yield edge, known[plan.scheme_of(edge.producer)], known[plan.scheme_of(edge.consumer)]
 
 
 def all_conversions(schemes: tuple[Scheme, ...]) -> tuple[Conversion, ...]:
