@@ -250,7 +250,7 @@ class Affine:
     bits: int
     signed: bool
     symmetric: bool = False
-    """Whether the zero point of tensors is 0; of constants it is in any case."""
+    """Whether the zero point of tensors is in the middle; that of constants is in any case."""
     opset: int = 13
 
     def of_range(self, low: float, high: float) -> QuantParams:
@@ -259,8 +259,13 @@ class Affine:
 
     def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams:
         """See `symmetric_params`; with a `block`, `magnitude` has the rank of the constant."""
-        found = symmetric_params(magnitude, axis=axis, bits=self.bits)
-        return self._stored(replace(found, block=block))
+        found = replace(symmetric_params(magnitude, axis=axis, bits=self.bits), block=block)
+        if not self.signed:
+            dtype, _, _ = _storage(self.bits, False)
+            middle = 2 ** (self.bits - 1)
+            zero = np.full(found.scale.shape, middle, dtype)
+            found = replace(found, zero_point=zero, qmin=found.qmin + middle, qmax=found.qmax + middle)
+        return self._stored(found)
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
         """See `quantize`."""
