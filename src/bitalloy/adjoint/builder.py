@@ -37,7 +37,7 @@ class Builder:
         shape: Sequence[int] | None = None,
         **attributes: AttributeValue,
     ) -> ir.Value:
-        """Append a node with one output; `shape` is recorded where it is static."""
+        """Append a node and return its only output; a static `shape` is recorded on it."""
         return self.op_multi(op_type, *inputs, outputs=1, shape=shape, **attributes)[0]
 
     def op_multi(
@@ -48,7 +48,7 @@ class Builder:
         shape: Sequence[int] | None = None,
         **attributes: AttributeValue,
     ) -> tuple[ir.Value, ...]:
-        """Append a node with several outputs. The same call twice returns the same values."""
+        """Append a node and return its outputs. The same call twice returns the same values."""
         key = (
             op_type,
             tuple(id(v) for v in inputs),
@@ -75,7 +75,7 @@ class Builder:
         return self._expressions[key]
 
     def const(self, array: np.ndarray | Sequence[int] | float) -> ir.Value:
-        """Make an initializer; lists become int64 and floats float32. Small equal arrays share one initializer."""
+        """Store an initializer; lists become int64, floats float32. Small equal arrays share one initializer."""
         kind = np.float32 if isinstance(array, float) else np.int64
         data = np.asarray(array, dtype=None if isinstance(array, np.ndarray) else kind)
         data = np.ascontiguousarray(data) if data.ndim else data
@@ -95,11 +95,11 @@ class Builder:
         return self.op("Add", a, b, shape=_broadcast(a, b))
 
     def like(self, op_type: str, x: ir.Value, *rest: ir.Value | None, **attributes: AttributeValue) -> ir.Value:
-        """Append a node whose result has the shape of `x`."""
+        """Append a node with one output, which has the shape of `x`."""
         return self.op(op_type, x, *rest, shape=static_shape(x), **attributes)
 
     def flat(self, x: ir.Value) -> ir.Value:
-        """`x` as one row, (1, n)."""
+        """Reshape `x` to one row, (1, n)."""
         return self.op("Reshape", x, self.const([1, -1]), shape=(1, int(np.prod(static_shape(x)))))
 
     def _name(self, hint: str) -> str:

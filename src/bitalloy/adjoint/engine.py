@@ -32,8 +32,8 @@ from bitalloy.model.weights import Packed, pack
 
 REVERSE_OPSET = 17
 PARTS = 16
-"""Most parts into which the error of a tap is cut. Roundings in different parts are nearly independent, so that the
-squares of the parts together tell the energy of the tap with far less noise than the square of their sum."""
+"""Largest number of parts into which the error of a tap is cut. Roundings in different parts are nearly independent, so
+that the squares of the parts together tell the energy of the tap with far less noise than the square of their sum."""
 FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
 
@@ -52,7 +52,7 @@ class Cotangent:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A local error whose effect on the heads is asked for.
+    """A local error whose effect on the heads the reverse pass computes.
 
     `edges` names where the error is added: into some consumers of one tensor; an edge with an empty node adds
     it to the tensor itself, ahead of all consumers, or, where `leaving`, behind them: to what leaves the graph and
@@ -84,7 +84,7 @@ class ReverseGraph:
     """Name of the output (P, sum of parts): the inner products of cotangent and error, part by part."""
 
     def by_tap(self, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inner product of each tap's whole error, and the sum of the squares of its parts; both (P, taps)."""
+        """Return each tap's inner product with the cotangent, and the sum of squares over its parts; (P, taps) each."""
         starts = np.cumsum((0, *self.parts))[:-1]
         if not len(starts):
             return products, products
@@ -98,12 +98,12 @@ class Adjoint:
 
     primal: Packed
     energies: tuple[str, ...]
-    """Primal outputs, scalars: sum of squares of each head's tensor, in the order of the heads."""
+    """Names of scalar primal outputs: the sum of squares of each head's tensor, in the order of the heads."""
     heads: tuple[ReverseGraph, ...]
 
 
 class Context:
-    """What a rule sees: both builders and the bookkeeping of residuals."""
+    """What an adjoint rule works with: the builders of both graphs, and the residuals that cross between them."""
 
     def __init__(self, primal: Builder, reverse: Builder, wanted: set[ir.Value], probes: ir.Value) -> None:
         self.p = primal
@@ -111,7 +111,7 @@ class Context:
         self.probes = probes
         """(1,) int64 in the reverse graph: the number of probes."""
         self.opset = int(primal.graph.opset_imports[""])
-        """Of the network: the meaning of some operators depends on it."""
+        """Opset of the network; the meaning of some operators depends on it."""
         self._wanted = wanted
         self.residuals: dict[ir.Value, ir.Value] = {}
 
@@ -142,7 +142,7 @@ class Context:
         return self.r.op("Mul", cot.base, self.residual(cot.diagonal))
 
     def whole(self, cot: Cotangent, value: ir.Value) -> Cotangent:
-        """The same gradient of `value` without a window: zeros fill what lies outside."""
+        """Return the gradient of `value` without its window: zeros fill what lies outside of it."""
         if cot.window is None:
             return cot
         axis, start, stop = cot.window
@@ -152,11 +152,11 @@ class Context:
         return Cotangent(self.r.op("Pad", self.dense(cot), self.r.const(before + after)))
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """View as (P, *shape)."""
+        """Reshape a reverse value to (P, *shape)."""
         return self.r.op("Reshape", value, self.r.const([-1, *shape]))
 
     def zeros(self, shape: Sequence[int]) -> ir.Value:
-        """Return zeros (P, *shape)."""
+        """Return a reverse value of zeros, (P, *shape)."""
         full = self.r.op("Concat", self.probes, self.r.const(list(shape)), axis=0) if shape else self.probes
         return self.r.op("Expand", self.r.const(np.zeros((), np.float32)), full)
 
@@ -172,9 +172,9 @@ class Context:
 
 
 Cots = Sequence[Cotangent | None]
-"""Gradients of a node's outputs or inputs; None for one without."""
+"""Gradients of a node's outputs or inputs, by position; None where a tensor has no gradient."""
 Rule = Callable[[Context, ir.Node, Cots], Cots]
-"""Maps the gradients of a node's outputs to those of its inputs; None where there is none or none is wanted."""
+"""Function from the gradients of a node's outputs to those of its inputs; None where none exists or is wanted."""
 
 
 def build(
@@ -194,10 +194,10 @@ def build(
         taps: the local errors to be carried to the heads.
         rules: operator -> rule.
         stops: node names through which no gradient flows; what lies before them is not measured.
-        keep: tensors that the primal graph hands out besides.
+        keep: further tensors that the primal graph returns.
 
     Raises:
-        UnsupportedOpError: an operator between a tap and a head has no rule, or not for what it is asked.
+        UnsupportedOpError: an operator between a tap and a head has no rule, or its rule does not cover this use.
     """
     model = graph.clone()
     nodes = list(model.graph)

@@ -1,1 +1,1 @@
-"""Ranges of activations: one streaming pass over the data, every range method from it."""
+"""Ranges of activations: one streaming pass over the data serves every range method."""

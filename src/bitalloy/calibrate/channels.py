@@ -14,7 +14,7 @@ from bitalloy.runtime.ort import OrtSession
 
 _PREFIX = "bitalloy.calibrate.channels/"
 AXES_ARE_INPUTS = 18
-"""Opset from which on ReduceMax and ReduceMean take their axes as an input."""
+"""First opset in which ReduceMax and ReduceMean take their axes as an input."""
 
 
 def channel_maxima(
@@ -23,8 +23,8 @@ def channel_maxima(
     """Measure the largest magnitude of every channel over samples.
 
     Args:
-        model: float32; not changed.
-        tensors: results of nodes with a known rank -> axis of their channels.
+        model: float32 model; it is not changed.
+        tensors: name of a node output of known rank -> axis of its channels.
         feeds: samples, consumed one by one.
 
     Returns:
@@ -50,8 +50,8 @@ def channel_means(
     """Measure the mean of every channel over samples and positions.
 
     Args:
-        model: not changed.
-        tensors: float32 inputs, or results of nodes with a known rank -> axis of their channels.
+        model: float32 model; it is not changed.
+        tensors: name of a float32 input or node output of known rank -> axis of its channels.
         feeds: samples, consumed one by one.
         progress: called with 1 after each sample.
 

@@ -10,7 +10,7 @@ Ints = NDArray[np.int64]
 
 
 def quantile(counts: Ints, cut: Floats) -> Floats:
-    """Return the position in bins that has `cut` values before it, for each row of `counts` (tensors, bins).
+    """Return the position, in bins, that has `cut` values before it, for each row of `counts` (tensors, bins).
 
     >>> quantile(np.array([[2, 4, 4]]), np.array([3.0]))  # both of bin 0, and a quarter of bin 1
     array([1.25])
@@ -30,12 +30,12 @@ def entropy_threshold(counts: Ints, *, levels: int = 128, stride: int = 8) -> in
     evenly over the group's non-empty bins. Where the last group is empty but for the outliers added to P, Q is 1e-4
     of a value, as in MXNet's smoothing: else no gap before an outlier could ever be cut. Candidates that
     cut more than 1 % of the values are left out: a pile in the last bin of both P and Q would pass for a good fit,
-    e.g. of values that all lie far from 0. Of equals, the largest.
+    e.g. of values that all lie far from 0. Among equally good thresholds the largest is taken.
     S. Migacz, 8-bit inference with TensorRT, GTC 2017.
 
     Args:
         counts: shape (bins,), from 0 up to the largest |x|.
-        levels: of the integer format, one sign.
+        levels: number of levels that the integer format has for one sign.
         stride: bins between candidates.
 
     Example: an exponential tail of 20 bins, and one value far out, which goes.
@@ -64,7 +64,7 @@ def entropy_threshold(counts: Ints, *, levels: int = 128, stride: int = 8) -> in
 
 
 def mse_range(counts: Ints, origin: Ints, low: Floats, high: Floats) -> tuple[Floats, Floats]:
-    """Clipping ends with the least expected squared error of uint8 storage, for many histograms at once.
+    """Return the ends (low, high) of the range with the least expected squared error in uint8, per histogram.
 
     Expected error per value: scale^2 / 12 inside the range (rounding noise, uniform), the squared distance to
     the range outside, values spread evenly inside a bin. Both ends shrink independently, down to 1 % of the full range,

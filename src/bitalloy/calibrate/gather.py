@@ -1,4 +1,4 @@
-"""Ranges of all tensors that may be rounded, from shards of samples where they exist."""
+"""Calibrate the ranges of all tensors that may be rounded; stored shards of samples are used again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALIBRATION_SHARD = 16
 
 
 COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.1
-"""Range methods among which a tensor's is chosen, and how much of its width a range must differ by to be compared."""
+"""Range methods compared for each tensor, and the part of its width by which a range must differ to be compared."""
 
 
 def gather(

@@ -1,4 +1,4 @@
-"""What a calibration pass saw, and the ranges that follow from it.
+"""Statistics of activations that a calibration pass collects, and the ranges that follow from them.
 
 All histograms live on dyadic grids: bins of width 2^k with edges at multiples of it, k the smallest that covers
 [min(low, 0), max(high, 0)] with 2048 bins. Widening the range merges neighbours exactly, so counts depend on
@@ -28,10 +28,10 @@ METHODS = ("minmax", "moving", "percentile", "entropy", "mse")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Statistics:
-    """What a pass saw, per tensor. Arrays run along `tensors` and must not be changed."""
+    """Statistics of one calibration pass, per tensor. Arrays run along `tensors` and must not be changed."""
 
     tensors: tuple[str, ...]
-    """In graph order."""
+    """Names of the tensors, in graph order."""
     samples: int
     low: Floats
     high: Floats
@@ -49,16 +49,16 @@ class Statistics:
     histogram: Ints
     """Counts of the values that left the session, shape (tensors, 2048)."""
     zeros: Ints
-    """How many of those are exactly 0."""
+    """Number of histogram values that are exactly 0, per tensor."""
     subnormal: Ints
-    """How many of the others are below 2^-14 in magnitude, where FP16 loses precision."""
+    """Number of nonzero histogram values below 2^-14 in magnitude, where FP16 loses precision, per tensor."""
     total: Floats
     squares: Floats
-    """Sum of those values and of their squares."""
+    """Sum of the histogram's values, and sum of their squares, per tensor."""
 
     @property
     def count(self) -> Ints:
-        """Values behind each histogram."""
+        """Number of values in each histogram."""
         return np.asarray(self.histogram.sum(axis=1))
 
     @property
@@ -68,27 +68,27 @@ class Statistics:
 
     @property
     def half_margin(self) -> float:
-        """65504 / the largest |x| of all tensors: below 1 FP16 overflows."""
+        """65504, the largest FP16 number, over the largest |x| of all tensors: below 1 FP16 overflows."""
         largest = float(self.magnitude.max(initial=0.0))
         return HALF_LARGEST / largest if largest else np.inf
 
     @property
     def half_subnormal(self) -> dict[str, float]:
-        """Share of the non-zero values that FP16 stores with fewer than 11 bits."""
+        """Tensor -> share of its nonzero values that FP16 stores with fewer than 11 significant bits."""
         share = self.subnormal / np.maximum(self.count - self.zeros, 1)
         return dict(zip(self.tensors, share.tolist(), strict=True))
 
     def ranges(self, method: str, *, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
-        """Low and high per tensor, never outside what was seen; `entropy` and `mse` include 0.
+        """Return low and high per tensor, never outside the observed values; `entropy` and `mse` include 0.
 
         Args:
             method: `minmax`: all that was seen. `moving`: moving average of the samples' extremes. `percentile`: what
                 holds `percentile` % of the values, the rest cut evenly on both sides; a tail of less than
                 one value is not cut. `entropy`: see `entropy_threshold`. `mse`: see `mse_range`.
-            percentile: 0 to 100, for that method.
+            percentile: 0 to 100; only the method `percentile` uses it.
 
         Raises:
-            BitalloyError: unknown method.
+            BitalloyError: the method is unknown.
         """
         if method == "minmax":
             low, high = self.low, self.high
@@ -103,7 +103,7 @@ class Statistics:
         return dict(zip(self.tensors, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     def merge(self, other: Statistics) -> Statistics:
-        """Return statistics of this data followed by `other`'s, as if one pass had seen both.
+        """Return the statistics of this data followed by `other`'s, as if one pass had seen both.
 
         Extremes and counts do not depend on the order; moving averages do, by their nature.
 
@@ -134,7 +134,7 @@ class Statistics:
         )
 
     def to_bytes(self) -> bytes:
-        """As a compressed .npz; equal statistics give equal bytes."""
+        """Serialize the statistics as a compressed .npz; equal statistics give equal bytes."""
         header = np.frombuffer(msgspec.json.encode((self.tensors, self.samples)), np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, header=header, **{f: getattr(self, f) for f in ARRAYS})
@@ -142,10 +142,10 @@ class Statistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Statistics:
-        """Inverse of `to_bytes`.
+        """Read the statistics that `to_bytes` wrote.
 
         Raises:
-            DataError: not written by `to_bytes`, or damaged.
+            DataError: the bytes were not written by `to_bytes`, or are damaged.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -195,13 +195,13 @@ ARRAYS = tuple(f.name for f in fields(Statistics) if f.name not in ("tensors", "
 def observe(
     tensors: tuple[str, ...], ends: Floats, vectors: Sequence[np.ndarray], before: Statistics | None
 ) -> Statistics:
-    """Compute statistics of one sample, already on the grid that it shares with what came before.
+    """Compute the statistics of one sample, on the histogram grid that it shares with the statistics before it.
 
     Args:
-        tensors: their names.
-        ends: exact extremes, (tensors, 2).
-        vectors: per tensor some of its values, flat.
-        before: statistics that the result will be merged into.
+        tensors: names of the tensors.
+        ends: exact minimum and maximum of every tensor, (tensors, 2).
+        vectors: some values of every tensor, each (values,).
+        before: statistics of earlier samples, with which the result will be merged; None for the first sample.
     """
     low, high = ends[:, 0], ends[:, 1]
     known = (low, high) if before is None else (np.minimum(low, before.low), np.maximum(high, before.high))

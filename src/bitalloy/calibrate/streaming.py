@@ -27,7 +27,7 @@ from bitalloy.model.weights import Packed, pack
 from bitalloy.runtime.ort import OrtSession
 
 VALUES = 2048
-"""Most values of one tensor that leave the session per sample."""
+"""Largest number of values of one tensor that leave the session per sample."""
 
 _PREFIX = "bitalloy.calibrate/"
 

@@ -21,7 +21,7 @@ def check_feeds(feeds: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> Fee
     """Return `feeds` if names, shapes, dtypes and values fit `inputs`.
 
     Raises:
-        DataError: with `where` in the message.
+        DataError: they do not; the message contains `where`.
     """
     expected = {i.name: i for i in inputs}
     if feeds.keys() != expected.keys():
@@ -51,7 +51,7 @@ def unstack(arrays: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> list[F
     (50, 1, 3, 8, 8), are 50 samples.
 
     Raises:
-        DataError: other names or ranks than `inputs`, no samples, or not the same number in each array.
+        DataError: names or ranks differ from `inputs`, or the arrays hold no or not equally many samples.
     """
     pieces = {spec.name: _pieces(arrays[spec.name], spec) for spec in inputs if spec.name in arrays}
     counts = {len(p) for p in pieces.values()}
@@ -77,7 +77,7 @@ def _pieces(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> Feeds:
-    """Read a .npz, or a .npy as the one feed of `names`.
+    """Read the arrays of a .npz file, or of a .npy file as the only feed in `names`.
 
     Raises:
         DataError: the file is damaged, holds Python objects, or holds one array where several are needed.

@@ -1,4 +1,4 @@
-"""Data sets: what they hold, where they are read from, which part of them is used."""
+"""Data sets: their samples, the files that they are read from, and the choice of a subset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Dataset(Protocol):
 
     @property
     def info(self) -> DataInfo:
-        """What identifies the samples; may read all of them."""
+        """Name, number and fingerprint that identify the samples; computing them may read all samples."""
         ...
 
     def __len__(self) -> int: ...
@@ -36,18 +36,18 @@ class Dataset(Protocol):
         ...
 
     def feeds(self, index: int) -> Feeds:
-        """Input name -> array for one inference."""
+        """Return the feeds of a sample: input name -> array, for one inference."""
         ...
 
 
 class Samples(ABC):
-    """Base of the data sets here: adds `info` to the samples' names, feeds and fingerprints."""
+    """Base class of data sets: derives `info` from the names, feeds and fingerprints of the samples."""
 
     label: str
-    """Name of the whole, e.g. that of the folder."""
+    """Name of the data set, e.g. that of its folder."""
     preprocessing: str
     seed: int = 0
-    """Of the choice of samples; 0 where all are used."""
+    """Seed of the choice of samples; 0 where all are used."""
     origin: Opening | None = None
     """How the same samples are opened in another process; None where they were made in memory."""
 
@@ -103,13 +103,13 @@ class ArrayDataset(Samples):
 
     Args:
         samples: input name -> array, for each sample.
-        inputs: of the model; the samples are checked against them where given.
-        names: one per sample; by default 0, 1, 2 ...
-        label: name of the whole.
-        preprocessing: how the arrays came about, in words.
+        inputs: inputs of the model; where they are given, the samples are checked against them.
+        names: one name per sample; by default 0, 1, 2 ...
+        label: name of the data set.
+        preprocessing: description of how the arrays were made.
 
     Raises:
-        DataError: no samples, or one that does not fit `inputs`.
+        DataError: there are no samples, or one does not fit `inputs`.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class ImageFolder(_Files):
     Where the model has more inputs than the image, `name.npz` beside `name.jpg` holds them by name.
 
     Raises:
-        DataError: no images, or images without the companion that the model needs.
+        DataError: the folder has no images, or images lack the .npz file that the model needs.
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
@@ -206,10 +206,10 @@ class ImageFolder(_Files):
 
 
 class FeedFolder(_Files):
-    """A folder of .npz files, one a sample, with the input names as keys; .npy for models with one input.
+    """A folder of .npz files, one per sample, with the input names as keys; .npy for models with one input.
 
     Raises:
-        DataError: no such files.
+        DataError: the folder has no such files.
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
@@ -233,13 +233,13 @@ def open_dataset(
 
     Args:
         path: file or folder.
-        inputs: of the model.
+        inputs: inputs of the model.
         image: how images are prepared; None where the model takes none.
         limit: largest number of samples; None takes all.
-        seed: of the choice among more samples than `limit`.
+        seed: seed of the choice where there are more samples than `limit`.
 
     Raises:
-        DataError: nothing there, nothing usable, or samples that do not fit the model.
+        DataError: the path does not exist, holds no usable samples, or its samples do not fit the model.
     """
     path = Path(path)
     if not path.exists():
@@ -276,19 +276,19 @@ class SampleFiles(Record, frozen=True, kw_only=True):
 
 
 class SamplesAgain(Record, frozen=True, kw_only=True):
-    """Samples that must be the same as before."""
+    """Samples to be opened again, with what identifies them."""
 
     origin: Opening
     info: DataInfo
-    """That the samples must have."""
+    """What the opened samples must match."""
 
 
 def data_opening(data: Dataset, info: DataInfo) -> Opening:
-    """How jobs open samples; a data set that was made in memory, or by a user, can be used in this process only.
+    """Describe how jobs open samples; a data set made in memory, or by a user, works in this process only.
 
     Args:
         data: the samples.
-        info: of all of them.
+        info: what identifies all of these samples.
     """
     if isinstance(data, Samples) and data.origin is not None:
         return Opening(kind="samples", spec=SamplesAgain(origin=data.origin, info=info))
@@ -296,12 +296,12 @@ def data_opening(data: Dataset, info: DataInfo) -> Opening:
 
 
 def open_files(spec: SampleFiles, _: Contexts) -> Samples:
-    """Samples in files, whatever they hold by now."""
+    """Open samples in files without a check that the files are unchanged."""
     return open_dataset(spec.path, spec.inputs, image=spec.image, limit=spec.limit, seed=spec.seed)
 
 
 def open_samples_again(spec: SamplesAgain, contexts: Contexts) -> Samples:
-    """The same samples as before.
+    """Open samples again and make sure that they have not changed.
 
     Raises:
         DataError: the files are missing, or have changed.

@@ -33,16 +33,16 @@ class Geometry(Record, frozen=True, kw_only=True):
     ratio_x: float
     ratio_y: float
     left: int
-    """Negative where the image was cropped."""
+    """Canvas x of the image's left edge, in pixels; negative where the image was cropped."""
     top: int
 
     def to_canvas(self, boxes: np.ndarray) -> np.ndarray:
-        """(k, 4) corners x1, y1, x2, y2 in image pixels -> canvas pixels."""
+        """Map boxes (k, 4), corners x1, y1, x2, y2 in image pixels, to canvas pixels."""
         ratio, shift = self._ratio_shift()
         return np.asarray(boxes * ratio + shift)
 
     def to_image(self, boxes: np.ndarray) -> np.ndarray:
-        """(k, 4) corners x1, y1, x2, y2 in canvas pixels -> image pixels, not clipped to the image."""
+        """Map boxes (k, 4), corners x1, y1, x2, y2 in canvas pixels, to image pixels, not clipped to the image."""
         ratio, shift = self._ratio_shift()
         return np.asarray((boxes - shift) / ratio)
 
@@ -57,21 +57,21 @@ class ImageSpec(Record, frozen=True, kw_only=True):
     height: int
     width: int
     channels: int = 3
-    """3: RGB, 1: grey."""
+    """Number of channels: 3 for RGB, 1 for grey."""
     layout: Layout = "NCHW"
     fit: Fit = "letterbox"
-    """letterbox: keep the ratio and pad; stretch: ignore the ratio; crop: keep the ratio, cover, cut the centre."""
+    """How to fit: `letterbox` keeps the ratio and pads, `stretch` ignores the ratio, `crop` cuts out the centre."""
     pad: int = 114
-    """Grey of the border that letterbox adds, 0..255."""
+    """Grey value of the border that letterbox adds, 0..255."""
     scale: float = 1 / 255
     mean: tuple[float, ...] = ()
-    """Per channel, after `scale`; empty: zeros."""
+    """Mean per channel, after `scale`; empty for zeros."""
     std: tuple[float, ...] = ()
-    """Per channel, after `scale`; empty: ones."""
+    """Standard deviation per channel, after `scale`; empty for ones."""
     dtype: Literal["float32", "float16", "uint8"] = "float32"
 
     def describe(self) -> str:
-        """In words, e.g. `letterbox 640x640 (height x width) pad 114, RGB, /255`."""
+        """Describe the preparation, e.g. `letterbox 640x640 (height x width) pad 114, RGB, /255`."""
         pad = f" pad {self.pad}" if self.fit == "letterbox" else ""
         parts = [
             f"{self.fit} {self.height}x{self.width} (height x width){pad}",
@@ -88,20 +88,20 @@ class ImageSpec(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
-    """What is known of the preparation of images before it is inferred; None leaves it open."""
+    """Given settings for the preparation of images; what is None is inferred."""
 
     size: int | tuple[int, int] | None = None
     """Side, or (height, width) in pixels, for inputs with symbolic dimensions."""
     scale: float | None = None
-    """Factor on the pixels 0..255."""
+    """Factor by which pixels of 0..255 are multiplied."""
     mean: Sequence[float] | None = None
-    """Per channel, or one for all, after `scale`."""
+    """Mean, per channel or one for all, after `scale`."""
     std: Sequence[float] | None = None
-    """As `mean`."""
+    """Standard deviation, per channel or one for all, after `scale`."""
     layout: Layout | None = None
-    """Place of the channels where the shape leaves it open."""
+    """Position of the channel axis, for inputs whose shape does not tell."""
     fit: Fit | None = None
-    """How an image gets the input's height and width."""
+    """How an image is fitted to the input's height and width."""
 
     @property
     def normalises(self) -> bool:
@@ -123,15 +123,15 @@ def infer_image_spec(
     3. UINT8 inputs get raw pixels.
 
     Args:
-        inputs: of the model.
-        task: name of the task, None where it is unknown.
-        options: what counts before everything that is inferred.
+        inputs: inputs of the model.
+        task: name of the task, or None where it is unknown.
+        options: given settings, which override what is inferred.
 
     Returns:
-        None for a model without an image input, unless the task or one of the options asks for images.
+        The preparation; None for a model without an image input, unless the task or an option asks for images.
 
     Raises:
-        DataError: no image input although one is needed, unknown size, or options that do not fit the input.
+        DataError: a needed image input is missing, its size is unknown, or options do not fit it.
     """
     found = [(spec, place) for spec in inputs if (place := _layout(spec, options.layout)) is not None]
     if not found:
@@ -174,7 +174,7 @@ def no_image_input(inputs: Iterable[TensorSpec]) -> str:
 
 
 def describe_spec(spec: TensorSpec) -> str:
-    """Type and shape, e.g. `FLOAT [1, 3, height, 640]`."""
+    """Describe the type and shape of a tensor, e.g. `FLOAT [1, 3, height, 640]`."""
     return f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
 
 
@@ -270,7 +270,7 @@ def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def image_feed(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, Geometry]:
-    """Prepare an image: (1, c, h, w) or (1, h, w, c) in the dtype of `spec`, and where the image lies on it."""
+    """Return the feed of an image, (1, c, h, w) or (1, h, w, c) as `spec` says, and its place on the canvas."""
     if spec.fit == "letterbox":
         canvas, geometry = letterbox(image, spec.height, spec.width, spec.pad)
     else:

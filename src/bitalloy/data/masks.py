@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 Mask = npt.NDArray[np.bool_]
-"""(height, width)."""
+"""Binary mask, (height, width)."""
 Rle = dict[str, Any]
-"""pycocotools' packed form: `{"size": [height, width], "counts": bytes}`."""
+"""Mask in pycocotools' packed form: `{"size": [height, width], "counts": bytes}`."""
 
 
 class _Runs(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class _Runs(msgspec.Struct, frozen=True):
 
 
 def run_lengths(mask: Mask) -> dict[str, list[int]]:
-    """COCO's readable form: run lengths column by column, zeros first; e.g. [[0, 1], [0, 1]] -> counts [2, 2]."""
+    """Convert a mask to COCO's run lengths, column by column, zeros first: [[0, 1], [0, 1]] has counts [2, 2]."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
@@ -45,14 +45,14 @@ def run_lengths(mask: Mask) -> dict[str, list[int]]:
 
 
 def encode(mask: Mask) -> Rle:
-    """Pack a mask."""
+    """Pack a mask into pycocotools' run-length form."""
     from pycocotools import mask as coco
 
     return dict(coco.encode(np.asfortranarray(mask, np.uint8)))
 
 
 def decode(rle: Rle) -> Mask:
-    """Unpack a mask."""
+    """Unpack a mask from pycocotools' run-length form."""
     from pycocotools import mask as coco
 
     with warnings.catch_warnings():  # pycocotools' arrays have an `__array__` of before numpy 2
@@ -61,14 +61,14 @@ def decode(rle: Rle) -> Mask:
 
 
 def packed(masks: Sequence[Rle]) -> dict[str, np.ndarray]:
-    """Packed masks of one image as two arrays: `masks`, the counts of all as bytes, and `lengths` of each."""
+    """Store the packed masks of one image as two arrays: `masks`, the bytes of all, and `lengths`, those of each."""
     counts = [bytes(mask["counts"]) for mask in masks]
     lengths = np.array([len(c) for c in counts], np.int64)
     return {"masks": np.frombuffer(b"".join(counts), np.uint8), "lengths": lengths}
 
 
 def unpacked(arrays: Mapping[str, np.ndarray], size: tuple[int, int]) -> list[Rle]:
-    """The inverse of `packed`, on an image of `size` (width, height)."""
+    """Read the masks that `packed` stored, for an image of `size` (width, height)."""
     ends = np.cumsum(arrays["lengths"])
     parts = np.split(arrays["masks"], ends[:-1]) if len(ends) else []
     return [{"size": [size[1], size[0]], "counts": part.tobytes()} for part in parts]
@@ -78,7 +78,7 @@ def from_coco(segmentation: bytes, height: int, width: int) -> Rle:
     """Pack the `segmentation` of a COCO annotation, as JSON: polygons, or run lengths as a list or a string.
 
     Raises:
-        ValueError: it is neither, or does not fit the image; msgspec's `ValidationError` is one.
+        ValueError: it is neither, or does not fit the image; msgspec's `ValidationError` is such an error.
     """
     from pycocotools import mask as coco
 
@@ -105,9 +105,9 @@ def overlap(a: Mask, b: Mask) -> float:
 
 
 def interior_point(mask: Mask) -> tuple[float, float]:
-    """x, y of the centre of the pixel that lies deepest inside: farthest from the background and the image's border.
+    """Return x, y of the centre of the pixel that is farthest from the background and the image's border.
 
-    Of equally deep ones the first, row by row. Example: the only pixel of a mask at row 2, column 5 -> (5.5, 2.5).
+    Of equally far pixels the first counts. Example: the only pixel of a mask at row 2, column 5 -> (5.5, 2.5).
 
     Raises:
         ValueError: the mask is empty.

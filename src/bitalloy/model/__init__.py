@@ -1,1 +1,1 @@
-"""What a model is: read, brought to normal form, and described."""
+"""Models: reading ONNX files, bringing them to normal form, and describing them."""

@@ -31,20 +31,20 @@ from bitalloy.core.records import Head
 CATEGORICAL, BERNOULLI = "categorical", "bernoulli"
 LOGITS, PROBABILITIES, LOGARITHMS = "logits", "probabilities", "logarithms"
 LEAST_PROBABILITY = 1e-12
-"""Smallest probability that is told from zero."""
+"""Smallest probability that is distinguished from zero."""
 RESOLUTION = 2.0**-25
-"""Root mean square error of ONNX Runtime's Sigmoid; the largest is 1.4e-7, about four times as much."""
+"""Root mean square error of ONNX Runtime's Sigmoid; its largest error is 1.4e-7, about four times as much."""
 LEAST_SCORE = 32 * RESOLUTION
-"""Smallest score of a Sigmoid that is told from zero, and smallest distance from one: 9.5e-7."""
+"""Smallest distance of a Sigmoid's score from zero and from one that is distinguished: 9.5e-7."""
 
 
 class Divergence:
     """KL divergence of a head's predictions from the float ones.
 
     Args:
-        head: with `kind`, `given` and, if categorical, `classes`.
+        head: the head, with `kind`, `given` and, if categorical, `classes`.
         value: float values of the head.
-        weights: of its elements, broadcastable, with a mean of 1; None where all count alike.
+        weights: weights of the head's elements, broadcastable, with a mean of 1; None where all count alike.
     """
 
     def __init__(self, head: Head, value: np.ndarray, weights: np.ndarray | None) -> None:
@@ -79,7 +79,7 @@ class Divergence:
         return 2 * float(np.maximum(self._weights * each, 0.0).sum())
 
     def cotangents(self, signs: np.ndarray) -> np.ndarray:
-        """Probes v with E[<v, e>^2] = 2 KL of a small error e, from independent signs (probes, *shape of the head)."""
+        """Turn independent signs (probes, *shape of the head) into probes v with E[<v, e>^2] = 2 KL of an error e."""
         p, given = self._p, self._head.given
         if self._head.kind == BERNOULLI:
             scale = self._told / np.sqrt(p * (1 - p))

@@ -1,4 +1,4 @@
-"""The bytes of an ONNX file as a message. Imports nothing slow, so that what is no model is refused at once."""
+"""Parsing of ONNX files. It imports nothing slow, so that a file that is no model is refused at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bitalloy.core.errors import ModelError
 
 
 def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
-    """Read the message of an ONNX file without its external data, and the bytes of the file.
+    """Read an ONNX file as a `ModelProto` without its external data; return that and the bytes of the file.
 
     Raises:
         ModelError: the file is missing, is no ONNX file, or is truncated.
@@ -34,10 +34,10 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
 
 
 def refuse_broken(model: str | Path) -> None:
-    """Refuse a path that cannot be an ONNX file; a folder, a `program.json` or a name is not looked at.
+    """Refuse a path that cannot be an ONNX file; a folder, a `program.json` or a name is not checked.
 
     Raises:
-        ModelError: as for `parse`.
+        ModelError: the file is missing, is no ONNX file, or is truncated.
     """
     path = Path(model)
     if path.suffix not in ("", ".json") and not path.is_dir() and (path.suffix == ".onnx" or path.is_file()):

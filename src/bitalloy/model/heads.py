@@ -35,15 +35,15 @@ MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
 DETECTIONS = "detections"
 MOVES = ops.RESHAPERS - ops.IDENTITIES
-"""Operators that leave every element of a Sigmoid as it is."""
+"""Operators that move the elements of a Sigmoid's result and change none of them."""
 KL = " KL"
-"""Ending of the names of heads that measure a divergence."""
+"""Suffix of the names of heads that measure a divergence."""
 LEAST_SIZE = 1.0
-"""Pixels; smaller boxes count as this large."""
+"""Smallest size of a box in pixels; smaller boxes count as this large."""
 
 
 def find_heads(graph: Graph) -> tuple[Head, ...]:
-    """Find the heads of all float outputs that count, in order, divergences last.
+    """Find the heads of all float outputs that count, in the order of the outputs, divergences last.
 
     Raises:
         ModelError: the model has no float output.
@@ -69,7 +69,7 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
 
 
 def is_divergence(name: str) -> bool:
-    """Whether a head of this name measures a KL divergence: its damage is in nats, and its dB are below 1 nat."""
+    """Return whether a head measures a KL divergence, by its name: damage is in nats, and dB are below 1 nat."""
     return name.endswith(KL)
 
 
@@ -145,12 +145,12 @@ def needs_values(head: Head) -> bool:
 
 
 class Squares:
-    """Squared errors of a head, weighted by relevance: what SQNR is made of.
+    """Squared errors of a head, weighted by relevance: the noise and the signal of its SQNR.
 
     Args:
-        head: part of the outputs.
-        exact: float outputs of one sample.
-        weights: of the head's elements by its family; None where all count alike.
+        head: the part of the outputs that is compared.
+        exact: outputs of the float model on one sample.
+        weights: weights of the head's elements, from the model's family; None where all count alike.
     """
 
     def __init__(self, head: Head, exact: Mapping[str, np.ndarray], weights: np.ndarray | None) -> None:
@@ -163,17 +163,17 @@ class Squares:
             signal = np.concatenate([size, size], axis=head.axis)
             self._factors = np.square(confidence) / signal
         self.energy = float(np.square(self._weighted(signal)).sum())
-        """||y||^2. Of weighted boxes the sizes stand for y: an error as large as the box is 0 dB."""
+        """||y||^2, weighted. For weighted boxes their sizes stand for y: an error as large as the box is 0 dB."""
 
     noise = 0.0
-    """Errors that float32 arithmetic makes anyway are small beside y."""
+    """Error energy of float32 arithmetic alone, which is negligible beside ||y||^2."""
 
     def error(self, found: np.ndarray) -> float:
-        """||y_found - y||^2, weighted."""
+        """Return ||y_found - y||^2, weighted by relevance."""
         return float(np.square(self._weighted(found - self._value)).sum())
 
     def cotangents(self, signs: np.ndarray) -> np.ndarray:
-        """Probes v with E[<v, e>^2] = ||e||^2, weighted, from independent signs (probes, *shape of the head)."""
+        """Turn independent signs (probes, *shape of the head) into probes v with E[<v, e>^2] = ||e||^2, weighted."""
         return self._weighted(signs)
 
     def _weighted(self, value: np.ndarray) -> np.ndarray:
@@ -184,8 +184,8 @@ class Reference:
     """The float outputs of one sample, against which other outputs are measured, head by head.
 
     Args:
-        exact: float outputs.
-        heads: parts of the outputs.
+        exact: outputs of the float model on the sample.
+        heads: the parts of the outputs that are compared.
     """
 
     def __init__(self, exact: Mapping[str, np.ndarray], heads: Sequence[Head]) -> None:
@@ -193,20 +193,20 @@ class Reference:
         families = {h.family for h in heads if h.family}
         weights = {name: w for f in families for name, w in MEANINGS[f].weights(exact).items()}
         self.parts = tuple(_measure(h, exact, weights.get(h.output) if h.family else None) for h in heads)
-        """How the errors of each head are measured."""
+        """Measures of the errors, one per head."""
 
     @property
     def energy(self) -> np.ndarray:
-        """(heads,): ||y||^2; of divergences twice the number of positions, see `Divergence.energy`."""
+        """Energy of each head, (heads,): ||y||^2, or twice the number of positions of a divergence."""
         return np.array([part.energy for part in self.parts])
 
     @property
     def noise(self) -> np.ndarray:
-        """(heads,): errors that float32 arithmetic makes between any two models, see `Divergence.noise`."""
+        """Error between any two models that float32 arithmetic causes, (heads,); see `Divergence.noise`."""
         return np.array([part.noise for part in self.parts])
 
     def error(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(heads,): ||y_found - y||^2, weighted by relevance; of divergences 2 KL in nats."""
+        """Return the error of each head, (heads,): ||y_found - y||^2, weighted, or 2 KL in nats of a divergence."""
         return np.array([p.error(head_of(found, h)) for h, p in zip(self._heads, self.parts, strict=True)])
 
 

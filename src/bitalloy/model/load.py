@@ -1,4 +1,4 @@
-"""Load an ONNX file: read it, refuse what is unsafe or unsupported, fix its shapes, bring it to normal form.
+"""Loading of ONNX files: read, refuse what is unsafe or unsupported, fix shapes, bring to normal form.
 
 The file itself is never changed.
 """
@@ -52,13 +52,13 @@ class Graph:
     runnable: bool = True
     """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
     rewritten: str = ""
-    """Tells a graph with other weights of the same function (`rewrite.equalize`) from the file's; empty for that."""
+    """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
-    """How `rewrite.equalize.scale` made it from the file's, one entry a call: tensor and power of two per channel."""
+    """Arguments of each call of `rewrite.equalize.scale` on the file's graph: tensors and powers of two per channel."""
 
     @property
     def identity(self) -> str:
-        """What tells it from all other graphs: the file's hash, and what was rewritten since."""
+        """Identifier of the graph: the hash of the file, and of the weights where they were rewritten."""
         return self.info.sha256 + self.rewritten
 
     @property
@@ -95,14 +95,14 @@ class Graph:
 
     @cached_property
     def large(self) -> bool:
-        """Whether its weights are shared by all that works with them, because copies would not fit."""
+        """Whether the weights are so large that all sessions share them, because copies would not fit into memory."""
         return is_large(self.model)
 
     def to_bytes(self) -> bytes:
         """Return the normal form as a serialized `ModelProto`.
 
         Raises:
-            ModelError: it does not fit into the 2 GB of one message.
+            ModelError: the model does not fit into the 2 GB of one message.
         """
         return to_bytes(self.model)
 
@@ -134,7 +134,7 @@ def load_open(path: str | Path) -> ir.Model:
     """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load_graph`.
 
     Raises:
-        ModelError: as `load_graph`, except for unbound dimensions.
+        ModelError: for the reasons that `load_graph` gives, except unbound dimensions.
     """
     source = Path(path)
     proto, _, size = _read(source)

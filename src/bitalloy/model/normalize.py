@@ -37,7 +37,7 @@ logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
 MAX_FOLDED_ELEMENTS = 1 << 24
 IR_VERSIONS = range(8, 12)
-"""What ONNX Runtime reads and the supported opsets need."""
+"""Versions of the file format that ONNX Runtime reads and the supported opsets need."""
 
 
 def normalize(model: ir.Model) -> ir.Model:
@@ -57,7 +57,7 @@ def normalize(model: ir.Model) -> ir.Model:
 
 
 def tidy(model: ir.Model) -> ir.Model:
-    """The part of `normalize` that needs no static shapes, in place: names of nodes are those of the normal form."""
+    """Do the part of `normalize` that needs no static shapes, in place; nodes get their names of the normal form."""
     _settle(model)
     _fold_batch_norm(model)
     RemoveUnusedNodesPass()(model)

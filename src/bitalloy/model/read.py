@@ -1,4 +1,4 @@
-"""Read nodes and tensors of an `onnx_ir` graph as plain Python."""
+"""Reading of nodes and tensors of an `onnx_ir` graph as plain Python values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def is_float(value: ir.Value) -> bool:
 
 
 def consumers(value: ir.Value) -> tuple[Consumer, ...]:
-    """Return all uses of a tensor by nodes, in graph order of the uses' registration."""
+    """Return all uses of a tensor by nodes, in the order in which the graph registered them."""
     return tuple(Consumer(node, slot) for node, slot in value.uses())
 
 
@@ -70,7 +70,7 @@ def beside_output(node: ir.Node, channels: np.ndarray) -> np.ndarray:
 
 
 def node_weight_axes(node: ir.Node) -> tuple[int, int]:
-    """Axes of the weight of a Conv, Gemm or the like: of the channels that go in, and of those that come out."""
+    """Return the axes of a weight of a Conv, Gemm or the like: the axis of input and that of output channels."""
     weight = node.inputs[1]
     assert weight is not None, "a product has two operands"
     return ops.weight_axes(

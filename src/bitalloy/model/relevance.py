@@ -1,4 +1,4 @@
-"""What the outputs of a known family mean: which count, how much each element does, and which are logits.
+"""Meaning of the outputs of a known family: which outputs count, weights of their elements, and logits.
 
 A model's file says which family it is of (`bitalloy.family` in its metadata).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MASK_COEFFICIENTS = 32
-"""Prototypes of YOLO's segmentation head, and coefficients per anchor that combine them to a mask."""
+"""Number of prototypes of YOLO's segmentation head, and of coefficients per anchor that combine them to a mask."""
 TINY = float(np.finfo(np.float32).tiny)
 
 Outputs = Mapping[str, np.ndarray]
@@ -19,7 +19,7 @@ Outputs = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """Of one family's outputs."""
+    """The meaning of one family's outputs."""
 
     weights: Callable[[Outputs], dict[str, np.ndarray]]
     """Outputs of one sample -> a weight on the squared error of every element that matters, broadcastable to its
@@ -30,7 +30,7 @@ class Meaning:
 
 
 def yolo11(outputs: Outputs) -> dict[str, np.ndarray]:
-    """Boxes and mask coefficients count by the best score of their anchor; scores and prototypes count evenly."""
+    """Weigh boxes and mask coefficients by the best score of their anchor, scores and prototypes evenly."""
     if "output0" not in outputs:
         return {}
     found = outputs["output0"]
@@ -45,12 +45,12 @@ def yolo11(outputs: Outputs) -> dict[str, np.ndarray]:
 
 
 def segformer(outputs: Outputs) -> dict[str, np.ndarray]:
-    """Every pixel counts the same, as in the confusion matrix behind mIoU."""
+    """Weigh every pixel the same, as the confusion matrix behind mIoU does."""
     return {name: np.ones_like(value) for name, value in outputs.items() if name == "logits"}
 
 
 def mobilesam(outputs: Outputs) -> dict[str, np.ndarray]:
-    """Pixels near a mask's border count more: logits near 0 decide the mask. Predicted IoUs count evenly."""
+    """Weigh pixels near a mask's border more, because logits near 0 decide the mask; predicted IoUs evenly."""
     weights = {name: np.ones_like(value) for name, value in outputs.items() if name == "iou_predictions"}
     if "low_res_masks" in outputs:
         masks = outputs["low_res_masks"]
@@ -61,7 +61,7 @@ def mobilesam(outputs: Outputs) -> dict[str, np.ndarray]:
 
 
 def mobilevlm(outputs: Outputs) -> dict[str, np.ndarray]:
-    """Of the logits only those of the last position choose a token; image features count evenly; a cache is no head."""
+    """Weigh only logits of the last position, which choose a token; image features evenly. A cache is no head."""
     weights = {name: np.ones_like(value) for name, value in outputs.items() if name == "image_features"}
     if "logits" in outputs:
         last = np.zeros_like(outputs["logits"])
@@ -76,4 +76,4 @@ MEANINGS: Mapping[str, Meaning] = {
     "mobilesam": Meaning(weights=mobilesam),
     "mobilevlm": Meaning(weights=mobilevlm, classes={"logits": 2}),
 }
-"""By the family's name."""
+"""Name of the family -> meaning of its outputs."""

@@ -1,4 +1,4 @@
-"""Large weights: mapped from the user's file, lent to the runtime, written back; never copied.
+"""Large weights, which are mapped from the user's file, lent to the runtime and written back, but never copied.
 
 A protobuf message ends at 2 GB, and a session copies (and repacks) every weight that its model contains. So the big
 weights of a large model never enter a message: `pack` turns them into inputs of the graph, and the session feeds
@@ -21,11 +21,11 @@ from bitalloy.core import files
 from bitalloy.core.errors import ModelError
 
 LARGE_BYTES = 1 << 29
-"""A model with at least so many bytes of weights is large: copies of them would count."""
+"""Least bytes of weights with which a model is large: its weights are shared and not copied."""
 LENT_BYTES = 1 << 16
-"""Weights of a large model that are at least so big stay outside of messages."""
+"""Least bytes of a weight of a large model that stays outside of protobuf messages."""
 MESSAGE_BYTES = (1 << 31) - (1 << 20)
-"""Most that one protobuf message may hold, with some room."""
+"""Largest number of bytes of one protobuf message, with some room."""
 LENT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8})
 PAGE = 4096
 
@@ -39,17 +39,17 @@ class Packed:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Return the bytes of all initializers."""
+    """Return the number of bytes of all initializers."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def is_large(model: ir.Model) -> bool:
-    """Return whether weights are to be shared, not copied."""
+    """Return whether the weights of a model are so large that they are shared and not copied."""
     return weight_bytes(model) >= LARGE_BYTES
 
 
 def pack(model: ir.Model) -> Packed:
-    """Serialize a model; big weights of a large one become inputs, named as before and after the model's own."""
+    """Serialize a model; big weights of a large model become inputs of their own names, behind the model's own."""
     if not is_large(model):
         return Packed(bytes(ir.serde.serialize_model(model).SerializeToString()))
     model = model.clone()
@@ -64,10 +64,10 @@ def pack(model: ir.Model) -> Packed:
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """Return the whole model as one serialized `ModelProto`.
+    """Serialize a whole model, weights included, as one `ModelProto`.
 
     Raises:
-        ModelError: it does not fit into one message.
+        ModelError: the model does not fit into one message.
     """
     if (size := weight_bytes(model)) > MESSAGE_BYTES:
         raise ModelError(
@@ -81,8 +81,8 @@ def save(model: ir.Model, path: str | Path) -> tuple[Path, ...]:
     """Write a model, whole or not at all; from 2 GB on its weights go to `<name>.data` beside it.
 
     Args:
-        model: not changed.
-        path: of the .onnx file, in an existing folder. What lies there is replaced: first the old model goes, then
+        model: the model; it is not changed.
+        path: path of the .onnx file, in an existing folder. What lies there is replaced: first the old model goes, then
             its weights, so that a model never stands beside the weights of another.
 
     Returns:
@@ -120,11 +120,11 @@ def hold(model: ir.Model, folder: Path) -> None:
     """Give the big weights of a model just read one array each, in place: a view of the mapped file, or a copy.
 
     Args:
-        model: whose external tensors name files in `folder`.
-        folder: of the model's file; that the names stay inside it was checked before.
+        model: a model whose external tensors name files in `folder`.
+        folder: folder of the model's file; the caller has checked that the names stay inside it.
 
     Raises:
-        ModelError: a file is shorter than what it should hold.
+        ModelError: a file is shorter than the weights that it should hold.
     """
     mapped: dict[str, np.ndarray] = {}
     for name, value, tensor in _big(model):
@@ -140,7 +140,7 @@ def hold(model: ir.Model, folder: Path) -> None:
 
 
 def release(model: ir.Model) -> None:
-    """Give all other weights their own memory, in place: views of a message keep the whole of it alive."""
+    """Copy all weights that `hold` left in the message, in place, so that the message can be freed."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if (

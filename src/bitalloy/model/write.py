@@ -1,4 +1,4 @@
-"""Add to an `onnx_ir` graph: names that nothing has yet, stored constants, and nodes at their place in the order."""
+"""Additions to an `onnx_ir` graph: fresh names, stored constants, and nodes at their place in the order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.weights import pack
 
 Fresh = Callable[[str], str]
-"""Makes of a name one that no tensor of a model has."""
+"""Function from a name to one that no tensor of a model has."""
 
 
 def namer(model: ir.Model) -> Fresh:
-    """Makes of a name one that no tensor of the model has, nor any that it made before: foreign names may be any."""
+    """Return a function that turns a name into one that no tensor of the model has and that it never gave before."""
     made = (v for n in model.graph for v in n.outputs)
     taken = {str(v.name) for v in (*model.graph.inputs, *made)} | set(model.graph.initializers)
 
@@ -54,10 +54,10 @@ def drop_unread(graph: ir.Graph) -> None:
 
 
 def check_model(model: ir.Model) -> None:
-    """Let the ONNX checker look at a model that was rewritten.
+    """Check a rewritten model with the ONNX checker.
 
     Raises:
-        ModelError: the checker refuses it.
+        ModelError: the checker refuses the model.
     """
     try:
         onnx.checker.check_model(pack(model).data)

@@ -1,1 +1,1 @@
-"""Sessions that execute ONNX models. One contract (`Session`), one class per runtime."""
+"""Sessions that execute ONNX models: one contract, `Session`, and one class per runtime."""

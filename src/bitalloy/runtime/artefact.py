@@ -1,4 +1,4 @@
-"""What is shipped and measured: one model, or the graphs of a program, ready to run as one."""
+"""Artefacts, which are shipped and measured: one model, or the graphs of a program, run as one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Chain:
     """Sessions of a program's graphs that run one after the other, as the wires say.
 
     Args:
-        sessions: by name of the graph.
-        program: whose graphs they are.
+        sessions: name of the graph -> its session.
+        program: the program that the graphs belong to.
     """
 
     def __init__(self, sessions: Mapping[str, Session], program: GraphProgram) -> None:
@@ -43,7 +43,7 @@ class Chain:
         return self._sessions[name]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Feeds and results under their names in the whole."""
+        """Run all graphs once; feeds and results have their names in the joined graph."""
         names = self._program.names
         values: dict[tuple[str, str], np.ndarray] = {}
         for graph in self._program.order:
@@ -56,7 +56,7 @@ class Chain:
         return {names[g, o]: values[g, o] for g, s in self._sessions.items() for o in s.output_names if (g, o) in names}
 
     def kernels(self) -> tuple[Kernel, ...]:
-        """Stop profiling; returns the kernels of all graphs."""
+        """Stop profiling and return the kernels of all graphs."""
         return tuple(replace(kernel, graph=name) for name, part in self._sessions.items() for kernel in part.kernels())
 
     def close(self) -> None:
@@ -69,19 +69,19 @@ class Artefact:
     """One version of a model: in memory, or in files."""
 
     models: Mapping[str, ir.Model | Path]
-    """By name of the graph; `ONLY` for a model that is one graph."""
+    """Name of the graph -> model in memory or file; the name is `ONLY` for a model that is one graph."""
     program: GraphProgram | None = None
     runtime: Runtime = ORT
-    """What executes it: that of the target it was made for."""
+    """Runtime that executes the artefact: that of the target for which it was made."""
 
     @property
     def large(self) -> bool:
-        """Whether a graph in memory must go through a file to be run: a session copies what it is given."""
+        """Whether a graph in memory is so large that it is run from a file, because a session copies its model."""
         return any(is_large(m) for m in self.models.values() if isinstance(m, ir.Model))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each graph as a file, with its external data."""
+        """Name of the graph -> bytes of its file and external data."""
         return {name: _size(model) for name, model in self.models.items()}
 
     @property
@@ -90,7 +90,7 @@ class Artefact:
         return sum(self.sizes.values())
 
     def session(self, *, profile: Path | None = None, streams: int = 1) -> Session:
-        """Load into the runtime; of a program a `Chain`. In ONNX Runtime a `large` one in memory is slower than a file.
+        """Load into the runtime; a program gives a `Chain`. In ONNX Runtime a large model runs faster from a file.
 
         Args:
             profile: path prefix of a profile; `kernels` of the session then tells what was executed.
@@ -107,13 +107,13 @@ class Artefact:
         return Chain(parts, self.program)
 
     def reopener(self) -> Reopener:
-        """`session`, to be called several times: a runtime that keeps what it makes of a model makes it once."""
+        """Return a function that opens sessions; a runtime that compiles models compiles this one once for all of them."""
         if self.program is not None or self.runtime.keep is None:
             return self.session
         return self.runtime.keep(self.models[ONLY])
 
     def placed(self, folder: Path) -> Artefact:
-        """The same with its large graphs in files in a folder, which is made where absent."""
+        """Return the artefact with its large graphs in files in a folder, which is made where it is absent."""
         models: dict[str, ir.Model | Path] = {}
         for name, model in self.models.items():
             if isinstance(model, ir.Model) and is_large(model):
@@ -146,7 +146,7 @@ class Artefact:
 
 
 def reopeners(artefacts: Sequence[Artefact]) -> list[Reopener]:
-    """`Artefact.reopener` of each, side by side: compiling a model keeps one core busy."""
+    """Call `Artefact.reopener` of all artefacts side by side, since compiling a model keeps one core busy."""
     with ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(Artefact.reopener, artefacts))
 

@@ -1,4 +1,4 @@
-"""The border to a runtime: a session has one method plus close; a runtime opens sessions."""
+"""The interface to runtimes: a runtime opens sessions, and a session runs one model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 import onnx_ir as ir
 
 ONLY = "model"
-"""Name of the graph of a model that is one graph."""
+"""Graph name in an artefact whose model is one graph."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a runtime really executed, and how long it took in each profiled run."""
+    """A kernel that a runtime executed, and its time in each profiled run."""
 
     name: str
     layers: tuple[str, ...]
     """Names of nodes and tensors of the model that the kernel stands for, as far as the runtime says, main one first.
     Here and in `name` a runtime may append to them."""
     op: str
-    """In the runtime's words, e.g. `QLinearConv` or `Convolution brgconv_avx512_I8`."""
+    """Operator in the runtime's words, e.g. `QLinearConv` or `Convolution brgconv_avx512_I8`."""
     precision: str
-    """Of what it reads: `int8`, `fp16`, `fp32`, another type in the runtime's words, or empty where it reads none."""
+    """Type that the kernel reads: `int8`, `fp16`, `fp32`, another in the runtime's words, or empty for none."""
     us: tuple[float, ...]
-    """Microseconds, per run in which it was executed."""
+    """Time in microseconds, for each run in which the kernel was executed."""
     graph: str = ONLY
-    """Of a program: the graph that it belongs to."""
+    """Name of the graph of a program that the kernel belongs to; empty for a model that is one graph."""
 
 
 class Session(Protocol):
@@ -53,7 +53,7 @@ class Session(Protocol):
         ...
 
     def kernels(self) -> Sequence[Kernel]:
-        """End the profile of a session that was opened with one: what all runs so far executed, in order."""
+        """End the profile of a session that was opened with one; return the kernels of all runs so far, in order."""
         ...
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class Reopener(Protocol):
     """Makes sessions of one model."""
 
     def __call__(self, *, profile: Path | None = None) -> Session:
-        """As `Opener`."""
+        """Open a session; `profile` is a path prefix for a profile, see `Opener`."""
         ...
 
 
@@ -92,20 +92,20 @@ class Runtime:
     """What executes the models of a target."""
 
     name: str
-    """As people write it."""
+    """Name of the runtime as people write it."""
     open: Opener
     version: Callable[[], str]
-    """Installed version.
+    """Function that returns the installed version.
 
     Raises:
-        MissingExtraError: there is none.
+        MissingExtraError: the runtime is not installed.
     """
     rewrite: Callable[[ir.Model | Path, Path], ir.Model] | None = None
-    """Gives the graph that a session makes of a model before it runs it, by way of an existing folder; its large
+    """Function (model, folder) -> graph into which a session optimizes the model; in the existing folder its large
     weights stay there. None where the kernels tell what they were made from.
 
     Raises:
-        ModelError: the runtime cannot write it.
+        ModelError: the runtime cannot write the graph.
     """
     keep: Callable[[ir.Model | Path], Reopener] | None = None
-    """Compiles a model once for many sessions, each with memory of its own; None where `open` is quick enough."""
+    """Function that compiles a model once for many sessions, each with its own memory; None if `open` is quick."""

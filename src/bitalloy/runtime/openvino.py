@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: imported when a session is opened, not before."""
+"""OpenVINO on the CPU. The package is imported when a session is opened, not before."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class OpenVinoSession:
     Args:
         model: in memory, serialized, or the path of an .onnx file. One of more than 2 GB must lie in a file. Or what
             `exported` gave.
-        threads: of all streams together; None takes one per available core, as for ONNX Runtime.
-        profile: anything but None times every kernel of every run; `kernels` tells the result. Nothing is written.
+        threads: threads of all streams together; None takes one per available core, as for ONNX Runtime.
+        profile: any path, which is not written, times every kernel of every run; `kernels` tells the result.
         streams: threads of Python that may call `run` at the same time; with a profile 1.
 
     Raises:

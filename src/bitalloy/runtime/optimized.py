@@ -1,4 +1,4 @@
-"""What a runtime made of a graph before it ran it: which nodes of the model each node of the result stands for.
+"""Optimized graphs of a runtime: which nodes of the model each node of the optimized graph stands for.
 
 ONNX Runtime names what it fuses after a node or a tensor that it took in, and tensors that survive keep their names.
 Tensors in another layout are renamed, so between two that survive there may lie a chain of nodes.
@@ -21,38 +21,38 @@ import onnx_ir as ir
 from bitalloy import ops
 
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Reshape", "Transpose"})
-"""Operators that a runtime adds around others."""
+"""Operators that a runtime adds to change the layout of tensors for other operators."""
 
 
 @dataclass(frozen=True)
 class RewrittenNode:
-    """A node of the result."""
+    """A node of the optimized graph."""
 
     name: str
     op: str
     sources: tuple[str, ...]
-    """Names of the nodes of the model whose work it does, in order; empty for what the runtime added."""
+    """Names of the nodes of the model whose work this node does, in order; empty for a node that the runtime added."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph as a runtime executes it."""
+    """A graph as a runtime executes it, matched with the model."""
 
     nodes: tuple[RewrittenNode, ...]
     folded: tuple[str, ...]
-    """Nodes of the model that became constants (case 2)."""
+    """Names of the nodes of the model that became constants (case 2)."""
     removed: tuple[str, ...]
-    """Nodes of the model that nothing stands for (case 4)."""
+    """Names of the nodes of the model that were removed (case 4)."""
     unfused: tuple[str, ...]
-    """Nodes of the result: each QuantizeLinear whose readers are DequantizeLinear alone, which no kernel took in."""
+    """Names of QuantizeLinear nodes of the optimized graph that only DequantizeLinear reads: no kernel took them in."""
 
 
 def match(model: ir.Graph, result: ir.Graph, origin: Callable[[str], str | None]) -> Rewritten:
-    """Tell what became of every node.
+    """Tell what became of every node of a model in the graph that a runtime made of it.
 
     Args:
-        model: as given to the runtime; nodes and tensors have names of their own.
-        result: what the runtime made of it.
+        model: the graph as given to the runtime; names of nodes and tensors are unique.
+        result: the optimized graph that the runtime made of it.
         origin: from a name in `result` to the name of a node or tensor of `model` that it was made from; None for one
             that the runtime made up.
     """
@@ -116,7 +116,7 @@ class _Matcher:
         return str(node.inputs[0].name) not in self._constants if node.inputs and node.inputs[0] else not roots
 
     def _fused(self, node: ir.Node) -> list[ir.Node]:
-        """Case 3."""
+        """Return the nodes of the result into which a node was fused (case 3)."""
         group = self._between(node)
         ways = [self._forwards, self._backwards] if node.op_type == "DequantizeLinear" else [self._backwards]
         for way in (*ways, self._forwards):

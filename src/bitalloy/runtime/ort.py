@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU; on a GPU only to be audited."""
+"""ONNX Runtime on the CPU, and on a GPU for audits only."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _KERNEL = "_kernel_time"
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What a session does otherwise than the runtime does by itself on a CPU."""
+    """Settings of a session that differ from the runtime's defaults on a CPU."""
 
     provider: str = CPU
-    """What executes the nodes; those that it does not take run on the CPU."""
+    """Execution provider that runs the nodes; nodes that it does not support run on the CPU."""
     integers: bool = True
     """False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written. On CPUs
     without VNNI the integer kernels that else take their place saturate sums of two products in 16 bits."""
@@ -124,7 +124,7 @@ class OrtSession:
         return dict(zip(outputs, values, strict=True))
 
     def kernels(self) -> tuple[Kernel, ...]:
-        """Stop profiling; returns the kernels in order of their first run and removes the profile."""
+        """Stop profiling, remove the profile, and return the kernels in the order of their first run."""
         path = Path(self._session.end_profiling())
         try:
             events: list[dict[str, Any]] = json.loads(path.read_text())
@@ -161,10 +161,10 @@ def _options(execution: Execution) -> ort.SessionOptions:
 
 
 def rewrite(model: ir.Model | Path, folder: Path, provider: str = CPU) -> ir.Model:
-    """Return the graph that a session runs. Its large weights are in the folder, in a file of their own.
+    """Return the optimized graph that a session runs; its large weights are in the folder, in their own file.
 
     Raises:
-        ModelError: it cannot be written, such as on a full disk.
+        ModelError: the graph cannot be written, such as on a full disk.
     """
     path = folder / "optimized.onnx"
     try:
@@ -191,7 +191,7 @@ def _register_shared_memory() -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -221,16 +221,16 @@ def _version() -> str:
 
 
 ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite)
-"""The runtime of the core."""
+"""ONNX Runtime on the CPU, which comes with bitalloy."""
 ORT_GPU = Runtime(
     "ONNX Runtime on CUDA",
     partial(OrtSession, execution=Execution(provider=CUDA)),
     _version,
     partial(rewrite, provider=CUDA),
 )
-"""The same with its CUDA provider, whose kernels the host starts and does not wait for."""
+"""ONNX Runtime with its CUDA provider, whose kernels the host starts without waiting for them."""
 AS_WRITTEN = Runtime(ORT.name, partial(OrtSession, execution=Execution(integers=False)), ORT.version)
-"""The same for models of devices that are not here: with the numbers that the graph says."""
+"""ONNX Runtime on the CPU for models of absent devices: it computes the numbers that the graph says."""
 
 
 def cuda_missing() -> str:

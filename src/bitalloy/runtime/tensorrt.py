@@ -1,6 +1,6 @@
 """TensorRT 10 and 11 on an NVIDIA GPU: engines from strongly typed networks, timed, profiled and inspected.
 
-Imported only where it is used. TensorRT and CUDA's Python bindings are the extra `bitalloy[tensorrt]`.
+TensorRT is imported only where it is used. TensorRT and CUDA's Python bindings are the extra `bitalloy[tensorrt]`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Layer:
     kind: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    """Types and layouts of its tensors in the words of the engine inspector, e.g. `Int8 NC/32HW32`."""
+    """Types and layouts of its output tensors in the engine inspector's words, e.g. `Int8 NC/32HW32`."""
     origin: str = ""
-    """Which nodes of the model it was made from, in the same words: `[ONNX Layer: /conv/Conv]` and more."""
+    """Nodes of the model it was made from, in the inspector's words: `[ONNX Layer: /conv/Conv]` and more."""
 
     def kernel(self, us: tuple[float, ...]) -> Kernel:
-        """The same as other runtimes tell it."""
+        """Return the layer as a kernel, with its times in microseconds."""
         return Kernel(self.name, (self.name, self.origin), self.kind, _precision(self.inputs), us)
 
 
@@ -68,9 +68,9 @@ class TensorRtSession:
     """An engine built from an ONNX model, with its precisions as the graph says.
 
     Args:
-        model: with Q/DQ and Cast nodes; static shapes.
+        model: a model with QDQ and Cast nodes and static shapes.
         cache: file that keeps measured kernel times, so that the next build is quick and chooses the same kernels.
-        profile: anything but None times every layer of every run; `kernels` tells the result. Nothing is written.
+        profile: any path, which is not written, times every layer of every run; `kernels` tells the result.
         streams: threads of Python that may call `run` at the same time. They take turns: there is one GPU.
 
     Raises:
@@ -136,7 +136,7 @@ class TensorRtSession:
         _checked(self._cuda.cudaStreamSynchronize(self._stream))
 
     def milliseconds(self, repeats: int) -> list[float]:
-        """Times of single inferences on the GPU alone, without copies, after as many warm-up runs as a tenth."""
+        """Measure `repeats` inferences on the GPU, without copies, after a tenth as many warm-up runs; in ms each."""
         start, stop = (_checked(self._cuda.cudaEventCreate()) for _ in range(2))
         for _ in range(max(repeats // 10, 3)):
             self.execute()
@@ -156,7 +156,7 @@ class TensorRtSession:
         )
 
     def layers(self) -> tuple[Layer, ...]:
-        """Return what the engine consists of: which layers were fused, and the type of every tensor between them."""
+        """Return the layers of the engine, which tell what was fused and the type of every tensor between them."""
         inspector = self._engine.create_engine_inspector()
         return read_layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
@@ -186,7 +186,7 @@ def read_layers(text: str) -> tuple[Layer, ...]:
     """Read the layers from the engine inspector's JSON.
 
     Raises:
-        ModelError: the engine was built without details, or the text is something else.
+        ModelError: the engine was built without detailed profiling, or the text is something else.
     """
     try:
         found = json.loads(text)["Layers"]

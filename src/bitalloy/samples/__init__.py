@@ -1,1 +1,1 @@
-"""Data and small trained models that come with the package, so that everything can be tried offline."""
+"""Data and small trained models that come with the package, so that every command can be tried offline."""

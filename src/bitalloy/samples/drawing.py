@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 __all__ = ["CLASSES", "COLORS", "MIN_PIXELS", "MIN_VISIBLE", "Drawing", "draw"]
 
 CLASSES: tuple[str, ...] = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "crescent")
-"""Class names by label."""
+"""Names of the classes, by label."""
 COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-"""Colour names by number."""
+"""Names of the colours, by number."""
 MIN_VISIBLE = 0.35
 """Smallest part of a shape's area inside the image that later shapes leave in sight."""
 MIN_PIXELS = 24
@@ -45,18 +45,18 @@ _RGB = (
 
 Pixels = npt.NDArray[np.uint8]
 Corners = npt.NDArray[np.float64]
-"""(k, 2) corners inside the unit circle, in drawing order."""
+"""Corners inside the unit circle, (k, 2), in drawing order."""
 
 
 class Drawing(NamedTuple):
-    """A finished image and what was painted, back to front."""
+    """A finished image and the shapes painted on it, back to front."""
 
     image: Pixels
-    """(size, size, 3) RGB."""
+    """RGB image, (size, size, 3)."""
     labels: list[int]
     colors: list[int]
     instance_map: Pixels
-    """(size, size): 0 is background, i + 1 is the i-th shape."""
+    """Map of instances, (size, size): 0 is background, i + 1 is the i-th shape."""
 
 
 def draw(rng: np.random.Generator, size: int) -> Drawing:

@@ -27,11 +27,11 @@ from bitalloy.samples.drawing import CLASSES, COLORS, draw
 __all__ = ["CLASSES", "COLORS", "SPLITS", "VERSION", "Scene", "scene", "write_coco"]
 
 VERSION = 1
-"""Raised whenever the same arguments would give another scene."""
+"""Version of the generator, raised whenever the same arguments would give another scene."""
 _LAYOUT = 2
 """Raised whenever `write_coco` writes other files for the same scenes."""
 SPLITS: tuple[str, ...] = ("train", "val", "test", "calibration")
-"""Streams of scenes that share no random numbers."""
+"""Names of the splits, streams of scenes that share no random numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,25 +39,25 @@ class Scene:
     """One generated image and everything that is known about it; n is the number of instances."""
 
     image: npt.NDArray[np.uint8]
-    """(H, W, 3) RGB."""
+    """RGB image, (H, W, 3)."""
     labels: npt.NDArray[np.int64]
-    """(n,) index into `CLASSES`; entry i belongs to id i + 1 of the instance map."""
+    """Indices into `CLASSES`, (n,); entry i belongs to id i + 1 of the instance map."""
     colors: npt.NDArray[np.int64]
-    """(n,) index into `COLORS`."""
+    """Indices into `COLORS`, (n,)."""
     instance_map: npt.NDArray[np.uint8]
-    """(H, W): 0 is background, i + 1 is instance i; a higher id lies in front of a lower one."""
+    """Map of instances, (H, W): 0 is background, i + 1 is instance i; a higher id lies in front of a lower one."""
 
     def masks(self) -> npt.NDArray[np.bool_]:
-        """(n, H, W): the visible pixels of each instance."""
+        """Return the masks of the visible pixels of each instance, (n, H, W)."""
         ids = np.arange(1, len(self.labels) + 1, dtype=np.uint8)
         return np.equal(self.instance_map[None], ids[:, None, None])
 
     def areas(self) -> npt.NDArray[np.int64]:
-        """(n,): visible pixels of each instance."""
+        """Return the number of visible pixels of each instance, (n,)."""
         return np.bincount(self.instance_map.ravel(), minlength=len(self.labels) + 1)[1:].astype(np.int64)
 
     def boxes(self) -> npt.NDArray[np.float32]:
-        """(n, 4): x1, y1, x2, y2 around the visible pixels; x2 and y2 lie one past the last pixel."""
+        """Return x1, y1, x2, y2 around the visible pixels, (n, 4); x2 and y2 lie one past the last pixel."""
         out = np.zeros((len(self.labels), 4), np.float32)
         for row, mask in zip(out, self.masks(), strict=True):
             columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
@@ -65,12 +65,12 @@ class Scene:
         return out
 
     def semantic(self) -> npt.NDArray[np.uint8]:
-        """(H, W): 0 is background, label + 1 elsewhere."""
+        """Return the semantic map, (H, W): 0 is background, label + 1 elsewhere."""
         table = np.concatenate([[0], self.labels + 1]).astype(np.uint8)
         return table[self.instance_map]
 
     def points(self) -> npt.NDArray[np.float32]:
-        """(n, 2): x, y of a point prompt for each instance, deep inside its visible pixels."""
+        """Return x, y of a point prompt for each instance, deep inside its visible pixels, (n, 2)."""
         found = [interior_point(mask) for mask in self.masks()]
         return np.array(found, np.float32).reshape(-1, 2)
 
@@ -93,7 +93,7 @@ def scene(index: int, *, seed: int = 0, size: int = 320, split: str = "val") -> 
         split: one of `SPLITS`.
 
     Raises:
-        DataError: unknown split, negative numbers, or a size below 32.
+        DataError: the split is unknown, a number is negative, or the size is below 32.
     """
     if split not in SPLITS:
         raise DataError(f"Unknown split '{split}' of shapes. Use one of: {', '.join(SPLITS)}.")
@@ -119,7 +119,7 @@ def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320
     2. `annotations/000000.png`...: semantic maps as in ADE20K, where 0 would mean unlabelled and does not occur: 1 is
        background, label + 2 elsewhere.
     3. `captions.json` in COCO format.
-    4. `questions.jsonl`, one object a line.
+    4. `questions.jsonl`, one JSON object a line.
 
     The folder appears complete or not at all; one that already holds the same data is left as it is.
 

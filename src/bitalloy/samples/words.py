@@ -1,4 +1,4 @@
-"""What can be said and asked about a scene of `shapes`: a caption, and questions with their answers.
+"""Words about a scene of `shapes`: a caption, and questions with their answers.
 
 Everything follows from the labels and colours of the scene, so no random numbers are needed.
 """

@@ -1,4 +1,4 @@
-"""Adjoint rules, one per operator, in files by group. `RULES` maps an operator to its rule."""
+"""Adjoint rules, one per operator, in one file per group. `RULES` maps an operator to its rule."""
 
 from bitalloy.adjoint.rules import activations, elementwise, indexing, linear, normalize, pool, reductions, shape
 

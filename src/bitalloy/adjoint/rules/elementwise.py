@@ -13,7 +13,7 @@ from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.model.read import attribute, constant, static_shape
 
 Derivative = Callable[[Builder, ir.Value, ir.Value, ir.Node], ir.Value]
-"""(builder, x, y, node) -> dy/dx, of the shape of x."""
+"""Function (builder, x, y, node) -> dy/dx, which has the shape of x."""
 
 
 def single(cots: Cots) -> Cotangent:
@@ -23,12 +23,12 @@ def single(cots: Cots) -> Cotangent:
 
 
 def one_minus(p: Builder, y: ir.Value) -> ir.Value:
-    """1 - y."""
+    """Return 1 - y."""
     return p.op("Sub", scalar(p, 1.0), y, shape=static_shape(y))
 
 
 def unary(derivative: Derivative) -> Rule:
-    """Rule of y = f(x) from its derivative."""
+    """Make the adjoint rule of y = f(x) from the derivative of f."""
 
     def rule(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
         assert node.inputs[0] is not None
@@ -43,17 +43,17 @@ def scalar(p: Builder, x: float) -> ir.Value:
 
 
 def mask(p: Builder, condition: ir.Value, like: ir.Value) -> ir.Value:
-    """1.0 where the condition holds, 0.0 elsewhere; of the shape of `like`."""
+    """Return 1.0 where the condition holds and 0.0 elsewhere, in the shape of `like`."""
     return p.op("Cast", condition, to=int(ir.DataType.FLOAT), shape=static_shape(like))
 
 
 def number(node: ir.Node, name: str, default: float) -> float:
-    """Return a numeric attribute."""
+    """Return a numeric attribute of a node as a float, or `default` where the node does not have it."""
     return float(attribute(node, name, default))  # type: ignore[arg-type]
 
 
 def between(p: Builder, x: ir.Value, low: ir.Value | None, high: ir.Value | None) -> ir.Value:
-    """1 where low <= x <= high."""
+    """Return 1.0 where low <= x <= high and 0.0 elsewhere; a bound of None does not limit."""
     inside = None
     for op, bound in (("GreaterOrEqual", low), ("LessOrEqual", high)):
         if bound is not None:
@@ -63,7 +63,7 @@ def between(p: Builder, x: ir.Value, low: ir.Value | None, high: ir.Value | None
 
 
 def select(p: Builder, condition: ir.Value, a: ir.Value, b: ir.Value, like: ir.Value) -> ir.Value:
-    """Where, of the shape of `like`."""
+    """Return `a` where the condition holds and `b` elsewhere, in the shape of `like`."""
     return p.op("Where", condition, a, b, shape=static_shape(like))
 
 

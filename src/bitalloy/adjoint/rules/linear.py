@@ -17,7 +17,7 @@ def _ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
 
 
 def geometry(node: ir.Node, size: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], ...]:
-    """Return the strides, dilations, padding before and after of a Conv, with `auto_pad` resolved."""
+    """Return strides, dilations, padding before and padding after of a Conv, with `auto_pad` resolved."""
     rank = len(size)
     strides, dilations = _ints(node, "strides", [1] * rank), _ints(node, "dilations", [1] * rank)
     auto = attribute(node, "auto_pad", "NOTSET")

@@ -21,14 +21,14 @@ class Window:
     """How a pool slides over space."""
 
     size: Sequence[int]
-    """Of the input."""
+    """Spatial size of the input."""
     out: Sequence[int]
-    """Of the output."""
+    """Spatial size of the output."""
     kernel: Sequence[int]
     strides: Sequence[int]
     dilations: Sequence[int]
     before: Sequence[int]
-    """Padding in front of the input."""
+    """Padding in front of the input, per axis."""
 
     @classmethod
     def of(cls, node: ir.Node, kernel: Sequence[int]) -> Window:

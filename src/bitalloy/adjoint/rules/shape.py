@@ -18,14 +18,14 @@ def dense(ctx: Context, cots: Cots) -> ir.Value:
 
 
 def data(node: ir.Node, slot: int = 0) -> ir.Value:
-    """Return a required input."""
+    """Return the input `slot` of a node, which must have it."""
     value = node.inputs[slot]
     assert value is not None
     return value
 
 
 def integers(node: ir.Node, slot: int) -> tuple[int, ...] | None:
-    """Return a constant integer input as a tuple; None where it is absent."""
+    """Return a constant integer input as a tuple, or None where the node does not have it."""
     if slot >= len(node.inputs) or node.inputs[slot] is None:
         return None
     array = constant(node.inputs[slot])
@@ -94,7 +94,7 @@ def _slice(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 
 def slice_of(start: int, end: int, step: int) -> slice:
-    """Return an ONNX slice as Python's: with a negative step, an end before the first element means `None`."""
+    """Convert an ONNX slice to Python's: with a negative step, an end before the first element becomes `None`."""
     return slice(start, None if step < 0 and end < -(1 << 30) else end, step)
 
 

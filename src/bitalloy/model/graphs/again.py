@@ -1,4 +1,4 @@
-"""How a loaded model is opened again in another process, as plain data."""
+"""Plain data from which another process opens a loaded model again."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from bitalloy.model.load import Graph
 
 
 class GraphFile(Record, frozen=True, kw_only=True):
-    """A model in a file, or a program in a folder, with all that `load` was told about it."""
+    """A model in a file, or a program in a folder, with the arguments with which it was loaded."""
 
     path: str
-    """Of an .onnx file, or of a `program.json`."""
+    """Path of an .onnx file, or of a `program.json`."""
     shapes: dict[str, tuple[int, ...]]
-    """Input -> shape; of a program `graph:input`, for all inputs of all graphs."""
+    """Input -> shape; for a program `graph:input` -> shape, for all inputs of all graphs."""
     sha256: str
-    """That the model must have, as in its `ModelInfo`."""
+    """SHA-256 that the opened model must have, as in its `ModelInfo`."""
     program: bool = False
     inner: bool = False
-    """As `Joined.inner`."""
+    """Whether outputs that a wire carries on are outputs of the whole too, see `Joined.inner`."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
-    """As `Graph.factors`."""
+    """Factors by which channels of the file's weights were scaled, see `Graph.factors`."""
 
 
 def graph_opening(graph: Graph) -> Opening:
-    """How jobs open a model; one that was made in memory can be used in this process only."""
+    """Describe how jobs open a model; a model that was made in memory can be used in this process only."""
     spec = GraphFile(
         path=str(graph.source.absolute()), shapes=_shapes(graph), sha256=graph.info.sha256, factors=graph.factors
     )
@@ -53,7 +53,7 @@ def graph_opening(graph: Graph) -> Opening:
 
 
 def open_file(spec: GraphFile) -> Graph:
-    """Load the model and make sure that it is the same; factors are left to `rewrite.equalize.open_graph`.
+    """Load a model again and make sure that it is unchanged; `rewrite.equalize.open_graph` applies its factors.
 
     Raises:
         ModelError: the file is missing, or has changed.

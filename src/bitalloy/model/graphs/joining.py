@@ -1,4 +1,4 @@
-"""One graph out of many; `bitalloy.rewrite.divide` takes it apart again."""
+"""Joining of the graphs of a program to one graph; `bitalloy.rewrite.divide` takes it apart again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def join(program: GraphProgram, *, inner: bool = False) -> Joined:
     only where they would clash. Weights are shared with the parts.
 
     Args:
-        program: not changed.
+        program: the wired graphs; they are not changed.
         inner: whether outputs that a wire carries on are outputs of the whole too, as `graph/name`, and so
             heads whose damage is told apart. Otherwise only final outputs are; of graphs whose metadata says which
             outputs count, only these (logits, but not the cache).

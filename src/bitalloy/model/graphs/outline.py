@@ -1,4 +1,4 @@
-"""A program before its sizes are known: what is fed and what comes out, read without the weights."""
+"""The inputs and outputs of a program before its sizes are known, read without the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outline:
 
     @cached_property
     def names(self) -> Mapping[tuple[str, str], str]:
-        """(graph, tensor) -> name in the whole, see `Program.names`."""
+        """(graph, tensor) -> name in the joined graph, see `GraphProgram.names`."""
         inputs, outputs = (
             {g: [s.name for s in specs] for g, specs in side.items()} for side in (self.inputs, self.outputs)
         )
@@ -39,7 +39,7 @@ class Outline:
 
     @property
     def free_inputs(self) -> tuple[TensorSpec, ...]:
-        """What is fed from outside, under its name in the whole; usual sizes stand for open ones."""
+        """Inputs without a wire, under their names in the joined graph; usual sizes stand for open ones."""
         found = []
         for graph, specs in self.inputs.items():
             usual = self._usual(graph)
@@ -53,7 +53,7 @@ class Outline:
 
     @property
     def open_inputs(self) -> tuple[TensorSpec, ...]:
-        """What is fed from outside, with the sizes that the files leave open as names."""
+        """Inputs without a wire; sizes that the files leave open are names."""
         return tuple(
             TensorSpec(name=self.names[graph, s.name], dtype=s.dtype, shape=s.shape)
             for graph, specs in self.inputs.items()
@@ -63,7 +63,7 @@ class Outline:
 
     @property
     def free_outputs(self) -> tuple[TensorSpec, ...]:
-        """What comes out at the end, under its name in the whole."""
+        """Outputs without a wire, under their names in the joined graph."""
         return tuple(
             TensorSpec(name=self.names[graph, s.name], dtype=s.dtype, shape=s.shape)
             for graph, specs in self.outputs.items()
@@ -73,14 +73,14 @@ class Outline:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Metadata of all graphs in one; where several have a key, the first counts."""
+        """Metadata of all graphs together; where several graphs have a key, the value of the first counts."""
         found: dict[str, str] = {}
         for texts in self.metadata.values():
             found = {**texts, **found}
         return found
 
     def shapes(self, feeds: Mapping[str, np.ndarray] | None = None) -> dict[str, tuple[int, ...]]:
-        """`graph:input` -> shape, for `load_program`: those of `feeds`, or else the usual ones of the files.
+        """Return `graph:input` -> shape for `load_program`: shapes of `feeds`, or else the usual ones of the files.
 
         Only inputs with open sizes are named.
         """
@@ -102,7 +102,7 @@ class Outline:
 
 
 def usual_shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Input -> shape, as an exporter wrote them into a file's metadata; empty where it did not."""
+    """Return input -> usual shape, as the exporter noted in a file's metadata; empty where it noted none."""
     try:
         return {str(name): tuple(int(d) for d in shape) for name, shape in json.loads(metadata[SHAPES]).items()}
     except (KeyError, ValueError, TypeError, AttributeError):
@@ -113,7 +113,7 @@ def read_outline(path: str | Path) -> Outline:
     """Read the interfaces of a program.
 
     Args:
-        path: folder with a `program.json`, or that file.
+        path: a folder with a `program.json`, or that file.
 
     Raises:
         ModelError: the file or a graph is missing or malformed.
@@ -135,7 +135,7 @@ def read_outline(path: str | Path) -> Outline:
 
 
 def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, ...]]]:
-    """Inputs of a file, open sizes as names, and the usual shapes that its exporter noted; nothing of no ONNX file."""
+    """Read the inputs of a file, open sizes as names, and their usual shapes; both empty if it is no ONNX file."""
     try:
         proto = _proto(path)
     except ModelError:

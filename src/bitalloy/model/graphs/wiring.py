@@ -1,4 +1,4 @@
-"""What a program is, and its file."""
+"""Programs: graphs wired together, and the file `program.json` that describes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Wire:
-    """Output `output` of graph `source` is input `input` of graph `target`."""
+    """A connection: output `output` of graph `source` is input `input` of graph `target`."""
 
     source: str
     output: str
@@ -63,7 +63,7 @@ class GraphProgram:
     graphs: Mapping[str, Graph]
     wires: tuple[Wire, ...]
     file: Path | None = field(default=None, compare=False)
-    """Its `program.json`, where it was loaded from one."""
+    """The `program.json` from which the program was loaded; None for one that was made in memory."""
 
     def __post_init__(self) -> None:
         if not self.graphs:
@@ -99,7 +99,7 @@ class GraphProgram:
 def free_names(
     inputs: Mapping[str, Sequence[str]], outputs: Mapping[str, Sequence[str]], wires: Sequence[Wire]
 ) -> dict[tuple[str, str], str]:
-    """(graph, tensor) -> name in the whole, for inputs and outputs without a wire; see `Program.names`."""
+    """Return (graph, tensor) -> name in the joined graph, for inputs and outputs without a wire."""
     fed, read = {(w.target, w.input) for w in wires}, {(w.source, w.output) for w in wires}
     free = [(name, t) for name, tensors in inputs.items() for t in tensors if (name, t) not in fed]
     free += [(name, t) for name, tensors in outputs.items() for t in tensors if (name, t) not in read]
@@ -113,7 +113,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
 
     Args:
         path: folder with a `program.json`, or that file.
-        shapes: `graph:input` -> shape, for open sizes. What a wire brings needs none.
+        shapes: `graph:input` -> shape, for inputs with open sizes; an input that a wire leads to needs none.
 
     Raises:
         ModelError: the file is missing or malformed, a graph lies outside of the folder or cannot be loaded, or the
@@ -178,7 +178,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
-    """Graph name -> path inside the program's folder, and the wires, of a `program.json`.
+    """Read a `program.json`: graph name -> path inside the program's folder, and the wires.
 
     Raises:
         ModelError: the file is missing or malformed, names a file outside of its folder, or its wires close a cycle.
