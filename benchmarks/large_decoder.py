@@ -38,7 +38,7 @@ from bitalloy.model import load as graph
 from bitalloy.model.heads import Reference, find_heads
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.runtime.ort import Execution, OrtSession
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
@@ -185,7 +185,7 @@ def main() -> None:
     if half:
         with step("FP16"):
             exact = Reference(session.run(samples[0]), heads)
-            lowered = specified(write_plan(model, Recipe(units, device, ranges), half).model)
+            lowered = as_specified(write_plan(model, Recipe(units, device, ranges), half).model)
             halved = OrtSession(lowered, execution=Execution(integers=False))
             measured = exact.error(halved.run(samples[0])) / exact.energy
     each, plain = seconds["probe"] / len(samples), seconds["float pass"] / FLOAT_RUNS

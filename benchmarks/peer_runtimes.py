@@ -66,7 +66,7 @@ def main() -> None:
     data = DetectionData(labels, spec)
     sessions = {m["name"]: opener(m, job["threads"]) for m in job["models"]}
     feed, _ = image_feed(labels.open_image(labels.images[data.choose(1, job["seed"])[0]]), spec)
-    times = bench.sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
+    times = bench.time_sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
     opened = {name: make() for name, make in sessions.items()}
     runs = {name: session.run for name, session in opened.items()}
     precision = DETECTION.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]

@@ -23,7 +23,7 @@ import pytest
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Settings
-from bitalloy.measure.cost import device
+from bitalloy.measure.cost import machine_name
 from bitalloy.measure.roofline import estimate_costs
 from bitalloy.measure.sizes import float_bytes
 from bitalloy.model.weights import to_bytes
@@ -48,7 +48,7 @@ LARGER = Settings(targets=("ort-cpu", "openvino-cpu", "tensorrt"), calibration_s
 SAMPLES = ("yolo11n-shapes", "yolo11n-seg-shapes", "segformer-b0-shapes", "mobilesam-shapes", "mobilevlm-shapes")
 MODE = os.environ.get("BITALLOY_UNMOVED", "")
 TOLERANCE_DB = 1.0
-MACHINE = {"processor": device(), "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
+MACHINE = {"processor": machine_name(), "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
 
 
 def digest(content: object) -> str:

@@ -10,7 +10,7 @@ import pytest
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit_kernels
-from bitalloy.measure.tracing import Timed
+from bitalloy.measure.tracing import TimedKernel
 from bitalloy.runtime.base import Kernel
 from bitalloy.targets.ort_cpu import ORT_CPU
 
@@ -30,10 +30,10 @@ def graph_of(names: str) -> UnitGraph:
 def test_differences_are_found_and_explained() -> None:
     """Four units, one for each case; times counted by hand."""
     kernels = [
-        Timed(Kernel("1", (), "QuantizeLinear", "fp32", ()), ("a",), 50.0),
-        Timed(Kernel("2", (), "QLinearConv", "int8", ()), ("a",), 20.0),
-        Timed(Kernel("3", (), "Conv", "fp32", ()), ("b",), 20.0),
-        Timed(Kernel("4", (), "Concat", "int8", ()), ("c",), 10.0),
+        TimedKernel(Kernel("1", (), "QuantizeLinear", "fp32", ()), ("a",), 50.0),
+        TimedKernel(Kernel("2", (), "QLinearConv", "int8", ()), ("a",), 20.0),
+        TimedKernel(Kernel("3", (), "Conv", "fp32", ()), ("b",), 20.0),
+        TimedKernel(Kernel("4", (), "Concat", "int8", ()), ("c",), 10.0),
     ]
     units = graph_of("abcd")
     found = audit_kernels(units, Plan.of("int8", *"ab"), kernels, "R", "1")
@@ -47,9 +47,9 @@ def test_differences_are_found_and_explained() -> None:
 def test_units_inside_kernels_of_others_have_their_precision_where_it_is_certain() -> None:
     """Units b to d run behind the sums of an integer kernel or in a float one; rounding does not decide."""
     kernels = [
-        Timed(Kernel("1", (), "QLinearConv", "int8", ()), ("a", "b", "c"), 20.0),
-        Timed(Kernel("2", (), "QuantizeLinear", "fp32", ()), ("b",), 1.0),
-        Timed(Kernel("3", (), "FusedConv", "fp32", ()), ("e", "d", "f"), 20.0),
+        TimedKernel(Kernel("1", (), "QLinearConv", "int8", ()), ("a", "b", "c"), 20.0),
+        TimedKernel(Kernel("2", (), "QuantizeLinear", "fp32", ()), ("b",), 1.0),
+        TimedKernel(Kernel("3", (), "FusedConv", "fp32", ()), ("e", "d", "f"), 20.0),
     ]
     units = graph_of("abcdef")
     found = {u.unit: u for u in audit_kernels(units, Plan.of("int8", *"abd"), kernels, "R", "1").units}

@@ -28,7 +28,7 @@ from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import consumers
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets import TARGETS
@@ -253,10 +253,10 @@ def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
     mixed = write_plan(whole, Recipe(units, target, ranges), plan)
     before = mixed.to_bytes()
     x, prompt = feeds()
-    expected = run(specified(mixed.model), {"encoder/x": x, "decoder/x": prompt})
+    expected = run(as_specified(mixed.model), {"encoder/x": x, "decoder/x": prompt})
     parts = divide(mixed.model, program)
-    first = run(specified(parts["encoder"]), {"x": x})
-    second = run(specified(parts["decoder"]), {"image": first["emb"], "x": prompt})
+    first = run(as_specified(parts["encoder"]), {"x": x})
+    second = run(as_specified(parts["decoder"]), {"image": first["emb"], "x": prompt})
     np.testing.assert_array_equal(second["logits"], expected["logits"])
     np.testing.assert_array_equal(first["pooled"], expected["pooled"])
     for name, part in parts.items():
@@ -290,7 +290,7 @@ def test_what_is_made_in_fp16_crosses_a_wire_in_float32(rounded: Any) -> None:
     assert last.inputs[0] is not None and last.inputs[0].dtype == ir.DataType.FLOAT16
     assert [use.node.op_type for use in consumers(parts["decoder"].graph.inputs[0])] == ["Cast"]
     x, prompt = feeds()
-    emb = run(specified(parts["encoder"]), {"x": x})["emb"]
+    emb = run(as_specified(parts["encoder"]), {"x": x})["emb"]
     assert emb.dtype == np.float32 and np.array_equal(emb, emb.astype(np.float16).astype(np.float32))
     assert run(parts["decoder"], {"image": emb, "x": prompt})["logits"].dtype == np.float32
 

@@ -15,7 +15,7 @@ import bitalloy as api
 from bitalloy.core.schemes import Plan
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.sensitivity.matrix import decibel
@@ -93,7 +93,7 @@ def test_arithmetic_is_the_same_with_open_sizes(analyses: Any, target: str, tmp_
     shipped = analysis.artefact(lowered)
     random = np.random.default_rng(0)
     for name, model in fixed.items():
-        both = {"fixed": specified(model), "open": specified(shipped.models[name])}
+        both = {"fixed": as_specified(model), "open": as_specified(shipped.models[name])}
         for form, one in both.items():
             Artefact({"model": one}).save(tmp_path / f"{name}-{form}.onnx")
         feeds = random_feeds(analysis.graph.program.graphs[name], random)

@@ -21,15 +21,15 @@ from bitalloy.core.store import RunDirectory
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.planning import read_tables
 from bitalloy.sensitivity.matrix import decibel
-from bitalloy.sensitivity.measuring import measured
+from bitalloy.sensitivity.measuring import measured_damages
 from bitalloy.targets.placement import rounded
 from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.detection import DETECTION
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.tasks.open import interface_of
-from bitalloy.verify.course import Course
+from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import _first_that_holds, fastest_that_keeps, measure_metrics
-from bitalloy.verify.neighbours import beside, measure_beside, with_measured
+from bitalloy.verify.neighbours import front_neighbours, measure_neighbours, with_measured_front
 from bitalloy.verify.repair import TOLERATED_DB
 
 
@@ -252,16 +252,16 @@ def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table
 
 def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None:
     plan = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table).plan
-    points = beside(plan)
+    points = front_neighbours(plan)
     assert 3 <= len(points) <= 7 and plan.chosen in {p.chosen for p in points}
     order = [p.chosen for p in plan.pareto]
     assert [order.index(p.chosen) for p in points] == list(
         range(order.index(points[0].chosen), order.index(points[-1].chosen) + 1)
     )
-    found = with_measured(plan, points, measure_beside(analysis, points, [0, 1, 2], bitalloy.Workspace()))
+    found = with_measured_front(plan, points, measure_neighbours(analysis, points, [0, 1, 2], bitalloy.Workspace()))
     seen = [p for p in found.pareto if p.measured_ratio is not None]
     assert [p.chosen for p in seen] == [p.chosen for p in points]
-    exact, _ = measured(
+    exact, _ = measured_damages(
         analysis, [rounded(analysis.units, p.chosen) for p in points], range(3), work=bitalloy.Workspace()
     )
     oracle = decibel(exact.mean(axis=0)).T  # by execution with gates, not by the shipped models
@@ -294,7 +294,7 @@ def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, t
     budget = Budget(latency_ratio=2.0, keep=(bitalloy.Keep(scheme="int8", pattern="*"),))
     planned = bitalloy.plan(wrong, budget, table=table, front=False)
     assert worst.id in planned.plan.chosen.units_in("int8")
-    course = Course(wrong, planned, bitalloy.Workspace())
+    course = VerificationCourse(wrong, planned, bitalloy.Workspace())
     course.search()
     first = course.rounds()[0].repair
     assert first is not None and min(first.gap_db.values()) < -TOLERATED_DB

@@ -12,8 +12,8 @@ import pytest
 from tests.targets.conftest import rewrite
 
 from bitalloy.core.errors import BitalloyError, ModelError
-from bitalloy.measure.tracing import Traced
-from bitalloy.rewrite.cast import specified
+from bitalloy.measure.tracing import TracedModel
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.runtime.tensorrt import INSTALL, Layer, TensorRtSession, missing, read_layers
@@ -76,7 +76,7 @@ def test_layers_are_kernels_with_the_units_of_all_their_nodes(tensor: str, preci
     )
     kernel = layer.kernel((3.0,))
     assert (kernel.op, kernel.precision, kernel.us) == ("CaskConvolution", precision, (3.0,))
-    assert Traced(Artefact({}), ("a", "b", "c"), {}, {}).units_in(kernel) == ("c", "a")
+    assert TracedModel(Artefact({}), ("a", "b", "c"), {}, {}).units_in(kernel) == ("c", "a")
 
 
 @pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
@@ -84,7 +84,7 @@ def test_engine_agrees_with_the_specification(tmp_path: Path) -> None:
     case = rewrite("tensorrt", "case6-half-beside-int8", tmp_path, None)
     model, feeds = case.model, case.feeds
     session = TensorRtSession(model, cache=tmp_path / "times", profile=tmp_path / "profile")
-    found, expected = session.run(feeds)["y"], OrtSession(specified(model)).run(feeds)["y"]
+    found, expected = session.run(feeds)["y"], OrtSession(as_specified(model)).run(feeds)["y"]
     assert np.square(found - expected).sum() < 1e-3 * np.square(expected).sum()
     assert any("Int8" in kind for layer in session.layers() for kind in layer.inputs)
     assert sum(sum(k.us) for k in session.kernels()) > 0 and len(session.milliseconds(5)) == 5

@@ -12,7 +12,7 @@ from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.heads import Reference
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
@@ -99,7 +99,7 @@ def measured(case, ranges, target: Target, plan: Plan) -> np.ndarray:
     """SQNR in dB of the rewritten model on boxes and scores; the other heads of this random network bend too much."""
     (recipe,) = recipes(case, ranges, (target,))
     model = write_plan(case.graph, recipe, plan).model
-    exact, mixed = OrtSession(case.graph.to_bytes()), OrtSession(specified(model))
+    exact, mixed = OrtSession(case.graph.to_bytes()), OrtSession(as_specified(model))
     parts = [(Reference(exact.run(f), case.heads), mixed.run(f)) for f in case.feeds]
     errors, energies = [r.error(y) for r, y in parts], [r.energy for r, _ in parts]
     return decibel(np.mean(errors, axis=0) / np.mean(energies, axis=0))[:2]

@@ -30,7 +30,7 @@ from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.exact import Segment, Switchboard
 from bitalloy.sensitivity.matrix import bend, decibel
-from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, chosen
+from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING, chosen_groups
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.placement import ACTIVATIONS, Site, possible_sites, rounded, weight_site
 from bitalloy.targets.recipe import stored_weight
@@ -267,7 +267,7 @@ def test_leave_one_out_is_all_rounded_but_the_unit(places: dict[str, Place]) -> 
 
 def test_a_region_left_out_leaves_out_its_units(places: dict[str, Place]) -> None:
     units = places["classifier"].ready.units
-    for thing in chosen(units, bitalloy.Selection(regions=("*",)), ALL_BUT_ONE):
+    for thing in chosen_groups(units, bitalloy.Selection(regions=("*",)), ALL_BUT_ONE):
         members = {u.id for u in units.units if thing.id == "(model)" or (u.region + "/").startswith(thing.id + "/")}
         assert thing.sites == sites_of(units, *units.able("int8") - members)
 
@@ -275,7 +275,7 @@ def test_a_region_left_out_leaves_out_its_units(places: dict[str, Place]) -> Non
 @pytest.mark.parametrize("option", ["units", "regions", "sites"])
 def test_a_pattern_that_matches_nothing_is_an_error(places: dict[str, Place], option: str) -> None:
     with pytest.raises(BitalloyError, match=f"--{option} 'nowhere/\\*' matches no {option[:-1]}.*such as"):
-        chosen(places["classifier"].ready.units, bitalloy.Selection(**{option: ("nowhere/*",)}))
+        chosen_groups(places["classifier"].ready.units, bitalloy.Selection(**{option: ("nowhere/*",)}))
 
 
 class BrokenError(Exception):

@@ -19,7 +19,7 @@ from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import Switchboard, damage
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.sensitivity.ranges import choose, late, picked
+from bitalloy.sensitivity.ranges import best_candidates, chosen_columns, later_ranges
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.placement import ACTIVATIONS, Site, rounded
@@ -38,7 +38,7 @@ def candidates(case) -> list[dict[str, tuple[float, float]]]:
 def probed(case, candidates) -> tuple[ProbeMatrix, list[dict[str, str]], list[dict[str, str]]]:
     """One matrix for all candidates, and the columns of each: everywhere, and only behind Concats."""
     first, *others = candidates
-    behind = [late(case.units, first, r) for r in others]
+    behind = [later_ranges(case.units, first, r) for r in others]
     recipes = [Recipe(case.units, ORT_CPU, r) for r in (*candidates, *behind)]
     prober = Prober(case.graph, case.heads, recipes)
     rows = [prober.measure(f, sample=i, probes=64, seed=3) for i, f in enumerate(case.feeds)]
@@ -63,7 +63,7 @@ def alone(case, candidates) -> dict[str, np.ndarray]:
 
 def test_the_best_range_by_execution_is_chosen(case, probed, alone) -> None:
     matrix, names, _ = probed
-    best = choose(matrix, names, case.units)
+    best = best_candidates(matrix, names, case.units)
     plain = [i for i, h in enumerate(case.heads) if not h.kind]
     whole = matrix.damage(matrix.select(rounded(case.units, case.units.lowest()))).mean(axis=0)
     costs = {t: (d[plain] / whole[plain, None]).sum(axis=0) for t, d in alone.items()}
@@ -78,9 +78,9 @@ def test_all_units_on_chosen_ranges_are_predicted(case, candidates, probed) -> N
     matrix, names, behind = probed
     joined = {e.root for e in case.units.edges if e.passed_on}
     assert joined, "the network has an INT8 Concat"
-    for best in (choose(matrix, names, case.units), {t: 1 + (t in joined) for t in case.ranges}):
+    for best in (best_candidates(matrix, names, case.units), {t: 1 + (t in joined) for t in case.ranges}):
         ranges = {t: candidates[best.get(t, 0)][t] for t in case.ranges}
-        view = matrix.view(picked(names, behind, best, case.units))
+        view = matrix.view(chosen_columns(names, behind, best, case.units))
         sites = rounded(case.units, case.units.lowest())
         assert sites <= set(view.sites) and any(s.endswith(" again in int8") for s in sites)
         board = Switchboard(case.graph, Recipe(case.units, ORT_CPU, ranges))
@@ -94,8 +94,8 @@ def test_all_units_on_chosen_ranges_are_predicted(case, candidates, probed) -> N
 def test_operands_of_the_same_method_use_their_own_column(case, probed) -> None:
     _, names, behind = probed
     same = dict.fromkeys(case.ranges, 2)
-    assert picked(names, behind, same, case.units) == names[2]
-    assert picked(names, behind, {}, case.units) == names[0]
+    assert chosen_columns(names, behind, same, case.units) == names[2]
+    assert chosen_columns(names, behind, {}, case.units) == names[0]
 
 
 @pytest.mark.parametrize("needed", [True, False], ids=["needed", "not needed"])
@@ -126,7 +126,7 @@ def test_an_outlier_is_cut_where_the_network_does_not_listen(tmp_path: Path, nee
     feeds = [{"x": rng.standard_normal((1, 1, 16, 16)).astype(np.float32)} for _ in range(4)]
     matrix = ProbeMatrix.concatenate([prober.measure(f, sample=i, probes=32, seed=0) for i, f in enumerate(feeds)])
     names = views(net, recipes)
-    assert choose(matrix, names, units)["b"] == (0 if needed else 1)
+    assert best_candidates(matrix, names, units)["b"] == (0 if needed else 1)
 
 
 def test_an_analysis_says_what_its_choice_brought(case, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.model.read import attribute, constant
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cuda import ORT_CUDA
@@ -35,7 +35,7 @@ def test_rewritten_model_is_valid_and_close_to_float(rewrite: Rewrite, name: str
     onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     assert made.plan
     exact = OrtSession(made.graph.model).run(made.feeds)["y"]
-    found = OrtSession(specified(made.model)).run(made.feeds)["y"]
+    found = OrtSession(as_specified(made.model)).run(made.feeds)["y"]
     assert found.dtype == np.float32
     noise = np.square(found - exact).sum() / np.square(exact).sum()
     assert 1e-9 < noise < 2e-2

@@ -16,7 +16,7 @@ from bitalloy.core.audited import Audit
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.measure.audit import audit_kernels, reconcile
-from bitalloy.measure.tracing import profile, rewritten, trace
+from bitalloy.measure.tracing import profile, rewritten_graphs, trace
 from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
@@ -73,7 +73,7 @@ def look(text: str, folder: Path) -> tuple[Audit, dict[str, tuple[str, ...]]]:
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     traced = trace(Artefact({ONLY: loaded}), (u.id for u in units.units))
     kernels = profile(traced, {"x": generator.standard_normal(shape).astype(np.float32)}, folder)
-    merged, graphs = reconcile(traced, kernels, rewritten(traced, folder))
+    merged, graphs = reconcile(traced, kernels, rewritten_graphs(traced, folder))
     found = audit_kernels(units, Plan(), merged, "R", "1", graphs=graphs)
     assert all(node.ran for node in graphs[0].nodes) and len(graphs[0].nodes) == len(found.kernels)
     takers = {u.id: tuple(n.op for n in graphs[0].nodes if u.id in n.nodes) for u in units.units}
@@ -124,7 +124,7 @@ def test_pairs_between_integer_kernels_are_taken_in(rewrite: Callable[..., objec
     """A kernel reads what the DequantizeLinear before it read, and gives what the QuantizeLinear behind it gave."""
     case = rewrite("ort-cpu", "case1-conv")
     traced = trace(case.artefact, (u.id for u in case.units.units))  # type: ignore[attr-defined]
-    _, (graph,) = reconcile(traced, [], rewritten(traced, tmp_path))
+    _, (graph,) = reconcile(traced, [], rewritten_graphs(traced, tmp_path))
     convolutions = [set(n.nodes) for n in graph.nodes if n.op == "QLinearConv"]
     bias, weight = "/c/Conv/bias_int32/DequantizeLinear", "/{}/Conv/weight_int8/DequantizeLinear"
     assert convolutions == [
@@ -140,7 +140,7 @@ def test_every_node_has_a_place(rewrite: Callable[..., object], numbered: str, t
     made = rewrite("ort-cpu", numbered)
     nodes = {str(n.name) for n in made.model.graph}  # type: ignore[attr-defined]
     traced = trace(made.artefact, (u.id for u in made.units.units))  # type: ignore[attr-defined]
-    _, (graph,) = reconcile(traced, [], rewritten(traced, tmp_path))
+    _, (graph,) = reconcile(traced, [], rewritten_graphs(traced, tmp_path))
     assert nodes == {n for node in graph.nodes for n in node.nodes} | {*graph.folded, *graph.removed}
 
 
@@ -149,6 +149,6 @@ def test_a_graph_that_cannot_be_written_is_no_end(tmp_path: Path) -> None:
         '<ir_version: 9, opset_import: ["" : 20]> t (float[4] x) => (float[4] y) { y = Neg(x) }'
     )
     traced = trace(Artefact({ONLY: ir.from_proto(model)}, runtime=ORT), ())
-    _, (graph,) = reconcile(traced, [], rewritten(traced, tmp_path / "absent"))
+    _, (graph,) = reconcile(traced, [], rewritten_graphs(traced, tmp_path / "absent"))
     assert "could not write the graph" in graph.unknown and graph.unknown in graph.sentence()
     assert not graph.nodes

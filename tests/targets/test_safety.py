@@ -14,7 +14,7 @@ from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Evidence, Unit
 from bitalloy.model.heads import find_heads
 from bitalloy.rewrite.apply import write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.runtime.ort import AS_WRITTEN, OrtSession
 from bitalloy.targets.base import split
 from bitalloy.targets.recipe import Recipe
@@ -104,7 +104,7 @@ def test_specified_computes_every_rounding_that_the_graph_says(case) -> None:
     proto = onnx.load_model_from_string(write_plan(case.graph, recipe, plan).to_bytes())
     stored = {i.name: i.data_type for i in proto.graph.initializer}
     assert sorted(v for n, v in stored.items() if n.endswith("/half")) == [onnx.TensorProto.FLOAT16] * 4
-    exposed = specified(mixed)
+    exposed = as_specified(mixed)
     value = next(v for n in exposed.graph for v in n.outputs if v.name == "r1/single")
     exposed.graph.outputs.append(value)
     found = OrtSession(exposed, optimize=False).run(case.feeds[0])["r1/single"]

@@ -59,30 +59,30 @@ def planned(analysis: Any) -> Any:
 def test_a_plan_above_the_floor_that_is_slower_than_float_is_searched_again(analysis: Any, planned: Any) -> None:
     budget = Budget(min_sqnr_db=FLOOR_DB)
     assert planned.predicted_ratio < 0.8
-    following = rounds.following(analysis.units, budget, budget, planned, measured(analysis, 1.4))
+    following = rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 1.4))
     assert following is not None
     asked, table = following
     again = bitalloy.plan(analysis, asked, table=table)
     assert again.plan.chosen != planned.plan.chosen
     assert again.predicted_ratio <= 1.0 + GAP  # of the solver
-    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.9)) is None
+    assert rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 0.9)) is None
 
 
 def test_time_that_a_limit_leaves_buys_accuracy(analysis: Any, planned: Any) -> None:
     budget = Budget(latency_ratio=0.8)
-    following = rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.6))
+    following = rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 0.6))
     assert following is not None and following[1] is planned.cost
     assert following[0].latency_ratio == pytest.approx(0.8 * 0.8 / 0.6, rel=1e-3)
-    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 0.78)) is None
+    assert rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 0.78)) is None
     floor = Budget(latency_ratio=0.8, min_sqnr_db=FLOOR_DB)
-    assert rounds.following(analysis.units, floor, floor, planned, measured(analysis, 0.6)) is None
-    too_slow = rounds.following(analysis.units, following[0], budget, planned, measured(analysis, 0.95))
+    assert rounds.next_search(analysis.units, floor, floor, planned, measured(analysis, 0.6)) is None
+    too_slow = rounds.next_search(analysis.units, following[0], budget, planned, measured(analysis, 0.95))
     assert too_slow is not None and too_slow[0].latency_ratio == 0.8 and too_slow[1] is not planned.cost
 
 
 def test_a_size_budget_may_cost_time(analysis: Any, planned: Any) -> None:
     budget = Budget(size_bytes=10**9)
-    assert rounds.following(analysis.units, budget, budget, planned, measured(analysis, 1.4)) is None
+    assert rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 1.4)) is None
 
 
 def shipped(planned: Any, found: Measured) -> MeasuredPlan:

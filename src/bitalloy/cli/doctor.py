@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from bitalloy.core.errors import MissingExtraError
 from bitalloy.core.records import Record
-from bitalloy.measure.cost import device
+from bitalloy.measure.cost import machine_name
 from bitalloy.runtime.ort import available_cores
 from bitalloy.targets import TARGETS
 from bitalloy.targets.patterns import has_vnni
@@ -79,7 +79,7 @@ def examine_machine() -> Diagnosis:
         missing = tuple(p for p in packages if not _installed(p))
         checks.append(ExtraCheck(name=name, missing=missing, install=f"pip install 'bitalloy[{name}]'"))
     return Diagnosis(
-        device=device(),
+        device=machine_name(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         threads=available_cores(),

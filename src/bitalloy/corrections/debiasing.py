@@ -15,10 +15,10 @@ from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
-from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare, gains, untried
+from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
 from bitalloy.data.datasets import Dataset
 from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
-from bitalloy.rewrite.calibrated import Calibrated, deciding
+from bitalloy.rewrite.calibrated import Calibrated, deciding_target
 
 BIAS = "bias"
 OFFSET_SAMPLES, LEAST_OFFSET_SAMPLES = 16, 4
@@ -27,7 +27,7 @@ WORSE_DB = 0.2
 """SQNR that no head may lose."""
 
 
-class Debiased(Record, frozen=True, kw_only=True):
+class BiasTrial(Record, frozen=True, kw_only=True):
     """What was found."""
 
     correction: Correction
@@ -35,7 +35,7 @@ class Debiased(Record, frozen=True, kw_only=True):
     """For each target: id of a weight's site -> offset; empty where the correction is not kept."""
 
 
-def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> Debiased:
+def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> BiasTrial:
     """Correct the biases of all layers that can be rounded, and say whether it pays.
 
     It is kept, on all targets, where on the first one that rounds the mean SQNR of the heads, with all it can rounded,
@@ -47,7 +47,7 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         count: how many of them the ranges come from; these are used.
         work: where to keep and show results.
     """
-    at = deciding(parts)
+    at = deciding_target(parts)
     if at is None:
         return _none(0, "no unit is rounded")
     lead, graph, found = parts[at], parts[at].graph, [find_biases(p.graph, p.units) for p in parts]
@@ -68,8 +68,8 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
             union = {b.tensor: b for biases in found for b in biases}
             means = mean_inputs(graph, union.values(), (data.feeds(i) for i in fitted), progress.advance)
         added = tuple(bias_offsets(graph, b, p.recipe(), means) for b, p in zip(found, parts, strict=True))
-        without, with_ = compare(lead, lead.corrected(added[at]), data, judged, "debias", work)
-        gain, worst = gains(without, with_)
+        without, with_ = compare_sqnr(lead, lead.corrected(added[at]), data, judged, "debias", work)
+        gain, worst = sqnr_gains(without, with_)
         correction = Correction(
             name=BIAS,
             places=places,
@@ -80,11 +80,11 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
             fitted_samples=len(fitted),
             samples=len(judged),
         )
-        return msgspec.json.encode(Debiased(correction=correction, offsets=added if correction.kept else ()))
+        return msgspec.json.encode(BiasTrial(correction=correction, offsets=added if correction.kept else ()))
 
     key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
-    return msgspec.json.decode(work.cached("debias", key, make), type=Debiased)
+    return msgspec.json.decode(work.cached("debias", key, make), type=BiasTrial)
 
 
-def _none(places: int, reason: str) -> Debiased:
-    return Debiased(correction=untried(BIAS, places, reason))
+def _none(places: int, reason: str) -> BiasTrial:
+    return BiasTrial(correction=untried_correction(BIAS, places, reason))

@@ -10,17 +10,17 @@ import msgspec
 from bitalloy.core.records import RangeChoice
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sqnr import artefact_sqnr
-from bitalloy.rewrite.calibrated import Calibrated, deciding, unseen
+from bitalloy.rewrite.calibrated import Calibrated, deciding_target, unseen_samples
 from bitalloy.sensitivity.matrix import ProbeMatrix
-from bitalloy.sensitivity.probing import Probed
-from bitalloy.sensitivity.ranges import choose, picked
+from bitalloy.sensitivity.probing import ProbedMatrix
+from bitalloy.sensitivity.ranges import best_candidates, chosen_columns
 
 RANGE_SAMPLES = 8
 """On which the choice of ranges is measured."""
 
 
 def choose_ranges(
-    parts: Sequence[Calibrated], probed: Probed, work: Workspace
+    parts: Sequence[Calibrated], probed: ProbedMatrix, work: Workspace
 ) -> tuple[list[Calibrated], list[ProbeMatrix], RangeChoice | None]:
     """Choose the range of every tensor on the target that decides, and keep the choice where it pays there.
 
@@ -32,24 +32,24 @@ def choose_ranges(
     Returns:
         The parts on their ranges, the matrix of each, and what the choice brought; None where there was none.
     """
-    at = deciding(parts)
+    at = deciding_target(parts)
     if len(probed.methods) == 1 or at is None:
         return list(parts), probed.first(), None
-    best = choose(probed.matrix, probed.views[at], parts[at].units)
+    best = best_candidates(probed.matrix, probed.views[at], parts[at].units)
     chosen = [p.on({t: probed.methods[i] for t, i in best.items() if i}) for p in parts]
     choice = _measured_choice(parts[at], chosen[at], probed.matrix.samples, work)
     if not choice.kept:
         return list(parts), probed.first(), choice
     names = [
-        picked(candidates, late, best, part.units)
-        for candidates, late, part in zip(probed.views, probed.late, parts, strict=True)
+        chosen_columns(candidates, later, best, part.units)
+        for candidates, later, part in zip(probed.views, probed.later_views, parts, strict=True)
     ]
     return chosen, [probed.matrix.view(n) for n in names], choice
 
 
 def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: Workspace) -> RangeChoice:
     """Execute the model with all it can rounded on both kinds of ranges."""
-    samples = unseen(probed, len(first.data))[:RANGE_SAMPLES]
+    samples = unseen_samples(probed, len(first.data))[:RANGE_SAMPLES]
     plain = [i for i, h in enumerate(first.heads) if not h.kind]
 
     def make() -> bytes:

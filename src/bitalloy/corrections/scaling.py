@@ -10,17 +10,17 @@ from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record, Settings
 from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
-from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare, gains, untried
+from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.load import Graph
-from bitalloy.rewrite.calibrated import Calibrated, deciding
-from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, Place, exponents, find_places, scale
+from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, ScalingPlace, exponents, find_places, scale
 
 FACTOR_SAMPLES = 8
 """Samples that decide factors and ranges; those behind them judge whether a rule is kept."""
 
 
-class Scaled(Record, frozen=True, kw_only=True):
+class ScalingTrial(Record, frozen=True, kw_only=True):
     """What was found."""
 
     corrections: tuple[Correction, ...]
@@ -28,7 +28,7 @@ class Scaled(Record, frozen=True, kw_only=True):
     """Tensor -> power of two per channel, of the rules that are kept."""
 
 
-def scaled(
+def scale_channels(
     model: Graph,
     data: Dataset,
     settings: Settings,
@@ -49,7 +49,7 @@ def scaled(
     places = find_places(model)
     if not places:
         reason = "large models share their weights" if model.large else "no place where the rule applies"
-        return model, tuple(untried(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
+        return model, tuple(untried_correction(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
     count = min(len(data), settings.calibration_samples)
     fitted = range(min(FACTOR_SAMPLES, count))
     judged = range(len(fitted), min(len(fitted) + JUDGING_SAMPLES, count)) or fitted
@@ -61,23 +61,23 @@ def scaled(
     def make() -> bytes:
         return msgspec.json.encode(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
 
-    found = msgspec.json.decode(work.cached("equalize", key, make), type=Scaled)
+    found = msgspec.json.decode(work.cached("equalize", key, make), type=ScalingTrial)
     factors = {p: found.factors[p.tensor] for p in places if p.tensor in found.factors}
     return scale(model, factors) if factors else model, found.corrections
 
 
 def _try(
     model: Graph,
-    places: Sequence[Place],
+    places: Sequence[ScalingPlace],
     data: Dataset,
     fitted: Sequence[int],
     judged: Sequence[int],
     calibrated: Callable[[Graph], Calibrated],
     work: Workspace,
-) -> Scaled:
+) -> ScalingTrial:
     with work.stage("equalize", None):
         all_factors = exponents(model, places, (data.feeds(i) for i in fitted))
-    kept: dict[Place, tuple[int, ...]] = {}
+    kept: dict[ScalingPlace, tuple[int, ...]] = {}
     corrections = []
     base: Calibrated | None = None
     for rule in (SMOOTHING, CROSS_LAYER):
@@ -85,16 +85,16 @@ def _try(
         if not factors:
             even = any(p.rule == rule for p in places)
             reason = "channels differ too little to be scaled" if even else "no place where the rule applies"
-            corrections.append(untried(rule, 0, reason))
+            corrections.append(untried_correction(rule, 0, reason))
             continue
         base = base or _tried(calibrated(model))
         if base is None:
-            corrections.append(untried(rule, len(factors), "no unit is rounded"))
+            corrections.append(untried_correction(rule, len(factors), "no unit is rounded"))
             continue
         changed = _tried(calibrated(scale(model, {**kept, **factors})))
         assert changed is not None, "scaling leaves operators as they are"
-        without, with_ = compare(base, changed, data, judged, "equalize", work)
-        gain, _ = gains(without, with_)
+        without, with_ = compare_sqnr(base, changed, data, judged, "equalize", work)
+        gain, _ = sqnr_gains(without, with_)
         corrections.append(
             Correction(
                 name=rule,
@@ -109,11 +109,11 @@ def _try(
         )
         if gain > BETTER_DB:
             kept, base = {**kept, **factors}, changed
-    return Scaled(corrections=tuple(corrections), factors={p.tensor: powers for p, powers in kept.items()})
+    return ScalingTrial(corrections=tuple(corrections), factors={p.tensor: powers for p, powers in kept.items()})
 
 
 def _tried(trial: Calibrated) -> Calibrated | None:
     """On the target that decides."""
     parts = (trial, *trial.others)
-    at = deciding(parts)
+    at = deciding_target(parts)
     return None if at is None else parts[at]

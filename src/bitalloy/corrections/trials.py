@@ -18,7 +18,7 @@ BETTER_DB = 0.1
 """Mean SQNR over the heads that a correction must gain to be kept."""
 
 
-def compare(
+def compare_sqnr(
     without: Calibrated, with_: Calibrated, data: Dataset, samples: Sequence[int], stage: str, work: Workspace
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measure the SQNR in dB of the model without and with a correction, by head; heads of divergences are left out.
@@ -42,12 +42,12 @@ def compare(
     return first, second
 
 
-def gains(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[float, float]:
+def sqnr_gains(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[float, float]:
     """What a correction gains over the heads in dB: the mean, and the least."""
     changes = [with_[h] - without[h] for h in with_]
     return float(np.mean(changes)), min(changes)
 
 
-def untried(name: str, places: int, reason: str) -> Correction:
+def untried_correction(name: str, places: int, reason: str) -> Correction:
     """A correction that was not measured."""
     return Correction(name=name, places=places, kept=False, reason=reason)

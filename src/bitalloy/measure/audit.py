@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from bitalloy.core.audited import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
-from bitalloy.measure.tracing import Timed, Traced
+from bitalloy.measure.tracing import TimedKernel, TracedModel
 from bitalloy.runtime.optimized import Rewritten
 
 SECONDARY = (
@@ -38,7 +38,7 @@ SECONDARY = (
 def audit_kernels(
     units: UnitGraph,
     plan: Plan,
-    kernels: Sequence[Timed],
+    kernels: Sequence[TimedKernel],
     runtime: str,
     version: str,
     *,
@@ -55,8 +55,8 @@ def audit_kernels(
         graphs: what the runtime made of each graph (`reconcile`).
     """
     known = {scheme.name: scheme for scheme in units.schemes}
-    own: dict[str, list[Timed]] = defaultdict(list)
-    taken: dict[str, list[Timed]] = defaultdict(list)
+    own: dict[str, list[TimedKernel]] = defaultdict(list)
+    taken: dict[str, list[TimedKernel]] = defaultdict(list)
     for timed in kernels:
         for place, unit in enumerate(timed.units):
             (taken if place else own)[unit].append(timed)
@@ -64,7 +64,7 @@ def audit_kernels(
         runtime=runtime,
         version=version,
         units=tuple(
-            _audited(Audition(u, units.scheme(plan.scheme_of(u.id)), own[u.id], taken[u.id]), runtime, known, graphs)
+            _audited(UnitKernels(u, units.scheme(plan.scheme_of(u.id)), own[u.id], taken[u.id]), runtime, known, graphs)
             for u in units.units
         ),
         share_of_time=_shares(kernels),
@@ -79,8 +79,8 @@ def audit_kernels(
 
 
 def reconcile(
-    traced: Traced, kernels: Sequence[Timed], made: Mapping[str, Rewritten | str]
-) -> tuple[list[Timed], tuple[AuditedGraph, ...]]:
+    traced: TracedModel, kernels: Sequence[TimedKernel], made: Mapping[str, Rewritten | str]
+) -> tuple[list[TimedKernel], tuple[AuditedGraph, ...]]:
     """Bring a profile and the graphs that ran together: kernels get the units of their nodes, nodes whether they ran.
 
     Args:
@@ -112,18 +112,20 @@ def reconcile(
 
 
 @dataclass(frozen=True)
-class Audition:
+class UnitKernels:
     """A unit beside the kernels that did its work."""
 
     unit: Unit
     planned: Scheme
-    own: Sequence[Timed]
+    own: Sequence[TimedKernel]
     """Kernels that are its own."""
-    taken: Sequence[Timed]
+    taken: Sequence[TimedKernel]
     """Kernels of other units that work for it too."""
 
 
-def _audited(seen: Audition, runtime: str, known: Mapping[str, Scheme], graphs: Sequence[AuditedGraph]) -> AuditedUnit:
+def _audited(
+    seen: UnitKernels, runtime: str, known: Mapping[str, Scheme], graphs: Sequence[AuditedGraph]
+) -> AuditedUnit:
     unit, planned, own, taken = seen.unit, seen.planned, list(seen.own), _main(seen.taken)
     if taken and not _main(own):  # only rounding and layout changes of its own
         taker = max(taken, key=lambda t: t.us)
@@ -152,11 +154,11 @@ def _rounds(precision: str, known: Mapping[str, Scheme]) -> bool:
     return precision in known and known[precision].rounds
 
 
-def _main(kernels: Sequence[Timed]) -> list[Timed]:
+def _main(kernels: Sequence[TimedKernel]) -> list[TimedKernel]:
     return [t for t in kernels if not t.kernel.op.startswith(SECONDARY)]
 
 
-def _decisive(kernels: Sequence[Timed]) -> str:
+def _decisive(kernels: Sequence[TimedKernel]) -> str:
     """Precision in which most of the time was spent; empty without kernels."""
     times: dict[str, float] = defaultdict(float)
     for timed in kernels:
@@ -189,7 +191,7 @@ def _absence(unit: Unit, graphs: Sequence[AuditedGraph]) -> str:
     return "runs inside a neighbour's kernel, or was removed"
 
 
-def _shares(kernels: Sequence[Timed]) -> dict[str, float]:
+def _shares(kernels: Sequence[TimedKernel]) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     for timed in kernels:
         times[timed.kernel.precision or "other"] += timed.us

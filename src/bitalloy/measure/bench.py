@@ -45,7 +45,7 @@ def interleave(
     return {name: np.array(values) for name, values in times.items()}
 
 
-def sittings(
+def time_sittings(
     models: Mapping[str, Callable[[], Session]],
     feeds: Mapping[str, np.ndarray],
     *,

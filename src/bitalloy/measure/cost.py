@@ -29,7 +29,7 @@ from bitalloy.formats import find_format
 from bitalloy.measure import bench
 from bitalloy.measure.prices import borders_us, latency_us
 from bitalloy.measure.roofline import estimate_costs
-from bitalloy.measure.tracing import Traced, profile, trace
+from bitalloy.measure.tracing import TracedModel, profile, trace
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
 from bitalloy.runtime.ort import available_cores
@@ -108,7 +108,7 @@ def measure(
         )
     return CostTable(
         target=units.target,
-        device=device(),
+        device=machine_name(),
         threads=available_cores(),
         units=tuple(rows),
         borders=fit.borders,
@@ -159,7 +159,7 @@ def _execute(
             profiles.append(_profile(model, opener, units, feeds, folder))
             if progress is not None:
                 progress(1)
-        times = bench.sittings(
+        times = bench.time_sittings(
             {str(i): opener for i, opener in enumerate(openers)},
             feeds,
             repeats=repeats,
@@ -221,7 +221,7 @@ def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray, pure: in
     return found
 
 
-def corrected(table: CostTable, units: UnitGraph, plan: Plan, measured_ratio: float) -> CostTable:
+def corrected_table(table: CostTable, units: UnitGraph, plan: Plan, measured_ratio: float) -> CostTable:
     """The table that reproduces a measured plan: the price of borders, which is the least certain, is scaled.
 
     Args:
@@ -260,7 +260,7 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
 
 
 def _profile(
-    model: Traced, opener: Reopener, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path
+    model: TracedModel, opener: Reopener, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path
 ) -> Profile:
     index = {u.id: i for i, u in enumerate(units.units)}
     times: dict[int, float] = defaultdict(float)
@@ -285,7 +285,7 @@ def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Prof
 
 
 @cache
-def device() -> str:
+def machine_name() -> str:
     """The processor of this machine, by its own name."""
     from cpuinfo import get_cpu_info  # asks other programs, which takes about a second
 
@@ -319,7 +319,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         shapes=analysis.graph.info.inputs,
         target=analysis.target.name,
         units=units,
-        device=device(),
+        device=machine_name(),
         **analysis.execution,
     )
     return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)

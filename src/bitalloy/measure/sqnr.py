@@ -10,7 +10,7 @@ from bitalloy.core.records import Estimate, Head
 from bitalloy.model.heads import Reference
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Session
-from bitalloy.sensitivity.matrix import draws, interval
+from bitalloy.sensitivity.matrix import damage_interval, draws
 
 FLOAT32 = "(float32)"
 """In place of a model's name: what float32 arithmetic alone makes of the outputs."""
@@ -46,7 +46,7 @@ def output_sqnr(
     weights = draws(len(total), seed)
     return {
         name: tuple(
-            interval(np.array(rows)[:, h] / scale[h], total[:, h] / scale[h], weights) for h in range(len(heads))
+            damage_interval(np.array(rows)[:, h] / scale[h], total[:, h] / scale[h], weights) for h in range(len(heads))
         )
         for name, rows in damage.items()
     }

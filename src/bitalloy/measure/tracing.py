@@ -30,7 +30,7 @@ _COPY = "_original"
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedModel:
     """A model whose names tell the units of its nodes."""
 
     artefact: Artefact
@@ -61,13 +61,13 @@ class Traced:
         token = _TOKEN.match(node)
         return self.nodes[int(token["node"])][0] if token else node
 
-    def placed(self, folder: Path) -> Traced:
+    def placed(self, folder: Path) -> TracedModel:
         """The same with its large graphs in files in a folder."""
         return replace(self, artefact=self.artefact.placed(folder))
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedKernel:
     """A kernel with its unit and its time."""
 
     kernel: Kernel
@@ -82,7 +82,7 @@ class Timed:
         return self.units[0] if self.units else None
 
 
-def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
+def trace(artefact: Artefact, units: Iterable[str]) -> TracedModel:
     """Rename nodes and tensors, in place; the models must lie in memory and carry their units (`metadata.TAG`)."""
     ids = tuple(units)
     index = {unit: i for i, unit in enumerate(ids)}
@@ -103,12 +103,12 @@ def trace(artefact: Artefact, units: Iterable[str]) -> Traced:
                     value.name = f"{prefix}{number}.{slot}"
                 elif unit is not None:
                     made[str(value.name)] = unit
-    return Traced(artefact, ids, made, before)
+    return TracedModel(artefact, ids, made, before)
 
 
 def profile(
-    traced: Traced, feeds: Mapping[str, np.ndarray], folder: Path, opener: Reopener | None = None
-) -> list[Timed]:
+    traced: TracedModel, feeds: Mapping[str, np.ndarray], folder: Path, opener: Reopener | None = None
+) -> list[TimedKernel]:
     """Run a model a few times and tell what was executed, in order.
 
     Args:
@@ -128,11 +128,11 @@ def profile(
     for kernel in kernels:
         # a kernel that runs several times under one name shares it
         times = max(1, round(len(kernel.us) / (PROFILE_RUNS + WARM_UP)))
-        found.append(Timed(kernel, traced.units_in(kernel), float(np.percentile(kernel.us, QUIET)) * times))
+        found.append(TimedKernel(kernel, traced.units_in(kernel), float(np.percentile(kernel.us, QUIET)) * times))
     return found
 
 
-def rewritten(traced: Traced, folder: Path) -> dict[str, Rewritten | str]:
+def rewritten_graphs(traced: TracedModel, folder: Path) -> dict[str, Rewritten | str]:
     """What the runtime makes of each graph before it runs it, or why that is not known; empty where its kernels tell.
 
     Args:

@@ -13,7 +13,7 @@ from bitalloy.pipeline.calibrate import calibrate
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix
-from bitalloy.sensitivity.probing import bending, probe_all
+from bitalloy.sensitivity.probing import measured_bend, probe_all
 from bitalloy.sensitivity.table import sensitivities
 
 
@@ -43,7 +43,7 @@ def analyze(
     ready = calibrate(model, data, settings, notes=notes, work=work)
     targets = [ready, *ready.others]
     parts, matrices, choice = choose_ranges(targets, probe_all(targets, work), work)
-    bent = bending(parts, matrices, work)
+    bent = measured_bend(parts, matrices, work)
     first, *others = (_analysis(part, matrix, bent, choice) for part, matrix in zip(parts, matrices, strict=True))
     return replace(first, others=tuple(others))
 

@@ -19,7 +19,7 @@ from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.audit import audit_kernels, reconcile
-from bitalloy.measure.tracing import Traced, profile, rewritten, trace
+from bitalloy.measure.tracing import TracedModel, profile, rewritten_graphs, trace
 from bitalloy.pipeline.ship import apply
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
@@ -95,8 +95,8 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
     return msgspec.structs.replace(found, note=note)
 
 
-def _look(traced: Traced, units: UnitGraph, plan: Plan, feeds: Mapping[str, np.ndarray], folder: Path) -> Audit:
+def _look(traced: TracedModel, units: UnitGraph, plan: Plan, feeds: Mapping[str, np.ndarray], folder: Path) -> Audit:
     """Profile a model and read the graphs that ran."""
     runtime = traced.artefact.runtime
-    kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten(traced, folder))
+    kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten_graphs(traced, folder))
     return audit_kernels(units, plan, kernels, runtime.name, runtime.version(), graphs=graphs)

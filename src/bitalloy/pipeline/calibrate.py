@@ -17,7 +17,7 @@ from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
-from bitalloy.corrections.scaling import scaled
+from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
@@ -57,7 +57,7 @@ def calibrate(
         def trial(graph: Graph, few: Settings) -> Calibrated:
             return calibrate(graph, data, few, work=work)
 
-        model, corrections = scaled(model, data, settings, trial, work, versions=versions())
+        model, corrections = scale_channels(model, data, settings, trial, work, versions=versions())
     parts = [
         replace(part, given=given, corrections=corrections, notes=notes)
         for part in _on_each(devices, model, data, settings, work)

@@ -13,7 +13,7 @@ from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.calibrate import calibrate
 from bitalloy.pipeline.prepare import RunOptions, prepare
 from bitalloy.report.tables import sensitivity_csv
-from bitalloy.sensitivity.measuring import ONE, Selection, chosen, confirm, measure_exact
+from bitalloy.sensitivity.measuring import ONE, Selection, chosen_groups, confirm, measure_exact
 from bitalloy.tasks.metric import MetricTable, measure_metric
 
 FILES = {"probe": "sensitivity", "exact": "sensitivity_exact", "metric": "sensitivity_metric"}
@@ -45,7 +45,7 @@ def sensitivity(
     question: SensitivityQuestion | None = None,
     options: RunOptions | None = None,
 ) -> SensitivityTable | MetricTable:
-    """Sensitivities of a model, also written into the run directory.
+    """Measure the sensitivities of a model, also written into the run directory.
 
     Args:
         model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
@@ -75,7 +75,7 @@ def sensitivity(
         _publish(store, FILES["exact"], table)
         return table
     analysis = analyze(loaded, dataset, settings, work=work)
-    wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen(analysis.units, asked.selection)}
+    wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
     if asked.confirmed is not None:
         analysis = confirm(analysis, asked.confirmed, work=work)
     _publish(store, FILES["probe"], analysis.table)

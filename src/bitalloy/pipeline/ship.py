@@ -18,7 +18,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
-from bitalloy.verify.course import Course
+from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
 from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
@@ -78,7 +78,7 @@ def verify(
     work = work or Workspace()
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     evaluator = Evaluator(analysis, files, limit, work) if files else None
-    course = Course(analysis, planned, work)
+    course = VerificationCourse(analysis, planned, work)
     if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
         course.search()
     evaluations: tuple[Evaluation, ...] = ()

@@ -44,7 +44,7 @@ from bitalloy.targets.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixedModel:
     """A rewritten model."""
 
     model: ir.Model
@@ -63,7 +63,7 @@ class Mixed:
         return save(self.model, path)
 
 
-def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
+def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
     """Rewrite a graph so that every unit of a plan runs in its scheme, and all others as they are.
 
     Args:
@@ -101,7 +101,7 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> Mixed:
         members = [by_id[name] for name in plan.units_in(cast.name)]
         lower(model, {n for u in members for n in (*u.core, *u.tail)}, kinds[cast.name], writer.fresh)
     _verify(graph, model)
-    return Mixed(model, units)
+    return MixedModel(model, units)
 
 
 def _check(recipe: Recipe, plan: Plan) -> None:

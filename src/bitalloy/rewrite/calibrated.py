@@ -22,8 +22,8 @@ from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raise_opset
-from bitalloy.rewrite.apply import Mixed, write_plan
-from bitalloy.rewrite.cast import specified
+from bitalloy.rewrite.apply import MixedModel, write_plan
+from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.rewrite.reopen import reopen
 from bitalloy.runtime.artefact import Artefact
@@ -92,7 +92,7 @@ class Calibrated:
         """The same with biases moved."""
         return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
 
-    def variant(self, plan: Plan) -> Mixed:
+    def variant(self, plan: Plan) -> MixedModel:
         """The model in which the units of a plan run in its schemes."""
         return write_plan(self.graph, self.recipe(), plan)
 
@@ -149,7 +149,7 @@ def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
 def _executable(artefact: Artefact, target: Target) -> Artefact:
     if not target.casts:
         return artefact
-    models = {name: specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
+    models = {name: as_specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
     return Artefact(models, artefact.program, AS_WRITTEN)
 
 
@@ -164,7 +164,7 @@ def _given(graph: Graph) -> Path | ir.Model:
     return graph.source if graph.runnable else graph.model
 
 
-def unseen(probed: int, total: int) -> list[int]:
+def unseen_samples(probed: int, total: int) -> list[int]:
     """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
     found = list(range(probed, total))[:VERIFY_SAMPLES]
     return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
@@ -178,6 +178,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def deciding(parts: Sequence[Calibrated]) -> int | None:
+def deciding_target(parts: Sequence[Calibrated]) -> int | None:
     """Position of the first target whose roundings can be switched: what is measured on it holds for all."""
     return next((i for i, part in enumerate(parts) if part.units.lowest_gated()), None)

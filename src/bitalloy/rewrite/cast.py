@@ -67,7 +67,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
                 value.name, back.name = fresh(f"{value.name}/half"), value.name
 
 
-def specified(model: ir.Model) -> ir.Model:
+def as_specified(model: ir.Model) -> ir.Model:
     """A copy that computes in float32 and rounds what nodes of another format make to that format, one by one.
 
     ONNX Runtime has no such kernels on most CPUs. It computes in float32 there and drops the roundings between
@@ -99,7 +99,7 @@ def specified(model: ir.Model) -> ir.Model:
     return copy
 
 
-def computed(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
+def computing_nodes(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
     """Type other than float32 that nodes compute in -> names of these nodes."""
     found: dict[ir.DataType, set[str]] = {}
     for node in model.graph:

@@ -58,7 +58,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScalingPlace:
     """A tensor whose channels may be scaled."""
 
     rule: str
@@ -72,7 +72,7 @@ class Place:
     """Weights that read the tensor."""
 
 
-def find_places(graph: Graph) -> tuple[Place, ...]:
+def find_places(graph: Graph) -> tuple[ScalingPlace, ...]:
     """All places of a graph, in its order. Of a large model none: its weights are shared, not copied.
 
     In a program a tensor that leaves one of its graphs stays as it is, also where a wire carries it on.
@@ -89,8 +89,8 @@ def find_places(graph: Graph) -> tuple[Place, ...]:
 
 
 def exponents(
-    graph: Graph, places: Sequence[Place], feeds: Iterable[Mapping[str, np.ndarray]]
-) -> dict[Place, tuple[int, ...]]:
+    graph: Graph, places: Sequence[ScalingPlace], feeds: Iterable[Mapping[str, np.ndarray]]
+) -> dict[ScalingPlace, tuple[int, ...]]:
     """The factors of every place that has any to gain, as powers of two per channel.
 
     Args:
@@ -117,7 +117,7 @@ def exponents(
     return found
 
 
-def scale(graph: SomeGraph, factors: Mapping[Place, Sequence[int]]) -> SomeGraph:
+def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> SomeGraph:
     """The same network with other weights: each place divided by 2^factor, channel by channel.
 
     Args:
@@ -161,7 +161,7 @@ class _Finder:
         self._outputs = outputs
         """Tensors that leave the graph."""
 
-    def normalized(self, node: ir.Node) -> Place | None:
+    def normalized(self, node: ir.Node) -> ScalingPlace | None:
         """Case 1."""
         out, slots = node.outputs[0], list[int]()
         if node.op_type not in ("LayerNormalization", "Mul") or not static_shape(out):
@@ -181,9 +181,9 @@ class _Finder:
             divided.append(added[1])
             out = added[0]
         readers = self._readers(out, last)
-        return Place(SMOOTHING, str(out.name), last, tuple(divided), readers) if readers else None
+        return ScalingPlace(SMOOTHING, str(out.name), last, tuple(divided), readers) if readers else None
 
-    def linear(self, node: ir.Node) -> Place | None:
+    def linear(self, node: ir.Node) -> ScalingPlace | None:
         """Case 2."""
         weights = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if node.op_type not in LINEAR or weights is None or not _is_own(node.inputs[1]):
@@ -206,7 +206,7 @@ class _Finder:
         while (after := self._only_reader(out)) is not None and _is_homogeneous(after, out, axis, node.op_type):
             out = after.outputs[0]
         readers = self._readers(out, axis)
-        return Place(CROSS_LAYER, str(out.name), axis, tuple(divided), readers) if readers else None
+        return ScalingPlace(CROSS_LAYER, str(out.name), axis, tuple(divided), readers) if readers else None
 
     def _readers(self, value: ir.Value, axis: int) -> tuple[Operand, ...]:
         """Weights of the linear layers that read a tensor; none where anything else does."""

@@ -24,7 +24,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant, name_of
 from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer
-from bitalloy.rewrite.cast import computed, is_border, lower
+from bitalloy.rewrite.cast import computing_nodes, is_border, lower
 
 ALIAS = "/to_last"
 """Ending of the node that `bitalloy.apply` puts before a Softmax: it has the operand of the Softmax."""
@@ -51,7 +51,7 @@ class _Carrier:
     def __init__(self, mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> None:
         self._mixed, self._model = mixed, model
         self._before = {name_of(n): n for n in fixed.graph}
-        self._lowered = computed(mixed)
+        self._lowered = computing_nodes(mixed)
         self._computing = frozenset[str]().union(*self._lowered.values())
         self._pairs: dict[tuple[ir.Value, str], ir.Value] = {}
         self._stored: dict[str, ir.Value] = {}

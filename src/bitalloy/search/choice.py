@@ -58,11 +58,11 @@ def search(
         raise _unreachable(problem, program, budget, limits)
     plan = around.polish(problem, found.plan, limits, fastest=fastest)
     gap, solved = found.gap, found.solved
-    return complete(problem, budget, Proven(plan, gap, solved), front=front, seed=seed, progress=progress)
+    return complete_plan(problem, budget, ProvenPlan(plan, gap, solved), front=front, seed=seed, progress=progress)
 
 
 @dataclass(frozen=True)
-class Proven:
+class ProvenPlan:
     """A plan that is decided, with what the solver proved of it."""
 
     plan: Plan
@@ -72,10 +72,10 @@ class Proven:
     """False where it stopped at its limit of nodes."""
 
 
-def complete(
+def complete_plan(
     problem: Problem,
     budget: Budget,
-    decided: Proven,
+    decided: ProvenPlan,
     *,
     front: bool = True,
     seed: int = 0,

@@ -28,7 +28,7 @@ MOST_NUMBERS = 1000
 
 
 @dataclass(frozen=True)
-class Constrained:
+class ConstrainedUnits:
     """Units after the patterns."""
 
     units: UnitGraph
@@ -39,7 +39,7 @@ class Constrained:
 
 def constrain(
     units: UnitGraph, keeps: Sequence[Keep], operators: Mapping[str, str], *, full: UnitGraph | None = None
-) -> Constrained:
+) -> ConstrainedUnits:
     """Take the choice from all units that patterns name.
 
     Args:
@@ -70,7 +70,7 @@ def constrain(
             asked = f"{missed[unit.id].scheme.upper()} was asked for ({missed[unit.id]})"
             unit = msgspec.structs.replace(unit, reason=f"{unit.why}; {asked}" if unit.why else asked)
         changed.append(unit)
-    return Constrained(msgspec.structs.replace(units, units=tuple(changed)), frozenset(decided))
+    return ConstrainedUnits(msgspec.structs.replace(units, units=tuple(changed)), frozenset(decided))
 
 
 def _fixed(unit: Unit, keep: Keep) -> Unit:

@@ -20,11 +20,11 @@ from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
 from bitalloy.model.load import Graph
 from bitalloy.model.read import name_of
-from bitalloy.search.choice import Proven, complete, search
+from bitalloy.search.choice import ProvenPlan, complete_plan, search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.front import FRONT_BUDGETS
 from bitalloy.search.problem import Problem
-from bitalloy.search.protection import Advice, protect, read_advice
+from bitalloy.search.protection import FamilyAdvice, protect, read_advice
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix
 
@@ -36,7 +36,7 @@ PLAN_FILES = ("summary.json", PLAN_FILE, UNITS_FILE, COST_FILE, MATRIX_FILE, FAC
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class Facts(Record, frozen=True, kw_only=True):
+class PlanFacts(Record, frozen=True, kw_only=True):
     """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
 
     key: str
@@ -45,7 +45,7 @@ class Facts(Record, frozen=True, kw_only=True):
     """Size of the float model's files."""
     operators: dict[str, str]
     """Node -> operator type."""
-    advice: tuple[Advice, ...]
+    advice: tuple[FamilyAdvice, ...]
     """What the model's family keeps in float; empty where that was switched off."""
     seed: int
     secant: Secant
@@ -58,7 +58,7 @@ class PlanTables:
     units: UnitGraph
     matrix: ProbeMatrix
     cost: CostTable
-    facts: Facts
+    facts: PlanFacts
 
 
 def operators_of(graph: Graph) -> dict[str, str]:
@@ -87,13 +87,15 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
     return Planned(plan, tables.cost, tuple(case.protected))
 
 
-def plan_around(tables: PlanTables, budget: Budget, decided: Proven, *, front: bool = True, work: Workspace) -> Planned:
+def plan_around(
+    tables: PlanTables, budget: Budget, decided: ProvenPlan, *, front: bool = True, work: Workspace
+) -> Planned:
     """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
     case = _narrowed(tables, budget)
 
     def make() -> bytes:
         with work.stage("front", FRONT_BUDGETS if front else 1) as progress:
-            found = complete(
+            found = complete_plan(
                 case.problem,
                 budget,
                 decided,
@@ -183,7 +185,7 @@ def read_tables(folder: str | Path) -> PlanTables:
         read_record(path / UNITS_FILE, UnitGraph),
         matrix,
         read_record(path / COST_FILE, CostTable),
-        read_record(path / FACTS_FILE, Facts),
+        read_record(path / FACTS_FILE, PlanFacts),
     )
 
 
@@ -210,7 +212,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 def tables_of(analysis: Analysis, cost: CostTable) -> PlanTables:
     """What plans are made from."""
     graph, settings = analysis.graph, analysis.settings
-    facts = Facts(
+    facts = PlanFacts(
         key=analysis.key,
         float_bytes=float_bytes(graph),
         operators=operators_of(graph),

@@ -23,11 +23,11 @@ from bitalloy.model.metadata import PROTECT
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import rounded
 
-SHARE = 0.01
+LEAST_DAMAGE_SHARE = 0.01
 """Of the damage of the model with all it can rounded."""
 
 
-class Advice(msgspec.Struct, frozen=True, kw_only=True):
+class FamilyAdvice(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of a file's metadata."""
 
     pattern: str
@@ -37,7 +37,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Protection:
+class ProtectedUnits:
     """What the advice comes to on one model."""
 
     units: UnitGraph
@@ -48,21 +48,21 @@ class Protection:
     """Unit that the advice names -> why measurement overrules it."""
 
 
-def read_advice(graph: Graph) -> tuple[Advice, ...]:
+def read_advice(graph: Graph) -> tuple[FamilyAdvice, ...]:
     """What the model's file says.
 
     Raises:
         ModelError: the entry is damaged.
     """
     try:
-        return msgspec.json.decode(graph.metadata.get(PROTECT, "[]"), type=tuple[Advice, ...])
+        return msgspec.json.decode(graph.metadata.get(PROTECT, "[]"), type=tuple[FamilyAdvice, ...])
     except msgspec.MsgspecError as error:
         raise ModelError(
             f"The metadata '{PROTECT}' of '{graph.source}' is damaged: {error}. Export it again, or add --no-protect."
         ) from error
 
 
-def protect(advice: Sequence[Advice], units: UnitGraph, matrix: ProbeMatrix) -> Protection:
+def protect(advice: Sequence[FamilyAdvice], units: UnitGraph, matrix: ProbeMatrix) -> ProtectedUnits:
     """Take the choice from units that the family protects and whose measured damage bears it out.
 
     Args:
@@ -83,13 +83,13 @@ def protect(advice: Sequence[Advice], units: UnitGraph, matrix: ProbeMatrix) -> 
             share = float(np.max(shares[matrix.plain]))
             measured = f"measured: {100 * share:.3g} % of the damage of all {name.upper()}"
             default = f"{named.reason} {named.source}"
-            if share <= SHARE:
+            if share <= LEAST_DAMAGE_SHARE:
                 freed[unit.id] = f"protected by default ({default}), but free here; {measured}"
             else:
-                kept[unit.id] = f"protected by default: {default}; {measured}, above {100 * SHARE:g} %"
+                kept[unit.id] = f"protected by default: {default}; {measured}, above {100 * LEAST_DAMAGE_SHARE:g} %"
                 unit = unit.without(name, kept[unit.id])
         changed.append(unit)
-    return Protection(msgspec.structs.replace(units, units=tuple(changed)), kept, freed)
+    return ProtectedUnits(msgspec.structs.replace(units, units=tuple(changed)), kept, freed)
 
 
 def _damage(matrix: ProbeMatrix, units: UnitGraph, plan: Plan) -> np.ndarray:

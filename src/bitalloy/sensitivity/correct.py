@@ -28,7 +28,7 @@ LARGEST_FACTOR = 100.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class MeasuredDamage:
     """A set of sites and the damage (heads,) that rounding them together was measured to do."""
 
     sites: frozenset[str]
@@ -45,7 +45,7 @@ class CorrectedMatrix:
     """(heads, sites): by which the columns of the matrix were multiplied."""
 
     def carried_over(self, matrix: ProbeMatrix) -> ProbeMatrix:
-        """The matrix of another target, corrected at the sites that it shares.
+        """Return the matrix of another target, corrected at the sites that it shares.
 
         How far a network bends where it is rounded belongs to the place, and less to the format.
         """
@@ -56,8 +56,8 @@ class CorrectedMatrix:
         return matrix.scaled(factors)
 
 
-def correct(
-    matrix: ProbeMatrix, secant: Secant, findings: Sequence[Finding], everything: frozenset[str]
+def correct_matrix(
+    matrix: ProbeMatrix, secant: Secant, findings: Sequence[MeasuredDamage], everything: frozenset[str]
 ) -> CorrectedMatrix:
     """Fit a matrix and a secant to what was found.
 

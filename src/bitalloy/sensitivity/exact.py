@@ -117,12 +117,12 @@ class Switchboard:
         vector[[self._column[s] for s in sites]] = scale
         return vector
 
-    def walk(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> Walk:
+    def walk(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> SampleWalk:
         """Execute a sample and keep what the segments hand on."""
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
         for segment in self._segments:
             values.update(segment.run(values, gates[segment.columns]))
-        return Walk(self._segments, self._outputs, gates, values)
+        return SampleWalk(self._segments, self._outputs, gates, values)
 
     def run(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs with the gated roundings in place."""
@@ -130,7 +130,7 @@ class Switchboard:
 
 
 @dataclass(frozen=True)
-class Walk:
+class SampleWalk:
     """One execution of a sample, from which others branch off."""
 
     _segments: Sequence[Segment]

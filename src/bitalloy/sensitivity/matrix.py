@@ -204,15 +204,15 @@ def estimate_sqnr(
     damage, resampled = matrix.damage(chosen).mean(axis=0), matrix.resampled(chosen, weights)
     if secant is not None:
         damage, resampled = damage * bend(secant, damage), resampled * bend(secant, resampled)
-    return tuple(around(d, r, matrix.samples) for d, r in zip(damage, resampled.T, strict=True))
+    return tuple(sqnr_interval(d, r, matrix.samples) for d, r in zip(damage, resampled.T, strict=True))
 
 
-def interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
+def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
     """SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
-    return around(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
+    return sqnr_interval(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
 
 
-def around(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
+def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
     """Return a relative error energy in dB, with an interval of 95 % from its bootstrap draws.
 
     Both sides reach as far as the farther percentile, times what Student's t and the bootstrap's own bias,

@@ -24,13 +24,13 @@ from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import data_opening
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.regions import ancestors
-from bitalloy.rewrite.calibrated import Calibrated, deciding, versions
+from bitalloy.rewrite.calibrated import Calibrated, deciding_target, versions
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.correct import CorrectedMatrix, Finding, correct
+from bitalloy.sensitivity.correct import CorrectedMatrix, MeasuredDamage, correct_matrix
 from bitalloy.sensitivity.exact import Measurement, Switchboard
-from bitalloy.sensitivity.matrix import draws, interval
+from bitalloy.sensitivity.matrix import damage_interval, draws
 from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
-from bitalloy.sensitivity.table import SiteGroup, alike, groups
+from bitalloy.sensitivity.table import SiteGroup, groups, ranked_alike
 from bitalloy.sensitivity.table import sensitivities as table_of
 from bitalloy.targets.placement import WHOLE, rounded
 
@@ -53,7 +53,7 @@ class Selection:
         return bool(self.units or self.regions or self.sites)
 
 
-class Row(Record, frozen=True, kw_only=True):
+class SampleErrors(Record, frozen=True, kw_only=True):
     """One measurement on one sample, per head."""
 
     error: tuple[float, ...]
@@ -62,7 +62,7 @@ class Row(Record, frozen=True, kw_only=True):
     """||y||^2."""
 
 
-def chosen(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[SiteGroup]:
+def chosen_groups(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[SiteGroup]:
     """What a selection names, each with the sites that its measurement rounds.
 
     Raises:
@@ -106,7 +106,7 @@ def _rounded(units: UnitGraph, group: SiteGroup, mode: str) -> frozenset[str]:
     return rounded(units, Plan((unit, scheme) for unit, scheme in whole.items() if unit not in left_out))
 
 
-def everything(units: UnitGraph) -> SiteGroup:
+def whole_group(units: UnitGraph) -> SiteGroup:
     """All that can be rounded, together."""
     whole = units.lowest_gated()
     return SiteGroup("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
@@ -132,18 +132,20 @@ def measure_exact(
     Raises:
         BitalloyError: a pattern matches nothing.
     """
-    things = chosen(ready.units, selection or Selection(), mode)
+    things = chosen_groups(ready.units, selection or Selection(), mode)
     if mode == ALL_BUT_ONE:
-        things.append(everything(ready.units))
+        things.append(whole_group(ready.units))
     count = min(samples or SAMPLES, len(ready.data))
-    around = everything(ready.units).sites if mode == ALL_BUT_ONE else frozenset[str]()
-    damage, energy = measured(ready, [t.sites for t in things], range(count), around=around, work=work or Workspace())
+    around = whole_group(ready.units).sites if mode == ALL_BUT_ONE else frozenset[str]()
+    damage, energy = measured_damages(
+        ready, [t.sites for t in things], range(count), around=around, work=work or Workspace()
+    )
     weights = draws(count, ready.settings.seed)
     share = energy / energy.mean(axis=0)
     rows = [
         Sensitivity(
             id=thing.id, scope=thing.scope, scheme=thing.scheme, part=thing.part, head=head.name, exact=True,
-            sqnr_db=interval(damage[:, h, t], share[:, h], weights),
+            sqnr_db=damage_interval(damage[:, h, t], share[:, h], weights),
         )
         for t, thing in enumerate(things)
         for h, head in enumerate(ready.heads)
@@ -156,13 +158,13 @@ def measure_exact(
         probes=0,
         seed=ready.settings.seed,
         settled=bool(halves)
-        and all(alike(halves[0][i], halves[1][i]) for i, h in enumerate(ready.heads) if not h.kind),
+        and all(ranked_alike(halves[0][i], halves[1][i]) for i, h in enumerate(ready.heads) if not h.kind),
         rows=tuple(rows),
         method=mode,
     )
 
 
-def measured(
+def measured_damages(
     ready: Calibrated,
     sets: Sequence[frozenset[str]],
     samples: Sequence[int],
@@ -210,7 +212,7 @@ def measured(
             jobs.append(Job(kind="exact", key=key, shard=shard, spec=measured_sites, group=str(index)))
     held = work.executor.contexts.holding((data, ready.data), (switches, board))
     with work.stage("exact", len(jobs)) as progress, held:
-        found = [msgspec.json.decode(raw, type=Row) for raw in work.map(jobs, progress, at_once=board.at_once)]
+        found = [msgspec.json.decode(raw, type=SampleErrors) for raw in work.map(jobs, progress, at_once=board.at_once)]
     by_sample = [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
     rows = [[row[sites] for sites in sets] for row in by_sample]
     energy = np.array([row[0].energy for row in rows])
@@ -262,7 +264,9 @@ def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
     error = opened.measurement.error(opened.board.gates(spec.sites))
     if not np.isfinite(error).all():
         raise DataError(f"The rounded model's output is NaN or infinite on sample {opened.sample}.")
-    return msgspec.json.encode(Row(error=tuple(error.tolist()), energy=tuple(opened.measurement.energy.tolist())))
+    return msgspec.json.encode(
+        SampleErrors(error=tuple(error.tolist()), energy=tuple(opened.measurement.energy.tolist()))
+    )
 
 
 def confirm(
@@ -282,7 +286,7 @@ def confirm(
         work: where to keep and show results.
     """
     work, parts = work or Workspace(), list(analysis.targets)
-    lead = deciding(parts)
+    lead = deciding_target(parts)
     if lead is None:
         return analysis
     confirmed, correction = _confirmed(parts[lead], worst, flagged=flagged, samples=samples, work=work)
@@ -312,7 +316,7 @@ def _confirmed(
     key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
 
     def make() -> bytes:
-        found = measured(analysis, [t.sites for t in things], range(count), work=work)
+        found = measured_damages(analysis, [t.sites for t in things], range(count), work=work)
         return msgspec.json.encode([part.tolist() for part in found])
 
     damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
@@ -322,11 +326,11 @@ def _confirmed(
         part = predicted[:count].mean(axis=0) / energy.mean(axis=0)
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
-        findings.append(Finding(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
-    correction = correct(matrix, analysis.secant, findings, everything(units).sites)
+        findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
+    correction = correct_matrix(matrix, analysis.secant, findings, whole_group(units).sites)
     weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
     estimates = {
-        (*_name(thing), head.name): interval(damage[:, h, t], share[:, h], weights)
+        (*_name(thing), head.name): damage_interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)
         for h, head in enumerate(analysis.heads)
     }

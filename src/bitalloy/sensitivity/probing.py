@@ -14,14 +14,14 @@ from bitalloy.core.records import Head, Record, Secant
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import data_opening
 from bitalloy.model.graphs.again import graph_opening
-from bitalloy.rewrite.calibrated import Calibrated, deciding
+from bitalloy.rewrite.calibrated import Calibrated, deciding_target
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import FRACTIONS, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.sensitivity.ranges import late
+from bitalloy.sensitivity.ranges import later_ranges
 from bitalloy.sensitivity.switchboards import switchboard
-from bitalloy.sensitivity.table import settled
+from bitalloy.sensitivity.table import ranking_settled
 from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import recipe_opening
 
@@ -36,7 +36,7 @@ SECANT_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbedMatrix:
     """One matrix for all targets and methods of calibration, and the columns in it."""
 
     matrix: ProbeMatrix
@@ -44,17 +44,17 @@ class Probed:
     """Of calibration; the first one, empty, stands for the ranges that a tensor has."""
     views: tuple[tuple[Mapping[str, str], ...], ...]
     """[target][method]: site -> name of its column."""
-    late: tuple[tuple[Mapping[str, str], ...], ...]
-    """[target][method]: the same on the ranges of `ranges.late`."""
+    later_views: tuple[tuple[Mapping[str, str], ...], ...]
+    """[target][method]: the same on the ranges of `ranges.later_ranges`."""
 
     def first(self) -> list[ProbeMatrix]:
-        """The matrix of each target on the first ranges."""
+        """Return the matrix of each target on the first ranges."""
         if sum(map(len, self.views)) == 1:
             return [self.matrix]
         return [self.matrix.view(candidates[0]) for candidates in self.views]
 
 
-def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
+def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     """Probe a model once for all its targets and all methods of calibration that are compared.
 
     Args:
@@ -69,7 +69,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
     methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
     schemes = [p.recipe(method) for method in methods for p in parts]
-    schemes += [replace(s, ranges=late(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
+    schemes += [replace(s, ranges=later_ranges(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
     def make() -> bytes:
         graph, samples = graph_opening(ready.graph), data_opening(data, ready.info)
@@ -93,14 +93,14 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> Probed:
             for raw in results:
                 rows.append(ProbeMatrix.from_bytes(raw))
                 enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
-                if enough and settled(ProbeMatrix.concatenate(rows), ready.units):
+                if enough and ranking_settled(ProbeMatrix.concatenate(rows), ready.units):
                     break
         return ProbeMatrix.concatenate(rows).to_bytes()
 
     matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
     found = views(ready.graph, schemes)
     size, end = len(parts), len(methods) * len(parts)
-    return Probed(
+    return ProbedMatrix(
         matrix,
         tuple(methods),
         tuple(tuple(found[i:end:size]) for i in range(size)),
@@ -129,21 +129,21 @@ class ProbedSample(Record, frozen=True, kw_only=True):
 
 
 def open_prober(spec: ProberParts, contexts: Contexts) -> Prober:
-    """The sessions of a prober."""
+    """Open the sessions of a prober."""
     recipes = [contexts.open(recipe) for recipe in spec.recipes]
     return Prober(contexts.open(spec.graph), spec.heads, recipes, stops=frozenset(spec.stops))
 
 
 def probe_sample(spec: ProbedSample, contexts: Contexts) -> bytes:
-    """The rows, as `ProbeMatrix.to_bytes` gives them."""
+    """Return the rows, as `ProbeMatrix.to_bytes` gives them."""
     prober, data = contexts.open(spec.prober), contexts.open(spec.data)
     rows: ProbeMatrix = prober.measure(data.feeds(spec.sample), sample=spec.sample, probes=spec.probes, seed=spec.seed)
     return rows.to_bytes()
 
 
-def bending(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
+def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
     """Of the first target whose roundings can be switched, for all: a network bends by the size of an error."""
-    at = deciding(parts)
+    at = deciding_target(parts)
     if at is None:
         ones = (1.0,) * len(matrices[0].heads)
         return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)

@@ -18,18 +18,18 @@ from bitalloy.targets.recipe import Ranges
 
 ENOUGH = 0.9
 """Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""
-Names = Mapping[str, str]
+ColumnNames = Mapping[str, str]
 """Site -> name of its column."""
 
 
-def late(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[float, float]]:
-    """What Concats that round give on other ranges, their operands and all else on the first."""
+def later_ranges(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[float, float]]:
+    """Return what Concats that round give on other ranges, their operands and all else on the first."""
     joined = {e.root for e in units.edges if e.passed_on}
     return {t: other[t] if t in joined else r for t, r in first.items()}
 
 
-def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -> dict[str, int]:
-    """Number of the best candidate for every tensor whose rounding reaches a head.
+def best_candidates(matrix: ProbeMatrix, candidates: Sequence[ColumnNames], units: UnitGraph) -> dict[str, int]:
+    """Choose the number of the best candidate for every tensor whose rounding reaches a head.
 
     What a Concat that rounds gives is judged as if it were rounded only there: behind operands on the same narrow range
     nothing would be left to clip.
@@ -56,8 +56,10 @@ def choose(matrix: ProbeMatrix, candidates: Sequence[Names], units: UnitGraph) -
     return {t: i if costs[t][i] <= ENOUGH * costs[t][0] else 0 for t, i in best.items()}
 
 
-def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str, int], units: UnitGraph) -> Names:
-    """The columns on the ranges that were chosen.
+def chosen_columns(
+    candidates: Sequence[ColumnNames], later: Sequence[ColumnNames], best: Mapping[str, int], units: UnitGraph
+) -> ColumnNames:
+    """Return the columns on the ranges that were chosen.
 
     What is rounded again behind a Concat has columns for operands of the same method, and for operands of the
     first. Where operands differ, the latter stand in: values that an operand cut off already are then cut off once more
@@ -65,7 +67,7 @@ def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str
 
     Args:
         candidates: as for `choose`.
-        late: the same for the ranges of `late`.
+        later: the same for the ranges of `later_ranges`.
         best: as `choose` gives it.
         units: of the target.
     """
@@ -79,7 +81,7 @@ def picked(candidates: Sequence[Names], late: Sequence[Names], best: Mapping[str
             if site.again and site.id in found:
                 method = best.get(edge.root, 0)
                 alike = all(best.get(t, 0) == method for t in operands.get(str(edge.producer), ()))
-                found[site.id] = (candidates if alike else late)[method][site.id]
+                found[site.id] = (candidates if alike else later)[method][site.id]
     return found
 
 

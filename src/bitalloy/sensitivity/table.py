@@ -35,7 +35,7 @@ class SiteGroup:
 
 
 def groups(units: UnitGraph) -> list[SiteGroup]:
-    """Every site, unit and region in each scheme that it could be rounded to.
+    """Return every site, unit and region in each scheme that it could be rounded to.
 
     Units that compute in another format have no sites of their own, so there are no regions of them.
     """
@@ -81,7 +81,7 @@ def sensitivities(
     *,
     seed: int,
 ) -> SensitivityTable:
-    """All sensitivities of a probe matrix.
+    """Return all sensitivities of a probe matrix.
 
     Args:
         matrix: rows of all samples.
@@ -116,13 +116,13 @@ def sensitivities(
         samples=matrix.samples,
         probes=int(matrix.rows[0].shape[1]),
         seed=seed,
-        settled=settled(matrix, units),
+        settled=ranking_settled(matrix, units),
         rows=tuple(rows),
     )
 
 
-def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
-    """Whether the ranking of units, each in its lowest scheme, would survive other samples.
+def ranking_settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
+    """Return whether the ranking of units, each in its lowest scheme, would survive other samples.
 
     The samples are split in two halves; the ranking has settled when the Spearman correlation of the two rankings,
     corrected to the full length (Spearman-Brown), is at least 0.98 for every head but divergences.
@@ -132,11 +132,11 @@ def settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     chosen = [matrix.select(rounded(units, Plan([entry]))) for entry in units.lowest().listed]
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
-    return all(alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))
+    return all(ranked_alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))
 
 
-def alike(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two halves of the samples rank things so alike that the whole ranking can be trusted."""
+def ranked_alike(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether two halves of the samples rank things so alike that the whole ranking can be trusted."""
     live = (first > 0) & (second > 0)
     if live.sum() < 3:
         return True

@@ -48,12 +48,12 @@ class Offer:
     """Why a pattern, with all nodes of its unit, may not run in it; empty where it may."""
 
 
-def fused(core: Core, nodes: Sequence[ir.Node]) -> str:
+def whole_kernel(core: Core, nodes: Sequence[ir.Node]) -> str:
     """The rule of schemes that need a kernel for the whole pattern."""
     return core.unfit
 
 
-def computing(operators: frozenset[str], name: str) -> Callable[[Core, Sequence[ir.Node]], str]:
+def all_operators(operators: frozenset[str], name: str) -> Callable[[Core, Sequence[ir.Node]], str]:
     """The rule of schemes that need all operators of a unit to compute in a format.
 
     Args:

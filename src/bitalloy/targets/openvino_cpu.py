@@ -38,8 +38,8 @@ from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
-from bitalloy.targets.base import Core, Offer, Target, fused
-from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, silu_of, weighted
+from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.patterns import has_vnni, match_gemm, match_matmul, match_weighted, moves, only_reader, silu_of
 
 INTEGER_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 OPENVINO_FUSED_ACTIVATIONS = frozenset({
@@ -63,11 +63,11 @@ def _product(node: ir.Node) -> Core:
     """A weighted node alone, in float where a rule forbids INT8."""
     match node.op_type:
         case "Conv":
-            core = weighted(node, axis=0)
+            core = match_weighted(node, axis=0)
         case "Gemm":
-            core = gemm(node, OPENVINO.name)
+            core = match_gemm(node, OPENVINO.name)
         case _:
-            core = matmul(node)
+            core = match_matmul(node)
     if not core.unfit and not core.weights:
         return replace(core, unfit="both operands are activations")
     if not core.unfit and not _channels_joined(node):
@@ -120,7 +120,7 @@ OPENVINO_CPU = Target(
     offers=(
         Offer(
             scheme=Scheme(name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128),
-            refuse=fused,
+            refuse=whole_kernel,
         ),
     ),
     match=_match,

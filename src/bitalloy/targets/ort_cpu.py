@@ -30,8 +30,8 @@ from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import Core, Offer, Target, fused
-from bitalloy.targets.patterns import gemm, has_vnni, matmul, moves, only_reader, weighted
+from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.patterns import has_vnni, match_gemm, match_matmul, match_weighted, moves, only_reader
 
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
 ORT_FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -40,11 +40,11 @@ ORT_FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 def _match(node: ir.Node, graph: Graph) -> Core:
     match node.op_type:
         case "Conv":
-            return _activation(weighted(node, axis=0))
+            return _activation(match_weighted(node, axis=0))
         case "MatMul":
-            return matmul(node)
+            return match_matmul(node)
         case "Gemm":
-            return _activation(gemm(node, "ONNX Runtime"))
+            return _activation(match_gemm(node, "ONNX Runtime"))
         case "Sigmoid":
             return _silu(node) or Core("Sigmoid", (node,))
         case "Add" | "Mul":
@@ -106,7 +106,7 @@ ORT_CPU = Target(
                 bias="int32",
                 pair_limit=None if has_vnni() else 128,
             ),
-            refuse=fused,
+            refuse=whole_kernel,
         ),
     ),
     match=_match,

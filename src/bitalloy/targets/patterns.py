@@ -23,7 +23,7 @@ def moves(node: ir.Node) -> bool:
     return node.op_type in ops.MOVERS
 
 
-def weighted(node: ir.Node, *, axis: int) -> Core:
+def match_weighted(node: ir.Node, *, axis: int) -> Core:
     """A node with constant weights, rounded along `axis`, and perhaps a constant bias; float where they are not."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if constant(node.inputs[1]) is None or (bias is not None and constant(bias) is None):
@@ -33,7 +33,7 @@ def weighted(node: ir.Node, *, axis: int) -> Core:
     return Core(node.op_type, (node,), weights=(second_operand(node, axis),))
 
 
-def matmul(node: ir.Node) -> Core:
+def match_matmul(node: ir.Node) -> Core:
     """A product with a constant matrix, or of two activations (no weights); float where the left one is constant."""
     left, right = node.inputs
     assert left is not None and right is not None
@@ -47,7 +47,7 @@ def matmul(node: ir.Node) -> Core:
     return Core("MatMul", (node,), weights=(second_operand(node, 1),))
 
 
-def gemm(node: ir.Node, runtime: str) -> Core:
+def match_gemm(node: ir.Node, runtime: str) -> Core:
     """A Gemm with constant weights; float with factors or a transposed input, which no runtime fuses."""
     plain = (
         attribute(node, "transA", 0) == 0
@@ -56,7 +56,7 @@ def gemm(node: ir.Node, runtime: str) -> Core:
     )
     if not plain:
         return Core("Gemm", (node,), unfit=f"{runtime} fuses only alpha = beta = 1 without transA")
-    return weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
+    return match_weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

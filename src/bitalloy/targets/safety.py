@@ -16,11 +16,11 @@ from bitalloy.core.units import Evidence, Unit, UnitGraph
 from bitalloy.formats import find_format
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, is_float, static_shape
-from bitalloy.targets.base import Offer, computing
+from bitalloy.targets.base import Offer, all_operators
 
 HALF_PRECISION = Offer(
     scheme=Scheme(name="fp16", activation="float16", weight="float16", cast=True),
-    refuse=computing(ops.LOWERABLE, "FP16"),
+    refuse=all_operators(ops.LOWERABLE, "FP16"),
 )
 """Of targets with FP16 kernels for all of these operators, written as Cast."""
 

@@ -33,8 +33,8 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, name_of
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import A10, Core, Offer, Target, fused
-from bitalloy.targets.patterns import matmul, moves, only_reader, second_operand, silu_of
+from bitalloy.targets.base import A10, Core, Offer, Target, whole_kernel
+from bitalloy.targets.patterns import match_matmul, moves, only_reader, second_operand, silu_of
 from bitalloy.targets.safety import HALF_PRECISION
 
 TENSORRT_FUSED_ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
@@ -69,7 +69,7 @@ def _weighted(node: ir.Node, *, axis: int) -> Core:
 
 
 def _matmul(node: ir.Node) -> Core:
-    core = matmul(node)
+    core = match_matmul(node)
     if not core.weights:
         return core
     bias = only_reader(node.outputs[0])
@@ -134,7 +134,7 @@ TENSORRT = Target(
     runtime=ORT,
     offers=(
         HALF_PRECISION,
-        Offer(scheme=Scheme(name="int8", activation="int8", weight="int8"), refuse=fused),
+        Offer(scheme=Scheme(name="int8", activation="int8", weight="int8"), refuse=whole_kernel),
     ),
     placement=Placement.ENTRY,
     slow_softmax=False,

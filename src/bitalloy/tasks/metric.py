@@ -17,7 +17,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.rewrite.calibrated import Calibrated, versions
-from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen, everything
+from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen_groups, whole_group
 from bitalloy.sensitivity.switchboards import switchboard_opening
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DetectionData, evaluate_detection
@@ -63,7 +63,7 @@ def measure_metric(
     limit: int | None = None,
     work: Workspace | None = None,
 ) -> MetricTable:
-    """Box AP with chosen units, regions or sites rounded; a shard per thing.
+    """Measure the box AP with chosen units, regions or sites rounded; a shard per thing.
 
     Args:
         ready: the calibrated model, a YOLO-style detector.
@@ -83,9 +83,9 @@ def measure_metric(
             "The task metric runs the whole evaluation for each thing. Choose with --units, --regions or --sites, "
             "for example those that the table of `bitalloy sensitivity` puts first."
         )
-    things = chosen(ready.units, selection, mode)
+    things = chosen_groups(ready.units, selection, mode)
     if mode == ALL_BUT_ONE:
-        things.append(everything(ready.units))
+        things.append(whole_group(ready.units))
     image = image_spec(model)
     if image is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
         raise DataError(
@@ -168,7 +168,7 @@ class MeasuredPrecision(Record, frozen=True, kw_only=True):
 
 
 def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
-    """Value and resampled values of the metric, in JSON.
+    """Measure the value and resampled values of the metric, in JSON.
 
     Raises:
         DataError: the annotations have changed, or do not fit.

@@ -20,16 +20,23 @@ from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, output_sqnr
 from bitalloy.model.heads import is_divergence
-from bitalloy.rewrite.calibrated import unseen
+from bitalloy.rewrite.calibrated import unseen_samples
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
-from bitalloy.search.choice import Proven
+from bitalloy.search.choice import ProvenPlan
 from bitalloy.search.planning import plan_around, plan_damage, plan_tables, tables_of
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.correct import Finding
-from bitalloy.verify.neighbours import NEIGHBOURS, SHOWN, Sitting, beside, measure_beside, with_measured
+from bitalloy.sensitivity.correct import MeasuredDamage
+from bitalloy.verify.neighbours import (
+    NEIGHBOURS,
+    SHOWN_NEIGHBOURS,
+    MeasuredNeighbours,
+    front_neighbours,
+    measure_neighbours,
+    with_measured_front,
+)
 from bitalloy.verify.repair import repair
-from bitalloy.verify.rounds import Standing, following, judged, misfit, seeks_speed
+from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, next_search, plain_sqnr, seeks_speed
 
 BENCH_REPEATS = 40
 
@@ -42,7 +49,7 @@ NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedPlan:
     """A plan that was made and measured."""
 
     planned: Planned
@@ -51,15 +58,15 @@ class Trial:
     round: Round
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> MeasuredStanding:
         """What counts for the budget."""
         size = self.mixed.size_bytes
-        return Standing(
-            self.measured.ratio, self.measured.latency.mixed.median_ms, size, judged(self.planned, self.measured)
+        return MeasuredStanding(
+            self.measured.ratio, self.measured.latency.mixed.median_ms, size, plain_sqnr(self.planned, self.measured)
         )
 
 
-class Course:
+class VerificationCourse:
     """The rounds of one verification: what was tried, and the tables as corrected so far.
 
     Args:
@@ -72,11 +79,11 @@ class Course:
         self._analysis, self._work, self._first = analysis, work, planned
         self.tables = tables_of(analysis, planned.cost)
         """As corrected so far."""
-        self._base, self._findings = self.tables, tuple[Finding, ...]()
-        self.samples = unseen(analysis.matrix.samples, len(analysis.data))
+        self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
+        self.samples = unseen_samples(analysis.matrix.samples, len(analysis.data))
         """On which plans are measured."""
-        self._tried: list[Trial] = []
-        self._decided: Trial | None = None
+        self._tried: list[TriedPlan] = []
+        self._decided: TriedPlan | None = None
         self.budget = planned.plan.budget
         """As the user gave it."""
 
@@ -87,7 +94,7 @@ class Course:
             repaired = self._try(planned, asked, "search").round.repair is not None
             if len(self._tried) == MAX_ROUNDS:
                 return
-            next_ = following(
+            next_ = next_search(
                 self._analysis.units, asked, self.budget, planned, self._tried[-1].measured, repaired=repaired
             )
             if next_ is None and not repaired:
@@ -115,7 +122,7 @@ class Course:
     def completed(self) -> Planned:
         """The best plan, or the first before any was tried, as the tables see it now, with the front around it."""
         plan_, budget = (self.best.planned if self._tried else self._first).plan, self.budget
-        decided = Proven(plan_.chosen, plan_.optimality_gap, plan_.solved)
+        decided = ProvenPlan(plan_.chosen, plan_.optimality_gap, plan_.solved)
         return plan_around(self.tables, budget, decided, work=self._work)
 
     @property
@@ -127,17 +134,17 @@ class Course:
     def beside_neighbours(self) -> Planned:
         """`completed`, with the neighbours on its front measured; one that does better takes its place."""
         final = self.completed()
-        points = beside(final.plan, SHOWN if self.budget.max_drop else NEIGHBOURS)
+        points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.max_drop else NEIGHBOURS)
         if len(points) < 2:
             return final
-        sitting = measure_beside(self._analysis, points, self.samples, self._work)
+        sitting = measure_neighbours(self._analysis, points, self.samples, self._work)
         better = self._better(final, points, sitting)
         if better is not None and self._tried_before(better) is None:
             self._try(self._from_front(better), self.budget, "front")
             final = self.completed()
-        return replace(final, plan=with_measured(final.plan, points, sitting))
+        return replace(final, plan=with_measured_front(final.plan, points, sitting))
 
-    def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: Sitting) -> ParetoPoint | None:
+    def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: MeasuredNeighbours) -> ParetoPoint | None:
         """The neighbour that fits the budget better than the chosen plan, by enough to be no accident of timing."""
         if self.budget.max_drop:
             return None  # none of them was evaluated
@@ -145,8 +152,8 @@ class Course:
         found = []
         for i, point in enumerate(points):
             values = {h: e.value for h, e in zip(heads, sitting.sqnr[i], strict=True) if not is_divergence(h)}
-            standing = Standing(sitting.ratio[i], sitting.milliseconds[i], point.size_bytes, values)
-            found.append((misfit(self.budget, standing, tolerance=1.0), i))
+            standing = MeasuredStanding(sitting.ratio[i], sitting.milliseconds[i], point.size_bytes, values)
+            found.append((budget_misfit(self.budget, standing, tolerance=1.0), i))
         own = next(m for m, i in found if points[i].chosen == final.plan.chosen)
         best, index = min(found)
         gain = own[1] - best[1]
@@ -154,13 +161,13 @@ class Course:
         return points[index] if best[0] <= own[0] and gain > enough else None
 
     def _from_front(self, point: ParetoPoint) -> Planned:
-        decided = Proven(point.chosen, point.optimality_gap)
+        decided = ProvenPlan(point.chosen, point.optimality_gap)
         return plan_around(self.tables, self.budget, decided, front=False, work=self._work)
 
-    def _tried_before(self, point: ParetoPoint) -> Trial | None:
+    def _tried_before(self, point: ParetoPoint) -> TriedPlan | None:
         return next((t for t in self._tried if t.planned.plan.chosen == point.chosen), None)
 
-    def _try(self, planned: Planned, asked: Budget, source: str) -> Trial:
+    def _try(self, planned: Planned, asked: Budget, source: str) -> TriedPlan:
         """Make and measure a plan, and repair the tables where its prediction is off."""
         mixed = self._analysis.artefact(planned.plan.chosen)
         measured = _measure(self._analysis, planned, mixed, self.samples, self._work)
@@ -170,7 +177,7 @@ class Course:
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
         pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
-        trial = Trial(
+        trial = TriedPlan(
             planned,
             mixed,
             measured,
@@ -180,7 +187,7 @@ class Course:
                 head_sqnr_db=asked.head_sqnr_db,
                 predicted_ratio=round(planned.predicted_ratio, 4),
                 measured_ratio=round(measured.ratio, 4),
-                sqnr_db=tuple(judged(planned, measured).values()),
+                sqnr_db=tuple(plain_sqnr(planned, measured).values()),
                 predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
                 schemes=planned.plan.chosen.counts(),
                 source=source,
@@ -191,9 +198,9 @@ class Course:
         return trial
 
     @property
-    def best(self) -> Trial:
+    def best(self) -> TriedPlan:
         """The plan that fits the budget best, as measured."""
-        return self._decided or min(self._tried, key=lambda t: misfit(self.budget, t.standing))
+        return self._decided or min(self._tried, key=lambda t: budget_misfit(self.budget, t.standing))
 
     def rounds(self) -> tuple[Round, ...]:
         """What was done, with the mark of the plan that is kept."""
@@ -254,7 +261,7 @@ def _latency(
         return LatencySpread(reference=reference, lowest=lowest, mixed=mixed)
     together = not (models["mixed"].large or analysis.graph.large)
     openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
-    times = bench.sittings(
+    times = bench.time_sittings(
         dict(zip(models, openers, strict=True)),
         analysis.data.feeds(0),
         repeats=BENCH_REPEATS,

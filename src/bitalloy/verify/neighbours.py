@@ -17,14 +17,14 @@ from bitalloy.runtime.artefact import reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.sensitivity.analysis import Analysis
 
-NEIGHBOURS, SHOWN = 6, 2
+NEIGHBOURS, SHOWN_NEIGHBOURS = 6, 2
 """Plans beside the chosen one, as many faster as slower ones where the front has them: those that may take its place,
 and those that are only shown."""
-REPEATS = 15
+NEIGHBOUR_ROUNDS = 15
 """Timed rounds of the sitting."""
 
 
-class Sitting(Record, frozen=True, kw_only=True):
+class MeasuredNeighbours(Record, frozen=True, kw_only=True):
     """Plans measured side by side, in the order in which they were given."""
 
     ratio: tuple[float, ...]
@@ -34,7 +34,7 @@ class Sitting(Record, frozen=True, kw_only=True):
     """Per plan and head."""
 
 
-def beside(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
+def front_neighbours(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
     """The chosen plan of a front and its neighbours by latency, fastest first; the float model is none."""
     points = [p for p in sorted(plan.pareto, key=lambda p: p.predicted_latency_us) if p.chosen]
     chosen = next((i for i, p in enumerate(points) if p.chosen == plan.chosen), None)
@@ -44,9 +44,9 @@ def beside(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]
     return tuple(points[start : start + count + 1])
 
 
-def measure_beside(
+def measure_neighbours(
     analysis: Analysis, points: Sequence[ParetoPoint], samples: Sequence[int], work: Workspace
-) -> Sitting:
+) -> MeasuredNeighbours:
     """Latency and output SQNR of plans and the float model, interleaved.
 
     Args:
@@ -61,7 +61,7 @@ def measure_beside(
         artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
         openers = reopeners([analysis.original(), *artefacts.values()])
         sqnr: dict[str, tuple[Estimate, ...]] = {}
-        with work.stage("neighbours", REPEATS + len(samples)) as progress:
+        with work.stage("neighbours", NEIGHBOUR_ROUNDS + len(samples)) as progress:
 
             def compare(sessions: Mapping[str, Session]) -> None:
                 sqnr.update(
@@ -75,15 +75,15 @@ def measure_beside(
                     )
                 )
 
-            times = bench.sittings(
+            times = bench.time_sittings(
                 dict(zip(("float", *artefacts), openers, strict=True)),
                 analysis.data.feeds(0),
-                repeats=REPEATS,
+                repeats=NEIGHBOUR_ROUNDS,
                 progress=progress.advance,
                 then=compare,
             )
         return msgspec.json.encode(
-            Sitting(
+            MeasuredNeighbours(
                 ratio=tuple(round(ratio_of(times, name), 4) for name in artefacts),
                 milliseconds=tuple(round(float(np.median(times[name])), 4) for name in artefacts),
                 sqnr=tuple(sqnr[name] for name in artefacts),
@@ -96,7 +96,7 @@ def measure_beside(
         samples=samples,
         **analysis.execution,
     )
-    return msgspec.json.decode(work.cached("neighbours", key, make), type=Sitting)
+    return msgspec.json.decode(work.cached("neighbours", key, make), type=MeasuredNeighbours)
 
 
 def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
@@ -104,7 +104,7 @@ def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
     return float(np.median(times[name] / times["float"]))
 
 
-def with_measured(plan: PlanReport, points: Sequence[ParetoPoint], found: Sitting) -> PlanReport:
+def with_measured_front(plan: PlanReport, points: Sequence[ParetoPoint], found: MeasuredNeighbours) -> PlanReport:
     """The plan with what was measured on its front."""
     measured = {
         p.chosen: (ratio, tuple(e.value for e in sqnr))

@@ -24,9 +24,9 @@ from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
 from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.correct import Finding, bent_damage, correct
+from bitalloy.sensitivity.correct import MeasuredDamage, bent_damage, correct_matrix
 from bitalloy.sensitivity.matrix import decibel
-from bitalloy.sensitivity.measuring import measured as execute
+from bitalloy.sensitivity.measuring import measured_damages as execute
 from bitalloy.targets.placement import rounded
 
 TOLERATED_DB = 1.5
@@ -36,7 +36,7 @@ SUSPECT_UNITS, PAIRED_UNITS = 8, 3
 
 
 @dataclass(frozen=True)
-class Gap:
+class PredictionGap:
     """A plan beside its measurement."""
 
     predicted_db: np.ndarray
@@ -47,16 +47,16 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Repaired:
+class RepairedTables:
     """What is known after a repair."""
 
     tables: PlanTables
-    findings: tuple[Finding, ...]
+    findings: tuple[MeasuredDamage, ...]
     """All that the tables were fitted to."""
     record: Repair
 
 
-def gap_of(planned: Planned, found: Measured) -> Gap:
+def prediction_gap(planned: Planned, found: Measured) -> PredictionGap:
     """Compare what was measured with what the plan says.
 
     A head is off where the difference is above `TOLERATED_DB`, or the measured SQNR is below the prediction's interval.
@@ -66,18 +66,20 @@ def gap_of(planned: Planned, found: Measured) -> Gap:
     measured = np.array([e.value for e in found.sqnr_mixed])
     low = np.array([h.predicted_db.low for h in heads])
     plain = np.array([not is_divergence(h.head) for h in heads])
-    return Gap(predicted, measured, plain & ((np.abs(measured - predicted) > TOLERATED_DB) | (measured < low)))
+    return PredictionGap(
+        predicted, measured, plain & ((np.abs(measured - predicted) > TOLERATED_DB) | (measured < low))
+    )
 
 
 def repair(
     analysis: Analysis,
     base: PlanTables,
-    before: Sequence[Finding],
+    before: Sequence[MeasuredDamage],
     planned: Planned,
     found: Measured,
     samples: list[int],
     work: Workspace,
-) -> Repaired | None:
+) -> RepairedTables | None:
     """Correct tables by what the units responsible really do; None where the prediction holds.
 
     Args:
@@ -89,7 +91,7 @@ def repair(
         samples: on which it was measured.
         work: where to keep and show results.
     """
-    gap, gated = gap_of(planned, found), _gated(base.units, planned.plan.chosen)
+    gap, gated = prediction_gap(planned, found), _gated(base.units, planned.plan.chosen)
     if not gap.wide.any() or not gated:
         return None
     matrix, secant, units = base.matrix, base.facts.secant, base.units
@@ -103,10 +105,10 @@ def repair(
         return msgspec.json.encode(damage.mean(axis=0).T.tolist())
 
     damage = np.array(msgspec.json.decode(work.cached("repair", key, make))) if sets else np.zeros((0, 0))
-    new = [Finding(s, d) for s, d in zip(sites, damage, strict=True)]
-    whole = Finding(rounded(units, planned.plan.chosen), 10 ** (-gap.measured_db / 10))
+    new = [MeasuredDamage(s, d) for s, d in zip(sites, damage, strict=True)]
+    whole = MeasuredDamage(rounded(units, planned.plan.chosen), 10 ** (-gap.measured_db / 10))
     findings = (*before, *new, whole)
-    correction = correct(matrix, secant, findings, rounded(units, units.lowest_gated()))
+    correction = correct_matrix(matrix, secant, findings, rounded(units, units.lowest_gated()))
     fixed, bent = correction.matrix, correction.secant
     names = [h.head for h in planned.plan.heads]
     order = {u.id: i for i, u in enumerate(units.units)}
@@ -124,7 +126,7 @@ def repair(
     )
     number = key_of(before=base.facts.key, findings=[(sorted(f.sites), f.damage.tolist()) for f in findings])
     facts = msgspec.structs.replace(base.facts, key=number, secant=bent)
-    return Repaired(replace(base, matrix=fixed, facts=facts), findings, record)
+    return RepairedTables(replace(base, matrix=fixed, facts=facts), findings, record)
 
 
 def _gated(units: UnitGraph, plan: Plan) -> Plan:

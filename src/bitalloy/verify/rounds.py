@@ -11,7 +11,7 @@ from bitalloy.core.planned import Measured, Planned, ratio_limit
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
-from bitalloy.measure.cost import corrected
+from bitalloy.measure.cost import corrected_table
 from bitalloy.model.heads import is_divergence
 
 MARGIN_DB = 0.2
@@ -19,7 +19,7 @@ MARGIN_DB = 0.2
 
 
 @dataclass(frozen=True)
-class Standing:
+class MeasuredStanding:
     """A plan as it was measured."""
 
     ratio: float
@@ -30,7 +30,7 @@ class Standing:
     """By head, divergences left out."""
 
 
-def judged(planned: Planned, measured: Measured) -> dict[str, float]:
+def plain_sqnr(planned: Planned, measured: Measured) -> dict[str, float]:
     """Measured SQNR in dB of the heads of a plan, divergences left out."""
     pairs = zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
     return {head.head: estimate.value for head, estimate in pairs if not is_divergence(head.head)}
@@ -42,7 +42,7 @@ def shortfall(budget: Budget, sqnr_db: dict[str, float]) -> dict[str, float]:
     return {h: f - sqnr_db[h] for h, f in floors.items() if f is not None and f > sqnr_db[h]}
 
 
-def misfit(budget: Budget, found: Standing, *, tolerance: float = TOLERANCE) -> tuple[float, float]:
+def budget_misfit(budget: Budget, found: MeasuredStanding, *, tolerance: float = TOLERANCE) -> tuple[float, float]:
     """How far a measured plan misses the budget, then its damage or, under a floor, its latency: smaller is better."""
     miss = 0.0
     if budget.latency_ratio is not None:
@@ -60,7 +60,7 @@ def seeks_speed(budget: Budget) -> bool:
     return budget.has_floor and budget.latency_ratio is None and budget.latency_ms is None and budget.size_bytes is None
 
 
-def following(
+def next_search(
     units: UnitGraph, asked: Budget, budget: Budget, planned: Planned, measured: Measured, *, repaired: bool = False
 ) -> tuple[Budget, CostTable] | None:
     """What to search with next, or None where the measurement meets the user's budget and uses it.
@@ -79,11 +79,11 @@ def following(
     if planned.cost.estimated:
         limit = None  # an estimate has nothing to correct it by
     if limit is not None and measured.ratio > limit * TOLERANCE:
-        table = corrected(table, units, planned.plan.chosen, measured.ratio)
+        table = corrected_table(table, units, planned.plan.chosen, measured.ratio)
         asked = msgspec.structs.replace(asked, latency_ratio=budget.latency_ratio, latency_ms=budget.latency_ms)
     elif limit is not None and not budget.has_floor and measured.ratio * TOLERANCE < limit:
         asked = _slower(asked, limit / measured.ratio)
-    missing = {} if repaired else shortfall(budget, judged(planned, measured))
+    missing = {} if repaired else shortfall(budget, plain_sqnr(planned, measured))
     if missing:
         raised = {h: round((asked.floor_db(h) or 0.0) + gap + MARGIN_DB, 3) for h, gap in missing.items()}
         asked = msgspec.structs.replace(asked, head_sqnr_db={**asked.head_sqnr_db, **raised})
