@@ -11,22 +11,23 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.read import attribute
 from bitalloy.model.write import namer
 
-LEAST_IR = {21: 10, 22: 10, 23: 11}
-"""Version of the operators -> smallest version of the file format that has them
-(https://github.com/onnx/onnx/blob/main/docs/Versioning.md)."""
+CHANGED = frozenset({"DFT", "GridSample", "GroupNormalization", "RoiAlign"})
+"""Operators that mean something else from some version on, though they take the same inputs and attributes: other names
+of modes, other defaults, or parameters of another shape."""
 
 
 def raise_opset(model: ir.Model, least: int) -> None:
     """Bring a model, in place, to at least a version of the ONNX operators.
 
     Args:
-        model: in normal form.
-        least: version; a model of a later one stays as it is.
+        model: a model in normal form.
+        least: least version; a model of a later version stays as it is.
 
     Raises:
         ModelError: an operator changed in between in a way that is not known here.
@@ -52,21 +53,21 @@ def raise_opset(model: ir.Model, least: int) -> None:
             node.replace_input_with(1, value)
         elif node.op_type == "Split" and len([v for v in node.inputs if v is not None]) == 1:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
-        elif not _extends(old, new, set(node.attributes)):
+        elif not _extends(old, new, node):
             raise ModelError(
                 f"'{node.name}' ({node.op_type}) means something else in opset {least}, which the plan's formats need, "
                 f"than in the model's {before}. Export the model with opset {least} or later."
             )
     model.opset_imports[""] = least
-    model.ir_version = max(model.ir_version, LEAST_IR.get(least, 0))
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([helper.make_opsetid("", least)]))
 
 
-def _extends(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema, given: set[str]) -> bool:
+def _extends(old: onnx.defs.OpSchema, new: onnx.defs.OpSchema, node: ir.Node) -> bool:
     """Whether a newer form of an operator takes all that the older one takes, and means the same where it does."""
-    if old.name in ("GroupNormalization",) or not given <= set(new.attributes):
+    if old.name in CHANGED or not set(node.attributes) <= set(new.attributes) or len(node.outputs) > new.max_output:
         return False
     required = {name for name, a in new.attributes.items() if a.required}
     if not required <= set(old.attributes):
         return False
-    before, after = [i.name for i in old.inputs], [i.name for i in new.inputs]
+    before, after = ([i.name.removeprefix("input_") for i in schema.inputs] for schema in (old, new))
     return after[: len(before)] == before and new.min_input <= len(before)
