@@ -1,1 +1,1 @@
-"""The command line: options become records, one pipeline call is made, and its result is printed."""
+"""The command line: options become records, a command calls the pipeline once, and prints its result."""

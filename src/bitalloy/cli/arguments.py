@@ -1,6 +1,6 @@
-"""What the commands take: one frozen record for each group of options, which becomes parameters of the command line.
+"""Arguments of the commands: one frozen record for each group of options.
 
-A command is a function of one record; `collected` gives it a parameter for every field, of the records inside it too.
+A command is a function of one record; `collected` gives it a parameter for every field, of nested records too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Arguments = TypeVar("Arguments")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """The model, its data, and where results go."""
+    """Arguments that name the model, its data and the run directory."""
 
     model: Annotated[
         str, typer.Argument(help="An .onnx file, a folder with a program.json, or a name from `bitalloy models`.")
@@ -40,7 +40,7 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class OpeningArguments:
-    """How the model is opened."""
+    """Options that say how the model and its images are opened."""
 
     shape: Annotated[
         list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
@@ -62,11 +62,11 @@ class OpeningArguments:
     ] = False
 
     def check(self) -> None:
-        """Refuse what is wrong in itself, before the model is read."""
+        """Refuse malformed options before the model is read."""
         self._values()
 
     def options(self, limit: int | None) -> RunOptions:
-        """The same as the pipeline takes it; `limit` is the number of labelled images."""
+        """Return the options as the pipeline takes them; at most `limit` labelled images are evaluated."""
         from bitalloy.pipeline.prepare import RunOptions
 
         shapes, image = self._values()
@@ -87,7 +87,7 @@ class OpeningArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisArguments:
-    """What decides the analysis, which serves every budget."""
+    """Options of the analysis, which serves every budget."""
 
     target: Annotated[
         str,
@@ -133,7 +133,7 @@ class AnalysisArguments:
     seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
 
     def settings(self, *, protect: bool = True) -> Settings:
-        """The same as a record; `protect` is whether advice of the model's family counts.
+        """Return the settings as a record; `protect` says whether advice of the model's family is followed.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
@@ -157,7 +157,7 @@ class AnalysisArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetArguments:
-    """Limits of a plan, and what stays in a precision."""
+    """Options for the limits of a plan, and for the parts that are kept in a scheme."""
 
     latency: Annotated[
         str | None,
@@ -181,7 +181,7 @@ class BudgetArguments:
     ] = None
 
     def budget(self, float_bytes: int, drops: Sequence[str] | None = None) -> Budget:
-        """The same as a record, for a float model of so many bytes; `drops` are those of task metrics.
+        """Return the budget as a record, for a float model of `float_bytes` bytes; `drops` limits task metrics.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
@@ -204,7 +204,7 @@ class BudgetArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class RunArguments:
-    """What `bitalloy run` takes."""
+    """Arguments of `bitalloy run`."""
 
     model: ModelArguments
     limits: BudgetArguments
@@ -236,13 +236,13 @@ class RunArguments:
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
 
     def budget(self, float_bytes: int) -> Budget:
-        """All limits together, see `BudgetArguments.budget`."""
+        """Return the budget with all limits, task metrics included, see `BudgetArguments.budget`."""
         return self.limits.budget(float_bytes, self.max_drop)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityArguments:
-    """What `bitalloy sensitivity` takes."""
+    """Arguments of `bitalloy sensitivity`."""
 
     model: ModelArguments
     method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe"
@@ -265,7 +265,7 @@ class SensitivityArguments:
     json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False
 
     def check(self) -> None:
-        """Refuse what is wrong in itself or means nothing together, before the model is read."""
+        """Refuse malformed or contradictory options before the model is read."""
         from bitalloy.cli import options
 
         exact = options.choice("--method", self.method, ("probe", "exact")) == "exact"
@@ -275,7 +275,7 @@ class SensitivityArguments:
         self.opening.check()
 
     def question(self) -> SensitivityQuestion:
-        """What is asked, as the pipeline takes it."""
+        """Return the question as the pipeline takes it."""
         from bitalloy.cli import options
         from bitalloy.pipeline.sensitivity import SensitivityQuestion
         from bitalloy.sensitivity.measuring import MODES, Selection
@@ -291,7 +291,7 @@ class SensitivityArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """What `bitalloy plan` takes."""
+    """Arguments of `bitalloy plan`."""
 
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished `bitalloy run`.")]
     limits: BudgetArguments
@@ -303,7 +303,7 @@ def collected(record: type[Arguments]) -> Callable[[Callable[[Arguments], None]]
     """Turn a function of a record into a command with a parameter for every field of it and of the records inside.
 
     Args:
-        record: a frozen dataclass; its fields are annotated as typer expects of parameters, or are such records.
+        record: a frozen dataclass; each field is annotated as a typer parameter, or is itself such a record.
     """
 
     def decorate(command: Callable[[Arguments], None]) -> Callable[..., None]:

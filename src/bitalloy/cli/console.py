@@ -1,4 +1,4 @@
-"""What the command line prints on: results on standard output, progress and errors on standard error."""
+"""Output of the command line: results on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SHOWN_LINES = 40
 
 
 class Output:
-    """One of the two standard streams. What formats it is imported when something is printed: that takes a while."""
+    """One of the two standard streams. `rich`, which imports slowly, is imported when something is printed."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         self._stderr = stderr
         self.width: int | None = None
-        """Columns of text; None leaves it to the terminal."""
+        """Number of columns of text; None takes the terminal's."""
 
     @property
     def console(self) -> Console:
-        """The stream as it is now."""
+        """Console that writes to the current standard stream."""
         from rich.console import Console
 
         return Console(stderr=self._stderr, width=self.width)
@@ -61,18 +61,18 @@ class Bars:
         self._progress.stop()
 
     def start(self, stage: str, total: int | None) -> None:
-        """A stage begins."""
+        """Begin a stage of `total` steps; None where the number is unknown."""
         self._stage, self._began, self._done = stage, time.perf_counter(), 0
         self._progress.add_task(stage, total=total)
 
     def advance(self, steps: int = 1) -> None:
-        """Steps of the stage are done."""
+        """Report that steps of the stage are done."""
         if self._stage is not None:
             self._done += steps
             self._progress.advance(self._progress.task_ids[-1], steps)
 
     def finish(self, note: str = "") -> None:
-        """The stage is over."""
+        """End the stage, and show a note on its result."""
         if self._stage is None:
             return
         self._progress.update(self._progress.task_ids[-1], total=self._done, completed=self._done)

@@ -1,4 +1,4 @@
-"""What is available on this machine, with the install line for what is not."""
+"""Diagnosis of this machine: what is available, and the install command for what is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitalloy.targets import TARGETS
 from bitalloy.targets.patterns import has_vnni
 
 NOT_SHOWN = frozenset({"ultralytics", "zoo"})
-"""Extras that nobody needs: one is for a test, one is the sum of others."""
+"""Extras that the diagnosis leaves out: one serves a test, one is the sum of others."""
 CORE = ("bitalloy", "onnxruntime", "onnx", "onnx-ir", "numpy", "scipy")
 
 
@@ -25,11 +25,11 @@ class TargetCheck(Record, frozen=True, kw_only=True):
     name: str
     runtime: str
     version: str | None
-    """None where the runtime is not installed."""
+    """Version of the runtime; None where it is not installed."""
     problem: str = ""
-    """What is missing and the install line; empty where nothing is."""
+    """What is missing, with the install command; empty where nothing is missing."""
     estimated: bool = False
-    """Whether its latencies are estimates, and its models verified on the CPU."""
+    """Whether latencies of the target are estimates, and its models are verified on the CPU."""
 
 
 class ExtraCheck(Record, frozen=True, kw_only=True):
@@ -47,16 +47,16 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     system: str
     python: str
     threads: int
-    """That every runtime uses: the cores that this process may run on."""
+    """Number of threads that every runtime uses: the cores that this process may run on."""
     vnni: bool
-    """Whether products of uint8 and int8 are added in 32 bits; without, INT8 gains less and weights are limited."""
+    """Whether products of uint8 and int8 are added in 32 bits; without VNNI INT8 gains less and limits weights."""
     versions: dict[str, str]
     targets: tuple[TargetCheck, ...]
     extras: tuple[ExtraCheck, ...]
 
 
 def examine_machine() -> Diagnosis:
-    """Look at this machine. Nothing is imported that is not there, nothing is measured."""
+    """Examine this machine without measurements and without imports of packages that are not installed."""
     targets = []
     for target in TARGETS.values():
         version, problem = None, ""
@@ -91,7 +91,7 @@ def examine_machine() -> Diagnosis:
 
 
 def extras() -> dict[str, tuple[str, ...]]:
-    """Extra -> its packages, as this installation declares them."""
+    """Return extra -> its packages, as this installation declares them."""
     declared = importlib.metadata.metadata("bitalloy").get_all("Provides-Extra") or []
     needed = [Requirement(line) for line in importlib.metadata.requires("bitalloy") or ()]
     found = {

@@ -1,4 +1,4 @@
-"""Commands that look at what there is: models, targets, this machine, and what a runtime ran."""
+"""Read-only commands: they list models and targets, diagnose this machine, and audit a finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitalloy.cli.console import SHOWN_LINES, out_console
 def models_command(
     json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
 ) -> None:
-    """List the models that are known by name, with figures.
+    """List the models that are known by name, with published and own figures.
 
     The figures are published ones and our own.
 

@@ -1,4 +1,4 @@
-"""The command line: parse, make one pipeline call, print."""
+"""The commands of bitalloy: each parses its options, calls the pipeline once, and prints the result."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ for _name, _command in (
 
 
 def main() -> None:
-    """Entry point: the user's errors end with exit code 2 and one message, never with a traceback."""
+    """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
     try:
         app(standalone_mode=True)
     except BitalloyError as error:

@@ -1,4 +1,4 @@
-"""Text of command-line options as values."""
+"""Conversion of the texts of command-line options to values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Text = TypeVar("Text", str, str | None)
 
 
 def latency(text: str | None) -> tuple[float | None, float | None]:
-    """(ratio, milliseconds) of a latency budget.
+    """Read a latency budget: (ratio to the float model, milliseconds), one of which is None.
 
     >>> latency("0.7x"), latency("12ms"), latency(None)
     ((0.7, None), (None, 12.0), (None, None))
@@ -29,7 +29,7 @@ def latency(text: str | None) -> tuple[float | None, float | None]:
 
 
 def size(text: str | None, float_bytes: int) -> int | None:
-    """A size budget in bytes.
+    """Read a size budget, in bytes; a ratio is to the `float_bytes` of the float model.
 
     >>> size("8MB", 10_000_000), size("0.5x", 10_000_000)
     (8000000, 5000000)
@@ -41,7 +41,7 @@ def size(text: str | None, float_bytes: int) -> int | None:
 
 
 def targets(text: str) -> tuple[str, ...]:
-    """Names of targets.
+    """Read comma-separated names of targets.
 
     >>> targets("ort-cpu, tensorrt")
     ('ort-cpu', 'tensorrt')
@@ -50,7 +50,7 @@ def targets(text: str) -> tuple[str, ...]:
 
 
 def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
-    """Floors on the SQNR in dB: one of every head, and those of single heads.
+    """Read floors on the SQNR in dB: one for every head, and those of single heads by name.
 
     >>> floors(["20", "boxes=30"])
     (20.0, {'boxes': 30.0})
@@ -60,7 +60,7 @@ def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
 
 
 def drops(texts: Sequence[str]) -> dict[str, float]:
-    """Largest drops of task metrics by name; a bare number is in points of the first metric.
+    """Read the largest drops of task metrics, by name; a bare number is in points of the first metric.
 
     >>> drops(["AP50-95=0.003"]), drops(["0.3"])
     ({'AP50-95': 0.003}, {'(first)': 0.003})
@@ -74,7 +74,7 @@ def drops(texts: Sequence[str]) -> dict[str, float]:
 
 
 def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
-    """What stays in a scheme, in order.
+    """Read which patterns are kept in which scheme, in the order given.
 
     >>> keeps(["fp32:neck*"])
     (Keep(scheme='fp32', pattern='neck*'),)
@@ -95,7 +95,7 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
 
 
 def image_size(text: str | None) -> tuple[int, int] | None:
-    """Height and width in pixels.
+    """Read a height and width in pixels.
 
     >>> image_size("480x640")
     (480, 640)
@@ -109,7 +109,7 @@ def image_size(text: str | None) -> tuple[int, int] | None:
 
 
 def samples(text: str) -> int | None:
-    """A number of samples, or None for `auto`.
+    """Read a number of samples; None stands for `auto`.
 
     >>> samples("auto"), samples("16")
     (None, 16)
@@ -122,7 +122,7 @@ def samples(text: str) -> int | None:
 
 
 def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Input shapes.
+    """Read input shapes: name of the input -> sizes.
 
     >>> shapes(["images=1x3x640x640"])
     {'images': (1, 3, 640, 640)}
@@ -137,7 +137,7 @@ def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Comma-separated numbers.
+    """Read comma-separated numbers.
 
     >>> numbers("--mean", "0.5,0.25")
     (0.5, 0.25)
@@ -151,7 +151,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def choice(option: str, text: Text, among: Sequence[str]) -> Text:
-    """One of a few words.
+    """Check that a text is one of a few words, and return it.
 
     >>> choice("--layout", "NHWC", ("NCHW", "NHWC"))
     'NHWC'
@@ -162,7 +162,7 @@ def choice(option: str, text: Text, among: Sequence[str]) -> Text:
 
 
 def finite(option: str, value: float | None, *, positive: bool = False) -> float | None:
-    """A number, neither NaN nor infinite.
+    """Check that a number is neither NaN nor infinite, and return it.
 
     >>> finite("--scale", 0.5, positive=True)
     0.5
@@ -175,7 +175,7 @@ def finite(option: str, value: float | None, *, positive: bool = False) -> float
 def image(
     scale: float | None, mean: str | None, std: str | None, layout: str | None, fit: str | None
 ) -> dict[str, object]:
-    """What was said about the preprocessing of images; the rest is inferred.
+    """Collect the given options on the preparation of images; what is not given is inferred.
 
     >>> image(None, "0.5", None, "NHWC", None)
     {'mean': (0.5,), 'layout': 'NHWC'}
@@ -191,7 +191,7 @@ def image(
 
 
 def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool, evaluate: bool) -> None:
-    """Refuse options of `sensitivity` that mean nothing together."""
+    """Refuse options of `sensitivity` that contradict each other."""
     if metric != evaluate:
         missing = "--eval with a COCO annotation file" if metric else "--metric"
         raise BitalloyError(f"{'--metric' if metric else '--eval'} needs {missing} beside it.")

@@ -1,1 +1,1 @@
-"""The stages in their order. The only package that knows it."""
+"""The stages of a run in their order, which only this package knows."""

@@ -1,4 +1,4 @@
-"""From a model that is ready to be rounded to everything that is known before a budget is given."""
+"""The analysis of a model: calibration and probe matrix, which every budget uses."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def analyze(
     notes: tuple[str, ...] = (),
     work: Workspace | None = None,
 ) -> Analysis:
-    """Calibrate and probe: all that serves every plan for the targets of the settings.
+    """Calibrate and probe a model: the analysis serves every plan for the targets of the settings.
 
     Args:
         model: in normal form, from `load`.
         data: samples that look like the real ones; no labels needed.
         settings: targets, numbers of samples and probes, seed, exclusions.
-        notes: what a reader of the results must know.
-        work: where to keep and show results.
+        notes: sentences that a reader of the results must know.
+        work: where results are stored and progress is shown.
 
     Raises:
         ModelError: NaN or infinite values inside the model.
-        UnsupportedOpError: an operator without adjoint rule; the message says how to exclude it.
-        DataError: the data is empty or does not fit.
+        UnsupportedOpError: an operator has no adjoint rule; the message says how to exclude it.
+        DataError: the data is empty or does not fit the model.
     """
     work = work or Workspace()
     ready = calibrate(model, data, settings, notes=notes, work=work)

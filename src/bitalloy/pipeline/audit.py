@@ -1,4 +1,4 @@
-"""What the runtime ran for a plan: inside a run, or again for a run directory."""
+"""Audits of what the runtime executes for a plan, inside a run or later for a run directory."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None =
 
 
 def audit_run(path: str | Path, *, here: bool = False) -> Audit:
-    """Profile the `mixed.onnx` of a run directory now, on random inputs; of a program, what its run found.
+    """Profile the `mixed.onnx` of a run directory on random inputs; for a program, read what its run found.
 
     Args:
         path: the run directory.
-        here: of a target whose device is not here, tell what the CPU makes of its model, which says nothing about it.
+        here: audit the model on this CPU where the target's device is absent, which says nothing about that target.
 
     Raises:
         RunDirectoryError: the directory does not hold a finished run.

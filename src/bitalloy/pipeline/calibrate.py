@@ -1,4 +1,4 @@
-"""From a model and samples to a model that is ready to be rounded: units on each target, and calibrated ranges."""
+"""Calibration of a model on samples: its units on each target, and the ranges of its activations."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def calibrate(
     notes: tuple[str, ...] = (),
     work: Workspace | None = None,
 ) -> Calibrated:
-    """Find what can be rounded, and the ranges: all that exact measurement needs. Arguments as for `analyze`.
+    """Find what can be rounded, and its ranges: all that exact measurement needs. It takes the arguments of `analyze`.
 
     Raises:
         ModelError: NaN or infinite values inside the model.
-        DataError: the data is empty or does not fit.
+        DataError: the data is empty or does not fit the model.
     """
     settings, work = settings or Settings(), work or Workspace()
     if len(set(settings.targets)) != len(settings.targets) or not settings.targets:

@@ -1,4 +1,4 @@
-"""Plan again from what a finished run left."""
+"""Planning, also again from the tables of a finished run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPLANNED = "replanned.json"
 def plan_again(
     folder: str | Path, budget: Budget | Callable[[int], Budget] | None = None, *, progress: Progress | None = None
 ) -> Planned:
-    """Plan from what a finished run left, without its model and data; nothing is analysed or measured.
+    """Plan from the tables of a finished run, without its model and data; nothing is analysed or measured.
 
     The plan is also written into the run directory, as `replanned.json`. Its `plan.json` stays: that one belongs to
     the model beside it.
@@ -38,7 +38,7 @@ def plan_again(
         folder: a run directory.
         budget: limits, or a function that makes them from the size of the float model in bytes. Where it limits
             nothing, the limits of the run hold, but for task metrics, which tables do not know.
-        progress: where to show what goes on.
+        progress: where the progress of the stages is shown.
 
     Raises:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
@@ -66,7 +66,7 @@ def plan(
     front: bool = True,
     work: Workspace | None = None,
 ) -> Planned:
-    """Choose the precision of every unit for a budget, and the Pareto front; `verify` makes its own in the end.
+    """Choose the scheme of every unit for a budget, and the Pareto front; `verify` computes the final front.
 
     Raises:
         BudgetError: the budget cannot be met; the message says what can.

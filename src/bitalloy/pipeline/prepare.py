@@ -1,4 +1,4 @@
-"""From what the user names to a loaded model with its data: a file, a program, or a model that is exported first."""
+"""Preparation of a run: find or export the model that the user names, and open its data."""
 
 from __future__ import annotations
 
@@ -41,35 +41,35 @@ SMALLEST, LARGEST = 64, 640
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A loaded model, its data, and where results go."""
+    """A loaded model, its data, and the run directory for its results."""
 
     model: Graph
     data: Dataset
     labels: tuple[Path, ...]
-    """Files or folders for the task metric; none where it is not measured."""
+    """Files or folders of labels for the task metric; none where the metric is not measured."""
     notes: tuple[str, ...]
-    """What a reader of the results must know."""
+    """Sentences that a reader of the results must know."""
     work: Workspace
     store: RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What is seldom said about a run: how the model is opened, how much is evaluated, where progress is shown."""
+    """Options of a run that are seldom given: how the model is opened, evaluated and reported on."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Input name -> shape (of a program `graph:input`), where the model leaves sizes open and neither its file nor the
-    samples say."""
+    """Input name -> shape (for a program `graph:input` -> shape), for open sizes that neither the model's file nor the
+    samples tell."""
     image: ImageChoice = None
-    """Preparation of images; what is not said comes from the model's file, or is inferred."""
+    """Preparation of images; what is not given comes from the model's file, or is inferred."""
     checkpoint: str | Path | None = None
-    """Of a model that is exported first: file, folder, hub repository or `random`; the published one without."""
+    """Checkpoint of a model to be exported: file, folder, hub repository or `random`; None for the published one."""
     trust_checkpoint: bool = False
     """Whether a checkpoint with pickled objects may be opened."""
     limit: int | None = None
-    """Evaluate at most so many labelled images."""
+    """Largest number of labelled images that are evaluated; None for all."""
     progress: Progress = field(default_factory=Silent)
-    """Where to show what goes on."""
+    """Where the progress of the stages is shown."""
 
 
 def prepare(
@@ -89,9 +89,9 @@ def prepare(
         out: run directory.
         data: samples that look like the real ones: images or .npz feeds; for a program also labels of its task. The
             embedded sample without it.
-        labels: for the task metric; those of the embedded sample where `model` is one of its models and there is
+        labels: labels for the task metric; those of the embedded sample where `model` is one of its models and there is
             neither data nor labels.
-        seed: of random weights and of choices among samples.
+        seed: seed of random weights and of choices among samples.
         options: shapes, preparation of images, checkpoint, and where to show progress.
 
     Raises:
@@ -152,12 +152,12 @@ def open_data(
     """Open samples for a model from a folder or file, or the embedded sample where no path is given.
 
     Args:
-        model: whose inputs the samples must fit.
+        model: the model whose inputs the samples must fit.
         path: images, .npz or .npy; None draws the embedded sample.
-        image: preprocessing; what is not said comes from the model's file, or is inferred.
-        limit: at most so many samples, chosen by `seed`.
-        seed: of the choice.
-        sample_folder: where the embedded sample is drawn to; needed without a path.
+        image: preparation of images; what is not given comes from the model's file, or is inferred.
+        limit: largest number of samples, which `seed` chooses; None for all.
+        seed: seed of the choice of samples.
+        sample_folder: folder for the images of the embedded sample; needed where no path is given.
     """
     spec = image if isinstance(image, ImageSpec) else image_spec(model, **(image or {}))
     if path is not None:

@@ -1,4 +1,4 @@
-"""The whole job in one call: from a model to a run directory with the mixed model, its proof and its report."""
+"""The whole run in one call: from a model to a run directory with the mixed model, its proof and its report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bitalloy.sensitivity.measuring import confirm
 
 DEFAULT_RATIO = 0.7
 CONFIRMED, CONFIRM_SAMPLES = 12, 4
-"""The worst units, whose errors bend the network most, are measured by execution on a few samples before planning."""
+"""Number of the worst units that are measured by execution before planning, and of the samples for that."""
 
 
 def run(
@@ -53,11 +53,11 @@ def run(
         model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
         out: run directory; what is stored there already is used again.
         data: samples that look like the real ones; the embedded sample without it. See `prepare`.
-        labels: for the model's task metric, e.g. a COCO annotation file.
+        labels: labels for the model's task metric, e.g. a COCO annotation file.
         budget: limits on latency, size or damage, and what stays in a precision; without limits 0.7x of float's
             latency, or the nearest in reach.
-        settings: of the analysis.
-        options: what is seldom said: shapes, preparation of images, checkpoint, how many labelled images are evaluated.
+        settings: settings of the analysis.
+        options: further options: shapes, preparation of images, checkpoint, number of labelled images to evaluate.
 
     Raises:
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
@@ -70,7 +70,7 @@ def run(
 def deliver(
     prepared: Prepared, *, budget: Budget | None = None, settings: Settings | None = None, limit: int | None = None
 ) -> Verified:
-    """All of `run` behind `prepare`. Arguments as for `run`."""
+    """Do everything that `run` does after `prepare`, with the same arguments."""
     work = prepared.work
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
@@ -93,10 +93,10 @@ def deliver(
 
 
 def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:
-    """Refuse what a budget asks for and the model cannot give, before hours of measuring.
+    """Refuse a budget that the model cannot meet by its nature, before hours of measurement.
 
     Raises:
-        BitalloyError: a pattern names nothing or asks for what cannot be, or a task metric is limited without labels.
+        BitalloyError: a pattern matches nothing, a unit lacks its scheme, or a task metric is limited without labels.
     """
     if budget.max_drop and not prepared.labels:
         raise BudgetError(
@@ -126,7 +126,7 @@ def _plan_by_default(analysis: Analysis, keep: tuple[Keep, ...], work: Workspace
 
 
 def publish(verified: Verified, store: RunDirectory) -> Path:
-    """Write everything that a user reads into the run directory; returns the path of the report."""
+    """Write all results that a user reads into the run directory, and return the path of the report."""
     analysis, planned = verified.analysis, verified.planned
     (store.path / "summary.json").unlink(missing_ok=True)  # written last: where it stands, all others belong to it
     store.publish_files("mixed.onnx" if verified.mixed.program is None else "mixed", verified.mixed.save)

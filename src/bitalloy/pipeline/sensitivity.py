@@ -1,4 +1,4 @@
-"""The command `sensitivity`: one table, predicted or measured, in the run directory."""
+"""The table of sensitivities, predicted or measured, which is written into the run directory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from bitalloy.sensitivity.measuring import ONE, Selection, chosen_groups, confir
 from bitalloy.tasks.metric import MetricTable, measure_metric
 
 FILES = {"probe": "sensitivity", "exact": "sensitivity_exact", "metric": "sensitivity_metric"}
-"""Names of the files of each kind of table, without their ending."""
+"""Kind of table -> name of its files, without suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityQuestion:
-    """Which sensitivities are asked for, and how they are found: predicted by the probe matrix, unless it says else."""
+    """The sensitivities that are asked for, and their method: prediction by the probe matrix unless fields say else."""
 
     selection: Selection = field(default_factory=Selection)
-    """What to return and, where it is measured, to measure; all units by default."""
+    """Units, regions and sites that the table contains or, with exact measurement, that are measured; default: all units."""
     exact: bool = False
     """Whether to measure SQNR by execution."""
     mode: str = ONE
-    """Of what is measured, see `measure_exact`."""
+    """Mode of exact measurement: `one-at-a-time` or `leave-one-out`, see `measure_exact`."""
     confirmed: int | None = None
-    """Measure so many of the worst units, and what is flagged, by execution beside the prediction."""
+    """Number of the worst units that, with all flagged ones, are measured by execution too; None for none."""
     labels: Path | None = None
-    """COCO annotation file: measure the drop of box AP in place of SQNR."""
+    """COCO annotation file; where given, the drop of box AP is measured in place of SQNR."""
 
 
 def sensitivity(
@@ -45,14 +45,14 @@ def sensitivity(
     question: SensitivityQuestion | None = None,
     options: RunOptions | None = None,
 ) -> SensitivityTable | MetricTable:
-    """Measure the sensitivities of a model, also written into the run directory.
+    """Predict or measure the sensitivities of a model, and write them into the run directory.
 
     Args:
         model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
         out: run directory; what is stored there already is used again.
         data: images or feeds that look like the real ones; the embedded sample without it.
-        settings: of the analysis; `samples` also counts for exact measurement.
-        question: what to return, and whether to predict or to measure it.
+        settings: settings of the analysis; exact measurement uses its `samples` too.
+        question: the sensitivities that are asked for, and whether they are predicted or measured.
         options: how the model is opened, and how many labelled images are evaluated.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From an analysis and a budget to a verified mixed-precision model and its report."""
+"""From an analysis and a plan to a verified mixed-precision model."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
 @dataclass(frozen=True)
 class Verified:
-    """The shipped model and what was measured on it."""
+    """The shipped model, and the results of its verification."""
 
     analysis: Analysis
     planned: Planned
     mixed: Artefact
-    """`mixed.save(path)` writes it: an .onnx file, or a folder for a program of several graphs."""
+    """The mixed model; `mixed.save(path)` writes an .onnx file, or a folder for a program of several graphs."""
     summary: Summary
     tables: PlanTables
-    """What the plan rests on in the end: the matrix as corrected by what was measured."""
+    """Tables behind the final plan: the probe matrix is corrected by exact measurements."""
     audit: Audit | None = None
-    """What the runtime ran for it, where `audit` was called."""
+    """Audit of the kernels that the runtime executed for the model; None where it was not made."""
     others: tuple[Verified, ...] = ()
-    """Of the other targets."""
+    """Results for the other targets of the settings."""
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
-    """Make the mixed-precision model of a plan, checked; `save` writes it."""
+    """Make the mixed-precision model of a plan, and check it; its `save` writes it."""
     return analysis.artefact(planned.plan.chosen)
 
 
@@ -64,15 +64,15 @@ def verify(
     beside it. The plan that is kept is the best measured one.
 
     Args:
-        analysis: of the model.
+        analysis: analysis of the model.
         planned: the first plan.
-        labels: for the model's task (`bitalloy.tasks`), e.g. a COCO annotation file for a detector; its metrics are
+        labels: labels of the model's task (`bitalloy.tasks`), e.g. a COCO annotation file of a detector; its metrics are
             measured on the three models where given. Several may be given, such as questions and captions.
-        limit: evaluate at most so many images.
-        work: where to keep and show results.
+        limit: largest number of images that are evaluated; None for all.
+        work: where results are stored and progress is shown.
 
     Raises:
-        DataError: labels do not fit the images or the model.
+        DataError: the labels do not fit the images or the model.
         BudgetError: a task metric is limited that is not measured.
     """
     work = work or Workspace()
@@ -112,6 +112,6 @@ def _with_measured(planned: Planned, measured: Measured) -> Planned:
 
 
 def sizes_of(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
-    """By graph."""
+    """Return the file sizes in bytes of each graph of a program, by its name."""
     reference, lowest, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
     return {name: Triple(reference=reference[name], lowest=lowest[name], mixed=own[name]) for name in own}

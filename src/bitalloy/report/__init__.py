@@ -1,1 +1,1 @@
-"""What a run says to a reader: one offline HTML page, and the sensitivity table as CSV and JSON."""
+"""Reports of a run: one offline HTML page, and the sensitivity table as CSV and JSON."""

@@ -1,4 +1,4 @@
-"""Where the damage comes from: the region tree, and the rows of the sortable table."""
+"""Breakdown of the damage by region, unit and site: the region tree, and the rows of the sortable table."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class ReportTables:
 
     @cached_property
     def schemes(self) -> tuple[str, ...]:
-        """Of the target, the baseline left out."""
+        """Names of the target's schemes, without the baseline."""
         return tuple(scheme.name for scheme in self.units.schemes if scheme.name != BASELINE)
 
     @cached_property
     def measured(self) -> str:
-        """The scheme whose damage is told for units, regions and sites: the lowest one with sites of its own."""
+        """The scheme whose damage the report shows for units, regions and sites: the lowest one with rounding sites."""
         gated = [scheme.name for scheme in self.units.schemes if scheme.gated]
         return (gated or [*self.schemes])[-1]
 
@@ -56,7 +56,7 @@ class ReportTables:
 
     @cached_property
     def members(self) -> Mapping[str, tuple[Unit, ...]]:
-        """Region -> all units inside, in graph order; regions in order of the mean position of their units."""
+        """Region -> all its units, in graph order; regions are in the order of the mean position of their units."""
         found: dict[str, list[Unit]] = {ROOT: []}
         positions: dict[str, list[int]] = {ROOT: [0]}
         for position, unit in enumerate(self.units.units):
@@ -67,17 +67,17 @@ class ReportTables:
         return {region: tuple(found[region]) for region in order}
 
     def decibels(self, scope: str, name: str, part: str) -> tuple[float | None, ...]:
-        """SQNR per head in the scheme that is told; None where the table has no such row."""
+        """Return the SQNR per head in the scheme `measured`, in dB; None where the table has no such row."""
         rows = (self.rows.get((scope, name, self.measured, part, head)) for head in self.heads)
         return tuple(None if r is None else r.sqnr_db.value for r in rows)
 
     def time_us(self, units: Iterable[Unit], scheme: str) -> float:
-        """Return the time of units in a scheme; units that cannot run in it count in the baseline."""
+        """Return the time of units in a scheme, in µs; units that cannot run in it count with their baseline time."""
         found = [self.times[u.id].us for u in units if u.id in self.times]
         return sum(us.get(scheme, us[BASELINE]) for us in found)
 
     def times_us(self, units: Sequence[Unit]) -> tuple[float, ...]:
-        """The same in the baseline and in every scheme of the target."""
+        """Return the time of units in the baseline and in every scheme of the target, in µs."""
         return tuple(self.time_us(units, scheme) for scheme in (BASELINE, *self.schemes))
 
 
@@ -93,11 +93,11 @@ class RegionLine:
     children: int
     units: int
     lowered: str
-    """How many of its units the plan puts into which scheme."""
+    """Number of units that the plan puts into each scheme, in words."""
     times: tuple[str, ...]
     """In microseconds: in the baseline, and in every scheme of the target."""
     sqnr: tuple[tuple[str, str, str], ...]
-    """Per head: everything, weights only, activations only."""
+    """SQNR in dB per head: everything, weights only, activations only."""
     shares: Markup
 
 
@@ -174,16 +174,16 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     flagged: bool
     reason: str
     sqnr: tuple[Numbers | None, ...]
-    """Per head; None where nothing can be rounded."""
+    """SQNR per head; None where nothing can be rounded."""
 
 
 class Payload(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page's script works on."""
+    """Data of the sortable table, which the page's script reads."""
 
     root: str
     ceiling: float
     schemes: tuple[str, ...]
-    """The baseline and those of the target: columns of time."""
+    """Names of the baseline and of the target's schemes: columns of time."""
     heads: tuple[str, ...]
     scopes: dict[str, list[Line]]
 

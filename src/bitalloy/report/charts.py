@@ -29,23 +29,23 @@ class Marker:
     shape: str = "dot"
     """A key of `MARKER_SHAPES`."""
     interval: tuple[float, float] | None = None
-    """Of y."""
+    """Interval (low, high) of y; None for no whisker."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Everything of one colour."""
+    """All lines and points of a chart that have one colour."""
 
     name: str
     line: tuple[Marker, ...]
-    """Joined in this order."""
+    """Points that a line joins in this order."""
     pairs: tuple[tuple[Marker, Marker], ...] = ()
     """Prediction and measurement of the same model, joined by a dashed line."""
     marked: tuple[Marker, ...] = ()
-    """Single points on top."""
+    """Single points, which are drawn on top."""
 
     def markers(self) -> tuple[Marker, ...]:
-        """Return all points."""
+        """Return all points of the series."""
         return (*self.line, *(m for pair in self.pairs for m in pair), *self.marked)
 
 
@@ -88,7 +88,7 @@ MARKER_SHAPES = {
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers that cover [low, high] in about `count` steps of 1, 2 or 5 times a power of ten.
+    """Return round numbers that cover [low, high] in about `count` steps of 1, 2 or 5 times a power of ten.
 
     >>> ticks(0.31, 1.04, 5)
     [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
@@ -109,7 +109,7 @@ def pareto(
     latency_limit: float | None = None,
     floor_db: float | None = None,
 ) -> Markup:
-    """Latency over float (x) against SQNR in dB (y), one colour per head.
+    """Draw plans by latency over float (x) and SQNR in dB (y), with one colour per head.
 
     Args:
         series: one per head.
@@ -149,7 +149,7 @@ def pareto(
 
 
 def latency_chart(bars: Sequence[Bar], *, limit_ms: float | None = None) -> Markup:
-    """Median latency as bars from zero, with a whisker from the 10th to the 90th percentile.
+    """Draw median latencies as bars from zero, with whiskers from the 10th to the 90th percentile.
 
     A whisker that goes far beyond the bars (a machine that was busy) ends in an arrow with its number, so that the
     bars stay readable.
@@ -198,7 +198,7 @@ def _spread(bar: Bar, x: Scale, middle: float) -> Markup:
 
 
 def shares(values: Iterable[float], tip: str) -> Markup:
-    """Thin bars under each other, one per series, for shares between 0 and 1."""
+    """Draw thin bars under each other, one per series, for shares between 0 and 1."""
     rows = [
         Markup('<rect class="track" y="{0}" width="90" height="4" rx="1.5"/>').format(6 * i)
         + Markup('<rect class="h{0}" y="{1}" width="{2}" height="4" rx="1.5"/>').format(
@@ -213,7 +213,7 @@ def shares(values: Iterable[float], tip: str) -> Markup:
 
 
 def legend_marker(shape: str) -> Markup:
-    """Draw a shape alone, for a legend."""
+    """Draw the shape of a marker alone, for a legend."""
     return Markup(
         '<svg class="key m-{0}" width="18" height="18" viewBox="-9 -9 18 18" aria-hidden="true">{1}</svg>'
     ).format(shape, MARKER_SHAPES[shape])

@@ -1,4 +1,4 @@
-"""The numbers to decide by: verdict, budget, cautions and the table of the three models."""
+"""Key figures of a run: verdict, budget, cautions, and the comparison of the three models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitalloy.report import formats
 from bitalloy.report.text import counted
 
 WIDE_GAP_DB = 3.0
-"""Prediction and measurement that differ by more are shown as a problem."""
+"""Difference in dB between prediction and measurement above which the report marks it as a problem."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number. `tone` as for notes."""
+    """A number in the table of key figures. `tone` is `good`, `bad` or empty."""
 
     text: str
     notes: tuple[Note, ...] = ()
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A quantity of the float, the all-INT8 and the mixed model."""
+    """A quantity of the float, the all-INT8 and the mixed model, which is one row of the table."""
 
     name: str
     note: str
@@ -57,14 +57,14 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class FigureGroup:
-    """Rows under one heading."""
+    """Rows of the table of key figures under one heading."""
 
     name: str
     rows: tuple[FigureRow, ...]
 
 
 def limits(summary: Summary) -> tuple[Limit, ...]:
-    """Return the budget beside what was measured."""
+    """Return the limits of the budget, each with the measured value."""
     budget, found = summary.budget, []
     if budget.latency_ratio is not None:
         met = summary.latency_ratio <= budget.latency_ratio * TOLERANCE
@@ -97,14 +97,14 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 
 def tone(summary: Summary) -> str:
-    """`bad` where the mixed model is not faster than float or the same, `warn` where it misses a limit, else `good`."""
+    """Return `bad` if the mixed model is no faster than float or equals it, `warn` if it misses a limit, else `good`."""
     if summary.latency_ratio >= 1 or not summary.schemes:
         return "bad"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"
 
 
 def cautions(summary: Summary) -> tuple[str, ...]:
-    """Return what a reader must know before relying on the numbers."""
+    """Return sentences on what a reader must know before relying on the numbers."""
     found = list(summary.notes)
     wide = [h for h, pair in summary.sqnr_db.items() if _wide(pair.mixed.predicted, pair.mixed.measured)]
     if wide:
@@ -129,7 +129,7 @@ def cautions(summary: Summary) -> tuple[str, ...]:
 
 
 def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[FigureGroup, ...]:
-    """Float, all-INT8 and mixed model side by side, predictions beside measurements."""
+    """Compare the float, all-INT8 and mixed model, with predictions beside measurements."""
     groups = [
         FigureGroup(
             "Cost", (_latency(summary), _ratio(summary, predicted_lowest_ratio(units, cost)), *_sizes(summary))
@@ -142,7 +142,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
 
 
 def predicted_lowest_ratio(units: UnitGraph, cost: CostTable) -> float:
-    """Return the predicted latency over float of the model with all that it can in its lowest scheme."""
+    """Return the predicted latency over float of the model whose units all run in their lowest scheme."""
     return latency_us(cost, units, units.lowest()) / cost.all_float_us
 
 
@@ -189,7 +189,7 @@ def _floors(one: Round) -> str:
 
 
 def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and lines of what was measured exactly because a plan differed from its prediction."""
+    """Return the header and lines of the table of units measured exactly because a prediction was off."""
     names = list(heads)
     header = ("Round", "Rounded", *(f"{head}: measured over predicted" for head in names))
     lines = []
@@ -205,7 +205,7 @@ def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], li
 
 
 def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and lines of the plans that were evaluated for a limit on a task metric."""
+    """Return the header and lines of the table of plans that were evaluated for a limit on a task metric."""
     names = sorted({name for one in summary.evaluations for name in one.drops})
     header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
     lines = [
@@ -221,7 +221,7 @@ def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and lines of the light corrections that were tried."""
+    """Return the header and lines of the table of the corrections that were tried."""
     names = list(heads)
     header = (
         "Correction", "Kept", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),
@@ -249,7 +249,7 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
 
 
 def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
-    """Names of the heads, in the order in which plans list them, which ends with divergences: they have a row each."""
+    """Return the names of the heads in the order of the plan, without divergences, which have rows of their own."""
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
 
 
@@ -281,7 +281,7 @@ def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
 
 
 def _sizes(summary: Summary) -> Iterable[FigureRow]:
-    """Of all files, and of each graph of a program."""
+    """Yield the row of the size of all files, and one of each graph of a program."""
     yield _size("File size", "all graphs" if summary.graphs else "", summary.size_bytes)
     for name, size in summary.graphs.items():
         yield _size(f"File size, {name}", "", size)

@@ -1,4 +1,4 @@
-"""How the report writes numbers, always with their unit.
+"""Formatting of numbers in the report, always with their unit.
 
 >>> decibel_text(24.06), ratio(0.684), byte_size(10_734_221), milliseconds(38.84), microseconds(1234.5)
 ('24.1 dB', '0.68×', '10.73 MB', '38.8 ms', '1,234 µs')
@@ -18,7 +18,7 @@ MINUS = "−"
 
 
 def signed(value: float, digits: int) -> str:
-    """With a sign in front, a true minus included; no sign where it rounds to zero.
+    """Format a number with a sign in front, `+` or a true minus; without one where it rounds to zero.
 
     >>> signed(0.34, 1), signed(-2.0, 1), signed(-0.01, 1)
     ('+0.3', '−2.0', '0.0')
@@ -30,51 +30,51 @@ def signed(value: float, digits: int) -> str:
 
 
 def plain(value: float, digits: int) -> str:
-    """Without a plus sign, but with a true minus."""
+    """Format a number without a plus sign, but with a true minus."""
     return signed(value, digits).removeprefix("+")
 
 
 def decibel_text(value: float | None) -> str:
-    """SQNR; the ceiling of the probe matrix stands for an error of zero."""
+    """Format an SQNR in dB; the ceiling of the probe matrix stands for an error of zero."""
     if value is None:
         return NONE
     return "no error" if value >= CEILING_DB else f"{plain(value, 1)} dB"
 
 
 def bare_decibel_text(value: float | None) -> str:
-    """SQNR for a column that has the unit in its head."""
+    """Format an SQNR in dB without its unit, for a column that has the unit in its header."""
     return decibel_text(value).removesuffix(" dB")
 
 
 def interval_text(estimate: Estimate | MetricValue, digits: int) -> str:
-    """Interval, e.g. `[23.1, 25.0]`."""
+    """Format an interval, e.g. `[23.1, 25.0]`."""
     return f"[{plain(estimate.low, digits)}, {plain(estimate.high, digits)}]"
 
 
 def ratio(value: float) -> str:
-    """Of the float model's number."""
+    """Format a ratio to the float model, e.g. `0.68×`."""
     return f"{value:.2f}×"
 
 
 def milliseconds(value: float) -> str:
-    """Latency of a model: three significant digits, at most two decimals."""
+    """Format the latency of a model in ms: three significant digits, at most two decimals."""
     return f"{value:,.{_decimals(value)}f} ms"
 
 
 def microseconds(value: float | None) -> str:
-    """Time of a part of a model."""
+    """Format the time of a part of a model in µs."""
     return NONE if value is None else f"{value:,.{0 if abs(value) >= 100 else 1}f} µs"
 
 
 def byte_size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Format a number of bytes in decimal units."""
     if value < 1e6:
         return f"{value / 1e3:,.1f} kB"
     return f"{value / 1e6:,.{2 if value < 1e8 else 0}f} MB"
 
 
 def seconds(value: float) -> str:
-    """Wall time of a stage.
+    """Format the wall time of a stage, given in seconds.
 
     >>> seconds(0.0), seconds(12.34), seconds(125.0)
     ('stored result', '12.3 s', '2 min 5 s')
@@ -88,12 +88,12 @@ def seconds(value: float) -> str:
 
 
 def data_line(info: DataInfo) -> str:
-    """Which samples, in one line."""
+    """Describe in one line which samples were used."""
     return f"{info.name}: {info.count} samples, seed {info.seed}, {info.preprocessing}"
 
 
 def ranges(choice: RangeChoice | None) -> str:
-    """Return how INT8 ranges were calibrated, and what choosing them tensor by tensor brought.
+    """Describe how INT8 ranges were calibrated, and what choosing them tensor by tensor gained.
 
     >>> ranges(None)
     'one method for all tensors'
@@ -114,7 +114,7 @@ def ranges(choice: RangeChoice | None) -> str:
 
 
 def border_prices(borders: Iterable[BorderCost]) -> str:
-    """Return what tensors pay on their way between schemes; directions that have one price stand together.
+    """Describe the cost of converting tensors between schemes; directions with one price stand together.
 
     >>> inwards = BorderCost(source="", sink="int8", us_per_element=2e-4, us=1.5)
     >>> border_prices([inwards, BorderCost(source="int8", sink="", us_per_element=2e-4, us=1.5)])

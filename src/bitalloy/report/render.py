@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, as a pure function of a run's records.
+"""Rendering of the report: one self-contained HTML file, as a pure function of a run's records.
 
 Every name in it is foreign input. Three lines of defence: the template escapes by default; the data for the script is
 JSON without `<`, `>` and `&`; and a content security policy lets no other script, style or request through.
@@ -24,7 +24,7 @@ from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.text import counted
 
 OFF_SCALE_DB = 80.0
-"""Plans with less error than this are drawn at the edge of the plot: rounding is then no concern."""
+"""SQNR in dB above which plans are drawn at the edge of the plot, because their error is negligible."""
 
 
 def render_report(
@@ -43,7 +43,7 @@ def render_report(
         table: sensitivities of sites, units and regions.
         units: the model on the plan's target.
         cost: measured cost table.
-        audit: what the runtime ran, where that was looked at.
+        audit: audit of what the runtime executed; None where none was made.
     """
     heads = figures.heads_of(plan, summary)
     tables = ReportTables(plan, table, units, cost, heads)
@@ -101,7 +101,7 @@ def _time_columns(tables: ReportTables) -> tuple[tuple[str, str, str], ...]:
 
 
 def embedded_json(value: object) -> Markup:
-    """JSON that is safe inside a script element: no character of it can end the element or open another."""
+    """Encode a value as JSON that is safe inside a script element: no character can end the element or open another."""
     text = msgspec.json.encode(value).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

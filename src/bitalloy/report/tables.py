@@ -13,7 +13,7 @@ COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagg
 
 
 def sensitivity_csv(table: SensitivityTable) -> str:
-    """Write one line per (thing, part, head); strings are quoted, so that any node name survives.
+    """Write the table as CSV: one line per (unit, region or site; part; head), with strings quoted.
 
     `low_db` and `high_db` bound the 95 % bootstrap interval of `sqnr_db`; `flagged` and `exact` are `true` or `false`.
     """
@@ -28,5 +28,5 @@ def sensitivity_csv(table: SensitivityTable) -> str:
 
 
 def sensitivity_json(table: SensitivityTable) -> str:
-    """Write the record itself, indented; `msgspec.json.decode(..., type=SensitivityTable)` gives it back."""
+    """Write the table as indented JSON; `msgspec.json.decode(..., type=SensitivityTable)` gives it back."""
     return msgspec.json.format(msgspec.json.encode(table), indent=2).decode()

@@ -24,19 +24,19 @@ def counted(schemes: Mapping[str, int]) -> str:
 
 
 def plan_json(planned: Planned) -> str:
-    """Write a plan as `plan.json` has it."""
+    """Write a plan as JSON, as in `plan.json`."""
     return msgspec.json.format(msgspec.json.encode(planned.plan), indent=2).decode() + "\n"
 
 
 def front_json(planned: Planned) -> str:
-    """Return the front alone, fastest first, with what its numbers belong to."""
+    """Write the Pareto front as JSON, fastest plan first, with the heads and the float latency in µs."""
     plan = planned.plan
     found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.all_float_us, "front": plan.pareto}
     return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
 
 
 def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the headings, and a line for each plan of the front, fastest first; the chosen one is marked."""
+    """Return the headers, and a line for each plan of the front, fastest first; the chosen plan is marked."""
     plan, whole = planned.plan, planned.cost.all_float_us
     heads = [(i, h.head) for i, h in enumerate(plan.heads) if not is_divergence(h.head)]
     lines = []
@@ -57,12 +57,12 @@ def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the headings, and a line for each unit in graph order."""
+    """Return the headers, and a line for each unit with its scheme, in graph order."""
     return ("unit", "scheme", "why"), [(c.unit, c.scheme, c.reason) for c in planned.plan.choices]
 
 
 def plan_line(planned: Planned) -> str:
-    """Return a plan in one line."""
+    """Describe a plan in one line."""
     plan = planned.plan
     heads = ", ".join(f"{h.head} {h.predicted_db.value:.1f} dB" for h in plan.heads if not is_divergence(h.head))
     unsolved = "" if plan.solved else " The solver stopped at its limit of nodes: a better plan may exist."
@@ -73,9 +73,9 @@ def plan_line(planned: Planned) -> str:
 
 
 def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the headings, and a line of cells for each thing, worst first; in each scheme, where there are several.
+    """Return the headers, and a line for each unit, region or site, worst first, and for each of several schemes.
 
-    With leave-one-out the worst is what gains most when it alone stays in float.
+    With leave-one-out the worst is the one that gains most when it alone stays in float.
     """
     if isinstance(table, MetricTable):
         best_first = table.method == ALL_BUT_ONE

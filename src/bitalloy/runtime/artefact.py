@@ -107,7 +107,7 @@ class Artefact:
         return Chain(parts, self.program)
 
     def reopener(self) -> Reopener:
-        """Return a function that opens sessions; a runtime that compiles models compiles this one once for all of them."""
+        """Return a function that opens sessions; a runtime that compiles models does so once for all of them."""
         if self.program is not None or self.runtime.keep is None:
             return self.session
         return self.runtime.keep(self.models[ONLY])

@@ -29,7 +29,7 @@ class Kernel:
     us: tuple[float, ...]
     """Time in microseconds, for each run in which the kernel was executed."""
     graph: str = ONLY
-    """Name of the graph of a program that the kernel belongs to; empty for a model that is one graph."""
+    """Name of the graph of a program that the kernel belongs to; `ONLY` for a model that is one graph."""
 
 
 class Session(Protocol):

@@ -1,4 +1,4 @@
-"""Models that bitalloy knows by name: the embedded sample, and families that are exported from PyTorch.
+"""Models that bitalloy knows by name: the embedded samples, and families that are exported from PyTorch.
 
 A family is one file beside this one and one line in `FAMILIES`; networks that no library provides are in `networks`.
 """
@@ -37,21 +37,21 @@ __all__ = [
 
 SAMPLE = "yolo11n-shapes"
 NAMES = {name: f"{name}.onnx" for name in (SAMPLE, "yolo11n-seg-shapes", "segformer-b0-shapes")}
-"""Name -> file among the packaged samples."""
+"""Name of an embedded model -> its file among the packaged samples."""
 PROGRAMS = {name: name for name in ("mobilesam-shapes", "mobilevlm-shapes")}
-"""Name -> folder of a program among the packaged samples."""
+"""Name of an embedded program -> its folder among the packaged samples."""
 FAMILIES = {
     "yolo11": "bitalloy.zoo.yolo11:YOLO11",
     "segformer": "bitalloy.zoo.segformer:SEGFORMER",
     "mobilesam": "bitalloy.zoo.mobilesam:MOBILESAM",
     "mobilevlm": "bitalloy.zoo.mobilevlm:MOBILEVLM",
 }
-"""Name of a family -> module and name of its `Family`."""
+"""Name of a family -> module and variable that hold its `Family` record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model comes from."""
+    """The file or folder of a model that is ready to be loaded."""
 
     name: str
     path: Path
@@ -60,10 +60,10 @@ class Source:
 
 
 def resolve(model: str | Path) -> Source:
-    """Find the file, or the folder of a program, behind a name of the zoo or a path.
+    """Find the file of a model, or the folder of a program, by a name of the zoo or a path.
 
     Raises:
-        ModelError: neither a known name nor a file or program, or a name that must be exported first.
+        ModelError: it is neither a known name nor a file or program, or the model must be exported first.
     """
     text = str(model)
     packaged = {**NAMES, **PROGRAMS}
@@ -97,7 +97,7 @@ def find(name: str) -> tuple[Family, Variant]:
     """Find the family and variant of a name.
 
     Raises:
-        ModelError: unknown name; the message suggests the nearest.
+        ModelError: the name is unknown; the message suggests the nearest.
     """
     for family in families():
         if name in family.variants:
@@ -112,13 +112,13 @@ def export_model(
     """Write a model of the zoo as ONNX and compare the files with torch.
 
     Args:
-        name: a variant, e.g. `yolo11n-seg`.
+        name: name of a variant, e.g. `yolo11n-seg`.
         checkpoint: a file or folder, `"random"` for seeded random weights, or None for the published weights.
-        folder: where the files go.
-        options: size, seed and trust.
+        folder: folder for the files.
+        options: size of the images, seed, and trust in the checkpoint.
 
     Raises:
-        ModelError: unknown name, an unusable checkpoint, or an export that differs from torch.
+        ModelError: the name is unknown, the checkpoint is unusable, or the export differs from torch.
         MissingExtraError: the family's library is not installed.
         BitalloyError: the folder cannot be written.
     """

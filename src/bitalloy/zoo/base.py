@@ -1,4 +1,4 @@
-"""What a model family is: records that every file of the zoo fills in."""
+"""Records that describe a model family; every file of the zoo fills them in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANDOM_WEIGHTS = "random"
 """Checkpoint name for seeded random weights: for tests, scaling and full-size checks, never for accuracy."""
 
 Regions = tuple[tuple[str, str], ...]
-"""(regular expression over the start of a module path, the family's words for it); the first that matches counts.
+"""Pairs (regular expression over the start of a module path, region in the family's words); the first match counts.
 
 `("model\\.23/cv2\\.(\\d)", "head/boxes/\\1")` turns `model.23/cv2.0/cv2.0.1` into `head/boxes/0/cv2.0.1`.
 """
@@ -24,18 +24,18 @@ Regions = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProtectionAdvice:
-    """Nodes that stay in float by default. A default only: a measurement may overrule it."""
+    """Nodes that a family advises to keep in float by default; a measurement may overrule the advice."""
 
     pattern: str
     """Glob over node names, as in `--exclude`."""
     reason: str
     source: str
-    """Where the advice comes from."""
+    """Source of the advice, such as a paper."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """Figures that the authors of a model give. Ours stand beside them in `Variant`."""
+    """Figures that the authors of a model publish; our own figures stand in `Variant`."""
 
     parameters_m: float | None = None
     flops_b: float | None = None
@@ -46,13 +46,13 @@ class Published:
     cpu_ms: float | None = None
     gpu_ms: float | None = None
     setup: str = ""
-    """What the speeds were measured on."""
+    """Hardware and software on which the published speeds were measured."""
     source: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remote:
-    """Where the published weights are."""
+    """Location of published weights."""
 
     file: str
     """Name of the file, or the files that a local folder must hold."""
@@ -71,11 +71,11 @@ class Variant:
 
     name: str
     parameters_m: float | None
-    """Parameters of the exported graphs, in millions, counted by us."""
+    """Number of parameters of the exported graphs, in millions, counted by us."""
     flops_b: float | None
-    """Two operations per multiply-add of convolutions and matrix products, in 10^9 per `work`, counted by us."""
+    """Operations in 10^9 per `work`, counted by us: two per multiply-add of convolutions and matrix products."""
     work: str = "image"
-    """What `flops_b` pays for."""
+    """The work that `flops_b` counts, such as one image."""
     size: tuple[int, int]
     """Height and width of the image in pixels."""
     published: Published
@@ -87,14 +87,14 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the user may choose."""
+    """Options of an export that the user may choose."""
 
     size: tuple[int, int] | None = None
     """Height and width of the image; None takes the variant's."""
     open_size: bool = False
     """Whether height and width stay open, for protocols that keep the aspect ratio of each image."""
     seed: int = 0
-    """Of random weights and of the inputs on which an export is compared with torch."""
+    """Seed of random weights, and of the inputs on which an export is compared with torch."""
     trust_checkpoint: bool = False
     """Whether a checkpoint with pickled objects may be opened."""
 
@@ -106,13 +106,13 @@ class Exported:
     graphs: Mapping[str, Path]
     """Graph name -> .onnx file. Several graphs come with a `program.json` beside them."""
     wires: tuple[str, ...] = ()
-    """`"encoder:image_embeddings -> decoder:image_embeddings"`."""
+    """Wires between the graphs, e.g. `"encoder:image_embeddings -> decoder:image_embeddings"`."""
     protect: tuple[ProtectionAdvice, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 Export = Callable[[Variant, str | Path | None, Options, Path], Exported]
-"""(variant, checkpoint, options, folder) -> files. A checkpoint of None downloads the published one."""
+"""Function (variant, checkpoint, options, folder) -> files; a checkpoint of None downloads the published one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,9 +124,9 @@ class Family:
     extra: str
     """Extra of the package that exporting needs: `pip install 'bitalloy[EXTRA]'`."""
     packages: Mapping[str, tuple[int, int]]
-    """Packages of that extra -> lowest version (major, minor)."""
+    """Package of the extra -> lowest version (major, minor) that serves."""
     open_size: bool = False
-    """Whether its graphs can be exported with open height and width."""
+    """Whether the family's graphs can be exported with open height and width."""
     adopts_onnx: bool = False
     """Whether an ONNX file of the user's serves as a checkpoint."""
     variants: Mapping[str, Variant]
@@ -137,7 +137,7 @@ class Family:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Packages that are not installed or too old, such as `transformers>=5.0`."""
+        """Packages of the extra that are not installed or too old, such as `transformers>=5.0`."""
         return tuple(f"{p}>={low[0]}.{low[1]}" for p, low in self.packages.items() if _version(p) < low)
 
 

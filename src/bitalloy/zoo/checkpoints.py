@@ -1,4 +1,4 @@
-"""Read weights: tensors only, unless the user trusts the file; say which keys differ.
+"""Reading of checkpoints: tensors only, unless the user trusts the file.
 
 1. `.safetensors`: read directly. A folder as the hub keeps it: all shards, `.safetensors` before `.bin`.
 2. A torch file of tensors: `torch.load(weights_only=True)`.
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SHOWN_KEYS = 4
-"""Keys of each kind that a message names."""
+"""Largest number of keys of each kind that a message names."""
 SECONDS = 600
-"""After this the process that opens a pickle is stopped."""
+"""Time in seconds after which the process that opens a pickle is stopped."""
 WRAPPERS = ("state_dict", "model", "ema")
 """Keys under which training scripts keep the tensors."""
 
 
 def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Tensor]:
-    """Tensor name -> tensor of a checkpoint file or folder.
+    """Read a checkpoint file or folder: name -> tensor.
 
     Raises:
-        ModelError: no such file, damaged, no tensors inside, or pickled objects without permission.
+        ModelError: the file is missing or damaged, or holds no tensors, or pickled objects without permission.
         MissingExtraError: a library that reads the format is not installed.
     """
     if path.is_dir():
@@ -91,7 +91,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], *, source: Path
 def refuse(
     missing: Collection[str], unexpected: Collection[str], other: Collection[str], *, source: Path, name: str
 ) -> None:
-    """Say which keys of a checkpoint do not fit, if any.
+    """Refuse a checkpoint with keys that do not fit; the message says which.
 
     Raises:
         ModelError: any of the collections has a key.

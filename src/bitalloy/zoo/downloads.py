@@ -1,4 +1,4 @@
-"""Fetch published weights with the libraries' own tools, into their own caches."""
+"""Downloads of published weights with the libraries' own tools, into their own caches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 
 
 def locate(checkpoint: str | Path | None, remote: Remote, *, extra: str) -> Path:
-    """The file or folder of a checkpoint: a path, another hub repository such as `owner/name`, or None for `remote`.
+    """Find a checkpoint: a path, a hub repository such as `owner/name`, or None for the published `remote`.
 
     Raises:
-        ModelError: no such path, or the download failed.
+        ModelError: the path does not exist, or the download failed.
         MissingExtraError: the library that downloads it is not installed.
     """
     if checkpoint is None:
@@ -34,10 +34,10 @@ def locate(checkpoint: str | Path | None, remote: Remote, *, extra: str) -> Path
 
 
 def fetch(remote: Remote, *, extra: str) -> Path:
-    """Fetch the file behind a URL, or the folder of a hub repository; downloaded once, with a progress bar.
+    """Download the file of a URL or the folder of a hub repository, once, with a progress bar; return its path.
 
     Raises:
-        ModelError: it cannot be downloaded, or its checksum is wrong; the message says what to put where.
+        ModelError: the download fails, or its checksum is wrong; the message says what to put where.
         MissingExtraError: the library that downloads it is not installed.
     """
     return _from_hub(remote, extra) if remote.hub else _from_url(remote)

@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 OPSET = 17
 EXPORT_TOLERANCE = 1e-4
-"""Largest difference between ONNX Runtime and torch, over the largest magnitude of that part of the output."""
+"""Largest allowed difference between ONNX Runtime and torch, over the largest magnitude of the output's part."""
 LEAST_MAGNITUDE = 1e-3
-"""Parts of smaller magnitude are compared with this one: small results of the runtime's Sigmoid are not exact."""
+"""Least magnitude by which a difference is divided, since small results of the runtime's Sigmoid are not exact."""
 INLINE_BYTES = 1_500_000_000
-"""Weights above this go to one file of external data: a protobuf message ends at 2 GB."""
+"""Bytes of weights above which they go to one file of external data: a protobuf message ends at 2 GB."""
 EXTERNAL_DATA_ALIGNMENT = 4096
-"""Of tensors in external data, in bytes, so that they can be memory-mapped."""
+"""Alignment of tensors in external data in bytes, so that they can be memory-mapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFacts:
-    """What the files of a model tell about themselves."""
+    """Facts about a model that its exported files contain as metadata."""
 
     family: str
     variant: str
     regions: Regions
     protect: tuple[ProtectionAdvice, ...] = ()
     heads: tuple[str, ...] = ()
-    """Outputs that count; empty for all."""
+    """Names of the outputs that count; empty for all."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Usual shapes of inputs with open dimensions."""
     image: Mapping[str, object] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def export_graph(
 
 
 def random_image(size: tuple[int, int]) -> Tensor:
-    """(1, 3, H, W) in 0..1: smooth random fields. On white noise the scores of a detector are all near zero."""
+    """Draw smooth random fields, (1, 3, H, W) in 0..1; on white noise all scores of a detector are near zero."""
     import torch
 
     coarse = torch.rand(1, 3, *(max(side // 32, 2) for side in size))

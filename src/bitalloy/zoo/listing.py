@@ -1,4 +1,4 @@
-"""What `bitalloy models` shows: published figures beside ours, and what is installed here."""
+"""Contents of `bitalloy models`: published figures beside ours, and the packages that are installed here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bitalloy.zoo.base import Family, Variant
 
 
 def install_line(family: Family) -> str:
-    """Return what to type for the family's extra."""
+    """Return the command that installs the family's extra."""
     return f"pip install 'bitalloy[{family.extra}]'"
 
 
 def as_json() -> dict[str, object]:
-    """Return everything that is known about every name, for machines."""
+    """Return all figures of all names, as a mapping that can be written as JSON."""
     return {
         "samples": [{"name": name, "file": file, "embedded": True} for name, file in (NAMES | PROGRAMS).items()],
         "families": [
@@ -35,7 +35,7 @@ def as_json() -> dict[str, object]:
 
 
 def tables() -> Iterator[Table | str]:
-    """Return the embedded sample in a line, then a table and its notes for each family."""
+    """Yield a line on the embedded sample, then a table and its notes for each family."""
     for name, file in NAMES.items():
         yield f"{name}  embedded sample ({file}), ready to run"
     for name, folder in PROGRAMS.items():

@@ -27,12 +27,12 @@ from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph, random_
 
 _EXTRA = "mobilesam"
 SAM_SIDE = 1024
-"""Pixels of the padded image."""
+"""Side of the padded square image in pixels."""
 SAM_MEAN, SAM_DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SAM_IMAGE = {"fit": "stretch", "mean": [v / 255 for v in SAM_MEAN], "std": [v / 255 for v in SAM_DEVIATION]}
 """Preparation of images; that the longest side is fitted and the rest is zero belongs to the task."""
 OBJECT, BACKGROUND, TOP_LEFT, BOTTOM_RIGHT, PADDING = 1.0, 0.0, 2.0, 3.0, -1.0
-"""Labels of points."""
+"""Labels that say what a prompt point means."""
 MOBILESAM_REGIONS = (
     (r"image_encoder/patch_embed", "image encoder/stem"),
     (r"image_encoder/layers/layers\.(\d)/blocks\.(\d+)", r"image encoder/stage \1/block \2"),
@@ -75,7 +75,7 @@ def prompts(
         points: (N, 2) x, y in pixels of the original image.
         labels: (N,) 1 for a point on the object, 0 for one on the background.
         box: x1, y1, x2, y2 in pixels of the original image.
-        side: of the padded image in pixels.
+        side: side of the padded image in pixels.
 
     Returns:
         `point_coords` (1, M, 2) and `point_labels` (1, M). A prompt without a box ends with a padding point.
@@ -92,10 +92,10 @@ def prompts(
 
 
 def export_mobilesam(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
-    """Write `encoder.onnx`, `decoder.onnx` and `program.json`.
+    """Export MobileSAM: write `encoder.onnx`, `decoder.onnx` and `program.json`.
 
     Raises:
-        ModelError: another size than the variant's, or the checkpoint is not of this variant.
+        ModelError: the size is not the variant's, or the checkpoint is not of this variant.
     """
     import torch
 
@@ -190,7 +190,7 @@ MOBILESAM_SHAPES = Variant(
     remote=Remote(file="mobilesam-shapes.pt, from reference/train_promptable.py", licence="Apache-2.0"),
     note="A reduced MobileSAM for the embedded sample.",
 )  # fmt: skip
-"""Of the embedded sample; trained by `reference/train_promptable.py`."""
+"""The reduced variant of the embedded sample, trained by `reference/train_promptable.py`."""
 MOBILESAM = Family(
     name="mobilesam",
     task="promptable segmentation",

@@ -31,19 +31,19 @@ CLIP_SIDE = 336
 CLIP_IMAGE = {"fit": "stretch", "mean": CLIP_MEAN, "std": CLIP_DEVIATION}
 """Preparation of images; that they are padded to a square belongs to the task."""
 PROMPT, BEFORE_IMAGE = 256, 35
-"""Positions of a usual prompt, and of its part before the image."""
+"""Number of positions of a usual prompt, and of its part before the image."""
 CLIP = {
     "clip_hidden_size": 1024, "clip_intermediate_size": 4096, "clip_layers": 24, "clip_heads": 16, "clip_patch": 14,
     "vocabulary": 32000,
 }  # fmt: skip
-"""ViT-L/14 at 336 pixels, and the tokens of Llama."""
+"""Configuration numbers of CLIP ViT-L/14 at 336 pixels, and the vocabulary size of Llama."""
 FIELDS = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "positions": "max_position_embeddings", "epsilon": "rms_norm_eps",
 }  # fmt: skip
-"""Our names -> those of config.json and of transformers."""
+"""Our name of a configuration number -> its names in config.json and in transformers."""
 PEAK = 2.2
-"""Memory that an export takes over the float32 weights of the largest graph, measured as 2.1 with the 1.7B."""
+"""Peak memory of an export over the float32 weights of the largest graph, measured as 2.1 with the 1.7B."""
 MOBILEVLM_REGIONS = (
     (r"vision_tower/embeddings", "vision tower/embedding"),
     (r"vision_tower/encoder/layers\.(\d+)/self_attn", r"vision tower/layer \1/attention"),
@@ -72,10 +72,10 @@ MOBILEVLM_WIRES = (
 
 
 def export_mobilevlm(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
-    """Write `vision.onnx`, `embedding.onnx`, `decoder.onnx` (with `.data` above 2 GB) and `program.json`.
+    """Export MobileVLM: write `vision.onnx`, `embedding.onnx`, `decoder.onnx` (with `.data`) and `program.json`.
 
     Raises:
-        ModelError: another image size, too little memory, or the checkpoint is not of this variant.
+        ModelError: the image size is not the variant's, memory is too small, or the checkpoint is of another variant.
     """
     import torch
 

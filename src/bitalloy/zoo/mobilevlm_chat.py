@@ -1,4 +1,4 @@
-"""How the graphs of MobileVLM V2 answer a question: prompt, tokens, and greedy generation, without torch."""
+"""Answers of MobileVLM V2 to questions: prompt, tokens and greedy generation with its graphs, without torch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ __all__ = [
 ]
 
 RunGraph = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""(graph, inputs) -> outputs: one inference of one of the graphs `vision`, `embedding`, `decoder`."""
+"""Function (graph, inputs) -> outputs: one inference of the graph `vision`, `embedding` or `decoder`."""
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TOKENIZER_FILE = "tokenizer.model"
 END = 2
-"""Token `</s>`, at which an answer ends."""
+"""Id of the token `</s>`, at which an answer ends."""
 CLIP_BACKGROUND = (122, 116, 104)
-"""RGB with which an image is filled up to a square before it is resized (bicubic) to 336 x 336."""
+"""RGB colour that pads an image to a square before it is resized (bicubic) to 336 x 336."""
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of pixels scaled to 0..1."""
+"""Mean and standard deviation of RGB pixels scaled to 0..1, by which CLIP normalises images."""
 
 
 def prompt(question: str) -> tuple[str, str]:
-    r"""What stands before and after the image, in the conversation format v1 of the published models.
+    r"""Return the prompt's text before and after the image, in conversation format v1 of the published models.
 
     >>> prompt("What is this?")[1]
     '\nWhat is this? ASSISTANT:'
@@ -52,7 +52,7 @@ def sentence_pieces(path: Path) -> Any:
     """Return the SentencePiece model of `tokenizer.model`, a file or the folder that holds it.
 
     Raises:
-        ModelError: no such file, or it is damaged.
+        ModelError: the file is missing or damaged.
         MissingExtraError: sentencepiece is not installed.
     """
     try:
@@ -78,7 +78,7 @@ def tokenize(question: str, pieces: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def variant_cache_size(variant: Variant) -> tuple[int, int, int]:
-    """Layers, heads and width per head of the decoder's cache."""
+    """Return layers, heads and width per head of the decoder's cache."""
     numbers: Mapping[str, Any] = variant.architecture
     return numbers["layers"], numbers["heads"], numbers["hidden_size"] // numbers["heads"]
 
@@ -96,12 +96,12 @@ def generate(
     """Return the token ids of the answer, always the likeliest one next.
 
     Args:
-        run: runs one of the three graphs.
+        run: function that runs one of the three graphs.
         pixel_values: (1, 3, 336, 336) normalised image.
         before: (1, A) token ids before the image.
         after: (1, B) token ids after it.
         cache: layers, heads and width per head, see `variant_cache_size`.
-        limit: most tokens of an answer.
+        limit: largest number of tokens of an answer.
         end: token that ends the answer and is not returned; None goes on to `limit`.
     """
     layers, heads, width = cache

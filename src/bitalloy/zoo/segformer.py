@@ -27,7 +27,7 @@ from bitalloy.zoo.exporting import ExportFacts, Signature, export_graph, random_
 _EXTRA = "segformer"
 ADE_CLASSES = 150
 ATTENTION_HEADS = (1, 2, 5, 8)
-"""Attention heads of the four stages."""
+"""Number of attention heads of the four stages."""
 _TOTAL_STRIDE = 32
 """Total stride of the encoder in pixels."""
 SEGFORMER_REGIONS = (
@@ -56,7 +56,7 @@ SEGFORMER_PROTECTION = (
 
 
 def export_segformer(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
-    """Write `<variant>.onnx`: `pixel_values` (1, 3, H, W) normalised RGB -> `logits` (1, classes, H/4, W/4).
+    """Write SegFormer as `<variant>.onnx`: `pixel_values` (1, 3, H, W) RGB, normalised -> `logits` (1, classes, H/4, W/4).
 
     Raises:
         ModelError: the size is no multiple of 32, or the checkpoint is not of this variant.

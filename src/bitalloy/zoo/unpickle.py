@@ -1,4 +1,4 @@
-"""Take the tensors out of a pickled torch module without its classes: `python unpickle.py FILE TENSORS`.
+"""Extraction of tensors from a pickled torch module without its classes: `python unpickle.py FILE TENSORS`.
 
 Runs in a process of its own. Only what rebuilds tensors is imported; every other class or function that the pickle
 names becomes an empty shell, so the library that wrote the file is not needed and its code does not run.
@@ -28,11 +28,11 @@ ALLOWED = {
         for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
     },
 }
-"""What a pickle may name, by module and name."""
+"""Classes and functions that a pickle may name, by module and name."""
 
 
 class Shell:
-    """Stands for an object of a class that is not imported; keeps its attributes."""
+    """Placeholder for an object of a class that is not imported; it keeps the object's attributes."""
 
     def __new__(cls, *unused: object, **named: object) -> Shell:
         return super().__new__(cls)
@@ -48,21 +48,21 @@ class Shell:
         pass
 
     def append(self, value: object) -> None:
-        """Pickles fill lists by this; what is no module's attribute is dropped."""
+        """Drop an item: pickles fill lists by this method, and lists are no attributes of modules."""
 
     def extend(self, values: object) -> None:
-        """See `append`."""
+        """Drop items, as `append` does."""
 
 
 class Unpickler(pickle.Unpickler):
-    """Finds only what is in `ALLOWED`."""
+    """An unpickler that imports only what is in `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         return ALLOWED.get((module, name), Shell)
 
 
 def state_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a module's shell, by the names of its state dict."""
+    """Yield the parameters and buffers of a module's shell, by the names of its state dict."""
     fields = vars(module) if isinstance(module, Shell) else {}
     left_out = fields.get("_non_persistent_buffers_set", ())
     for kind in ("_parameters", "_buffers"):

@@ -27,9 +27,9 @@ COCO_CLASSES = 80
 _TOTAL_STRIDE = 32
 """Total stride of the backbone in pixels."""
 STEM_CHANNELS = {"n": 16, "s": 32, "m": 64, "l": 64, "x": 96}
-"""Output channels of `model.0`, by which a file of another size is recognised."""
+"""Size of the network -> output channels of `model.0`, by which a file of another size is recognised."""
 BLOCKS = {"n": 88, "s": 88, "m": 113, "l": 174, "x": 174}
-"""Convolutions of the detection network after folding; the segmentation head has 12 more."""
+"""Convolutions of the detection network after batch normalisation is folded; the segmentation head has 12 more."""
 
 YOLO11_REGIONS = (
     *(
@@ -66,7 +66,7 @@ YOLO11_IMAGE = {"fit": "letterbox", "scale": 1 / 255}
 
 
 def export_yolo11(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
-    """Write `<variant>.onnx`: `images` (1, 3, H, W) RGB in 0..1 -> `output0`, and `output1` with masks.
+    """Write YOLO11 as `<variant>.onnx`: `images` (1, 3, H, W) RGB in 0..1 -> `output0`, and `output1` with masks.
 
     Raises:
         ModelError: the size is no multiple of 32, or the checkpoint is not of this variant.

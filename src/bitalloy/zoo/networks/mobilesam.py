@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def build_sam(numbers: Mapping[str, Any], side: int) -> Any:
-    """MobileSAM of any width, with random weights, for square images of `side` pixels, a multiple of 16.
+    """Build MobileSAM of any width, with random weights, for square images of `side` pixels, a multiple of 16.
 
     Modules and tensors have the names of the published network, which the numbers of `mobilesam` give back.
     """
@@ -84,7 +84,7 @@ class PromptEncoder(nn.Module):
     """Points with labels -> (1, N, width) tokens, without assignments to selected elements, which do not trace."""
 
     table: Tensor
-    """(5, width): what each label -1 to 3 adds."""
+    """Embeddings that each label -1 to 3 adds to its point, (5, width)."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 PREFIXES = (("model.vision_tower.", ""), ("model.mm_projector.", "mm_projector."))
-"""What a published name of the vision graph starts with -> what ours starts with; other names are Llama's own."""
+"""Prefix of a published tensor name of the vision graph -> our prefix; other names are Llama's own."""
 STALE_BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 """Buffers that some versions of transformers stored."""
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A published state dict -> (vision tower and projector, language model).
+    """Split a published state dict into (vision tower and projector, language model).
 
-    >>> vision, language = split({"model.vision_tower.vision_tower.vision_model.x": 1, "lm_head.weight": 2})
+    >>> vision, language = split_state({"model.vision_tower.vision_tower.vision_model.x": 1, "lm_head.weight": 2})
     >>> vision, language
     ({'vision_tower.x': 1}, {'lm_head.weight': 2})
     """
@@ -40,7 +40,7 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 class Mlp(nn.Module):
-    """Patch features to the width of the language model."""
+    """Two layers that bring patch features to the width of the language model."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
 
 
 def example(layers: int, heads: int, width: int, *, past: int, new: int) -> tuple[Tensor, ...]:
-    """Random inputs of `Decoder`."""
+    """Draw random inputs of `Decoder`, with `past` positions in the cache and `new` ones."""
     return (
         torch.randn(1, new, width),
         torch.ones(1, past + new, dtype=torch.int64),

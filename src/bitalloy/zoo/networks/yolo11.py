@@ -28,7 +28,7 @@ __all__ = ["REG_MAX", "SCALES", "STRIDES", "Conv", "DetectHead", "Multipliers", 
 
 
 class Multipliers(NamedTuple):
-    """Multipliers of one published size."""
+    """Multipliers of depth and width of one published size."""
 
     depth: float
     width: float
@@ -59,7 +59,7 @@ class DFL(nn.Module):
         self.conv.weight.data[:] = torch.arange(REG_MAX, dtype=torch.float32).view(1, REG_MAX, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 4 * REG_MAX, A) logits -> (B, 4, A) distances in strides."""
+        """Turn logits (B, 4 * REG_MAX, A) into distances in strides, (B, 4, A)."""
         b, _, a = x.shape
         return self.conv(x.view(b, 4, REG_MAX, a).transpose(2, 1).softmax(1)).view(b, 4, a)
 
@@ -87,12 +87,12 @@ class DetectHead(nn.Module):
         self._cached: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
 
     def forward(self, levels: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Three feature maps -> raw (box logits, class logits) in training, decoded predictions otherwise."""
+        """Turn three feature maps into raw (box logits, class logits) in training, else into decoded predictions."""
         parts = self.parts(levels)
         return parts if self.training else torch.cat(parts, 1)
 
     def parts(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Boxes and scores: logits in training, (B, 4, A) pixels and (B, classes, A) probabilities otherwise."""
+        """Return boxes and scores: logits in training, else (B, 4, A) pixels and (B, classes, A) probabilities."""
         b = levels[0].shape[0]
         boxes = torch.cat([f(x).view(b, 4 * REG_MAX, -1) for f, x in zip(self.cv2, levels, strict=True)], -1)
         scores = torch.cat([f(x).view(b, self.classes, -1) for f, x in zip(self.cv3, levels, strict=True)], -1)
@@ -102,13 +102,13 @@ class DetectHead(nn.Module):
         return self.decode(boxes, anchors) * strides, scores.sigmoid()
 
     def decode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """(B, 4 * REG_MAX, A) box logits -> (B, 4, A) centre x, y, width, height in strides."""
+        """Turn box logits (B, 4 * REG_MAX, A) into centre x, y, width, height in strides, (B, 4, A)."""
         near, far = self.dfl(boxes).chunk(2, 1)
         top_left, bottom_right = anchors - near, anchors + far
         return torch.cat(((top_left + bottom_right) / 2, bottom_right - top_left), 1)
 
     def anchors(self, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """(height, width) of each level -> (1, 2, A) cell centres in strides and (1, A) strides in pixels."""
+        """Return cell centres in strides (1, 2, A) and strides in pixels (1, A), from each level's (height, width)."""
         if self._cached is None or self._cached[0] != sizes:
             points, strides = [], []
             for stride, (h, w) in zip(STRIDES, sizes, strict=True):
@@ -119,7 +119,7 @@ class DetectHead(nn.Module):
         return self._cached[1], self._cached[2]
 
     def init_bias(self, image_size: int) -> None:
-        """Start with wide boxes and with few, equally likely objects per cell."""
+        """Initialize the biases for training: wide boxes, and few, equally likely objects per cell."""
         for stride, box, cls in zip(STRIDES, self.cv2, self.cv3, strict=True):
             assert isinstance(box, nn.Sequential) and isinstance(cls, nn.Sequential)
             nn.init.constant_(box[-1].bias, 1.0)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ class SegmentHead(DetectHead):
         )
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
-        """Three feature maps -> what `DetectHead` gives (boxes, scores), the coefficients joined to it, and prototypes.
+        """Turn three feature maps into boxes, scores and coefficients, joined to one tensor, and prototypes.
 
         In training mode: box logits, class logits, (B, 32, A) coefficients, (B, 32, H/4, W/4) prototypes.
         """

@@ -1,6 +1,6 @@
-"""What the YOLO11 networks are built from: convolutions, residual blocks, pooling and attention.
+"""Building blocks of the YOLO11 networks: convolutions, residual blocks, pooling and attention.
 
-Shapes in the docstrings as in `networks.yolo11`.
+Shapes in the docstrings are named as in `networks.yolo11`.
 """
 
 from __future__ import annotations
