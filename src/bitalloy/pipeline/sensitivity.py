@@ -25,7 +25,7 @@ class SensitivityQuestion:
     """The sensitivities that are asked for, and their method: prediction by the probe matrix unless fields say else."""
 
     selection: Selection = field(default_factory=Selection)
-    """Units, regions and sites that the table contains or, with exact measurement, that are measured; default: all units."""
+    """Units, regions and sites in the table, which exact measurement is limited to; by default all units."""
     exact: bool = False
     """Whether to measure SQNR by execution."""
     mode: str = ONE

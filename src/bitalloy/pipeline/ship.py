@@ -66,7 +66,7 @@ def verify(
     Args:
         analysis: analysis of the model.
         planned: the first plan.
-        labels: labels of the model's task (`bitalloy.tasks`), e.g. a COCO annotation file of a detector; its metrics are
+        labels: labels of the model's task (`bitalloy.tasks`), e.g. a COCO annotation file; the task's metrics are
             measured on the three models where given. Several may be given, such as questions and captions.
         limit: largest number of images that are evaluated; None for all.
         work: where results are stored and progress is shown.

@@ -95,7 +95,7 @@ class RegionLine:
     lowered: str
     """Number of units that the plan puts into each scheme, in words."""
     times: tuple[str, ...]
-    """In microseconds: in the baseline, and in every scheme of the target."""
+    """Time in µs, in the baseline and in every scheme of the target."""
     sqnr: tuple[tuple[str, str, str], ...]
     """SQNR in dB per head: everything, weights only, activations only."""
     shares: Markup
@@ -170,7 +170,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     region: str
     scheme: str
     times: tuple[float | None, ...]
-    """In microseconds: in the baseline, and in every scheme of the target."""
+    """Time in µs, in the baseline and in every scheme of the target; None for a scheme in which it cannot run."""
     flagged: bool
     reason: str
     sqnr: tuple[Numbers | None, ...]

@@ -97,7 +97,7 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 
 def tone(summary: Summary) -> str:
-    """Return `bad` if the mixed model is no faster than float or equals it, `warn` if it misses a limit, else `good`."""
+    """Return `bad` if the mixed model equals float or is no faster, `warn` if it misses a limit, else `good`."""
     if summary.latency_ratio >= 1 or not summary.schemes:
         return "bad"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"

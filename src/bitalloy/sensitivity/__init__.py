@@ -1,1 +1,1 @@
-"""How rounding disturbs the outputs: predicted for every plan by the probe matrix, or measured exactly."""
+"""Sensitivities: how rounding disturbs the outputs, predicted for every plan by the probe matrix or measured."""

@@ -1,4 +1,4 @@
-"""Everything that is known about a model before a budget is given."""
+"""The analysis of a model, which serves every budget."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Analysis(Calibrated):
     """Everything that is known about a model before a budget is given."""
 
     matrix: ProbeMatrix
-    """Columns of this target."""
+    """The columns of the probe matrix that belong to this target."""
     secant: Secant
     table: SensitivityTable
     choice: RangeChoice | None = None
-    """What choosing the ranges per tensor brought; None where one method was asked for or is all there is."""
+    """Gain of choosing a range method per tensor; None where there was only one method to choose from."""
     others: tuple[Analysis, ...] = ()
-    """The same for the other targets, from the same passes through the network."""
+    """Analyses for the other targets, from the same passes through the network."""
 
     @property
     def targets(self) -> tuple[Analysis, ...]:

@@ -36,18 +36,18 @@ from bitalloy.targets.recipe import Recipe
 
 @dataclass(frozen=True)
 class Column:
-    """One rounding of one target."""
+    """One rounding that a plan for one target can make."""
 
     site: str
     target: str
     key: tuple[object, ...]
-    """What is rounded, and how: equal for targets that do the same."""
+    """Key of what is rounded, and how: equal for targets that round alike."""
     tap: Callable[[str], Tap]
-    """Makes its local error under a name."""
+    """Function from a name to the tap that adds the column's local error."""
 
 
 def views(graph: Graph, wanted: Sequence[Recipe]) -> list[dict[str, str]]:
-    """For every scheme: site -> name of its column in the matrix that `Prober` measures for all of them."""
+    """Return, for every recipe, site -> name of its column in the matrix that `Prober` measures for all recipes."""
     return names([columns(graph, scheme) for scheme in wanted])
 
 
@@ -79,7 +79,7 @@ def columns(graph: Graph, recipe: Recipe) -> list[Column]:
 
 
 def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
-    """Return the column by name, without repetitions: sites of the first target keep their names, see `names`."""
+    """Return name -> column, without repetitions; sites of the first target keep their names, see `names`."""
     found: dict[str, Column] = {}
     for wanted, known in zip(targets, names(targets), strict=True):
         for column in wanted:
@@ -88,9 +88,9 @@ def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
 
 
 def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
-    """For every scheme: site -> name of its column.
+    """Return, for every target, site -> name of its column.
 
-    What differs from a former one's is `site on target`; further ranges on that target get a number.
+    A column that differs from those of earlier targets is named `site on target`; further ranges there get a number.
     """
     taken: set[str] = set()
     name_of_key: dict[tuple[object, ...], str] = {}

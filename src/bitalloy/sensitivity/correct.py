@@ -1,4 +1,4 @@
-"""Put what was measured exactly into the probe matrix, so that the prediction of every plan gains from it.
+"""Correction of the probe matrix by exact measurements, so that the prediction of every plan gains from them.
 
 Things (units and sites) were measured alone at the full size of their errors; the matrix predicts something else for
 them. The columns of a site are scaled by a factor per head, the geometric mean of measured over predicted damage of
@@ -24,12 +24,12 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, bend
 ROUNDS = 10
 STEP = 0.7
 LARGEST_FACTOR = 100.0
-"""On the damage of a site, and its inverse the smallest: beyond 20 dB a prediction is wrong in kind, not in size."""
+"""Largest factor on the damage of a site, and inverse of the smallest; more than 20 dB is an error of another kind."""
 
 
 @dataclass(frozen=True)
 class MeasuredDamage:
-    """A set of sites and the damage (heads,) that rounding them together was measured to do."""
+    """A set of sites, and the measured damage (heads,) of rounding them together."""
 
     sites: frozenset[str]
     damage: np.ndarray
@@ -37,12 +37,12 @@ class MeasuredDamage:
 
 @dataclass(frozen=True)
 class CorrectedMatrix:
-    """A matrix and a secant that predict what was found."""
+    """A matrix and a secant whose predictions agree with exact measurements."""
 
     matrix: ProbeMatrix
     secant: Secant
     factors: np.ndarray
-    """(heads, sites): by which the columns of the matrix were multiplied."""
+    """Factors by which the columns of the matrix were multiplied, (heads, sites)."""
 
     def carried_over(self, matrix: ProbeMatrix) -> ProbeMatrix:
         """Return the matrix of another target, corrected at the sites that it shares.
@@ -59,11 +59,11 @@ class CorrectedMatrix:
 def correct_matrix(
     matrix: ProbeMatrix, secant: Secant, findings: Sequence[MeasuredDamage], everything: frozenset[str]
 ) -> CorrectedMatrix:
-    """Fit a matrix and a secant to what was found.
+    """Fit a matrix and a secant to exact measurements.
 
     Args:
-        matrix: of the probe.
-        secant: measured with it.
+        matrix: the probe matrix.
+        secant: the secant that was measured with the matrix.
         findings: exact measurements, relative to the energy of the matrix' samples.
         everything: sites that the all-INT8 plan rounds.
     """
@@ -86,7 +86,7 @@ def correct_matrix(
 
 
 def bent_damage(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
-    """(heads,): relative error energy that a matrix predicts for a set of sites, corrected by the secant."""
+    """Return the relative error energy (heads,) that a matrix and a secant predict for a set of sites."""
     linear = matrix.damage(matrix.select(sites)).mean(axis=0)
     return np.asarray(linear * bend(secant, linear))
 

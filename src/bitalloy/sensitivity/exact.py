@@ -35,7 +35,7 @@ from bitalloy.targets.recipe import Recipe
 
 FRACTIONS = (0.125, 0.35, 1.0)
 SEGMENTS = 24
-"""More of them save little: the runtime cannot optimize across a cut."""
+"""Number of segments; more of them save little, because the runtime cannot optimize across a cut."""
 
 
 class Switchboard:
@@ -43,7 +43,7 @@ class Switchboard:
 
     Args:
         graph: the model in normal form.
-        recipe: decides what is rounded, and how.
+        recipe: the recipe, which decides what is rounded, and how.
         segments: number of parts that can run again by themselves.
         at_once: samples that will be measured at the same time, each on its share of the cores. That keeps all cores
             busy in small layers, too. Of a large model it is one: each takes memory.
@@ -125,7 +125,7 @@ class Switchboard:
         return SampleWalk(self._segments, self._outputs, gates, values)
 
     def run(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the outputs with the gated roundings in place."""
+        """Execute a sample with gates, and return the outputs."""
         return self.walk(feeds, gates).outputs
 
 
@@ -145,7 +145,7 @@ class SampleWalk:
         return {output: self._values[name].numpy() for output, name in self._names.items()}
 
     def run(self, gates: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the outputs with other gates; only what they change is executed."""
+        """Return the outputs with other gates; only segments that these change are executed."""
         values = dict(self._values)
         changed: set[str] = set()
         for segment in self._segments:
@@ -175,7 +175,7 @@ class Segment:
         return np.array([column for column, *_ in (*self.edges, *self.weights)], np.int64)
 
     def run(self, values: Mapping[str, ort.OrtValue], gates: np.ndarray) -> dict[str, ort.OrtValue]:
-        """Return the tensors that it hands on, for all tensors handed on before."""
+        """Run the segment on the tensors of earlier segments, and return the tensors that it hands on."""
         feeds = {name: values[name] for name in self.inputs}
         if gates.any():
             feeds[GATES] = ort.OrtValue.ortvalue_from_numpy(gates)
@@ -207,7 +207,7 @@ class Measurement:
         board: the switchable model.
         heads: parts of the outputs.
         feeds: the sample.
-        around: gates from which those to be measured differ little, where that is not the float network.
+        around: gates from which the measured ones differ little; None for the float network.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Measurement:
         """||y||^2 of the float network, (heads,)."""
 
     def error(self, gates: np.ndarray) -> np.ndarray:
-        """||y_rounded - y||^2, (heads,)."""
+        """Return ||y_rounded - y||^2 of every head, (heads,)."""
         return self._exact.error(self._walk.run(gates))
 
 
@@ -281,8 +281,8 @@ def secant(
 
     Args:
         board: the switchable model.
-        matrix: whose first samples are those of `feeds`.
-        sites: that the plan with all it can rounded has.
+        matrix: the probe matrix, whose first samples are those of `feeds`.
+        sites: sites of the plan that rounds everything that can be rounded.
         heads: parts of the outputs.
         feeds: samples.
         progress: called with 1 after every execution.

@@ -19,15 +19,15 @@ from bitalloy.model.write import add_initializer
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
-"""Before the name of a graph output: the same tensor as it leaves, apart from what other nodes read."""
+"""Prefix of a graph output's name for the tensor as it leaves the graph, apart from what other nodes read."""
 
 
 class Gatekeeper:
     """Writes gates into a model. Call `edge` before `weight`: the error of a weight is seen on the rounded input.
 
     Args:
-        model: to be changed.
-        large: keep of weights the stored numbers only, and compute the change of a weight while its gate is open.
+        model: the model, which is changed in place.
+        large: whether only the stored numbers of weights are kept, and a weight's error is computed while its gate is open.
     """
 
     def __init__(self, model: ir.Model, *, large: bool) -> None:
@@ -48,7 +48,7 @@ class Gatekeeper:
     def weight(
         self, site: WeightSite, stored: Format, params: QuantParams | None, offset: Offset | None = None
     ) -> None:
-        """Return a gate on the error of a weight and the offset that goes with it, added to the output of its node."""
+        """Add a gate on the error of a weight and its bias offset, which are seen at the output of its node."""
         node = self._nodes[site.node]
         before, delta = self._change(node.inputs[site.slot], stored, params)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
@@ -87,7 +87,7 @@ class Gatekeeper:
         return [*body.nodes, change], change.outputs[0]
 
     def edge(self, uses: Sequence[Edge], stored: Format, params: QuantParams | None) -> None:
-        """Return a gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
+        """Add a gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
         first = uses[0]
         x = self._leaving.get(first.tensor) or self._values[first.tensor]
         if first.node:
@@ -142,7 +142,7 @@ class Gatekeeper:
         return choice.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer of the graph."""
+        """Add an initializer to the graph, and return its value."""
         return add_initializer(self._graph, name, array)
 
 

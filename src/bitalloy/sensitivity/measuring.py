@@ -1,6 +1,6 @@
-"""Sensitivities by execution: chosen things rounded one at a time, or all but one, in shards that survive a stop.
+"""Exact sensitivities: chosen units, regions or sites are rounded one at a time, or all but one, and executed.
 
-A shard is one measurement: one sample with one set of gates. Its key holds what decides it and nothing else, so other
+A shard, which survives a stop, is one measurement: one sample with one set of gates. Its key holds what decides it and nothing else, so other
 patterns, sample counts and modes find what they share.
 """
 
@@ -54,16 +54,16 @@ class Selection:
 
 
 class SampleErrors(Record, frozen=True, kw_only=True):
-    """One measurement on one sample, per head."""
+    """Result of one measurement on one sample, per head."""
 
     error: tuple[float, ...]
-    """||y_rounded - y||^2."""
+    """Squared error ||y_rounded - y||^2 of each head."""
     energy: tuple[float, ...]
-    """||y||^2."""
+    """Energy ||y||^2 of each head."""
 
 
 def chosen_groups(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[SiteGroup]:
-    """What a selection names, each with the sites that its measurement rounds.
+    """Return the units, regions and sites of a selection, each with the sites that its measurement rounds.
 
     Raises:
         BitalloyError: a pattern matches nothing that may be rounded.
@@ -107,7 +107,7 @@ def _rounded(units: UnitGraph, group: SiteGroup, mode: str) -> frozenset[str]:
 
 
 def whole_group(units: UnitGraph) -> SiteGroup:
-    """All that can be rounded, together."""
+    """Return all sites that can be rounded, as one group."""
     whole = units.lowest_gated()
     return SiteGroup("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
 
@@ -120,13 +120,13 @@ def measure_exact(
     samples: int | None = None,
     work: Workspace | None = None,
 ) -> SensitivityTable:
-    """Sensitivities of units, regions and sites by execution.
+    """Measure the sensitivities of units, regions and sites by execution.
 
     Args:
         ready: the calibrated model.
-        selection: what to measure; all units without it.
+        selection: units, regions and sites to measure; None for all units.
         mode: `one-at-a-time` rounds one thing alone; `leave-one-out` rounds everything but one thing.
-        samples: first samples of the data to measure on; 8 without it.
+        samples: number of samples, the first of the data; None for 8.
         work: where to keep and show results.
 
     Raises:
@@ -172,11 +172,11 @@ def measured_damages(
     around: frozenset[str] = frozenset(),
     work: Workspace,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured damage of sets of sites, from shards where they exist.
+    """Measure the damage of sets of sites; stored shards are used again.
 
     Args:
         ready: the calibrated model.
-        sets: what is rounded in each measurement.
+        sets: the sites that are rounded in each measurement.
         samples: indices into the data.
         around: sites from which the sets differ little: what they have in common at the start is executed once.
         work: where to keep and show results.
@@ -248,14 +248,14 @@ class SampleMeasurement:
 
 
 def open_measurement(spec: MeasurementParts, contexts: Contexts) -> SampleMeasurement:
-    """Execute a sample, so that sets of sites can branch off."""
+    """Execute a sample, so that measurements of sets of sites can branch off from it."""
     board, data = contexts.open(spec.switchboard), contexts.open(spec.data)
     around = board.gates(spec.around) if spec.around else None
     return SampleMeasurement(spec.sample, board, Measurement(board, spec.heads, data.feeds(spec.sample), around))
 
 
 def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
-    """What rounding the sites does to the sample, as a `Row` in JSON.
+    """Measure what rounding the sites does to a sample; the result is `SampleErrors` in JSON.
 
     Raises:
         DataError: an output is NaN or infinite.
@@ -279,10 +279,10 @@ def confirm(
     table, rest on it too. Of several targets the first with INT8 is measured, and the others are corrected alike.
 
     Args:
-        analysis: whose table is doubtful.
+        analysis: the analysis whose predictions are checked.
         worst: number of units with the lowest SQNR on any head.
         flagged: whether everything flagged is measured too; where much is, that takes minutes.
-        samples: at most so many samples, the first of the matrix.
+        samples: largest number of samples, the first of the matrix.
         work: where to keep and show results.
     """
     work, parts = work or Workspace(), list(analysis.targets)

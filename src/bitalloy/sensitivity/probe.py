@@ -29,7 +29,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.recipe import Recipe
 
 AT_ONCE = 2
-"""Probes per reverse execution: they share the reading of the errors; more of them leave the cache."""
+"""Number of probes per reverse execution, which read the errors together; more of them exceed the cache."""
 
 
 class Prober:
@@ -38,7 +38,7 @@ class Prober:
     Args:
         graph: the model in normal form.
         heads: the parts of the outputs.
-        schemes: of one target or several. Every site that an INT8 plan could round gets a column; what two schemes
+        schemes: recipes of one target or several. Every site that an INT8 plan could round gets a column; what two schemes
             round alike is measured once. The passes through the network are the same.
         stops: nodes through which nothing is measured.
 
@@ -66,7 +66,7 @@ class Prober:
             models = [adjoint.primal, *(h.model for h in adjoint.heads)]
             self._primal, *self._reverse = pool.map(partial(OrtSession, shared=True), models)
         self.executions = 0
-        """Runs of a network so far, forward and reverse."""
+        """Number of executions of a network so far, forward and reverse."""
         column = {s: i for i, s in enumerate(self.sites)}
         self._columns = [np.array([column[t] for t in h.taps], np.int64) for h in adjoint.heads]
         self._of = [tensors.index(h.tensor) for h in heads]
@@ -75,7 +75,7 @@ class Prober:
     def measure(
         self, feeds: Mapping[str, np.ndarray], *, sample: int, probes: int | Sequence[int], seed: int
     ) -> ProbeMatrix:
-        """Rows of one sample, with signs drawn from (seed, sample, head); `probes` for every head, or one number each.
+        """Measure the rows of a sample; signs come from (seed, sample, head), `probes` is one number or one per head.
 
         Raises:
             DataError: the float model's output is NaN or infinite.

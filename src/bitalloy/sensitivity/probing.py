@@ -1,4 +1,4 @@
-"""The probe matrix of a model, from shards where they exist."""
+"""Measurement of a model's probe matrix in shards, which are stored and used again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 16
 
 
 LEAST_PROBES = 2
-"""Of a head in every sample."""
+"""Least number of probes of a head in every sample."""
 
 
 SECANT_SAMPLES = 8
@@ -41,11 +41,11 @@ class ProbedMatrix:
 
     matrix: ProbeMatrix
     methods: tuple[str, ...]
-    """Of calibration; the first one, empty, stands for the ranges that a tensor has."""
+    """Range methods of calibration; the first, an empty name, stands for the ranges that a tensor has."""
     views: tuple[tuple[Mapping[str, str], ...], ...]
     """[target][method]: site -> name of its column."""
     later_views: tuple[tuple[Mapping[str, str], ...], ...]
-    """[target][method]: the same on the ranges of `ranges.later_ranges`."""
+    """[target][method]: site -> name of its column on the ranges of `ranges.later_ranges`."""
 
     def first(self) -> list[ProbeMatrix]:
         """Return the matrix of each target on the first ranges."""
@@ -124,7 +124,7 @@ class ProbedSample(Record, frozen=True, kw_only=True):
     data: Opening
     sample: int
     probes: tuple[int, ...]
-    """Of each head."""
+    """Number of probes of each head."""
     seed: int
 
 
@@ -135,14 +135,14 @@ def open_prober(spec: ProberParts, contexts: Contexts) -> Prober:
 
 
 def probe_sample(spec: ProbedSample, contexts: Contexts) -> bytes:
-    """Return the rows, as `ProbeMatrix.to_bytes` gives them."""
+    """Measure the rows of one sample, in the format of `ProbeMatrix.to_bytes`."""
     prober, data = contexts.open(spec.prober), contexts.open(spec.data)
     rows: ProbeMatrix = prober.measure(data.feeds(spec.sample), sample=spec.sample, probes=spec.probes, seed=spec.seed)
     return rows.to_bytes()
 
 
 def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
-    """Of the first target whose roundings can be switched, for all: a network bends by the size of an error."""
+    """Measure the secant on the first target with gates, for all targets: the bend depends on the size of errors."""
     at = deciding_target(parts)
     if at is None:
         ones = (1.0,) * len(matrices[0].heads)

@@ -1,4 +1,4 @@
-"""Which range each tensor is stored on: the candidate whose rounding and clipping disturb the outputs least.
+"""Choice of each tensor's range: the candidate whose rounding and clipping disturb the outputs least.
 
 Every candidate's error has its own columns in the probe matrix, measured in the same passes. What is compared is the
 damage of a tensor's roundings alone, summed over the heads in parts of what all roundings together do to each. So an
@@ -17,13 +17,13 @@ from bitalloy.targets.placement import own_sites, possible_sites, rounded
 from bitalloy.targets.recipe import Ranges
 
 ENOUGH = 0.9
-"""Another range is taken if its damage is at most so much of the first candidate's: differences below are noise."""
+"""Largest ratio of another range's damage to the first candidate's at which it is taken; above it is noise."""
 ColumnNames = Mapping[str, str]
 """Site -> name of its column."""
 
 
 def later_ranges(units: UnitGraph, first: Ranges, other: Ranges) -> dict[str, tuple[float, float]]:
-    """Return what Concats that round give on other ranges, their operands and all else on the first."""
+    """Return the ranges `other` of the outputs of Concats that round, where all other tensors keep `first`."""
     joined = {e.root for e in units.edges if e.passed_on}
     return {t: other[t] if t in joined else r for t, r in first.items()}
 
@@ -35,9 +35,9 @@ def best_candidates(matrix: ProbeMatrix, candidates: Sequence[ColumnNames], unit
     nothing would be left to clip.
 
     Args:
-        matrix: with the columns of all candidates.
-        candidates: for each its `views`. The first is the one to beat.
-        units: of the target that they are for.
+        matrix: a probe matrix with the columns of all candidates.
+        candidates: the `views` of each candidate. The first is taken unless another is clearly better.
+        units: units of the target that the candidates are for.
 
     Returns:
         tensor -> position in `candidates`.
@@ -59,17 +59,17 @@ def best_candidates(matrix: ProbeMatrix, candidates: Sequence[ColumnNames], unit
 def chosen_columns(
     candidates: Sequence[ColumnNames], later: Sequence[ColumnNames], best: Mapping[str, int], units: UnitGraph
 ) -> ColumnNames:
-    """Return the columns on the ranges that were chosen.
+    """Return site -> name of its column on the range that was chosen.
 
     What is rounded again behind a Concat has columns for operands of the same method, and for operands of the
     first. Where operands differ, the latter stand in: values that an operand cut off already are then cut off once more
     in the prediction, which errs to the safe side.
 
     Args:
-        candidates: as for `choose`.
-        later: the same for the ranges of `later_ranges`.
-        best: as `choose` gives it.
-        units: of the target.
+        candidates: the `views` of each candidate.
+        later: the `later_views` of each candidate.
+        best: tensor -> position of its candidate, from `best_candidates`.
+        units: units of the target.
     """
     tensors = _tensors(units)
     operands: dict[str, set[str]] = {}

@@ -17,7 +17,7 @@ from bitalloy.model.read import is_float, name_of, static_shape
 from bitalloy.targets.base import macs
 
 MOVE_COST = 8
-"""Multiply-accumulates in the time of writing one element; only the balance of the segments depends on it."""
+"""Number of multiply-accumulates in the time of writing one element; it only balances the segments."""
 
 
 def cut(graph: Graph, count: int) -> list[tuple[ir.Node, ...]]:
@@ -49,7 +49,7 @@ def reads(nodes: Sequence[ir.Node]) -> tuple[str, ...]:
 
 
 def extract(graph: Graph, nodes: Sequence[ir.Node]) -> ir.Model:
-    """Return the nodes as a model of their own.
+    """Extract nodes as a model of their own.
 
     Its inputs are the tensors that they read from elsewhere, its outputs those that other nodes read or that leave
     the graph. Weights share memory with the original.

@@ -21,7 +21,7 @@ class SwitchboardParts(Record, frozen=True, kw_only=True):
 
 
 def switchboard_opening(ready: Calibrated, at_once: int = 1) -> Opening:
-    """Return how jobs open the model with a gate at every site, for so many samples at the same time."""
+    """Describe how jobs open the model with a gate at every site, for `at_once` samples at the same time."""
     at_once = min(at_once, available_cores())
     graph, recipe = graph_opening(ready.graph), recipe_opening(ready.recipe())
     return Opening(kind="switchboard", spec=SwitchboardParts(graph=graph, recipe=recipe, at_once=at_once))
@@ -33,7 +33,7 @@ def open_switchboard(spec: SwitchboardParts, contexts: Contexts) -> Switchboard:
 
 
 def shared_switchboard(opening: Opening, ready: Calibrated, work: Workspace) -> Switchboard:
-    """Return the switchboard of an opening, one for all stages of a run.
+    """Return the switchboard of an opening, which all stages of a run share.
 
     Of a large model every stage makes its own, so that its memory is free afterwards.
     """
@@ -47,5 +47,5 @@ def shared_switchboard(opening: Opening, ready: Calibrated, work: Workspace) -> 
 
 
 def switchboard(ready: Calibrated, at_once: int, work: Workspace) -> Switchboard:
-    """Return the model with a gate at every site, for so many samples at the same time; one for all stages of a run."""
+    """Return the model with a gate at every site, for `at_once` samples at a time; all stages of a run share it."""
     return shared_switchboard(switchboard_opening(ready, at_once), ready, work)

@@ -23,19 +23,19 @@ class SiteGroup:
     """Sites that are rounded together in one measurement."""
 
     scope: str
-    """`site`, `unit`, `region`, or `all`."""
+    """Kind of the group: `site`, `unit`, `region`, or `all`."""
     id: str
     scheme: str
     part: str
-    """WHOLE, WEIGHTS or ACTIVATIONS."""
+    """Part of the group that is rounded: WHOLE, WEIGHTS or ACTIVATIONS."""
     sites: frozenset[str]
-    """Ids."""
+    """Ids of the sites."""
     again: bool = False
-    """Whether what is rounded has been rounded already, so that it is not measured alone."""
+    """Whether the sites are requantizations of rounded tensors, which are not measured alone."""
 
 
 def groups(units: UnitGraph) -> list[SiteGroup]:
-    """Return every site, unit and region in each scheme that it could be rounded to.
+    """Return every site, unit and region, as groups of sites, in each scheme that it could be rounded to.
 
     Units that compute in another format have no sites of their own, so there are no regions of them.
     """
@@ -81,15 +81,15 @@ def sensitivities(
     *,
     seed: int,
 ) -> SensitivityTable:
-    """Return all sensitivities of a probe matrix.
+    """Return the sensitivities of all sites, units and regions from a probe matrix.
 
     Args:
         matrix: rows of all samples.
         units: grouping of the sites.
-        data: where the samples come from.
-        secant: by which the numbers of regions are corrected; rows that it moves by more than 1 dB, and units and
+        data: name, number and fingerprint of the samples.
+        secant: the secant that corrects the numbers of regions; rows that it moves by more than 1 dB, and units and
             sites that it would move so far, are flagged.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     weights = draws(matrix.samples, seed)
     rows = []
@@ -136,7 +136,7 @@ def ranking_settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
 
 
 def ranked_alike(first: np.ndarray, second: np.ndarray) -> bool:
-    """Return whether two halves of the samples rank things so alike that the whole ranking can be trusted."""
+    """Return whether two halves of the samples rank units so alike that the whole ranking can be trusted."""
     live = (first > 0) & (second > 0)
     if live.sum() < 3:
         return True

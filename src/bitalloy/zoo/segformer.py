@@ -56,7 +56,7 @@ SEGFORMER_PROTECTION = (
 
 
 def export_segformer(variant: Variant, checkpoint: str | Path | None, options: Options, folder: Path) -> Exported:
-    """Write SegFormer as `<variant>.onnx`: `pixel_values` (1, 3, H, W) RGB, normalised -> `logits` (1, classes, H/4, W/4).
+    """Write `<variant>.onnx`: `pixel_values` (1, 3, H, W), normalised RGB -> `logits` (1, classes, H/4, W/4).
 
     Raises:
         ModelError: the size is no multiple of 32, or the checkpoint is not of this variant.
