@@ -27,7 +27,7 @@ class Gatekeeper:
 
     Args:
         model: the model, which is changed in place.
-        large: whether only the stored numbers of weights are kept, and a weight's error is computed while its gate is open.
+        large: whether to keep only the stored numbers of weights, and compute their errors while gates are open.
     """
 
     def __init__(self, model: ir.Model, *, large: bool) -> None:

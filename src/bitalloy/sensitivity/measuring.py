@@ -1,7 +1,7 @@
 """Exact sensitivities: chosen units, regions or sites are rounded one at a time, or all but one, and executed.
 
-A shard, which survives a stop, is one measurement: one sample with one set of gates. Its key holds what decides it and nothing else, so other
-patterns, sample counts and modes find what they share.
+A shard, which survives a stop, is one measurement: one sample with one set of gates. Its key holds what decides it and
+nothing else, so other patterns, sample counts and modes find what they share.
 """
 
 from __future__ import annotations

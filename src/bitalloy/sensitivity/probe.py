@@ -38,8 +38,8 @@ class Prober:
     Args:
         graph: the model in normal form.
         heads: the parts of the outputs.
-        schemes: recipes of one target or several. Every site that an INT8 plan could round gets a column; what two schemes
-            round alike is measured once. The passes through the network are the same.
+        schemes: recipes of one target or several. Every site that an INT8 plan could round gets a column; what two
+            recipes round alike is measured once. The passes through the network are the same.
         stops: nodes through which nothing is measured.
 
     Raises:

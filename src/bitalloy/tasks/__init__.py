@@ -1,4 +1,4 @@
-"""What a model is for: preparing its input, reading its output, measuring how good it is. One module per task."""
+"""Tasks of models, one module each: preparing inputs, reading outputs, and measuring how good a model is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASKS: tuple[Task[Any], ...] = (
     language.LANGUAGE,
     semantic.SEMANTIC,
 )
-"""The narrower before the wider: a model with masks is also a detector."""
+"""All tasks, the narrower before the wider, because a model with masks is also a detector."""
 
 
 def find_task(model: Interface) -> Task[Any] | None:

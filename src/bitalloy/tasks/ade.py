@@ -13,7 +13,7 @@ from bitalloy.core.errors import DataError
 __all__ = ["IGNORED", "LabelledFile", "find_pairs", "read_label"]
 
 IGNORED = 255
-"""Class number of pixels that do not count."""
+"""Class number that marks pixels that do not count."""
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -35,7 +35,7 @@ def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
     2. Else the folder itself: `name.jpg` with `name.png` beside it.
 
     Raises:
-        DataError: no images, or images without a label map.
+        DataError: the folder has no images, or images without a label map.
     """
     if not folder.is_dir():
         raise DataError(f"'{folder}' is no folder. Give the one that holds images/ and annotations/.")
@@ -76,7 +76,7 @@ def read_label(file: LabelledFile, size: tuple[int, int], classes: int, *, reduc
 
     Args:
         file: image and label map.
-        size: (width, height) of the image.
+        size: (width, height) of the image in pixels.
         classes: number of classes of the model.
         reduce_zero_label: 0 becomes ignored, k becomes k - 1; 255 is ignored either way.
 

@@ -1,4 +1,4 @@
-"""What the pipeline needs to know of any task.
+"""The interface between tasks and the pipeline.
 
 A task recognises its models by their inputs and outputs and opens labels for one. It observes models on one labelled
 sample at a time, and measures several models by what was observed of them. What is observed is small and says all that
@@ -41,17 +41,17 @@ __all__ = [
 ]
 
 RunModel = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""Feeds of one sample -> outputs in graph order."""
+"""Function from the feeds of one sample to the outputs of a model, in graph order."""
 ProgressStep = Callable[[int], None]
-"""Told 1 after each model on each sample."""
+"""Function that is called with 1 after each model on each sample."""
 Seen = Mapping[str, np.ndarray]
-"""What is kept of a model's outputs on one sample, e.g. its detections: some kilobytes."""
+"""Observation of a model on one sample, some kilobytes of arrays, e.g. its detections."""
 FEW = 20
-"""Images below which a note warns that intervals are rough."""
+"""Number of images below which a note warns that intervals are rough."""
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Converter of text to token ids and back."""
 
     @property
     def bos(self) -> int | None:
@@ -68,46 +68,46 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return text of token ids."""
+        """Return the text of token ids."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """A model as a task sees it: of several graphs, what is fed from outside and what comes out at the end."""
+    """A model as a task sees it; for a program of several graphs, its inputs and outputs without a wire."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of the ONNX file, e.g. `names` with class names."""
+    """Metadata of the ONNX file, e.g. `names` with class names."""
     image: ImageSpec | None = None
-    """How images are prepared, where that is known; else the task's own way."""
+    """Preparation of images; None leaves it to the task."""
     tokenizer: Tokenizer | None = None
-    """Of a language model."""
+    """Tokenizer of a language model; None for other models."""
 
 
 class TaskMetric(Record, frozen=True, kw_only=True):
     """One metric of several models on the same samples."""
 
     name: str
-    """E.g. `mIoU`."""
+    """Name of the metric, e.g. `mIoU`."""
     values: dict[str, MetricValue]
-    """By model, the reference first; `n` counts images."""
+    """Model -> value of the metric, the reference first; `n` counts images."""
     drops: dict[str, Estimate]
-    """By model other than the reference: how much worse it is, with a paired 95 % interval. Above 0 is worse also
+    """Model other than the reference -> how much worse it is, with a paired 95 % interval. Above 0 is worse also
     where lower values are better."""
     higher_is_better: bool = True
 
 
 class TaskResult(Record, frozen=True, kw_only=True):
-    """What a task measured."""
+    """Metrics of several models that a task measured."""
 
     task: str
     metrics: tuple[TaskMetric, ...]
     confidence_shift: dict[str, Estimate] = msgspec.field(default_factory=dict)
-    """By model other than the reference: mean score of matched detections minus the reference's; detectors only."""
+    """Model other than the reference -> mean score of matched detections minus the reference's, of detectors only."""
     notes: tuple[str, ...] = ()
-    """What a reader must know."""
+    """Sentences that a reader of the result must know."""
 
 
 class TaskData(Protocol):
@@ -115,7 +115,7 @@ class TaskData(Protocol):
 
     @property
     def paired(self) -> bool:
-        """Whether what is observed of a model depends on the reference, which then runs beside it."""
+        """Whether observations of a model depend on the reference, which then runs on the same samples beside it."""
         ...
 
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ class TaskData(Protocol):
         ...
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
-        """Return numbers of at most `limit` samples, ascending; None takes all."""
+        """Choose at most `limit` samples, None for all, and return their numbers in ascending order."""
         ...
 
 
@@ -132,13 +132,13 @@ DataIn = TypeVar("DataIn", bound=TaskData, contravariant=True)
 
 
 class Observe(Protocol[DataIn]):
-    """Run models on one sample."""
+    """Function that runs models on one sample."""
 
     def __call__(self, models: Mapping[str, RunModel], data: DataIn, sample: int, /) -> dict[str, Seen]:
-        """What each model does on a sample.
+        """Run models on a sample, and return what was observed of each.
 
         Args:
-            models: by name, run in this order; where the data is `paired` the first is the reference.
+            models: name -> model, run in this order; where the data is `paired` the first is the reference.
             data: labelled samples.
             sample: one of `data.choose`.
         """
@@ -146,15 +146,15 @@ class Observe(Protocol[DataIn]):
 
 
 class Judge(Protocol[DataIn]):
-    """What can be said of a model without the others."""
+    """Function that judges one model without the others."""
 
     def __call__(self, seen: Sequence[Seen], data: DataIn, samples: Sequence[int], /) -> Any:
-        """Match what was observed of one model with the labels; what `measure` takes."""
+        """Match the observations of one model with the labels; the result is an argument of `Measure`."""
         ...
 
 
 class Measure(Protocol[DataIn]):
-    """Metrics of models that were judged."""
+    """Function that computes the metrics of judged models."""
 
     def __call__(
         self,
@@ -166,20 +166,20 @@ class Measure(Protocol[DataIn]):
         seed: int = ...,
         resamples: int = ...,
     ) -> TaskResult:
-        """Put models side by side.
+        """Compute the metrics of several models side by side.
 
         Args:
-            judged: by name, the first of them the reference.
+            judged: name -> judged model; the first is the reference.
             data: labelled samples.
-            samples: which of them were observed.
-            seed: of the bootstrap.
-            resamples: its draws; with 0 the intervals have no width.
+            samples: numbers of the observed samples.
+            seed: seed of the bootstrap.
+            resamples: number of bootstrap resamples; with 0 the intervals have no width.
         """
         ...
 
 
 def as_seen(seen: Sequence[Seen], _: TaskData, __: Sequence[int], /) -> Sequence[Seen]:
-    """All that is said of a model is said beside the others."""
+    """Return the observations as they are, for tasks that judge models only beside others."""
     return seen
 
 
@@ -189,15 +189,15 @@ class Task(Generic[DataT]):
 
     name: str
     labels: str
-    """What `open` takes, in words."""
+    """Description of the labels that `open` takes."""
     matches: Callable[[Interface], bool]
-    """Whether a model looks like one for this task."""
+    """Function that tells whether a model looks like one for this task."""
     open: Callable[[Path, Interface], DataT]
-    """Read labels for a model that matches. Raises DataError where they are broken or do not fit."""
+    """Function that reads labels for a matching model; it raises DataError where they are broken or do not fit."""
     observe: Observe[DataT]
     measure: Measure[DataT]
     judge: Judge[DataT] = as_seen
-    """By default what was observed itself."""
+    """Function that judges one model; by default it returns the observations themselves."""
 
     def evaluate(
         self,
@@ -211,14 +211,14 @@ class Task(Generic[DataT]):
         """Observe models on the same samples, one sample after the other, and measure them.
 
         Args:
-            models: by name; the first is the reference.
+            models: name -> model; the first is the reference.
             data: labelled samples.
             limit: largest number of images; None takes all.
-            seed: of the choice of images and of the bootstrap.
-            progress: told about each run.
+            seed: seed of the choice of images and of the bootstrap.
+            progress: called with 1 after each run of a model.
 
         Raises:
-            DataError: no model, or models, labels and samples do not fit each other.
+            DataError: there is no model, or models, labels and samples do not fit each other.
         """
         if not models:
             raise DataError("No model to evaluate. Give at least one; the first is the reference.")
@@ -234,7 +234,7 @@ class Task(Generic[DataT]):
 
 
 def pack_seen(seen: Sequence[Seen]) -> bytes:
-    """Return what was observed on some samples as an .npz without pickled objects."""
+    """Serialize observations of some samples as an .npz without pickled objects."""
     buffer = io.BytesIO()
     arrays = {f"{i}/{name}": value for i, one in enumerate(seen) for name, value in one.items()}
     np.savez(buffer, count=np.array(len(seen)), **arrays)  # type: ignore[arg-type]
@@ -242,7 +242,7 @@ def pack_seen(seen: Sequence[Seen]) -> bytes:
 
 
 def unpack_seen(data: bytes) -> list[Seen]:
-    """The inverse of `pack_seen`."""
+    """Read the observations that `pack_seen` serialized."""
     with np.load(io.BytesIO(data)) as arrays:
         found: list[dict[str, np.ndarray]] = [{} for _ in range(int(arrays["count"]))]
         for key in arrays.files:
@@ -258,5 +258,5 @@ def image_input(model: Interface) -> TensorSpec | None:
 
 
 def few_images(n: int) -> tuple[str, ...]:
-    """Return a note where intervals rest on few images."""
+    """Return a note that intervals are rough where `n` images are few, else nothing."""
     return (f"Intervals rest on {n} images only and are rough.",) if n < FEW else ()

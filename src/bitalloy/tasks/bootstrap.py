@@ -30,22 +30,22 @@ class ResampledMetric:
 
     value: float
     resampled: np.ndarray
-    """(B,); row b rests on the same images for every model. NaN where a draw leaves the metric undefined."""
+    """Values on B resamples, (B,); b stands for the same images in every model. NaN where the metric is undefined."""
 
 
 def resampled_weights(images: int, count: int, seed: int) -> np.ndarray:
-    """(count, images) int: how often each image is drawn when `images` are drawn with replacement."""
+    """Draw `images` images with replacement, `count` times; return how often each is drawn, (count, images)."""
     draws = np.random.default_rng(seed).integers(0, images, (count, images))
     counts = [np.bincount(draw, minlength=images) for draw in draws]
     return np.array(counts, np.intp).reshape(count, images)
 
 
 def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray) -> ResampledMetric:
-    """Sum over sum: a mean over all objects, pixels or tokens of the set, not a mean of the images' means.
+    """Divide sums over images: the mean over all objects, pixels or tokens, not the mean of the images' means.
 
     Args:
-        numerators: (I,) per image.
-        denominators: (I,) per image, not negative; the sum over all is positive.
+        numerators: numerator of each image, (I,).
+        denominators: denominator of each image, (I,), not negative; their sum is positive.
         weights: (B, I) from `resampled_weights`.
     """
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
@@ -56,7 +56,7 @@ def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray, weights: np.
 
 
 def bootstrap_estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """With the basic (reflected) bootstrap interval of nominally 95 %.
+    """Return a value with the basic (reflected) bootstrap interval of nominally 95 %.
 
     Average precision on few images is too high, and on a resample higher still; a mean over the classes that occur
     is biased in the same way. Reflecting the percentiles at the value takes that out: for box AP on 94 COCO images
@@ -72,7 +72,7 @@ def bootstrap_estimate(value: float, resampled: np.ndarray) -> Estimate:
 def metric_value(
     value: float, resampled: np.ndarray, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> MetricValue:
-    """Return a value with its interval, cut at what the metric can reach; `n` images."""
+    """Return a value of `n` images with its bootstrap interval, which is cut at the metric's `bounds`."""
     spread = bootstrap_estimate(value, resampled)
     return MetricValue(value=value, low=max(bounds[0], spread.low), high=min(bounds[1], spread.high), n=n)
 
@@ -85,14 +85,14 @@ def compare_models(
     higher_is_better: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> TaskMetric:
-    """Return one metric of all models side by side; the first model is the reference of the paired drops.
+    """Compare one metric of all models; the first model is the reference of the paired drops.
 
     Args:
-        name: of the metric.
-        measured: by model, on the same images with the same weights.
+        name: name of the metric.
+        measured: model -> its metric, on the same images with the same weights.
         n: number of images.
         higher_is_better: decides the sign of the drops.
-        bounds: what the metric can reach; (0, inf) for one without an upper end.
+        bounds: least and largest value of the metric; (0, inf) for one without an upper end.
     """
     reference, *others = measured
     sign = 1.0 if higher_is_better else -1.0

@@ -44,18 +44,18 @@ class CaptionData:
 
     path: Path
     folder: Path
-    """Where the images lie."""
+    """Folder of the images."""
     captions: tuple[tuple[str, tuple[str, ...]], ...]
     """File name of the image and its captions, in the order of the image ids."""
     chat: Chat
 
     @property
     def paired(self) -> bool:
-        """The divergence from the reference needs all of its probabilities, which are too many to be kept."""
+        """True: the divergence from the reference needs all of its probabilities, which are too many to be kept."""
         return True
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Return numbers of at most `limit` images."""
+        """Choose at most `limit` images, None for all, and return their numbers in ascending order."""
         return choose_samples([name for name, _ in self.captions], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
@@ -98,7 +98,7 @@ def read_captions(path: Path, chat: Chat) -> CaptionData:
 
 
 def observe_captions(models: Mapping[str, RunModel], data: CaptionData, sample: int, /) -> dict[str, Seen]:
-    """Sums over the tokens of the captions of one image (see `_sums`), and how many these are.
+    """Return loss, agreements and divergence summed over the tokens of one image's captions, and their number.
 
     Raises:
         DataError: the image is damaged, or a model's outputs are not logits.

@@ -1,4 +1,4 @@
-"""Talking to a vision-language model: the prompt's tokens, the image, log-probabilities of an answer, greedy answers.
+"""Chats with a vision-language model: tokens of the prompt, the image, log-probabilities, and greedy answers.
 
 A model is one function from `input_ids` (1, s) and an image to logits (1, s', vocabulary). One id, `IMAGE_TOKEN`,
 stands for the image; the model puts as many embeddings in its place as it likes, so rows of logits are counted from the
@@ -39,18 +39,18 @@ __all__ = [
 
 IDS = "input_ids"
 BEFORE, AFTER = "before", "after"
-"""Inputs of the graph that embeds tokens: ids on the two sides of the image."""
+"""Names of the inputs of the graph that embeds tokens: ids before and after the image."""
 MASK, POSITIONS = "attention_mask", "position_ids"
-"""Inputs of the decoder beside embeddings and cache."""
+"""Names of the decoder's inputs beside embeddings and cache."""
 IMAGE_TOKEN = -200
-"""In the ids, where the image belongs; the number that LLaVA and MobileVLM use."""
+"""Token id that stands for the image; LLaVA and MobileVLM use this number."""
 TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
 )
 """MobileVLM's prompt (conversation `v1`)."""
 NEW_TOKENS = 16
-"""Longest answer to a question."""
+"""Largest number of tokens of an answer to a question."""
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's image processor."""
@@ -78,32 +78,32 @@ class SentencePieces:
         return [int(i) for i in self.processor.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return text of token ids; ids beyond the vocabulary, to which padded models may come, are left out."""
+        """Return the text of token ids; ids beyond the vocabulary, which padded models may give, are left out."""
         size = int(self.processor.vocab_size())
         return str(self.processor.decode([i for i in ids if i < size]))
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question with an answer, as ids."""
+    """A question with its answer, as token ids."""
 
     prompt: tuple[int, ...]
-    """With the image's placeholder."""
+    """Token ids of the question, with the image's placeholder."""
     answer: tuple[int, ...]
-    """Ends with the tokenizer's `eos`."""
+    """Token ids of the answer, which end with the tokenizer's `eos`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """How to talk to one model."""
+    """Tokenizer, prompt and image preparation of one vision-language model."""
 
     tokenizer: Tokenizer
     image: ImageSpec
     template: str = TEMPLATE
-    """With `<image>` and `{question}`."""
+    """Text of the prompt, with the placeholders `<image>` and `{question}`."""
 
     def describe(self) -> str:
-        """In words."""
+        """Describe the preparation of images and the prompt in words."""
         return f"padded to a square with the mean colour, {self.image.describe()}, prompt {self.template!r}"
 
     def feed(self, image: Image.Image) -> np.ndarray:
@@ -115,12 +115,12 @@ class Chat:
         return image_feed(resized, self.image)[0]
 
     def prompt(self, question: str) -> tuple[int, ...]:
-        """Return the ids of a question; the two sides of the image are tokenised apart, as the model was trained."""
+        """Return the token ids of a question; both sides of the image are tokenised apart, as in the model's training."""
         before, after = self.template.split("<image>")
         return self._lead(before) + tuple(self.tokenizer.encode(after.replace("{question}", question)))
 
     def turn(self, question: str, answer: str) -> Turn:
-        """Return the ids of a question and its answer, tokenised as one text: what both share is the prompt."""
+        """Return the token ids of a question and its answer, which are tokenised as one text."""
         before, after = self.template.split("<image>")
         asked = after.replace("{question}", question)
         alone, both = self.tokenizer.encode(asked), self.tokenizer.encode(f"{asked} {answer}")
@@ -132,11 +132,11 @@ class Chat:
         return (*start, *self.tokenizer.encode(before), IMAGE_TOKEN)
 
     def feeds(self, image: np.ndarray, ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return the inputs of the model."""
+        """Return the model's feeds for a prepared image and token ids."""
         return {self.image.input: image, IDS: np.array([ids], np.int64)}
 
     def answer(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
-        """The most probable token, again and again, until `eos` or `limit` tokens."""
+        """Answer a question greedily, one most probable token after the other, until `eos` or `limit` tokens."""
         prompt = self.prompt(question)
         new: list[int] = []
         while len(new) < limit:
@@ -148,7 +148,7 @@ class Chat:
 
 
 def open_chat(model: Interface) -> Chat:
-    """Return how to talk to a model: its tokenizer, and CLIP's image preparation.
+    """Make the chat of a model from its tokenizer and CLIP's image preparation.
 
     Raises:
         DataError: the model comes without a tokenizer.
@@ -181,7 +181,7 @@ def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarr
 
 
 def join_chat(vision: RunModel, embed: RunModel, decode: RunModel, cache: tuple[int, int, int]) -> RunModel:
-    """One function of the three graphs of MobileVLM; what one call has computed serves the next that goes on from it.
+    """Join the three graphs of MobileVLM to one function, which reuses the cache of the call that it continues.
 
     A call goes on from the one before if its image is the very same array and its ids start with the former ids. The
     logits returned are always those of all positions.
@@ -231,7 +231,7 @@ def join_chat(vision: RunModel, embed: RunModel, decode: RunModel, cache: tuple[
 
 
 def empty_cache(cache: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Keys and values of no position: `past.0.key` (1, heads, 0, width) ..., for layers, heads and width per head."""
+    """Return an empty cache, `past.0.key` (1, heads, 0, width) ..., for (layers, heads, width per head)."""
     layers, heads, width = cache
     names = [f"past.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     return {name: np.zeros((1, heads, 0, width), np.float32) for name in names}

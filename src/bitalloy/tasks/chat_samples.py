@@ -1,4 +1,4 @@
-"""Samples of a vision-language model without its metric: an image with the tokens of a question, perhaps answered."""
+"""Samples of a vision-language model: an image with the tokens of a question, perhaps with its answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Turn:
     file: Path
     text: str
     ids: tuple[int, ...]
-    """With the image's placeholder."""
+    """Token ids, with the image's placeholder."""
 
 
 class ChatSamples(Samples):
@@ -37,12 +37,12 @@ class ChatSamples(Samples):
     3. Turns about one image lie far apart, so that the first samples show many images.
 
     Args:
-        chat: how to talk to the model.
-        turns: image files and ids.
+        chat: tokenizer, prompt and image preparation of the model.
+        turns: image files with token ids.
         cache: layers, heads and width per head of the decoder's cache, which is fed empty.
-        tokens: vectors that stand for the image.
-        label: name of the whole.
-        seed: of the choice of samples.
+        tokens: number of vectors that stand for the image.
+        label: name of the data set.
+        seed: seed of the choice of samples.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ChatSamples(Samples):
         """Open samples from questions (JSON lines), captions (COCO) and folders of images.
 
         Raises:
-            DataError: nothing usable there.
+            DataError: the paths hold nothing usable.
         """
         chat = open_chat(model)
         turns = [turn for path in paths for turn in _turns(path, chat, model)]

@@ -34,12 +34,12 @@ class LabelledBox(msgspec.Struct, frozen=True, kw_only=True):
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
-    """Left, top, width, height in pixels."""
+    """Box of the object: left, top, width, height in pixels."""
     iscrowd: int | bool = 0
     segmentation: msgspec.Raw = msgspec.Raw(b"null")
-    """The mask as JSON, read by `CocoLabels.mask`; a detection file may have none."""
+    """Mask of the object as JSON, read by `CocoLabels.mask`; a detection file may have none."""
     point: tuple[float, float] | None = None
-    """x, y of a prompt inside the object, which COCO does not have; the embedded sample does."""
+    """Point prompt x, y inside the object, which only the embedded sample has, and not COCO."""
 
 
 class Category(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,16 +57,16 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class CocoLabels:
-    """A checked annotation file and the images it speaks of."""
+    """A checked annotation file and the images that it lists."""
 
     path: Path
     folder: Path
-    """Where the images lie."""
+    """Folder of the images."""
     images: tuple[LabelledImage, ...]
-    """In the order of their ids."""
+    """Images in the order of their ids."""
     boxes: tuple[LabelledBox, ...]
     categories: tuple[Category, ...]
-    """In the order of their ids."""
+    """Categories in the order of their ids."""
 
     def objects(self) -> dict[int, list[LabelledBox]]:
         """Image id -> its objects, in the order of the file; an image without any has an empty list."""
@@ -83,7 +83,7 @@ class CocoLabels:
         """Read an image of the file.
 
         Raises:
-            DataError: it is damaged, or its size is not the one that the file says.
+            DataError: the image is damaged, or its size is not the one that the annotation file says.
         """
         opened = open_image(self.folder / entry.file_name, channels)
         if (entry.width or opened.width, entry.height or opened.height) != opened.size:
@@ -97,7 +97,7 @@ class CocoLabels:
         """Return the mask of an object on its image of `size` (width, height).
 
         Raises:
-            DataError: the object has none, or a broken one.
+            DataError: the object has no mask, or a broken one.
         """
         try:
             return masks.from_coco(bytes(box.segmentation), size[1], size[0])
@@ -118,7 +118,7 @@ class CocoLabels:
         2. By order of id, where there are as many categories as classes (80 in COCO, whose ids run to 90).
 
         Raises:
-            DataError: neither holds.
+            DataError: neither rule applies.
         """
         known = {category.name: category.id for category in self.categories}
         if names is not None and len(names) == classes and known.keys() <= set(names):
@@ -136,8 +136,8 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
     """Read an annotation file in COCO format and find its images.
 
     Args:
-        annotations: e.g. `instances_val2017.json`.
-        images: folder of the images; by default looked for as in `find_images`.
+        annotations: annotation file, e.g. `instances_val2017.json`.
+        images: folder of the images; by default `find_images` looks for it.
 
     Raises:
         DataError: the file is missing, broken or contradicts itself, or images that it lists are missing.
@@ -184,9 +184,9 @@ def find_images(path: Path, names: Sequence[str], images: Path | None = None) ->
        there.
 
     Args:
-        path: label file.
-        names: of the images.
-        images: the only folder to look in, where given.
+        path: path of the label file.
+        names: file names of the images.
+        images: the only folder to look in; None for the usual ones.
 
     Raises:
         DataError: images are missing.

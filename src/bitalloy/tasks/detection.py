@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 SHOWN_CONFIDENCE = 0.25
-"""Score from which a detection is usually shown."""
+"""Score above which a detection is usually shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class DetectionData:
     image: ImageSpec
     """How images are prepared."""
     names: tuple[str, ...] | None = None
-    """Class names of the model, where known."""
+    """Class names of the model; None where they are unknown."""
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of labels, preprocessing and class names."""
@@ -70,15 +70,15 @@ class DetectionData:
 
     @property
     def paired(self) -> bool:
-        """Every model is observed alone."""
+        """False: every model is observed alone."""
         return False
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Return numbers of at most `limit` images, in the order of their ids."""
+        """Choose at most `limit` images, None for all, and return their numbers in the order of their ids."""
         return choose_samples([e.file_name for e in self.labels.images], limit=limit, seed=seed)
 
     def entries(self, samples: Sequence[int]) -> list[LabelledImage]:
-        """Return the images by their numbers."""
+        """Return the images with the given numbers."""
         return [self.labels.images[i] for i in samples]
 
     def opened(self, sample: int) -> tuple[dict[str, np.ndarray], Geometry, tuple[int, int]]:
@@ -93,17 +93,17 @@ class DetectionResult:
     """Average precision of one model on labelled images, with what is needed to compare two models."""
 
     ap: MetricValue
-    """Mean over IoU thresholds 0.50, 0.55 ... 0.95, in 0..1."""
+    """Average precision, the mean over IoU thresholds 0.50, 0.55 ... 0.95, in 0..1."""
     ap50: MetricValue
-    """At IoU threshold 0.5."""
+    """Average precision at IoU threshold 0.5, in 0..1."""
     images: tuple[str, ...]
     detections: tuple[Detections, ...]
     """Per image, in its pixels."""
     seed: int
     resampled: np.ndarray
-    """(B,) `ap` on resampled images; row b draws the same images in every result on these images with this seed."""
+    """`ap` on B resamples, (B,); b draws the same images in every result on these images with this seed."""
     resampled50: np.ndarray
-    """(B,) `ap50`, likewise."""
+    """`ap50` on the same B resamples, (B,)."""
 
 
 class ConfidenceShift(Record, frozen=True, kw_only=True):
@@ -112,17 +112,17 @@ class ConfidenceShift(Record, frozen=True, kw_only=True):
     mean_a: float
     mean_b: float
     shift: Estimate
-    """mean_b - mean_a."""
+    """Mean score in b minus mean score in a, with its interval."""
     matched: int
     lost: int
-    """Detections of a without a counterpart in b."""
+    """Number of detections of a without a counterpart in b."""
 
 
 def open_detection(annotations: Path, model: Interface) -> DetectionData:
     """Read COCO labels for a detector.
 
     Raises:
-        DataError: labels or images are broken or missing; that classes fit is checked with the first output.
+        DataError: labels or images are broken or missing. Whether classes fit is checked with the first output.
     """
     image = model.image or infer_image_spec(model.inputs, task="detection")
     assert image is not None, "a detection model without an image input is refused"
@@ -135,8 +135,8 @@ def evaluate_detection(
     """Measure the average precision of a model on labelled images, with 95 % intervals from a bootstrap over images.
 
     Args:
-        run: feeds of one image -> outputs in graph order.
-        data: labels, opened for the model; only labelled images are used.
+        run: function from the feeds of one image to the outputs in graph order.
+        data: labels opened for the model; only labelled images are used.
         limit: largest number of images; None takes all.
         seed: of the choice of images and of the bootstrap.
         resamples: number of bootstrap resamples.
@@ -150,7 +150,7 @@ def evaluate_detection(
 
 
 def observe_detectors(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
-    """Find the detections on one image.
+    """Run detectors on one image, and return their detections.
 
     Raises:
         DataError: labels, images and models do not fit each other.
@@ -166,13 +166,13 @@ def observe_detectors(models: Mapping[str, RunModel], data: DetectionData, sampl
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """What one model found, matched with the labels."""
+    """Detections of one model, matched with the labels."""
 
     detections: tuple[Detections, ...]
     """Per image, in its pixels."""
     boxes: Matches
     masks: Matches | None = None
-    """Of instance segmentation, where the labels have masks."""
+    """Matches of masks, for instance segmentation with labels that have masks; else None."""
 
 
 def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
@@ -205,17 +205,17 @@ def measure_detectors(
 
 
 def seen_of(found: Detections, classes: int) -> dict[str, np.ndarray]:
-    """Return the detections of one image by a model of so many classes, as arrays."""
+    """Return detections of one image, by a model with `classes` classes, as an observation."""
     return {"boxes": found.boxes, "scores": found.scores, "classes": found.classes, "of": np.array(classes)}
 
 
 def detections_of(seen: Sequence[Seen]) -> list[Detections]:
-    """Return the detections per image."""
+    """Return the detections of each image from observations."""
     return [Detections(one["boxes"], one["scores"], one["classes"]) for one in seen]
 
 
 def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
-    """Return the category id per class index of a model."""
+    """Return the category id for each class index of a model, (classes,)."""
     return data.labels.category_ids(int(seen[0]["of"]), data.names)
 
 
@@ -244,7 +244,7 @@ def precision_of(
 
 
 def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tuple[TaskMetric, ...]:
-    """AP50-95 and AP50 of several models; `kind` leads the names, e.g. `mask `."""
+    """Compare AP50-95 and AP50 of several models; `kind` is the prefix of the names, e.g. `mask `."""
     n = next(iter(results.values())).ap.n
     mean = {name: ResampledMetric(r.ap.value, r.resampled) for name, r in results.items()}
     half = {name: ResampledMetric(r.ap50.value, r.resampled50) for name, r in results.items()}
@@ -252,7 +252,7 @@ def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tupl
 
 
 def shifts(results: Mapping[str, DetectionResult]) -> dict[str, Estimate]:
-    """Return the confidence shift of every model against the first; without those that share no detection with it."""
+    """Return model -> confidence shift against the first model; models without shared detections are left out."""
     reference, *others = results
     found = {}
     for name in others:
@@ -262,13 +262,13 @@ def shifts(results: Mapping[str, DetectionResult]) -> dict[str, Estimate]:
 
 
 def on_image(found: Detections, geometry: Geometry, size: tuple[int, int]) -> Detections:
-    """Detections on the canvas -> in pixels of an image of `size` (width, height), cut at its border."""
+    """Map detections on the canvas to pixels of an image of `size` (width, height), cut at its border."""
     boxes = np.clip(geometry.to_image(found.boxes), 0, np.array([*size, *size]))
     return Detections(boxes, found.scores, found.classes)
 
 
 def paired_difference(a: DetectionResult, b: DetectionResult) -> Estimate:
-    """AP50-95 of a minus that of b, with a 95 % interval from resamples that draw the same images for both.
+    """Return AP50-95 of a minus that of b, with a 95 % interval from resamples of the same images for both.
 
     Raises:
         DataError: the results rest on different images, seeds or numbers of resamples.
@@ -280,13 +280,13 @@ def paired_difference(a: DetectionResult, b: DetectionResult) -> Estimate:
 def confidence_shift(
     a: DetectionResult, b: DetectionResult, *, confidence: float = SHOWN_CONFIDENCE
 ) -> ConfidenceShift:
-    """Return the scores of the detections of a above `confidence` and of their counterparts in b.
+    """Compare the scores of the detections of a above `confidence` with those of their counterparts in b.
 
     The counterpart is the free detection of b, of any score, with the same class and the greatest IoU, at least 0.5;
     the best detections of a choose first. The interval comes from the resamples over images.
 
     Raises:
-        DataError: as `paired_difference`, or nothing matches.
+        DataError: the results rest on different images, seeds or numbers of resamples, or nothing matches.
     """
     _check_pair(a, b)
     pairs = [_counterparts(x, y, confidence) for x, y in zip(a.detections, b.detections, strict=True)]
