@@ -61,11 +61,11 @@ class AuditedGraph(Record, frozen=True, kw_only=True):
     """Why none of this is known."""
 
     def fused(self) -> dict[str, int]:
-        """Operator -> how many nodes of it do the work of several nodes of the model, rounding included."""
+        """Count by operator the nodes that do the work of several nodes of the model, rounding included."""
         return dict(Counter(n.op for n in self.nodes if len(n.nodes) > 1).most_common())
 
     def sentence(self) -> str:
-        """What became of it."""
+        """Say in one sentence what became of the graph."""
         if self.unknown:
             return f"The graph that ran for '{self.graph}' is not known, only its profile: {self.unknown}"
         before = len({n for node in self.nodes for n in node.nodes} | {*self.folded, *self.removed})
@@ -100,5 +100,5 @@ class Audit(Record, frozen=True, kw_only=True):
     """What a reader must know, such as that the target's own device was not there; empty without."""
 
     def differences(self) -> tuple[AuditedUnit, ...]:
-        """Units whose work was done in another precision than planned."""
+        """Return the units whose work was done in another precision than planned."""
         return tuple(u for u in self.units if u.executed not in ("", u.planned))

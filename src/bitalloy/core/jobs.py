@@ -92,12 +92,12 @@ class Job(Record, frozen=True, kw_only=True):
     """Of the progress that is shown."""
 
     def to_bytes(self) -> bytes:
-        """The job as JSON."""
+        """Write the job as JSON."""
         return msgspec.json.encode(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The inverse of `to_bytes`."""
+        """Read a job that `to_bytes` wrote."""
         return msgspec.json.decode(data, type=cls)
 
 
@@ -116,7 +116,7 @@ class Contexts:
         self._lock = RLock()
 
     def find(self, opening: Opening) -> Any:
-        """The thing, or None where it is not open."""
+        """Return the thing that an opening describes, or None where it is not open."""
         scope: Contexts | None = self
         while scope is not None:
             if opening.digest in scope._things:
@@ -125,7 +125,7 @@ class Contexts:
         return None
 
     def open(self, opening: Opening) -> Any:
-        """The thing, opened now where it is not open yet.
+        """Return the thing that an opening describes, and open it now where it is not open yet.
 
         Raises:
             BitalloyError: it cannot be opened, or is not what it was when the job was made.
@@ -155,7 +155,7 @@ class Contexts:
 
     @contextmanager
     def inner(self, scratch: Path | None = None) -> Iterator[Contexts]:
-        """A scope of its own; what is opened in it is closed at its end, as far as it has a method `close`."""
+        """Make an inner scope, and close at its end what was opened in it and has a method `close`."""
         scope = Contexts(scratch or self.scratch, self)
         try:
             yield scope
@@ -182,7 +182,7 @@ class Executor(Protocol):
         at_once: int = 1,
         scratch: Path | None = None,
     ) -> Generator[bytes]:
-        """Results of jobs in their order.
+        """Do jobs, and give their results in the order of the jobs.
 
         An executor may work ahead of whoever takes the results; it stops where the iterator is closed.
 
@@ -209,7 +209,7 @@ class LocalExecutor:
         at_once: int = 1,
         scratch: Path | None = None,
     ) -> Generator[bytes]:
-        """As `Executor.map`."""
+        """Do jobs in this process; see `Executor.map`."""
         groups = [list(some) for _, some in groupby(jobs, key=lambda job: job.group)]
         if at_once == 1 or len(groups) == 1:
             for group in groups:
@@ -250,7 +250,7 @@ def perform(job: Job, contexts: Contexts | None = None) -> bytes:
 
 
 def residents(job: Job) -> tuple[str, ...]:
-    """The things, in words, that bind a job to the process where they live; none where it can be done anywhere."""
+    """Name the things that bind a job to the process where they live; a job without any can be done anywhere."""
     found: dict[str, None] = {}
 
     def look(part: object) -> None:
@@ -268,7 +268,7 @@ def residents(job: Job) -> tuple[str, ...]:
 
 
 def refuse_resident(spec: Resident, contexts: Contexts) -> object:
-    """A resident thing is found among the contexts of its process, or nowhere."""
+    """Refuse to open a resident thing: it is found among the contexts of its own process, or nowhere."""
     raise BitalloyError(
         f"This job can run only in the process that made it, because {spec.what} lives in that process's memory. Give "
         "the model and the data as files to run jobs elsewhere."

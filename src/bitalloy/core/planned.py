@@ -57,7 +57,7 @@ class Metrics(Record, frozen=True, kw_only=True):
 
 
 def ratio_limit(budget: Budget, planned: Planned) -> float | None:
-    """The tightest latency limit of a budget, over the float model; None without one."""
+    """Return the tightest latency limit of a budget as a part of the float model's latency; None without one."""
     limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
     if budget.latency_ms is not None:
         limits.append(budget.latency_ms * 1e3 / planned.cost.all_float_us)

@@ -23,11 +23,11 @@ class UnitCost(Record, frozen=True, kw_only=True):
     """Scheme -> size of its weights in the file."""
 
     def saved_us(self, scheme: str) -> float:
-        """Time that a scheme saves against `BASELINE`; negative where it is slower."""
+        """Return the time that a scheme saves against `BASELINE`; it is negative where the scheme is slower."""
         return self.us[BASELINE] - self.us[scheme]
 
     def saved_bytes(self, scheme: str) -> int:
-        """Bytes of weights that a scheme saves against `BASELINE`."""
+        """Return the bytes of weights that a scheme saves against `BASELINE`."""
         return self.bytes[BASELINE] - self.bytes[scheme]
 
 
@@ -43,7 +43,7 @@ class BorderCost(Record, frozen=True, kw_only=True):
     """Fixed price, beside the price per element."""
 
     def price_us(self, elements: float, count: float = 1.0) -> float:
-        """Time of `count` such borders with so many elements in all."""
+        """Return the time that `count` such borders take with `elements` numbers in all."""
         return elements * self.us_per_element + count * self.us
 
 
@@ -108,7 +108,7 @@ class Budget(Record, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, keep=()) != Budget()
 
     def floor_db(self, head: str) -> float | None:
-        """The floor on the SQNR of one head; None without one."""
+        """Return the floor on the SQNR of one head; None without one."""
         floors = [f for f in (self.min_sqnr_db, self.head_sqnr_db.get(head)) if f is not None]
         return max(floors) if floors else None
 

@@ -215,5 +215,5 @@ class Settings(Record, frozen=True, kw_only=True):
 
 
 def part_of(info: DataInfo, count: int) -> DataInfo:
-    """The same data, of which `count` samples were used."""
+    """Describe the same data when only `count` of its samples were used."""
     return msgspec.structs.replace(info, count=count)

@@ -71,7 +71,7 @@ class Plan(Mapping[str, str]):
 
     @staticmethod
     def of(scheme: str, *units: str) -> Plan:
-        """The plan that puts some units into one scheme."""
+        """Make the plan that puts some units into one scheme."""
         return Plan(dict.fromkeys(units, scheme))
 
     def __getitem__(self, unit: str) -> str:
@@ -93,19 +93,19 @@ class Plan(Mapping[str, str]):
         return f"Plan({self._schemes!r})"
 
     def scheme_of(self, unit: str | None) -> str:
-        """Scheme of a unit; `BASELINE` for what belongs to none, such as an input of the graph."""
+        """Return the scheme of a unit; `BASELINE` for what belongs to none, such as an input of the graph."""
         return self._schemes.get(unit or "", BASELINE)
 
     def units_in(self, scheme: str) -> frozenset[str]:
-        """Units that the plan puts into a scheme other than `BASELINE`."""
+        """Return the units that the plan puts into a scheme other than `BASELINE`."""
         return frozenset(unit for unit, given in self._schemes.items() if given == scheme)
 
     def moved(self, unit: str, scheme: str) -> Plan:
-        """The plan with one unit in another scheme."""
+        """Return the plan with one unit in another scheme."""
         return Plan({**self._schemes, unit: scheme})
 
     def counts(self) -> dict[str, int]:
-        """Scheme -> number of units in it, most of them first; `BASELINE` is left out."""
+        """Count the units in each scheme, the most frequent scheme first; `BASELINE` is left out."""
         return dict(Counter(self._schemes.values()).most_common())
 
     @property

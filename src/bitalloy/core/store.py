@@ -55,12 +55,12 @@ class RunDirectory:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def get(self, stage: str, key: str, shard: str | None = None) -> bytes | None:
-        """A stored result, or None."""
+        """Return a stored result, or None where there is none."""
         path = self._place(stage, key, shard)
         return path.read_bytes() if path.is_file() else None
 
     def has(self, stage: str, key: str, shard: str | None = None) -> bool:
-        """Whether a result is stored."""
+        """Tell whether a result is stored."""
         return self._place(stage, key, shard).is_file()
 
     def put(self, stage: str, key: str, data: bytes, shard: str | None = None) -> None:
@@ -68,7 +68,7 @@ class RunDirectory:
         self._write(self._place(stage, key, shard), data)
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
-        """The stored result of a stage, made now where it is missing."""
+        """Return the stored result of a stage, made now where it is missing."""
         data = self.get(stage, key)
         if data is None:
             data = make()
@@ -107,5 +107,5 @@ class RunDirectory:
 
 
 def key_of(**parts: object) -> str:
-    """SHA-256 over named parts, in canonical JSON; records are allowed."""
+    """Hash named parts: SHA-256 of their canonical JSON; records are allowed."""
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()

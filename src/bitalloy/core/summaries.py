@@ -20,7 +20,7 @@ COUNTED = ("rounds", "evaluations")
 
 
 def write_summary(summary: Summary) -> bytes:
-    """A summary as JSON, with the counts of schema 1 beside those of schema 2."""
+    """Write a summary as JSON, with the counts of schema 1 beside those of schema 2."""
     content: dict[str, Any] = msgspec.to_builtins(summary)
     for part in (content, *(entry for name in COUNTED for entry in content[name])):
         part.update({old: part["schemes"].get(scheme, 0) for old, scheme in OLD_COUNTS.items()})
@@ -28,7 +28,7 @@ def write_summary(summary: Summary) -> bytes:
 
 
 def read_summary(data: bytes) -> Summary:
-    """A summary of schema 1 or 2.
+    """Read a summary of schema 1 or 2.
 
     Raises:
         RunDirectoryError: the file is damaged, or of another version.

@@ -110,7 +110,7 @@ class Unit(Record, frozen=True, kw_only=True):
     """Scheme that computes in another format -> what is known for or against it."""
 
     def without(self, scheme: str, reason: str) -> Unit:
-        """The unit where a scheme is refused."""
+        """Return the unit with a scheme refused."""
         allowed = tuple(name for name in self.allowed if name != scheme)
         return msgspec.structs.replace(self, allowed=allowed, refused={**self.refused, scheme: reason})
 
@@ -168,15 +168,15 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
         return {u.id: u.allowed for u in self.units}
 
     def scheme(self, name: str) -> Scheme:
-        """A scheme of the target by its name."""
+        """Look a scheme of the target up by its name."""
         return next(scheme for scheme in self.schemes if scheme.name == name)
 
     def able(self, scheme: str) -> frozenset[str]:
-        """Ids of the units that may run in a scheme."""
+        """Return the ids of the units that may run in a scheme."""
         return frozenset(u.id for u in self.units if scheme in u.allowed)
 
     def lowest(self) -> Plan:
-        """The plan that puts every unit into the lowest scheme that it may take."""
+        """Return the plan that puts every unit into the lowest scheme that it may take."""
         return Plan({u.id: u.choices[0] for u in self.units if u.choices})
 
     @property
@@ -185,7 +185,7 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
         return "/".join(s.name.upper() for s in reversed(self.schemes) if s.name in set(self.lowest().values()))
 
     def lowest_gated(self) -> Plan:
-        """The same among the schemes whose roundings are sites of their own: what exact measurement executes."""
+        """Return the lowest plan among the schemes whose roundings are sites of their own, for exact measurement."""
         gated = {scheme.name for scheme in self.schemes if scheme.gated}
         found = ((u.id, next((name for name in u.choices if name in gated), BASELINE)) for u in self.units)
         return Plan(found)

@@ -19,15 +19,15 @@ class Progress(Protocol):
     """Where long work reports to."""
 
     def start(self, stage: str, total: int | None) -> None:
-        """A stage begins; `total` steps where known."""
+        """Begin a stage of `total` steps; None where their number is not known."""
         ...
 
     def advance(self, steps: int = 1) -> None:
-        """Some steps of the current stage are done."""
+        """Count some steps of the current stage as done."""
         ...
 
     def finish(self, note: str = "") -> None:
-        """The current stage is over."""
+        """End the current stage."""
         ...
 
 
@@ -53,7 +53,7 @@ class Workspace:
     """What does jobs. What is open in its contexts serves several stages."""
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
-        """The stored result of a stage, made now where it is missing."""
+        """Return the stored result of a stage, made now where it is missing."""
         start = time.perf_counter()
         found = self.store.get(stage, key) if self.store else None
         if found is not None:
@@ -66,7 +66,7 @@ class Workspace:
         return data
 
     def map(self, jobs: Sequence[Job], progress: Progress, *, at_once: int = 1) -> Generator[bytes]:
-        """Results of jobs in their order: those that are stored, and the others done now and stored one by one.
+        """Give the results of jobs in their order: stored ones as they are, the others done now and stored one by one.
 
         Work stops where the iterator is closed.
 
@@ -98,7 +98,7 @@ class Workspace:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for large files that are of no use afterwards; in the run directory, where there is one."""
+        """Make a folder for large files that are of no use afterwards, in the run directory where there is one."""
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=self.store.cache if self.store else None) as name:
             yield Path(name)
 

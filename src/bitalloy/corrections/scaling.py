@@ -36,7 +36,7 @@ def scale_channels(
     work: Workspace,
     **decisive: object,
 ) -> tuple[Graph, tuple[Correction, ...]]:
-    """The model with channels scaled by the rules that pay, and what each of them did.
+    """Scale channels by the rules that pay, and report what each rule did.
 
     Args:
         model: as loaded.
@@ -113,7 +113,7 @@ def _try(
 
 
 def _tried(trial: Calibrated) -> Calibrated | None:
-    """On the target that decides."""
+    """Return the trial on the target that decides."""
     parts = (trial, *trial.others)
     at = deciding_target(parts)
     return None if at is None else parts[at]

@@ -43,11 +43,11 @@ def compare_sqnr(
 
 
 def sqnr_gains(without: Mapping[str, float], with_: Mapping[str, float]) -> tuple[float, float]:
-    """What a correction gains over the heads in dB: the mean, and the least."""
+    """Return what a correction gains over the heads in dB: the mean, and the least."""
     changes = [with_[h] - without[h] for h in with_]
     return float(np.mean(changes)), min(changes)
 
 
 def untried_correction(name: str, places: int, reason: str) -> Correction:
-    """A correction that was not measured."""
+    """Report a correction that was not measured."""
     return Correction(name=name, places=places, kept=False, reason=reason)

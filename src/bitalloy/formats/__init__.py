@@ -26,5 +26,5 @@ def find_format(name: str | None) -> Format:
 
 
 def required_opset(scheme: Scheme) -> int:
-    """Smallest version of the ONNX operators with which a scheme can be written; 0 for one that rounds nothing."""
+    """Return the smallest version of the ONNX operators that can write a scheme; 0 for one that rounds nothing."""
     return opset_of(scheme, [find_format(name) for name in (scheme.activation, scheme.weight, scheme.bias) if name])

@@ -30,7 +30,7 @@ _BIAS_MAX = 2**31 - 256
 def activation_params(
     low: float, high: float, *, bits: int = 8, signed: bool = False, symmetric: bool = False
 ) -> QuantParams:
-    """Parameters for a tensor with values in [low, high], one scale for the whole tensor.
+    """Choose parameters for a tensor with values in [low, high], with one scale for the whole tensor.
 
     The range is widened to contain 0, so that zero (padding, ReLU) is exact. Infinite bounds and such near the
     end of float32 are drawn in so far that every integer still stands for a finite number.
@@ -73,7 +73,7 @@ def activation_params(
 def symmetric_params(
     magnitude: ArrayLike, *, axis: int | None = None, bits: int = 8, reduced: bool = False
 ) -> QuantParams:
-    """Signed parameters with zero point 0 for tensors or channels whose values reach `magnitude`.
+    """Choose signed parameters with zero point 0 for tensors or channels whose values reach `magnitude`.
 
     Args:
         magnitude: shape (), or (channels,) with `axis`. A channel of zeros takes the scale of the largest
@@ -106,7 +106,7 @@ def symmetric_params(
 
 
 def quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.integer]:
-    """Integers for `x` (any shape, read as float32), in the dtype of the zero point.
+    """Round `x` (any shape, read as float32) to integers in the dtype of the zero point.
 
     Example: 0.05 / 0.02 = 2.5 goes to the even neighbour; 3 / 0.02 = 150 saturates.
 
@@ -122,7 +122,7 @@ def quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.integer]:
 
 
 def dequantize(q: NDArray[np.integer], p: QuantParams) -> NDArray[np.float32]:
-    """The float32 numbers that integers `q` stand for, same shape.
+    """Return the float32 numbers that the integers `q` stand for, in the same shape.
 
     >>> p = QuantParams(scale=np.float32(0.5), zero_point=np.uint8(51), qmin=0, qmax=255)
     >>> dequantize(np.uint8([51, 53, 0]), p)
@@ -133,7 +133,7 @@ def dequantize(q: NDArray[np.integer], p: QuantParams) -> NDArray[np.float32]:
 
 
 def fake_quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.float32]:
-    """What is left of `x` after rounding: `dequantize(quantize(x))`; applying it twice changes nothing more.
+    """Return what rounding leaves of `x`: `dequantize(quantize(x))`. A second rounding changes nothing more.
 
     >>> fake_quantize(np.float32([0.3, -1.0, 9.0]), activation_params(-1.0, 4.0))
     array([ 0.29411766, -1.        ,  4.        ], dtype=float32)
@@ -142,7 +142,7 @@ def fake_quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.float32
 
 
 def bias_int32(b: NDArray[np.floating], scale: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Bias as int32 in steps of `scale` = sx * sw, so that it adds to an INT8 product without rescaling.
+    """Store a bias as int32 in steps of `scale` = sx * sw, so that it adds to an INT8 product without rescaling.
 
     Where |b| / scale leaves int32, or sx * sw is not a normal float32, the returned scale is the smallest that
     holds b, and differs from the one given: a runtime that insists on sx * sw needs that channel's weights
@@ -205,7 +205,7 @@ def sqnr_db_of(reference: NDArray[np.floating], test: NDArray[np.floating]) -> f
 
 
 def _storage(bits: int, signed: bool) -> tuple[type[np.integer], int, int]:
-    """Dtype, smallest and largest integer of a format."""
+    """Return the dtype, the smallest and the largest integer of a format."""
     if not 2 <= bits <= 16:
         raise ValueError(f"Integer formats have 2 to 16 bits, got {bits}.")
     small, large = (np.int8, np.int16) if signed else (np.uint8, np.uint16)
@@ -214,12 +214,12 @@ def _storage(bits: int, signed: bool) -> tuple[type[np.integer], int, int]:
 
 
 def _reach(half: int) -> float:
-    """Largest magnitude that may be quantized: `half` steps of 1 / (half - 1) of it stay finite in float32."""
+    """Return the largest magnitude to quantize: `half` steps of 1 / (half - 1) of it stay finite in float32."""
     return _FLOAT_MAX * (half - 1) / half * (1 - 2**-20)
 
 
 def _normal(scale: ArrayLike) -> NDArray[np.float32]:
-    """As float32, 1 for nothing, never denormal: kernels may flush those to zero and divide by it."""
+    """Make a scale float32, 1 for nothing, never denormal: kernels may flush those to zero and divide by it."""
     wide = np.asarray(scale, np.float64)
     return np.where(wide == 0, 1.0, np.maximum(wide, _FLOAT_TINY)).astype(np.float32)
 
@@ -254,11 +254,11 @@ class Affine:
     opset: int = 13
 
     def of_range(self, low: float, high: float) -> QuantParams:
-        """See `activation_params`."""
+        """Choose the parameters of a tensor as `activation_params` does."""
         return self._stored(activation_params(low, high, bits=self.bits, signed=self.signed, symmetric=self.symmetric))
 
     def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams:
-        """See `symmetric_params`; with a `block`, `magnitude` has the rank of the constant."""
+        """Choose the parameters of a constant as `symmetric_params` does; with a `block`, `magnitude` has its rank."""
         found = replace(symmetric_params(magnitude, axis=axis, bits=self.bits), block=block)
         if not self.signed:
             dtype, _, _ = _storage(self.bits, False)
@@ -268,33 +268,33 @@ class Affine:
         return self._stored(found)
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
-        """See `quantize`."""
+        """Round numbers to integers as `quantize` does."""
         assert params is not None, "integers have a scale"
         return quantize(x, params)
 
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
-        """See `fake_quantize`."""
+        """Round numbers as `fake_quantize` does."""
         assert params is not None, "integers have a scale"
         return fake_quantize(x, params)
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
-        """A QuantizeLinear and a DequantizeLinear that share scale and zero point."""
+        """Write a QuantizeLinear and a DequantizeLinear that share scale and zero point."""
         assert params is not None, "integers have a scale"
         grid, attributes = _grid(writer, params), _attributes(params)
         q = writer.node("QuantizeLinear", [x, *grid], "quantized", **attributes)
         return writer.node("DequantizeLinear", [q, *grid], "dequantized", **attributes)
 
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
-        """A DequantizeLinear."""
+        """Write a DequantizeLinear behind the stored integers."""
         assert params is not None, "integers have a scale"
         return writer.node("DequantizeLinear", [stored, *_grid(writer, params)], "dequantized", **_attributes(params))
 
     def safe(self, evidence: Evidence) -> tuple[float, str]:
-        """Nothing computes in integers with a scale alone: kernels sum up in 32 bits."""
+        """Refuse nothing: kernels that read such integers sum up in 32 bits."""
         return 0.0, ""
 
     def _stored(self, params: QuantParams) -> QuantParams:
-        """With zero points in the type of the format, where that has less than 8 bits."""
+        """Turn zero points into the type of the format, where that has less than 8 bits."""
         if self.bits != 4:
             return params
         kind = ml_dtypes.int4 if self.signed else ml_dtypes.uint4

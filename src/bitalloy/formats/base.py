@@ -64,19 +64,19 @@ class Format(Protocol):
         ...
 
     def of_range(self, low: float, high: float) -> QuantParams | None:
-        """Parameters for a tensor with values in [low, high]; None where the format has none."""
+        """Choose the parameters of a tensor with values in [low, high]; None where the format has none."""
         ...
 
     def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams | None:
-        """Parameters for constants whose parts along `axis` reach the given magnitudes, see `QuantParams.scale`."""
+        """Choose the parameters of constants whose parts along `axis` reach magnitudes, see `QuantParams.scale`."""
         ...
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
-        """The numbers as they are stored."""
+        """Return the numbers as they are stored."""
         ...
 
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
-        """What is left of values after rounding, computed by numpy; runtimes are held against it, bit by bit."""
+        """Return what rounding leaves of values, computed by numpy; runtimes are held against it, bit by bit."""
         ...
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
@@ -97,11 +97,11 @@ class Format(Protocol):
 
 
 def cast_type(stored: Format) -> ir.DataType:
-    """The type of ONNX that nodes compute in which run in a format."""
+    """Return the type of ONNX that nodes compute in which run in a format."""
     return ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)
 
 
 def opset_of(scheme: Scheme, formats: Sequence[Format]) -> int:
-    """Smallest version of the ONNX operators with which a scheme of these formats can be written; 0 for none."""
+    """Return the smallest version of the ONNX operators that can write a scheme of these formats; 0 for none."""
     block = 21 if scheme.granularity is Granularity.BLOCK and scheme.weight is not None else 0
     return max([block, *(f.opset for f in formats)])

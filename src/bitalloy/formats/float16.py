@@ -32,7 +32,7 @@ LARGEST_ERROR = 1 / 16
 
 
 def fake_fp16(x: NDArray[np.floating]) -> NDArray[np.float32]:
-    """What is left of float32 values stored as IEEE 754 binary16: 11 significant bits, infinite from 65520 on.
+    """Return what is left of float32 values stored as IEEE 754 binary16: 11 bits, infinite from 65520 on.
 
     >>> fake_fp16(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
     array([9.9975586e-02, 6.5504000e+04,           inf, 0.0000000e+00],
@@ -51,31 +51,31 @@ class Float16:
     opset: int = 13
 
     def of_range(self, low: float, high: float) -> None:
-        """A floating-point format has no parameters."""
+        """Return nothing: a floating-point format has no parameters."""
 
     def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
-        """A floating-point format has no parameters."""
+        """Return nothing: a floating-point format has no parameters."""
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.generic]:
-        """As float16."""
+        """Convert numbers to float16."""
         with np.errstate(over="ignore", under="ignore"):
             return np.asarray(x).astype(np.float16)
 
     def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
-        """See `fake_fp16`."""
+        """Round numbers as `fake_fp16` does."""
         return fake_fp16(x)
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
-        """A Cast to the format and one back."""
+        """Write a Cast to the format and one back."""
         half = writer.node("Cast", [x], "half", to=int(ir.DataType.FLOAT16))
         return writer.node("Cast", [half], "single", to=int(ir.DataType.FLOAT))
 
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None = None) -> ir.Value:
-        """A Cast."""
+        """Write a Cast behind the stored numbers."""
         return writer.node("Cast", [stored], "single", to=int(ir.DataType.FLOAT))
 
     def safe(self, evidence: Evidence) -> tuple[float, str]:
-        """See the cases of the module."""
+        """Judge a unit by the cases of the module."""
         error = math.sqrt(evidence.depth) / 2048
         if evidence.magnitude * HEADROOM > HALF_LARGEST:
             return error, f"FP16 would overflow: values reach {evidence.magnitude:.3g}, and it ends at 65504"

@@ -150,7 +150,7 @@ def _audited(
 
 
 def _rounds(precision: str, known: Mapping[str, Scheme]) -> bool:
-    """Whether a kernel of some precision reads rounded numbers."""
+    """Tell whether a kernel of some precision reads rounded numbers."""
     return precision in known and known[precision].rounds
 
 
@@ -159,7 +159,7 @@ def _main(kernels: Sequence[TimedKernel]) -> list[TimedKernel]:
 
 
 def _decisive(kernels: Sequence[TimedKernel]) -> str:
-    """Precision in which most of the time was spent; empty without kernels."""
+    """Return the precision in which most of the time was spent; empty without kernels."""
     times: dict[str, float] = defaultdict(float)
     for timed in kernels:
         times[timed.kernel.precision] += timed.us
@@ -180,7 +180,7 @@ def _cause(planned: Scheme, executed: str, runtime: str, known: Mapping[str, Sch
 
 
 def _absence(unit: Unit, graphs: Sequence[AuditedGraph]) -> str:
-    """Case 6, as far as the graphs tell."""
+    """Say where the work of a unit without kernels went (case 6), as far as the graphs tell."""
     nodes = {*unit.core, *unit.tail}
     if nodes & {n for g in graphs for n in g.folded}:
         return "computed before the model runs: folded into a constant"

@@ -28,7 +28,7 @@ def interleave(
     warmup: int = 3,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Wall time of single inferences in ms, per model (repeats,), one run of each model in every round.
+    """Time single inferences in ms, one run of each model in every round: per model an array (repeats,).
 
     The order of the models changes from round to round, so that none always follows the same one.
     """
@@ -54,7 +54,7 @@ def time_sittings(
     progress: Callable[[int], None] | None = None,
     then: Callable[[Mapping[str, Session]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`interleave` with sessions that are made anew a few times.
+    """Time models as `interleave` does, with sessions that are made anew a few times.
 
     Where its memory lies makes the same model faster or slower. Models that do not fit into memory together take
     turns as a whole (`together` is False): then one session exists at a time. `then` gets the sessions of all models
@@ -82,11 +82,11 @@ def time_sittings(
 
 
 def latency_of(times_ms: np.ndarray) -> Latency:
-    """Median and spread of a series of times."""
+    """Sum a series of times up as its median and spread."""
     p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
     return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))
 
 
 def unsteadiness(latency: Latency) -> float:
-    """How much longer the median run took than the fast ones, without which no median is worth anything."""
+    """Return how much longer the median run took than the fast ones; where it is large, no median is worth anything."""
     return latency.median_ms / latency.p10_ms if latency.p10_ms > 0 else 1.0

@@ -120,7 +120,7 @@ def measure(
 
 
 def stored_bytes(scheme: Scheme, elements: int) -> int:
-    """Size of weights in a scheme, scales left out."""
+    """Return the size of weights in a scheme, scales left out."""
     bits = find_format(scheme.weight).bits if scheme.weight is not None else 32
     return -(-elements * bits // 8)
 
@@ -176,7 +176,7 @@ def _fitted(
     kernel: Mapping[str, Mapping[str, float]],
     wall: np.ndarray,
 ) -> _Fit:
-    """Wall time = kernels in each scheme, scaled, + price of borders; the pure variants weigh most.
+    """Fit wall time = kernels in each scheme, scaled, + price of borders; the pure variants weigh most.
 
     Both directions of the conversions into and out of a scheme have one price.
     """
@@ -212,7 +212,7 @@ def _fitted(
 
 
 def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray, pure: int) -> list[float]:
-    """Error of each mixture over its time, as a fit without it predicts it; the pure variants stay in all fits."""
+    """Return the error of each mixture over its time by a fit without it; the pure variants stay in all fits."""
     found = []
     for index in range(pure, len(wall)):
         others = np.arange(len(wall)) != index
@@ -222,7 +222,7 @@ def _left_out(design: np.ndarray, weight: np.ndarray, wall: np.ndarray, pure: in
 
 
 def corrected_table(table: CostTable, units: UnitGraph, plan: Plan, measured_ratio: float) -> CostTable:
-    """The table that reproduces a measured plan: the price of borders, which is the least certain, is scaled.
+    """Correct a table so that it reproduces a measured plan: it scales the price of borders, the least certain part.
 
     Args:
         table: that predicted the plan.
@@ -246,7 +246,7 @@ def corrected_table(table: CostTable, units: UnitGraph, plan: Plan, measured_rat
 
 
 def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> Plan:
-    """Random runs of neighbouring units that change their scheme with probability `switch`."""
+    """Draw random runs of neighbouring units that change their scheme with probability `switch`."""
     schemes = [scheme.name for scheme in units.schemes]
     state = int(generator.integers(len(schemes)))
     chosen = {}
@@ -274,7 +274,7 @@ def _profile(
 
 
 def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Profile]) -> dict[str, dict[str, float]]:
-    """Unit -> scheme -> kernel time: the median over the variants in which the unit has that scheme."""
+    """Map unit -> scheme -> kernel time: the median over the variants in which the unit has that scheme."""
     found = {}
     for index, unit in enumerate(units.units):
         seen: dict[str, list[float]] = defaultdict(list)
@@ -286,7 +286,7 @@ def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Prof
 
 @cache
 def machine_name() -> str:
-    """The processor of this machine, by its own name."""
+    """Return the processor of this machine by its own name."""
     from cpuinfo import get_cpu_info  # asks other programs, which takes about a second
 
     found = str(get_cpu_info().get("brand_raw", "")).strip()

@@ -12,20 +12,20 @@ from bitalloy.targets.placement import borders
 
 
 def latency_us(table: CostTable, units: UnitGraph, plan: Plan) -> float:
-    """Predicted latency of a plan."""
+    """Predict the latency of a plan."""
     inside = sum(cost.us[plan.scheme_of(cost.unit)] for cost in table.units)
     return float(table.fixed_us + inside + borders_us(table, units, plan))
 
 
 def borders_us(table: CostTable, units: UnitGraph, plan: Plan) -> float:
-    """The part of it that goes into conversions between schemes."""
+    """Predict the part of the latency that goes into conversions between schemes."""
     found = borders(units, plan)
     prices = {(price.source, price.sink): price for price in table.borders}
     return sum(prices[c.source, c.sink].price_us(*found[c]) for c in sorted(found) if (c.source, c.sink) in prices)
 
 
 def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estimate | None:
-    """The same with a 95 % prediction interval from the variants that were left out of fits (Student's t).
+    """Predict the latency with a 95 % interval (Student's t) from the variants that were left out of fits.
 
     None where nothing was measured.
     """
@@ -38,5 +38,5 @@ def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estim
 
 
 def saved_bytes(table: CostTable, plan: Plan) -> int:
-    """Weight bytes that a plan saves against the float model."""
+    """Return the bytes of weights that a plan saves against the float model."""
     return sum(cost.saved_bytes(plan[cost.unit]) for cost in table.units if cost.unit in plan)

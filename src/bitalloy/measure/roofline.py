@@ -25,7 +25,7 @@ FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
 
 
 def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
-    """A cost table for a device, marked as estimated.
+    """Estimate the cost table of a device that is not here; the table says that it is estimated.
 
     Args:
         graph: the model.
@@ -56,7 +56,7 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
 
 
 def number_bytes(scheme: Scheme) -> float:
-    """Size of one number of a tensor in a scheme."""
+    """Return the size of one number of a tensor in a scheme."""
     return find_format(scheme.activation).bits / 8 if scheme.activation is not None else FLOAT_BYTES
 
 
@@ -70,7 +70,7 @@ def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device) -> UnitCos
     leaving = int(np.prod(static_shape(graph.value[unit.root])))
 
     def weight_bytes(scheme: Scheme) -> float:
-        """A unit that is given rounded numbers keeps its bias and other constants."""
+        """Return the size of the constants; a unit that reads rounded numbers keeps its bias and others as they are."""
         size = find_format(scheme.weight).bits / 8 if scheme.weight is not None else FLOAT_BYTES
         return weights * size if scheme.cast else (weights - rounded) * FLOAT_BYTES + rounded * size
 

@@ -9,7 +9,7 @@ from bitalloy.runtime.base import ONLY
 
 
 def float_bytes(graph: Graph) -> int:
-    """Size of the float model as files."""
+    """Return the size of the float model as files."""
     return sum(float_sizes(graph).values())
 
 

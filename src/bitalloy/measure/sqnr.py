@@ -25,7 +25,7 @@ def output_sqnr(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[Estimate, ...]]:
-    """SQNR in dB of each model's heads against the reference, over the given samples.
+    """Measure the SQNR in dB of each model's heads against the reference, over the given samples.
 
     Returns:
         model -> one estimate per head, with a 95 % bootstrap interval over samples; and under `FLOAT32` the highest
@@ -61,7 +61,7 @@ def artefact_sqnr(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[Estimate, ...]]:
-    """`output_sqnr` of artefacts, whose sessions are opened for it and closed again."""
+    """Measure `output_sqnr` of artefacts, whose sessions are opened for it and closed again."""
     exact, sessions = reference.session(), {name: model.session() for name, model in models.items()}
     found = output_sqnr(exact, sessions, heads, feeds, seed=seed, progress=progress)
     for session in (exact, *sessions.values()):

@@ -41,7 +41,7 @@ class TracedModel:
     """Number of a node -> its name before, and its operator."""
 
     def units_in(self, kernel: Kernel) -> tuple[str, ...]:
-        """All units that a kernel is said to work for, main one first; none where it only passes between units."""
+        """Return all units that a kernel works for, main one first; none where it only passes between units."""
         tokens = [t for text in (*kernel.layers, kernel.name) for t in _TOKEN.finditer(text)]
         found = [self.units[int(t["unit"])] for t in tokens if t["unit"]]
         names = {name.removesuffix(_COPY) for name in kernel.layers}
@@ -49,7 +49,7 @@ class TracedModel:
         return tuple(dict.fromkeys(found))
 
     def units_of(self, nodes: Iterable[str]) -> tuple[str, ...]:
-        """The units of nodes by their names in here; rounding counts only where there is nothing else."""
+        """Return the units of nodes by their names in here; rounding counts only where there is nothing else."""
         found: dict[bool, dict[str, None]] = {False: {}, True: {}}
         for token in map(_TOKEN.match, nodes):
             if token and token["unit"]:
@@ -57,12 +57,12 @@ class TracedModel:
         return tuple(found[False] or found[True])
 
     def name_before(self, node: str) -> str:
-        """Name of a node in the model as it was, or of one that is not from there."""
+        """Return the name of a node in the model as it was; a node that is not from there keeps its own."""
         token = _TOKEN.match(node)
         return self.nodes[int(token["node"])][0] if token else node
 
     def placed(self, folder: Path) -> TracedModel:
-        """The same with its large graphs in files in a folder."""
+        """Return the same model with its large graphs in files in a folder."""
         return replace(self, artefact=self.artefact.placed(folder))
 
 
@@ -133,7 +133,9 @@ def profile(
 
 
 def rewritten_graphs(traced: TracedModel, folder: Path) -> dict[str, Rewritten | str]:
-    """What the runtime makes of each graph before it runs it, or why that is not known; empty where its kernels tell.
+    """Read what the runtime makes of each graph before it runs it, or why that is not known.
+
+    Nothing is returned of a runtime whose kernels tell what they were made from.
 
     Args:
         traced: the model.

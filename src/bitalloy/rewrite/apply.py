@@ -51,7 +51,7 @@ class MixedModel:
     units: UnitGraph
 
     def to_bytes(self) -> bytes:
-        """The model as a serialized `ModelProto`.
+        """Write the model as a serialized `ModelProto`.
 
         Raises:
             ModelError: it does not fit into the 2 GB of one message: see `save`.
@@ -116,7 +116,7 @@ def _check(recipe: Recipe, plan: Plan) -> None:
 
 
 def _borders(units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
-    """Units that round their result for all readers, and tensors that are rounded for a reader, with its scheme."""
+    """List the units that round their result for all readers, and the tensors rounded for a reader, with its scheme."""
     ends, entries = set[str](), []
     for edge in units.edges:
         source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
@@ -140,7 +140,7 @@ class _GraphWriter:
         self._entries: dict[tuple[str, str], ir.Value] = {}
 
     def unit(self, unit: Unit, scheme: Scheme, inputs: Mapping[str, str], *, end: bool) -> None:
-        """Cases 1, 2 and 4 of one unit.
+        """Write the roundings inside one unit: cases 1, 2 and 4.
 
         Args:
             unit: to be rounded.
@@ -180,7 +180,7 @@ class _GraphWriter:
                 node.replace_input_with(slot, self.constant(f"{node.name}/corrected_bias", shifted))
 
     def enter(self, edge: UnitEdge, scheme: str) -> None:
-        """Case 3."""
+        """Round a tensor for the consumers of an edge: case 3."""
         key = edge.tensor, scheme
         if key not in self._entries:
             value = self._values[edge.tensor]
@@ -190,7 +190,7 @@ class _GraphWriter:
             self.nodes[use.node].replace_input_with(use.slot, self._entries[key])
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer with a name that no tensor has."""
+        """Store a constant under a name that no tensor has."""
         return add_initializer(self.graph, self.fresh(name), array)
 
     def _weight(self, node: ir.Node, site: WeightSite, scheme: Scheme, entry: QuantParams | None, unit: str) -> None:

@@ -48,7 +48,7 @@ class Bias:
 
 
 def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
-    """Biases of the layers whose weights can be rounded, in the order of the units."""
+    """Find the biases of the layers whose weights can be rounded, in the order of the units."""
     plan, found = units.lowest_gated(), []
     for site in (w for u in units.units if u.id in plan for w in u.weights):
         layer = holder = graph.node[site.node]
@@ -74,7 +74,7 @@ def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
 
 
 def _plain(layer: ir.Node) -> bool:
-    """Whether a layer is a weighted sum of its input and nothing else."""
+    """Tell whether a layer is a weighted sum of its input and nothing else."""
     if layer.op_type == "Gemm":
         factors = (attribute(layer, name, 1.0) for name in ("alpha", "beta"))
         return not attribute(layer, "transA", 0) and all(f == 1.0 for f in factors)
@@ -87,7 +87,7 @@ def mean_inputs(
     feeds: Iterable[Mapping[str, np.ndarray]],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What enters the layers on average: tensor -> (channels,) float64.
+    """Measure what enters the layers on average: tensor -> (channels,) float64.
 
     Args:
         graph: float.
@@ -101,7 +101,7 @@ def mean_inputs(
 def bias_offsets(
     graph: Graph, biases: Sequence[Bias], recipe: Recipe, means: Mapping[str, np.ndarray]
 ) -> dict[str, Offset]:
-    """What is to be added to each bias where its weight is rounded: id of the weight's site -> offset.
+    """Compute what is added to each bias where its weight is rounded: id of the weight's site -> offset.
 
     Args:
         graph: float.
@@ -129,7 +129,7 @@ def _rounds(scheme: Scheme) -> bool:
 
 
 def _product(layer: ir.Node, weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(outputs,): what a layer makes of an input that is `mean`, (inputs,), everywhere."""
+    """Return what a layer makes (outputs,) of an input that is `mean` (inputs,) everywhere."""
     if layer.op_type != "Conv":
         return np.asarray(mean @ np.moveaxis(weight, node_weight_axes(layer), (0, 1)))
     groups = int(attribute(layer, "group", 1))  # type: ignore[call-overload]

@@ -69,12 +69,12 @@ class Calibrated:
         return {r.tensor: (r.low, r.high) for r in self.calibration.ranges}
 
     def recipe(self, method: str = "") -> Recipe:
-        """How the target rounds the model, with ranges by another method where that gives something else."""
+        """Say how the target rounds the model, with ranges by another method where that gives something else."""
         ranges = {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
         return Recipe(self.units, self.target, ranges, self.offsets)
 
     def on(self, methods: Mapping[str, str]) -> Calibrated:
-        """The same, with the ranges of some tensors by another method."""
+        """Return the same model with the ranges of some tensors by another method."""
         ranges = []
         for r in self.calibration.ranges:
             if r.tensor in methods:
@@ -89,26 +89,26 @@ class Calibrated:
         return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
 
     def corrected(self, offsets: Mapping[str, Offset]) -> Self:
-        """The same with biases moved."""
+        """Return the same model with its biases moved."""
         return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
 
     def variant(self, plan: Plan) -> MixedModel:
-        """The model in which the units of a plan run in its schemes."""
+        """Make the model in which the units of a plan run in its schemes."""
         return write_plan(self.graph, self.recipe(), plan)
 
     def artefact(self, plan: Plan) -> Artefact:
-        """The same as it is shipped: of a program, a model for every graph, with the sizes that its file leaves open.
+        """Make the model of a plan as it is shipped: of a program one model for every graph, with open sizes left open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
         return _artefact(self.graph, self.recipe(), plan)
 
     def executable(self, artefact: Artefact) -> Artefact:
-        """The same for ONNX Runtime on this machine, with the numbers that the graph says: see `specified`."""
+        """Return an artefact for ONNX Runtime here, with the numbers that the graph says: see `as_specified`."""
         return _executable(artefact, self.target)
 
     def original(self) -> Artefact:
-        """The float model as it was given, or in normal form where the runtime refuses that."""
+        """Return the float model as it was given, or in normal form where the runtime refuses that."""
         return _original(self.graph, self.given, self.target)
 
 
@@ -124,7 +124,7 @@ class ArtefactParts(Record, frozen=True, kw_only=True):
 
 
 def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
-    """The model of a plan, or the model as loaded, for ONNX Runtime on this machine."""
+    """Make the model of a plan, or the model as loaded, for ONNX Runtime on this machine."""
     graph, recipe = contexts.open(spec.graph), contexts.open(spec.recipe)
     if spec.schemes is None:
         return _original(graph, contexts.open(spec.given), recipe.target)
@@ -165,13 +165,13 @@ def _given(graph: Graph) -> Path | ir.Model:
 
 
 def unseen_samples(probed: int, total: int) -> list[int]:
-    """Samples that the probe matrix has not seen, as far as there are enough; from the end of the data otherwise."""
+    """Choose samples that the probe matrix has not seen, as far as there are enough; else from the end of the data."""
     found = list(range(probed, total))[:VERIFY_SAMPLES]
     return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that decides a number."""
+    """List the versions of everything that decides a number."""
     return {
         name: importlib.metadata.version(name)
         for name in ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
@@ -179,5 +179,5 @@ def versions() -> dict[str, str]:
 
 
 def deciding_target(parts: Sequence[Calibrated]) -> int | None:
-    """Position of the first target whose roundings can be switched: what is measured on it holds for all."""
+    """Find the first target whose roundings can be switched: what is measured on it holds for all."""
     return next((i for i, part in enumerate(parts) if part.units.lowest_gated()), None)

@@ -68,7 +68,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
 
 
 def as_specified(model: ir.Model) -> ir.Model:
-    """A copy that computes in float32 and rounds what nodes of another format make to that format, one by one.
+    """Copy a model so that it computes in float32 and rounds what nodes of another format make to that format.
 
     ONNX Runtime has no such kernels on most CPUs. It computes in float32 there and drops the roundings between
     neighbours, so that a model runs more exactly than its graph says. In the copy each rounding is a pair of Cast
@@ -100,7 +100,7 @@ def as_specified(model: ir.Model) -> ir.Model:
 
 
 def computing_nodes(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
-    """Type other than float32 that nodes compute in -> names of these nodes."""
+    """Map each type other than float32 that nodes compute in to the names of these nodes."""
     found: dict[ir.DataType, set[str]] = {}
     for node in model.graph:
         for value in () if is_border(node) else node.outputs:
@@ -110,12 +110,12 @@ def computing_nodes(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
 
 
 def is_border(node: ir.Node) -> bool:
-    """Whether a node is a Cast between floating-point formats that `lower` put there."""
+    """Tell whether a node is a Cast between floating-point formats that `lower` put there."""
     return node.op_type == "Cast" and node.metadata_props.get(TAG) == BORDER
 
 
 def cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
-    """A tensor in another floating-point type, by a Cast behind what makes it."""
+    """Convert a tensor to another floating-point type, by a Cast behind what makes it."""
     node = ir.node("Cast", [value], {"to": int(to)}, name=f"{name}/Cast")
     node.metadata_props[TAG] = BORDER
     result = node.outputs[0]

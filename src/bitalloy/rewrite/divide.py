@@ -17,7 +17,7 @@ from bitalloy.rewrite.cast import LOWER_TYPES, cast, is_border
 
 
 def divide(model: ir.Model, program: GraphProgram) -> dict[str, ir.Model]:
-    """One model per graph out of a joined model that was rewritten since.
+    """Take a joined model that was rewritten apart into one model per graph.
 
     1. A node goes to the graph that its name starts with.
     2. Rounding goes to the graph that reads its result; so tensors on wires stay float32, and a consumer in INT8 or
@@ -82,7 +82,7 @@ def _part(model: ir.Model, program: GraphProgram, name: str) -> ir.Model:
 
 
 def _leaving(graph: ir.Graph, value: ir.Value, fresh: Fresh) -> ir.Value:
-    """The value as its own unit rounds it, where it does; of one in a lower type the float32 behind its Cast."""
+    """Find the value as its own unit rounds it, where it does; of one in a lower type the float32 behind its Cast."""
     for use in consumers(value):
         if use.node.op_type == "QuantizeLinear" and use.node.metadata_props.get(TAG, BORDER) != BORDER:
             for after in consumers(use.node.outputs[0]):
@@ -114,7 +114,7 @@ def _arrive(
 
 
 def _unrounded(value: ir.Value) -> ir.Value:
-    """What was rounded, where the value is the result of rounding."""
+    """Find what was rounded, where the value is the result of rounding."""
     node = value.producer()
     while node is not None and _rounds(node) and node.inputs[0] is not None:
         value = node.inputs[0]
@@ -127,7 +127,7 @@ def _rounds(node: ir.Node) -> bool:
 
 
 def _owner(node: ir.Node, program: GraphProgram) -> str | None:
-    """Graph that a node belongs to; None for rounding, which belongs to whoever reads it."""
+    """Find the graph that a node belongs to; None for rounding, which belongs to whoever reads it."""
     if _rounds(node):
         return None
     owner = name_of(node).partition("/")[0]
@@ -137,7 +137,7 @@ def _owner(node: ir.Node, program: GraphProgram) -> str | None:
 
 
 def _behind(ends: Sequence[ir.Value], program: GraphProgram, name: str) -> set[ir.Node]:
-    """Nodes that the outputs of one graph need, up to its inputs."""
+    """List the nodes that the outputs of one graph need, up to its inputs."""
     found: set[ir.Node] = set()
     left = [v.producer() for v in ends]
     while left:

@@ -73,7 +73,7 @@ class ScalingPlace:
 
 
 def find_places(graph: Graph) -> tuple[ScalingPlace, ...]:
-    """All places of a graph, in its order. Of a large model none: its weights are shared, not copied.
+    """Find all places of a graph, in its order. A large model has none: its weights are shared, not copied.
 
     In a program a tensor that leaves one of its graphs stays as it is, also where a wire carries it on.
     """
@@ -91,7 +91,7 @@ def find_places(graph: Graph) -> tuple[ScalingPlace, ...]:
 def exponents(
     graph: Graph, places: Sequence[ScalingPlace], feeds: Iterable[Mapping[str, np.ndarray]]
 ) -> dict[ScalingPlace, tuple[int, ...]]:
-    """The factors of every place that has any to gain, as powers of two per channel.
+    """Choose the factors of every place that has any to gain, as powers of two per channel.
 
     Args:
         graph: in normal form.
@@ -118,7 +118,7 @@ def exponents(
 
 
 def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> SomeGraph:
-    """The same network with other weights: each place divided by 2^factor, channel by channel.
+    """Return the same network with other weights: each place divided by 2^factor, channel by channel.
 
     Args:
         graph: in normal form; not changed.
@@ -162,7 +162,7 @@ class _Finder:
         """Tensors that leave the graph."""
 
     def normalized(self, node: ir.Node) -> ScalingPlace | None:
-        """Case 1."""
+        """Find the places behind a normalization: case 1."""
         out, slots = node.outputs[0], list[int]()
         if node.op_type not in ("LayerNormalization", "Mul") or not static_shape(out):
             return None
@@ -184,7 +184,7 @@ class _Finder:
         return ScalingPlace(SMOOTHING, str(out.name), last, tuple(divided), readers) if readers else None
 
     def linear(self, node: ir.Node) -> ScalingPlace | None:
-        """Case 2."""
+        """Find the places between two linear layers: case 2."""
         weights = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if node.op_type not in LINEAR or weights is None or not _is_own(node.inputs[1]):
             return None
@@ -209,7 +209,7 @@ class _Finder:
         return ScalingPlace(CROSS_LAYER, str(out.name), axis, tuple(divided), readers) if readers else None
 
     def _readers(self, value: ir.Value, axis: int) -> tuple[Operand, ...]:
-        """Weights of the linear layers that read a tensor; none where anything else does."""
+        """List the weights of the linear layers that read a tensor; none where anything else does."""
         found = []
         rank = len(static_shape(value))
         for use in consumers(value):
@@ -227,7 +227,7 @@ class _Finder:
         return () if empty or value.name in self._outputs else tuple(found)
 
     def _added(self, value: ir.Value, size: int) -> tuple[ir.Value, Operand] | None:
-        """The Add of a constant vector that alone reads a tensor: its result, and the vector."""
+        """Find the Add of a constant vector that alone reads a tensor: its result, and the vector."""
         node = self._only_reader(value)
         if node is None or node.op_type != "Add":
             return None
@@ -242,7 +242,7 @@ class _Finder:
 
 
 def _is_homogeneous(node: ir.Node, value: ir.Value, axis: int, source: str) -> bool:
-    """Whether a node carries factors of the channels of its first operand through; pools know them on axis 1 only."""
+    """Tell whether a node carries factors of its first operand's channels through; pools do on axis 1 only."""
     if node.op_type not in ops.HOMOGENEOUS or node.inputs[0] is not value or len(node.outputs) != 1:
         return False
     if node.op_type == "PRelu":
@@ -251,18 +251,18 @@ def _is_homogeneous(node: ir.Node, value: ir.Value, axis: int, source: str) -> b
 
 
 def _is_vector(value: ir.Value | None, size: int) -> bool:
-    """Whether a value is a constant with one number for each of `size` channels along its last axis."""
+    """Tell whether a value is a constant with one number for each of `size` channels along its last axis."""
     array = constant(value)
     return array is not None and array.dtype == np.float32 and array.size == size and array.shape[-1:] == (size,)
 
 
 def _is_own(value: ir.Value | None) -> bool:
-    """Whether a weight is read once, and is no output."""
+    """Tell whether a weight is read once, and is no output."""
     return value is not None and len(consumers(value)) == 1 and not value.is_graph_output()
 
 
 def _reach(node: ir.Node, operand: Operand) -> np.ndarray:
-    """(channels,): largest magnitude of the weights that read each channel."""
+    """Return the largest magnitude (channels,) of the weights that read each channel."""
     array = constant(node.inputs[operand.slot])
     assert array is not None, "weights of a place are constants"
     parts = np.abs(np.moveaxis(array, operand.axis, 0)).reshape(array.shape[operand.axis], -1)

@@ -76,7 +76,7 @@ class _Carrier:
         return self._model
 
     def _operands(self) -> tuple[list[tuple[ir.Node, int, ir.Node]], list[tuple[ir.Node, int, ir.Value | None]]]:
-        """Operands of the open form, as node and slot: those to be rounded, and those with other numbers."""
+        """List the operands of the open form, as node and slot: those to be rounded, and those with other numbers."""
         open_nodes = {name_of(n): n for n in self._model.graph}
         rounded: list[tuple[ir.Node, int, ir.Node]] = []
         changed: list[tuple[ir.Node, int, ir.Value | None]] = []
@@ -110,7 +110,7 @@ class _Carrier:
         return rounded, changed
 
     def _changed(self, node: ir.Node) -> list[int]:
-        """Slots of the float constants of a node that the rewriting changed."""
+        """List the slots of the float constants of a node that the rewriting changed."""
         before, found = self._before.get(name_of(node)), []
         for slot, value in enumerate(node.inputs if before is not None else ()):
             now, then = constant(value), constant(before.inputs[slot]) if slot < len(before.inputs) else None  # type: ignore[union-attr]
@@ -129,7 +129,7 @@ class _Carrier:
         node.replace_input_with(slot, add_initializer(self._model.graph, namer(self._model)(name), array))
 
     def _store(self, pair: ir.Node) -> ir.Value:
-        """INT8 or INT32 integers of the mixed model, with their scale."""
+        """Store INT8 or INT32 integers of the mixed model, with their scale."""
         name = name_of(pair)
         if name not in self._stored:
             node = ir.node("DequantizeLinear", self._constants(pair), dict(pair.attributes), name=name)
@@ -160,7 +160,7 @@ class _Carrier:
         return self._pairs[key]
 
     def _leave(self, value: ir.Value, pair: ir.Node) -> None:
-        """A rounded output keeps its name."""
+        """Let a rounded output keep its name."""
         rounded = self._round(value, pair)
         name = value.name
         rounded.shape, rounded.type = value.shape, value.type
@@ -168,7 +168,7 @@ class _Carrier:
         self._model.graph.outputs[list(self._model.graph.outputs).index(value)] = rounded
 
     def _constants(self, pair: ir.Node) -> list[ir.Value | None]:
-        """Operands of a rounding node in this model: integers (or None where they are computed), scale, zero point."""
+        """Copy the operands of a rounding node to this model: integers (None where computed), scale, zero point."""
         found: list[ir.Value | None] = []
         for value in pair.inputs:
             if value is None or value.const_value is None or constant(value) is None:
@@ -187,7 +187,7 @@ class _Carrier:
 
 
 def _rounding(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes a value, where one does, perhaps with a Cast to FP16 behind."""
+    """Find the DequantizeLinear that makes a value, where one does, perhaps with a Cast to FP16 behind."""
     node = value.producer() if value is not None else None
     if node is not None and is_border(node) and node.inputs[0] is not None:
         node = node.inputs[0].producer()

@@ -28,7 +28,7 @@ def search(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> PlanReport:
-    """The best plan for a budget, and the Pareto front around it.
+    """Find the best plan for a budget, and the Pareto front around it.
 
     With a floor on SQNR and no latency or size limit the fastest such plan is chosen; otherwise the least damaging
     plan within the limits. A limit on the drop of a task metric is not known to the tables: where nothing else is
@@ -81,7 +81,7 @@ def complete_plan(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> PlanReport:
-    """A plan that is decided already, with reasons, predictions and the front around it.
+    """Give reasons and predictions to a plan that is decided already, and the front around it.
 
     Args:
         problem: the tables.
@@ -114,14 +114,14 @@ def complete_plan(
 
 
 def _middle(problem: Problem, program: Program) -> float:
-    """Latency in us halfway between the fastest plan and float."""
+    """Return the latency in us halfway between the fastest plan and float."""
     fastest = program.solve(Limits(), minimize="latency")
     start = problem.latency_us(problem.fixed)
     return (problem.latency_us(fastest.plan) + start) / 2 if fastest is not None else start
 
 
 def _limits(problem: Problem, budget: Budget) -> Limits:
-    """A budget in the search's units.
+    """Turn a budget into the search's units.
 
     Raises:
         BudgetError: it names a head that the model does not have.
@@ -144,7 +144,7 @@ def _limits(problem: Problem, budget: Budget) -> Limits:
 
 
 def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
-    """The limits with the latency that is in reach, where it misses the asked one by less than the table's own error.
+    """Replace a latency limit by the least latency in reach, where that misses it by less than the table's own error.
 
     What the artefact really takes is measured afterwards, and the run says whether it meets the budget.
     """
@@ -158,7 +158,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
 
 
 def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
-    """What is asked for, and how much of it is in reach: of each limit alone and, where there are several, together."""
+    """Say what is asked for and how much is in reach: of each limit alone and, where there are several, together."""
     start = problem.latency_us(Plan())
     together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
     fastest = together or program.solve(Limits(damage=limits.damage), minimize="latency")
@@ -190,7 +190,7 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
 
 
 def _choices(problem: Problem, plan: Plan) -> list[Choice]:
-    """The plan with a reason per unit, from the tables that decided it."""
+    """List the schemes of a plan with a reason per unit, from the tables that decided it."""
     times = {c.unit: c for c in problem.cost.units}
     found = []
     for unit in problem.units.units:
@@ -205,7 +205,7 @@ def _choices(problem: Problem, plan: Plan) -> list[Choice]:
 
 
 def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str) -> str:
-    """Why a unit runs in the scheme that it was given."""
+    """Say why a unit runs in the scheme that it was given."""
     considered = unit.choices[0] if scheme == BASELINE else scheme
     column, table = problem.matrix.column, problem.site_damage
     sites = rounded(problem.units, Plan.of(considered, unit.id))
@@ -224,7 +224,7 @@ def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str) -> str:
 
 
 def _evidence(scheme: str, known: Evidence) -> str:
-    """Why a scheme that computes in another format is or is not among the choices of a unit."""
+    """Say why a scheme that computes in another format is or is not among the choices of a unit."""
     name = scheme.upper()
     if known.reason:
         return f"not {name}: {known.reason}"

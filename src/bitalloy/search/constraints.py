@@ -79,7 +79,7 @@ def _fixed(unit: Unit, keep: Keep) -> Unit:
 
 
 def _named(units: UnitGraph, keep: Keep, operators: Mapping[str, str]) -> list[Unit]:
-    """Units that a pattern matches; at least one."""
+    """Find the units that a pattern matches; at least one."""
     patterns = _expanded(keep)
     found = [u for u in units.units if any(fnmatch.fnmatchcase(n, p) for n in _names(u, operators) for p in patterns)]
     if found:
@@ -95,7 +95,7 @@ def _named(units: UnitGraph, keep: Keep, operators: Mapping[str, str]) -> list[U
 
 
 def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
-    """Everything that a pattern may call a unit: itself, nodes, regions but the root, operator types."""
+    """Collect all that a pattern may call a unit: itself, nodes, regions but the root, operator types."""
     nodes = (*unit.core, *unit.tail)
     types = {operators[n] for n in nodes if n in operators}
     return {unit.id, unit.kind, *nodes, *ancestors(unit.region)[:-1], *types}
@@ -112,7 +112,7 @@ def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
 
 
 def _expanded(keep: Keep) -> list[str]:
-    """A pattern for every number of its ranges.
+    """Make a pattern for every number of its ranges.
 
     Not by the package braceexpand: it would also expand `{a,b}`, keep leading zeros, refuse a lone brace, all of which
     names of nodes may have, and make a list of any length from a range before it can be counted.

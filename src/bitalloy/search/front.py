@@ -28,7 +28,7 @@ def polish(problem: Problem, plan: Plan, limits: Limits, *, fastest: bool = Fals
     ceiling = limits.damages(len(problem.matrix.heads))
 
     def scores(damage: np.ndarray, latency: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How far plans miss the limits, and what is minimized."""
+        """Return how far plans miss the limits, and what is minimized."""
         excess = np.maximum(np.maximum(latency / limits.latency_us, size / limits.size_bytes) - 1, 0)
         excess = excess + np.maximum(damage / ceiling - 1, 0).max(axis=1)
         return np.where(excess > 1e-9, excess, 0.0), latency if fastest else damage @ problem.aims
@@ -52,7 +52,7 @@ def polish(problem: Problem, plan: Plan, limits: Limits, *, fastest: bool = Fals
 def front(
     problem: Problem, program: Program, plan: tuple[Plan, float], progress: Callable[[int], None] | None
 ) -> tuple[tuple[ParetoPoint, ...], bool]:
-    """Plans that no other one beats, in order of latency, and whether the solver could finish for all of them.
+    """Find the plans that no other one beats, by latency, and tell whether the solver could finish for all of them.
 
     One plan for each of `FRONT_BUDGETS` latencies between the fastest plan and the slowest one that is of use. Where
     fewer are left because plans coincide or beat each other, the widest gaps are halved as often again.
@@ -104,7 +104,7 @@ def front(
 
 
 def _undominated(problem: Problem, plans: Iterable[Plan], chosen: Plan) -> list[tuple[float, float, Plan]]:
-    """(latency, damage, plan) of the plans that no faster one equals, and of the chosen one, in order of latency."""
+    """Keep (latency, damage, plan) of the plans that no faster one equals, and of the chosen one, by latency."""
     points = sorted(((problem.latency_us(p), problem.total(p), p.listed) for p in plans), key=lambda t: t)
     kept, least = [], np.inf
     for latency, damage, units in points:

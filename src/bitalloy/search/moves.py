@@ -72,17 +72,17 @@ class Moves:
         times = {c.unit: c for c in cost.units}
         self._us = self._by_scheme(times[u].us for u in self._place)
         self._bytes = self._by_scheme(times[u].bytes for u in self._place)
-        self._rows = [r.reshape(-1, self._sites).T.astype(np.float64) for r in matrix.rows]
-        self._squares = [o.reshape(-1, self._sites).T.astype(np.float64) for o in matrix.own]
+        self._rows = [_flat(rows) for rows in matrix.rows]
+        self._squares = [_flat(own) for own in matrix.own]
         self._energy = matrix.energy.mean(axis=0)
         self._site_damage = matrix.site_damage().mean(axis=0)
 
     def _by_scheme(self, found: Iterable[dict[str, float] | dict[str, int]]) -> np.ndarray:
-        """(units, schemes): a number of each unit in each scheme; NaN where it cannot run in it."""
+        """Make an array (units, schemes) of a number of each unit in each scheme; NaN where it cannot run in it."""
         return np.array([[known.get(name, np.nan) for name in self._number] for known in found], np.float64)
 
     def _own_sites(self) -> np.ndarray:
-        """(3, n): column of a site inside a unit, move of that unit, number of the scheme that rounds the site."""
+        """Make an array (3, n): column of a site in a unit, move of the unit, number of the scheme that rounds it."""
         found = []
         for i, unit in enumerate(self._units.units):
             for name in unit.choices:
@@ -93,7 +93,7 @@ class Moves:
         return np.array(found, np.int64).reshape(-1, 3).T
 
     def _read_edges(self) -> None:
-        """Ends of the edges, which moves touch them, and what lies on them for every pair of schemes."""
+        """Read the ends of the edges, which moves touch them, and what lies on them for every pair of schemes."""
         edges, schemes = self._units.edges, self._units.schemes
         outside = len(self._place)
         self._up, self._down = (
@@ -137,7 +137,7 @@ class Moves:
         schemes: Sequence[Scheme],
         found: Callable[[UnitEdge, Scheme, Scheme], list[int]],
     ) -> np.ndarray:
-        """(edges, schemes, schemes, most): numbers that an edge has for a pair of schemes, filled up with -1."""
+        """Make an array (edges, schemes, schemes, most) of numbers that an edge has for schemes, filled up with -1."""
         lists = [[[found(edge, a, b) for b in schemes] for a in schemes] for edge in edges]
         most = max((len(x) for edge in lists for row in edge for x in row), default=0)
         result = np.full((len(edges), len(schemes), len(schemes), most), -1, np.int64)
@@ -148,7 +148,7 @@ class Moves:
         return result
 
     def neighbours(self, plan: Plan) -> Neighbours:
-        """All plans that are one move away from a plan."""
+        """Evaluate all plans that are one move away from a plan."""
         state = np.full(len(self._place) + 1, self._baseline, np.int64)
         for name, scheme in plan.items():
             state[self._place[name]] = self._number[scheme]
@@ -176,7 +176,7 @@ class Moves:
         return Neighbours(np.stack(together, axis=1), np.asarray(alone), latency, saved)
 
     def _changes(self, was: np.ndarray, now: np.ndarray, before: _Ends, after: _Ends) -> csr_array:
-        """(moves, sites): +1 where a move rounds a site, -1 where it no longer does."""
+        """Make a matrix (moves, sites): +1 where a move rounds a site, -1 where it no longer does."""
         site, move, scheme = self._own
         sites, moves = [site], [move]
         values = [(now[move] == scheme).astype(np.float64) - (was[move] == scheme)]
@@ -190,7 +190,7 @@ class Moves:
         return csr_array((signs[real], (rows[real], columns[real])), shape=(len(self._unit), self._sites))
 
     def _priced(self, state: np.ndarray, before: _Ends, after: _Ends) -> np.ndarray:
-        """(moves,): change of the price of borders, once per tensor and conversion."""
+        """Return by how much the moves (moves,) change the price of borders, once per tensor and conversion."""
         everywhere = self._kind_of[np.arange(len(self._up)), state[self._up], state[self._down]]
         keys = (self._kinds * self._tensor)[:, None] + everywhere
         count = np.bincount(keys[everywhere >= 0], minlength=len(self._price_us))[self._key]
@@ -202,3 +202,8 @@ class Moves:
                 change += sign * np.bincount(pair, minlength=len(change))
         turned = (count + change > 0.5).astype(np.float64) - (count > 0.5)
         return np.bincount(self._pair_mover, weights=self._price_us[self._key] * turned, minlength=len(self._unit))
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    """(sites, samples * probes) of the rows of a head."""
+    return np.asarray(rows.reshape(rows.shape[0] * rows.shape[1], rows.shape[2]).T, np.float64)

@@ -62,7 +62,7 @@ class PlanTables:
 
 
 def operators_of(graph: Graph) -> dict[str, str]:
-    """Node -> operator type."""
+    """Map each node to its operator type."""
     return {name_of(node): node.op_type for node in graph.nodes}
 
 
@@ -90,7 +90,7 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
 def plan_around(
     tables: PlanTables, budget: Budget, decided: ProvenPlan, *, front: bool = True, work: Workspace
 ) -> Planned:
-    """A plan that is decided already, as the given tables see it: predictions, reasons and the front where wanted."""
+    """Give predictions and reasons by some tables to a plan that is decided already, and the front where wanted."""
     case = _narrowed(tables, budget)
 
     def make() -> bytes:
@@ -111,7 +111,7 @@ def plan_around(
 
 
 def plan_damage(tables: PlanTables, budget: Budget, plan: Plan) -> float:
-    """Predicted damage of any plan, as the points of a front have it."""
+    """Predict the damage of any plan, as the points of a front have it."""
     return _narrowed(tables, budget).problem.total(plan)
 
 
@@ -132,7 +132,7 @@ class _Case:
         return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
 
     def explained(self, plan: PlanReport) -> PlanReport:
-        """With what measurement frees from advice in the reasons."""
+        """Add to the reasons of a plan what measurement frees from advice."""
         choices = (
             msgspec.structs.replace(c, reason=f"{c.reason}; {self.freed[c.unit]}") if c.unit in self.freed else c
             for c in plan.choices
@@ -155,7 +155,7 @@ def _narrowed(tables: PlanTables, budget: Budget) -> _Case:
 
 
 def _hints(case: _Case) -> str:
-    """What else stands in the way of a budget."""
+    """Say what else stands in the way of a budget."""
     parts = []
     if count := len(case.protected):
         parts.append(f" {count} units stay in float by advice of the model's family; --no-protect frees them.")
@@ -165,7 +165,7 @@ def _hints(case: _Case) -> str:
 
 
 def read_tables(folder: str | Path) -> PlanTables:
-    """The tables that a finished run left.
+    """Read the tables that a finished run left.
 
     Raises:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
@@ -190,7 +190,7 @@ def read_tables(folder: str | Path) -> PlanTables:
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
-    """A record of a run directory.
+    """Read a record of a run directory.
 
     Raises:
         RunDirectoryError: the file is absent, damaged, or of another version.
@@ -210,7 +210,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def tables_of(analysis: Analysis, cost: CostTable) -> PlanTables:
-    """What plans are made from."""
+    """Collect what plans are made from."""
     graph, settings = analysis.graph, analysis.settings
     facts = PlanFacts(
         key=analysis.key,

@@ -54,12 +54,12 @@ class Problem:
         return tuple((unit, scheme) for unit, schemes in self.choices.items() if unit in choice for scheme in schemes)
 
     def moved(self, plan: Plan, move: tuple[str, str]) -> Plan:
-        """A plan after one of the `moves`."""
+        """Return a plan after one of the `moves`."""
         unit, scheme = move
         return plan.moved(unit, BASELINE if plan.scheme_of(unit) == scheme else scheme)
 
     def sites(self, plan: Plan) -> np.ndarray:
-        """0/1 vector of the sites that a plan rounds."""
+        """Return the sites that a plan rounds as a 0/1 vector."""
         return self.matrix.select(rounded(self.units, plan))
 
     @cached_property
@@ -68,14 +68,14 @@ class Problem:
         return np.asarray(self.matrix.site_damage().mean(axis=0))
 
     def damage(self, plan: Plan) -> np.ndarray:
-        """(heads,): relative error energy of a plan, interactions shrunk by `SHRINK`, corrected by the secant."""
+        """Predict the relative error energy (heads,) of a plan, with the secant; interactions weigh `SHRINK`."""
         chosen = self.sites(plan)
         together = self.matrix.damage(chosen).mean(axis=0)
         linear = np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
         return np.asarray(linear * bend(self.secant, linear))
 
     def neighbours(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the plans one move away, in the order of `moves`: damage (moves, heads), latency in us, bytes."""
+        """Predict damage (moves, heads), latency in us and bytes of the plans one move away, in order of `moves`."""
         found = self._neighbours.neighbours(plan)
         linear = SHRINK * found.together + (1 - SHRINK) * found.alone
         damage = np.asarray(linear * bend(self.secant, linear))
@@ -99,13 +99,13 @@ class Problem:
         return np.asarray(np.where(judged & (whole > 0), 1 / np.maximum(whole, 1e-30), 0.0) / judged.sum())
 
     def total(self, plan: Plan) -> float:
-        """What is minimized: damage of a plan, summed over the heads by `aims`."""
+        """Return what is minimized: the damage of a plan, summed over the heads by `aims`."""
         return float(self.aims @ self.damage(plan))
 
     def latency_us(self, plan: Plan) -> float:
-        """Predicted latency of a plan."""
+        """Predict the latency of a plan."""
         return latency_us(self.cost, self.units, plan)
 
     def size_bytes(self, plan: Plan) -> int:
-        """Predicted file size of a plan."""
+        """Predict the file size of a plan."""
         return self.float_bytes - saved_bytes(self.cost, plan)

@@ -61,7 +61,7 @@ class Limits:
     """Of each head, as relative error energy, infinite where there is no limit; empty without any."""
 
     def damages(self, heads: int) -> np.ndarray:
-        """(heads,): the limits on damage."""
+        """Return the limits on damage as an array (heads,)."""
         return np.array(self.damage) if self.damage else np.full(heads, np.inf)
 
 
@@ -135,7 +135,7 @@ class Program:
         return self._count - 1
 
     def _add_sites(self, edge: UnitEdge) -> None:
-        """Damage of the sites of a tensor: of a choice where one end decides, else of a variable of its own."""
+        """Add the damage of a tensor's sites: to a choice where one end decides, else to a variable of its own."""
         pairs = list(scheme_pairs(self._problem.units, edge))
         everywhere = {(source.name, sink.name) for source, sink in pairs}
         sites = possible_sites(self._problem.units, edge)
@@ -151,7 +151,7 @@ class Program:
                 self._require(variables[0], edge, given, everywhere)
 
     def _deciders(self, edge: UnitEdge, given: Pairs, everywhere: Pairs) -> list[int] | None:
-        """Choices of one end alone that decide whether something is there for the given pairs; None without such."""
+        """Find the choices of one end alone that decide whether the given pairs apply; None without such."""
         for end, unit in ((0, edge.producer), (1, edge.consumer)):
             schemes = {pair[end] for pair in given}
             if unit and BASELINE not in schemes and given == {p for p in everywhere if p[end] in schemes}:
@@ -159,7 +159,7 @@ class Program:
         return None
 
     def _require(self, variable: int, edge: UnitEdge, given: Pairs, everywhere: Pairs) -> None:
-        """Conditions that a variable is 1 for the given pairs of schemes at the two ends of a tensor.
+        """Add conditions that a variable is 1 for the given pairs of schemes at the two ends of a tensor.
 
         Case 1. A scheme of one end alone suffices: the variable is at least the choice.
         Case 2. It suffices but for some schemes at the other end: at least the choice less those.
@@ -183,7 +183,7 @@ class Program:
                     left -= own
 
     def _add_conversions(self, edge: UnitEdge, latency: dict[int, float], *, rounding: bool) -> None:
-        """Price of the conversions of a tensor, to and from rounded numbers or others, once for all its edges."""
+        """Add the price of a tensor's conversions, rounding or other ones, once for all its edges."""
         if edge.producer == edge.consumer:
             return
         prices = {Conversion(p.source, p.sink): p for p in self._problem.cost.borders}
@@ -204,13 +204,15 @@ class Program:
             self._require(self._borders[key], edge, where[conversion], everywhere)
 
     def solve(self, limits: Limits, *, minimize: str, gap: float = GAP) -> Solution | None:
-        """The plan with the least `damage` or `latency` within limits; None where the solver finds none."""
+        """Find the plan with the least `damage` or `latency` within limits; None where the solver finds none."""
         scale = np.maximum(self._damage.sum(axis=1), 1e-30)
         bounds = [
             (self._latency, limits.latency_us - self._float_us),
             (self._size, limits.size_bytes - self._problem.float_bytes),
             *((row / s, d / s) for row, s, d in zip(self._damage, scale, self._allowed(limits), strict=True)),
         ]
+        if not self._count:  # no unit has a choice
+            return Solution(Plan(), gap=0.0, solved=True) if min(bound for _, bound in bounds) >= 0 else None
         constraints = [LinearConstraint(self._rows, self._lower, np.inf)] if self._lower.size else []
         constraints += [LinearConstraint(row[None, :], -np.inf, bound) for row, bound in bounds if np.isfinite(bound)]
         share = self._problem.aims @ self._damage
@@ -234,7 +236,7 @@ class Program:
         return Solution(plan=plan, gap=round(proven, 6), solved=result.status == 0)
 
     def _allowed(self, limits: Limits) -> np.ndarray:
-        """Linear damage per head that the limit leaves room for."""
+        """Return the linear damage per head that the limit leaves room for."""
         damages = limits.damages(len(self._damage))
         return np.where(np.isfinite(damages), straight(self._problem.secant, damages), np.inf)
 

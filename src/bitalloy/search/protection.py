@@ -49,7 +49,7 @@ class ProtectedUnits:
 
 
 def read_advice(graph: Graph) -> tuple[FamilyAdvice, ...]:
-    """What the model's file says.
+    """Read what the model's file advises.
 
     Raises:
         ModelError: the entry is damaged.
@@ -93,5 +93,5 @@ def protect(advice: Sequence[FamilyAdvice], units: UnitGraph, matrix: ProbeMatri
 
 
 def _damage(matrix: ProbeMatrix, units: UnitGraph, plan: Plan) -> np.ndarray:
-    """(heads,): mean relative error energy of a plan, sites taken as independent."""
+    """Predict the relative error energy (heads,) of a plan with sites taken as independent."""
     return np.asarray(matrix.site_damage().mean(axis=0) @ matrix.select(rounded(units, plan)))

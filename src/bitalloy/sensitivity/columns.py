@@ -47,7 +47,7 @@ class Column:
 
 
 def views(graph: Graph, wanted: Sequence[Recipe]) -> list[dict[str, str]]:
-    """Return, for every recipe, site -> name of its column in the matrix that `Prober` measures for all recipes."""
+    """Map for every scheme each site to the name of its column in the matrix that `Prober` measures for all of them."""
     return names([columns(graph, scheme) for scheme in wanted])
 
 
@@ -88,7 +88,7 @@ def merge(targets: Sequence[Sequence[Column]]) -> dict[str, Column]:
 
 
 def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
-    """Return, for every target, site -> name of its column.
+    """Map for every scheme each site to the name of its column.
 
     A column that differs from those of earlier targets is named `site on target`; further ranges there get a number.
     """
@@ -170,7 +170,7 @@ def _again(graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, i
 
 
 def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -> Column:
-    """Case 4. The error is a constant.
+    """Make the column of a weight (case 4): its error is a constant.
 
     Of a large model it is computed at every run instead, so that only the stored numbers are kept beside the weight.
     """
@@ -246,7 +246,7 @@ def _attributes(node: ir.Node) -> dict[str, object]:
 
 
 def _identity(stored: Format, params: QuantParams | None) -> tuple[object, ...]:
-    """A format with its parameters, as something that can be compared."""
+    """Turn a format with its parameters into something that can be compared."""
     if params is None:
         return (stored.name,)
     zero = np.asarray(params.zero_point)

@@ -86,13 +86,13 @@ def correct_matrix(
 
 
 def bent_damage(matrix: ProbeMatrix, secant: Secant, sites: frozenset[str]) -> np.ndarray:
-    """Return the relative error energy (heads,) that a matrix and a secant predict for a set of sites."""
+    """Predict the relative error energy (heads,) of a set of sites by a matrix, corrected by the secant."""
     linear = matrix.damage(matrix.select(sites)).mean(axis=0)
     return np.asarray(linear * bend(secant, linear))
 
 
 def _at_full_size(secant: Secant, before: ProbeMatrix, after: ProbeMatrix, sites: frozenset[str]) -> Secant:
-    """Only the last point of the secant, against the linear prediction of another matrix on the secant's samples."""
+    """Keep only the last point of a secant, against the prediction of another matrix on the secant's samples."""
     old, new = (m.damage(m.select(sites))[: secant.samples].mean(axis=0) for m in (before, after))
     linear = np.array(secant.linear) * new / np.maximum(old, 1e-30)
     return msgspec.structs.replace(

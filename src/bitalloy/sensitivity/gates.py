@@ -76,7 +76,7 @@ class Gatekeeper:
     def _change(
         self, value: ir.Value | None, stored: Format, params: QuantParams | None
     ) -> tuple[list[ir.Node], ir.Value]:
-        """What rounding changes in a weight, and the nodes that compute it."""
+        """Compute what rounding changes in a weight, and return it with the nodes that compute it."""
         weight = constant(value)
         assert weight is not None, "weight sites are constants"
         body = _Body(self, f"gate/{self._count}")
@@ -113,7 +113,7 @@ class Gatekeeper:
             self._leaving[use.tensor] = result
 
     def _gated(self, x: ir.Value, error: Callable[[], list[ir.Node]], *, after: ir.Node | None) -> ir.Value:
-        """`x + gate * error` where the gate is open, `x` where it is shut."""
+        """Write `x + gate * error` where the gate is open, `x` where it is shut."""
         number, self._count = self._count, self._count + 1
         index = self.constant(f"gate/{number}", np.array(number, np.int64))
         gate = ir.node("Gather", [self._gates, index])

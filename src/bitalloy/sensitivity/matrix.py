@@ -48,7 +48,7 @@ class ProbeMatrix:
         return np.array([not is_divergence(h) for h in self.heads])
 
     def select(self, sites: Iterable[str]) -> np.ndarray:
-        """Return a 0/1 vector (sites,) of a set of sites; sites that reach no head are ignored."""
+        """Return a set of sites as a 0/1 vector (sites,); sites that reach no head are ignored."""
         chosen = np.zeros(len(self.sites), np.float64)
         chosen[[self.column[s] for s in sites if s in self.column]] = 1.0
         return chosen
@@ -101,7 +101,7 @@ class ProbeMatrix:
         return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy)
 
     def scaled(self, factors: np.ndarray) -> ProbeMatrix:
-        """Return the matrix with every column times its factor; `factors` is (heads, sites)."""
+        """Multiply every column by its factor; `factors` are (heads, sites)."""
         rows = tuple((r * f).astype(r.dtype) for r, f in zip(self.rows, factors, strict=True))
         own = tuple((o * f * f).astype(o.dtype) for o, f in zip(self.own, factors, strict=True))
         return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
@@ -141,13 +141,13 @@ class ProbeMatrix:
 
 
 def decibel(damage: np.ndarray) -> np.ndarray:
-    """Convert a relative error energy to SQNR in dB, clipped to a range that JSON and plots can carry."""
+    """Return the SQNR in dB of a relative error energy, clipped to a range that JSON and plots can carry."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.clip(-10 * np.log10(damage), FLOOR_DB, CEILING_DB))
 
 
 def draws(samples: int, seed: int) -> np.ndarray:
-    """Draw bootstrap weights (draws, samples): how often a sample is drawn, over the number of samples."""
+    """Draw bootstrap weights (draws, samples): how often each sample is drawn, divided by the number of samples."""
     generator = np.random.default_rng([seed, 17])
     return np.asarray(generator.multinomial(samples, np.full(samples, 1 / samples), size=BOOTSTRAPS) / samples)
 
@@ -185,7 +185,7 @@ def bend(secant: Secant, damage: np.ndarray) -> np.ndarray:
 
 
 def straight(secant: Secant, damage: float | np.ndarray) -> np.ndarray:
-    """Return the largest linear damage (heads,) whose true damage is within `damage` (heads,); inverts `bend`."""
+    """Find the largest linear damage (heads,) whose true damage stays within `damage`: the inverse of `bend`."""
     linear = np.maximum(np.array(secant.linear), 1e-30)
     grid = np.square(np.linspace(0.0, 2.0, 20001))[:, None] * linear
     true = np.maximum.accumulate(grid * bend(secant, grid), axis=0)
@@ -196,7 +196,7 @@ def straight(secant: Secant, damage: float | np.ndarray) -> np.ndarray:
 def estimate_sqnr(
     matrix: ProbeMatrix, chosen: np.ndarray, weights: np.ndarray, secant: Secant | None = None
 ) -> tuple[Estimate, ...]:
-    """Estimate the SQNR in dB of rounding sites together, per head, with a 95 % bootstrap interval over samples.
+    """Estimate the SQNR of rounding the chosen sites together, per head, with a 95 % interval (`sqnr_interval`).
 
     How far interactions are shrunk is decided anew for every draw, so that its uncertainty is part of the interval.
     With a secant the linear numbers are corrected by `bend`, interval and all.
@@ -208,7 +208,7 @@ def estimate_sqnr(
 
 
 def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
-    """Return the SQNR in dB of total damage over total energy, both (samples,); `weights` is (draws, samples)."""
+    """Return the SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
     return sqnr_interval(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
 
 

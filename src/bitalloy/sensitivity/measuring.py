@@ -63,7 +63,7 @@ class SampleErrors(Record, frozen=True, kw_only=True):
 
 
 def chosen_groups(units: UnitGraph, selection: Selection, mode: str = ONE) -> list[SiteGroup]:
-    """Return the units, regions and sites of a selection, each with the sites that its measurement rounds.
+    """List what a selection names, each with the sites that its measurement rounds.
 
     Raises:
         BitalloyError: a pattern matches nothing that may be rounded.
@@ -94,7 +94,7 @@ def chosen_groups(units: UnitGraph, selection: Selection, mode: str = ONE) -> li
 
 
 def _rounded(units: UnitGraph, group: SiteGroup, mode: str) -> frozenset[str]:
-    """Sites that are rounded in the measurement of a group."""
+    """Return the sites that are rounded in the measurement of a group."""
     if mode == ONE:
         return group.sites
     whole = units.lowest_gated()
@@ -107,7 +107,7 @@ def _rounded(units: UnitGraph, group: SiteGroup, mode: str) -> frozenset[str]:
 
 
 def whole_group(units: UnitGraph) -> SiteGroup:
-    """Return all sites that can be rounded, as one group."""
+    """Return all that can be rounded as one group."""
     whole = units.lowest_gated()
     return SiteGroup("all", EVERYTHING, "+".join(sorted(set(whole.values()))), WHOLE, rounded(units, whole))
 
@@ -172,7 +172,7 @@ def measured_damages(
     around: frozenset[str] = frozenset(),
     work: Workspace,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the damage of sets of sites; stored shards are used again.
+    """Measure the damage of sets of sites; shards that are stored are read.
 
     Args:
         ready: the calibrated model.
@@ -255,7 +255,7 @@ def open_measurement(spec: MeasurementParts, contexts: Contexts) -> SampleMeasur
 
 
 def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
-    """Measure what rounding the sites does to a sample; the result is `SampleErrors` in JSON.
+    """Measure what rounding the sites does to the sample, and return it as `SampleErrors` in JSON.
 
     Raises:
         DataError: an output is NaN or infinite.
@@ -342,14 +342,14 @@ def _confirmed(
 
 
 def _name(row: SiteGroup | Sensitivity) -> tuple[str, str, str, str]:
-    """What tells a row of a table from others, whatever the head."""
+    """Return what tells a row of a table from others, whatever the head."""
     return row.scope, row.id, row.scheme, row.part
 
 
 def _doubtful(
     table: SensitivityTable, worst: int, gated: frozenset[str], *, flagged: bool
 ) -> set[tuple[str, str, str, str]]:
-    """Names of the worst units and, if asked, of all flagged units and sites; regions follow from units."""
+    """Name the worst units and, if asked, all flagged units and sites; regions follow from units."""
     lowest: dict[tuple[str, str, str, str], float] = {}
     for row in table.rows:
         if (row.scope, row.part) == ("unit", WHOLE) and row.scheme in gated and not is_divergence(row.head):

@@ -142,7 +142,7 @@ def probe_sample(spec: ProbedSample, contexts: Contexts) -> bytes:
 
 
 def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], work: Workspace) -> Secant:
-    """Measure the secant on the first target with gates, for all targets: the bend depends on the size of errors."""
+    """Measure on the first target with gates how the network bends, for all: that depends on the size of an error."""
     at = deciding_target(parts)
     if at is None:
         ones = (1.0,) * len(matrices[0].heads)

@@ -86,7 +86,7 @@ def chosen_columns(
 
 
 def _tensors(units: UnitGraph) -> dict[str, str]:
-    """Site of an activation that is rounded first -> tensor whose range it is rounded on."""
+    """Map each site of an activation that is rounded first to the tensor whose range it is rounded on."""
     found = {s.id: e.root for e in units.edges for s in possible_sites(units, e) if not s.again}
     for unit in units.units:
         inner = {e.id: e.tensor for e in unit.inner}

@@ -98,7 +98,7 @@ def _work(node: ir.Node) -> int:
 
 
 def _widths(graph: Graph) -> np.ndarray:
-    """Float elements that are alive after each node."""
+    """Count the float elements that are alive after each node."""
     order = {name_of(n): i for i, n in enumerate(graph.nodes)}
     change = np.zeros(len(order) + 1)
     for value in graph.value.values():

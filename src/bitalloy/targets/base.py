@@ -49,12 +49,12 @@ class Offer:
 
 
 def whole_kernel(core: Core, nodes: Sequence[ir.Node]) -> str:
-    """The rule of schemes that need a kernel for the whole pattern."""
+    """Refuse a pattern for which the target has no kernel as a whole."""
     return core.unfit
 
 
 def all_operators(operators: frozenset[str], name: str) -> Callable[[Core, Sequence[ir.Node]], str]:
-    """The rule of schemes that need all operators of a unit to compute in a format.
+    """Make the rule of schemes that need all operators of a unit to compute in a format.
 
     Args:
         operators: that can.
@@ -193,7 +193,7 @@ class _Grouped:
     """Node -> unit."""
 
     def members(self, unit: str) -> tuple[ir.Node, ...]:
-        """All nodes of a unit."""
+        """Return all nodes of a unit."""
         return (*self.cores[unit].nodes, *self.tails[unit])
 
 
@@ -222,7 +222,7 @@ def _group(graph: Graph, target: Target) -> _Grouped:
 
 
 def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
-    """Why what a unit makes may not be rounded where it is made; empty where it may."""
+    """Say why what a unit makes may not be rounded where it is made; empty where it may."""
     if root in joined:
         return "joins outputs of different meaning, which one scale cannot serve"
     if root in final:
@@ -231,7 +231,7 @@ def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
 
 
 def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_output: str) -> dict[str, str]:
-    """Scheme -> why the unit of a core may not run in it."""
+    """Map each scheme in which the unit of a core may not run to the reason."""
     found = dict(target.lacks)
     for offer in target.offers:
         reason = offer.refuse(core, members)
@@ -245,7 +245,7 @@ def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_outpu
 def _edges(
     graph: Graph, owner: Mapping[str, str], units: dict[str, Unit], placement: Placement, unrounded: frozenset[Edge]
 ) -> list[UnitEdge]:
-    """Float edges that leave a unit's core or enter another unit; edges inside a core are left out."""
+    """List the float edges that leave a unit's core or enter another unit; edges inside a core are left out."""
     roots = {u.root: u.id for u in units.values()}
     outputs = {name: i for i, name in enumerate(graph.output_names)}
     found = []
@@ -287,7 +287,7 @@ def _edges(
 
 
 def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[UnitEdge]:
-    """Edges on which a kernel may read rounded tensors: each is rounded where it ends, on its own scale."""
+    """List the edges on which a kernel may read rounded tensors: each is rounded where it ends, on its own scale."""
     found = []
     for edge in edges:
         uses = tuple(use for use in edge.uses if use.node == readers.get(edge.consumer or ""))
@@ -297,7 +297,7 @@ def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[Uni
 
 
 def macs(node: ir.Node) -> int:
-    """Multiply-accumulates of a convolution or matrix product; 0 for other operators."""
+    """Count the multiply-accumulates of a convolution or matrix product; other operators have none."""
     out = node.outputs[0]
     if node.op_type == "Conv":
         weight = static_shape(node.inputs[1])  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
 
 
 def _product(node: ir.Node) -> Core:
-    """A weighted node alone, in float where a rule forbids INT8."""
+    """Match a weighted node alone, in float where a rule forbids INT8."""
     match node.op_type:
         case "Conv":
             core = match_weighted(node, axis=0)
@@ -76,7 +76,7 @@ def _product(node: ir.Node) -> Core:
 
 
 def _channels_joined(node: ir.Node) -> bool:
-    """Whether what a weighted node reads is no Concat, or one over the axis that the node sums over."""
+    """Tell whether a weighted node reads no Concat, or one over the axis that the node sums over."""
     value = node.inputs[0]
     assert value is not None
     producer = value.producer()
@@ -88,7 +88,7 @@ def _channels_joined(node: ir.Node) -> bool:
 
 
 def _fused(core: Core) -> Core:
-    """A product with what runs inside its kernel: the bias of a MatMul, then one activation."""
+    """Match a product with what runs inside its kernel: the bias of a MatMul, then one activation."""
     if core.unfit:
         return core
     nodes = list(core.nodes)

@@ -61,7 +61,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
 
 
 def _pool_fault(node: ir.Node) -> str:
-    """What is wrong with the INT8 kernel for an AveragePool; empty where nothing is."""
+    """Say what is wrong with the INT8 kernel for an AveragePool; empty where nothing is."""
     if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
         return "ONNX Runtime's INT8 kernel differs at the edge, with ceil_mode and count_include_pad"
     if "dilations" in node.attributes:
@@ -70,7 +70,7 @@ def _pool_fault(node: ir.Node) -> str:
 
 
 def _activation(core: Core) -> Core:
-    """A convolution with the activation that runs inside it."""
+    """Match a convolution with the activation that runs inside it."""
     following = only_reader(core.nodes[-1].outputs[0]) if not core.unfit else None
     if following is None or following.op_type not in ORT_FUSED_ACTIVATIONS:
         return core

@@ -15,7 +15,7 @@ from bitalloy.targets.base import Core
 
 
 def moves(node: ir.Node) -> bool:
-    """Whether a node only moves data, so that rounding before and after it are the same."""
+    """Tell whether a node only moves data, so that rounding before and after it are the same."""
     if node.op_type == "Resize":
         return attribute(node, "mode", "nearest") == "nearest"
     if node.op_type == "Gather":
@@ -24,7 +24,7 @@ def moves(node: ir.Node) -> bool:
 
 
 def match_weighted(node: ir.Node, *, axis: int) -> Core:
-    """A node with constant weights, rounded along `axis`, and perhaps a constant bias; float where they are not."""
+    """Match a node with constant weights, rounded along `axis`, and perhaps a constant bias; otherwise in float."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if constant(node.inputs[1]) is None or (bias is not None and constant(bias) is None):
         return Core(node.op_type, (node,), unfit="weights or bias are computed at run time")
@@ -34,7 +34,7 @@ def match_weighted(node: ir.Node, *, axis: int) -> Core:
 
 
 def match_matmul(node: ir.Node) -> Core:
-    """A product with a constant matrix, or of two activations (no weights); float where the left one is constant."""
+    """Match a product with a constant matrix, or of two activations; in float where the left one is constant."""
     left, right = node.inputs
     assert left is not None and right is not None
     if constant(left) is not None:
@@ -48,7 +48,7 @@ def match_matmul(node: ir.Node) -> Core:
 
 
 def match_gemm(node: ir.Node, runtime: str) -> Core:
-    """A Gemm with constant weights; float with factors or a transposed input, which no runtime fuses."""
+    """Match a Gemm with constant weights; in float with factors or a transposed input, which no runtime fuses."""
     plain = (
         attribute(node, "transA", 0) == 0
         and attribute(node, "alpha", 1.0) == 1.0
@@ -60,13 +60,13 @@ def match_gemm(node: ir.Node, runtime: str) -> Core:
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads a tensor, once; None where it is read otherwise or leaves the graph."""
+    """Find the node that alone reads a tensor, once; None where it is read otherwise or leaves the graph."""
     uses = consumers(value)
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def silu_of(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
-    """Sigmoid and Mul that make x * Sigmoid(x) of a tensor that nothing else reads; None where they do not."""
+    """Find the Sigmoid and Mul that make x * Sigmoid(x) of a tensor that nothing else reads; None where they do not."""
     readers = {use.node.op_type: use.node for use in consumers(value)}
     if set(readers) != {"Sigmoid", "Mul"} or len(consumers(value)) != 2 or value.is_graph_output():
         return None
@@ -75,7 +75,7 @@ def silu_of(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
 
 
 def second_operand(node: ir.Node, axis: int) -> WeightSite:
-    """The second operand of a node, rounded along `axis`."""
+    """Return the second operand of a node as a site that is rounded along `axis`."""
     value = node.inputs[1]
     assert value is not None
     elements = math.prod(static_shape(value))
@@ -83,7 +83,7 @@ def second_operand(node: ir.Node, axis: int) -> WeightSite:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU adds products of uint8 and int8 in 32 bits; x86 without VNNI adds pairs of them in 16.
+    """Tell whether this CPU adds products of uint8 and int8 in 32 bits; x86 without VNNI adds pairs of them in 16.
 
     Read from the flags that Linux lists, and not by py-cpuinfo: targets ask when they are imported, and that takes a
     second. Where there is no such list, the CPU counts as one without.

@@ -65,7 +65,7 @@ class Conversion:
 
 
 def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
-    """The sites of a tensor between two units.
+    """List the sites of a tensor between two units.
 
     Args:
         edge: the tensor.
@@ -86,7 +86,7 @@ def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
 
 
 def conversions(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Conversion, ...]:
-    """The conversions of a tensor between two units that a runtime takes time for. Arguments as for `roundings`."""
+    """List the conversions of a tensor between two units that take time. Arguments as for `roundings`."""
     if not source.rounds and not sink.rounds:
         return (Conversion(source.name, sink.name),) if _computes(source) != _computes(sink) else ()
     if _alike(source, sink):
@@ -100,7 +100,7 @@ def conversions(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Conversio
 
 
 def own_sites(unit: Unit, scheme: Scheme) -> tuple[Site, ...]:
-    """The sites inside a unit: inner tensors and weights, or one for all where it computes in the format."""
+    """List the sites inside a unit: inner tensors and weights, or one for all where it computes in the format."""
     if scheme.cast:
         return (Site(unit.id, scheme.name, WHOLE),)
     found = [Site(e.id, scheme.name, ACTIVATIONS) for e in unit.inner if scheme.rounds]
@@ -109,19 +109,19 @@ def own_sites(unit: Unit, scheme: Scheme) -> tuple[Site, ...]:
 
 
 def weight_site(weight: WeightSite, scheme: str) -> Site:
-    """The site of a weight in a scheme that rounds it."""
+    """Return the site of a weight in a scheme that rounds it."""
     return Site(weight.id, scheme, WEIGHTS)
 
 
 def possible_sites(units: UnitGraph, edge: UnitEdge) -> tuple[Site, ...]:
-    """All sites that some plan has on a tensor, those that round it first before those that do so again."""
+    """List all sites that some plan has on a tensor, those that round it first before those that do so again."""
     found = dict.fromkeys(site for source, sink in scheme_pairs(units, edge) for site in roundings(edge, source, sink))
     first = {site.id: site for site in sorted(found, key=lambda s: s.again)}
     return tuple(first.values())
 
 
 def all_sites(units: UnitGraph) -> Iterator[Site]:
-    """Every site that some plan has, inside units and between them."""
+    """List every site that some plan has, inside units and between them."""
     for unit in units.units:
         for name in unit.choices:
             yield from own_sites(unit, units.scheme(name))
@@ -130,7 +130,7 @@ def all_sites(units: UnitGraph) -> Iterator[Site]:
 
 
 def site_owners(units: UnitGraph) -> dict[str, str]:
-    """Site -> the unit that rounds it first: the one whose weight, inner tensor, result or input it is."""
+    """Map each site to the unit that rounds it first: the one whose weight, inner tensor, result or input it is."""
     found = {s.id: u.id for u in units.units for name in u.choices for s in own_sites(u, units.scheme(name))}
     for edge in units.edges:
         for site in possible_sites(units, edge):
@@ -141,7 +141,7 @@ def site_owners(units: UnitGraph) -> dict[str, str]:
 
 
 def scheme_pairs(units: UnitGraph, edge: UnitEdge) -> Iterator[tuple[Scheme, Scheme]]:
-    """Schemes that the units at the two ends of a tensor may have; the same one for both where it is one unit."""
+    """List the schemes that the units at both ends of a tensor may have; a unit has the same one at both ends."""
     allowed, baseline = units.allowed, units.schemes[0].name
     sources, sinks = (allowed.get(end or "", (baseline,)) for end in (edge.producer, edge.consumer))
     for source in sources:
@@ -151,7 +151,7 @@ def scheme_pairs(units: UnitGraph, edge: UnitEdge) -> Iterator[tuple[Scheme, Sch
 
 
 def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
-    """Ids of all sites that a plan rounds."""
+    """Return the ids of all sites that a plan rounds."""
     known = {scheme.name: scheme for scheme in units.schemes}
     sites = {s.id for u in units.units if u.id in plan for s in own_sites(u, known[plan[u.id]])}
     for edge, source, sink in _touched(units, plan):
@@ -160,7 +160,7 @@ def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
 
 
 def borders(units: UnitGraph, plan: Plan) -> dict[Conversion, tuple[float, int]]:
-    """Conversion -> elements on, and number of, the tensors that a plan converts so, each tensor once."""
+    """Map each conversion to the elements and the number of the tensors that a plan converts so, each tensor once."""
     crossing: dict[tuple[str, Conversion], int] = {}
     for edge, source, sink in _touched(units, plan):
         crossing.update({(edge.tensor, c): edge.elements for c in conversions(edge, source, sink)})
@@ -180,7 +180,7 @@ def _touched(units: UnitGraph, plan: Plan) -> Iterator[tuple[UnitEdge, Scheme, S
 
 
 def all_conversions(schemes: tuple[Scheme, ...]) -> tuple[Conversion, ...]:
-    """Every conversion that a plan on these schemes may need."""
+    """List every conversion that a plan on these schemes may need."""
     rounding = [c for s in schemes if s.rounds for c in (Conversion(s.name, ""), Conversion("", s.name))]
     others = [s for s in schemes if not s.rounds]
     casts = [Conversion(a.name, b.name) for a in others for b in others if _computes(a) != _computes(b)]
@@ -188,10 +188,10 @@ def all_conversions(schemes: tuple[Scheme, ...]) -> tuple[Conversion, ...]:
 
 
 def _alike(source: Scheme, sink: Scheme) -> bool:
-    """Whether one scheme hands on what the other reads."""
+    """Tell whether one scheme hands on what the other reads."""
     return source.rounds and sink.rounds and source.activation == sink.activation
 
 
 def _computes(scheme: Scheme) -> str | None:
-    """Format that units of a scheme compute in; None for float32."""
+    """Return the format that units of a scheme compute in; None for float32."""
     return scheme.activation if scheme.cast else None

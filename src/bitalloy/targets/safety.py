@@ -48,14 +48,14 @@ def judge(graph: Graph, units: UnitGraph, ranges: Mapping[str, TensorRange]) -> 
 
 
 def tensors_to_judge(graph: Graph, units: UnitGraph) -> set[str]:
-    """Names of the tensors that calibration must see: all that units read or write which may compute in a format."""
+    """Name the tensors that calibration must see: all that units read or write which may compute in a format."""
     casts = {scheme.name for scheme in units.schemes if scheme.cast}
     nodes = (graph.node[n] for u in units.units if casts.intersection(u.allowed) for n in (*u.core, *u.tail))
     return {str(v.name) for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and _computed(v)}
 
 
 def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evidence:
-    """What calibration and weights say about one unit."""
+    """Collect what calibration and weights say about one unit."""
     nodes = [graph.node[n] for n in (*unit.core, *unit.tail)]
     seen = {str(v.name): v for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and is_float(v)}
     for node in nodes:
@@ -72,7 +72,7 @@ def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evid
 
 
 def _sum_of(node: ir.Node, ranges: Mapping[str, TensorRange]) -> tuple[int, float]:
-    """(products per output element, largest running sum) of a product of matrices or a convolution."""
+    """Return (products per output element, largest running sum) of a product of matrices or a convolution."""
     if node.op_type not in ops.WEIGHTED:
         return 0, 0.0
     left, right = node.inputs[0], node.inputs[1]

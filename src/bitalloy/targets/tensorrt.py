@@ -98,7 +98,7 @@ def _residual(node: ir.Node, graph: Graph) -> Core:
 
 
 def _from_weights(value: ir.Value) -> bool:
-    """Whether a tensor comes from a layer with constant weights, through its activation, to one reader alone."""
+    """Tell whether a tensor comes from a layer with constant weights, through its activation, to one reader alone."""
     node = value.producer()
     if node is None or only_reader(value) is None:
         return False
@@ -112,7 +112,7 @@ def _from_weights(value: ir.Value) -> bool:
 
 
 def _behind(node: ir.Node) -> tuple[ir.Node, ...]:
-    """The activation that a kernel applies to what it makes: one operator, or x * Sigmoid(x)."""
+    """Find the activation that a kernel applies to what it makes: one operator, or x * Sigmoid(x)."""
     after = only_reader(node.outputs[0])
     if after is not None:
         return (after,) if after.op_type in TENSORRT_FUSED_ACTIVATIONS else ()
@@ -120,7 +120,7 @@ def _behind(node: ir.Node) -> tuple[ir.Node, ...]:
 
 
 def _gate_of(product: ir.Node) -> ir.Node | None:
-    """The Sigmoid of x * Sigmoid(x), read by nothing else."""
+    """Find the Sigmoid of x * Sigmoid(x), read by nothing else."""
     for value, other in (tuple(product.inputs), tuple(product.inputs)[::-1]):
         gate = value.producer() if value is not None else None
         if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is other and only_reader(value):  # type: ignore[arg-type]

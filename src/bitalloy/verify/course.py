@@ -120,7 +120,7 @@ class VerificationCourse:
         self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, source)
 
     def completed(self) -> Planned:
-        """The best plan, or the first before any was tried, as the tables see it now, with the front around it."""
+        """Return the best plan, or the first before any was tried, as the tables see it now, with its front."""
         plan_, budget = (self.best.planned if self._tried else self._first).plan, self.budget
         decided = ProvenPlan(plan_.chosen, plan_.optimality_gap, plan_.solved)
         return plan_around(self.tables, budget, decided, work=self._work)
@@ -132,7 +132,7 @@ class VerificationCourse:
         return plan, plan_damage(self.tables, self.budget, plan)
 
     def beside_neighbours(self) -> Planned:
-        """`completed`, with the neighbours on its front measured; one that does better takes its place."""
+        """Measure the neighbours of the `completed` plan on its front; one that does better takes its place."""
         final = self.completed()
         points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.max_drop else NEIGHBOURS)
         if len(points) < 2:
@@ -145,7 +145,7 @@ class VerificationCourse:
         return replace(final, plan=with_measured_front(final.plan, points, sitting))
 
     def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: MeasuredNeighbours) -> ParetoPoint | None:
-        """The neighbour that fits the budget better than the chosen plan, by enough to be no accident of timing."""
+        """Find the neighbour that fits the budget better than the chosen plan by more than an accident of timing."""
         if self.budget.max_drop:
             return None  # none of them was evaluated
         heads = [h.head for h in final.plan.heads]
@@ -203,12 +203,12 @@ class VerificationCourse:
         return self._decided or min(self._tried, key=lambda t: budget_misfit(self.budget, t.standing))
 
     def rounds(self) -> tuple[Round, ...]:
-        """What was done, with the mark of the plan that is kept."""
+        """List what was done, with the mark of the plan that is kept."""
         best = self.best
         return tuple(msgspec.structs.replace(t.round, shipped=t is best) for t in self._tried)
 
     def known(self) -> Analysis:
-        """The analysis with the matrix as corrected."""
+        """Return the analysis with the matrix as corrected."""
         facts = self.tables.facts
         return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
 
@@ -249,7 +249,7 @@ def _latency(
     then: Callable[[Mapping[str, Session]], None],
     progress: Progress,
 ) -> LatencySpread:
-    """Measured in turns, or from the cost table with a count of 0, where that estimates; `then` gets the sessions."""
+    """Time the models in turns and hand their sessions to `then`; a target that is estimated takes its cost table."""
     if planned.cost.estimated:
         sessions = {name: model.session() for name, model in models.items()}
         then(sessions)
@@ -277,7 +277,7 @@ def _latency(
 
 
 def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
-    """Float, all-INT8 and mixed model as they run on this machine, what is large of them in files of a folder."""
+    """Return the float, the lowest and the mixed model as they run here; what is large lies in files of a folder."""
     return {
         "float": analysis.original(),
         "lowest": analysis.executable(analysis.artefact(analysis.units.lowest())).placed(folder / "lowest"),

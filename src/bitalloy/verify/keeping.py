@@ -16,7 +16,7 @@ from bitalloy.tasks.evaluate import Evaluator
 
 
 def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> Metrics:
-    """Task metrics of the float, the lowest and the mixed model, on the same samples; none without labels.
+    """Measure the task metrics of the float, the lowest and the mixed model on the same samples; none without labels.
 
     Args:
         evaluator: of the model.
@@ -37,7 +37,7 @@ def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> M
 def fastest_that_keeps(
     evaluator: Evaluator | None, planned: Planned, lowest: tuple[Plan, float]
 ) -> tuple[ParetoPoint, tuple[Evaluation, ...]]:
-    """The fastest plan of the front whose task metrics drop by no more than the budget allows.
+    """Find the fastest plan of the front whose task metrics drop by no more than the budget allows.
 
     Damage falls along the front, so there is a place from which on the limits hold. The search for it starts where the
     limits would be reached if drops were proportional to damage, as the lowest plan shows; it goes away from there in
@@ -93,7 +93,7 @@ def fastest_that_keeps(
 
 
 def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> int:
-    """The least of `count` indices at which something holds that stays true behind it; the last is not looked at.
+    """Find the least of `count` indices from which on something holds; the last one is taken without a look.
 
     >>> _first_that_holds(9, 4, lambda i: i >= 5)
     5
@@ -115,7 +115,7 @@ def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> i
 
 
 def _allowed_damage(budget: Budget, drops: Mapping[str, float], damage: float) -> float:
-    """Damage at which the limits are reached, from the drops at a known damage; infinite where they hold there."""
+    """Estimate the damage that reaches the limits from the drops at a known damage; infinite where they hold there."""
     found = [math.inf]
     for name, most in _limits(budget, drops).items():
         if drops[name] > most:
@@ -124,7 +124,7 @@ def _allowed_damage(budget: Budget, drops: Mapping[str, float], damage: float) -
 
 
 def _limits(budget: Budget, drops: Mapping[str, float]) -> dict[str, float]:
-    """The limits of a budget by the names of the metrics; `drops` has one for each, in the same order."""
+    """Return the limits of a budget by the names of the metrics; `drops` has one for each, in the same order."""
     return dict(zip(drops, budget.max_drop.values(), strict=True))
 
 
@@ -133,7 +133,7 @@ def _kept(budget: Budget, drops: Mapping[str, float]) -> bool:
 
 
 def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
-    """Metric -> (drop of the mixed model, limit), where a limit is missed."""
+    """Map each metric that misses its limit to (drop of the mixed model, limit)."""
     found = {}
     for name, most in budget.max_drop.items():
         key = next(iter(metrics), "") if name == FIRST else name
@@ -144,7 +144,7 @@ def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dic
 
 
 def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
-    """Plans of the front within the other limits, fastest first; all of them where none is."""
+    """List the plans of the front within the other limits, fastest first; all of them where none is."""
     whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]
     latency = [budget.latency_ratio * whole] if budget.latency_ratio is not None else []
     latency += [budget.latency_ms * 1e3] if budget.latency_ms is not None else []
@@ -180,7 +180,7 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
 
 
 def _drops(budget: Budget, metrics: Sequence[TaskMetric]) -> dict[str, float]:
-    """Drops of the candidate in the metrics that the budget limits, in its order."""
+    """Return the drops of the candidate in the metrics that the budget limits, in its order."""
     known = {m.name: m.drops["candidate"].value for m in metrics}
     found = {}
     for name in budget.max_drop:

@@ -35,7 +35,7 @@ class MeasuredNeighbours(Record, frozen=True, kw_only=True):
 
 
 def front_neighbours(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
-    """The chosen plan of a front and its neighbours by latency, fastest first; the float model is none."""
+    """List the chosen plan of a front and its neighbours by latency, fastest first; the float model is none."""
     points = [p for p in sorted(plan.pareto, key=lambda p: p.predicted_latency_us) if p.chosen]
     chosen = next((i for i, p in enumerate(points) if p.chosen == plan.chosen), None)
     if chosen is None:
@@ -47,7 +47,7 @@ def front_neighbours(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoP
 def measure_neighbours(
     analysis: Analysis, points: Sequence[ParetoPoint], samples: Sequence[int], work: Workspace
 ) -> MeasuredNeighbours:
-    """Latency and output SQNR of plans and the float model, interleaved.
+    """Measure the latency and output SQNR of plans and the float model, interleaved.
 
     Args:
         analysis: of the model.
@@ -100,12 +100,12 @@ def measure_neighbours(
 
 
 def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
-    """Median over the rounds of a model's time over float's: what slows a round slows both."""
+    """Return the median over the rounds of a model's time over float's: what slows a round slows both."""
     return float(np.median(times[name] / times["float"]))
 
 
 def with_measured_front(plan: PlanReport, points: Sequence[ParetoPoint], found: MeasuredNeighbours) -> PlanReport:
-    """The plan with what was measured on its front."""
+    """Add to a plan what was measured on its front."""
     measured = {
         p.chosen: (ratio, tuple(e.value for e in sqnr))
         for p, ratio, sqnr in zip(points, found.ratio, found.sqnr, strict=True)

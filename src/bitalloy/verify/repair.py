@@ -130,12 +130,12 @@ def repair(
 
 
 def _gated(units: UnitGraph, plan: Plan) -> Plan:
-    """The part of a plan whose roundings can be executed by themselves."""
+    """Return the part of a plan whose roundings can be executed by themselves."""
     return Plan((unit, scheme) for unit, scheme in plan.items() if units.scheme(scheme).gated)
 
 
 def _suspects(tables: PlanTables, plan: Plan, wide: np.ndarray) -> list[Plan]:
-    """Units, and pairs of the first of them, by their predicted part of the damage to the heads that are off."""
+    """List units, and pairs of the first, by their predicted part of the damage to the heads that are off."""
     matrix, secant, units = tables.matrix, tables.facts.secant, tables.units
     whole = np.maximum(bent_damage(matrix, secant, rounded(units, plan)), 1e-30)
     alone = {u: bent_damage(matrix, secant, rounded(units, Plan.of(s, u))) / whole for u, s in plan.items()}
@@ -145,5 +145,5 @@ def _suspects(tables: PlanTables, plan: Plan, wide: np.ndarray) -> list[Plan]:
 
 
 def _named(heads: list[str], values: np.ndarray) -> dict[str, float]:
-    """By name of the head, divergences left out."""
+    """Name numbers by their heads, divergences left out."""
     return {h: round(float(v), 3) for h, v in zip(heads, values, strict=True) if not is_divergence(h)}

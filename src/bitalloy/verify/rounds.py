@@ -31,19 +31,19 @@ class MeasuredStanding:
 
 
 def plain_sqnr(planned: Planned, measured: Measured) -> dict[str, float]:
-    """Measured SQNR in dB of the heads of a plan, divergences left out."""
+    """Return the measured SQNR in dB of the heads of a plan, divergences left out."""
     pairs = zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
     return {head.head: estimate.value for head, estimate in pairs if not is_divergence(head.head)}
 
 
 def shortfall(budget: Budget, sqnr_db: dict[str, float]) -> dict[str, float]:
-    """By head: dB that are missing to its floor; only what is below."""
+    """Return by head the dB that are missing to its floor; heads at or above their floor are left out."""
     floors = {head: budget.floor_db(head) for head in sqnr_db}
     return {h: f - sqnr_db[h] for h, f in floors.items() if f is not None and f > sqnr_db[h]}
 
 
 def budget_misfit(budget: Budget, found: MeasuredStanding, *, tolerance: float = TOLERANCE) -> tuple[float, float]:
-    """How far a measured plan misses the budget, then its damage or, under a floor, its latency: smaller is better."""
+    """Rate a plan: how far it misses the budget, then its damage or, under a floor, its latency; less is better."""
     miss = 0.0
     if budget.latency_ratio is not None:
         miss += max(0.0, found.ratio / (budget.latency_ratio * tolerance) - 1)
@@ -56,14 +56,14 @@ def budget_misfit(budget: Budget, found: MeasuredStanding, *, tolerance: float =
 
 
 def seeks_speed(budget: Budget) -> bool:
-    """Whether the fastest plan above a floor is wanted, not the least damaging one within limits."""
+    """Tell whether the fastest plan above a floor is wanted, not the least damaging one within limits."""
     return budget.has_floor and budget.latency_ratio is None and budget.latency_ms is None and budget.size_bytes is None
 
 
 def next_search(
     units: UnitGraph, asked: Budget, budget: Budget, planned: Planned, measured: Measured, *, repaired: bool = False
 ) -> tuple[Budget, CostTable] | None:
-    """What to search with next, or None where the measurement meets the user's budget and uses it.
+    """Say what to search with next, or None where the measurement meets the user's budget and uses it.
 
     Case 1. Too slow: the cost table is corrected by the measured plan. Under a floor on SQNR alone, this is a plan that
             is slower than the float model.
@@ -92,7 +92,7 @@ def next_search(
 
 
 def _slower(asked: Budget, factor: float) -> Budget:
-    """A budget with its limits on latency raised."""
+    """Raise the limits of a budget on latency."""
     ratio, milliseconds = (
         None if value is None else round(value * factor, 4) for value in (asked.latency_ratio, asked.latency_ms)
     )

@@ -111,7 +111,7 @@ def _runtime(analysis: Analysis) -> dict[str, str]:
 
 
 def _unresolved(planned: Planned, measured: Measured) -> list[str]:
-    """Divergences so small that the rounding of float32 scores makes half of what is measured, or more."""
+    """Report divergences so small that the rounding of float32 scores makes half of what is measured, or more."""
     rows = zip(planned.plan.heads, measured.sqnr_mixed, measured.float32, strict=True)
     return [
         f"{head.head}: {10 ** (-found.value / 10):.2g} nats were measured, about {10 ** (-least.value / 10):.2g} of "
@@ -122,7 +122,7 @@ def _unresolved(planned: Planned, measured: Measured) -> list[str]:
 
 
 def _nats(pair: HeadComparison) -> HeadComparison:
-    """Divergences in nats from their dB below 1 nat, with four digits."""
+    """Convert divergences from dB below 1 nat to nats, with four digits."""
 
     def convert(one: Comparison) -> Comparison:
         predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
@@ -132,7 +132,7 @@ def _nats(pair: HeadComparison) -> HeadComparison:
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:
-    """Bytes of all graphs."""
+    """Sum the bytes of all graphs."""
     return Triple(
         reference=sum(s.reference for s in sizes.values()),
         lowest=sum(s.lowest for s in sizes.values()),
@@ -141,7 +141,7 @@ def _total(sizes: Mapping[str, Triple]) -> Triple:
 
 
 def _workload(analysis: Analysis) -> str:
-    """What one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
+    """Say what one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
     graph = analysis.graph
     if not isinstance(graph, Joined):
         return "one inference"
@@ -201,7 +201,7 @@ def _busy(latency: LatencySpread) -> tuple[str, ...]:
 
 
 def _milliseconds(value: float) -> str:
-    """Three significant digits: small models take microseconds, large ones seconds.
+    """Write a time with three significant digits: small models take microseconds, large ones seconds.
 
     >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
     ('0.0482 ms', '73.8 ms', '1234 ms')
