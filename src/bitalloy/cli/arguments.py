@@ -45,7 +45,7 @@ class OpeningArguments:
     shape: Annotated[
         list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
     ] = None
-    scale: Annotated[float | None, typer.Option(help="Factor on pixel values. Default: 1/255.")] = None
+    scale: Annotated[float | None, typer.Option(help="Factor by which pixels are multiplied. Default: 1/255.")] = None
     mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None
     layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`. Default: inferred.")] = None
@@ -53,7 +53,7 @@ class OpeningArguments:
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="Of a model that is exported first: file, folder, hub repository, or `random`. Default: the published "
+            help="Checkpoint of a model to export: file, folder, hub repository, or `random`. Default: the published "
             "one."
         ),
     ] = None
@@ -92,13 +92,13 @@ class AnalysisArguments:
     target: Annotated[
         str,
         typer.Option(
-            help="Device and runtime, see `bitalloy targets`; or several of one analysis: `ort-cpu,tensorrt`."
+            help="Device and runtime, see `bitalloy targets`; or several for one analysis: `ort-cpu,tensorrt`."
         ),
     ] = "ort-cpu"
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="Leave out of the analysis, such as an operator without adjoint: glob over node names, regions or "
+            help="Leave parts out of the analysis, such as an operator without adjoint: glob over nodes, regions or "
             "operator types, which stay in float. To try plans use --keep of `bitalloy run`."
         ),
     ] = None
@@ -117,11 +117,11 @@ class AnalysisArguments:
             help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
         ),
     ] = True
-    samples: Annotated[str, typer.Option(help="Samples of the probe matrix and of exact measurement, or `auto`.")] = (
-        "auto"
-    )
+    samples: Annotated[
+        str, typer.Option(help="Number of samples of the probe matrix and of exact measurement, or `auto`.")
+    ] = "auto"
     probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples for the ranges.")] = 64
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Number of samples for calibration.")] = 64
     ranges: Annotated[
         str,
         typer.Option(
@@ -129,8 +129,8 @@ class AnalysisArguments:
             "for every tensor, the one whose rounding and clipping disturb the outputs least."
         ),
     ] = "auto"
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most so many labelled images.")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of labelled images to evaluate.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0
 
     def settings(self, *, protect: bool = True) -> Settings:
         """Return the settings as a record; `protect` says whether advice of the model's family is followed.
@@ -174,7 +174,7 @@ class BudgetArguments:
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Precision of a part of the plan: `fp32:'neck*'`, `int8:'model.{4..8}'`. Glob over units, nodes, "
+            help="Scheme of a part of the plan: `fp32:'neck*'`, `int8:'model.{4..8}'`. Glob over units, nodes, "
             "regions or operator types; the last one that names a unit holds. Changes the plan alone: nothing is "
             "analysed again."
         ),
@@ -248,15 +248,17 @@ class SensitivityArguments:
     method: Annotated[str, typer.Option(help="`probe` predicts everything at once, `exact` executes.")] = "probe"
     mode: Annotated[
         str | None,
-        typer.Option(help="Of exact: `one-at-a-time`, or `leave-one-out` of the all-INT8 model. Default: the first."),
+        typer.Option(help="Mode of --method exact: `one-at-a-time` (default) or `leave-one-out` of all-INT8."),
     ] = None
     units: Annotated[list[str] | None, typer.Option(help="Glob over units. Default: all of them.")] = None
     regions: Annotated[list[str] | None, typer.Option(help="Glob over regions, such as 'model.22*'.")] = None
     sites: Annotated[list[str] | None, typer.Option(help="Glob over rounding sites, 'tensor->node#slot'.")] = None
     confirm: Annotated[
-        int | None, typer.Option(min=0, help="Measure so many of the worst units, and everything flagged, exactly.")
+        int | None, typer.Option(min=0, help="Number of the worst units to measure exactly, with all flagged ones.")
     ] = None
-    metric: Annotated[bool, typer.Option("--metric", help="Drop of box AP in place of SQNR; needs --eval.")] = False
+    metric: Annotated[
+        bool, typer.Option("--metric", help="Measure the drop of box AP in place of SQNR; needs --eval.")
+    ] = False
     evaluate: Annotated[
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
     ] = None
@@ -295,7 +297,7 @@ class PlanArguments:
 
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished `bitalloy run`.")]
     limits: BudgetArguments
-    front: Annotated[bool, typer.Option("--front", help="Print the plans of the front, not the units.")] = False
+    front: Annotated[bool, typer.Option("--front", help="Print the plans of the Pareto front, not the units.")] = False
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False
 
 

@@ -12,7 +12,7 @@ from bitalloy.cli.console import SHOWN_LINES, out_console
 
 
 def models_command(
-    json_output: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """List the models that are known by name, with published and own figures.
 
@@ -65,7 +65,7 @@ def audit_command(
     run_directory: Annotated[Path, typer.Argument(help="Directory of a finished `bitalloy run`.")] = Path("runs/last"),
     here: Annotated[
         bool,
-        typer.Option("--here", help="Of a target whose device is not here: what this CPU makes of its model."),
+        typer.Option("--here", help="Audit the model on this CPU where the target's device is absent."),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -256,7 +256,7 @@ def export_command(
     trust_checkpoint: Annotated[
         bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of random weights and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and inputs.")] = 0,
 ) -> None:
     """Write a known model as ONNX and compare the files with torch.
 

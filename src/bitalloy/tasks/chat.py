@@ -115,7 +115,7 @@ class Chat:
         return image_feed(resized, self.image)[0]
 
     def prompt(self, question: str) -> tuple[int, ...]:
-        """Return the token ids of a question; both sides of the image are tokenised apart, as in the model's training."""
+        """Return the token ids of a question; each side of the image is tokenised alone, as in training."""
         before, after = self.template.split("<image>")
         return self._lead(before) + tuple(self.tokenizer.encode(after.replace("{question}", question)))
 

@@ -1,4 +1,4 @@
-"""Task metrics of the models, and the fastest plan of a front that keeps one.
+"""Evaluation of task metrics of several models on labelled samples.
 
 What a task observes of a model on the labelled samples is stored, and metrics are computed from it: over a whole run,
 no model is executed on a sample twice.
@@ -38,11 +38,11 @@ from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
 
 SHARD = 32
-"""Samples that are stored together."""
+"""Number of samples whose observations are stored together."""
 STREAMS = 4
-"""Samples that are in memory at the same time, at most."""
+"""Largest number of samples that are in memory at the same time."""
 JUDGED_MODELS = 4
-"""Models whose judgement stays in memory, at most: those that were asked for last."""
+"""Largest number of models whose judgements stay in memory: those that were used last."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Subject:
     """A model to be evaluated."""
 
     identity: tuple[str, ...]
-    """What decides it beside the target: equal for models that do the same."""
+    """Key of the model beside its target: equal for models that compute the same."""
     model: Opening
-    """How it is made."""
+    """Plain data from which a job makes the model."""
 
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Labelled samples, and how jobs open them."""
+    """Labelled samples, with the plain data from which jobs open them."""
 
     data: TaskData
     fingerprint: str
@@ -68,13 +68,13 @@ class Evaluator:
     """Runs models over labelled samples, each at most once, and compares them.
 
     Args:
-        analysis: of the model.
-        labels: for the model's task.
-        limit: evaluate at most so many samples.
-        work: where to keep and show results.
+        analysis: analysis of the model.
+        labels: labels for the model's task.
+        limit: largest number of samples that are evaluated; None for all.
+        work: where results are stored and progress is shown.
 
     Raises:
-        DataError: labels are broken, or no task fits the model.
+        DataError: the labels are broken, or no task fits the model.
     """
 
     def __init__(self, analysis: Analysis, labels: Sequence[Path], limit: int | None, work: Workspace) -> None:
@@ -101,22 +101,22 @@ class Evaluator:
 
     @property
     def reference(self) -> Subject:
-        """The float model."""
+        """The float model, as a subject of evaluation."""
         return Subject(("float",), Opening(kind="artefact", spec=self._parts))
 
     def subject(self, plan: Plan) -> Subject:
-        """Return the model of a plan, made when it is needed."""
+        """Return the model of a plan as a subject; it is made when it is needed."""
         spec = msgspec.structs.replace(self._parts, schemes=dict(plan.listed))
         listed = (f"{unit} in {scheme}" for unit, scheme in plan.listed)
         return Subject((self._analysis.key, *listed), Opening(kind="artefact", spec=spec))
 
     def results(self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES) -> list[TaskResult]:
-        """What the task measures on each file of labels; the first model is the reference, and it is the float model.
+        """Return the metrics of models on each file of labels; the first is the reference, the float model.
 
         Args:
-            subjects: by name.
-            stage: under whose name results are kept and shown.
-            resamples: draws of the bootstrap; 0 where only the values count.
+            subjects: name -> model to be evaluated.
+            stage: name of the stage under which results are stored and shown.
+            resamples: number of bootstrap resamples; 0 where only the values count.
         """
         return [self._result(labels, subjects, stage, resamples) for labels in self._labelled]
 
@@ -197,17 +197,17 @@ class LabelFile(Record, frozen=True, kw_only=True):
     """The model, whose inputs and outputs decide the task."""
     path: str
     fingerprint: str
-    """That the samples must have."""
+    """Fingerprint that the opened samples must have."""
 
 
 class ObserverParts(Record, frozen=True, kw_only=True):
-    """What observes a model."""
+    """Arguments of `Observer`."""
 
     graph: Opening
-    """In normal form: says how its executable model takes a task's feeds."""
+    """The model in normal form, which tells how its executable model takes a task's feeds."""
     labels: Opening
     models: dict[str, Opening]
-    """The executable `model`; before it the `reference`, where what is observed depends on that."""
+    """The executable `model`, and before it the `reference` where observations depend on that."""
 
 
 class ObservedSamples(Record, frozen=True, kw_only=True):
@@ -221,7 +221,7 @@ def open_labels(spec: LabelFile, contexts: Contexts) -> TaskData:
     """Read labels for a model.
 
     Raises:
-        DataError: the labels have changed, or do not fit.
+        DataError: the labels have changed, or do not fit the model.
     """
     interface = interface_of(contexts.open(spec.graph))
     task: Task[Any] | None = find_task(interface)
@@ -244,7 +244,7 @@ def open_observer(spec: ObserverParts, contexts: Contexts) -> Observer:
 
 
 def observe_shard(spec: ObservedSamples, contexts: Contexts) -> bytes:
-    """Return what the model does, as `pack_seen` writes it."""
+    """Observe the model on the samples; the result is in the format of `pack_seen`."""
     observer: Observer = contexts.open(spec.observer)
     return pack_seen(observer.observe(spec.samples))
 
@@ -258,8 +258,8 @@ class Observer:
     Args:
         graph: the model in normal form.
         data: labelled samples.
-        models: by name, as a task observes them.
-        scratch: folder for the files of large models.
+        models: name -> model, as a task observes them.
+        scratch: folder for the files of large models; None where there are none.
     """
 
     def __init__(self, graph: Graph, data: TaskData, models: Mapping[str, Artefact], scratch: Path | None) -> None:
@@ -278,7 +278,7 @@ class Observer:
             self._opened = stack.pop_all()
 
     def observe(self, samples: Sequence[int]) -> list[Seen]:
-        """Return what the model does on some samples."""
+        """Run the model on samples, and return what was observed of it on each."""
         models = {name: _for_each_thread(self._graph, session) for name, session in self._sessions.items()}
         found = self._pool.map(lambda i: self._task.observe(models, self._data, i)["model"], samples)
         return list(found)

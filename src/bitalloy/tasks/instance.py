@@ -44,15 +44,15 @@ def draw_masks(
     canvas: tuple[int, int],
     size: tuple[int, int],
 ) -> Iterator[np.ndarray]:
-    """Draw the masks in image pixels, one after the other: three hundred of a large photograph would not fit in memory.
+    """Yield masks in image pixels one by one: three hundred of a large photograph would not fit in memory.
 
     Image pixel (i, j) has its centre at (j + 1/2, i + 1/2); its logit is read at that place of the prototypes, so the
     canvas's padding needs no rounding. Pixels whose centre lies outside the box are not in the mask.
 
     Args:
-        coefficients: (k, m).
-        prototypes: (m, h, w), stretched over the canvas.
-        boxes: (k, 4), corners in image pixels, inside the image.
+        coefficients: coefficients of each box, (k, m).
+        prototypes: prototype masks (m, h, w), stretched over the canvas.
+        boxes: corners of the boxes in image pixels, inside the image, (k, 4).
         geometry: where the image lies on the canvas.
         canvas: (height, width) of the model's input.
         size: (width, height) of the image.
@@ -78,9 +78,9 @@ def find_instances(
     """Find the boxes and masks of one image, in its pixels.
 
     Args:
-        outputs: of the model, in graph order.
+        outputs: outputs of the model, in graph order.
         image: how the image was prepared.
-        geometry: where it lies on the canvas.
+        geometry: where the image lies on the canvas.
         size: (width, height) of the image.
 
     Raises:
@@ -97,7 +97,7 @@ def find_instances(
 
 
 def observe_instances(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
-    """Find the boxes and masks on one image.
+    """Run models on one image, and return their boxes and masks.
 
     Raises:
         DataError: labels, images and models do not fit each other.

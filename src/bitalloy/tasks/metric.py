@@ -1,4 +1,4 @@
-"""Sensitivities in the task's own terms: what rounding one thing does to the metric on labelled data."""
+"""Sensitivities in the task's terms: what rounding a unit, region or site does to the metric on labelled data."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ METRIC = "AP50-95"
 
 
 class MetricRow(Record, frozen=True, kw_only=True):
-    """What rounding one thing does to a task metric."""
+    """Effect of rounding one unit, region or site on a task metric."""
 
     id: str
     scope: str
     value: MetricValue
-    """With the thing rounded (or everything but the thing)."""
+    """Metric with the unit, region or site rounded, or with everything rounded but it."""
     drop: Estimate
-    """float - `value`, in 0..1, with a paired 95 % bootstrap interval over images."""
+    """Metric of the float model minus `value`, in 0..1, with a paired 95 % bootstrap interval over images."""
 
 
 class MetricTable(Record, frozen=True, kw_only=True):
-    """Task-metric sensitivities of chosen things."""
+    """Sensitivities of a task metric to chosen units, regions or sites."""
 
     model_sha256: str
     metric: str
     method: str
-    """`one-at-a-time` or `leave-one-out`."""
+    """Mode of the measurement: `one-at-a-time` or `leave-one-out`."""
     reference: MetricValue = msgspec.field(name="float")
     rows: tuple[MetricRow, ...]
 
@@ -63,15 +63,15 @@ def measure_metric(
     limit: int | None = None,
     work: Workspace | None = None,
 ) -> MetricTable:
-    """Measure the box AP with chosen units, regions or sites rounded; a shard per thing.
+    """Measure box AP with chosen units, regions or sites rounded; each one has a shard of its own.
 
     Args:
         ready: the calibrated model, a YOLO-style detector.
         labels: COCO annotation file, with its images beside it.
-        selection: what to measure; it may not be empty, because every thing costs a whole evaluation.
-        mode: as for `measure_exact`.
-        limit: evaluate at most so many images.
-        work: where to keep and show results.
+        selection: what to measure; it may not be empty, because each unit, region or site costs a whole evaluation.
+        mode: `one-at-a-time` or `leave-one-out`, see `measure_exact`.
+        limit: largest number of images that are evaluated; None for all.
+        work: where results are stored and progress is shown.
 
     Raises:
         BitalloyError: the selection is empty, or a pattern matches nothing.
@@ -158,20 +158,20 @@ class MeasuredPrecision(Record, frozen=True, kw_only=True):
     sites: tuple[str, ...]
     image: ImageSpec
     labels: str
-    """Path of the annotations."""
+    """Path of the annotation file."""
     sha256: str
-    """Of the annotations."""
+    """SHA-256 of the annotation file."""
     limit: int | None
     seed: int
     names: tuple[str, ...] | None
-    """Of the classes, where the model says them."""
+    """Names of the classes; None where the model does not tell them."""
 
 
 def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
-    """Measure the value and resampled values of the metric, in JSON.
+    """Measure box AP of a detector; the result is its value and resampled values in JSON.
 
     Raises:
-        DataError: the annotations have changed, or do not fit.
+        DataError: the annotations have changed, or do not fit the model.
     """
     labels = Path(spec.labels)
     if hashlib.sha256(labels.read_bytes()).hexdigest() != spec.sha256:

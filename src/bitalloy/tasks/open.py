@@ -1,4 +1,4 @@
-"""Programs as tasks see them: which graphs read an image, which a prompt, and how samples come about.
+"""Programs as tasks see them: which graphs read an image or a prompt, and how samples are made.
 
 Two kinds are known by what they take:
 
@@ -40,7 +40,7 @@ from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
-    """Read what a file says about the preparation of its images.
+    """Read what a file's metadata say about the preparation of images.
 
     Raises:
         ModelError: the entry is damaged.
@@ -69,14 +69,14 @@ def interface(
     folder: Path,
     image: ImageSpec | None = None,
 ) -> Interface:
-    """Return a model as its task sees it.
+    """Describe a model as its task sees it.
 
     Args:
-        inputs: free inputs.
-        outputs: free outputs.
-        metadata: of its files.
-        folder: of its files; of a language program the tokenizer lies there.
-        image: preparation of images; what the files say without it, or else the task's own way.
+        inputs: inputs without a wire.
+        outputs: outputs without a wire.
+        metadata: metadata of its files.
+        folder: folder of its files, which for a language program holds the tokenizer.
+        image: preparation of images; None takes what the files say, or else the task's own.
     """
     facts = image_facts(metadata)
     if image is None and facts:
@@ -90,7 +90,7 @@ def interface(
 
 
 def interface_of(graph: Graph) -> Interface:
-    """Return a loaded model as its task sees it."""
+    """Describe a loaded model as its task sees it."""
     folder = graph.source if isinstance(graph, Joined) else graph.source.parent
     return interface(graph.info.inputs, graph.info.outputs, graph.metadata, folder)
 
@@ -99,8 +99,8 @@ def tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer that lies beside the graphs of a language program.
 
     Raises:
-        ModelError: there is none, or it is damaged.
-        MissingExtraError: reading one of its kind needs a package that is not installed.
+        ModelError: the tokenizer is missing or damaged.
+        MissingExtraError: reading this kind of tokenizer needs a package that is not installed.
     """
     if (pieces := read_pieces(folder)) is not None:
         return pieces
@@ -108,7 +108,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 def runner(graph: Graph, session: Session) -> RunModel:
-    """The function from a task's feeds to outputs; what an image gives is kept for all that is asked about it."""
+    """Return the function from a task's feeds to outputs; it encodes an image once for all prompts about it."""
     if not isinstance(session, Chain) or not isinstance(graph, Joined):
         return session.run
     inputs, program = graph.info.inputs, graph.program
@@ -123,7 +123,7 @@ def runner(graph: Graph, session: Session) -> RunModel:
 
 
 def cache_size(inputs: Sequence[TensorSpec]) -> tuple[int, int, int]:
-    """Layers, heads and width per head of a decoder's cache."""
+    """Return layers, heads and width per head of a decoder's cache, from its inputs."""
     keys = [i for i in inputs if i.name.startswith("past.") and i.name.endswith(".key")]
     if not keys or any(not isinstance(d, int) for k in keys for d in (k.shape[1], k.shape[3])):
         raise ModelError(
@@ -136,19 +136,19 @@ def cache_size(inputs: Sequence[TensorSpec]) -> tuple[int, int, int]:
 def open_samples(
     outline: Outline, paths: Sequence[Path], *, image: ImageSpec | None, limit: int | None, seed: int
 ) -> Samples:
-    """Open samples of a program, all of the same shapes.
+    """Open the samples of a program, which all have the same shapes.
 
     Args:
-        outline: the program.
-        paths: of a promptable one: a COCO annotation file with masks, or images (asked over a grid). Of one that
+        outline: outline of the program.
+        paths: for a promptable program a COCO annotation file with masks, or images (asked over a grid). For one that
             speaks: questions (JSON lines) or captions (COCO), or images (asked for a caption); several are mixed. Of
             any: .npz feeds.
-        image: preparation of images; what the files say without it.
-        limit: at most so many samples, chosen by `seed`.
-        seed: of the choice.
+        image: preparation of images; None takes what the files say.
+        limit: largest number of samples, which `seed` chooses; None for all.
+        seed: seed of the choice of samples.
 
     Raises:
-        DataError: nothing usable there, or it does not fit.
+        DataError: the paths hold nothing usable, or samples do not fit the program.
     """
     inputs = outline.open_inputs
     is_feeds = all(holds_arrays(path) for path in paths)
@@ -179,7 +179,7 @@ class ProgramFiles(Record, frozen=True, kw_only=True):
     """Arguments of `open_samples`."""
 
     folder: str
-    """Of the program."""
+    """Folder of the program."""
     paths: tuple[str, ...]
     image: ImageSpec | None
     limit: int | None
@@ -187,7 +187,7 @@ class ProgramFiles(Record, frozen=True, kw_only=True):
 
 
 def open_program_files(spec: ProgramFiles, _: Contexts) -> Samples:
-    """Open samples of a program in files, whatever they hold by now."""
+    """Open samples of a program without a check that the files are unchanged."""
     paths = [Path(path) for path in spec.paths]
     return open_samples(read_outline(spec.folder), paths, image=spec.image, limit=spec.limit, seed=spec.seed)
 
@@ -244,13 +244,13 @@ def _alike(samples: Samples) -> Samples:
 
 
 ImageChoice = ImageSpec | Mapping[str, object] | None
-"""How images are prepared: in full, or some fields of `ImageOptions`, or as inferred."""
+"""Preparation of images: complete, as some fields of `ImageOptions`, or None to infer it."""
 
 
 def image_spec(model: Graph, **overrides: object) -> ImageSpec | None:
     """Return how images become feeds for a model, or None where it takes no image.
 
-    What is given counts before what the model's file says, and this before what is inferred from the input.
+    What is given overrides what the model's file says, and this overrides what is inferred from the input.
     """
     detector = looks_like_yolo(model.info.inputs, model.info.outputs)
     known = ImageOptions(**{**image_facts(model.metadata), **overrides})  # type: ignore[arg-type]

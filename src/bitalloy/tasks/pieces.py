@@ -1,4 +1,4 @@
-"""SentencePiece models of the kind that Llama has, read and applied without the `sentencepiece` package.
+"""Reading and applying SentencePiece models of Llama's kind, without the `sentencepiece` package.
 
 A `tokenizer.model` is a protobuf message: pieces with scores, and two records of settings. Covered is byte-pair
 encoding without a normalization table (Llama, Vicuna, MobileVLM, the embedded sample):
@@ -27,9 +27,9 @@ __all__ = ["Pieces", "read_pieces"]
 
 SPACE = "\u2581"
 UNKNOWN = " \u2047 "
-"""What an unknown piece is decoded as."""
+"""Text to which an unknown piece is decoded."""
 BPE = 2
-"""Of the model types of SentencePiece."""
+"""Number of byte-pair encoding among the model types of SentencePiece."""
 _NORMAL, _UNKNOWN, _CONTROL, _DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Kinds of pieces."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -52,7 +52,7 @@ class Pieces:
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
-        """Piece -> id."""
+        """Text of a piece -> its id."""
         return {text: i for i, (text, _, _) in enumerate(self.pieces)}
 
     def encode(self, text: str) -> list[int]:
@@ -71,7 +71,7 @@ class Pieces:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return text of token ids; ids beyond the vocabulary and those without text are left out."""
+        """Return the text of token ids; ids beyond the vocabulary and those without text are left out."""
         raw = bytearray()
         for number in ids:
             if not 0 <= number < len(self.pieces):
@@ -138,7 +138,7 @@ def read_pieces(path: Path) -> Pieces | None:
         path: the file, or the folder with its `tokenizer.model`.
 
     Raises:
-        ModelError: no such file, or it is damaged.
+        ModelError: the file is missing or damaged.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():

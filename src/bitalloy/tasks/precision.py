@@ -23,7 +23,7 @@ __all__ = ["CategoryMatches", "Detections", "Matches", "average_precision", "mat
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 MAX_DETECTIONS = 100
-"""Per image and class, as COCO counts them."""
+"""Largest number of detections per image and class that COCO's evaluation counts."""
 
 _CHUNK_ELEMENTS = 4_000_000
 """Resamples x detections that are accumulated at once: bounds memory to some 100 MB."""
@@ -31,14 +31,14 @@ _CHUNK_ELEMENTS = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What was found in one image: k boxes, best first."""
+    """Detections in one image: k boxes, best first."""
 
     boxes: np.ndarray
-    """(k, 4) float, corners x1, y1, x2, y2 in pixels."""
+    """Corners x1, y1, x2, y2 in pixels, (k, 4) float."""
     scores: np.ndarray
-    """(k,) float, 0..1."""
+    """Scores in 0..1, (k,) float."""
     classes: np.ndarray
-    """(k,) int, class index of the model."""
+    """Class indices of the model, (k,) int."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +46,25 @@ class CategoryMatches:
     """D detections of one category, best score first, matched to labels at T IoU thresholds."""
 
     image: np.ndarray
-    """(D,) int, position of the detection's image."""
+    """Position of each detection's image, (D,) int."""
     hit: np.ndarray
-    """(T, D) bool: matched to a label that counts."""
+    """Whether a detection matches a label that counts, (T, D) bool."""
     ignored: np.ndarray
-    """(T, D) bool: counts neither as hit nor as miss, e.g. inside a crowd."""
+    """Whether a detection counts neither as hit nor as miss, e.g. inside a crowd, (T, D) bool."""
     positives: np.ndarray
-    """(I,) int, labels that count, per image."""
+    """Number of labels that count in each image, (I,) int."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """What pycocotools found on I images."""
+    """Matches of detections with labels that pycocotools found on I images."""
 
     ap: float
-    """Average precision as pycocotools gives it: mean over IoU thresholds and categories with labels."""
+    """Average precision from pycocotools: the mean over IoU thresholds and categories with labels."""
     ap50: float
-    """At IoU threshold 0.5."""
+    """Average precision at IoU threshold 0.5."""
     categories: tuple[CategoryMatches, ...]
-    """Those with at least one label that counts."""
+    """Matches of each category that has at least one label that counts."""
     images: int
 
 
@@ -74,9 +74,9 @@ def match_boxes(
     """Match detected boxes to labels with pycocotools' `COCOeval` (all areas, 100 detections per class and image).
 
     Args:
-        labels: whose boxes count.
+        labels: labels with the true boxes.
         images: those that were evaluated, in the order of their ids.
-        detections: one per image.
+        detections: detections of each image.
         category_ids: (nc,) category id per class index, -1 for none.
 
     Raises:
@@ -103,11 +103,11 @@ def match_masks(
     """Match detected masks to labels, as `match_boxes` does with boxes.
 
     Args:
-        labels: whose masks count.
+        labels: labels with the true masks.
         images: those that were evaluated, in the order of their ids.
         sizes: (width, height) of each image.
-        detections: one per image; their boxes only set areas.
-        masks: of every detection, in image pixels.
+        detections: detections of each image; their boxes only set areas.
+        masks: mask of every detection, in image pixels.
         category_ids: (nc,) category id per class index, -1 for none.
 
     Raises:
@@ -232,11 +232,11 @@ def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     order of equal scores within an image.
 
     Args:
-        matches: on I images.
-        weights: (B, I) non-negative int.
+        matches: matches on I images.
+        weights: how often each image occurs in each resample, (B, I) non-negative int.
 
     Returns:
-        (B, T), mean over the categories with labels in the resample; NaN where there are none.
+        The mean over the categories with labels in the resample, (B, T); NaN where there are none.
     """
     total = np.zeros((len(weights), len(IOU_THRESHOLDS)))
     present = np.zeros((len(weights), 1))

@@ -1,4 +1,4 @@
-"""Samples of a promptable model without its metric: an image with one prompt each."""
+"""Samples of a promptable model: an image with one prompt each."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["PromptSamples"]
 
 
 class PromptSamples(Samples):
-    """Images with a box or a point each, in turn; all feeds have the same shapes, since both kinds have two points.
+    """Images with a box or a point in turn; all feeds have the same shapes, since both prompts have two points.
 
     With labels the prompt is that of one of the objects, chosen by the image's place; images without any are left
     out. Without labels it is a cell of a grid over the image, or its centre.
 
     Args:
-        data: images, perhaps with labels.
-        indices: of the images, at least one.
-        seed: of their choice.
+        data: the images, perhaps with labels.
+        indices: indices of the images, at least one.
+        seed: seed of the choice of the images.
     """
 
     def __init__(self, data: PromptData, indices: list[int], *, seed: int = 0) -> None:
@@ -49,7 +49,7 @@ class PromptSamples(Samples):
         """Open samples from a COCO annotation file with masks, or from a folder of images.
 
         Raises:
-            DataError: nothing usable there.
+            DataError: the path holds nothing usable.
         """
         data = open_prompts(path, model)
         usable = list(range(len(data.files)))

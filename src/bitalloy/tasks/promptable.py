@@ -53,7 +53,7 @@ __all__ = [
 
 PROMPT_KINDS = ("box", "point")
 COORDINATES, LABELS = "point_coords", "point_labels"
-"""Names of the inputs, as in SAM's own export."""
+"""Names of the prompt's inputs, as in SAM's own export."""
 _SLACK = 1.0
 """Pixels that a box may reach over the image's border: labels are rounded."""
 _CELLS = 3
@@ -62,21 +62,21 @@ _CELLS = 3
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model is asked, in image pixels."""
+    """A prompt: points with labels, in image pixels."""
 
     points: np.ndarray
-    """(p, 2) float: x, y."""
+    """Coordinates x, y of the points, (p, 2) float."""
     labels: np.ndarray
-    """(p,) float: 1 inside, 0 outside, 2 and 3 box corners, -1 padding."""
+    """Labels of the points, (p,) float: 1 inside, 0 outside, 2 and 3 box corners, -1 padding."""
 
     @staticmethod
     def box(x1: float, y1: float, x2: float, y2: float) -> Prompt:
-        """Make a box by its corners."""
+        """Make the prompt of a box from its corners."""
         return Prompt(np.array([[x1, y1], [x2, y2]]), np.array([2.0, 3.0]))
 
     @staticmethod
     def point(x: float, y: float) -> Prompt:
-        """Make a point inside, with the padding that a prompt without a box needs."""
+        """Make the prompt of a point inside, with the padding that a prompt without a box needs."""
         return Prompt(np.array([[x, y], [0.0, 0.0]]), np.array([1.0, -1.0]))
 
 
@@ -86,9 +86,9 @@ class PromptData:
 
     files: tuple[Path, ...]
     labels: CocoLabels | None
-    """Of the same images in the same order; None for images without labels."""
+    """Labels of the same images in the same order; None for images without labels."""
     image: ImageSpec
-    """Its height and width are the canvas."""
+    """Preparation of images; its height and width are those of the canvas."""
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the labels, or else of the images, and the preprocessing."""
@@ -102,7 +102,7 @@ class PromptData:
 
     @property
     def paired(self) -> bool:
-        """Every model is observed alone."""
+        """False: every model is observed alone."""
         return False
 
     @cached_property
@@ -111,7 +111,7 @@ class PromptData:
         return self.labels.objects() if self.labels is not None else {}
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Return numbers of at most `limit` images."""
+        """Choose at most `limit` images, None for all, and return their numbers in ascending order."""
         return choose_samples([file.name for file in self.files], limit=limit, seed=seed)
 
     def open(self, index: int) -> Image.Image:
@@ -126,7 +126,7 @@ def open_prompts(path: Path, model: Interface) -> PromptData:
 
     Args:
         path: COCO annotation file, or a folder.
-        model: promptable.
+        model: a promptable model.
 
     Raises:
         DataError: labels or images are broken or missing, or no object has a mask.
@@ -154,7 +154,7 @@ def grid(size: tuple[int, int]) -> list[dict[str, Prompt]]:
 
 
 def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask: Mask) -> dict[str, Prompt]:
-    """Ground-truth prompts of an object, by kind: its box, and its own point or the one deepest inside its mask.
+    """Return the prompts of an object by kind: its box, and its own point or the one deepest inside its mask.
 
     Raises:
         DataError: the box or the point lies outside the image.
@@ -175,7 +175,7 @@ def prompts_of(labels: CocoLabels, entry: LabelledImage, box: LabelledBox, mask:
 
 
 def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the feed (1, 3, h, w), and (height, width) of the part of the canvas that the image covers.
+    """Return the feed (1, 3, h, w) of an image, and (height, width) of the part of the canvas that it covers.
 
     The longest side gets the canvas's length, pixels are normalised, and the rest is zero, as SAM does.
     """
@@ -190,7 +190,7 @@ def prepare_image(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tupl
 
 
 def feeds_of(prompt: Prompt, size: tuple[int, int], covered: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Decoder inputs (1, p, 2) and (1, p) of a prompt on an image of `size` (width, height); see `prepare_image`."""
+    """Return the decoder's feeds (1, p, 2) and (1, p) of a prompt on an image of `size` (width, height)."""
     ratio_xy = np.array([covered[1] / size[0], covered[0] / size[1]])
     points = np.where(prompt.labels[:, None] == -1, 0.0, prompt.points * ratio_xy)
     return {
@@ -207,7 +207,7 @@ def to_mask(
     Args:
         outputs: masks (1, c, h, w) and predicted IoU (1, c), in this order.
         kind: `box` or `point`.
-        side: of the square canvas.
+        side: side of the square canvas in pixels.
         covered: (height, width) of the canvas that the image covers.
         size: (width, height) of the image.
 
@@ -247,7 +247,7 @@ def join_promptable(encode: RunModel, decode: RunModel) -> RunModel:
 
 
 def observe_prompts(models: Mapping[str, RunModel], data: PromptData, sample: int, /) -> dict[str, Seen]:
-    """Return the masks for all prompts on one image, packed, and their IoU with the labels (objects, kinds).
+    """Return the masks for all prompts on one image, packed, and their IoU with the labels, (objects, kinds).
 
     Crowds and objects without a pixel are left out.
 
@@ -289,7 +289,7 @@ def measure_prompts(
     Both are means over objects; without labels there is agreement only.
 
     Raises:
-        DataError: no object is left.
+        DataError: the images have no labelled object.
     """
     reference = next(iter(seen.values()))
     counts = np.array([float(len(one["quality"])) for one in reference])

@@ -40,7 +40,7 @@ __all__ = [
 Kind = Literal["yes/no", "choice", "open"]
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-"""What is added to a question, as LLaVA's and MobileVLM's evaluations do."""
+"""Texts that are added to a question, as in LLaVA's and MobileVLM's evaluations."""
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -49,15 +49,15 @@ class Question:
     """A question about an image."""
 
     image: str
-    """File name."""
+    """File name of the image."""
     text: str
     answer: str
-    """Lower case, or a letter for multiple choice."""
+    """Answer in lower case, or a letter for multiple choice."""
     kind: Kind
     choices: tuple[str, ...] = ()
 
     def prompt(self) -> str:
-        """As it is put to the model."""
+        """Text of the question as it is put to the model."""
         if self.kind != "choice":
             return f"{self.text}\n{SHORT}"
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
@@ -79,25 +79,25 @@ class QuestionData:
 
     path: Path
     folder: Path
-    """Where the images lie."""
+    """Folder of the images."""
     questions: tuple[Question, ...]
     chat: Chat
 
     @property
     def paired(self) -> bool:
-        """Every model is observed alone."""
+        """False: every model is observed alone."""
         return False
 
     @cached_property
     def by_image(self) -> dict[str, list[Question]]:
-        """Image -> what is asked about it, in the order of the names of the images."""
+        """Image -> questions about it, in the order of the names of the images."""
         found: dict[str, list[Question]] = {name: [] for name in sorted({q.image for q in self.questions})}
         for question in self.questions:
             found[question.image].append(question)
         return found
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Return numbers of at most `limit` images, in the order of their names."""
+        """Choose at most `limit` images, None for all, and return their numbers in the order of their names."""
         return choose_samples(list(self.by_image), limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
@@ -106,7 +106,7 @@ class QuestionData:
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file holds questions line by line: a `.jsonl`, or one whose first line is a question, as POPE's are."""
+    """Return whether a file has a question per line: a `.jsonl`, or one whose first line is a question (POPE)."""
     if path.suffix == ".jsonl":
         return True
     try:
@@ -176,7 +176,7 @@ def _plain(text: str) -> str:
 
 
 def read_answer(text: str, question: Question) -> str:
-    """Return what a generated text answers: `yes` or `no`, a letter (`?` for none), or the text itself in plain form.
+    """Read the answer from a generated text: `yes` or `no`, a letter (`?` for none), or the text itself in plain form.
 
     1. Yes or no as in POPE's evaluation: `no` if the first sentence has the word no or not, else `yes`.
     2. Multiple choice: a letter at the start, alone or before a mark; a letter after `answer is`; the text of a choice.
@@ -196,7 +196,7 @@ def read_answer(text: str, question: Question) -> str:
 
 
 def observe_questions(models: Mapping[str, RunModel], data: QuestionData, sample: int, /) -> dict[str, Seen]:
-    """Generate the answers to all questions about one image, generated greedily.
+    """Generate the answers of models to all questions about one image, greedily.
 
     Raises:
         DataError: the image is damaged, or a model's outputs are not logits.
@@ -220,7 +220,7 @@ def measure_questions(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Part of right answers by kind of question, and agreement of the answers with the first model's.
+    """Measure the part of right answers by kind of question, and the agreement with the first model's answers.
 
     `yes/no F1` counts yes as positive. Intervals draw images with all their questions.
     """

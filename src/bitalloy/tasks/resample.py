@@ -8,7 +8,7 @@ __all__ = ["centres", "resize", "sample"]
 
 
 def centres(old: int, new: int) -> np.ndarray:
-    """(new,) source coordinates of the pixel centres when an axis of length `old` gets length `new`.
+    """Return source coordinates (new,) of the pixel centres when an axis of length `old` gets length `new`.
 
     Pixel i has its centre at coordinate i; e.g. old 2, new 4 -> [-0.25, 0.25, 0.75, 1.25]. These are the half-pixel
     coordinates of ONNX Resize and of torch's `interpolate(align_corners=False)`.
@@ -17,17 +17,17 @@ def centres(old: int, new: int) -> np.ndarray:
 
 
 def sample(maps: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the values of (..., h, w) maps at every pair of rows (r,) and columns (c,): (..., r, c) float32.
+    """Sample maps (..., h, w) at every pair of rows (r,) and columns (c,): (..., r, c) float32.
 
-    Bilinear between the four nearest pixels, without averaging where the grid is coarser than the map; beyond the
-    outermost pixel centres the border's value.
+    Values are bilinear between the four nearest pixels, not averaged where the grid is coarser than the map; beyond
+    the outermost pixel centres they are the border's.
     """
     maps = np.asarray(maps, np.float32)
     return _along(_along(maps, columns, maps.ndim - 1), rows, maps.ndim - 2)  # rows are copied fast, columns are not
 
 
 def resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(..., h, w) -> (..., height, width), float32."""
+    """Resize maps (..., h, w) bilinearly to (..., height, width), float32."""
     return sample(maps, centres(maps.shape[-2], height), centres(maps.shape[-1], width))
 
 

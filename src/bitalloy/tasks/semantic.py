@@ -46,7 +46,7 @@ __all__ = [
 
 Protocol = Literal["squash", "official"]
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
-"""Of the official protocol, in pixels."""
+"""Sizes of the official protocol in pixels: largest sides, and the multiple to which sides are rounded up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +57,18 @@ class SemanticData:
     image: ImageSpec
     """How images are prepared; its size is not used by the official protocol."""
     classes: int
-    """Of the model."""
+    """Number of classes of the model."""
     reduce_zero_label: bool = True
-    """ADE20K's way: 0 in a label map means unlabelled, k means class k - 1."""
+    """Whether 0 in a label map means unlabelled and k means class k - 1, as in ADE20K."""
     protocol: Protocol = "squash"
 
     @property
     def paired(self) -> bool:
-        """Every model is observed alone."""
+        """False: every model is observed alone."""
         return False
 
     def choose(self, limit: int | None, seed: int) -> list[int]:
-        """Return numbers of at most `limit` images, in the order of their names."""
+        """Choose at most `limit` images, None for all, and return their numbers in the order of their names."""
         return choose_samples([f.name for f in self.files], limit=limit, seed=seed)
 
     def fingerprint(self) -> str:
@@ -88,10 +88,10 @@ def open_semantic(
     """Find images and label maps for a model; see `find_pairs` for the layouts.
 
     Args:
-        folder: of a data set.
-        model: whose output says how many classes there are.
+        folder: folder of a data set.
+        model: the model, whose output tells the number of classes.
         reduce_zero_label: whether 0 means unlabelled and k class k - 1; else labels are class numbers.
-        protocol: how images are prepared.
+        protocol: how images are prepared: `squash` or `official`.
 
     Raises:
         DataError: files are missing, or the protocol does not fit the model.
@@ -164,7 +164,7 @@ def best_classes(logits: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.nda
 
 
 def confusion(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) int: pixels of class [row] that were taken for class [column]; ignored labels are left out."""
+    """Count pixels of class [row] predicted as class [column], (classes, classes) int, without ignored labels."""
     counted = label != IGNORED
     pairs = label[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -177,7 +177,7 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
     mmsegmentation. NaN where no class occurs.
 
     Args:
-        counts: (..., 3, classes): pixels in the intersection, labelled and predicted.
+        counts: numbers of pixels in the intersection, labelled and predicted, (..., 3, classes).
     """
     shared, labelled, predicted = counts[..., 0, :], counts[..., 1, :], counts[..., 2, :]
     union = labelled + predicted - shared
@@ -188,7 +188,7 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def observe_semantic(models: Mapping[str, RunModel], data: SemanticData, sample: int, /) -> dict[str, Seen]:
-    """Pixel counts per class of one image (3, classes), see `mean_iou`, and the classes of its pixels, compressed.
+    """Return pixel counts of one image (3, classes), see `mean_iou`, and the classes of its pixels, compressed.
 
     Raises:
         DataError: a label map is broken or does not fit image or model.
@@ -217,13 +217,13 @@ def measure_semantic(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """mIoU, pixel accuracy, and agreement with the first model, on the same images side by side.
+    """Measure mIoU, pixel accuracy, and agreement with the first model, on the same images side by side.
 
     mIoU and accuracy come from one confusion matrix over the set. `pixel agreement` is the part of all pixels,
     labelled or not, to which a model gives the class that the first model gives.
 
     Raises:
-        DataError: nothing is labelled.
+        DataError: no pixel is labelled.
     """
     n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     counts = {name: np.array([one["counts"] for one in part], np.float64) for name, part in seen.items()}

@@ -1,4 +1,4 @@
-"""Outputs of YOLOv8 to YOLO11: known by their shapes, split into parts, suppressed.
+"""Outputs of YOLOv8 to YOLO11: recognising them by their shapes, splitting and suppressing boxes.
 
 output (1, 4 + nc [+ m], n) [and prototypes (1, m, h, w)] -> boxes, scores, mask coefficients -> class-wise suppression
 """
@@ -32,7 +32,7 @@ __all__ = [
 CONFIDENCE = 0.001
 IOU = 0.7
 MAX_BOXES = 300
-"""Per image. These three are what Ultralytics validates with."""
+"""Largest number of boxes per image. Ultralytics validates with these three values."""
 _STRIDES = (4, 8, 16, 32, 64)
 
 
@@ -73,12 +73,12 @@ def class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
 
 def split_predictions(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Split the first output of a model.
+    """Split the first output of a model into boxes and scores.
 
     Mask coefficients are left out: as many rows as the prototypes, the second output (1, m, h, w), have channels.
 
     Returns:
-        (n, 4) centre x, centre y, width, height in input pixels, and (nc, n) scores; float32.
+        Boxes (n, 4), as centre x, centre y, width, height in input pixels, and scores (nc, n); float32.
 
     Raises:
         DataError: the output is not (1, 4 + nc, n).
@@ -95,7 +95,7 @@ def split_predictions(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np
 
 
 def mask_parts(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mask coefficients (n, m) and prototypes (m, h, w) of a model with masks, float32.
+    """Return mask coefficients (n, m) and prototypes (m, h, w) of a model with masks, float32.
 
     Raises:
         DataError: the second output is not (1, m, h, w) with m mask rows in the first.
@@ -124,7 +124,7 @@ def suppress(
 
 
 def detections(boxes: np.ndarray, scores: np.ndarray, index: np.ndarray, label: np.ndarray) -> Detections:
-    """Return the chosen boxes (k,) with their classes (k,) as corners, in input pixels."""
+    """Return the boxes with indices (k,) and classes (k,) as detections, with corners in input pixels."""
     centre, half = boxes[index, :2], boxes[index, 2:] / 2
     return Detections(np.concatenate([centre - half, centre + half], axis=1), scores[label, index], label)
 
@@ -143,14 +143,14 @@ def select_boxes(
     or have no area are dropped.
 
     Args:
-        boxes: (n, 4) float32, centre x, centre y, width, height.
-        scores: (nc, n) float32.
-        confidence: least score.
+        boxes: centre x, centre y, width, height of each box, (n, 4) float32.
+        scores: scores of each class and box, (nc, n) float32.
+        confidence: score above which a box is kept.
         iou: greatest overlap with a better box of the same class.
-        limit: number of boxes kept over all classes.
+        limit: largest number of boxes kept over all classes.
 
     Returns:
-        (k,) index into the boxes and (k,) class, best first.
+        Indices into the boxes (k,) and classes (k,), best first.
     """
     with np.errstate(invalid="ignore"):
         used = np.flatnonzero(

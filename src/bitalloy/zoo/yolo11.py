@@ -51,7 +51,8 @@ YOLO11_PROTECTION = (
     ),
     ProtectionAdvice(
         pattern="*/model.23/[A-Z]*",
-        reason="Decoding joins boxes up to the image size with scores up to 1: 256 steps for both would erase the scores.",
+        reason="Decoding joins boxes up to the image size with scores up to 1: 256 steps for both would erase the "
+        "scores.",
         source="https://github.com/microsoft/onnxruntime/issues/14233",
     ),
     ProtectionAdvice(
