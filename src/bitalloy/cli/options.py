@@ -79,12 +79,15 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
     >>> keeps(["fp32:neck*"])
     (Keep(scheme='fp32', pattern='neck*'),)
     """
+    if not texts:
+        return ()  # what knows the schemes takes a while to load
     from bitalloy.targets import TARGETS
 
+    targets = sorted(TARGETS.values(), key=lambda target: -len(target.schemes))  # the richest has the whole order
+    known = list(dict.fromkeys(scheme.name for target in targets for scheme in target.schemes))
     found = []
     for text in texts:
         name, colon, pattern = text.partition(":")
-        known = list(dict.fromkeys(scheme.name for target in TARGETS.values() for scheme in target.schemes))
         if name.lower() not in known or not colon or not pattern:
             raise BitalloyError(
                 f"--keep is '{text}'; expected a scheme ({', '.join(known)}) and a pattern, such as fp32:'neck*' or "
