@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import bitalloy
-from bitalloy.core.outcome import Summary
+from bitalloy.core.summaries import read_summary
 from bitalloy.corrections.debiasing import WORSE_DB
 from bitalloy.corrections.trials import BETTER_DB
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING
@@ -131,7 +131,7 @@ def finished(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_biases_are_corrected_in_the_shipped_model(finished: Any) -> None:
     line, model, feeds, _ = finished
-    summary = msgspec.json.decode((line.folder / "run" / "summary.json").read_bytes(), type=Summary)
+    summary = read_summary((line.folder / "run" / "summary.json").read_bytes())
     bias = summary.corrections[-1]
     assert bias.name == "bias" and bias.places == 1
     assert bias.samples == bias.fitted_samples == 8

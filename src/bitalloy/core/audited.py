@@ -28,10 +28,10 @@ class AuditedKernel(Record, frozen=True, kw_only=True):
     op: str
     precision: str
     unit: str | None
-    """None for rounding, layout changes and the like between units."""
+    """The unit that it ran for; None for rounding, layout changes and the like between units."""
     us: float
     graph: str = "model"
-    """Of a program: its graph."""
+    """The graph of a program that it belongs to."""
 
 
 class AuditedNode(Record, frozen=True, kw_only=True):
@@ -93,7 +93,7 @@ class Audit(Record, frozen=True, kw_only=True):
     share_of_time: dict[str, float]
     """Precision that kernels read -> share of the time of all kernels."""
     kernels: tuple[AuditedKernel, ...]
-    """In order of execution."""
+    """All executed kernels, in order."""
     graphs: tuple[AuditedGraph, ...] = ()
     """Second evidence: what the runtime made of each graph. None where its kernels tell what they were made from."""
     note: str = ""

@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     The content lies on the disk before it takes that place, with the permissions of any new file.
 
     Args:
-        path: in an existing folder.
+        path: a file in an existing folder.
 
     Raises:
         OSError: the folder cannot be written.

@@ -56,7 +56,7 @@ class Opening(Record, frozen=True, kw_only=True, dict=True):
     """How a thing that jobs share is opened, e.g. a model file or the sessions of a prober."""
 
     kind: str
-    """From `JOB_KINDS`."""
+    """A name from `JOB_KINDS`."""
     spec: Any
     """A record, or what JSON makes of one."""
 
@@ -70,7 +70,7 @@ class Resident(Record, frozen=True, kw_only=True):
     """A thing that plain data cannot describe, such as a user's own data set: it lives in one process only."""
 
     what: str
-    """In words, e.g. `the data set 'street'`."""
+    """The thing in words, e.g. `the data set 'street'`."""
     key: str
     """Tells it from others."""
 
@@ -79,9 +79,9 @@ class Job(Record, frozen=True, kw_only=True):
     """A unit of work whose result is stored by itself."""
 
     kind: str
-    """From `JOB_KINDS`; the result is stored under the stage of this name."""
+    """A name from `JOB_KINDS`; the result is stored under the stage of this name."""
     key: str
-    """Of all that decides the results of the stage."""
+    """The hash of all that decides the results of the stage."""
     shard: str
     """Name of this job's part among the results of the stage."""
     spec: Any
@@ -89,7 +89,7 @@ class Job(Record, frozen=True, kw_only=True):
     group: str = ""
     """Neighbouring jobs of the same group share what the first of them opens: they run in order, at one place."""
     steps: int = 1
-    """Of the progress that is shown."""
+    """Steps that the job counts in the progress that is shown."""
 
     def to_bytes(self) -> bytes:
         """Write the job as JSON."""
@@ -106,7 +106,7 @@ class Contexts:
 
     Args:
         scratch: folder for large temporary files; the system's own where there is none.
-        outer: whose things are found here, too.
+        outer: a scope whose things are found here, too.
     """
 
     def __init__(self, scratch: Path | None = None, outer: Contexts | None = None) -> None:

@@ -17,7 +17,7 @@ class MetricComparison(Record, frozen=True, kw_only=True):
 
     reference: MetricValue = msgspec.field(name=REFERENCE)
     lowest: MetricValue = msgspec.field(name=LOWEST)
-    """Of the model with all that it can in its lowest scheme."""
+    """The metric of the model with all that it can in its lowest scheme."""
     mixed: MetricValue
     drop_lowest: Estimate | None = msgspec.field(name=f"drop_{LOWEST}", default=None)
     """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
@@ -60,18 +60,18 @@ class Remeasured(Record, frozen=True, kw_only=True):
     units: tuple[str, ...]
     """One, or a pair of units that was rounded together."""
     change_db: dict[str, float]
-    """By head: measured over predicted damage in dB, above 0 where they do more than the probe matrix said."""
+    """Head -> measured over predicted damage in dB, above 0 where they do more than the probe matrix said."""
 
 
 class Repair(Record, frozen=True, kw_only=True):
     """Why a measured plan differs from its prediction, and what was corrected."""
 
     gap_db: dict[str, float]
-    """By head: measured minus predicted SQNR of the plan, below 0 where it is worse than predicted."""
+    """Head -> measured minus predicted SQNR of the plan, below 0 where it is worse than predicted."""
     remeasured: tuple[Remeasured, ...]
     """Largest change first. The probe matrix was fitted to all of them, and to the plan as a whole."""
     left_db: dict[str, float]
-    """By head: the gap after the correction."""
+    """Head -> the gap after the correction."""
 
 
 class Round(Record, frozen=True, kw_only=True):
@@ -86,14 +86,14 @@ class Round(Record, frozen=True, kw_only=True):
     schemes: dict[str, int]
     """Scheme -> number of units in it, `BASELINE` left out."""
     predicted_db: tuple[float, ...] = ()
-    """Of the same heads, before the plan was measured."""
+    """SQNR of the same heads as predicted before the plan was measured."""
     head_sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
     """Floors on single heads."""
     source: str = "search"
     """Where the plan comes from: `search`; `front`, a neighbour that measured better; or `metric`, the fastest plan of
     the front that keeps the task metric."""
     repair: Repair | None = None
-    """None where prediction and measurement agree."""
+    """What was corrected after the measurement; None where prediction and measurement agree."""
     shipped: bool = False
     """Whether this plan is the result."""
 
@@ -106,7 +106,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     predicted_ratio: float
     """Latency over float."""
     drops: dict[str, float]
-    """By metric that is limited: how much worse than float."""
+    """Metric that is limited -> how much worse the plan is than float."""
     kept: bool
     """Whether all limits hold."""
 
@@ -126,9 +126,9 @@ class Correction(Record, frozen=True, kw_only=True):
     """Measured SQNR by head of the model with all it can rounded, without divergences; empty where it was not tried."""
     with_db: dict[str, float] = msgspec.field(default_factory=dict)
     fitted_samples: int = 0
-    """That decided the factors or offsets."""
+    """Samples that decided the factors or offsets."""
     samples: int = 0
-    """On which the SQNR was measured."""
+    """Samples on which the SQNR was measured."""
 
 
 class Summary(Record, frozen=True, kw_only=True):
@@ -156,7 +156,7 @@ class Summary(Record, frozen=True, kw_only=True):
     confidence_shift: dict[str, Estimate]
     """Mean score of matched detections, model minus float; empty without a detection task."""
     units: int
-    """That may run in another scheme than `BASELINE`."""
+    """Number of units that may run in another scheme than `BASELINE`."""
     schemes: dict[str, int]
     """Scheme -> number of units that the plan puts into it, `BASELINE` left out."""
     samples: int
@@ -170,7 +170,7 @@ class Summary(Record, frozen=True, kw_only=True):
     seconds: dict[str, float]
     """Wall time per stage; 0 where a stored result was used."""
     rounds: tuple[Round, ...]
-    """In order; the shipped plan is the best measured of them."""
+    """All rounds in order; the shipped plan is the best measured of them."""
     seed: int
     versions: dict[str, str]
     notes: tuple[str, ...]

@@ -10,7 +10,7 @@ from bitalloy.core.records import Estimate, Record
 from bitalloy.core.schemes import BASELINE, Plan
 
 FIRST = "(first)"
-"""In a budget: the first metric of the task, whatever it is called."""
+"""The name in a budget for the first metric of the task, whatever it is called."""
 
 
 class UnitCost(Record, frozen=True, kw_only=True):
@@ -89,7 +89,7 @@ class Budget(Record, frozen=True, kw_only=True):
     """What a plan must respect. All given limits hold together."""
 
     latency_ratio: float | None = None
-    """Of the float model's latency, e.g. 0.7."""
+    """Largest latency as a part of the float model's, e.g. 0.7."""
     latency_ms: float | None = None
     size_bytes: int | None = None
     min_sqnr_db: float | None = None
@@ -147,9 +147,9 @@ class ParetoPoint(Record, frozen=True, kw_only=True):
     damage: float
     """Relative output error energy, mean over heads."""
     sqnr_db: tuple[float, ...]
-    """Per head, in the order of the heads."""
+    """Predicted SQNR of each head, in the order of the heads."""
     optimality_gap: float = 0.0
-    """As of the plan: what the solver left open for this latency."""
+    """What the solver left open for this latency, see `PlanReport.optimality_gap`."""
     measured_ratio: float | None = None
     """Latency over float, in one interleaved sitting with the neighbours on the front; None where not measured."""
     measured_db: tuple[float, ...] | None = None
@@ -171,7 +171,7 @@ class PlanReport(Record, frozen=True, kw_only=True, dict=True):
     heads: tuple[HeadDamage, ...]
     predicted_latency_us: float
     predicted_latency_interval_us: Estimate | None = None
-    """With a 95 % prediction interval, from the errors of the cost table on variants that it has not seen."""
+    """The same with a 95 % prediction interval, from errors of the cost table on variants that it has not seen."""
     predicted_size_bytes: int
     optimality_gap: float
     """Part of what was minimized that the solver did not prove to be optimal, before the local search: of the additive

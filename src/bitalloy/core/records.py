@@ -27,7 +27,7 @@ class ModelInfo(Record, frozen=True, kw_only=True):
 
     name: str
     sha256: str
-    """Of the file's bytes, followed by its external data files in order of their names."""
+    """Hash of the file's bytes, followed by its external data files in order of their names."""
     size_bytes: int
     opset: int
     nodes: int
@@ -45,7 +45,7 @@ class DataInfo(Record, frozen=True, kw_only=True):
     sha256: str
     """Over the sample identifiers and file contents, in order."""
     preprocessing: str
-    """In words, e.g. `letterbox 640x640 pad 114, RGB, /255`."""
+    """How inputs were prepared, in words, e.g. `letterbox 640x640 pad 114, RGB, /255`."""
 
 
 class Head(Record, frozen=True, kw_only=True):
@@ -62,15 +62,15 @@ class Head(Record, frozen=True, kw_only=True):
     stop: int | None = None
     """`output[start:stop]` along `axis`; the whole output where `axis` is None."""
     scores: tuple[int, int] | None = None
-    """Of boxes weighted by relevance: where the class scores lie along `axis`."""
+    """Where the class scores lie along `axis`, if the head is boxes that are weighted by relevance."""
     family: str = ""
-    """Whose relevance weighs the errors (`bitalloy.model.relevance`); empty where all elements count alike."""
+    """The family whose relevance weighs the errors (`bitalloy.model.relevance`); empty where all count alike."""
     kind: str = ""
     """`categorical` or `bernoulli` where errors are KL divergences of predictions, empty for squared errors."""
     given: str = ""
-    """Of a distribution: whether the head holds `logits`, `probabilities` or their `logarithms`."""
+    """What a head of a distribution holds: `logits`, `probabilities` or their `logarithms`."""
     classes: int | None = None
-    """Of a categorical distribution: axis of the output along which probabilities add up to one."""
+    """Axis of the output along which the probabilities of a categorical distribution add up to one."""
 
 
 class TensorRange(Record, frozen=True, kw_only=True):
@@ -128,7 +128,7 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     scope: str
     """`site`, `unit` or `region`."""
     scheme: str
-    """In which it is rounded."""
+    """The scheme in which it is rounded."""
     part: str
     """What of it is rounded: `all`, `weights` or `activations`."""
     head: str
@@ -163,7 +163,7 @@ class Secant(Record, frozen=True, kw_only=True):
 
     heads: tuple[str, ...]
     fractions: tuple[float, ...]
-    """Of every rounding error, e.g. (0.5, 1.0)."""
+    """Parts of every rounding error that were applied, e.g. (0.5, 1.0)."""
     damage: tuple[tuple[float, ...], ...]
     """Measured relative error energy, [fraction][head]."""
     linear: tuple[float, ...]

@@ -57,9 +57,9 @@ class Offset(Record, frozen=True, kw_only=True):
     """What is added to a constant bias where the weight behind which it stands is rounded."""
 
     node: str
-    """That adds the bias."""
+    """The node that adds the bias."""
     values: tuple[float, ...]
-    """Per channel."""
+    """One number per channel."""
 
 
 class Evidence(Record, frozen=True, kw_only=True):
@@ -160,7 +160,7 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
     units: tuple[Unit, ...]
     edges: tuple[UnitEdge, ...]
     schemes: tuple[Scheme, ...] = (Scheme(name=BASELINE),)
-    """Of the target, from the highest precision to the lowest; `BASELINE` first."""
+    """All schemes of the target, from the highest precision to the lowest; `BASELINE` first."""
 
     @cached_property
     def allowed(self) -> dict[str, tuple[str, ...]]:

@@ -72,7 +72,7 @@ class Workspace:
 
         Args:
             jobs: what to do.
-            progress: of the stage; every job advances it.
+            progress: the progress of the stage, which every job advances.
             at_once: groups of jobs that may run at the same time.
         """
         store = self.store

@@ -16,7 +16,7 @@ from bitalloy.sensitivity.probing import ProbedMatrix
 from bitalloy.sensitivity.ranges import best_candidates, chosen_columns
 
 RANGE_SAMPLES = 8
-"""On which the choice of ranges is measured."""
+"""Samples on which the choice of ranges is measured."""
 
 
 def choose_ranges(
@@ -26,7 +26,7 @@ def choose_ranges(
 
     Args:
         parts: the model on each target.
-        probed: its probe matrix, with the columns of all methods of calibration.
+        probed: the probe matrix of the model, with the columns of all methods of calibration.
         work: where to keep and show results.
 
     Returns:

@@ -39,9 +39,9 @@ def scale_channels(
     """Scale channels by the rules that pay, and report what each rule did.
 
     Args:
-        model: as loaded.
+        model: the model as loaded.
         data: samples.
-        settings: of the analysis.
+        settings: the settings of the analysis.
         calibrated: makes a model ready to be rounded, as it is given.
         work: where to keep and show results.
         decisive: what decides the result beside the model, data and settings.

@@ -305,7 +305,7 @@ UINT8 = Affine(name="uint8", bits=8, signed=False)
 INT8 = Affine(name="int8", bits=8, signed=True, symmetric=True)
 INT4 = Affine(name="int4", bits=4, signed=True, symmetric=True, opset=21)
 INT32 = Affine(name="int32", bits=32, signed=True, symmetric=True)
-"""Of biases: `bias_int32` gives its numbers."""
+"""The format of biases; `bias_int32` makes its numbers."""
 
 
 def _grid(writer: Writer, params: QuantParams) -> tuple[ir.Value, ir.Value]:

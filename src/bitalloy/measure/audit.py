@@ -47,11 +47,11 @@ def audit_kernels(
     """Compare a plan with a profile of its model.
 
     Args:
-        units: of the plan's target.
+        units: the units on the plan's target.
         plan: unit -> scheme.
-        kernels: of the rewritten model, in order, with the units of each (`tracing.profile`, then `reconcile`).
-        runtime: its name.
-        version: its version.
+        kernels: kernels of the rewritten model in order, with their units (`tracing.profile`, then `reconcile`).
+        runtime: the name of the runtime.
+        version: the version of the runtime.
         graphs: what the runtime made of each graph (`reconcile`).
     """
     known = {scheme.name: scheme for scheme in units.schemes}
@@ -85,7 +85,7 @@ def reconcile(
 
     Args:
         traced: the model that was profiled.
-        kernels: its profile.
+        kernels: the profile of the model.
         made: what the runtime made of each of its graphs (`tracing.rewritten`).
     """
     ran = {(t.kernel.graph, t.kernel.name) for t in kernels}

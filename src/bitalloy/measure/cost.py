@@ -39,7 +39,8 @@ from bitalloy.targets.placement import Conversion, all_conversions, borders
 MIXTURES, LARGE_MIXTURES = 6, 2
 """Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
 SWITCH = (0.05, 0.15, 0.4)
-"""From long stretches of one scheme to a border nearly everywhere, so that borders get a price of their own."""
+"""Chances to change the scheme between two units: from long stretches of one scheme to a border nearly everywhere, so
+that borders get a price of their own."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def measure(
         units: the model's units.
         variant: makes the model of a plan.
         feeds: one sample.
-        seed: of the random mixtures.
+        seed: the seed of the random mixtures.
         repeats: timed rounds.
         progress: called once per variant profiled and once per round.
     """
@@ -225,10 +226,10 @@ def corrected_table(table: CostTable, units: UnitGraph, plan: Plan, measured_rat
     """Correct a table so that it reproduces a measured plan: it scales the price of borders, the least certain part.
 
     Args:
-        table: that predicted the plan.
-        units: of the model.
-        plan: that was measured.
-        measured_ratio: its latency over that of the float model.
+        table: the table that predicted the plan.
+        units: the units of the model.
+        plan: the plan that was measured.
+        measured_ratio: the latency of the plan over that of the float model.
     """
     found = borders(units, plan)
     count, price = sum(number for _, number in found.values()), borders_us(table, units, plan)

@@ -29,7 +29,7 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
 
     Args:
         graph: the model.
-        units: its units on a target of that device.
+        units: the units of the model on a target of that device.
         device: peak rates.
     """
     rows = tuple(_unit(graph, unit, units, device) for unit in units.units)

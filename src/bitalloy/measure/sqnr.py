@@ -13,7 +13,7 @@ from bitalloy.runtime.base import Session
 from bitalloy.sensitivity.matrix import damage_interval, draws
 
 FLOAT32 = "(float32)"
-"""In place of a model's name: what float32 arithmetic alone makes of the outputs."""
+"""Stands in place of a model's name for what float32 arithmetic alone makes of the outputs."""
 
 
 def output_sqnr(

@@ -72,7 +72,7 @@ class TimedKernel:
 
     kernel: Kernel
     units: tuple[str, ...]
-    """That it works for, as far as the runtime says, main one first."""
+    """Units that it works for, as far as the runtime says, main one first."""
     us: float
     """Microseconds per run."""
 
@@ -115,7 +115,7 @@ def profile(
         traced: the model.
         feeds: one sample.
         folder: an existing one, in which the runtime may write.
-        opener: of the model, where there is one.
+        opener: opens a session of the model; the artefact's own way without it.
     """
     session = (opener or traced.artefact.session)(profile=folder / "profile")
     try:

@@ -38,13 +38,13 @@ class Bias:
     """The constant bias of a layer that can be rounded."""
 
     node: str
-    """That adds it: the layer itself, or the Add behind it."""
+    """The node that adds it: the layer itself, or the Add behind it."""
     weight: WeightSite
-    """Of the layer."""
+    """The weight of the layer."""
     tensor: str
-    """That the layer reads."""
+    """The tensor that the layer reads."""
     axis: int
-    """Of its channels."""
+    """The axis of its channels."""
 
 
 def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
@@ -91,7 +91,7 @@ def mean_inputs(
 
     Args:
         graph: float.
-        biases: of its layers.
+        biases: the biases of the graph's layers.
         feeds: samples.
         progress: called with 1 after each sample.
     """
@@ -105,9 +105,9 @@ def bias_offsets(
 
     Args:
         graph: float.
-        biases: of its layers.
+        biases: the biases of the graph's layers.
         recipe: decides how weights are rounded, in every scheme that does.
-        means: as `mean_inputs` gives them.
+        means: the means that `mean_inputs` gives.
     """
     units = recipe.units
     schemes = {w.id: [s for s in u.choices if _rounds(units.scheme(s))] for u in units.units for w in u.weights}

@@ -46,20 +46,20 @@ class Calibrated:
     settings: Settings
     data: Dataset
     info: DataInfo
-    """Of all of `data`."""
+    """What tells all of `data` from other samples."""
     excluded: frozenset[str]
     """Nodes that the user keeps in float."""
     calibration: Calibration
     given: Graph
     """The model as loaded: the reference of all measurements. `graph` computes the same, perhaps with other weights."""
     key: str
-    """Of model, data and settings."""
+    """The hash of model, data and settings."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know, e.g. that the data is the embedded sample."""
     corrections: tuple[Correction, ...] = ()
     """What scaling between layers and bias correction did."""
     offsets: Mapping[str, Offset] = field(default_factory=dict)
-    """As of `Recipe`; empty without bias correction."""
+    """What is added to biases, see `Recipe.offsets`; empty without bias correction."""
     others: tuple[Calibrated, ...] = ()
     """The same on the other targets of the settings."""
 
@@ -120,7 +120,7 @@ class ArtefactParts(Record, frozen=True, kw_only=True):
     """The model as loaded."""
     recipe: Opening
     schemes: dict[str, str] | None
-    """Of the plan; None for the model as loaded."""
+    """The plan as a mapping; None for the model as loaded."""
 
 
 def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:

@@ -12,7 +12,7 @@ from bitalloy.model.read import constant, consumers, is_float, name_of
 from bitalloy.model.write import Fresh, add_initializer, insert_behind, namer
 
 LOWER_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-"""That nodes compute in where a plan says so."""
+"""Types that nodes compute in where a plan says so."""
 
 
 def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fresh) -> None:
@@ -24,10 +24,10 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
     Case 4. The same where it is an output of the model: the Cast back takes its name.
 
     Args:
-        model: to be changed.
-        names: of the nodes, whose operators all compute in the format.
+        model: the model that is changed.
+        names: the names of the nodes, whose operators all compute in the format.
         kind: the format, as a type of ONNX.
-        fresh: for the new tensors.
+        fresh: makes names for the new tensors.
     """
     graph = model.graph
     nodes = [n for n in graph if n.name in names]

@@ -53,7 +53,7 @@ class Operand:
     node: str
     slot: int
     axis: int
-    """That the channels run along. Of a grouped convolution's weights it is 1: the channels of one group."""
+    """The axis that the channels run along. In a grouped convolution's weights it is 1: the channels of one group."""
     groups: int = 1
 
 
@@ -64,9 +64,9 @@ class ScalingPlace:
     rule: str
     """SMOOTHING or CROSS_LAYER."""
     tensor: str
-    """That the linear layers read."""
+    """The tensor that the linear layers read."""
     axis: int
-    """Of its channels."""
+    """The axis of its channels."""
     divided: tuple[Operand, ...]
     multiplied: tuple[Operand, ...]
     """Weights that read the tensor."""
@@ -94,8 +94,8 @@ def exponents(
     """Choose the factors of every place that has any to gain, as powers of two per channel.
 
     Args:
-        graph: in normal form.
-        places: of the graph.
+        graph: a graph in normal form.
+        places: the places of the graph.
         feeds: samples.
     """
     if not places:
@@ -121,7 +121,7 @@ def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> So
     """Return the same network with other weights: each place divided by 2^factor, channel by channel.
 
     Args:
-        graph: in normal form; not changed.
+        graph: a graph in normal form, which is not changed.
         factors: from `exponents`; places of one graph, each tensor once.
 
     Returns:

@@ -38,7 +38,7 @@ def search(
         problem: the tables.
         budget: limits that hold together.
         front: whether the other plans of the front are wanted.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
         progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
 
     Raises:
@@ -67,7 +67,7 @@ class ProvenPlan:
 
     plan: Plan
     gap: float
-    """That the solver left open."""
+    """The gap that the solver left open."""
     solved: bool = True
     """False where it stopped at its limit of nodes."""
 
@@ -85,10 +85,10 @@ def complete_plan(
 
     Args:
         problem: the tables.
-        budget: that led to the plan.
+        budget: the budget that led to the plan.
         decided: the plan.
         front: whether the other plans of the front are wanted.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
         progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
     """
     plan, points, whole = decided.plan, tuple[ParetoPoint, ...](), True

@@ -24,7 +24,7 @@ from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
 
 MOST_NUMBERS = 1000
-"""That a range in a pattern may stand for."""
+"""The most numbers that a range in a pattern may stand for."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ConstrainedUnits:
     """Units after the patterns."""
 
     units: UnitGraph
-    """In which what is kept has no choice; its reason says by which pattern."""
+    """The units, of which those that are kept have no choice; their reason says by which pattern."""
     kept: frozenset[str]
     """Ids of units that a pattern decides."""
 
@@ -43,7 +43,7 @@ def constrain(
     """Take the choice from all units that patterns name.
 
     Args:
-        units: to be narrowed.
+        units: the units whose choices are narrowed.
         keeps: patterns in order.
         operators: node -> operator type, of the nodes of the units.
         full: the same units with all that each could run in, where `units` lacks some by advice that patterns overrule.

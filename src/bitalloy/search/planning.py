@@ -40,7 +40,7 @@ class PlanFacts(Record, frozen=True, kw_only=True):
     """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
 
     key: str
-    """Of the analysis."""
+    """The key of the analysis."""
     float_bytes: int
     """Size of the float model's files."""
     operators: dict[str, str]
@@ -125,7 +125,7 @@ class _Case:
     protected: Mapping[str, str]
     freed: Mapping[str, str]
     kept: frozenset[str]
-    """By patterns of the budget."""
+    """Units that patterns of the budget keep."""
 
     def key(self, **more: object) -> str:
         tables = self.tables

@@ -58,7 +58,7 @@ class Limits:
     latency_us: float = np.inf
     size_bytes: float = np.inf
     damage: tuple[float, ...] = ()
-    """Of each head, as relative error energy, infinite where there is no limit; empty without any."""
+    """Relative error energy allowed on each head, infinite where there is no limit; empty without any."""
 
     def damages(self, heads: int) -> np.ndarray:
         """Return the limits on damage as an array (heads,)."""

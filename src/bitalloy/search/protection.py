@@ -24,7 +24,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import rounded
 
 LEAST_DAMAGE_SHARE = 0.01
-"""Of the damage of the model with all it can rounded."""
+"""Part of the damage of the model with all it can rounded that a unit must do to be protected."""
 
 
 class FamilyAdvice(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ class ProtectedUnits:
     """What the advice comes to on one model."""
 
     units: UnitGraph
-    """In which protected units have no choice."""
+    """The units, of which those that are protected have no choice."""
     kept: Mapping[str, str]
     """Protected unit -> why it stays in float."""
     freed: Mapping[str, str]
@@ -66,7 +66,7 @@ def protect(advice: Sequence[FamilyAdvice], units: UnitGraph, matrix: ProbeMatri
     """Take the choice from units that the family protects and whose measured damage bears it out.
 
     Args:
-        advice: of the model's family, from `read_advice`.
+        advice: what the model's family advises, from `read_advice`.
         units: all units of the model.
         matrix: probe matrix with the sites of all of them.
     """

@@ -22,7 +22,7 @@ def withheld(beginning: bytes) -> Iterator[None]:
     descriptor is closed, no file can be made, or descriptors work otherwise (Windows), nothing is left out.
 
     Args:
-        beginning: of the lines.
+        beginning: how the lines begin.
     """
     with _ONE_AT_A_TIME, ExitStack() as files, ExitStack() as redirection:
         try:

@@ -57,8 +57,8 @@ def all_operators(operators: frozenset[str], name: str) -> Callable[[Core, Seque
     """Make the rule of schemes that need all operators of a unit to compute in a format.
 
     Args:
-        operators: that can.
-        name: of the format, as people write it.
+        operators: the operators that can.
+        name: the format, as people write it.
     """
 
     def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
@@ -113,7 +113,7 @@ class Target:
     slow_softmax: bool = True
     """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
     device: Device | None = None
-    """For which cost is estimated, where the target cannot run on this machine; None where it is measured."""
+    """The device for which cost is estimated, where it is not on this machine; None where cost is measured."""
     native: Runtime | None = None
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
@@ -137,7 +137,7 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
 
     Args:
         graph: the model in normal form.
-        target: whose rules decide.
+        target: the target whose rules decide.
         heads: parts of the outputs; a Concat that joins heads is not rounded, because one scale would have to
             serve parts of different meaning, and neither are units that make a head's last tensor.
         exclude: node names that stay in the baseline.

@@ -22,7 +22,7 @@ HALF_PRECISION = Offer(
     scheme=Scheme(name="fp16", activation="float16", weight="float16", cast=True),
     refuse=all_operators(ops.LOWERABLE, "FP16"),
 )
-"""Of targets with FP16 kernels for all of these operators, written as Cast."""
+"""The offer of targets with FP16 kernels for all of these operators, written as Cast."""
 
 
 def judge(graph: Graph, units: UnitGraph, ranges: Mapping[str, TensorRange]) -> UnitGraph:
@@ -30,8 +30,8 @@ def judge(graph: Graph, units: UnitGraph, ranges: Mapping[str, TensorRange]) -> 
 
     Args:
         graph: the model.
-        units: its units on a target.
-        ranges: of all tensors of these units, from `tensors_to_judge`.
+        units: the units of the model on a target.
+        ranges: the ranges of all tensors of these units, from `tensors_to_judge`.
     """
     casts = [scheme for scheme in units.schemes if scheme.cast]
     changed = []

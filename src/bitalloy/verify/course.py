@@ -70,7 +70,7 @@ class VerificationCourse:
     """The rounds of one verification: what was tried, and the tables as corrected so far.
 
     Args:
-        analysis: of the model.
+        analysis: what is known about the model.
         planned: the first plan.
         work: where to keep and show results.
     """
@@ -78,14 +78,14 @@ class VerificationCourse:
     def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
         self._analysis, self._work, self._first = analysis, work, planned
         self.tables = tables_of(analysis, planned.cost)
-        """As corrected so far."""
+        """The tables as corrected so far."""
         self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
         self.samples = unseen_samples(analysis.matrix.samples, len(analysis.data))
-        """On which plans are measured."""
+        """Samples on which plans are measured."""
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None
         self.budget = planned.plan.budget
-        """As the user gave it."""
+        """The budget as the user gave it."""
 
     def search(self) -> None:
         """Measure, correct and search, until nothing is left to correct or the rounds are used up."""

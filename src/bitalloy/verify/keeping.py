@@ -19,7 +19,7 @@ def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> M
     """Measure the task metrics of the float, the lowest and the mixed model on the same samples; none without labels.
 
     Args:
-        evaluator: of the model.
+        evaluator: measures the task metrics of the model.
         lowest: the plan with all that it can in its lowest scheme.
         mixed: the plan.
     """

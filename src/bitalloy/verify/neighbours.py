@@ -31,7 +31,7 @@ class MeasuredNeighbours(Record, frozen=True, kw_only=True):
     """Median latency over that of float in the same rounds."""
     milliseconds: tuple[float, ...]
     sqnr: tuple[tuple[Estimate, ...], ...]
-    """Per plan and head."""
+    """Measured SQNR, for each plan and head."""
 
 
 def front_neighbours(plan: PlanReport, count: int = NEIGHBOURS) -> tuple[ParetoPoint, ...]:
@@ -50,7 +50,7 @@ def measure_neighbours(
     """Measure the latency and output SQNR of plans and the float model, interleaved.
 
     Args:
-        analysis: of the model.
+        analysis: what is known about the model.
         points: the plans.
         samples: indices of the samples for the SQNR.
         work: where to keep and show results.

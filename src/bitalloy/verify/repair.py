@@ -83,11 +83,11 @@ def repair(
     """Correct tables by what the units responsible really do; None where the prediction holds.
 
     Args:
-        analysis: of the model.
+        analysis: what is known about the model.
         base: tables before any repair.
         before: what earlier repairs found; the tables are fitted to all of it.
         planned: the plan.
-        found: its measurement.
+        found: what was measured of the plan.
         samples: on which it was measured.
         work: where to keep and show results.
     """

@@ -15,7 +15,7 @@ from bitalloy.measure.cost import corrected_table
 from bitalloy.model.heads import is_divergence
 
 MARGIN_DB = 0.2
-"""By which a floor is raised beyond the gap to it."""
+"""SQNR by which a floor is raised beyond the gap to it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MeasuredStanding:
     milliseconds: float
     size_bytes: int
     sqnr_db: dict[str, float]
-    """By head, divergences left out."""
+    """Head -> measured SQNR, divergences left out."""
 
 
 def plain_sqnr(planned: Planned, measured: Measured) -> dict[str, float]:

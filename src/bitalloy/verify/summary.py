@@ -40,8 +40,8 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
     """Put predictions and measurements of a run side by side.
 
     Args:
-        analysis: of the model, with the probe matrix as last corrected.
-        shipped: the plan with its measurements.
+        analysis: what is known about the model, with the probe matrix as last corrected.
+        shipped: the plan that is shipped, with its measurements.
         seconds: wall time per stage.
     """
     matrix, units = analysis.matrix, analysis.units
