@@ -25,6 +25,7 @@ from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.render import embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
+from bitalloy.report.text import readable
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
 Make = Callable[..., Any]
@@ -293,6 +294,19 @@ class TestFiles:
         text = sensitivity_json(table)
         assert text.startswith("{\n")
         assert msgspec.json.decode(text, type=SensitivityTable) == table
+
+
+class TestLines:
+    def test_a_table_of_several_schemes_has_a_line_for_each(self, make_run: Make) -> None:
+        table = make_run(blocks=2).table
+        rows = tuple(r for r in table.rows if (r.scope, r.part) == ("unit", "all"))
+        columns, lines = readable(msgspec.structs.replace(table, rows=rows))
+        assert all(len(line) == len(columns) for line in lines) and not any("INT8" in line for line in lines)
+        half = tuple(msgspec.structs.replace(r, scheme="fp16") for r in rows)
+        columns, both = readable(msgspec.structs.replace(table, rows=(*rows, *half)))
+        assert all(len(line) == len(columns) for line in both)
+        for name in ("INT8", "FP16"):
+            assert [(*line[:2], *line[3:]) for line in both if line[2] == name] == lines
 
 
 class TestCharts:
