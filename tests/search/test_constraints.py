@@ -143,6 +143,16 @@ def test_every_plan_of_the_search_holds_them(case, problem) -> None:
     assert all("as asked (fp32:/body/cv1/*)" in reasons[u] for u in barred)
 
 
+def test_without_a_choice_there_is_the_float_plan_alone(case, problem) -> None:
+    units = narrowed(case, "fp32:*")
+    bound = Problem(units, problem.matrix, problem.secant, problem.cost, problem.float_bytes)
+    for budget in (Budget(latency_ratio=1.0), Budget(min_sqnr_db=20.0), Budget(size_bytes=problem.float_bytes)):
+        plan = search(bound, budget)
+        assert plan.chosen == Plan() and plan.solved and [p.chosen for p in plan.pareto] == [Plan()]
+    with pytest.raises(BitalloyError, match=re.escape("is 1.00x of float")):
+        search(bound, Budget(latency_ratio=0.5))
+
+
 def test_floors_of_single_heads_hold(problem) -> None:
     heads = problem.matrix.heads
     plain = search(problem, Budget(min_sqnr_db=15.0))

@@ -48,10 +48,10 @@ class Moves:
     """Moves of units between schemes.
 
     Args:
-        units: of the model.
+        units: the units of the model.
         moves: (unit, scheme) that it goes to; where it is there already, back to the baseline.
         matrix: probe matrix.
-        cost: of units and borders.
+        cost: the cost of units and borders.
     """
 
     def __init__(
@@ -166,11 +166,11 @@ class Moves:
         latency = latency_us(self._cost, self._units, plan) + self._us[self._unit, now] - self._us[self._unit, was]
         latency = latency + self._priced(state, before, after)
         saved = saved_bytes(self._cost, plan) + self._bytes[self._unit, was] - self._bytes[self._unit, now]
-        together = []
+        samples, together = self._matrix.samples, []
         for rows, squares, energy in zip(self._rows, self._squares, self._energy, strict=True):
             total, own = ((chosen @ part + change @ part).T for part in (rows, squares))
             products = np.square(total) - own
-            kept = shrink(products.reshape(self._matrix.samples, -1, products.shape[1]))
+            kept = shrink(products.reshape(samples, products.shape[0] // samples, products.shape[1]))
             together.append((own.mean(axis=0) + kept * products.mean(axis=0)) / energy)
         alone = self._site_damage @ chosen + change @ self._site_damage.T
         return Neighbours(np.stack(together, axis=1), np.asarray(alone), latency, saved)
