@@ -81,7 +81,7 @@ class Builder:
         data = np.ascontiguousarray(data) if data.ndim else data
         if data.size > SHARED_ELEMENTS:
             return add_initializer(self.graph, self._name("const"), data)
-        key = (data.dtype.str, data.shape, data.tobytes())
+        key = (str(data.dtype), data.shape, data.tobytes())
         if key not in self._constants:
             self._constants[key] = add_initializer(self.graph, self._name("const"), data)
         return self._constants[key]

@@ -8,18 +8,34 @@ Case 4. Anything else is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import helper
 
 from bitalloy.core.errors import ModelError
+from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute
 from bitalloy.model.write import namer
 
 CHANGED = frozenset({"DFT", "GridSample", "GroupNormalization", "RoiAlign"})
 """Operators that mean something else from some version on, though they take the same inputs and attributes: other names
 of modes, other defaults, or parameters of another shape."""
+
+
+def raised_graph(graph: Graph, least: int) -> Graph:
+    """Return a graph with at least a version of the ONNX operators; the graph itself where it has that already.
+
+    Raises:
+        ModelError: for the reasons that `raise_opset` gives.
+    """
+    if int(graph.model.opset_imports[""]) >= least:
+        return graph
+    model = graph.clone()
+    raise_opset(model, least)
+    return replace(graph, model=model)
 
 
 def raise_opset(model: ir.Model, least: int) -> None:

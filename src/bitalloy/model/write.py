@@ -12,14 +12,21 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.weights import pack
 
 Fresh = Callable[[str], str]
-"""Function from a name to one that no tensor of a model has."""
+"""Function from a name to one that no tensor, or no node, of a model has."""
 
 
 def namer(model: ir.Model) -> Fresh:
     """Return a function that turns a name into one that no tensor of the model has and that it never gave before."""
     made = (v for n in model.graph for v in n.outputs)
-    taken = {str(v.name) for v in (*model.graph.inputs, *made)} | set(model.graph.initializers)
+    return _unlike({str(v.name) for v in (*model.graph.inputs, *made)} | set(model.graph.initializers))
 
+
+def node_namer(model: ir.Model) -> Fresh:
+    """Return a function that turns a name into one that no node of the model has and that it never gave before."""
+    return _unlike({str(n.name) for n in model.graph})
+
+
+def _unlike(taken: set[str]) -> Fresh:
     def fresh(name: str) -> str:
         while name in taken:
             name += "'"

@@ -37,7 +37,7 @@ from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.opset import raise_opset
 from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of
 from bitalloy.model.weights import pack, save, to_bytes
-from bitalloy.model.write import add_initializer, insert_behind, namer
+from bitalloy.model.write import add_initializer, insert_behind, namer, node_namer
 from bitalloy.rewrite.cast import lower
 from bitalloy.targets.placement import roundings, weight_site
 from bitalloy.targets.recipe import Recipe
@@ -68,7 +68,7 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
 
     Args:
         graph: the model in normal form; not changed.
-        recipe: its units on a target, and how they are rounded.
+        recipe: the units of the graph on a target, and how they are rounded.
         plan: unit -> scheme.
 
     Raises:
@@ -134,7 +134,7 @@ class _GraphWriter:
     def __init__(self, model: ir.Model, recipe: Recipe) -> None:
         self.graph = model.graph
         self.nodes = {name_of(n): n for n in model.graph}
-        self.fresh = namer(model)
+        self.fresh, self.fresh_node = namer(model), node_namer(model)
         self._recipe = recipe
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
         self._entries: dict[tuple[str, str], ir.Value] = {}
@@ -143,8 +143,8 @@ class _GraphWriter:
         """Write the roundings inside one unit: cases 1, 2 and 4.
 
         Args:
-            unit: to be rounded.
-            scheme: that it runs in.
+            unit: the unit to be rounded.
+            scheme: the scheme that it runs in.
             inputs: node -> tensor whose scale its first input has.
             end: whether the unit rounds its result.
         """
@@ -183,7 +183,9 @@ class _GraphWriter:
         """Round a tensor for the consumers of an edge: case 3."""
         key = edge.tensor, scheme
         if key not in self._entries:
-            value = self._values[edge.tensor]
+            first = edge.uses[0]
+            value = self.nodes[first.node].inputs[first.slot]  # rounded already where its producer does so
+            assert value is not None, "what is rounded is there"
             rounding = self._recipe.tensor_params(scheme, edge.root)
             self._entries[key] = self._round(value, rounding, BORDER, after=value.producer())
         for use in edge.uses:
@@ -239,9 +241,9 @@ class _Place:
     """A place of the graph where a format writes: behind a node, or at the start. See `bitalloy.formats.base.Writer`.
 
     Args:
-        writer: of the graph.
+        writer: the writer of the graph.
         name: start of all names.
-        unit: that the nodes belong to.
+        unit: the unit that the nodes belong to.
         after: node behind which they stand; None for the start of the graph.
     """
 
@@ -252,7 +254,7 @@ class _Place:
         return self._writer.constant(f"{self._name}/{role}", array)
 
     def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
-        made = ir.node(op_type, list(inputs), dict(attributes), name=f"{self._name}/{op_type}")
+        made = ir.node(op_type, list(inputs), dict(attributes), name=self._writer.fresh_node(f"{self._name}/{op_type}"))
         made.outputs[0].name = self._writer.fresh(f"{self._name}/{role}")
         made.metadata_props[TAG] = self._unit
         insert_behind(self._writer.graph, self._after, [made])

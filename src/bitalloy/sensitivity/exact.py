@@ -25,6 +25,7 @@ from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph
+from bitalloy.model.opset import raised_graph
 from bitalloy.model.read import name_of
 from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
@@ -57,7 +58,7 @@ class Switchboard:
         segments: int = SEGMENTS,
         at_once: int = 1,
     ) -> None:
-        units = recipe.units
+        units, graph = recipe.units, raised_graph(graph, recipe.opset)
         self.at_once = 1 if graph.large else min(max(at_once, 1), available_cores())
         threads = available_cores() // self.at_once
         parts = cut(graph, segments)
@@ -96,7 +97,7 @@ class Switchboard:
             self._segments[index].edges.append((self._gate(site), group, *rounding))
 
     def _gate(self, site: Site) -> int:
-        """Number of a site's gate; what is rounded again passes the gate of what is rounded first."""
+        """Return the number of a site's gate; what is rounded again passes the gate of what is rounded first."""
         ids = replace(site, again=False).id, replace(site, again=True).id
         number = self._column.get(ids[0], self._count)
         self._column.update(dict.fromkeys(ids, number))
@@ -224,7 +225,7 @@ class Measurement:
         """||y||^2 of the float network, (heads,)."""
 
     def error(self, gates: np.ndarray) -> np.ndarray:
-        """Return ||y_rounded - y||^2 of every head, (heads,)."""
+        """Return ||y_rounded - y||^2 as an array (heads,)."""
         return self._exact.error(self._walk.run(gates))
 
 

@@ -23,6 +23,7 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.records import Head
 from bitalloy.model.heads import Reference, needs_values
 from bitalloy.model.load import Graph
+from bitalloy.model.opset import raised_graph
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import columns, merge
 from bitalloy.sensitivity.matrix import ProbeMatrix
@@ -55,6 +56,7 @@ class Prober:
         stops: frozenset[str] = frozenset(),
     ) -> None:
         self._heads = tuple(heads)
+        graph = raised_graph(graph, max((scheme.opset for scheme in schemes), default=0))
         wanted = [columns(graph, scheme) for scheme in schemes]
         taps = [c.tap(name) for name, c in merge(wanted).items()]
         tensors = tuple(dict.fromkeys(h.tensor for h in heads))
@@ -75,7 +77,9 @@ class Prober:
     def measure(
         self, feeds: Mapping[str, np.ndarray], *, sample: int, probes: int | Sequence[int], seed: int
     ) -> ProbeMatrix:
-        """Measure the rows of a sample; signs come from (seed, sample, head), `probes` is one number or one per head.
+        """Measure the rows of one sample, with signs drawn from (seed, sample, head).
+
+        `probes` is one number, or one for every head.
 
         Raises:
             DataError: the float model's output is NaN or infinite.

@@ -14,7 +14,7 @@ from bitalloy.core.records import Record
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
-from bitalloy.formats import find_format
+from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, target
@@ -34,19 +34,25 @@ class Recipe:
     offsets: Mapping[str, Offset] = field(default_factory=dict)
     """Id of the site of a weight -> what is added to a bias where the weight is rounded."""
 
+    @property
+    def opset(self) -> int:
+        """Smallest version of the ONNX operators in which all that it rounds can be written."""
+        used = {name for unit in self.units.units for name in unit.allowed}
+        return max((required_opset(scheme) for scheme in self.units.schemes if scheme.name in used), default=0)
+
     def tensor_params(self, scheme: str, tensor: str) -> tuple[Format, QuantParams | None]:
-        """The format of tensors in a scheme, with its parameters for one of them."""
+        """Return the format of tensors in a scheme, with its parameters for one of them."""
         found = find_format(self.units.scheme(scheme).activation)
         return found, found.of_range(*self.ranges[tensor])
 
     def weight_params(self, scheme: str, node: ir.Node, site: WeightSite) -> tuple[Format, QuantParams | None]:
-        """The format of weights in a scheme, with its parameters for one of them; see `stored_weight`."""
+        """Return the format of weights in a scheme, with its parameters for one of them; see `stored_weight`."""
         found = self.units.scheme(scheme)
         return find_format(found.weight), stored_weight(found, node, site)
 
 
 def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParams | None:
-    """Parameters of a weight in a scheme: per tensor, per channel of `site.axis`, or per block along the reduction.
+    """Choose how a weight is stored: by tensor, by channel of `site.axis`, or by block along the reduction.
 
     With a `pair_limit` the scale of a channel is raised until no two neighbours along the reduction, in the
     orders (channel, kernel) and (kernel, channel), sum to more than the limit: 128 keeps
@@ -76,14 +82,14 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
 
 
 def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:
-    """Axis of a weight along which a layer sums: the other one of a matrix, the input channels of a convolution."""
+    """Return the axis along which a layer sums: the other one of a matrix, the input channels of a convolution."""
     if rank == 2:
         return 1 - channels % 2
     return 0 if node.op_type == "ConvTranspose" else 1
 
 
 def _block_maxima(magnitude: np.ndarray, axis: int, block: int) -> np.ndarray:
-    """Largest value of every block along an axis; the last block may be shorter."""
+    """Return the largest value of every block along an axis; the last block may be shorter."""
     return np.maximum.reduceat(magnitude, np.arange(0, magnitude.shape[axis], block), axis=axis)
 
 
@@ -98,7 +104,7 @@ class RecipeData(Record, frozen=True, kw_only=True):
 
 
 def recipe_opening(recipe: Recipe) -> Opening:
-    """How jobs come by a recipe; one for a target that has no name among the known ones stays in this process."""
+    """Describe how jobs come by a recipe; for a target without a known name it stays in this process."""
     name = recipe.target.name
     spec = RecipeData(units=recipe.units, target=name, ranges=dict(recipe.ranges), offsets=dict(recipe.offsets))
     if TARGETS.get(name) is not recipe.target:
@@ -107,5 +113,5 @@ def recipe_opening(recipe: Recipe) -> Opening:
 
 
 def open_recipe(spec: RecipeData, _: Contexts) -> Recipe:
-    """The recipe of its plain data."""
+    """Make the recipe from its plain data."""
     return Recipe(spec.units, target(spec.target), spec.ranges, spec.offsets)
