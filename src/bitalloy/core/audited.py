@@ -13,7 +13,7 @@ class AuditedUnit(Record, frozen=True, kw_only=True):
     unit: str
     kind: str
     planned: str
-    """Scheme."""
+    """The scheme that the plan gives it."""
     executed: str
     """Precision in which its work was done; another type in the runtime's words, or empty where no kernel is known."""
     kernels: tuple[str, ...]

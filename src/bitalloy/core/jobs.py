@@ -167,11 +167,11 @@ class Contexts:
 
 
 class Executor(Protocol):
-    """What does jobs: here, or elsewhere."""
+    """Does jobs, in this process or elsewhere."""
 
     @property
     def contexts(self) -> Contexts:
-        """What is open in this process."""
+        """Things that are open in this process."""
         ...
 
     def map(

@@ -17,9 +17,9 @@ class Granularity(StrEnum):
 
     TENSOR = "tensor"
     CHANNEL = "channel"
-    """Those of one output channel."""
+    """Weights of one output channel share a scale."""
     BLOCK = "block"
-    """So many neighbours along the reduction, within one output channel."""
+    """Neighbours along the reduction share a scale, as many as the scheme says, within one output channel."""
 
 
 class Scheme(Record, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ WORSE_DB = 0.2
 
 
 class BiasTrial(Record, frozen=True, kw_only=True):
-    """What was found."""
+    """What the trial of bias correction found."""
 
     correction: Correction
     offsets: tuple[dict[str, Offset], ...] = ()

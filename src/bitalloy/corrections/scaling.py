@@ -21,7 +21,7 @@ FACTOR_SAMPLES = 8
 
 
 class ScalingTrial(Record, frozen=True, kw_only=True):
-    """What was found."""
+    """What the trials of scaling between layers found."""
 
     corrections: tuple[Correction, ...]
     factors: dict[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""Integers with a scale and a zero point: INT8, UINT8, INT4 and the like, and the noise that rounding to them makes.
+"""Integers with a scale and a zero point: INT8, UINT8, INT4 and the like.
 
 Bit-exact to QuantizeLinear and DequantizeLinear as ONNX Runtime computes them on the CPU
 (https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html), all arithmetic in float32, ties to even:
@@ -172,36 +172,6 @@ def bias_int32(b: NDArray[np.floating], scale: ArrayLike) -> tuple[NDArray[np.in
     fits = (np.abs(values) <= (2**31 - 1) * steps.astype(np.float64)) & (steps >= np.float32(_FLOAT_TINY))
     kept = np.where(fits, steps, least).astype(np.float32)
     return np.asarray(np.rint(values / kept.astype(np.float64)).astype(np.int32)), kept
-
-
-def sqnr_db(reference_energy: ArrayLike, error_energy: ArrayLike) -> NDArray[np.float64]:
-    """Signal to quantization noise ratio, 10 log10(reference / error), of sums of squares; broadcasts.
-
-    Without error +inf (also of nothing), -inf where an error meets no signal:
-
-        >>> print(sqnr_db(200.0, 2.0), sqnr_db(1.0, 0.0), sqnr_db(0.0, 1.0))
-        20.0 inf -inf
-    """
-    signal, noise = np.asarray(reference_energy, np.float64), np.asarray(error_energy, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = 10 * (np.log10(signal) - np.log10(noise))
-    return np.asarray(np.where(noise == 0, np.inf, ratio))
-
-
-def sqnr_db_of(reference: NDArray[np.floating], test: NDArray[np.floating]) -> float:
-    """SQNR of `test` against `reference` in dB: 10 log10(||r||^2 / ||t - r||^2), sums in float64.
-
-        >>> round(sqnr_db_of(np.float32([1, -1]), np.float32([1.1, -0.9])), 3)
-        20.0
-
-    Raises:
-        DataError: the shapes differ.
-    """
-    if reference.shape != test.shape:
-        raise DataError(f"Outputs to compare differ in shape: {reference.shape} and {test.shape}.")
-    r = np.asarray(reference, np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(sqnr_db(np.square(r).sum(), np.square(np.asarray(test, np.float64) - r).sum()))
 
 
 def _storage(bits: int, signed: bool) -> tuple[type[np.integer], int, int]:

@@ -74,7 +74,7 @@ class TimedKernel:
     units: tuple[str, ...]
     """Units that it works for, as far as the runtime says, main one first."""
     us: float
-    """Microseconds per run."""
+    """Microseconds that it takes per run."""
 
     @property
     def unit(self) -> str | None:

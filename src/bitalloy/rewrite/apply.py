@@ -45,7 +45,7 @@ from bitalloy.targets.recipe import Recipe
 
 @dataclass(frozen=True)
 class MixedModel:
-    """A rewritten model."""
+    """A model that was rewritten so that its units run in the schemes of a plan."""
 
     model: ir.Model
     units: UnitGraph

@@ -63,7 +63,7 @@ def search(
 
 @dataclass(frozen=True)
 class ProvenPlan:
-    """A plan that is decided, with what the solver proved of it."""
+    """A plan that is decided already, with what the solver proved of it."""
 
     plan: Plan
     gap: float

@@ -29,7 +29,7 @@ MOST_NUMBERS = 1000
 
 @dataclass(frozen=True)
 class ConstrainedUnits:
-    """Units after the patterns."""
+    """Units after the patterns of a budget were applied to them."""
 
     units: UnitGraph
     """The units, of which those that are kept have no choice; their reason says by which pattern."""

@@ -30,9 +30,9 @@ class Neighbours:
     alone: np.ndarray
     """(moves, heads): the same with sites taken as independent."""
     latency_us: np.ndarray
-    """(moves,)"""
+    """(moves,): one number for each plan."""
     saved_bytes: np.ndarray
-    """(moves,)"""
+    """(moves,): one number for each plan."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Ends:
 
 
 class Moves:
-    """Moves of units between schemes.
+    """What each move of a unit to another scheme changes in damage, latency and size.
 
     Args:
         units: the units of the model.

@@ -53,7 +53,7 @@ class PlanFacts(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class PlanTables:
-    """All that a plan is made from: no network, no data."""
+    """All that a plan is made from; it holds neither the network nor data."""
 
     units: UnitGraph
     matrix: ProbeMatrix

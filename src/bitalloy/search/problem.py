@@ -29,7 +29,7 @@ SHRINK = 0.5
 
 @dataclass(frozen=True)
 class Problem:
-    """All tables that the search needs."""
+    """All tables that the search for a plan needs."""
 
     units: UnitGraph
     matrix: ProbeMatrix

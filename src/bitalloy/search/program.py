@@ -53,7 +53,7 @@ STRAY = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"
 
 @dataclass(frozen=True)
 class Limits:
-    """A budget in the search's own units."""
+    """The limits of a budget in the units of the search."""
 
     latency_us: float = np.inf
     size_bytes: float = np.inf

@@ -28,7 +28,7 @@ LEAST_DAMAGE_SHARE = 0.01
 
 
 class FamilyAdvice(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of a file's metadata."""
+    """One entry of a model file's metadata: nodes that its family keeps in float, and why."""
 
     pattern: str
     """Glob over node names."""
@@ -38,7 +38,7 @@ class FamilyAdvice(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class ProtectedUnits:
-    """What the advice comes to on one model."""
+    """The units of a model after the advice of its family was held against measurement."""
 
     units: UnitGraph
     """The units, of which those that are protected have no choice."""

@@ -35,7 +35,7 @@ class Core:
 
     @property
     def root(self) -> str:
-        """The tensor that the pattern makes."""
+        """Name of the tensor that the pattern makes."""
         return str(self.nodes[-1].outputs[0].name)
 
 
@@ -93,7 +93,7 @@ A10 = Device(
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A device with its runtime, as rules."""
+    """A device with its runtime, described by rules for what runs on it and how."""
 
     name: str
     describe: str
@@ -106,7 +106,7 @@ class Target:
     follows: Callable[[ir.Node], bool]
     """Whether a node only moves data and so takes the scheme of the unit that feeds it."""
     placement: Placement = Placement.ENDS
-    """Where units round."""
+    """Where its units round tensors."""
     single_reader: bool = False
     """Whether one node of a unit alone reads rounded tensors: `Core.reader`, or else its first. Nothing is rounded on
     the way to the others, and every tensor is rounded on its own scale."""

@@ -94,11 +94,11 @@ def _block_maxima(magnitude: np.ndarray, axis: int, block: int) -> np.ndarray:
 
 
 class RecipeData(Record, frozen=True, kw_only=True):
-    """A recipe as plain data."""
+    """A recipe as plain data, from which any process can make it again."""
 
     units: UnitGraph
     target: str
-    """Its name."""
+    """Name of the target."""
     ranges: dict[str, tuple[float, float]]
     offsets: dict[str, Offset]
 

@@ -59,7 +59,7 @@ class TriedPlan:
 
     @property
     def standing(self) -> MeasuredStanding:
-        """What counts for the budget."""
+        """What was measured of the plan and counts for the budget."""
         size = self.mixed.size_bytes
         return MeasuredStanding(
             self.measured.ratio, self.measured.latency.mixed.median_ms, size, plain_sqnr(self.planned, self.measured)

@@ -21,14 +21,14 @@ NEIGHBOURS, SHOWN_NEIGHBOURS = 6, 2
 """Plans beside the chosen one, as many faster as slower ones where the front has them: those that may take its place,
 and those that are only shown."""
 NEIGHBOUR_ROUNDS = 15
-"""Timed rounds of the sitting."""
+"""Rounds in which all neighbours are timed."""
 
 
 class MeasuredNeighbours(Record, frozen=True, kw_only=True):
     """Plans measured side by side, in the order in which they were given."""
 
     ratio: tuple[float, ...]
-    """Median latency over that of float in the same rounds."""
+    """Median latency of each plan over that of float in the same rounds."""
     milliseconds: tuple[float, ...]
     sqnr: tuple[tuple[Estimate, ...], ...]
     """Measured SQNR, for each plan and head."""

@@ -37,10 +37,10 @@ SUSPECT_UNITS, PAIRED_UNITS = 8, 3
 
 @dataclass(frozen=True)
 class PredictionGap:
-    """A plan beside its measurement."""
+    """The predicted SQNR of a plan beside the measured one."""
 
     predicted_db: np.ndarray
-    """(heads,): SQNR."""
+    """(heads,): SQNR that the tables predict."""
     measured_db: np.ndarray
     wide: np.ndarray
     """(heads,): whether the prediction is off."""
@@ -48,7 +48,7 @@ class PredictionGap:
 
 @dataclass(frozen=True)
 class RepairedTables:
-    """What is known after a repair."""
+    """Tables after a repair, with all measurements that they were fitted to."""
 
     tables: PlanTables
     findings: tuple[MeasuredDamage, ...]

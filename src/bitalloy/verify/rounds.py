@@ -11,7 +11,7 @@ from bitalloy.core.planned import Measured, Planned, ratio_limit
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
-from bitalloy.measure.cost import corrected_table
+from bitalloy.measure.fit import corrected_table
 from bitalloy.model.heads import is_divergence
 
 MARGIN_DB = 0.2
@@ -20,10 +20,10 @@ MARGIN_DB = 0.2
 
 @dataclass(frozen=True)
 class MeasuredStanding:
-    """A plan as it was measured."""
+    """What was measured of a plan and counts for the budget."""
 
     ratio: float
-    """Latency over float."""
+    """Latency over that of the float model."""
     milliseconds: float
     size_bytes: int
     sqnr_db: dict[str, float]
