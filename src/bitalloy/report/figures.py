@@ -151,14 +151,14 @@ def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], lis
     names = list(heads)
     header = (
         "Round",
-        "Plan from",
+        "Source of the plan",
         "Latency limit",
         "SQNR limit",
         "Units",
         "Predicted latency",
         "Measured latency",
         *(f"{head}, measured (predicted)" for head in names),
-        "Re-measured",
+        "Measured exactly",
     )
     lines = [
         (
@@ -191,7 +191,7 @@ def _floors(one: Round) -> str:
 def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the header and lines of the table of units measured exactly because a prediction was off."""
     names = list(heads)
-    header = ("Round", "Rounded", *(f"{head}: measured over predicted" for head in names))
+    header = ("Round", "Rounded units", *(f"{head}: measured over predicted" for head in names))
     lines = []
     for number, one in enumerate(summary.rounds, start=1):
         if one.repair is None:
@@ -207,7 +207,7 @@ def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], li
 def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the header and lines of the table of plans that were evaluated for a limit on a task metric."""
     names = sorted({name for one in summary.evaluations for name in one.drops})
-    header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Kept")
+    header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Limit kept")
     lines = [
         (
             counted(one.schemes),
@@ -224,8 +224,8 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     """Return the header and lines of the table of the corrections that were tried."""
     names = list(heads)
     header = (
-        "Correction", "Kept", "Places", "Samples, fitted on", *(f"{h}, without → with" for h in names),
-        "Why",
+        "Correction", "Used", "Places", "Samples: measured, fitted", *(f"{h}, without → with" for h in names),
+        "Reason",
     )  # fmt: skip
     lines = []
     for one in summary.corrections:

@@ -53,12 +53,13 @@ def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]
                 mark,
             )
         )
-    return ("units", "ms", "of float", "MB", *(f"{name}, dB" for _, name in heads), "gap", ""), lines
+    columns = (*(f"{name}, dB" for _, name in heads), "optimality gap", "")
+    return ("units", "latency, ms", "over float", "size, MB", *columns), lines
 
 
 def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each unit with its scheme, in graph order."""
-    return ("unit", "scheme", "why"), [(c.unit, c.scheme, c.reason) for c in planned.plan.choices]
+    return ("unit", "scheme", "reason"), [(c.unit, c.scheme, c.reason) for c in planned.plan.choices]
 
 
 def plan_line(planned: Planned) -> str:
@@ -83,7 +84,7 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
         cells: list[tuple[str, ...]] = [
             (r.scope, r.id, f"{r.value.value:.4f}", _interval(r.drop, ".4f")) for r in order
         ]
-        return ("", "", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
+        return ("scope", "name", f"{table.metric} (float {table.reference.value:.4f})", "drop"), cells
     found: dict[tuple[str, str, str], list[Sensitivity]] = {}
     for row in table.rows:
         found.setdefault((row.scope, row.id, row.scheme), []).append(row)
@@ -103,8 +104,8 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
         lines.append((scope, name, *cell, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
     heads = [r.head for r in next(iter(found.values()))] if found else []
     without = " without it" if table.method == ALL_BUT_ONE else ""
-    column = ("in",) if several else ()
-    return ("", "", *column, *(f"{head}, dB{without}" for head in heads), ""), lines
+    column = ("scheme",) if several else ()
+    return ("scope", "name", *column, *(f"{head}, dB{without}" for head in heads), ""), lines
 
 
 def _interval(value: Estimate, form: str) -> str:

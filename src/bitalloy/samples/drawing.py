@@ -41,7 +41,7 @@ _RGB = (
     (128, 54, 168),
     (238, 122, 178),
 )
-"""By colour number, before tint and light."""
+"""RGB values by colour number, before tint and light."""
 
 Pixels = npt.NDArray[np.uint8]
 Corners = npt.NDArray[np.float64]
@@ -191,4 +191,4 @@ _OUTLINES: tuple[tuple[tuple[Corners, int], ...], ...] = (
     ((_circle(corners=6), 255),),
     ((_circle(), 255), (_circle(0.8, x=0.45), 0)),
 )
-"""By label: outlines in the unit circle, painted one after the other, with 255 inside or 0 for a hole."""
+"""Outlines of each label in the unit circle, painted one after the other, with 255 inside or 0 for a hole."""

@@ -127,7 +127,7 @@ def measure_exact(
         selection: units, regions and sites to measure; None for all units.
         mode: `one-at-a-time` rounds one thing alone; `leave-one-out` rounds everything but one thing.
         samples: number of samples, the first of the data; None for 8.
-        work: where to keep and show results.
+        work: where results are stored and progress is shown.
 
     Raises:
         BitalloyError: a pattern matches nothing.
@@ -179,7 +179,7 @@ def measured_damages(
         sets: the sites that are rounded in each measurement.
         samples: indices into the data.
         around: sites from which the sets differ little: what they have in common at the start is executed once.
-        work: where to keep and show results.
+        work: where results are stored and progress is shown.
 
     Returns:
         (samples, heads, sets): error energy over the mean of ||y||^2, and (samples, heads): ||y||^2.
@@ -283,7 +283,7 @@ def confirm(
         worst: number of units with the lowest SQNR on any head.
         flagged: whether everything flagged is measured too; where much is, that takes minutes.
         samples: largest number of samples, the first of the matrix.
-        work: where to keep and show results.
+        work: where results are stored and progress is shown.
     """
     work, parts = work or Workspace(), list(analysis.targets)
     lead = deciding_target(parts)

@@ -119,7 +119,7 @@ class TaskData(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 over labels, names and preprocessing, hexadecimal: equal for data that gives equal metrics."""
+        """Return the SHA-256, hexadecimal, of labels, names and preprocessing; equal data gives equal metrics."""
         ...
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:

@@ -53,7 +53,7 @@ NEW_TOKENS = 16
 """Largest number of tokens of an answer to a question."""
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's image processor."""
+"""Standard deviation of pixels in CLIP's image processor."""
 
 
 @dataclass(frozen=True, slots=True)

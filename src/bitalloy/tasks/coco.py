@@ -69,7 +69,7 @@ class CocoLabels:
     """Categories in the order of their ids."""
 
     def objects(self) -> dict[int, list[LabelledBox]]:
-        """Image id -> its objects, in the order of the file; an image without any has an empty list."""
+        """Return image id -> its objects, in the order of the file; an image without any has an empty list."""
         found: dict[int, list[LabelledBox]] = {image.id: [] for image in self.images}
         for box in self.boxes:
             found[box.image_id].append(box)

@@ -98,7 +98,7 @@ class DetectionResult:
     """Average precision at IoU threshold 0.5, in 0..1."""
     images: tuple[str, ...]
     detections: tuple[Detections, ...]
-    """Per image, in its pixels."""
+    """Detections of each image, in its pixels."""
     seed: int
     resampled: np.ndarray
     """`ap` on B resamples, (B,); b draws the same images in every result on these images with this seed."""
@@ -169,7 +169,7 @@ class Matched:
     """Detections of one model, matched with the labels."""
 
     detections: tuple[Detections, ...]
-    """Per image, in its pixels."""
+    """Detections of each image, in its pixels."""
     boxes: Matches
     masks: Matches | None = None
     """Matches of masks, for instance segmentation with labels that have masks; else None."""

@@ -77,7 +77,7 @@ def match_boxes(
         labels: labels with the true boxes.
         images: those that were evaluated, in the order of their ids.
         detections: detections of each image.
-        category_ids: (nc,) category id per class index, -1 for none.
+        category_ids: category id per class index, -1 for none, (nc,).
 
     Raises:
         DataError: the images have no labels that count.
@@ -108,7 +108,7 @@ def match_masks(
         sizes: (width, height) of each image.
         detections: detections of each image; their boxes only set areas.
         masks: mask of every detection, in image pixels.
-        category_ids: (nc,) category id per class index, -1 for none.
+        category_ids: category id per class index, -1 for none, (nc,).
 
     Raises:
         DataError: the images have no labels that count, or a label has no mask or a broken one.

@@ -57,7 +57,7 @@ COORDINATES, LABELS = "point_coords", "point_labels"
 _SLACK = 1.0
 """Pixels that a box may reach over the image's border: labels are rounded."""
 _CELLS = 3
-"""Of the grid, along each side."""
+"""Number of cells of the grid along each side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,7 @@ def measure_prompts(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Mean IoU with the labels, and agreement with the first model, for box and point prompts, side by side.
+    """Measure mean IoU with the labels, and agreement with the first model, for box and point prompts.
 
     Both are means over objects; without labels there is agreement only.
 

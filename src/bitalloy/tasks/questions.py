@@ -57,7 +57,7 @@ class Question:
     choices: tuple[str, ...] = ()
 
     def prompt(self) -> str:
-        """Text of the question as it is put to the model."""
+        """Return the text of the question as it is put to the model."""
         if self.kind != "choice":
             return f"{self.text}\n{SHORT}"
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
