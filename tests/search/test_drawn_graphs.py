@@ -18,7 +18,8 @@ from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Edge, Placement, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.search.moves import Moves
-from bitalloy.search.program import Limits, Problem, Program
+from bitalloy.search.problem import Problem
+from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix, straight
 from bitalloy.targets.placement import all_conversions, all_sites, borders, rounded
 
