@@ -6,7 +6,7 @@ A new format is an object with the methods of `base.Format`, registered here; sc
 from __future__ import annotations
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.schemes import Scheme
+from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.formats.affine import INT4, INT8, INT32, UINT8
 from bitalloy.formats.base import Format, opset_of
 from bitalloy.formats.float16 import FLOAT16
@@ -23,6 +23,16 @@ def find_format(name: str | None) -> Format:
     if name is None or name not in FORMATS:
         raise BitalloyError(f"Unknown format '{name}'. Available: {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+def weight_bits(scheme: Scheme) -> float:
+    """Return the size of a weight in bits, with its part of what a block has; scales of channels are left out."""
+    if scheme.weight is None:
+        return 32.0
+    bits = find_format(scheme.weight).bits
+    if scheme.granularity is Granularity.BLOCK:
+        return bits + (32 + bits) / scheme.block  # scale and zero point
+    return bits
 
 
 def required_opset(scheme: Scheme) -> int:

@@ -8,6 +8,7 @@ that the table reproduces the wall time of the variants that have one scheme alo
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 from collections import defaultdict
@@ -24,7 +25,7 @@ from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
-from bitalloy.formats import find_format
+from bitalloy.formats import weight_bits
 from bitalloy.measure import bench
 from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
@@ -107,9 +108,8 @@ def measure(
 
 
 def stored_bytes(scheme: Scheme, elements: int) -> int:
-    """Return the size of weights in a scheme, scales left out."""
-    bits = find_format(scheme.weight).bits if scheme.weight is not None else 32
-    return -(-elements * bits // 8)
+    """Return the size of weights in a scheme, scales of channels left out."""
+    return math.ceil(elements * weight_bits(scheme) / 8)
 
 
 def _execute(

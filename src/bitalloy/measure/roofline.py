@@ -13,7 +13,7 @@ import numpy as np
 from bitalloy.core.plans import BorderCost, CostTable, UnitCost
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Placement, Unit, UnitGraph
-from bitalloy.formats import find_format
+from bitalloy.formats import find_format, weight_bits
 from bitalloy.measure.prices import latency_us
 from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, is_float, static_shape
@@ -71,7 +71,7 @@ def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device) -> UnitCos
 
     def weight_bytes(scheme: Scheme) -> float:
         """Return the size of the constants; a unit that reads rounded numbers keeps its bias and others as they are."""
-        size = find_format(scheme.weight).bits / 8 if scheme.weight is not None else FLOAT_BYTES
+        size = weight_bits(scheme) / 8
         return weights * size if scheme.cast else (weights - rounded) * FLOAT_BYTES + rounded * size
 
     def us(scheme: Scheme) -> float:

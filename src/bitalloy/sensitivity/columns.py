@@ -6,7 +6,9 @@ Case 2. The same where a graph input enters the one Conv that reads it: seen beh
 Case 3. The output of a Concat that rounds, whose operands are rounded already: rounded once more, on one scale.
 Case 4. A weight: seen at the output of its node, which is applied to the weight's error; with the offset that is added
         to the bias where the weight is rounded.
-Case 5. A unit that computes in another format, all its roundings together, seen at its root: weights and the output of
+Case 5. A tensor that was rounded where it is made, on its way into a unit that reads another format: what the second
+        rounding adds to the first.
+Case 6. A unit that computes in another format, all its roundings together, seen at its root: weights and the output of
         every node, and inputs of the graph. Other inputs are taken as they are: in a run of such units what enters a
         unit is rounded where it is made, and counting it again would take one rounding for two.
 
@@ -123,12 +125,16 @@ class _Probe:
 
 def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leaving: bool = False) -> Column:
     stored, params = recipe.tensor_params(site.scheme, root)
+    before = recipe.tensor_params(site.after, root) if site.after else None
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         x = values[uses[0].tensor]
+        if before is not None:
+            x = before[0].write(_Probe(p), x, before[1])
         return p.like("Sub", stored.write(_Probe(p), x, params), x)
 
-    key = ("edge", *(use.id for use in uses), leaving, *_identity(stored, params))
+    first = _identity(*before) if before is not None else ()
+    key = ("edge", *(use.id for use in uses), leaving, *_identity(stored, params), *first)
     return Column(site.id, recipe.target.name, key, lambda name: Tap(name, uses, error, leaving))
 
 

@@ -77,7 +77,8 @@ class Switchboard:
                     else:
                         self._add_edge(site, (inner[site.place],), inner[site.place].tensor)
         for entry in units.edges:
-            for site in dict.fromkeys(replace(s, again=False, end=False) for s in possible_sites(units, entry)):
+            sites = dict.fromkeys(replace(s, again=False, end=False) for s in possible_sites(units, entry))
+            for site in sorted(sites, key=lambda s: bool(s.after)):
                 self._add_edge(site, entry.uses, entry.root)
 
     def _add_weight(self, site: Site, weight: WeightSite) -> None:

@@ -49,8 +49,6 @@ class ProbedMatrix:
 
     def first(self) -> list[ProbeMatrix]:
         """Return the matrix of each target on the first ranges."""
-        if sum(map(len, self.views)) == 1:
-            return [self.matrix]
         return [self.matrix.view(candidates[0]) for candidates in self.views]
 
 
@@ -59,7 +57,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
 
     Args:
         parts: the model on each target.
-        work: where to keep and show results.
+        work: where results are stored and progress is shown.
     """
     ready = parts[0]
     settings, data, key = ready.settings, ready.data, ready.key

@@ -4,8 +4,8 @@ A site is one rounding that a plan may make. Which sites a tensor has between tw
 and from the target's `Placement`:
 
 Case 1. `ENDS`: kernels read and write rounded numbers. A unit that rounds does so with its result, once for all
-        readers; so does one that reads a tensor that nobody rounded for it. A Concat rounds again what was rounded
-        before it.
+        readers; so does one that reads a tensor that nobody rounded for it, or that was rounded to another format. A
+        Concat rounds again what was rounded before it.
 Case 2. `ENTRY`: kernels read rounded numbers and write floats. Every unit that rounds does so with what it reads.
 Case 3. `NONE`: nothing is rounded, because the tensor is made inside the kernel that reads it.
 Case 4. A unit that computes in another format is one site with all its roundings, wherever its tensors come from.
@@ -34,20 +34,22 @@ class Site:
     """Id of a `UnitEdge`, an `Edge` inside a unit, a `WeightSite`, or of a unit that computes in another format."""
     scheme: str
     part: str
-    """WEIGHTS, ACTIVATIONS or WHOLE."""
+    """What of a unit is rounded: WEIGHTS, ACTIVATIONS or WHOLE."""
     end: bool = False
     """Whether a tensor is rounded where it is made, for all its readers."""
     again: bool = False
     """Whether what is rounded has been rounded already."""
+    after: str = ""
+    """Scheme of another format to which the tensor was rounded where it is made; empty where that did not round it."""
 
     @property
     def label(self) -> str:
-        """What is rounded, in words."""
-        return f"{self.place} again" if self.again else self.place
+        """What is rounded, as a report says it."""
+        return f"{self.place}{f' after {self.after}' if self.after else ''}{' again' if self.again else ''}"
 
     @property
     def id(self) -> str:
-        """Unique on a target; the name of a column of the probe matrix."""
+        """A name that is unique on a target; columns of the probe matrix have it."""
         return f"{self.label} in {self.scheme}"
 
 
@@ -74,14 +76,13 @@ def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
     """
     if edge.placement is Placement.NONE:
         return ()
-    entering = Site(edge.id, sink.name, ACTIVATIONS)
     if edge.placement is Placement.ENTRY:
-        return (entering,) if sink.rounds else ()
-    found = []
-    if source.rounds and edge.rooted:
+        return (Site(edge.id, sink.name, ACTIVATIONS),) if sink.rounds else ()
+    found, made = [], source.rounds and edge.rooted
+    if made:
         found.append(Site(edge.id, source.name, ACTIVATIONS, end=True, again=edge.passed_on))
     if sink.rounds and not _alike(source, sink):
-        found.append(entering)
+        found.append(Site(edge.id, sink.name, ACTIVATIONS, after=source.name if made else ""))
     return tuple(found)
 
 
