@@ -86,7 +86,7 @@ def reconcile(
     Args:
         traced: the model that was profiled.
         kernels: the profile of the model.
-        made: what the runtime made of each of its graphs (`tracing.rewritten`).
+        made: what the runtime made of each of its graphs (`tracing.rewritten_graphs`).
     """
     ran = {(t.kernel.graph, t.kernel.name) for t in kernels}
     known: dict[tuple[str, str], tuple[str, ...]] = {}

@@ -29,7 +29,7 @@ def divide(model: ir.Model, program: GraphProgram) -> dict[str, ir.Model]:
     Inputs and outputs are those of the program's graphs: names, types, shapes and order.
 
     Args:
-        model: from `join`, perhaps rewritten by `bitalloy.apply`; not changed.
+        model: from `join`, perhaps rewritten by `bitalloy.rewrite.apply`; not changed.
         program: which was joined.
 
     Raises:

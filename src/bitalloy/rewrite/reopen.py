@@ -27,7 +27,7 @@ from bitalloy.model.write import add_initializer, check_model, drop_unread, inse
 from bitalloy.rewrite.cast import computing_nodes, is_border, lower
 
 ALIAS = "/to_last"
-"""Ending of the node that `bitalloy.apply` puts before a Softmax: it has the operand of the Softmax."""
+"""Ending of the node that `bitalloy.rewrite.apply` puts before a Softmax: it has the operand of the Softmax."""
 
 
 def reopen(mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> ir.Model:

@@ -2,8 +2,8 @@
 
 The exporter of a family writes its advice into the ONNX file (`bitalloy.protect`): patterns of nodes, each with a
 reason and its source. Advice is a default, not a fact about this model on this data, and the probe matrix has columns
-for the sites of protected units too. A protected unit is free where rounding it alone does at most `SHARE` of what
-rounding everything does, on every head; the search then treats it as any other.
+for the sites of protected units too. A protected unit is free where rounding it alone does at most `LEAST_DAMAGE_SHARE`
+of what rounding everything does, on every head; the search then treats it as any other.
 """
 
 from __future__ import annotations

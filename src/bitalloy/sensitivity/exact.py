@@ -1,7 +1,7 @@
 """Exact measurement: the network executed with chosen sites rounded.
 
-Every site has a gate (`gates`), the network runs in segments (`segments`), and each segment has two sessions: as it
-is, and with its gates. No session per site, no rewriting between measurements. A `Walk` keeps what every segment of a
+Every site has a gate (`gates`), the network runs in segments (`segments`), and each segment has two sessions: as it is,
+and with its gates. No session per site, no rewriting between measurements. A `SampleWalk` keeps what every segment of a
 first execution handed on; another vector of gates then runs only the segments in which a gate changed, and those that
 read something changed. Which session runs depends on the gates of the segment alone, so the numbers are the same, bit
 by bit, as in an execution from the start.
