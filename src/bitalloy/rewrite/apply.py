@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from bitalloy.core.errors import BitalloyError, ModelError
@@ -36,10 +35,10 @@ from bitalloy.model.load import Graph
 from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.opset import raise_opset
 from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of
-from bitalloy.model.weights import pack, save, to_bytes
-from bitalloy.model.write import add_initializer, insert_behind, namer, node_namer
+from bitalloy.model.weights import save, to_bytes
+from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer, node_namer
 from bitalloy.rewrite.cast import lower
-from bitalloy.targets.placement import roundings, weight_site
+from bitalloy.targets.placement import roundings, touched, weight_site
 from bitalloy.targets.recipe import Recipe
 
 
@@ -86,7 +85,7 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
         for name in (*unit.core, *unit.tail):
             writer.nodes[name].metadata_props[TAG] = unit.id
     writer.shift_biases(plan)
-    ends, entries = _borders(units, plan, known)
+    ends, entries = _borders(units, plan)
     inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
         if unit.id in plan and not known[plan[unit.id]].cast:
@@ -96,10 +95,10 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
     for unit in units.units:
         if target.slow_softmax and unit.kind == "Softmax" and unit.id not in plan:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
-    kinds = {s.name: cast_type(find_format(s.activation)) for s in units.schemes if s.cast}
     for cast in (s for s in units.schemes if s.cast):
         members = [by_id[name] for name in plan.units_in(cast.name)]
-        lower(model, {n for u in members for n in (*u.core, *u.tail)}, kinds[cast.name], writer.fresh)
+        kind = cast_type(find_format(cast.activation))
+        lower(model, {n for u in members for n in (*u.core, *u.tail)}, kind, writer.fresh)
     _verify(graph, model)
     return MixedModel(model, units)
 
@@ -115,11 +114,10 @@ def _check(recipe: Recipe, plan: Plan) -> None:
             raise BitalloyError(f"The plan puts unit '{name}' in {scheme.upper()}, where it cannot run: {why}.")
 
 
-def _borders(units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
+def _borders(units: UnitGraph, plan: Plan) -> tuple[set[str], list[tuple[UnitEdge, str]]]:
     """List the units that round their result for all readers, and the tensors rounded for a reader, with its scheme."""
     ends, entries = set[str](), []
-    for edge in units.edges:
-        source, sink = (known[plan.scheme_of(end)] for end in (edge.producer, edge.consumer))
+    for edge, source, sink in touched(units, plan):
         for site in roundings(edge, source, sink):
             if site.end:
                 ends.add(str(edge.producer))
@@ -129,7 +127,7 @@ def _borders(units: UnitGraph, plan: Plan, known: Mapping[str, Scheme]) -> tuple
 
 
 class _GraphWriter:
-    """Writes roundings into a model; see `bitalloy.formats.base.Writer` for what `at` gives."""
+    """Writes roundings into a model, each at its `_Place`."""
 
     def __init__(self, model: ir.Model, recipe: Recipe) -> None:
         self.graph = model.graph
@@ -284,15 +282,11 @@ def _softmax_last(writer: _GraphWriter, node: ir.Node, unit: str) -> None:
 
 
 def _verify(graph: Graph, model: ir.Model) -> None:
-    for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-        model.graph.initializers.pop(name)
+    drop_unread(model.graph)
     for value in [v for node in model.graph for v in node.outputs]:
         if value.dtype is None:
             value.shape = None
-    try:
-        onnx.checker.check_model(pack(model).data)
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"The rewritten model fails the ONNX checker: {error}") from error
+    check_model(model)
     before = [(v.name, v.dtype, v.shape) for v in (*graph.model.graph.inputs, *graph.model.graph.outputs)]
     after = [(v.name, v.dtype, v.shape) for v in (*model.graph.inputs, *model.graph.outputs)]
     if before != after:

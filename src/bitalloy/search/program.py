@@ -92,6 +92,7 @@ class Program:
             for u, schemes in problem.choices.items()
             if len(schemes) > 1
         ]
+        self._prices = {Conversion(p.source, p.sink): p for p in problem.cost.borders}
         self._borders: dict[tuple[str, Conversion], int] = {}
         """(tensor, conversion) -> variable."""
         self._terms: list[tuple[int, np.ndarray]] = []
@@ -186,7 +187,6 @@ class Program:
         """Add the price of a tensor's conversions, rounding or other ones, once for all its edges."""
         if edge.producer == edge.consumer:
             return
-        prices = {Conversion(p.source, p.sink): p for p in self._problem.cost.borders}
         pairs = list(scheme_pairs(self._problem.units, edge))
         everywhere = {(source.name, sink.name) for source, sink in pairs}
         where: dict[Conversion, Pairs] = {}
@@ -194,7 +194,7 @@ class Program:
             for conversion in conversions(edge, source, sink):
                 where.setdefault(conversion, set()).add((source.name, sink.name))
         for conversion in sorted(where, key=lambda c: (c.source == "", c.source == BASELINE, c)):
-            price = prices.get(conversion)
+            price = self._prices.get(conversion)
             if conversion.rounding is not rounding or price is None or (price.us == 0 and price.us_per_element == 0):
                 continue
             key = edge.tensor, conversion

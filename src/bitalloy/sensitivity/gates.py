@@ -15,7 +15,7 @@ import onnx_ir as ir
 from bitalloy.core.units import Edge, Offset, WeightSite
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import attribute, beside_output, constant
-from bitalloy.model.write import add_initializer
+from bitalloy.model.write import add_initializer, insert_behind
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
@@ -135,10 +135,7 @@ class Gatekeeper:
         choice.name = f"gate/{number}/If"
         choice.outputs[0].name = f"{x.name}/gate{number}"
         choice.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        if after is None:
-            self._graph.insert_before(self._graph[0], [gate, open_, choice])
-        else:
-            self._graph.insert_after(after, [gate, open_, choice])
+        insert_behind(self._graph, after, [gate, open_, choice])
         return choice.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:

@@ -155,7 +155,7 @@ def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
     """Return the ids of all sites that a plan rounds."""
     known = {scheme.name: scheme for scheme in units.schemes}
     sites = {s.id for u in units.units if u.id in plan for s in own_sites(u, known[plan[u.id]])}
-    for edge, source, sink in _touched(units, plan):
+    for edge, source, sink in touched(units, plan):
         sites.update(site.id for site in roundings(edge, source, sink))
     return frozenset(sites)
 
@@ -163,7 +163,7 @@ def rounded(units: UnitGraph, plan: Plan) -> frozenset[str]:
 def borders(units: UnitGraph, plan: Plan) -> dict[Conversion, tuple[float, int]]:
     """Map each conversion to the elements and the number of the tensors that a plan converts so, each tensor once."""
     crossing: dict[tuple[str, Conversion], int] = {}
-    for edge, source, sink in _touched(units, plan):
+    for edge, source, sink in touched(units, plan):
         crossing.update({(edge.tensor, c): edge.elements for c in conversions(edge, source, sink)})
     found: dict[Conversion, tuple[float, int]] = {}
     for (_, conversion), elements in crossing.items():
@@ -172,8 +172,8 @@ def borders(units: UnitGraph, plan: Plan) -> dict[Conversion, tuple[float, int]]
     return found
 
 
-def _touched(units: UnitGraph, plan: Plan) -> Iterator[tuple[UnitEdge, Scheme, Scheme]]:
-    """Edges with a unit of a plan at an end, and the schemes of both; all others have neither sites nor conversions."""
+def touched(units: UnitGraph, plan: Plan) -> Iterator[tuple[UnitEdge, Scheme, Scheme]]:
+    """List the edges with a unit of a plan at an end, and the schemes of both; others have no sites or conversions."""
     known = {scheme.name: scheme for scheme in units.schemes}
     for edge in units.edges:
         if edge.producer in plan or edge.consumer in plan:
