@@ -174,3 +174,15 @@ def test_limits_together_say_what_is_in_reach(problem) -> None:
     named = float(said[1])
     found = search(problem, msgspec.structs.replace(budget, latency_ratio=named + 0.01))
     assert found.predicted_latency_us <= (named + 0.01) * problem.latency_us(Plan()) + 1e-6
+
+
+def test_a_limit_far_out_of_reach_is_refused_however_coarse_the_table(problem) -> None:
+    """A table that a busy machine left with an error of 80 % does not make every limit one that may be met."""
+    rough = msgspec.structs.replace(problem.cost, residual_percent=80.0)
+    coarse = Problem(problem.units, problem.matrix, problem.secant, rough, problem.float_bytes)
+    with pytest.raises(BitalloyError, match="lowest latency in reach") as error:
+        search(coarse, Budget(latency_ratio=0.1))
+    said = re.search(r"is ([\d.]+)x of float", str(error.value))
+    assert said is not None
+    near = search(coarse, Budget(latency_ratio=0.85 * float(said[1])))
+    assert near.predicted_latency_us == pytest.approx(float(said[1]) * problem.latency_us(Plan()), rel=0.02)

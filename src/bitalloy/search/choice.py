@@ -19,6 +19,9 @@ from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 
+MOST_SLACK = 0.25
+"""Largest relative error of a cost table for which a latency limit out of reach is still tried."""
+
 
 def search(
     problem: Problem,
@@ -152,7 +155,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
     if found is None:
         return limits
     least = problem.latency_us(found.plan)
-    slack = max(TOLERANCE - 1, 2 * problem.cost.residual_percent / 100)
+    slack = min(max(TOLERANCE - 1, 2 * problem.cost.residual_percent / 100), MOST_SLACK)
     within = max(least * 1.005, limits.latency_us * TOLERANCE)
     return replace(limits, latency_us=within) if least * (1 - slack) <= limits.latency_us else limits
 
