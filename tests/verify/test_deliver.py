@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
+import onnx_ir as ir
 import pytest
 
 import bitalloy
@@ -30,11 +32,14 @@ def timed(median_ms: float, p10_ms: float | None = None) -> Latency:
     return Latency(median_ms=median_ms, p10_ms=p10_ms or median_ms, p90_ms=2 * median_ms, count=40)
 
 
-def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None) -> Measured:
-    """Good SQNR of all heads, and the mixed model at `ratio` of float's 10 ms."""
+def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None, spread: float = 0.01) -> Measured:
+    """Good SQNR of all heads, and the mixed model at `ratio` of float's 10 ms, known within `spread`."""
     good = tuple(Estimate(value=30.0, low=29.0, high=31.0) for _ in analysis.heads)
     latency = LatencySpread(reference=timed(10.0, p10_ms), lowest=timed(8.0), mixed=timed(10.0 * ratio))
-    return Measured(latency=latency, sqnr_lowest=good, sqnr_mixed=good, float32=good)
+    lowest, mixed = (Estimate(value=r, low=r - spread, high=r + spread) for r in (0.8, ratio))
+    return Measured(
+        latency=latency, ratio_lowest=lowest, ratio_mixed=mixed, sqnr_lowest=good, sqnr_mixed=good, float32=good
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +102,39 @@ def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p
     assert (unsteadiness(found.latency.reference) > 10) == busy
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(0.9, "runs in 0.90x"), (1.0, "NOT measurably"), (1.1, "NOT faster")])
+def test_advice_is_given_only_where_timing_tells(analysis: Any, planned: Any, ratio: float, said: str) -> None:
+    summary = summarize_run(analysis, shipped(planned, measured(analysis, ratio, spread=0.05)), {})
+    assert said in summary.headline
+    assert ("deploy the float model" in summary.headline) == (ratio > 1.05)
+    assert summary.latency_ratio_interval == Estimate(value=ratio, low=ratio - 0.05, high=ratio + 0.05)
+
+
 def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any) -> None:
     everything = tuple(msgspec.structs.replace(c, scheme="fp32") for c in planned.plan.choices)
     plan = msgspec.structs.replace(planned.plan, choices=everything)
     idle = bitalloy.Planned(plan, planned.cost)
     summary = summarize_run(analysis, shipped(idle, measured(analysis, 0.12)), {})
     assert "NOT faster" in summary.headline
+
+
+def test_a_file_whose_weights_are_inputs_does_not_stand_for_float(
+    inputs: Any, analysis: Any, planned: Any, tmp_path: Path
+) -> None:
+    """ONNX Runtime prepares no weight of it in advance: any model would seem fast beside it."""
+    proto = onnx.load(inputs.classifier)
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.save(proto, tmp_path / "old.onnx")
+    given = bitalloy.load(tmp_path / "old.onnx")
+    like_old = replace(analysis, given=given)
+    found = like_old.original().models[ONLY]
+    assert isinstance(found, ir.Model)
+    assert [v.name for v in found.graph.inputs] == [v.name for v in onnx.load(inputs.classifier).graph.input]
+    notes = summarize_run(like_old, shipped(planned, measured(analysis, 0.9)), {}).notes
+    count = len(proto.graph.initializer)
+    assert any(f"'old.onnx' as it is does not stand for the float model: {count} of its weights" in n for n in notes)
+    assert analysis.original().models[ONLY] == inputs.classifier
 
 
 def test_a_file_with_two_nodes_of_one_name_is_measured(inside: Any, inputs: Any, here: Path) -> None:

@@ -16,6 +16,7 @@ from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
+    from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
 app = typer.Typer(
@@ -99,6 +100,11 @@ def _refuse_broken(model: str) -> None:
     refuse_broken(model)
 
 
+def _ends(interval: Estimate | None) -> str:
+    """Write the ends of an interval behind its value."""
+    return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
+
+
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
     from rich.table import Table
@@ -114,10 +120,15 @@ def _show(verified: Verified, folder: Path) -> None:
         "latency, ms" + " (estimated)" * summary.latency_estimated,
         *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.lowest, latency_ms.mixed)),
     )
-    expected = summary.predicted_latency_ratio_interval
-    ends = f" {expected.low:.2f} to {expected.high:.2f}" if expected is not None else ""
-    predicted = f"{summary.latency_ratio:.2f} (predicted {summary.predicted_latency_ratio:.2f}{ends})"
-    table.add_row("latency over float", "1", f"{latency_ms.lowest / latency_ms.reference:.2f}", predicted)
+    found = _ends(summary.latency_ratio_interval)
+    expected = f"{summary.predicted_latency_ratio:.2f}{_ends(summary.predicted_latency_ratio_interval)}"
+    lowest = summary.lowest_latency_ratio
+    table.add_row(
+        "latency over float",
+        "1",
+        f"{lowest.value if lowest else latency_ms.lowest / latency_ms.reference:.2f}{_ends(lowest)}",
+        f"{summary.latency_ratio:.2f}{found} (predicted {expected})",
+    )
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.lowest, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.lowest, pair.mixed))

@@ -145,7 +145,7 @@ class Summary(Record, frozen=True, kw_only=True):
     budget: Budget
     latency_ms: Triple
     latency_ratio: float
-    """mixed / float, from the medians of `latency_ms`."""
+    """mixed / float, from pairs of runs in the same rounds."""
     predicted_latency_ratio: float
     latency_spread_ms: LatencySpread
     size_bytes: Triple
@@ -185,6 +185,10 @@ class Summary(Record, frozen=True, kw_only=True):
     """Plans of the front that were evaluated for a limit on the drop of a task metric, in order."""
     predicted_latency_ratio_interval: Estimate | None = None
     """95 % prediction interval of `predicted_latency_ratio`."""
+    latency_ratio_interval: Estimate | None = None
+    """95 % interval of the measured `latency_ratio`; None where latency is estimated."""
+    lowest_latency_ratio: Estimate | None = msgspec.field(name=f"{LOWEST}_latency_ratio", default=None)
+    """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
     workload: str = "one inference"
     """What the latency of one inference pays for."""
     ranges: RangeChoice | None = None

@@ -37,6 +37,10 @@ class Measured(Record, frozen=True, kw_only=True):
     """What one round measured on the real runtime."""
 
     latency: LatencySpread
+    ratio_lowest: Estimate
+    """Latency of the model with all that it can in its lowest scheme over float."""
+    ratio_mixed: Estimate
+    """Latency of the mixed model over float, with the 95 % interval of `measure.bench.paired_ratio`."""
     sqnr_lowest: tuple[Estimate, ...]
     sqnr_mixed: tuple[Estimate, ...]
     float32: tuple[Estimate, ...]
@@ -44,8 +48,8 @@ class Measured(Record, frozen=True, kw_only=True):
 
     @property
     def ratio(self) -> float:
-        """Latency of the mixed model over float, medians of the same interleaved run."""
-        return self.latency.mixed.median_ms / self.latency.reference.median_ms
+        """Latency of the mixed model over float."""
+        return self.ratio_mixed.value
 
 
 class Metrics(Record, frozen=True, kw_only=True):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from scipy.special import stdtrit
 
-from bitalloy.core.records import Latency
+from bitalloy.core.records import Estimate, Latency
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import available_cores
 
 SITTINGS = 3
+"""Times that sessions are made anew in one measurement."""
 TOLERANCE = 1.05
 """A measured latency up to 5 % above its limit counts as met; medians of two runs differ by as much."""
 
@@ -50,25 +52,28 @@ def time_sittings(
     feeds: Mapping[str, np.ndarray],
     *,
     repeats: int,
+    sittings: int = SITTINGS,
     together: bool = True,
     progress: Callable[[int], None] | None = None,
     then: Callable[[Mapping[str, Session]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Time models as `interleave` does, with sessions that are made anew a few times.
+    """Time models as `interleave` does, with sessions that are made anew for each sitting.
 
     Where its memory lies makes the same model faster or slower. Models that do not fit into memory together take
     turns as a whole (`together` is False): then one session exists at a time. `then` gets the sessions of all models
     when all times are taken; the last ones, where they are together.
+
+    Returns:
+        Times in ms: per model an array (sittings, repeats).
     """
     parts = []
-    for turn in range(SITTINGS):
-        share = repeats * (turn + 1) // SITTINGS - repeats * turn // SITTINGS
+    for turn in range(sittings):
         found = {}
         for group in [list(models)] if together else [[name] for name in models]:
             with ThreadPoolExecutor(available_cores()) as pool:  # loading a model keeps one core busy
                 sessions = dict(zip(group, pool.map(lambda name: models[name](), group), strict=True))
-            found.update(interleave(sessions, feeds, repeats=share, progress=progress))
-            if then is not None and together and turn == SITTINGS - 1:
+            found.update(interleave(sessions, feeds, repeats=repeats, progress=progress))
+            if then is not None and together and turn == sittings - 1:
                 then(sessions)
             for session in sessions.values():
                 session.close()
@@ -78,13 +83,31 @@ def time_sittings(
         then(sessions)
         for session in sessions.values():
             session.close()
-    return {name: np.concatenate([p[name] for p in parts]) for name in models}
+    return {name: np.stack([p[name] for p in parts]) for name in models}
 
 
 def latency_of(times_ms: np.ndarray) -> Latency:
-    """Sum a series of times up as its median and spread."""
-    p10, median, p90 = (round(float(p), 3) for p in np.percentile(times_ms, [10, 50, 90]))
-    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=len(times_ms))
+    """Sum times of any shape up as their median and spread."""
+    p10, median, p90 = (float(f"{p:.6g}") for p in np.percentile(times_ms, [10, 50, 90]))
+    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=times_ms.size)
+
+
+def paired_ratio(times_ms: np.ndarray, base_ms: np.ndarray) -> Estimate:
+    """Estimate how long one model takes in units of another, from runs of the same rounds.
+
+    What slows a round slows both models, so the ratio of one round is steadier than either time. Each sitting gives
+    the median of its ratios; their geometric mean is the value, and Student's t over the sittings its 95 % interval,
+    which therefore covers what new sessions and the hour change as well.
+
+    Args:
+        times_ms: (sittings, rounds), times of the model; at least two sittings.
+        base_ms: (sittings, rounds), times of the other model in the same rounds.
+    """
+    sittings = np.median(np.log(times_ms / base_ms), axis=1)
+    mean, count = float(sittings.mean()), len(sittings)
+    half = float(stdtrit(count - 1, 0.975)) * float(sittings.std(ddof=1)) / count**0.5
+    value, low, high = (round(float(np.exp(at)), 4) for at in (mean, mean - half, mean + half))
+    return Estimate(value=value, low=low, high=high)
 
 
 def unsteadiness(latency: Latency) -> float:

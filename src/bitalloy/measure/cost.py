@@ -62,7 +62,7 @@ def measure(
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
-    repeats: int = 15,
+    repeats: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
     """Measure the cost table of a target that runs on this machine.
@@ -72,7 +72,7 @@ def measure(
         variant: makes the model of a plan.
         feeds: one sample.
         seed: the seed of the random mixtures.
-        repeats: timed rounds.
+        repeats: timed rounds in each sitting.
         progress: called once per variant profiled and once per round.
     """
     schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
@@ -125,7 +125,8 @@ def _execute(
     """Profile and time the pure plans and random mixtures of them side by side.
 
     Returns:
-        The plans, the pure ones first; their profiles; and (plans, rounds): times in microseconds.
+        The plans, the pure ones first; their profiles; and (plans, rounds): times in microseconds, all sittings in
+        one row.
     """
     generator = np.random.default_rng([seed, 23])
     plans = list(pure)
@@ -153,7 +154,7 @@ def _execute(
             together=not large,
             progress=progress,
         )
-    return plans, profiles, np.stack([times[str(i)] for i in range(len(plans))]) * 1e3
+    return plans, profiles, np.stack([times[str(i)].ravel() for i in range(len(plans))]) * 1e3
 
 
 def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> Plan:

@@ -49,8 +49,8 @@ class Graph:
     model: ir.Model
     source: Path
     metadata: Mapping[str, str] = field(default_factory=dict)
-    runnable: bool = True
-    """Whether ONNX Runtime takes the file as it is: two nodes of one name are valid ONNX, but it refuses them."""
+    unfit: str = ""
+    """Why the file as it is cannot stand for the float model; empty where it can."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
@@ -166,8 +166,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    names = [n.name for n in proto.graph.node if n.name]
-    runnable = len(set(names)) == len(names)
+    unfit = _unfit(proto)
     del proto
     model = normalize(parsed)
     if size >= LARGE_BYTES:
@@ -185,7 +184,19 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, runnable)
+    return Graph(info, model, source, metadata, unfit)
+
+
+def _unfit(proto: onnx.ModelProto) -> str:
+    """Say what keeps ONNX Runtime from taking a valid file as it is, or from running it as fast as it could."""
+    names = [n.name for n in proto.graph.node if n.name]
+    if len(set(names)) < len(names):
+        return "two of its nodes have one name, which ONNX Runtime refuses"
+    given = {v.name for v in proto.graph.input}
+    count = sum(t.name in given for t in proto.graph.initializer)
+    if count:
+        return f"{count} of its weights are graph inputs as well, so that ONNX Runtime prepares nothing in advance"
+    return ""
 
 
 def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:

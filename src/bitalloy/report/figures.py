@@ -97,9 +97,15 @@ def limits(summary: Summary) -> tuple[Limit, ...]:
 
 
 def tone(summary: Summary) -> str:
-    """Return `bad` if the mixed model equals float or is no faster, `warn` if it misses a limit, else `good`."""
-    if summary.latency_ratio >= 1 or not summary.schemes:
+    """Return `bad` if the mixed model equals float or is no faster, else `warn` or `good`.
+
+    It is `warn` if the plan misses a limit, or if the interval of its latency does not tell whether it is faster.
+    """
+    interval = summary.latency_ratio_interval
+    if (interval.low if interval else summary.latency_ratio) >= 1 or not summary.schemes:
         return "bad"
+    if interval is not None and interval.high >= 1:
+        return "warn"
     return "good" if all(limit.met for limit in limits(summary)) else "warn"
 
 
@@ -268,15 +274,16 @@ def _latency(summary: Summary) -> FigureRow:
 
 
 def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
-    def cell(measured: float, predicted: float, interval: Estimate | None = None) -> Cell:
+    def cell(value: float, measured: Estimate | None, predicted: float, interval: Estimate | None = None) -> Cell:
         ends = f" {formats.interval_text(interval, 2)}" if interval is not None else ""
-        note = Note(f"predicted {formats.ratio(predicted)}{ends}")
-        return Cell(formats.ratio(measured), (note,), "bad" if measured >= 1 else "")
+        notes = [Note(f"95 % {formats.interval_text(measured, 2)}")] if measured is not None else []
+        notes.append(Note(f"predicted {formats.ratio(predicted)}{ends}"))
+        return Cell(formats.ratio(value), tuple(notes), "bad" if value >= 1 else "")
 
-    latency = summary.latency_ms
-    lowest = cell(latency.lowest / latency.reference, predicted_lowest)
+    latency, found = summary.latency_ms, summary.lowest_latency_ratio
+    lowest = cell(found.value if found else latency.lowest / latency.reference, found, predicted_lowest)
     interval = summary.predicted_latency_ratio_interval
-    mixed = cell(summary.latency_ratio, summary.predicted_latency_ratio, interval)
+    mixed = cell(summary.latency_ratio, summary.latency_ratio_interval, summary.predicted_latency_ratio, interval)
     return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
 
 

@@ -108,7 +108,7 @@ class Calibrated:
         return _executable(artefact, self.target)
 
     def original(self) -> Artefact:
-        """Return the float model as it was given, or in normal form where the runtime refuses that."""
+        """Return the float model as it was given, or in normal form where the file cannot stand for it."""
         return _original(self.graph, self.given, self.target)
 
 
@@ -161,7 +161,7 @@ def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
 
 
 def _given(graph: Graph) -> Path | ir.Model:
-    return graph.source if graph.runnable else graph.model
+    return graph.model if graph.unfit else graph.source
 
 
 def unseen_samples(probed: int, total: int) -> list[int]:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import LatencySpread, Round
+from bitalloy.core.outcome import Round
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget, ParetoPoint
-from bitalloy.core.records import Estimate, Latency
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
-from bitalloy.core.work import Progress, Workspace
-from bitalloy.measure import bench
-from bitalloy.measure.prices import latency_us
-from bitalloy.measure.sqnr import FLOAT32, output_sqnr
+from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
 from bitalloy.rewrite.calibrated import unseen_samples
-from bitalloy.runtime.artefact import Artefact, reopeners
-from bitalloy.runtime.base import Session
+from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.choice import ProvenPlan
 from bitalloy.search.planning import plan_around, plan_damage, plan_tables, tables_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import MeasuredDamage
+from bitalloy.verify.beside_float import measure_plan
 from bitalloy.verify.neighbours import (
     NEIGHBOURS,
     SHOWN_NEIGHBOURS,
@@ -37,9 +31,6 @@ from bitalloy.verify.neighbours import (
 )
 from bitalloy.verify.repair import repair
 from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, next_search, plain_sqnr, seeks_speed
-
-BENCH_REPEATS = 40
-
 
 MAX_ROUNDS = 3
 
@@ -170,7 +161,7 @@ class VerificationCourse:
     def _try(self, planned: Planned, asked: Budget, source: str) -> TriedPlan:
         """Make and measure a plan, and repair the tables where its prediction is off."""
         mixed = self._analysis.artefact(planned.plan.chosen)
-        measured = _measure(self._analysis, planned, mixed, self.samples, self._work)
+        measured = measure_plan(self._analysis, planned, mixed, self.samples, self._work)
         fix = None
         if not self._analysis.graph.large:
             fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
@@ -211,75 +202,3 @@ class VerificationCourse:
         """Return the analysis with the matrix as corrected."""
         facts = self.tables.facts
         return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
-
-
-def _measure(
-    analysis: Analysis, planned: Planned, mixed: Artefact, samples: Sequence[int], work: Workspace
-) -> Measured:
-    def make() -> bytes:
-        sqnr: dict[str, tuple[Estimate, ...]] = {}
-        timed = 0 if planned.cost.estimated else BENCH_REPEATS
-        with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
-
-            def compare(sessions: Mapping[str, Session]) -> None:
-                sqnr.update(
-                    output_sqnr(
-                        sessions["float"],
-                        {name: sessions[name] for name in ("lowest", "mixed")},
-                        analysis.heads,
-                        (analysis.data.feeds(i) for i in samples),
-                        seed=analysis.settings.seed,
-                        progress=progress.advance,
-                    )
-                )
-
-            latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
-        return msgspec.json.encode(
-            Measured(latency=latency, sqnr_lowest=sqnr["lowest"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
-        )
-
-    key = key_of(analysis=analysis.key, mixed=planned.plan.chosen.listed, **analysis.execution)
-    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
-
-
-def _latency(
-    analysis: Analysis,
-    planned: Planned,
-    models: Mapping[str, Artefact],
-    then: Callable[[Mapping[str, Session]], None],
-    progress: Progress,
-) -> LatencySpread:
-    """Time the models in turns and hand their sessions to `then`; a target that is estimated takes its cost table."""
-    if planned.cost.estimated:
-        sessions = {name: model.session() for name, model in models.items()}
-        then(sessions)
-        for session in sessions.values():
-            session.close()
-        plans = (Plan(), analysis.units.lowest(), planned.plan.chosen)
-        us = [latency_us(planned.cost, analysis.units, p) / 1e3 for p in plans]
-        reference, lowest, mixed = (Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, count=0) for ms in us)
-        return LatencySpread(reference=reference, lowest=lowest, mixed=mixed)
-    together = not (models["mixed"].large or analysis.graph.large)
-    openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
-    times = bench.time_sittings(
-        dict(zip(models, openers, strict=True)),
-        analysis.data.feeds(0),
-        repeats=BENCH_REPEATS,
-        together=together,
-        progress=progress.advance,
-        then=then,
-    )
-    return LatencySpread(
-        reference=bench.latency_of(times["float"]),
-        lowest=bench.latency_of(times["lowest"]),
-        mixed=bench.latency_of(times["mixed"]),
-    )
-
-
-def _placed(analysis: Analysis, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
-    """Return the float, the lowest and the mixed model as they run here; what is large lies in files of a folder."""
-    return {
-        "float": analysis.original(),
-        "lowest": analysis.executable(analysis.artefact(analysis.units.lowest())).placed(folder / "lowest"),
-        "mixed": analysis.executable(mixed).placed(folder / "mixed"),
-    }

@@ -20,15 +20,15 @@ from bitalloy.sensitivity.analysis import Analysis
 NEIGHBOURS, SHOWN_NEIGHBOURS = 6, 2
 """Plans beside the chosen one, as many faster as slower ones where the front has them: those that may take its place,
 and those that are only shown."""
-NEIGHBOUR_ROUNDS = 15
-"""Rounds in which all neighbours are timed."""
+NEIGHBOUR_ROUNDS = 5
+"""Rounds of each sitting in which all neighbours are timed."""
 
 
 class MeasuredNeighbours(Record, frozen=True, kw_only=True):
     """Plans measured side by side, in the order in which they were given."""
 
     ratio: tuple[float, ...]
-    """Median latency of each plan over that of float in the same rounds."""
+    """Latency of each plan over that of float in the same rounds."""
     milliseconds: tuple[float, ...]
     sqnr: tuple[tuple[Estimate, ...], ...]
     """Measured SQNR, for each plan and head."""
@@ -61,7 +61,7 @@ def measure_neighbours(
         artefacts = {str(i): analysis.executable(analysis.artefact(plan)) for i, plan in enumerate(plans)}
         openers = reopeners([analysis.original(), *artefacts.values()])
         sqnr: dict[str, tuple[Estimate, ...]] = {}
-        with work.stage("neighbours", NEIGHBOUR_ROUNDS + len(samples)) as progress:
+        with work.stage("neighbours", bench.SITTINGS * NEIGHBOUR_ROUNDS + len(samples)) as progress:
 
             def compare(sessions: Mapping[str, Session]) -> None:
                 sqnr.update(
@@ -84,7 +84,7 @@ def measure_neighbours(
             )
         return msgspec.json.encode(
             MeasuredNeighbours(
-                ratio=tuple(round(ratio_of(times, name), 4) for name in artefacts),
+                ratio=tuple(bench.paired_ratio(times[name], times["float"]).value for name in artefacts),
                 milliseconds=tuple(round(float(np.median(times[name])), 4) for name in artefacts),
                 sqnr=tuple(sqnr[name] for name in artefacts),
             )
@@ -97,11 +97,6 @@ def measure_neighbours(
         **analysis.execution,
     )
     return msgspec.json.decode(work.cached("neighbours", key, make), type=MeasuredNeighbours)
-
-
-def ratio_of(times: Mapping[str, np.ndarray], name: str) -> float:
-    """Return the median over the rounds of a model's time over float's: what slows a round slows both."""
-    return float(np.median(times[name] / times["float"]))
 
 
 def with_measured_front(plan: PlanReport, points: Sequence[ParetoPoint], found: MeasuredNeighbours) -> PlanReport:

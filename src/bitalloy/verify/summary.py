@@ -69,7 +69,9 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         latency_ms=Triple(
             reference=latency.reference.median_ms, lowest=latency.lowest.median_ms, mixed=latency.mixed.median_ms
         ),
-        latency_ratio=round(measured.ratio, 4),
+        latency_ratio=measured.ratio,
+        latency_ratio_interval=None if planned.cost.estimated else measured.ratio_mixed,
+        lowest_latency_ratio=None if planned.cost.estimated else measured.ratio_lowest,
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
         predicted_latency_ratio_interval=planned.predicted_ratio_interval,
         latency_spread_ms=measured.latency,
@@ -94,7 +96,14 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *_unresolved(planned, measured), *metrics.notes),
+        notes=(
+            *analysis.notes,
+            *_unfit(analysis),
+            *_busy(latency),
+            *_estimated(planned),
+            *_unresolved(planned, measured),
+            *metrics.notes,
+        ),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
@@ -158,13 +167,18 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
     for name, metric in metrics.metrics.items():
         parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
     runs = "is estimated to run" if planned.cost.estimated else "runs"
-    lead = (
-        f"The mixed model {runs} in {ratio:.2f}x of float's time"
-        if ratio < 1
-        else f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
-    )
+    interval = measured.ratio_mixed
     if not planned.plan.chosen:
         lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
+    elif interval.low >= 1:
+        lead = f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
+    elif interval.high < 1:
+        lead = f"The mixed model {runs} in {ratio:.2f}x of float's time"
+    else:
+        lead = (
+            f"The mixed model is NOT measurably faster than float ({ratio:.2f}x of its time, 95 % interval "
+            f"{interval.low:.2f} to {interval.high:.2f}): timing on this machine does not tell which to deploy"
+        )
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
@@ -187,6 +201,18 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
         "rounding as the model says."
     )
     return (note,)
+
+
+def _unfit(analysis: Analysis) -> list[str]:
+    """Say which files do not stand for the float model themselves."""
+    given = analysis.given
+    files = given.program.graphs.values() if isinstance(given, Joined) else (given,)
+    return [
+        f"'{file.source.name}' as it is does not stand for the float model: {file.unfit}. What is compared with is the "
+        "same network without that."
+        for file in files
+        if file.unfit
+    ]
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:

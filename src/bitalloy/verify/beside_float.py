@@ -1,0 +1,138 @@
+"""One plan beside the float model and the one in its lowest schemes: latency, and outputs on unseen samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bitalloy.core.outcome import LatencySpread
+from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.records import Estimate, Latency
+from bitalloy.core.schemes import Plan
+from bitalloy.core.store import key_of
+from bitalloy.core.work import Progress, Workspace
+from bitalloy.measure import bench
+from bitalloy.measure.prices import latency_us
+from bitalloy.measure.sqnr import FLOAT32, output_sqnr
+from bitalloy.runtime.artefact import Artefact, reopeners
+from bitalloy.runtime.base import Session
+from bitalloy.sensitivity.analysis import Analysis
+
+SITTINGS, REPEATS = 5, 8
+"""Times that sessions are made anew, and timed rounds with each of them."""
+
+OUTCOMES = ("float", "lowest", "mixed")
+
+
+def measure_plan(
+    analysis: Analysis, planned: Planned, mixed: Artefact, samples: Sequence[int], work: Workspace
+) -> Measured:
+    """Execute a plan on the target's runtime; where the target is not here, its latency is that of the cost table.
+
+    Args:
+        analysis: what is known about the model.
+        planned: the plan.
+        mixed: the model of the plan.
+        samples: indices of the samples on which outputs are compared.
+        work: where to keep and show results.
+    """
+
+    def make() -> bytes:
+        sqnr: dict[str, tuple[Estimate, ...]] = {}
+        timed = 0 if planned.cost.estimated else SITTINGS * REPEATS
+        with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
+
+            def compare(sessions: Mapping[str, Session]) -> None:
+                sqnr.update(
+                    output_sqnr(
+                        sessions["float"],
+                        {name: sessions.get(name, sessions["mixed"]) for name in ("lowest", "mixed")},
+                        analysis.heads,
+                        (analysis.data.feeds(i) for i in samples),
+                        seed=analysis.settings.seed,
+                        progress=progress.advance,
+                    )
+                )
+
+            models = _different(analysis, planned.plan.chosen, mixed, folder)
+            latency, ratio = (_estimated if planned.cost.estimated else _timed)(
+                analysis, planned, models, compare, progress
+            )
+        return msgspec.json.encode(
+            Measured(
+                latency=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
+                ratio_lowest=ratio["lowest"],
+                ratio_mixed=ratio["mixed"],
+                sqnr_lowest=sqnr["lowest"],
+                sqnr_mixed=sqnr["mixed"],
+                float32=sqnr[FLOAT32],
+            )
+        )
+
+    key = key_of(analysis=analysis.key, mixed=planned.plan.chosen.listed, **analysis.execution)
+    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+
+
+def _different(analysis: Analysis, plan: Plan, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
+    """Return the models as they run here; what is large lies in files of a folder.
+
+    The one in its lowest schemes is left out where the plan is just that.
+    """
+    models = {"float": analysis.original(), "mixed": analysis.executable(mixed).placed(folder / "mixed")}
+    if (lowest := analysis.units.lowest()) != plan:
+        models["lowest"] = analysis.executable(analysis.artefact(lowest)).placed(folder / "lowest")
+    return models
+
+
+def _estimated(
+    analysis: Analysis,
+    planned: Planned,
+    models: Mapping[str, Artefact],
+    then: Callable[[Mapping[str, Session]], None],
+    progress: Progress,
+) -> tuple[dict[str, Latency], dict[str, Estimate]]:
+    """Take latencies from the cost table, and hand the sessions of all models to `then`."""
+    sessions = {name: model.session() for name, model in models.items()}
+    then(sessions)
+    for session in sessions.values():
+        session.close()
+    plans = (Plan(), analysis.units.lowest(), planned.plan.chosen)
+    us = {n: latency_us(planned.cost, analysis.units, p) for n, p in zip(OUTCOMES, plans, strict=True)}
+    ratio = {name: round(value / us["float"], 4) for name, value in us.items()}
+    return (
+        {n: Latency(median_ms=v / 1e3, p10_ms=v / 1e3, p90_ms=v / 1e3, count=0) for n, v in us.items()},
+        {n: Estimate(value=r, low=r, high=r) for n, r in ratio.items()},
+    )
+
+
+def _timed(
+    analysis: Analysis,
+    planned: Planned,
+    models: Mapping[str, Artefact],
+    then: Callable[[Mapping[str, Session]], None],
+    progress: Progress,
+) -> tuple[dict[str, Latency], dict[str, Estimate]]:
+    """Time the models in turns, and hand their sessions to `then`.
+
+    What is one file is timed once: a plan without any lowered unit has the times of the float model.
+    """
+    together = not (models["mixed"].large or analysis.graph.large)
+    openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
+    found = bench.time_sittings(
+        dict(zip(models, openers, strict=True)),
+        analysis.data.feeds(0),
+        repeats=REPEATS,
+        sittings=SITTINGS,
+        together=together,
+        progress=progress.advance,
+        then=then,
+    )
+    mixed = found["mixed" if planned.plan.chosen else "float"]
+    times: dict[str, np.ndarray] = {"float": found["float"], "lowest": found.get("lowest", mixed), "mixed": mixed}
+    return (
+        {name: bench.latency_of(series) for name, series in times.items()},
+        {name: bench.paired_ratio(series, times["float"]) for name, series in times.items()},
+    )
