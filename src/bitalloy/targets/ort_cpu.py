@@ -14,9 +14,9 @@ Case 6. AveragePool whose INT8 kernel is wrong stays in float: with ceil_mode an
         windows at the edge by another count than in float, and with dilations the fused node is refused.
 Case 7. Everything else stays in float.
 
-On x86 CPUs without VNNI the uint8 x int8 kernels add pairs of products in 16 bits and saturate (ORT documentation,
-"Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every weight; here the
-scale of a channel grows only as far as its own neighbouring weights need (`recipe.stored_weight`).
+On x86 CPUs without VNNI the uint8 x int8 kernels of `pairs` add pairs of products in 16 bits and saturate (ORT
+documentation, "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every
+weight; here the scale of a channel grows only as far as its own neighbouring weights need (`recipe.stored_weight`).
 """
 
 from __future__ import annotations
