@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 
 import bitalloy
-from bitalloy.core.outcome import LatencySpread, Triple
+from bitalloy.core.outcome import KernelEffect, LatencySpread, Triple
 from bitalloy.core.planned import Measured, Metrics
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, Latency
@@ -95,6 +96,15 @@ def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p
     summary = summarize_run(analysis, shipped(planned, found), {})
     assert any("machine was busy" in note for note in summary.notes) == busy
     assert (unsteadiness(found.latency.reference) > 10) == busy
+
+
+def test_effects_of_kernels_are_notes_with_their_cause(analysis: Any, planned: Any) -> None:
+    effect = KernelEffect(head="logits", optimized_db=17.5, written_db=36.1, cause="kernels saturate")
+    run = replace(shipped(planned, measured(analysis, 0.5)), kernel_effects=(effect,))
+    summary = summarize_run(analysis, run, {})
+    assert summary.kernel_effects == (effect,)
+    (note,) = (n for n in summary.notes if "kernel effect" in n)
+    assert "logits" in note and "17.5 dB" in note and "36.1 dB" in note and note.endswith("kernels saturate.")
 
 
 def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any) -> None:
