@@ -63,6 +63,12 @@ def per_channel(weight: Array, axis: int, pair_limit: int | None = None) -> Grid
     return Grid((top.astype(np.float64) / 127).astype(np.float32), np.zeros(len(top), np.int8), axis)
 
 
+def limit_of(node: onnx.NodeProto, weight: Array, pair_limit: int | None) -> int | None:
+    """The limit, but for a convolution of one channel to one channel, whose kernel adds no pairs."""
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    return None if node.op_type == "Conv" and weight.shape[:2] == (groups, 1) else pair_limit
+
+
 def orders(weight: Array, axis: int) -> list[Array]:
     """Magnitudes of each channel's weights in the orders in which kernels may pair them."""
     rows = np.abs(np.moveaxis(weight, axis, 0).astype(np.float32))
@@ -115,7 +121,7 @@ class Simulation:
                     read[name] = self._grid(name).rounded(read[name])
                 if node.op_type == "Conv":
                     weight = read[node.input[1]]
-                    grid = per_channel(weight, 0, None if weight.shape[1] == 1 else pair_limit)
+                    grid = per_channel(weight, 0, limit_of(node, weight, pair_limit))
                     read[node.input[1]] = grid.rounded(weight)
                     if len(node.input) > 2:
                         steps = self._grid(first).scale * grid.scale

@@ -135,7 +135,8 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["samples"] == 8 and summary["calibration"]["count"] == 8
     notes = [n for n in summary["notes"] if not n.startswith("The machine was busy")]
     assert notes == ["Intervals rest on 8 images only and are rough."]
-    assert set(summary["seconds"]) >= {"calibration", "probe", "cost", "plan", "verify", "evaluate"}
+    assert set(summary["seconds"]) >= {"calibration", "probe", "cost", "plan", "verify", "evaluate", "kernels"}
+    assert summary["kernel_effects"] == []
 
 
 def test_headline_is_honest(finished: Any) -> None:

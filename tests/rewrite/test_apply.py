@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from tests.cnn import Case, int8, with_pair_limit
-from tests.definition import Simulation, asymmetric, orders, pair_sums, per_channel, root
+from tests.definition import Simulation, asymmetric, limit_of, orders, pair_sums, per_channel, root
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.schemes import Plan
@@ -81,7 +81,7 @@ def test_constants_are_those_of_the_definitions(case: Case, pair_limit: int | No
     for node in (n for n in model.graph.node if n.op_type == "Conv"):
         x, w, *b = (makers[name] for name in node.input)
         weight = floats[layers[node.name].input[1]]
-        grid = per_channel(weight, 0, None if weight.shape[1] == 1 else pair_limit)
+        grid = per_channel(weight, 0, limit_of(node, weight, pair_limit))
         for name, expected in zip(w.input, (grid.integers(weight), grid.scale, grid.zero), strict=True):
             same(values[name], expected)
         for bias in b:

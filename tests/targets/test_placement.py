@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from tests.cnn import int8
-from tests.definition import asymmetric, per_channel, root, symmetric
+from tests.definition import asymmetric, limit_of, per_channel, root, symmetric
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.model.heads import find_heads
@@ -66,8 +66,8 @@ def test_weights_are_those_of_the_definitions(rewrite: Rewrite, name: str, case:
         weight = array_of(made.graph.node[str(node.name)].inputs[1])
         products = {"MatMul": 1, "Gemm": 0 if attribute(node, "transB", 0) else 1, "ConvTranspose": 1}
         axis = products.get(node.op_type, 0)
-        depthwise = node.op_type == "Conv" and weight.shape[1] == 1
-        expected = per_channel(weight, axis, None if depthwise else made.units.scheme("int8").pair_limit)
+        limit = limit_of(ir.serde.serialize_node(node), weight, made.units.scheme("int8").pair_limit)
+        expected = per_channel(weight, axis, limit)
         found = [array_of(value) for value in stored.inputs]
         assert attribute(stored, "axis", 1) == axis
         for value, parameter in zip(found, (expected.integers(weight), expected.scale, expected.zero), strict=True):

@@ -113,6 +113,24 @@ def test_a_pair_without_integer_kernels_is_left_unfused(tmp_path: Path) -> None:
     assert "1 pairs of QuantizeLinear" in found.graphs[0].sentence()
 
 
+@pytest.mark.parametrize(
+    ("node", "executed"),
+    [("Conv(d, w)", "int8"), ("Conv(d, w, wb)", "int8"), ("ConvTranspose(d, w, wb)", BASELINE), ("Relu(d)", "int8")],
+)
+def test_weights_that_the_runtime_rounds_are_seen(node: str, executed: str, tmp_path: Path) -> None:
+    """Also where it reads them as floats again, and no kernel works on integers."""
+    text = f"""(float[1,4,8,8] x, float scale, uint8 zero, float[4,4,3,3] w, float[4] wb) => (float[N,C,H,W] y) {{
+        q = QuantizeLinear(x, scale, zero)  d = DequantizeLinear(q, scale, zero)  c = {node}
+        o = QuantizeLinear(c, scale, zero)  y = DequantizeLinear(o, scale, zero) }}"""
+    found, _ = look(text, tmp_path)
+    weighted = "w" in node
+    assert found.graphs[0].rounded == (("c",) if weighted else ())
+    (unit,) = (u for u in found.units if u.unit == "c")
+    assert unit.rounded == weighted == (unit in found.differences() and "rounded its weights" in unit.cause)
+    assert unit.executed == executed or not weighted
+    assert ("1 nodes whose float weights were rounded" in found.graphs[0].sentence()) == weighted
+
+
 def test_rounding_that_was_moved_does_the_work_of_no_other_node(tmp_path: Path) -> None:
     """The Transpose runs on integers, behind a QuantizeLinear that is named after the Sin which it rounds now."""
     found, takers = look(FLOATS["a pair behind a move"], tmp_path)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import bitalloy
-from bitalloy.core.outcome import LatencySpread, Triple
+from bitalloy.core.outcome import KernelEffect, LatencySpread, Triple
 from bitalloy.core.planned import Measured, Metrics
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, Latency
@@ -108,6 +108,15 @@ def test_advice_is_given_only_where_timing_tells(analysis: Any, planned: Any, ra
     assert said in summary.headline
     assert ("deploy the float model" in summary.headline) == (ratio > 1.05)
     assert summary.latency_ratio_interval == Estimate(value=ratio, low=ratio - 0.05, high=ratio + 0.05)
+
+
+def test_effects_of_kernels_are_notes_with_their_cause(analysis: Any, planned: Any) -> None:
+    effect = KernelEffect(head="logits", optimized_db=17.5, written_db=36.1, cause="kernels saturate")
+    run = replace(shipped(planned, measured(analysis, 0.5)), kernel_effects=(effect,))
+    summary = summarize_run(analysis, run, {})
+    assert summary.kernel_effects == (effect,)
+    (note,) = (n for n in summary.notes if "kernel effect" in n)
+    assert "logits" in note and "17.5 dB" in note and "36.1 dB" in note and note.endswith("kernels saturate.")
 
 
 def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any) -> None:

@@ -90,7 +90,7 @@ def audit_command(
     line = f"{found.runtime} {found.version}. Share of kernel time: {shares}."
     out_console.print(line, soft_wrap=True, highlight=False, markup=False)
     differing = found.differences()
-    as_planned = sum(u.executed == u.planned for u in found.units)
+    as_planned = sum(u.executed == u.planned and not u.rounded for u in found.units)
     inside = len(found.units) - as_planned - len(differing)
     line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
     for text in (line, *(g.sentence() for g in found.graphs)):

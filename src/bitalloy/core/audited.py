@@ -20,6 +20,8 @@ class AuditedUnit(Record, frozen=True, kw_only=True):
     us: float
     cause: str
     """Likely cause of a difference, or where its work went where it has no kernel of its own; empty without either."""
+    rounded: bool = False
+    """Whether the runtime rounded weights that the plan keeps in float; its kernel may work on floats all the same."""
 
 
 class AuditedKernel(Record, frozen=True, kw_only=True):
@@ -57,6 +59,8 @@ class AuditedGraph(Record, frozen=True, kw_only=True):
     """Nodes that became constants."""
     removed: tuple[str, ...] = ()
     """Nodes that nothing stands for."""
+    rounded: tuple[str, ...] = ()
+    """Nodes whose float weights the runtime rounded to integers."""
     unknown: str = ""
     """Why none of this is known."""
 
@@ -77,6 +81,7 @@ class AuditedGraph(Record, frozen=True, kw_only=True):
                 (self.folded, "nodes folded into constants"),
                 (self.removed, "nodes removed"),
                 ([n for n in self.nodes if not n.ran], "nodes that did not run"),
+                (self.rounded, "nodes whose float weights were rounded"),
             )
             if names
         ]
@@ -100,5 +105,5 @@ class Audit(Record, frozen=True, kw_only=True):
     """What a reader must know, such as that the target's own device was not there; empty without."""
 
     def differences(self) -> tuple[AuditedUnit, ...]:
-        """Return the units whose work was done in another precision than planned."""
-        return tuple(u for u in self.units if u.executed not in ("", u.planned))
+        """Return the units whose work was done in another precision than planned, or on weights that were rounded."""
+        return tuple(u for u in self.units if u.rounded or u.executed not in ("", u.planned))

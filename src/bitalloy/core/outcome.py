@@ -131,6 +131,18 @@ class Correction(Record, frozen=True, kw_only=True):
     """Samples on which the SQNR was measured."""
 
 
+class KernelEffect(Record, frozen=True, kw_only=True):
+    """A difference between what the mixed model gives as its runtime optimizes it and what its graph says."""
+
+    head: str
+    optimized_db: float
+    """SQNR of the model as it is shipped and run."""
+    written_db: float
+    """SQNR of its graph with every node executed by its own kernel: what predictions are about."""
+    cause: str
+    """What makes the difference, as executions without it prove, or that it is not known."""
+
+
 class Summary(Record, frozen=True, kw_only=True):
     """`summary.json`: the result of a run. Names are stable; new ones may be added."""
 
@@ -195,5 +207,8 @@ class Summary(Record, frozen=True, kw_only=True):
     """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False
     """True where the target cannot run on this machine: all latencies follow from peak rates of `device`."""
+    kernel_effects: tuple[KernelEffect, ...] | None = None
+    """Heads whose SQNR differs by more than 1 dB between the mixed model as optimized and as written, on the samples of
+    the verification; None where that was not examined: a device that is not here, or a large model."""
     corrections: tuple[Correction, ...] = ()
     """Light corrections that were tried, in order; those that were switched off are left out."""

@@ -8,6 +8,7 @@ Case 5. No kernel of its own: it runs inside the kernel of another unit, as that
         runtime made say. It shares that kernel's precision, except that what was planned in float behind rounded
         numbers may be computed in float there: then nothing is claimed.
 Case 6. Neither: its nodes were folded into constants, or removed.
+Case 7. Planned in float, and the runtime rounded its weights all the same, for an integer kernel or none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bitalloy import ops
 from bitalloy.core.audited import Audit, AuditedGraph, AuditedKernel, AuditedNode, AuditedUnit
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
@@ -101,9 +103,13 @@ def reconcile(
             known[name, node.name] = units
             names = tuple(map(traced.name_before, node.sources))
             nodes.append(AuditedNode(op=node.op, units=units, nodes=names, ran=(name, node.name) in ran))
-        lists = ([traced.name_before(n) for n in part] for part in (found.unfused, found.folded, found.removed))
-        unfused, folded, removed = map(tuple, lists)
-        graphs.append(AuditedGraph(graph=name, nodes=tuple(nodes), unfused=unfused, folded=folded, removed=removed))
+        lists = (found.unfused, found.folded, found.removed, found.rounded)
+        unfused, folded, removed, rounded = (tuple(map(traced.name_before, part)) for part in lists)
+        graphs.append(
+            AuditedGraph(
+                graph=name, nodes=tuple(nodes), unfused=unfused, folded=folded, removed=removed, rounded=rounded
+            )
+        )
     merged = []
     for timed in kernels:
         more = known.get((timed.kernel.graph, timed.kernel.name), ())
@@ -138,6 +144,9 @@ def _audited(
     else:
         executed = _decisive(_main(own) or own)
         cause = _cause(planned, executed, runtime, known) if executed else _absence(unit, graphs)
+    rounded = planned.weight is None and _weights_rounded(unit, graphs)
+    if rounded:
+        cause = f"{runtime}'s optimizer rounded its weights, which the plan keeps in float"
     return AuditedUnit(
         unit=unit.id,
         kind=unit.kind,
@@ -146,6 +155,7 @@ def _audited(
         kernels=tuple(t.kernel.op for t in own),
         us=round(sum(t.us for t in own), 3),
         cause=cause,
+        rounded=rounded,
     )
 
 
@@ -177,6 +187,15 @@ def _cause(planned: Scheme, executed: str, runtime: str, known: Mapping[str, Sch
         name = planned.name.upper()
         return f"{runtime} has no {name} kernel for it on this processor: Cast to {BASELINE.upper()}"
     return f"the runtime chose {executed} by itself"
+
+
+def _weights_rounded(unit: Unit, graphs: Sequence[AuditedGraph]) -> bool:
+    """Tell whether the runtime rounded float weights of a unit."""
+    return unit.kind in ops.WEIGHTED and any(
+        unit.id in node.units and not set(graph.rounded).isdisjoint(node.nodes)
+        for graph in graphs
+        for node in graph.nodes
+    )
 
 
 def _absence(unit: Unit, graphs: Sequence[AuditedGraph]) -> str:

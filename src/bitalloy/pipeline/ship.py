@@ -98,6 +98,7 @@ def verify(
         metrics=metrics,
         rounds=course.rounds(),
         evaluations=evaluations,
+        kernel_effects=None if unmeasured else course.kernel_effects(),
     )
     summary = summarize_run(course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)

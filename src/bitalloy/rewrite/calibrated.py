@@ -25,6 +25,7 @@ from bitalloy.model.opset import raise_opset
 from bitalloy.rewrite.apply import MixedModel, write_plan
 from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
+from bitalloy.rewrite.floats import keep_floats
 from bitalloy.rewrite.reopen import reopen
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
@@ -133,8 +134,16 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
 
 def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
     model = write_plan(graph, recipe, plan).model
-    if not isinstance(graph, Joined):
-        return Artefact({ONLY: model}, runtime=recipe.target.runtime)
+    parts, program = {ONLY: model}, None
+    if isinstance(graph, Joined):
+        parts, program = _divided(graph, model), graph.program
+    for part in parts.values() if recipe.target.rounds_floats else ():
+        keep_floats(part)
+    return Artefact(parts, program, recipe.target.runtime)
+
+
+def _divided(graph: Joined, model: ir.Model) -> dict[str, ir.Model]:
+    """Take a program apart into its graphs, with open sizes where they can be left open."""
     parts = divide(model, graph.program)
     for name, opened in graph.opened.items():
         try:
@@ -143,7 +152,7 @@ def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
             parts[name] = reopen(parts[name], opened, graph.program.graphs[name].model)
         except ModelError:
             continue
-    return Artefact(parts, graph.program, recipe.target.runtime)
+    return parts
 
 
 def _executable(artefact: Artefact, target: Target) -> Artefact:

@@ -9,10 +9,13 @@ Case 3. Else it was fused. The node that took it lies before the tensors that su
         one that took the nearest node before it, because what follows a kernel runs at its end; DequantizeLinear runs
         at the beginning of the kernels behind it.
 Case 4. Nothing that survives depends on it: it was removed.
+
+Beside that, a node whose float weights the result stores as integers of one byte has been rounded by the runtime.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +23,7 @@ import onnx_ir as ir
 
 from bitalloy import ops
 
+BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Reshape", "Transpose"})
 """Operators that a runtime adds to change the layout of tensors for other operators."""
 
@@ -45,6 +49,8 @@ class Rewritten:
     """Names of the nodes of the model that were removed (case 4)."""
     unfused: tuple[str, ...]
     """Names of QuantizeLinear nodes of the optimized graph that only DequantizeLinear reads: no kernel took them in."""
+    rounded: tuple[str, ...] = ()
+    """Names of the nodes of the model whose float weights became integers."""
 
 
 def match(model: ir.Graph, result: ir.Graph, origin: Callable[[str], str | None]) -> Rewritten:
@@ -82,7 +88,7 @@ class _Matcher:
 
     def matched(self) -> Rewritten:
         taken: dict[ir.Node, list[str]] = {node: [] for node in self._result}
-        folded, removed = [], []
+        folded, removed, rounded = [], [], []
         for node in self._model:
             if takers := self._anchors.get(node):
                 pass
@@ -92,12 +98,15 @@ class _Matcher:
                 removed.append(str(node.name))
             for taker in takers or ():
                 taken[taker].append(str(node.name))
+            if any(_rounds_weight(node, taker) for taker in takers or ()):
+                rounded.append(str(node.name))
         pairs = [n for n in self._result if n.op_type == "QuantizeLinear" and _only_dequantized(n)]
         return Rewritten(
             tuple(RewrittenNode(str(n.name), n.op_type, tuple(sources)) for n, sources in taken.items()),
             tuple(folded),
             tuple(removed),
             tuple(str(n.name) for n in pairs),
+            tuple(rounded),
         )
 
     def _folded(self, node: ir.Node) -> bool:
@@ -178,6 +187,17 @@ class _Matcher:
                 else:
                     open_.append(other)
         return list(found)
+
+
+def _rounds_weight(node: ir.Node, taker: ir.Node) -> bool:
+    """Tell whether a node that took another one in reads its float weights as integers, itself or dequantized."""
+    weight = node.inputs[1] if node.op_type in ops.WEIGHTED else None
+    if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.FLOAT or weight.shape is None:
+        return False
+    read = [v for v in taker.inputs if v is not None]
+    read += [p.inputs[0] for v in read if (p := v.producer()) and p.op_type == "DequantizeLinear" and p.inputs[0]]
+    stored = [v.shape for v in read if v.is_initializer() and v.dtype in BYTES and v.shape is not None]
+    return math.prod(weight.shape.numpy()) in [math.prod(shape.numpy()) for shape in stored if len(shape)]
 
 
 def _only_dequantized(node: ir.Node) -> bool:

@@ -37,6 +37,10 @@ class Execution:
     integers: bool = True
     """False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written. On CPUs
     without VNNI the integer kernels that else take their place saturate sums of two products in 16 bits."""
+    wide_sums: bool = False
+    """True stores signed weights of integer kernels as unsigned ones, whose products are added in 32 bits."""
+    rounds_weights: bool = True
+    """False leaves the pass `WeightBiasQuantization` out, see `bitalloy.rewrite.floats`."""
     written: Path | None = None
     """File for the graph as the session runs it, after all optimisations; the weights go beside it."""
 
@@ -96,7 +100,8 @@ class OrtSession:
         self._lent_values = {name: ort.OrtValue.ortvalue_from_numpy(w) for name, w in self._lent.items()}
         providers = list(dict.fromkeys((execution.provider, CPU)))
         try:
-            self._session = ort.InferenceSession(source, options, providers=providers)
+            left_out = [] if execution.rounds_weights else ["WeightBiasQuantization"]
+            self._session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=left_out)
         except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error
 
@@ -153,6 +158,8 @@ def _options(execution: Execution) -> ort.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not execution.integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if execution.wide_sums:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if (written := execution.written) is not None:
         options.optimized_model_filepath = str(written)
         for key, value in (("file_name", f"{written.name}.data"), ("min_size_in_bytes", "1024")):

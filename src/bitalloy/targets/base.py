@@ -112,6 +112,8 @@ class Target:
     the way to the others, and every tensor is rounded on its own scale."""
     slow_softmax: bool = True
     """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
+    rounds_floats: bool = False
+    """Whether the runtime rounds, or computes in integers, what a plan keeps in float: see `rewrite.floats`."""
     device: Device | None = None
     """The device for which cost is estimated, where it is not on this machine; None where cost is measured."""
     native: Runtime | None = None

@@ -23,7 +23,7 @@ Case 6. MatMul of two activations stays in float: MatMulTransformation wants its
         0, and the formats here are uint8.
 Case 7. ConvTranspose and everything else stay in float.
 
-On x86 CPUs without VNNI the uint8 x int8 kernels (oneDNN) saturate as those of ONNX Runtime do; see `ort_cpu`.
+On x86 CPUs without VNNI the uint8 x int8 kernels (oneDNN) saturate as those of ONNX Runtime do; see `pairs`.
 """
 
 from __future__ import annotations

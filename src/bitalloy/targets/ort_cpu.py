@@ -12,11 +12,11 @@ Case 5. MaxPool, Reshape, Transpose, Slice, Split and the like run on the intege
         their input: they follow the unit that feeds them.
 Case 6. AveragePool whose INT8 kernel is wrong stays in float: with ceil_mode and count_include_pad it divides the
         windows at the edge by another count than in float, and with dilations the fused node is refused.
-Case 7. Everything else stays in float.
+Case 7. Everything else stays in float. What the optimizer would round or fuse of it all the same: `rewrite.floats`.
 
-On x86 CPUs without VNNI the uint8 x int8 kernels add pairs of products in 16 bits and saturate (ORT documentation,
-"Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every weight; here the
-scale of a channel grows only as far as its own neighbouring weights need (`recipe.stored_weight`).
+On x86 CPUs without VNNI the uint8 x int8 kernels of `pairs` add pairs of products in 16 bits and saturate (ORT
+documentation, "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every
+weight; here the scale of a channel grows only as far as its own neighbouring weights need (`recipe.stored_weight`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
         case "Concat":
             fixed = any(constant(v) is not None for v in node.inputs)
             return Core("Concat", (node,), unfit="one operand is constant" if fixed else "")
-        case "AveragePool" if reason := _pool_fault(node):
+        case "AveragePool" if reason := pool_fault(node):
             return Core("AveragePool", (node,), unfit=reason)
         case op if op in SINGLE:
             return Core(op, (node,))
@@ -60,7 +60,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return Core(op, (node,), unfit=f"ONNX Runtime has no INT8 kernel for {op} on CPUs")
 
 
-def _pool_fault(node: ir.Node) -> str:
+def pool_fault(node: ir.Node) -> str:
     """Say what is wrong with the INT8 kernel for an AveragePool; empty where nothing is."""
     if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
         return "ONNX Runtime's INT8 kernel differs at the edge, with ceil_mode and count_include_pad"
@@ -111,4 +111,5 @@ ORT_CPU = Target(
     ),
     match=_match,
     follows=moves,
+    rounds_floats=True,
 )

@@ -19,6 +19,7 @@ from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, target
 from bitalloy.targets.base import Target
+from bitalloy.targets.pairs import largest_pairs
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 """Tensor -> calibrated (low, high)."""
@@ -54,9 +55,8 @@ class Recipe:
 def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParams | None:
     """Choose how a weight is stored: by tensor, by channel of `site.axis`, or by block along the reduction.
 
-    With a `pair_limit` the scale of a channel is raised until no two neighbours along the reduction, in the
-    orders (channel, kernel) and (kernel, channel), sum to more than the limit: 128 keeps
-    255 * (|a| + |b|) below 2^15. Depthwise kernels do not add pairs.
+    With a `pair_limit` the scale of a channel is raised until no two weights that a kernel may add (`largest_pairs`)
+    sum to more than the limit: 128 keeps 255 * (|a| + |b|) below 2^15.
     """
     stored = find_format(scheme.weight)
     axis, weight = site.axis, constant(node.inputs[site.slot])
@@ -65,17 +65,10 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
     if scheme.granularity is Granularity.BLOCK:
         along = reduction_axis(node, axis, weight.ndim)
         return stored.of_magnitudes(_block_maxima(np.abs(weight), along, scheme.block), axis=along, block=scheme.block)
-    depthwise = node.op_type == "Conv" and weight.shape[1] == 1
-    channels = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1)
-    high = channels.max(axis=1)
-    if scheme.pair_limit is not None and not depthwise:
-        orders = [channels]
-        if weight.ndim > 2:
-            orders.append(np.moveaxis(np.abs(weight), 1, -1).reshape(weight.shape[0], -1))
-        for rows in orders:
-            pairs = (rows[:, 1:] + rows[:, :-1]).max(axis=1, initial=0.0)
-            # rounding may lift both members by half a step
-            high = np.maximum(high, pairs * np.float32(127 / (scheme.pair_limit - 1)))
+    high = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
+    if scheme.pair_limit is not None:
+        # rounding may lift both members by half a step
+        high = np.maximum(high, largest_pairs(node, weight, axis) * np.float32(127 / (scheme.pair_limit - 1)))
     if scheme.granularity is Granularity.TENSOR:
         high = np.full_like(high, high.max(initial=0.0))
     return stored.of_magnitudes(high, axis=axis)

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import Round
+from bitalloy.core.outcome import KernelEffect, Round
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
+from bitalloy.core.store import key_of
 from bitalloy.core.work import Workspace
+from bitalloy.measure.cost import machine_name
+from bitalloy.measure.kernels import kernel_effects
 from bitalloy.model.heads import is_divergence
 from bitalloy.rewrite.calibrated import unseen_samples
 from bitalloy.runtime.artefact import Artefact
@@ -192,6 +195,27 @@ class VerificationCourse:
     def best(self) -> TriedPlan:
         """The plan that fits the budget best, as measured."""
         return self._decided or min(self._tried, key=lambda t: budget_misfit(self.budget, t.standing))
+
+    def kernel_effects(self) -> tuple[KernelEffect, ...]:
+        """Compare the best plan as the runtime optimizes it with its graph as it is written, on the same samples."""
+        analysis, best = self._analysis, self.best
+
+        def make() -> bytes:
+            with self._work.stage("kernels", len(self.samples)) as progress:
+                found = kernel_effects(
+                    analysis.original(),
+                    analysis.executable(best.mixed),
+                    analysis.heads,
+                    lambda: (analysis.data.feeds(i) for i in self.samples),
+                    progress=progress.advance,
+                )
+            return msgspec.json.encode(found)
+
+        plan = best.planned.plan.chosen
+        key = key_of(
+            analysis=analysis.key, mixed=plan.listed, samples=self.samples, device=machine_name(), **analysis.execution
+        )
+        return msgspec.json.decode(self._work.cached("kernels", key, make), type=tuple[KernelEffect, ...])
 
     def rounds(self) -> tuple[Round, ...]:
         """List what was done, with the mark of the plan that is kept."""

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
+from bitalloy.core.outcome import (
+    Comparison,
+    Evaluation,
+    HeadComparison,
+    KernelEffect,
+    LatencySpread,
+    Round,
+    Summary,
+    Triple,
+)
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
 from bitalloy.core.records import part_of
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
@@ -34,6 +43,8 @@ class MeasuredPlan:
     metrics: Metrics
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    kernel_effects: tuple[KernelEffect, ...] | None = None
+    """What optimization changes; None where that was not examined."""
 
 
 def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
@@ -102,6 +113,7 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
             *_busy(latency),
             *_estimated(planned),
             *_unresolved(planned, measured),
+            *_optimized(analysis, shipped.kernel_effects or ()),
             *metrics.notes,
         ),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
@@ -110,6 +122,7 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         workload=_workload(analysis),
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
+        kernel_effects=shipped.kernel_effects,
         corrections=analysis.corrections,
     )
 
@@ -127,6 +140,16 @@ def _unresolved(planned: Planned, measured: Measured) -> list[str]:
         "which are float32 rounding of the scores themselves, which predictions leave out: the plan does less."
         for head, found, least in rows
         if is_divergence(head.head) and found.value > least.value - MOSTLY_NOISE_DB
+    ]
+
+
+def _optimized(analysis: Analysis, effects: Sequence[KernelEffect]) -> list[str]:
+    """Say what the optimization of the runtime changes."""
+    name = analysis.target.runtime.name
+    return [
+        f"{e.head}: a kernel effect. The mixed model reaches {e.optimized_db:.1f} dB as {name} optimizes it, and "
+        f"{e.written_db:.1f} dB as its graph is written: {e.cause}."
+        for e in effects
     ]
 
 
