@@ -226,9 +226,9 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
             options=replace(asked.opening.options(asked.analysis.limit), progress=bars),
         )
     if asked.json_output:
-        import msgspec
+        from bitalloy.core.encoding import to_json
 
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n")
+        sys.stdout.write(to_json(table, pretty=True).decode() + "\n")
         return
     columns, lines = text.readable(table)
     shown = Table()
@@ -299,9 +299,9 @@ def main() -> None:
     """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
     try:
         app(standalone_mode=True)
-    except BitalloyError as error:
-        error_console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+    except (BitalloyError, UnicodeEncodeError) as error:
+        told = str(error)
+        if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them
+            told = f"A name is not UTF-8 text: {error.object!a}. Rename that file or folder."
+        error_console.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        error_console.print("Stopped. The same command goes on from here.", style="yellow")
-        sys.exit(130)

@@ -16,9 +16,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from bitalloy.core import files
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
 
 MARKER = ".bitalloy-run"
@@ -108,4 +107,4 @@ class RunDirectory:
 
 def key_of(**parts: object) -> str:
     """Hash named parts: SHA-256 of their canonical JSON; records are allowed."""
-    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+    return hashlib.sha256(to_json(parts, order="sorted")).hexdigest()

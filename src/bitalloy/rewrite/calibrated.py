@@ -161,7 +161,8 @@ def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
 
 
 def _given(graph: Graph) -> Path | ir.Model:
-    return graph.source if graph.runnable else graph.model
+    readable = graph.runnable and graph.source.suffix == ".onnx"  # runtimes choose a parser by the suffix
+    return graph.source if readable else graph.model
 
 
 def unseen_samples(probed: int, total: int) -> list[int]:

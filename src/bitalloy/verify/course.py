@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.outcome import LatencySpread, Round
 from bitalloy.core.planned import Measured, Planned
@@ -234,7 +235,7 @@ def _measure(
                 )
 
             latency = _latency(analysis, planned, _placed(analysis, mixed, folder), compare, progress)
-        return msgspec.json.encode(
+        return to_json(
             Measured(latency=latency, sqnr_lowest=sqnr["lowest"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
         )
 
