@@ -4,8 +4,8 @@
     python -m tests.fuzz --files 40 --lines 20 --seed 7
 
 A file is one of a few small models of different kinds after one to three mutations: of fields of its messages, or of
-its raw bytes. A line is a command with options drawn from texts that no user should write. All follow from the seed; the
-name of a case (`file-17`, `line-3`) finds it again with `--only`.
+its raw bytes. A line is a command with options drawn from texts that no user should write. All follow from the seed;
+the name of a case (`file-17`, `line-3`) finds it again with `--only`.
 
 Each case runs in a forked child, so that a crash of the runtime or an endless loop is told from a refusal. It passes
 where the exit code is 0 or 2 without a traceback, and where no JSON file that it wrote holds NaN or infinity.

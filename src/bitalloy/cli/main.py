@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from bitalloy import __version__
 from bitalloy.cli import look
@@ -18,7 +19,24 @@ from bitalloy.core.errors import BitalloyError
 if TYPE_CHECKING:
     from bitalloy.pipeline.ship import Verified
 
+
+class QuickGroup(TyperGroup):
+    """The commands, of which none is needed to tell that an option is wrong.
+
+    typer converts values with pydantic, whose import takes as long as all else; a flag that is absent has no value, and
+    is converted as well, unless its default is the truth already.
+    """
+
+    def get_help_option(self, ctx: typer.Context) -> Any:
+        """Return the option `--help`."""
+        option = super().get_help_option(ctx)  # type: ignore[arg-type]
+        if option is not None:
+            option.default = False
+        return option
+
+
 app = typer.Typer(
+    cls=QuickGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

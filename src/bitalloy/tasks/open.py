@@ -41,12 +41,14 @@ from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
 _Above = Annotated[float, msgspec.Meta(gt=0)]
 _Side = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+_Sides = Annotated[tuple[_Side, ...], msgspec.Meta(min_length=2, max_length=2)]
+"""Not `tuple[_Side, _Side]`: msgspec 0.22 corrupts memory where that may also be a `_Side`."""
 
 
 class _ImageFacts(msgspec.Struct, forbid_unknown_fields=True):
     """The metadata `IMAGE`: fields of `ImageOptions`."""
 
-    size: _Side | tuple[_Side, _Side] | None = None
+    size: _Side | _Sides | None = None
     scale: _Above | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[_Above, ...] | None = None
