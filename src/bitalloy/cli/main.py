@@ -19,6 +19,9 @@ from bitalloy.core.errors import BitalloyError
 if TYPE_CHECKING:
     from bitalloy.pipeline.ship import Verified
 
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted."""
+
 
 class QuickGroup(TyperGroup):
     """The commands, of which none is needed to tell that an option is wrong.
@@ -27,9 +30,9 @@ class QuickGroup(TyperGroup):
     is converted as well, unless its default is the truth already.
     """
 
-    def get_help_option(self, ctx: typer.Context) -> Any:
+    def get_help_option(self, ctx: Any) -> Any:
         """Return the option `--help`."""
-        option = super().get_help_option(ctx)  # type: ignore[arg-type]
+        option = super().get_help_option(ctx)
         if option is not None:
             option.default = False
         return option
@@ -317,6 +320,10 @@ def main() -> None:
     """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
     try:
         app(standalone_mode=True)
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:  # typer says nothing of it
+            raise KeyboardInterrupt from None
+        raise
     except (BitalloyError, UnicodeEncodeError) as error:
         told = str(error)
         if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them

@@ -36,6 +36,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not files.is_text(path):
+            raise RunDirectoryError(f"The run directory {str(path)!a} is not UTF-8 text. Give another --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()) and not (self.path / MARKER).exists():

@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.core.errors import ModelError
+from bitalloy.core.files import is_text
 
 PROGRAM_FILE = "program.json"
 """Name of the file that describes a program of several graphs."""
@@ -27,6 +28,8 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
         raise ModelError(
             f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
         )
+    if not is_text(source):
+        raise ModelError(f"The name of the file {str(source)!a} is not UTF-8 text. Rename it.")
     try:
         data = source.read_bytes()
     except OSError as error:
