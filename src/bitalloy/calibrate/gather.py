@@ -8,6 +8,7 @@ import msgspec
 
 from bitalloy.calibrate.statistics import Statistics
 from bitalloy.calibrate.streaming import collect
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Calibration, DataInfo, Record, Settings, TensorRange, part_of
@@ -78,7 +79,7 @@ def gather(
             ),
             half_margin=float(statistics.half_margin),
         )
-        return msgspec.json.encode(record)
+        return to_json(record)
 
     return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
 

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.calibrate.clipping import Floats, Ints, entropy_threshold, mse_range, quantile
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.formats.float16 import HALF_LARGEST, HALF_SMALLEST_NORMAL
 
@@ -135,7 +136,7 @@ class Statistics:
 
     def to_bytes(self) -> bytes:
         """Serialize the statistics as a compressed .npz; equal statistics give equal bytes."""
-        header = np.frombuffer(msgspec.json.encode((self.tensors, self.samples)), np.uint8)
+        header = np.frombuffer(to_json((self.tensors, self.samples)), np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, header=header, **{f: getattr(self, f) for f in ARRAYS})
         return buffer.getvalue()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.sensitivity import SensitivityQuestion
 
 Arguments = TypeVar("Arguments")
+MOST_COUNT, MOST_PROBES, MOST_SEED = 2**31 - 1, 10_000, 2**63 - 1
+"""Largest numbers of samples, of probes in each, and of a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,12 @@ class AnalysisArguments:
     samples: Annotated[
         str, typer.Option(help="Number of samples of the probe matrix and of exact measurement, or `auto`.")
     ] = "auto"
-    probes: Annotated[int, typer.Option(min=1, help="Reverse passes per sample, shared by the heads.")] = 8
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Number of samples for calibration.")] = 64
+    probes: Annotated[
+        int, typer.Option(min=1, max=MOST_PROBES, help="Reverse passes per sample, shared by the heads.")
+    ] = 8
+    calibration_samples: Annotated[
+        int, typer.Option(min=1, max=MOST_COUNT, help="Number of samples for calibration.")
+    ] = 64
     ranges: Annotated[
         str,
         typer.Option(
@@ -129,8 +135,10 @@ class AnalysisArguments:
             "for every tensor, the one whose rounding and clipping disturb the outputs least."
         ),
     ] = "auto"
-    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of labelled images to evaluate.")] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_COUNT, help="Largest number of labelled images to evaluate.")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all random choices.")] = 0
 
     def settings(self, *, protect: bool = True) -> Settings:
         """Return the settings as a record; `protect` says whether advice of the model's family is followed.
@@ -254,7 +262,10 @@ class SensitivityArguments:
     regions: Annotated[list[str] | None, typer.Option(help="Glob over regions, such as 'model.22*'.")] = None
     sites: Annotated[list[str] | None, typer.Option(help="Glob over rounding sites, 'tensor->node#slot'.")] = None
     confirm: Annotated[
-        int | None, typer.Option(min=0, help="Number of the worst units to measure exactly, with all flagged ones.")
+        int | None,
+        typer.Option(
+            min=0, max=MOST_COUNT, help="Number of the worst units to measure exactly, with all flagged ones."
+        ),
     ] = None
     metric: Annotated[
         bool, typer.Option("--metric", help="Measure the drop of box AP in place of SQNR; needs --eval.")

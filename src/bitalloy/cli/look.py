@@ -76,15 +76,15 @@ def audit_command(
 
     Example: bitalloy audit runs/last
     """
-    import msgspec
     from rich.markup import escape
     from rich.table import Table
 
+    from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.audit import audit_run
 
     found = audit_run(run_directory, here=here)
     if json_output:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
         return
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.share_of_time.items())
     line = f"{found.runtime} {found.version}. Share of kernel time: {shares}."
@@ -115,13 +115,12 @@ def doctor_command(
 
     Example: bitalloy doctor --json
     """
-    import msgspec
-
     from bitalloy.cli.doctor import examine_machine
+    from bitalloy.core.encoding import to_json
 
     found = examine_machine()
     if json_output:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
         return
     lines = [
         f"processor    {found.device}, {found.threads} threads, VNNI or its equal: {'yes' if found.vnni else 'no'}",

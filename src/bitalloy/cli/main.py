@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from bitalloy import __version__
 from bitalloy.cli import look
@@ -19,7 +20,27 @@ if TYPE_CHECKING:
     from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted."""
+
+
+class QuickGroup(TyperGroup):
+    """The commands, of which none is needed to tell that an option is wrong.
+
+    typer converts values with pydantic, whose import takes as long as all else; a flag that is absent has no value, and
+    is converted as well, unless its default is the truth already.
+    """
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
 app = typer.Typer(
+    cls=QuickGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -237,9 +258,9 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
             options=replace(asked.opening.options(asked.analysis.limit), progress=bars),
         )
     if asked.json_output:
-        import msgspec
+        from bitalloy.core.encoding import to_json
 
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(table), indent=2).decode() + "\n")
+        sys.stdout.write(to_json(table, pretty=True).decode() + "\n")
         return
     columns, lines = text.readable(table)
     shown = Table()
@@ -310,9 +331,13 @@ def main() -> None:
     """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
     try:
         app(standalone_mode=True)
-    except BitalloyError as error:
-        error_console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:  # typer says nothing of it
+            raise KeyboardInterrupt from None
+        raise
+    except (BitalloyError, UnicodeEncodeError) as error:
+        told = str(error)
+        if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them
+            told = f"A name is not UTF-8 text: {error.object!a}. Rename that file or folder."
+        error_console.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        error_console.print("Stopped. The same command goes on from here.", style="yellow")
-        sys.exit(130)

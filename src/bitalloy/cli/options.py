@@ -12,6 +12,8 @@ from bitalloy.core.plans import FIRST, Keep
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
+MOST_DB = 160
+"""No floor on the SQNR is higher or, below zero, lower: equal outputs have this much."""
 RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
 Text = TypeVar("Text", str, str | None)
 
@@ -56,6 +58,9 @@ def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
     (20.0, {'boxes': 30.0})
     """
     found = _named("--max-drop-db", texts, "a number of dB such as 20, or one for a head such as boxes=30")
+    for value in found.values():
+        if abs(value) > MOST_DB:
+            raise BitalloyError(f"--max-drop-db is {value:g}; expected at most {MOST_DB} dB, where outputs are equal.")
     return found.pop("", None), found
 
 
@@ -105,7 +110,7 @@ def image_size(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.strip())
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text.strip())
     if not found:
         raise BitalloyError(f"--image-size is '{text}'; expected height and width, such as 480x640.")
     return int(found[1]), int(found[2])
@@ -119,8 +124,8 @@ def samples(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
-        raise BitalloyError(f"--samples is '{text}'; expected a whole number of at least 1, or auto.")
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise BitalloyError(f"--samples is '{text}'; expected a whole number of at least 1 and below 10^9, or auto.")
     return int(text)
 
 
@@ -133,7 +138,7 @@ def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     found = {}
     for text in texts:
         name, _, dims = text.rpartition("=")
-        if not name or not re.fullmatch(r"[1-9]\d*([x,][1-9]\d*)*", dims):
+        if not name or not re.fullmatch(r"[1-9][0-9]{0,8}([x,][1-9][0-9]{0,8})*", dims):
             raise BitalloyError(f"--shape is '{text}'; expected an input and its sizes, such as images=1x3x640x640.")
         found[name] = tuple(int(d) for d in re.split("[x,]", dims))
     return found
@@ -148,9 +153,12 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(t) for t in text.split(","))
+        found = tuple(float(t) for t in text.split(","))
     except ValueError:
-        raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.") from None
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise BitalloyError(f"{option} is '{text}'; expected numbers such as 0.485,0.456,0.406.")
+    return found
 
 
 def choice(option: str, text: Text, among: Sequence[str]) -> Text:
@@ -222,8 +230,8 @@ def _named(option: str, texts: Sequence[str], expected: str) -> dict[str, float]
 
 
 def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
     known = {u.lower(): u for u in units}
-    if match is None or match.group(2).lower() not in known or float(match.group(1)) <= 0:
+    if match is None or match.group(2).lower() not in known or not 0 < float(match.group(1)) < math.inf:
         raise BitalloyError(f"{option} is '{text}'; expected a number with a unit, such as {example}.")
     return float(match.group(1)), known[match.group(2).lower()]

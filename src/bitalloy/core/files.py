@@ -49,6 +49,11 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
+def is_text(path: str | Path) -> bool:
+    """Return whether a path is UTF-8: other bytes are surrogates in Python, which records and runtimes cannot take."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

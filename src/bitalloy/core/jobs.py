@@ -24,6 +24,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
@@ -93,7 +94,7 @@ class Job(Record, frozen=True, kw_only=True):
 
     def to_bytes(self) -> bytes:
         """Write the job as JSON."""
-        return msgspec.json.encode(self)
+        return to_json(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

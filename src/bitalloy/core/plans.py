@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import msgspec
 
+from bitalloy.core.errors import BudgetError
 from bitalloy.core.records import Estimate, Record
 from bitalloy.core.schemes import BASELINE, Plan
 
+MOST_DB = 1000.0
+"""Largest floor on an SQNR, and inverse of the lowest: powers of ten of it are finite numbers."""
 FIRST = "(first)"
 """The name in a budget for the first metric of the task, whatever it is called."""
 
@@ -101,6 +105,18 @@ class Budget(Record, frozen=True, kw_only=True):
     The name `FIRST` is the first metric of the task."""
     keep: tuple[Keep, ...] = ()
     """Units that run in a given scheme; of several patterns that name a unit the last one holds."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that no arithmetic can carry."""
+        above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
+        floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
+        drops = self.max_drop.values()
+        if not (all(0 <= v < math.inf for v in (*above, *drops)) and all(abs(f) <= MOST_DB for f in floors)):
+            raise BudgetError(
+                f"The budget has a limit that is negative or not finite, or a floor beyond {MOST_DB:g} dB: latency "
+                f"{self.latency_ratio}x, {self.latency_ms} ms, size {self.size_bytes}, drops {dict(self.max_drop)}, "
+                f"floors {self.min_sqnr_db}, {dict(self.head_sqnr_db)}. Give finite numbers."
+            )
 
     @property
     def limited(self) -> bool:

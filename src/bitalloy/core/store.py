@@ -16,9 +16,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from bitalloy.core import files
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
 
 MARKER = ".bitalloy-run"
@@ -37,6 +36,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not files.is_text(path):
+            raise RunDirectoryError(f"The run directory {str(path)!a} is not UTF-8 text. Give another --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()) and not (self.path / MARKER).exists():
@@ -108,4 +109,4 @@ class RunDirectory:
 
 def key_of(**parts: object) -> str:
     """Hash named parts: SHA-256 of their canonical JSON; records are allowed."""
-    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+    return hashlib.sha256(to_json(parts, order="sorted")).hexdigest()

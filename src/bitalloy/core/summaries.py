@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.outcome import Summary
 
@@ -24,7 +25,7 @@ def write_summary(summary: Summary) -> bytes:
     content: dict[str, Any] = msgspec.to_builtins(summary)
     for part in (content, *(entry for name in COUNTED for entry in content[name])):
         part.update({old: part["schemes"].get(scheme, 0) for old, scheme in OLD_COUNTS.items()})
-    return msgspec.json.format(msgspec.json.encode(content), indent=2)
+    return to_json(content, pretty=True)
 
 
 def read_summary(data: bytes) -> Summary:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
@@ -80,7 +81,7 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
             fitted_samples=len(fitted),
             samples=len(judged),
         )
-        return msgspec.json.encode(BiasTrial(correction=correction, offsets=added if correction.kept else ()))
+        return to_json(BiasTrial(correction=correction, offsets=added if correction.kept else ()))
 
     key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
     return msgspec.json.decode(work.cached("debias", key, make), type=BiasTrial)

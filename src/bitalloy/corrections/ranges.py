@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.records import RangeChoice
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sqnr import artefact_sqnr
@@ -68,6 +69,6 @@ def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: W
             chosen_db=sqnr["chosen"],
             kept=means["chosen"] > means["first"],
         )
-        return msgspec.json.encode(record)
+        return to_json(record)
 
     return msgspec.json.decode(work.cached("ranges", first.key, make), type=RangeChoice)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record, Settings
 from bitalloy.core.store import key_of
@@ -59,7 +60,7 @@ def scale_channels(
     key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
 
     def make() -> bytes:
-        return msgspec.json.encode(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
+        return to_json(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
 
     found = msgspec.json.decode(work.cached("equalize", key, make), type=ScalingTrial)
     factors = {p: found.factors[p.tensor] for p in places if p.tensor in found.factors}

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.files import is_text
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
@@ -343,6 +344,9 @@ def _listing(path: Path, suffixes: frozenset[str]) -> list[Path]:
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
+    wrong = next((file for file in found if not is_text(file)), None)
+    if wrong is not None:
+        raise DataError(f"The name of the file {str(wrong)!a} is not UTF-8 text. Rename it.")
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import CostTable, UnitCost
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.store import key_of
@@ -223,7 +224,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
-        return msgspec.json.encode(table)
+        return to_json(table)
 
     units = [(u.id, u.core, u.tail, u.allowed) for u in analysis.units.units]
     key = key_of(

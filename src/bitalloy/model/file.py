@@ -1,4 +1,8 @@
-"""Parsing of ONNX files. It imports nothing slow, so that a file that is no model is refused at once."""
+"""Parsing of ONNX files. It imports nothing slow, so that a file that is no model is refused at once.
+
+Whatever a file is called, it is read as binary ONNX: `onnx.load` would let the end of its name choose among parsers of
+text, which are not made for files of strangers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,10 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.core.errors import ModelError
+from bitalloy.core.files import is_text
+
+PROGRAM_FILE = "program.json"
+"""Name of the file that describes a program of several graphs."""
 
 
 def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
@@ -16,11 +24,16 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
     Raises:
         ModelError: the file is missing, is no ONNX file, or is truncated.
     """
-    if not source.is_file():
+    if not is_file(source):
         raise ModelError(
             f"No model file at '{source}'. Give the path of an .onnx file or a name from `bitalloy models`."
         )
-    data = source.read_bytes()
+    if not is_text(source):
+        raise ModelError(f"The name of the file {str(source)!a} is not UTF-8 text. Rename it.")
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise ModelError(f"'{source}' cannot be read: {error.strerror}. Give a file that can.") from error
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -33,6 +46,14 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
     return proto, data
 
 
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; no path that the system refuses is one, such as a name that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def refuse_broken(model: str | Path) -> None:
     """Refuse a path that cannot be an ONNX file; a folder, a `program.json` or a name is not checked.
 
@@ -40,5 +61,5 @@ def refuse_broken(model: str | Path) -> None:
         ModelError: the file is missing, is no ONNX file, or is truncated.
     """
     path = Path(model)
-    if path.suffix not in ("", ".json") and not path.is_dir() and (path.suffix == ".onnx" or path.is_file()):
+    if path.name != PROGRAM_FILE and (path.suffix == ".onnx" or is_file(path)) and not path.is_dir():
         parse(path)

@@ -2,7 +2,8 @@
 
 Case 1. An output made by a Concat of a few computed tensors: each operand is a head. One number over all of them would
         let boxes in pixels (0 to 640) drown scores (0 to 1).
-Case 2. Any other float output is one head. Outputs that the file's metadata or its family leaves out are none.
+Case 2. Any other float output that the model computes is one head. Outputs that the file's metadata or its family
+        leaves out are none, nor are inputs and stored constants that are outputs as they are.
 Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
         move (`bitalloy.model.divergence`). It is added where that is certain: a Sigmoid (perhaps reshaped), Softmax or
         LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
@@ -15,7 +16,6 @@ other heads are weighted by its relevance (`bitalloy.model.relevance`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -27,7 +27,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Head
 from bitalloy.model.divergence import BERNOULLI, CATEGORICAL, LOGARITHMS, LOGITS, PROBABILITIES, Divergence
 from bitalloy.model.load import Graph
-from bitalloy.model.metadata import FAMILY, HEADS
+from bitalloy.model.metadata import FAMILY, HEADS, read_fact
 from bitalloy.model.read import attribute, constant, is_float, static_shape
 from bitalloy.model.relevance import MEANINGS, Meaning
 
@@ -48,24 +48,43 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
     Raises:
         ModelError: the model has no float output.
     """
-    outputs = [v for v in graph.model.graph.outputs if is_float(v)]
+    outputs = [v for v in dict.fromkeys(graph.model.graph.outputs) if is_float(v) and v.producer() is not None]
     if not outputs:
-        raise ModelError(f"The model has no float output to compare; its outputs are {list(graph.output_names)}.")
+        raise ModelError(
+            f"The model has no float output that it computes, so there is nothing to compare; its outputs are "
+            f"{list(graph.output_names)}."
+        )
     family = graph.metadata.get(FAMILY, "")
     meaning = MEANINGS.get(family)
     counted = _counted(graph, outputs, meaning)
-    found, divergences = [], []
-    for output in outputs:
-        if output.name not in counted:
-            continue
+    found: list[Head] = []
+    divergences = []
+    for output in (v for v in outputs if v.name in counted):
         whole = Head(name=str(output.name), output=str(output.name), tensor=str(output.name))
         parts = [msgspec.structs.replace(h, family=family if meaning else "") for h in _parts(output) or [whole]]
+        parts = _named_apart(parts, {h.name for h in found} | counted)
         found += parts
         for head in parts:
             means = _distribution(graph.value[head.tensor], head, meaning) if head.scores is None else None
             if means is not None:
                 divergences.append(msgspec.structs.replace(means, name=head.name + KL))
     return (*found, *divergences)
+
+
+def _named_apart(parts: Sequence[Head], taken: set[str]) -> list[Head]:
+    """Give heads names that no other head has, and that do not end as those of divergences do.
+
+    An output keeps its name where that is possible; a part whose usual name is taken has the output's in front.
+    """
+    found: list[Head] = []
+    for head in parts:
+        name, others = head.name, (taken | {h.name for h in found}) - ({head.output} if head.axis is None else set())
+        if name in others:
+            name = f"{head.output}/{name}"
+        while name in others or is_divergence(name):
+            name += "'"
+        found.append(msgspec.structs.replace(head, name=name))
+    return found
 
 
 def is_divergence(name: str) -> bool:
@@ -75,7 +94,7 @@ def is_divergence(name: str) -> bool:
 
 def _counted(graph: Graph, outputs: Iterable[ir.Value], meaning: Meaning | None) -> set[str]:
     shapes = {str(v.name): static_shape(v) for v in outputs}
-    named = set(json.loads(graph.metadata.get(HEADS, "[]"))) & set(shapes)
+    named = set(read_fact(graph.metadata, HEADS, list[str], [])) & set(shapes)
     if not named and meaning is not None:
         named = set(meaning.weights({name: np.zeros(shape) for name, shape in shapes.items()}))
     return named or set(shapes)

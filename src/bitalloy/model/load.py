@@ -6,6 +6,7 @@ The file itself is never changed.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,7 +39,11 @@ __all__ = [
 
 OPSETS = range(13, 24)
 DEFAULT_DOMAINS = ("", "ai.onnx")
+WHOLE_BYTES = frozenset(int(t) for t in ir.DataType if t.name not in ("UNDEFINED", "STRING") and t.bitwidth >= 8)
+"""Types whose numbers fill whole bytes."""
 CHUNK = 1 << 22
+MOST_SHOWN = 80
+"""Characters of a text of the file that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    unfit = _unfit(proto)
+    unfit = _unfit(proto, source)
     del proto
     model = normalize(parsed)
     if size >= LARGE_BYTES:
@@ -187,11 +192,13 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     return Graph(info, model, source, metadata, unfit)
 
 
-def _unfit(proto: onnx.ModelProto) -> str:
+def _unfit(proto: onnx.ModelProto, source: Path) -> str:
     """Say what keeps ONNX Runtime from taking a valid file as it is, or from running it as fast as it could."""
     names = [n.name for n in proto.graph.node if n.name]
     if len(set(names)) < len(names):
         return "two of its nodes have one name, which ONNX Runtime refuses"
+    if source.suffix != ".onnx":
+        return "its name does not end with .onnx, and runtimes choose a parser by that"
     given = {v.name for v in proto.graph.input}
     count = sum(t.name in given for t in proto.graph.initializer)
     if count:
@@ -215,12 +222,48 @@ def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
     try:
         for index, tensor in enumerate(_all_tensors(proto.graph)):
             if tensor.data_location == onnx.TensorProto.EXTERNAL and not (index < mappable and is_mapped(tensor)):
+                open_ended = not any(e.key == "length" for e in tensor.external_data)
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
                 tensor.data_location = onnx.TensorProto.DEFAULT
                 del tensor.external_data[:]
+                wanted = _raw_bytes(tensor)
+                if open_ended and wanted is not None and 0 <= wanted < len(tensor.raw_data):
+                    tensor.raw_data = tensor.raw_data[:wanted]
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                _refuse_content(tensor, source)
+    except ModelError:
+        raise
     except Exception as error:  # the onnx package raises ValueError, its own checker error, or OSError
         raise ModelError(f"The external data of '{source}' cannot be read: {error}") from error
     return proto, digest.hexdigest(), size
+
+
+def _refuse_content(tensor: onnx.TensorProto, source: Path) -> None:
+    """Refuse a constant that holds more or fewer numbers than its sizes say."""
+    wanted = _raw_bytes(tensor)
+    try:
+        if any(size < 0 for size in tensor.dims):
+            raise ValueError("a size is negative")
+        if wanted is None or not tensor.HasField("raw_data"):
+            onnx.numpy_helper.to_array(tensor)
+            return
+    except Exception as error:  # the onnx package raises what numpy raises
+        raise ModelError(
+            f"The constant '{tensor.name}' of '{source}' does not hold what its type and sizes {list(tensor.dims)} "
+            f"say: {error}. The file is damaged; export it again."
+        ) from error
+    if len(tensor.raw_data) != wanted:
+        raise ModelError(
+            f"The constant '{tensor.name}' of '{source}' has {len(tensor.raw_data)} bytes, but its sizes "
+            f"{list(tensor.dims)} ask for {wanted}. The file is damaged; export it again."
+        )
+
+
+def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
+    """Return the bytes that a constant should have; None where its type does not tell."""
+    if tensor.data_type not in WHOLE_BYTES:
+        return None
+    return int(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
 
 
 def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
@@ -230,15 +273,24 @@ def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         location = {e.key: e.value for e in tensor.external_data}.get("location", "")
-        target = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+        shown = repr(location[:MOST_SHOWN])
+        try:
+            target = (folder / location).resolve()
+            outside = not location or Path(location).is_absolute() or not target.is_relative_to(folder)
+            missing = not target.is_file()
+        except (OSError, ValueError) as error:  # too long, or with a NUL
             raise ModelError(
-                f"Weight '{tensor.name}' of '{source}' points outside the model's folder ('{location}'). "
+                f"Weight '{tensor.name}' of '{source}' is in the external file {shown}, which no file can be called: "
+                f"{str(error)[:MOST_SHOWN]}. Export the model again."
+            ) from error
+        if outside:
+            raise ModelError(
+                f"Weight '{tensor.name}' of '{source}' points outside the model's folder ({shown}). "
                 "Refused: external data must lie beside the model."
             )
-        if not target.is_file():
+        if missing:
             raise ModelError(
-                f"Weight '{tensor.name}' of '{source}' is in the external file '{location}', which is missing. "
+                f"Weight '{tensor.name}' of '{source}' is in the external file {shown}, which is missing. "
                 "Copy it beside the model."
             )
         files.add(target)

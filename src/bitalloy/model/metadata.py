@@ -6,6 +6,13 @@ it. A rewritten model says which unit each of its nodes belongs to. Values that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from bitalloy.core.errors import ModelError
+
 FAMILY = "bitalloy.family"
 """On a model: name of its family, such as `yolo11`."""
 VARIANT = "bitalloy.variant"
@@ -26,3 +33,30 @@ TAG = "bitalloy.unit"
 """On a node of a rewritten model: id of the unit that it belongs to, or `BORDER`."""
 BORDER = "bitalloy.border"
 """Value of `TAG` where a node belongs to no unit: it rounds or casts a tensor on its way between units."""
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""A size of an axis."""
+Fact = TypeVar("Fact")
+
+
+def read_fact(metadata: Mapping[str, str], key: str, kind: type[Fact], absent: Fact) -> Fact:
+    """Read an entry of a model's metadata whose value is JSON.
+
+    Args:
+        metadata: all entries.
+        key: one of the names above.
+        kind: type of what it holds.
+        absent: returned where there is no such entry.
+
+    Raises:
+        ModelError: the entry is malformed.
+    """
+    if key not in metadata:
+        return absent
+    try:
+        return msgspec.json.decode(metadata[key], type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ModelError(
+            f"The model's metadata '{key}' is malformed: {error or type(error).__name__}. Export the model again, or "
+            "take the entry out of the file."
+        ) from error

@@ -36,6 +36,8 @@ from bitalloy.model.write import add_initializer, namer
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
 MAX_FOLDED_ELEMENTS = 1 << 24
+DEFAULTS: Mapping[str, Mapping[str, int]] = {"STFT": {"onesided": 1}}
+"""Operator -> attributes whose default shape inference takes for another than the standard and the runtime do."""
 IR_VERSIONS = range(8, 12)
 """Versions of the file format that ONNX Runtime reads and the supported opsets need."""
 
@@ -75,6 +77,7 @@ def _settle(model: ir.Model) -> None:
         TopologicalSortPass(),
     ):
         step(model)
+    _write_defaults(model)
     _name_nodes(model)
     while True:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
@@ -82,6 +85,14 @@ def _settle(model: ir.Model) -> None:
             _expand_functions(model) or _resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)
         ):
             break
+
+
+def _write_defaults(model: ir.Model) -> None:
+    """Write out the attributes of `DEFAULTS` where a node leaves them to the standard."""
+    for node in model.graph:
+        for name, value in DEFAULTS.get(node.op_type, {}).items():
+            if name not in node.attributes:
+                node.attributes[name] = ir.AttrInt64(name, value)
 
 
 def _drop_identities(model: ir.Model) -> None:

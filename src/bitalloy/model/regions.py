@@ -20,6 +20,8 @@ import onnx_ir as ir
 from bitalloy.model.metadata import REGION, SCOPES
 
 ROOT = "(model)"
+MOST_LEVELS = 64
+"""What lies deeper in the tree belongs to its ancestor of this level: no model is written in so many."""
 
 
 def path_of(node: ir.Node) -> tuple[str, ...]:
@@ -28,8 +30,12 @@ def path_of(node: ir.Node) -> tuple[str, ...]:
     >>> path_of(ir.node("Conv", [], name="/model.4/m.0/cv1/conv/Conv"))
     ('model.4', 'm.0', 'cv1', 'conv')
     """
+    return _path(node)[:MOST_LEVELS]
+
+
+def _path(node: ir.Node) -> tuple[str, ...]:
     if REGION in node.metadata_props:
-        return tuple(node.metadata_props[REGION].split("/"))
+        return tuple(p for p in node.metadata_props[REGION].split("/") if p)
     scopes = _scopes(node.metadata_props.get(SCOPES, ""))
     if scopes:
         path: list[str] = []
@@ -48,7 +54,7 @@ def _scopes(text: str) -> list[str]:
     """Module paths of the name-scope list, outermost first, without the node's own name at the end."""
     try:
         value = ast.literal_eval(text) if text else []
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return []
     return [str(s) for s in value[:-1] if s] if isinstance(value, list) else []
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.audited import Audit
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
@@ -36,7 +37,7 @@ def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None =
     def make() -> bytes:
         with work.stage("audit", None), work.scratch() as folder:
             traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
-            return msgspec.json.encode(_look(traced, analysis.units, plan, analysis.data.feeds(0), folder))
+            return to_json(_look(traced, analysis.units, plan, analysis.data.feeds(0), folder))
 
     key = key_of(analysis=analysis.key, mixed=plan.listed, evidence="profile, graph", **analysis.execution)
     return msgspec.json.decode(work.cached("audit", key, make), type=Audit)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, Keep
@@ -140,9 +139,9 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         (FACTS_FILE, verified.tables.facts),
         ("calibration.json", analysis.calibration),
     ):
-        store.publish(name, _pretty(record))
+        store.publish(name, to_json(record, pretty=True))
     if verified.audit is not None:
-        store.publish("audit.json", _pretty(verified.audit))
+        store.publish("audit.json", to_json(verified.audit, pretty=True))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", write_summary(verified.summary))
@@ -154,10 +153,6 @@ def render(verified: Verified) -> str:
     analysis = verified.analysis
     planned = verified.planned
     return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, verified.audit)
-
-
-def _pretty(record: msgspec.Struct) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(record), indent=2)
 
 
 __all__ = ["Analysis", "deliver", "publish", "render", "run"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.records import SensitivityTable, Settings
 from bitalloy.core.store import RunDirectory
 from bitalloy.pipeline.analyze import analyze
@@ -67,7 +68,7 @@ def sensitivity(
     if asked.labels is not None:
         ready = calibrate(loaded, dataset, settings, work=work)
         found = measure_metric(ready, asked.labels, asked.selection, mode=asked.mode, limit=options.limit, work=work)
-        store.publish(f"{FILES['metric']}.json", _pretty(found))
+        store.publish(f"{FILES['metric']}.json", to_json(found, pretty=True))
         return found
     if asked.exact:
         ready = calibrate(loaded, dataset, settings, work=work)
@@ -84,9 +85,5 @@ def sensitivity(
 
 
 def _publish(store: RunDirectory, name: str, table: SensitivityTable) -> None:
-    store.publish(f"{name}.json", _pretty(table))
+    store.publish(f"{name}.json", to_json(table, pretty=True))
     store.publish(f"{name}.csv", sensitivity_csv(table))
-
-
-def _pretty(record: msgspec.Struct) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(record), indent=2)

@@ -11,10 +11,10 @@ import hashlib
 from importlib import resources
 
 import jinja2
-import msgspec
 from markupsafe import Markup
 
 from bitalloy.core.audited import Audit
+from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
 from bitalloy.core.records import SensitivityTable
@@ -102,7 +102,7 @@ def _time_columns(tables: ReportTables) -> tuple[tuple[str, str, str], ...]:
 
 def embedded_json(value: object) -> Markup:
     """Encode a value as JSON that is safe inside a script element: no character can end the element or open another."""
-    text = msgspec.json.encode(value).decode()
+    text = to_json(value).decode()
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)

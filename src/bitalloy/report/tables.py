@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-import msgspec
-
+from bitalloy.core.encoding import to_json
 from bitalloy.core.records import SensitivityTable
 
 COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact", "scheme")
@@ -29,4 +28,4 @@ def sensitivity_csv(table: SensitivityTable) -> str:
 
 def sensitivity_json(table: SensitivityTable) -> str:
     """Write the table as indented JSON; `msgspec.json.decode(..., type=SensitivityTable)` gives it back."""
-    return msgspec.json.format(msgspec.json.encode(table), indent=2).decode()
+    return to_json(table, pretty=True).decode()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, Sensitivity, SensitivityTable
 from bitalloy.model.heads import is_divergence
@@ -25,14 +25,14 @@ def counted(schemes: Mapping[str, int]) -> str:
 
 def plan_json(planned: Planned) -> str:
     """Write a plan as JSON, as in `plan.json`."""
-    return msgspec.json.format(msgspec.json.encode(planned.plan), indent=2).decode() + "\n"
+    return to_json(planned.plan, pretty=True).decode() + "\n"
 
 
 def front_json(planned: Planned) -> str:
     """Write the Pareto front as JSON, fastest plan first, with the heads and the float latency in µs."""
     plan = planned.plan
     found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.all_float_us, "front": plan.pareto}
-    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n"
+    return to_json(found, pretty=True).decode() + "\n"
 
 
 def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.graphs.wiring import PROGRAM_FILE, GraphProgram, write_wiring
+from bitalloy.model.file import PROGRAM_FILE
+from bitalloy.model.graphs.wiring import GraphProgram, write_wiring
 from bitalloy.model.weights import is_large, pack, save
 from bitalloy.runtime.base import ONLY, Kernel, Reopener, Runtime, Session
 from bitalloy.runtime.ort import ORT, available_cores

@@ -156,6 +156,7 @@ def _options(execution: Execution) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever a file is called
     if not execution.integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if execution.wide_sums:

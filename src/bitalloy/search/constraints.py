@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 
 import msgspec
 
@@ -25,6 +27,11 @@ from bitalloy.model.regions import ancestors
 
 MOST_NUMBERS = 1000
 """The most numbers that a range in a pattern may stand for."""
+MOST_PATTERNS = 10_000
+"""The most patterns that all ranges of one pattern may stand for together."""
+MOST_DIGITS = 16
+"""Digits from which on a number of a range is none of a model's."""
+_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 
 @dataclass(frozen=True)
@@ -117,18 +124,19 @@ def _expanded(keep: Keep) -> list[str]:
     Not by the package braceexpand: it would also expand `{a,b}`, keep leading zeros, refuse a lone brace, all of which
     names of nodes may have, and make a list of any length from a range before it can be counted.
     """
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", keep.pattern)
-    if match is None:
-        return [keep.pattern]
-    low, high = int(match[1]), int(match[2])
-    if not low <= high < low + MOST_NUMBERS:
+    texts = _RANGE.split(keep.pattern)
+    ranges = []
+    for first, last in zip(texts[1::3], texts[2::3], strict=True):
+        low, high = int(first[:MOST_DIGITS]), int(last[:MOST_DIGITS])
+        if not low <= high < low + MOST_NUMBERS or max(len(first), len(last)) >= MOST_DIGITS:
+            raise BitalloyError(
+                f"--keep '{keep}' has the range {{{first}..{last}}}; expected the smaller number first and at most "
+                f"{MOST_NUMBERS} numbers, such as {{4..20}}."
+            )
+        ranges.append([str(number) for number in range(low, high + 1)])
+    if (count := math.prod(map(len, ranges))) > MOST_PATTERNS:
         raise BitalloyError(
-            f"--keep '{keep}' has the range {match[0]}; expected the smaller number first and at most {MOST_NUMBERS} "
-            "numbers, such as {4..20}."
+            f"--keep '{keep}' stands for {count} patterns; expected at most {MOST_PATTERNS}. Use '*' in place of "
+            "a range."
         )
-    before, after = keep.pattern[: match.start()], keep.pattern[match.end() :]
-    return [
-        text
-        for number in range(low, high + 1)
-        for text in _expanded(Keep(scheme=keep.scheme, pattern=f"{before}{number}{after}"))
-    ]
+    return ["".join(chain(*zip(texts[::3], numbers, strict=False), texts[-1:])) for numbers in product(*ranges)]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, PlanReport
@@ -78,7 +79,7 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
     def make() -> bytes:
         with work.stage("search", FRONT_BUDGETS if front else 1) as progress:
             found = search(case.problem, budget, front=front, seed=tables.facts.seed, progress=progress.advance)
-        return msgspec.json.encode(case.explained(found))
+        return to_json(case.explained(found))
 
     try:
         plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=PlanReport)
@@ -103,7 +104,7 @@ def plan_around(
                 seed=tables.facts.seed,
                 progress=progress.advance,
             )
-        return msgspec.json.encode(case.explained(found))
+        return to_json(case.explained(found))
 
     key = case.key(around=decided.plan.listed, front=front)
     found = msgspec.json.decode(work.cached("front", key, make), type=PlanReport)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
 from bitalloy.model.load import Graph
-from bitalloy.model.metadata import PROTECT
+from bitalloy.model.metadata import PROTECT, read_fact
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import rounded
 
@@ -54,12 +53,7 @@ def read_advice(graph: Graph) -> tuple[FamilyAdvice, ...]:
     Raises:
         ModelError: the entry is damaged.
     """
-    try:
-        return msgspec.json.decode(graph.metadata.get(PROTECT, "[]"), type=tuple[FamilyAdvice, ...])
-    except msgspec.MsgspecError as error:
-        raise ModelError(
-            f"The metadata '{PROTECT}' of '{graph.source}' is damaged: {error}. Export it again, or add --no-protect."
-        ) from error
+    return read_fact(graph.metadata, PROTECT, tuple[FamilyAdvice, ...], ())
 
 
 def protect(advice: Sequence[FamilyAdvice], units: UnitGraph, matrix: ProbeMatrix) -> ProtectedUnits:

@@ -26,10 +26,10 @@ from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
-from bitalloy.model.read import name_of
+from bitalloy.model.read import constant, name_of
 from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
-from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
@@ -65,6 +65,9 @@ class Switchboard:
         self._place = {name_of(n): i for i, nodes in enumerate(parts) for n in nodes}
         self._segments = [Segment(graph, nodes, threads) for nodes in parts]
         self._outputs = {name: name for name in graph.output_names}
+        stored = {name: constant(graph.value[name]) for name in graph.output_names}
+        self._stored = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in stored.items() if a is not None}
+        """Outputs that no node makes."""
         self._column: dict[str, int] = {}
         self._count = 0
         self._graph, self._recipe = graph, recipe
@@ -122,6 +125,7 @@ class Switchboard:
     def walk(self, feeds: Mapping[str, np.ndarray], gates: np.ndarray) -> SampleWalk:
         """Execute a sample and keep what the segments hand on."""
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
+        values |= self._stored
         for segment in self._segments:
             values.update(segment.run(values, gates[segment.columns]))
         return SampleWalk(self._segments, self._outputs, gates, values)
@@ -267,7 +271,7 @@ def damage(
             found += pool.map(measure, some)
     rows, energy = zip(*found, strict=True)
     total = np.array(energy)
-    return np.stack(rows) / np.maximum(total.mean(axis=0), 1e-30)[None, :, None], total
+    return np.stack(rows) / np.maximum(total.mean(axis=0), LEAST_ENERGY)[None, :, None], total
 
 
 def secant(

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from bitalloy.core.errors import DataError
 from bitalloy.core.records import Estimate, Secant
 from bitalloy.model.heads import is_divergence
 
 BOOTSTRAPS = 400
 FLOOR_DB, CEILING_DB = -60.0, 160.0
+LEAST_ENERGY = 1e-30
+"""What stands in place of the energy of a head that is zero on all samples, or on all that a bootstrap draws."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class ProbeMatrix:
         columns = []
         for (total, own), energy in zip(heads, self.energy.mean(axis=0), strict=True):
             products = np.square(total) - own
-            columns.append((own + shrink(products) * products).mean(axis=1) / energy)
+            columns.append((own + shrink(products) * products).mean(axis=1) / max(energy, LEAST_ENERGY))
         return np.stack(columns, axis=1)
 
     def resampled(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -88,7 +91,8 @@ class ProbeMatrix:
             mean, second = (weights @ part.mean(axis=1) for part in (products, np.square(products)))
             spread = np.maximum(second - np.square(mean), 0.0) / max(products.size - 1, 1)
             kept = np.maximum(1.0 - spread / np.where(mean != 0, np.square(mean), 1.0), 0.0) * (mean != 0)
-            columns.append((weights @ squares.mean(axis=1) + kept * mean) / (weights @ energy))
+            whole = np.maximum(weights @ energy, LEAST_ENERGY)
+            columns.append((weights @ squares.mean(axis=1) + kept * mean) / whole)
         return np.stack(columns, axis=1)
 
     def view(self, names: Mapping[str, str]) -> ProbeMatrix:
@@ -144,6 +148,26 @@ def decibel(damage: np.ndarray) -> np.ndarray:
     """Return the SQNR in dB of a relative error energy, clipped to a range that JSON and plots can carry."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.clip(-10 * np.log10(damage), FLOOR_DB, CEILING_DB))
+
+
+def silent_heads(heads: Sequence[str], energy: np.ndarray) -> tuple[str, ...]:
+    """Name the heads that are zero on all samples, so that no error can be told relative to them.
+
+    Args:
+        heads: names of the heads.
+        energy: (samples, heads), ||y||^2 of each.
+
+    Raises:
+        DataError: all heads are silent but divergences.
+    """
+    plain = [(h, e) for h, e in zip(heads, energy.mean(axis=0), strict=True) if not is_divergence(h)]
+    silent = tuple(h for h, e in plain if e == 0)
+    if len(silent) == len(plain):
+        raise DataError(
+            f"All that the model gives ({', '.join(silent)}) is zero on every sample, so there is nothing to compare "
+            "with. Give samples on which it is not, or check the weights."
+        )
+    return silent
 
 
 def draws(samples: int, seed: int) -> np.ndarray:
@@ -209,7 +233,8 @@ def estimate_sqnr(
 
 def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
     """Return the SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
-    return sqnr_interval(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
+    whole = np.maximum(weights @ energy, LEAST_ENERGY)
+    return sqnr_interval(float(damage.mean()), (weights @ damage) / whole, len(damage))
 
 
 def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimate:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, Head, Record, Sensitivity, SensitivityTable, part_of
@@ -28,7 +29,7 @@ from bitalloy.rewrite.calibrated import Calibrated, deciding_target, versions
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import CorrectedMatrix, MeasuredDamage, correct_matrix
 from bitalloy.sensitivity.exact import Measurement, Switchboard
-from bitalloy.sensitivity.matrix import damage_interval, draws
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws, silent_heads
 from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
 from bitalloy.sensitivity.table import SiteGroup, groups, ranked_alike
 from bitalloy.sensitivity.table import sensitivities as table_of
@@ -131,6 +132,7 @@ def measure_exact(
 
     Raises:
         BitalloyError: a pattern matches nothing.
+        DataError: all outputs are zero on the samples.
     """
     things = chosen_groups(ready.units, selection or Selection(), mode)
     if mode == ALL_BUT_ONE:
@@ -141,7 +143,8 @@ def measure_exact(
         ready, [t.sites for t in things], range(count), around=around, work=work or Workspace()
     )
     weights = draws(count, ready.settings.seed)
-    share = energy / energy.mean(axis=0)
+    silent_heads([head.name for head in ready.heads], energy)
+    share = energy / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
     rows = [
         Sensitivity(
             id=thing.id, scope=thing.scope, scheme=thing.scheme, part=thing.part, head=head.name, exact=True,
@@ -217,7 +220,7 @@ def measured_damages(
     rows = [[row[sites] for sites in sets] for row in by_sample]
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
-    return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
+    return error / np.maximum(energy.mean(axis=0), LEAST_ENERGY)[None, :, None], energy
 
 
 class MeasurementParts(Record, frozen=True, kw_only=True):
@@ -264,9 +267,7 @@ def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
     error = opened.measurement.error(opened.board.gates(spec.sites))
     if not np.isfinite(error).all():
         raise DataError(f"The rounded model's output is NaN or infinite on sample {opened.sample}.")
-    return msgspec.json.encode(
-        SampleErrors(error=tuple(error.tolist()), energy=tuple(opened.measurement.energy.tolist()))
-    )
+    return to_json(SampleErrors(error=tuple(error.tolist()), energy=tuple(opened.measurement.energy.tolist())))
 
 
 def confirm(
@@ -317,18 +318,18 @@ def _confirmed(
 
     def make() -> bytes:
         found = measured_damages(analysis, [t.sites for t in things], range(count), work=work)
-        return msgspec.json.encode([part.tolist() for part in found])
+        return to_json([part.tolist() for part in found])
 
     damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
-    findings = []
+    findings, whole = [], np.maximum(matrix.energy.mean(axis=0), LEAST_ENERGY)
     for t, thing in enumerate(things):
-        predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
-        part = predicted[:count].mean(axis=0) / energy.mean(axis=0)
+        predicted = matrix.damage(matrix.select(thing.sites)) * whole
+        part = predicted[:count].mean(axis=0) / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
-        findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
+        findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / whole))
     correction = correct_matrix(matrix, analysis.secant, findings, whole_group(units).sites)
-    weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
+    weights, share = draws(count, analysis.settings.seed), energy / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
     estimates = {
         (*_name(thing), head.name): damage_interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)

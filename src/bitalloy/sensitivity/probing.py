@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from bitalloy.calibrate.gather import COMPARED
+from bitalloy.core.encoding import to_json
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Head, Record, Secant
 from bitalloy.core.work import Workspace
@@ -17,7 +18,7 @@ from bitalloy.model.graphs.again import graph_opening
 from bitalloy.rewrite.calibrated import Calibrated, deciding_target
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import FRACTIONS, secant
-from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.matrix import ProbeMatrix, silent_heads
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.sensitivity.ranges import later_ranges
 from bitalloy.sensitivity.switchboards import switchboard
@@ -58,6 +59,9 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     Args:
         parts: the model on each target.
         work: where results are stored and progress is shown.
+
+    Raises:
+        DataError: all outputs are zero on the samples.
     """
     ready = parts[0]
     settings, data, key = ready.settings, ready.data, ready.key
@@ -96,6 +100,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         return ProbeMatrix.concatenate(rows).to_bytes()
 
     matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    silent_heads(matrix.heads, matrix.energy)
     found = views(ready.graph, schemes)
     size, end = len(parts), len(methods) * len(parts)
     return ProbedMatrix(
@@ -153,6 +158,6 @@ def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], 
             board = switchboard(ready, count, work)
             feeds = [ready.data.feeds(i) for i in range(count)]
             sites = rounded(ready.units, ready.units.lowest_gated())
-            return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
+            return to_json(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 
     return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Record
@@ -131,7 +132,7 @@ class Evaluator:
 
         def make() -> bytes:
             judged = {n: self._judged_of(labels, samples, keys[n], subject, stage) for n, subject in subjects.items()}
-            return msgspec.json.encode(self._task.measure(judged, data, samples, seed=seed, resamples=resamples))
+            return to_json(self._task.measure(judged, data, samples, seed=seed, resamples=resamples))
 
         key = key_of(seen=keys, resamples=resamples)
         return msgspec.json.decode(self._work.cached(stage, key, make), type=TaskResult)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, MetricValue, Record
@@ -185,7 +186,7 @@ def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
 
     data = DetectionData(read_coco(labels), spec.image, spec.names)
     result = evaluate_detection(run, data, limit=spec.limit, seed=spec.seed)
-    return msgspec.json.encode(_Result(value=result.ap, resampled=tuple(result.resampled.tolist())))
+    return to_json(_Result(value=result.ap, resampled=tuple(result.resampled.tolist())))
 
 
 def _drop(reference: _Result, rounded: _Result) -> Estimate:

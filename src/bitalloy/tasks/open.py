@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -22,12 +23,12 @@ from bitalloy.core.errors import DataError, ModelError
 from bitalloy.core.jobs import Contexts, Opening
 from bitalloy.core.records import Record, TensorSpec
 from bitalloy.data.datasets import Samples, open_dataset
-from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
+from bitalloy.data.images import Fit, ImageOptions, ImageSpec, Layout, infer_image_spec
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.graphs.outline import Outline, read_outline, usual_shapes
 from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph
-from bitalloy.model.metadata import IMAGE, SHAPES
+from bitalloy.model.metadata import IMAGE, SHAPES, read_fact
 from bitalloy.runtime.artefact import Chain
 from bitalloy.runtime.base import Session
 from bitalloy.tasks import chat, promptable
@@ -38,6 +39,22 @@ from bitalloy.tasks.prompt_samples import PromptSamples
 from bitalloy.tasks.yolo import looks_like_yolo
 from bitalloy.zoo.mobilevlm_chat import sentence_pieces
 
+_Above = Annotated[float, msgspec.Meta(gt=0)]
+_Side = Annotated[int, msgspec.Meta(gt=0, le=2**20)]
+_Sides = Annotated[tuple[_Side, ...], msgspec.Meta(min_length=2, max_length=2)]
+"""Not `tuple[_Side, _Side]`: msgspec 0.22 corrupts memory where that may also be a `_Side`."""
+
+
+class _ImageFacts(msgspec.Struct, forbid_unknown_fields=True):
+    """The metadata `IMAGE`: fields of `ImageOptions`."""
+
+    size: _Side | _Sides | None = None
+    scale: _Above | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[_Above, ...] | None = None
+    layout: Layout | None = None
+    fit: Fit | None = None
+
 
 def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
     """Read what a file's metadata say about the preparation of images.
@@ -45,11 +62,8 @@ def image_facts(metadata: Mapping[str, str]) -> dict[str, object]:
     Raises:
         ModelError: the entry is damaged.
     """
-    try:
-        found = msgspec.json.decode(metadata.get(IMAGE, "{}"), type=dict[str, object])
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"The model's metadata '{IMAGE}' is damaged: {error}. Export the model again.") from error
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    found = msgspec.structs.asdict(read_fact(metadata, IMAGE, _ImageFacts, _ImageFacts()))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def speaks(inputs: Sequence[TensorSpec]) -> bool:

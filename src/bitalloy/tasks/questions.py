@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
@@ -207,7 +208,7 @@ def observe_questions(models: Mapping[str, RunModel], data: QuestionData, sample
     found: dict[str, Seen] = {}
     for name, run in models.items():
         answers = [read_answer(data.chat.answer(run, image, q.prompt()), q) for q in questions]
-        found[name] = {"answers": np.frombuffer(msgspec.json.encode(answers), np.uint8)}
+        found[name] = {"answers": np.frombuffer(to_json(answers), np.uint8)}
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import LatencySpread
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.records import Estimate, Latency
@@ -61,7 +62,7 @@ def measure_plan(
             latency, ratio = (_estimated if planned.cost.estimated else _timed)(
                 analysis, planned, models, compare, progress
             )
-        return msgspec.json.encode(
+        return to_json(
             Measured(
                 latency=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
                 ratio_lowest=ratio["lowest"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.outcome import KernelEffect, Round
 from bitalloy.core.planned import Measured, Planned

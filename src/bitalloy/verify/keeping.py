@@ -67,24 +67,26 @@ def fastest_that_keeps(
     def drops(plan: Plan) -> dict[str, float]:
         subjects = {"float": evaluator.reference, "candidate": evaluator.subject(plan)}
         found = evaluator.results(subjects, "candidate", resamples=0)
-        return _drops(budget, [metric for result in found for metric in result.metrics])
+        return {metric.name: metric.drops["candidate"].value for result in found for metric in result.metrics}
 
     def keeps(index: int) -> bool:
         point = candidates[index]
         found = drops(point.chosen)
-        kept = _kept(budget, found)
+        kept = all(found[name] <= most for name, most in limits.items())
         evaluations.append(
             Evaluation(
                 schemes=point.chosen.counts(),
                 predicted_ratio=round(point.predicted_latency_us / planned.cost.all_float_us, 4),
-                drops={name: round(drop, 6) for name, drop in found.items()},
+                drops={name: round(found[name], 6) for name in limits},
                 kept=kept,
             )
         )
         return kept
 
     plan, damage = lowest
-    allowed = _allowed_damage(budget, drops(plan), damage)
+    found = drops(plan)
+    limits = _limits(budget, list(found))
+    allowed = _allowed_damage(limits, found, damage)
     guess = next((i for i, point in enumerate(candidates) if point.damage <= allowed), len(candidates) - 1)
     chosen = _first_that_holds(len(candidates), guess, keeps)
     if not evaluations:
@@ -114,32 +116,37 @@ def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> i
     return low
 
 
-def _allowed_damage(budget: Budget, drops: Mapping[str, float], damage: float) -> float:
+def _allowed_damage(limits: Mapping[str, float], drops: Mapping[str, float], damage: float) -> float:
     """Estimate the damage that reaches the limits from the drops at a known damage; infinite where they hold there."""
     found = [math.inf]
-    for name, most in _limits(budget, drops).items():
+    for name, most in limits.items():
         if drops[name] > most:
             found.append(damage * max(most, 0.0) / drops[name] if drops[name] > 0 else 0.0)
     return min(found)
 
 
-def _limits(budget: Budget, drops: Mapping[str, float]) -> dict[str, float]:
-    """Return the limits of a budget by the names of the metrics; `drops` has one for each, in the same order."""
-    return dict(zip(drops, budget.max_drop.values(), strict=True))
+def _limits(budget: Budget, metrics: Sequence[str]) -> dict[str, float]:
+    """Return the limits of a budget by the names of the metrics; of two for the same metric the stricter holds.
 
-
-def _kept(budget: Budget, drops: Mapping[str, float]) -> bool:
-    return all(drops[name] <= most for name, most in _limits(budget, drops).items())
+    Raises:
+        BudgetError: it limits a metric that the task does not have.
+    """
+    found: dict[str, float] = {}
+    for asked, most in budget.max_drop.items():
+        name = metrics[0] if asked == FIRST else asked
+        if name not in metrics:
+            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(metrics)}.")
+        found[name] = min(most, found.get(name, most))
+    return found
 
 
 def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
     """Map each metric that misses its limit to (drop of the mixed model, limit)."""
     found = {}
-    for name, most in budget.max_drop.items():
-        key = next(iter(metrics), "") if name == FIRST else name
-        drop = metrics[key].drop_mixed if key in metrics else None
+    for name, most in _limits(budget, list(metrics)).items() if metrics else ():
+        drop = metrics[name].drop_mixed
         if drop is not None and drop.value > most:
-            found[key] = (drop.value, most)
+            found[name] = (drop.value, most)
     return found
 
 
@@ -177,14 +184,3 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
         drop_lowest=metric.drops[LOWEST],
         drop_mixed=metric.drops[MIXED],
     )
-
-
-def _drops(budget: Budget, metrics: Sequence[TaskMetric]) -> dict[str, float]:
-    """Return the drops of the candidate in the metrics that the budget limits, in its order."""
-    known = {m.name: m.drops["candidate"].value for m in metrics}
-    found = {}
-    for name in budget.max_drop:
-        if name != FIRST and name not in known:
-            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(known)}.")
-        found[next(iter(known)) if name == FIRST else name] = known[next(iter(known)) if name == FIRST else name]
-    return found

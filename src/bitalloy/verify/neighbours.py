@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import ParetoPoint, PlanReport
 from bitalloy.core.records import Estimate, Record
 from bitalloy.core.store import key_of
@@ -82,7 +83,7 @@ def measure_neighbours(
                 progress=progress.advance,
                 then=compare,
             )
-        return msgspec.json.encode(
+        return to_json(
             MeasuredNeighbours(
                 ratio=tuple(bench.paired_ratio(times[name], times["float"]).value for name in artefacts),
                 milliseconds=tuple(round(float(np.median(times[name])), 4) for name in artefacts),

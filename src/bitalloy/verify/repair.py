@@ -15,6 +15,7 @@ from itertools import combinations
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Remeasured, Repair
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
@@ -102,7 +103,7 @@ def repair(
 
     def make() -> bytes:
         damage, _ = execute(analysis, sites, samples, work=work)
-        return msgspec.json.encode(damage.mean(axis=0).T.tolist())
+        return to_json(damage.mean(axis=0).T.tolist())
 
     damage = np.array(msgspec.json.decode(work.cached("repair", key, make))) if sets else np.zeros((0, 0))
     new = [MeasuredDamage(s, d) for s, d in zip(sites, damage, strict=True)]

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.planned import Measured, Planned, ratio_limit
-from bitalloy.core.plans import Budget, CostTable
+from bitalloy.core.plans import MOST_DB, Budget, CostTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.fit import corrected_table
@@ -85,7 +85,8 @@ def next_search(
         asked = _slower(asked, limit / measured.ratio)
     missing = {} if repaired else shortfall(budget, plain_sqnr(planned, measured))
     if missing:
-        raised = {h: round((asked.floor_db(h) or 0.0) + gap + MARGIN_DB, 3) for h, gap in missing.items()}
+        higher = {h: (asked.floor_db(h) or 0.0) + gap + MARGIN_DB for h, gap in missing.items()}
+        raised = {h: min(round(floor, 3), MOST_DB) for h, floor in higher.items()}
         asked = msgspec.structs.replace(asked, head_sqnr_db={**asked.head_sqnr_db, **raised})
     changed = asked != before or table is not planned.cost
     return (asked, table) if changed else None

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
-from bitalloy.model.graphs.wiring import PROGRAM_FILE
+from bitalloy.model.file import PROGRAM_FILE
 from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, Variant
 
 __all__ = [

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.graphs.wiring import GraphProgram
 from bitalloy.model.load import Graph, load_open
-from bitalloy.model.metadata import HEADS, PROTECT
+from bitalloy.model.metadata import HEADS, PROTECT, read_fact
 from bitalloy.model.read import static_shape
 
 
@@ -102,7 +102,7 @@ def _counted(
     program: GraphProgram, outputs: Sequence[tuple[str, str]], read: Collection[tuple[str, str]]
 ) -> set[tuple[str, str]]:
     """Outputs that count; all, where the metadata would leave no final one."""
-    named = {name: json.loads(g.metadata.get(HEADS, "[]")) for name, g in program.graphs.items()}
+    named = {name: read_fact(g.metadata, HEADS, list[str], []) for name, g in program.graphs.items()}
     found = {(name, t) for name, t in outputs if not named[name] or t in named[name]}
     return found if found - set(read) else set(outputs)
 
@@ -115,10 +115,10 @@ def _metadata(program: GraphProgram) -> Mapping[str, str]:
     heads = [
         program.names[name, t]
         for name, part in program.graphs.items()
-        for t in json.loads(part.metadata.get(HEADS, "[]"))
+        for t in read_fact(part.metadata, HEADS, list[str], [])
         if (name, t) in program.names
     ]
-    kept = [p for part in program.graphs.values() for p in json.loads(part.metadata.get(PROTECT, "[]"))]
+    kept = [p for part in program.graphs.values() for p in read_fact(part.metadata, PROTECT, list[dict[str, str]], [])]
     protect = list({json.dumps(p, sort_keys=True): p for p in kept}.values())
     return {**found, HEADS: json.dumps(heads), PROTECT: json.dumps(protect)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import TensorSpec
-from bitalloy.model.graphs.wiring import PROGRAM_FILE, Wire, free_names, read_wiring
-from bitalloy.model.metadata import SHAPES
+from bitalloy.model.file import PROGRAM_FILE, parse
+from bitalloy.model.graphs.wiring import Wire, free_names, read_wiring
+from bitalloy.model.metadata import SHAPES, Size, read_fact
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,12 @@ class Outline:
 
 
 def usual_shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return input -> usual shape, as the exporter noted in a file's metadata; empty where it noted none."""
-    try:
-        return {str(name): tuple(int(d) for d in shape) for name, shape in json.loads(metadata[SHAPES]).items()}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
+    """Return input -> usual shape, as the exporter noted in a file's metadata; empty where it noted none.
+
+    Raises:
+        ModelError: the entry is malformed.
+    """
+    return read_fact(metadata, SHAPES, dict[str, tuple[Size, ...]], {})
 
 
 def read_outline(path: str | Path) -> Outline:
@@ -126,7 +126,7 @@ def read_outline(path: str | Path) -> Outline:
     for name, location in files.items():
         if not location.is_file():
             raise ModelError(f"Graph '{name}' of '{file}': No model file at '{location}'.")
-        proto = _proto(location)
+        proto, _ = parse(location)
         weights = {i.name for i in proto.graph.initializer}
         inputs[name] = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
         outputs[name] = tuple(_spec(v) for v in proto.graph.output)
@@ -135,11 +135,12 @@ def read_outline(path: str | Path) -> Outline:
 
 
 def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, ...]]]:
-    """Read the inputs of a file, open sizes as names, and their usual shapes; both empty if it is no ONNX file."""
-    try:
-        proto = _proto(path)
-    except ModelError:
-        return (), {}  # loading it says what is wrong
+    """Read the inputs of a file, open sizes as names, and their usual shapes.
+
+    Raises:
+        ModelError: it is no ONNX file, or what it says of its inputs is malformed.
+    """
+    proto, _ = parse(path)
     weights = {i.name for i in proto.graph.initializer}
     inputs = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
     return inputs, usual_shapes({p.key: p.value for p in proto.metadata_props})
@@ -151,14 +152,9 @@ def is_program(path: str | Path) -> bool:
     return path.name == PROGRAM_FILE or (path / PROGRAM_FILE).is_file()
 
 
-def _proto(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"'{path}' cannot be read as ONNX ({error}). Export or download it again.") from error
-
-
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
+    if kind.elem_type not in onnx.TensorProto.DataType.values():
+        raise ModelError(f"'{value.name}' has the unknown data type {kind.elem_type}. The file is damaged or too new.")
     shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
     return TensorSpec(name=value.name, dtype=onnx.TensorProto.DataType.Name(kind.elem_type), shape=shape)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import msgspec
 
+from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import ModelError
 from bitalloy.core.files import write
 from bitalloy.core.records import TensorSpec
 from bitalloy.model import load as graphs
+from bitalloy.model.file import PROGRAM_FILE
 from bitalloy.model.load import Graph
 
-PROGRAM_FILE = "program.json"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -208,8 +209,8 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
 
 def write_wiring(folder: Path, files: Mapping[str, str], wires: Sequence[Wire | str]) -> Path:
     """Write `program.json`, as a whole or not at all; `files` are relative to the folder. Returns its path."""
-    content = msgspec.json.encode(_File(graphs=dict(files), wires=[str(w) for w in wires]))
-    return write(folder / PROGRAM_FILE, msgspec.json.format(content, indent=2) + b"\n")
+    content = _File(graphs=dict(files), wires=[str(w) for w in wires])
+    return write(folder / PROGRAM_FILE, to_json(content, pretty=True) + b"\n")
 
 
 def _own_shapes(name: str, given: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
