@@ -210,7 +210,7 @@ class VerificationCourse:
                     lambda: (analysis.data.feeds(i) for i in self.samples),
                     progress=progress.advance,
                 )
-            return msgspec.json.encode(found)
+            return to_json(found)
 
         plan = best.planned.plan.chosen
         key = key_of(
