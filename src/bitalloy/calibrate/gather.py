@@ -10,7 +10,8 @@ from bitalloy.calibrate.statistics import Statistics
 from bitalloy.calibrate.streaming import collect
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
-from bitalloy.core.records import Calibration, DataInfo, Record, Settings, TensorRange, part_of
+from bitalloy.core.records import Calibration, DataInfo, Record, Settings, TensorRange, TensorSpec, part_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset, data_opening
@@ -31,20 +32,28 @@ def gather(
     data: Dataset,
     info: DataInfo,
     settings: Settings,
-    key: str,
     work: Workspace,
 ) -> Calibration:
+    """Calibrate all tensors that a target may round, or judges."""
     wanted: set[str] = set()
     for units in targets:
         wanted |= {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
         wanted |= tensors_to_judge(model, units)
     order = [t for t in model.value if t in wanted]
     count = min(len(data), settings.calibration_samples)
+    inputs = CalibrationInputs(
+        model=model.identity,
+        shapes=model.info.inputs,
+        tensors=tuple(order),
+        data=info,
+        samples=tuple(range(count)),
+        method=settings.range_method,
+    )
 
     def make() -> bytes:
         statistics: Statistics | None = None
         graph, samples = graph_opening(model), data_opening(data, info)
-        jobs = []
+        jobs, key = [], key_of(inputs)
         for start in range(0, count, CALIBRATION_SHARD):
             some = tuple(range(start, min(start + CALIBRATION_SHARD, count)))
             spec = CalibrationShard(graph=graph, data=samples, tensors=tuple(order), samples=some)
@@ -80,7 +89,19 @@ def gather(
         )
         return msgspec.json.encode(record)
 
-    return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
+    return msgspec.json.decode(work.cached("calibration", inputs, make), type=Calibration)
+
+
+class CalibrationInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the ranges of tensors."""
+
+    model: str
+    """Identity of the network, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    tensors: tuple[str, ...]
+    data: DataInfo
+    samples: tuple[int, ...]
+    method: str
 
 
 class CalibrationShard(Record, frozen=True, kw_only=True):

@@ -63,7 +63,7 @@ class Opening(Record, frozen=True, kw_only=True, dict=True):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides the thing."""
-        return key_of(kind=self.kind, spec=self.spec)
+        return key_of(self)
 
 
 class Resident(Record, frozen=True, kw_only=True):

@@ -12,19 +12,28 @@ import msgspec
 
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
 from bitalloy.data.datasets import Dataset
 from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 
 BIAS = "bias"
 OFFSET_SAMPLES, LEAST_OFFSET_SAMPLES = 16, 4
 """Samples that the offsets are fitted on, and the fewest that will do."""
 WORSE_DB = 0.2
 """SQNR that no head may lose."""
+
+
+class BiasInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the trial of bias correction."""
+
+    networks: tuple[ExecutedNetwork, ...]
+    """The network on each target."""
+    fitted: tuple[int, ...]
+    judged: tuple[int, ...]
 
 
 class BiasTrial(Record, frozen=True, kw_only=True):
@@ -82,8 +91,9 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         )
         return msgspec.json.encode(BiasTrial(correction=correction, offsets=added if correction.kept else ()))
 
-    key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
-    return msgspec.json.decode(work.cached("debias", key, make), type=BiasTrial)
+    networks = tuple(p.executed for p in parts)
+    inputs = BiasInputs(networks=networks, fitted=tuple(fitted), judged=tuple(judged))
+    return msgspec.json.decode(work.cached("debias", inputs, make), type=BiasTrial)
 
 
 def _none(places: int, reason: str) -> BiasTrial:

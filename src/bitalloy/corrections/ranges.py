@@ -8,15 +8,26 @@ from collections.abc import Sequence
 import msgspec
 
 from bitalloy.core.records import RangeChoice
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sqnr import artefact_sqnr
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target, unseen_samples
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target, unseen_samples
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probing import ProbedMatrix
 from bitalloy.sensitivity.ranges import best_candidates, chosen_columns
 
 RANGE_SAMPLES = 8
 """Samples on which the choice of ranges is measured."""
+
+
+class RangeInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides whether ranges that were chosen tensor by tensor are kept."""
+
+    first: ExecutedNetwork
+    """The network on the ranges of the first method."""
+    chosen: ExecutedNetwork
+    samples: tuple[int, ...]
+    seed: int
 
 
 def choose_ranges(
@@ -70,4 +81,5 @@ def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: W
         )
         return msgspec.json.encode(record)
 
-    return msgspec.json.decode(work.cached("ranges", first.key, make), type=RangeChoice)
+    inputs = RangeInputs(first=first.executed, chosen=chosen.executed, samples=tuple(samples), seed=first.settings.seed)
+    return msgspec.json.decode(work.cached("ranges", inputs, make), type=RangeChoice)

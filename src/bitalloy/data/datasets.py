@@ -14,8 +14,9 @@ import numpy as np
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
+from bitalloy.core.store import key_of
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
-from bitalloy.data.images import ImageSpec, image_feed, no_image_input, open_image
+from bitalloy.data.images import ImageSpec, file_hash, image_feed, no_image_input, open_image
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _ARRAYS = frozenset({".npz", ".npy"})
@@ -46,6 +47,9 @@ class Samples(ABC):
     label: str
     """Name of the data set, e.g. that of its folder."""
     preprocessing: str
+    """How inputs were prepared, in words."""
+    decisive: str = ""
+    """What decides how inputs are prepared, beside what the fingerprints of samples cover."""
     seed: int = 0
     """Seed of the choice of samples; 0 where all are used."""
     origin: Opening | None = None
@@ -66,7 +70,7 @@ class Samples(ABC):
 
     @cached_property
     def info(self) -> DataInfo:
-        digest = hashlib.sha256()
+        digest = _digest(self.decisive)
         for index in range(len(self)):
             digest.update(self.fingerprint(index).encode())
         return DataInfo(
@@ -82,7 +86,7 @@ class Subset(Samples):
     """Some samples of another data set, in the order of `indices`."""
 
     def __init__(self, base: Samples, indices: Sequence[int], *, seed: int = 0) -> None:
-        self.label, self.preprocessing, self.seed = base.label, base.preprocessing, seed
+        self.label, self.preprocessing, self.decisive, self.seed = base.label, base.preprocessing, base.decisive, seed
         self._base, self._indices = base, tuple(indices)
 
     def __len__(self) -> int:
@@ -166,7 +170,7 @@ class _Files(Samples):
     def fingerprint(self, index: int) -> str:
         digest = _digest(self.name(index))
         for file in self._parts(self._files[index]):
-            digest.update(file.read_bytes())
+            digest.update(file_hash(file).encode())
         return digest.hexdigest()
 
     def _parts(self, file: Path) -> tuple[Path, ...]:
@@ -184,7 +188,7 @@ class ImageFolder(_Files):
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
         super().__init__(path, _listing(path, _IMAGES), inputs, spec.describe())
-        self._spec = spec
+        self._spec, self.decisive = spec, key_of(spec)
         self._others = [i.name for i in inputs if i.name != spec.input]
         if not self._files:
             raise DataError(f"No images in '{path}'; expected {_kinds(_IMAGES)}, also in subfolders.")

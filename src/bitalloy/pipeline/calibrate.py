@@ -13,7 +13,6 @@ from bitalloy.calibrate.gather import gather
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, Settings
-from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
@@ -22,7 +21,7 @@ from bitalloy.data.datasets import Dataset
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.regions import ancestors, path_of, region_id
-from bitalloy.rewrite.calibrated import Calibrated, versions
+from bitalloy.rewrite.calibrated import Calibrated, environment_of
 from bitalloy.targets import target
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
@@ -57,7 +56,7 @@ def calibrate(
         def trial(graph: Graph, few: Settings) -> Calibrated:
             return calibrate(graph, data, few, work=work)
 
-        model, corrections = scale_channels(model, data, settings, trial, work, versions=versions())
+        model, corrections = scale_channels(model, data, settings, trial, work, [environment_of(d) for d in devices])
     parts = [
         replace(part, given=given, corrections=corrections, notes=notes)
         for part in _on_each(devices, model, data, settings, work)
@@ -84,17 +83,7 @@ def _on_each(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
     info = data.info
-    # the rest decides plans, not what is measured, or has keys of its own
-    decisive = msgspec.structs.replace(settings, protect=True, equalize=True, bias_correction=True)
-    key = key_of(
-        model=model.identity,
-        data=info,
-        settings=decisive,
-        versions=versions(),
-        shapes=model.info.inputs,
-        heads=heads,
-    )
-    calibration = gather(model, units, data, info, settings, key, work)
+    calibration = gather(model, units, data, info, settings, work)
     ranges = {r.tensor: r for r in calibration.ranges}
     return [
         Calibrated(
@@ -108,9 +97,8 @@ def _on_each(
             excluded=excluded,
             calibration=calibration,
             given=model,
-            key=key_of(analysis=key, target=device.name) if index else key,
         )
-        for index, (device, found) in enumerate(zip(devices, units, strict=True))
+        for device, found in zip(devices, units, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitalloy import zoo
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.store import RunDirectory, key_of
+from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
@@ -45,6 +45,8 @@ class Prepared:
 
     model: Graph
     data: Dataset
+    image: ImageSpec | None
+    """Preparation of images as the user gave it; None where the model's file or its task decides."""
     labels: tuple[Path, ...]
     """Files or folders of labels for the task metric; none where the metric is not measured."""
     notes: tuple[str, ...]
@@ -117,7 +119,8 @@ def prepare(
     else:
         loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
         store = RunDirectory(out)
-        samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
+        spec = image if image is None or isinstance(image, ImageSpec) else image_spec(loaded, **image)
+        samples = open_data(loaded, data, image=spec, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
             drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
@@ -126,6 +129,7 @@ def prepare(
     return Prepared(
         model=loaded,
         data=samples,
+        image=spec if image else None,
         labels=tuple(files),
         notes=(SAMPLE_NOTE,) if data is None else (),
         work=Workspace(store, progress),
@@ -191,7 +195,16 @@ def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None
 def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work: Workspace) -> zoo.Source:
     """Export a model of a family into the run directory, or find it there."""
     assert work.store is not None, "exports go into a run directory"
-    key = key_of(name=name, checkpoint=_identity(checkpoint), seed=options.seed)
+    key = key_of(
+        ExportInputs(
+            name=name,
+            checkpoint=_identity(checkpoint),
+            size=options.size,
+            open_size=options.open_size,
+            seed=options.seed,
+            packages=zoo.find(name)[0].installed,
+        )
+    )
     folder = work.store.cache / f"export-{key[:24]}"
     done = folder / "complete"
     if not done.is_file():
@@ -202,11 +215,24 @@ def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work
     return zoo.Source(name=name, path=path, sample=False)
 
 
-def _identity(checkpoint: str | Path | None) -> list[object]:
+class ExportInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the files of an export."""
+
+    name: str
+    checkpoint: tuple[object, ...]
+    """Name of the checkpoint, with names, sizes and times of its files."""
+    size: tuple[int, int] | None
+    open_size: bool
+    seed: int
+    packages: dict[str, str]
+    """Packages of the family, with their versions."""
+
+
+def _identity(checkpoint: str | Path | None) -> tuple[object, ...]:
     """What tells a checkpoint from another: names, sizes and times of its files."""
     path = Path(str(checkpoint))
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    return [str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    return (str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
 def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,7 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
+from bitalloy.tasks.evaluate import open_labelled
 
 DEFAULT_RATIO = 0.7
 CONFIRMED, CONFIRM_SAMPLES = 12, 4
@@ -74,6 +75,8 @@ def deliver(
     work = prepared.work
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
+    if prepared.labels:
+        open_labelled(prepared.model, prepared.labels, prepared.image)  # refuses what is broken before long work
     analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
@@ -84,7 +87,7 @@ def deliver(
             planned = plan(part, budget, front=False, work=work)
         else:
             part, planned = _plan_by_default(part, budget.keep, work)
-        verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
+        verified = verify(part, planned, labels=prepared.labels, limit=limit, image=prepared.image, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))

@@ -10,11 +10,12 @@ import msgspec
 
 from bitalloy.calibrate.gather import COMPARED
 from bitalloy.core.jobs import Contexts, Job, Opening
-from bitalloy.core.records import Head, Record, Secant
+from bitalloy.core.records import DataInfo, Head, Record, Secant, TensorSpec
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import data_opening
 from bitalloy.model.graphs.again import graph_opening
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import FRACTIONS, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix
@@ -60,7 +61,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         work: where results are stored and progress is shown.
     """
     ready = parts[0]
-    settings, data, key = ready.settings, ready.data, ready.key
+    settings, data = ready.settings, ready.data
     most = min(len(data), settings.samples or MAX_SAMPLES)
     plain = sum(not h.kind for h in ready.heads)
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
@@ -69,12 +70,24 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     schemes = [p.recipe(method) for method in methods for p in parts]
     schemes += [replace(s, ranges=later_ranges(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
+    recipes, stops = tuple(map(recipe_opening, schemes)), tuple(sorted(ready.excluded))
+    inputs = ProbeInputs(
+        model=ready.graph.identity,
+        shapes=ready.graph.info.inputs,
+        heads=ready.heads,
+        recipes=recipes,
+        stops=stops,
+        data=ready.info,
+        samples=tuple(range(most)),
+        until_settled=settings.samples is None,
+        probes=tuple(probes),
+        seed=settings.seed,
+    )
+
     def make() -> bytes:
         graph, samples = graph_opening(ready.graph), data_opening(data, ready.info)
-        recipes = tuple(map(recipe_opening, schemes))
-        stops = tuple(sorted(ready.excluded))
         spec = ProberParts(graph=graph, heads=ready.heads, recipes=recipes, stops=stops)
-        prober = Opening(kind="prober", spec=spec)
+        prober, key = Opening(kind="prober", spec=spec), key_of(inputs)
         jobs = [
             Job(
                 kind="probe",
@@ -95,7 +108,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
                     break
         return ProbeMatrix.concatenate(rows).to_bytes()
 
-    matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    matrix = ProbeMatrix.from_bytes(work.cached("probe", inputs, make))
     found = views(ready.graph, schemes)
     size, end = len(parts), len(methods) * len(parts)
     return ProbedMatrix(
@@ -104,6 +117,35 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         tuple(tuple(found[i:end:size]) for i in range(size)),
         tuple((found[i], *found[end + i :: size]) for i in range(size)),
     )
+
+
+class ProbeInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides a probe matrix."""
+
+    model: str
+    """Identity of the network, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    heads: tuple[Head, ...]
+    recipes: tuple[Opening, ...]
+    """How each target rounds, with each method of calibration."""
+    stops: tuple[str, ...]
+    """Nodes through which nothing is measured."""
+    data: DataInfo
+    samples: tuple[int, ...]
+    until_settled: bool
+    """Whether sampling stops where the ranking of units has settled."""
+    probes: tuple[int, ...]
+    """Number of probes of each head."""
+    seed: int
+
+
+class SecantInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides how the outputs bend."""
+
+    network: ExecutedNetwork
+    samples: tuple[int, ...]
+    matrix: str
+    """Digest of the probe matrix."""
 
 
 class ProberParts(Record, frozen=True, kw_only=True):
@@ -147,6 +189,7 @@ def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], 
         return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
     ready, matrix = parts[at], matrices[at]
     count = min(SECANT_SAMPLES, matrix.samples)
+    inputs = SecantInputs(network=ready.executed, samples=tuple(range(count)), matrix=matrix.digest)
 
     def make() -> bytes:
         with work.stage("secant", count * len(FRACTIONS)) as progress:
@@ -155,4 +198,4 @@ def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], 
             sites = rounded(ready.units, ready.units.lowest_gated())
             return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 
-    return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)
+    return msgspec.json.decode(work.cached("secant", inputs, make), type=Secant)

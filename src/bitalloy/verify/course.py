@@ -11,16 +11,16 @@ import msgspec
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.outcome import LatencySpread, Round
 from bitalloy.core.planned import Measured, Planned
-from bitalloy.core.plans import Budget, ParetoPoint
+from bitalloy.core.plans import Budget, CostTable, ParetoPoint
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, output_sqnr
 from bitalloy.model.heads import is_divergence
-from bitalloy.rewrite.calibrated import unseen_samples
+from bitalloy.rewrite.calibrated import ExecutedNetwork, unseen_samples
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.search.choice import ProvenPlan
@@ -46,6 +46,18 @@ MAX_ROUNDS = 3
 
 NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 """What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
+
+
+class VerificationInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides what is measured of a plan."""
+
+    network: ExecutedNetwork
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of unit and scheme."""
+    samples: tuple[int, ...]
+    seed: int
+    cost: CostTable | None
+    """The table from which latencies are taken; None where they are measured."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,7 @@ class VerificationCourse:
     def known(self) -> Analysis:
         """Return the analysis with the matrix as corrected."""
         facts = self.tables.facts
-        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
+        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant)
 
 
 def _measure(
@@ -238,8 +250,14 @@ def _measure(
             Measured(latency=latency, sqnr_lowest=sqnr["lowest"], sqnr_mixed=sqnr["mixed"], float32=sqnr[FLOAT32])
         )
 
-    key = key_of(analysis=analysis.key, mixed=planned.plan.chosen.listed, **analysis.execution)
-    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+    inputs = VerificationInputs(
+        network=analysis.executed,
+        plan=tuple(planned.plan.chosen.listed),
+        samples=tuple(samples),
+        seed=analysis.settings.seed,
+        cost=planned.cost if planned.cost.estimated else None,
+    )
+    return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
 
 
 def _latency(

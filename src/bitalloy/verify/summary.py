@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
 from bitalloy.core.records import part_of
+from bitalloy.core.store import versions
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
-from bitalloy.rewrite.calibrated import versions
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import draws, estimate_sqnr
