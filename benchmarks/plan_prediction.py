@@ -89,7 +89,7 @@ class Bench:
 
     def __init__(self, analysis: Analysis, store: RunDirectory, samples: int) -> None:
         self._analysis, self._store = analysis, store
-        self._feeds = [analysis.data.feeds(i) for i in range(samples)]
+        self._feeds = [analysis.data.feeds(i) for i in analysis.parts.probe[:samples]]
         self._float = OrtSession(analysis.graph.to_bytes())
         self._exact = [Reference(self._float.run(f), analysis.heads) for f in self._feeds]
         self.energy = np.array([e.energy for e in self._exact]).mean(axis=0)

@@ -151,7 +151,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str,
 
 def test_images_are_evaluated_as_the_user_prepares_them(inputs: Any, tmp_path: Path, stopped: Any) -> None:
     options = RunOptions(image={"scale": 1.0, "mean": (0.5,), "fit": "stretch"})
-    prepared = prepare(inputs.detector, out=tmp_path, data=inputs.scenes, labels=inputs.labels, options=options)
+    prepared = prepare(
+        inputs.detector, out=tmp_path, data=inputs.labels.parent / "images", labels=inputs.labels, options=options
+    )
     image = stopped(prepared)["image"]
     assert (image.scale, image.mean, image.fit) == (1.0, (0.5, 0.5, 0.5), "stretch")
     _, (data,) = open_labelled(prepared.model, [inputs.labels], image)

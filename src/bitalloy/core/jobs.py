@@ -45,6 +45,7 @@ JOB_KINDS: dict[str, str] = {
     "recipe": "bitalloy.targets.recipe:open_recipe",
     "resident": "bitalloy.core.jobs:refuse_resident",
     "samples": "bitalloy.data.datasets:open_samples_again",
+    "subset": "bitalloy.data.datasets:open_subset",
     "switchboard": "bitalloy.sensitivity.switchboards:open_switchboard",
 }
 """Kind -> `module:function`, imported when it is first needed: first the kinds of jobs, which are also the names of the

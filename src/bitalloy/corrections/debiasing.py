@@ -44,7 +44,7 @@ class BiasTrial(Record, frozen=True, kw_only=True):
     """For each target: id of a weight's site -> offset; empty where the correction is not kept."""
 
 
-def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> BiasTrial:
+def debias(parts: Sequence[Calibrated], data: Dataset, samples: Sequence[int], work: Workspace) -> BiasTrial:
     """Correct the biases of all layers that can be rounded, and say whether it pays.
 
     It is kept, on all targets, where on the first one that rounds the mean SQNR of the heads, with all it can rounded,
@@ -53,7 +53,7 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
     Args:
         parts: the model on each target.
         data: samples.
-        count: how many of them the ranges come from; these are used.
+        samples: indices of those that the ranges come from; these are used.
         work: where to keep and show results.
     """
     at = deciding_target(parts)
@@ -65,8 +65,9 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         return _none(0, "no rounded layer with a bias")
     if graph.large:
         return _none(places, "not tried on large models")
-    judged = range(count - min(JUDGING_SAMPLES, count // 2), count)
-    fitted = range(min(OFFSET_SAMPLES, judged.start))
+    count = len(samples)
+    start = count - min(JUDGING_SAMPLES, count // 2)
+    fitted, judged = samples[: min(OFFSET_SAMPLES, start)], samples[start:]
     if len(fitted) < LEAST_OFFSET_SAMPLES:
         return _none(
             places, f"needs {LEAST_OFFSET_SAMPLES} samples beside the {len(judged)} on which it is judged, of {count}"

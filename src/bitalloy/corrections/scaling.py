@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import DataInfo, Record, Settings, TensorSpec
+from bitalloy.core.records import DataInfo, Record, SampleParts, Settings, TensorSpec
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
@@ -46,7 +46,7 @@ class ScalingTrial(Record, frozen=True, kw_only=True):
 
 def scale_channels(
     model: Graph,
-    data: Dataset,
+    drawn: tuple[Dataset, SampleParts],
     settings: Settings,
     calibrated: Callable[[Graph, Settings], Calibrated],
     work: Workspace,
@@ -56,7 +56,7 @@ def scale_channels(
 
     Args:
         model: the model as loaded.
-        data: samples.
+        drawn: samples, and those of them that serve calibration.
         settings: the settings of the analysis.
         calibrated: makes a model ready to be rounded, as it is given.
         work: where to keep and show results.
@@ -66,9 +66,9 @@ def scale_channels(
     if not places:
         reason = "large models share their weights" if model.large else "no place where the rule applies"
         return model, tuple(untried_correction(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
-    count = min(len(data), settings.calibration_samples)
-    fitted = range(min(FACTOR_SAMPLES, count))
-    judged = range(len(fitted), min(len(fitted) + JUDGING_SAMPLES, count)) or fitted
+    data, samples = drawn[0], drawn[1].calibration
+    fitted = samples[:FACTOR_SAMPLES]
+    judged = samples[len(fitted) : len(fitted) + JUDGING_SAMPLES] or fitted
     few = msgspec.structs.replace(
         settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
     )
@@ -77,8 +77,8 @@ def scale_channels(
         shapes=model.info.inputs,
         data=data.info,
         settings=few,
-        fitted=tuple(fitted),
-        judged=tuple(judged),
+        fitted=fitted,
+        judged=judged,
         environments=tuple(environments),
     )
 

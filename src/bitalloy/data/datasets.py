@@ -68,6 +68,14 @@ class Samples(ABC):
     def fingerprint(self, index: int) -> str:
         """Return the SHA-256 over the name and the contents of a sample, in hexadecimal."""
 
+    def source(self, index: int) -> str:
+        """Return the name of what a sample is taken from, e.g. its image; samples of one source are alike."""
+        return self.name(index)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Return the files with which a sample shows what another data set may show too, e.g. its image."""
+        return ()
+
     @cached_property
     def info(self) -> DataInfo:
         digest = _digest(self.decisive)
@@ -85,9 +93,16 @@ class Samples(ABC):
 class Subset(Samples):
     """Some samples of another data set, in the order of `indices`."""
 
-    def __init__(self, base: Samples, indices: Sequence[int], *, seed: int = 0) -> None:
-        self.label, self.preprocessing, self.decisive, self.seed = base.label, base.preprocessing, base.decisive, seed
-        self._base, self._indices = base, tuple(indices)
+    def __init__(self, base: Dataset, indices: Sequence[int], *, seed: int = 0) -> None:
+        self._base, self._indices, self.seed = base, tuple(indices), seed
+        if isinstance(base, Samples):
+            self.label, self.preprocessing, self.decisive = base.label, base.preprocessing, base.decisive
+            if base.origin is not None:
+                self.origin = Opening(
+                    kind="subset", spec=SubsetParts(base=base.origin, indices=self._indices, seed=seed)
+                )
+        else:
+            self.label, self.preprocessing, self.decisive = base.info.name, base.info.preprocessing, base.info.sha256
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -99,7 +114,17 @@ class Subset(Samples):
         return self._base.feeds(self._indices[index])
 
     def fingerprint(self, index: int) -> str:
-        return self._base.fingerprint(self._indices[index])
+        """Return that of the sample in the other data set; one of a user's own kind tells its samples by `info`."""
+        if isinstance(self._base, Samples):
+            return self._base.fingerprint(self._indices[index])
+        return _digest(f"{self._indices[index]}\0{self.name(index)}").hexdigest()
+
+    def source(self, index: int) -> str:
+        own = self._indices[index]
+        return self._base.source(own) if isinstance(self._base, Samples) else self._base.name(own)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return self._base.files(self._indices[index]) if isinstance(self._base, Samples) else ()
 
 
 class ArrayDataset(Samples):
@@ -172,6 +197,9 @@ class _Files(Samples):
         for file in self._parts(self._files[index]):
             digest.update(file_hash(file).encode())
         return digest.hexdigest()
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (self._files[index],)
 
     def _parts(self, file: Path) -> tuple[Path, ...]:
         return (file,)
@@ -279,6 +307,19 @@ class SampleFiles(Record, frozen=True, kw_only=True):
     seed: int
 
 
+class SubsetParts(Record, frozen=True, kw_only=True):
+    """Arguments of `Subset`."""
+
+    base: Opening
+    indices: tuple[int, ...]
+    seed: int
+
+
+def open_subset(spec: SubsetParts, contexts: Contexts) -> Samples:
+    """Open some samples of a data set."""
+    return Subset(contexts.open(spec.base), spec.indices, seed=spec.seed)
+
+
 class SamplesAgain(Record, frozen=True, kw_only=True):
     """Samples to be opened again, with what identifies them."""
 
@@ -327,8 +368,12 @@ def choose_samples(names: Sequence[str], *, limit: int | None, seed: int) -> lis
     """
     if limit is not None and limit < 1:
         raise DataError(f"The limit on samples is {limit}; expected at least 1.")
-    order = sorted(range(len(names)), key=lambda i: _digest(f"{seed}\0{names[i]}").digest())
-    return sorted(order[:limit])
+    return sorted(drawn_order(names, seed)[:limit])
+
+
+def drawn_order(names: Sequence[str], seed: int) -> list[int]:
+    """Return the indices of samples in a random order, by SHA-256(seed, name): the same on every machine."""
+    return sorted(range(len(names)), key=lambda i: _digest(f"{seed}\0{names[i]}").digest())
 
 
 def _stacked(path: Path, inputs: tuple[TensorSpec, ...]) -> ArrayDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -228,10 +229,17 @@ def file_hash(path: Path) -> str:
         DataError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        known = path.stat()
+        return _hash(path.absolute(), known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns)
     except OSError as error:
         raise DataError(f"Cannot read '{path}': {error.strerror}. Repair or remove it.") from error
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(path: Path, *changes: int) -> str:
+    """Hash a file, which is read once as long as the numbers that every change of it moves are the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:

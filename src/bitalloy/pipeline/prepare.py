@@ -34,7 +34,8 @@ SAMPLE_NOTE = (
     "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
     "something for your deployment."
 )
-SAMPLE_IMAGES, CALIBRATION_IMAGES = 100, 64
+SAMPLE_IMAGES, DRAWN_IMAGES = 100, 96
+"""Images of the embedded sample that are evaluated, and those from which calibration, probing and verification draw."""
 SMALLEST, LARGEST = 64, 640
 """Sides of the images of the embedded sample, in pixels."""
 
@@ -111,7 +112,7 @@ def prepare(
         outline = read_outline(source.path)
         spec = _program_image(outline, image)
         store = RunDirectory(out)
-        paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "calibration", seed, "train")
+        paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "drawn", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
         if data is None and not files and source.sample:
@@ -171,8 +172,8 @@ def open_data(
             "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
         )
     folder = write_coco(
-        sample_folder / "calibration",
-        count=limit or CALIBRATION_IMAGES,
+        sample_folder / "drawn",
+        count=limit or DRAWN_IMAGES,
         seed=seed,
         size=max(spec.height, SMALLEST),
         split="train",
@@ -265,6 +266,6 @@ def _drawn(outline: Outline, spec: ImageSpec | None, folder: Path, seed: int, sp
             "feeds under these names."
         )
     size = min(max(image.height, SMALLEST), LARGEST)
-    count = CALIBRATION_IMAGES if split == "train" else SAMPLE_IMAGES
+    count = DRAWN_IMAGES if split == "train" else SAMPLE_IMAGES
     drawn = write_coco(folder, count=count, seed=seed, size=size, split=split)
     return [drawn / n for n in (("questions.jsonl", "captions.json") if speaks(inputs) else ("instances.json",))]

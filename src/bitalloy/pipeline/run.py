@@ -16,6 +16,7 @@ from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.work import Workspace
+from bitalloy.data.images import file_hash
 from bitalloy.measure.cost import measure_cost
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit_plan
@@ -75,9 +76,9 @@ def deliver(
     work = prepared.work
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
-    if prepared.labels:
-        open_labelled(prepared.model, prepared.labels, prepared.image)  # refuses what is broken before long work
-    analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
+    settings = settings or Settings()
+    evaluated = _evaluated_images(prepared, limit, settings.seed)
+    analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     shared, found = prepared.work.seconds, []
@@ -93,6 +94,14 @@ def deliver(
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
+
+
+def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
+    """Open the labels, which refuses what is broken before long work, and hash the images that will be evaluated."""
+    if not prepared.labels:
+        return frozenset()
+    _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
+    return frozenset(file_hash(file) for data in opened for file in data.images(data.choose(limit, seed)))
 
 
 def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:

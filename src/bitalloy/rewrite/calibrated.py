@@ -13,7 +13,7 @@ import onnx_ir as ir
 from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import Contexts, Opening
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, DataInfo, Head, Record, Settings, TensorSpec
+from bitalloy.core.records import Calibration, DataInfo, Head, Record, SampleParts, Settings, TensorSpec
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
@@ -30,8 +30,6 @@ from bitalloy.runtime.machine import Machine, this_machine
 from bitalloy.runtime.ort import AS_WRITTEN
 from bitalloy.targets.base import Target
 from bitalloy.targets.recipe import Recipe, recipe_opening
-
-VERIFY_SAMPLES = 16
 
 
 class Environment(Record, frozen=True, kw_only=True):
@@ -71,6 +69,9 @@ class Calibrated:
     heads: tuple[Head, ...]
     settings: Settings
     data: Dataset
+    """The samples that were drawn."""
+    parts: SampleParts
+    """What each of them serves."""
     info: DataInfo
     """What tells all of `data` from other samples."""
     excluded: frozenset[str]
@@ -199,12 +200,6 @@ def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
 
 def _given(graph: Graph) -> Path | ir.Model:
     return graph.source if graph.runnable else graph.model
-
-
-def unseen_samples(probed: int, total: int) -> list[int]:
-    """Choose samples that the probe matrix has not seen, as far as there are enough; else from the end of the data."""
-    found = list(range(probed, total))[:VERIFY_SAMPLES]
-    return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
 
 
 def environment_of(target: Target) -> Environment:

@@ -126,7 +126,7 @@ def measure_exact(
         ready: the calibrated model.
         selection: units, regions and sites to measure; None for all units.
         mode: `one-at-a-time` rounds one thing alone; `leave-one-out` rounds everything but one thing.
-        samples: number of samples, the first of the data; None for 8.
+        samples: number of samples, the first of those that serve probing; None for 8.
         work: where results are stored and progress is shown.
 
     Raises:
@@ -135,11 +135,10 @@ def measure_exact(
     things = chosen_groups(ready.units, selection or Selection(), mode)
     if mode == ALL_BUT_ONE:
         things.append(whole_group(ready.units))
-    count = min(samples or SAMPLES, len(ready.data))
+    used = ready.parts.probe[: samples or SAMPLES]
+    count = len(used)
     around = whole_group(ready.units).sites if mode == ALL_BUT_ONE else frozenset[str]()
-    damage, energy = measured_damages(
-        ready, [t.sites for t in things], range(count), around=around, work=work or Workspace()
-    )
+    damage, energy = measured_damages(ready, [t.sites for t in things], used, around=around, work=work or Workspace())
     weights = draws(count, ready.settings.seed)
     share = energy / energy.mean(axis=0)
     rows = [
@@ -325,7 +324,7 @@ def _confirmed(
     if not things:
         return analysis, None
     count = min(samples, matrix.samples)
-    sets, used = [t.sites for t in things], range(count)
+    sets, used = [t.sites for t in things], analysis.parts.probe[:count]
     inputs = damage_inputs(analysis, sets, used)
 
     def make() -> bytes:

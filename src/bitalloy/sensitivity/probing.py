@@ -62,7 +62,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     """
     ready = parts[0]
     settings, data = ready.settings, ready.data
-    most = min(len(data), settings.samples or MAX_SAMPLES)
+    samples = ready.parts.probe
     plain = sum(not h.kind for h in ready.heads)
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
@@ -78,14 +78,14 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         recipes=recipes,
         stops=stops,
         data=ready.info,
-        samples=tuple(range(most)),
+        samples=samples,
         until_settled=settings.samples is None,
         probes=tuple(probes),
         seed=settings.seed,
     )
 
     def make() -> bytes:
-        graph, samples = graph_opening(ready.graph), data_opening(data, ready.info)
+        graph, opened = graph_opening(ready.graph), data_opening(data, ready.info)
         spec = ProberParts(graph=graph, heads=ready.heads, recipes=recipes, stops=stops)
         prober, key = Opening(kind="prober", spec=spec), key_of(inputs)
         jobs = [
@@ -93,14 +93,14 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
                 kind="probe",
                 key=key,
                 shard=f"{index:06d}",
-                spec=ProbedSample(prober=prober, data=samples, sample=index, probes=tuple(probes), seed=settings.seed),
+                spec=ProbedSample(prober=prober, data=opened, sample=index, probes=tuple(probes), seed=settings.seed),
             )
-            for index in range(most)
+            for index in samples
         ]
         rows: list[ProbeMatrix] = []
-        things = [(graph, ready.graph), (samples, data), *zip(recipes, schemes, strict=True)]
+        things = [(graph, ready.graph), (opened, data), *zip(recipes, schemes, strict=True)]
         held = work.executor.contexts.holding(*things)
-        with work.stage("probe", most) as progress, held, closing(work.map(jobs, progress)) as results:
+        with work.stage("probe", len(samples)) as progress, held, closing(work.map(jobs, progress)) as results:
             for raw in results:
                 rows.append(ProbeMatrix.from_bytes(raw))
                 enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
@@ -188,13 +188,14 @@ def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], 
         ones = (1.0,) * len(matrices[0].heads)
         return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
     ready, matrix = parts[at], matrices[at]
-    count = min(SECANT_SAMPLES, matrix.samples)
-    inputs = SecantInputs(network=ready.executed, samples=tuple(range(count)), matrix=matrix.digest)
+    samples = ready.parts.probe[: min(SECANT_SAMPLES, matrix.samples)]
+    count = len(samples)
+    inputs = SecantInputs(network=ready.executed, samples=samples, matrix=matrix.digest)
 
     def make() -> bytes:
         with work.stage("secant", count * len(FRACTIONS)) as progress:
             board = switchboard(ready, count, work)
-            feeds = [ready.data.feeds(i) for i in range(count)]
+            feeds = [ready.data.feeds(i) for i in samples]
             sites = rounded(ready.units, ready.units.lowest_gated())
             return msgspec.json.encode(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 

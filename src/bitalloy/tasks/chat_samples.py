@@ -85,6 +85,12 @@ class ChatSamples(Samples):
     def name(self, index: int) -> str:
         return f"{self._turns[index].file.name}: {self._turns[index].text}"
 
+    def source(self, index: int) -> str:
+        return self._turns[index].file.name
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (self._turns[index].file,)
+
     def feeds(self, index: int) -> dict[str, np.ndarray]:
         turn = self._turns[index]
         at = turn.ids.index(IMAGE_TOKEN)

@@ -24,6 +24,7 @@ from bitalloy.core.records import Record, TensorSpec
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
+from bitalloy.data.datasets import Dataset, Samples
 from bitalloy.data.images import ImageSpec, file_hash
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
@@ -149,6 +150,29 @@ class Evaluator:
         """
         return [self._result(labels, subjects, stage, resamples) for labels in self._labelled]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say which evaluated images the analysis has seen too, by their content."""
+        found = []
+        analysis, parts = self._analysis, self._analysis.parts
+        for labels in self._labelled:
+            evaluated = set(labels.images)
+            shared = {
+                name: len(evaluated & {file_hash(f) for i in part for f in _files(analysis.data, i)})
+                for name, part in {
+                    "calibration": parts.calibration,
+                    "probing": parts.probe,
+                    "verification": parts.verification,
+                }.items()
+            }
+            told = " and ".join(f"{count} in {name}" for name, count in shared.items() if count)
+            if told:
+                found.append(
+                    f"Of the {len(evaluated)} images that were evaluated, the analysis has seen some too: {told}. "
+                    "On these the rounded models are not measured on unseen data."
+                )
+        return tuple(found)
+
     def _opened(self, path: Path, data: TaskData) -> _Labelled:
         samples = data.choose(self._limit, self._analysis.settings.seed)
         images = [file_hash(file) for file in data.images(samples)]
@@ -224,6 +248,10 @@ class Evaluator:
             for job, raw in zip(missing, self._work.map(missing, progress), strict=True):
                 kept[key, job.shard] = raw
         return [seen for job in jobs for seen in unpack_seen(kept[key, job.shard])]
+
+
+def _files(data: Dataset, sample: int) -> tuple[Path, ...]:
+    return data.files(sample) if isinstance(data, Samples) else ()
 
 
 def open_labelled(

@@ -20,7 +20,7 @@ from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, output_sqnr
 from bitalloy.model.heads import is_divergence
-from bitalloy.rewrite.calibrated import ExecutedNetwork, unseen_samples
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.search.choice import ProvenPlan
@@ -92,7 +92,7 @@ class VerificationCourse:
         self.tables = tables_of(analysis, planned.cost)
         """The tables as corrected so far."""
         self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
-        self.samples = unseen_samples(analysis.matrix.samples, len(analysis.data))
+        self.samples = list(analysis.parts.verification)
         """Samples on which plans are measured."""
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None

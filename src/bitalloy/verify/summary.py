@@ -6,7 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
+import msgspec
+
+from bitalloy.core.outcome import (
+    Comparison,
+    Evaluation,
+    HeadComparison,
+    LatencySpread,
+    Round,
+    Summary,
+    Triple,
+    UsedSamples,
+)
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
 from bitalloy.core.records import part_of
 from bitalloy.core.store import versions
@@ -102,6 +113,23 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
         corrections=analysis.corrections,
+        parts=_used(analysis),
+    )
+
+
+def _used(analysis: Analysis) -> UsedSamples:
+    parts = analysis.parts
+    parts = msgspec.structs.replace(parts, probe=parts.probe[: analysis.matrix.samples])
+    calibration, probe, verification = (
+        tuple(map(analysis.data.name, part)) for part in (parts.calibration, parts.probe, parts.verification)
+    )
+    return UsedSamples(
+        available=parts.available,
+        calibration=calibration,
+        probe=probe,
+        verification=verification,
+        disjoint=parts.disjoint,
+        told=parts.describe(),
     )
 
 
