@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_pl
 from bitalloy.targets.placement import weight_site
 
 
-def compare(parts: dict[str, Calibrated], plan: Plan, samples: range) -> dict[str, dict[str, float]]:
+def compare(parts: dict[str, Calibrated], plan: Plan, samples: Sequence[int]) -> dict[str, dict[str, float]]:
     """SQNR in dB by head of a plan on `without` and on `with`."""
     first = parts["without"]
     models = {name: part.executable(part.artefact(plan)) for name, part in parts.items()}
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="an .onnx file or a name of the zoo")
     parser.add_argument("--images", type=Path, help="folder of images, or .npz feeds; the embedded sample without it")
     parser.add_argument("--out", type=Path, required=True, help="run directory")
-    parser.add_argument("--samples", type=int, default=16, help="fitted, and as many others measured")
+    parser.add_argument("--samples", type=int, default=16, help="fitted; others are measured")
     parser.add_argument("--halves", type=int, default=2, help="random plans of half of the units")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -48,10 +49,8 @@ def main() -> None:
     prepared = prepare(options.model, out=options.out, data=options.images, seed=options.seed)
     model, data = prepared.model, prepared.data
     settings = Settings(seed=options.seed, calibration_samples=options.samples, equalize=False, bias_correction=False)
-    count = min(options.samples, len(data) // 2)
-    judged = range(len(data) - count, len(data))
-    feeds = [data.feeds(i) for i in range(count)]
     plain = calibrate(model, data, settings, work=prepared.work)
+    feeds, judged = [plain.data.feeds(i) for i in plain.parts.calibration], plain.parts.verification
     result: dict[str, dict[str, object]] = {"scaling": {}, "bias": {}}
 
     places = find_places(model)
@@ -79,7 +78,7 @@ def main() -> None:
             **compare(parts, plan, judged),
         }
         print(name, result["bias"][name], flush=True)
-    facts = {"benchmark": "corrections", "model": options.model, "samples": count, "seed": options.seed}
+    facts = {"benchmark": "corrections", "model": options.model, "samples": len(feeds), "seed": options.seed}
     print(json.dumps({**facts, "model_sha256": model.info.sha256[:16], **result}))
 
 

@@ -48,7 +48,7 @@ def plans_of(analysis: Analysis, seed: int, work: Workspace) -> dict[str, Plan]:
 
 def measure(analysis: Analysis, plans: dict[str, Plan]) -> dict[str, object]:
     """Predictions beside measurements."""
-    feeds = [analysis.data.feeds(i) for i in range(analysis.matrix.samples)]
+    feeds = [analysis.data.feeds(i) for i in analysis.parts.probe[: analysis.matrix.samples]]
     models = {name: analysis.executable(analysis.artefact(p)) for name, p in plans.items()}
     found = artefact_sqnr(analysis.original(), models, analysis.heads, feeds)
     result: dict[str, object] = {}

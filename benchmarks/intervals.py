@@ -23,10 +23,19 @@ from rich.progress import track
 
 from bitalloy import RunDirectory, Settings, Workspace, calibrate, load, open_data
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs, key_of
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.sensitivity.matrix import ProbeMatrix, draws, estimate_sqnr
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.placement import rounded
+
+
+class RowInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the rows of a sample."""
+
+    network: ExecutedNetwork
+    probes: int
+    seed: int
 
 
 def main() -> None:
@@ -51,7 +60,7 @@ def main() -> None:
     settings = Settings(calibration_samples=options.calibration_samples, seed=options.seed)
     ready = calibrate(model, data, settings, work=Workspace(store))
     each = max(2, -(-options.probes // len(ready.heads)))
-    key = key_of(calibration=ready.key, probes=each)
+    key = key_of(RowInputs(network=ready.executed, probes=each, seed=options.seed))
     prober: Prober | None = None
     shards = []
     for index in track(range(options.many), description="probe", console=console):

@@ -29,8 +29,9 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import RunDirectory, Settings, Workspace, analyze, confirm, load, open_data
+from bitalloy.core.records import Calibration, Head
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.model.heads import Reference
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.runtime.ort import OrtSession
@@ -59,6 +60,24 @@ def random_plans(analysis: Analysis, shares: Iterable[float], seed: int | Sequen
     return plans
 
 
+class PlanDamageInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the damage of a plan."""
+
+    calibration: Calibration
+    heads: tuple[Head, ...]
+    plan: tuple[tuple[str, str], ...]
+    samples: int
+
+
+class PlanPrecisionInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the box AP of a plan."""
+
+    calibration: Calibration
+    plan: tuple[tuple[str, str], ...]
+    labels: str
+    limit: int | None
+
+
 class Bench:
     """Measures plans and remembers them.
 
@@ -70,7 +89,7 @@ class Bench:
 
     def __init__(self, analysis: Analysis, store: RunDirectory, samples: int) -> None:
         self._analysis, self._store = analysis, store
-        self._feeds = [analysis.data.feeds(i) for i in range(samples)]
+        self._feeds = [analysis.data.feeds(i) for i in analysis.parts.probe[:samples]]
         self._float = OrtSession(analysis.graph.to_bytes())
         self._exact = [Reference(self._float.run(f), analysis.heads) for f in self._feeds]
         self.energy = np.array([e.energy for e in self._exact]).mean(axis=0)
@@ -85,10 +104,12 @@ class Bench:
             return json.dumps((np.mean(errors, axis=0) / self.energy).tolist()).encode()
 
         key = key_of(
-            analysis=self._analysis.calibration,
-            heads=self._analysis.heads,
-            plan=plan.listed,
-            samples=len(self._feeds),
+            PlanDamageInputs(
+                calibration=self._analysis.calibration,
+                heads=self._analysis.heads,
+                plan=tuple(plan.listed),
+                samples=len(self._feeds),
+            )
         )
         return np.array(json.loads(self._store.cached("plan-damage", key, make)))
 
@@ -104,10 +125,12 @@ class Bench:
             return json.dumps(evaluate_detection(session.run, data, limit=limit).ap.value).encode()
 
         key = key_of(
-            analysis=self._analysis.calibration,
-            plan=plan.listed,
-            labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
-            limit=limit,
+            PlanPrecisionInputs(
+                calibration=self._analysis.calibration,
+                plan=tuple(plan.listed),
+                labels=hashlib.sha256(labels.read_bytes()).hexdigest(),
+                limit=limit,
+            )
         )
         return float(json.loads(self._store.cached("plan-ap", key, make)))
 

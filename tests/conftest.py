@@ -121,7 +121,7 @@ def detector() -> onnx.ModelProto:
     return net.model({"images": (1, 3, 64, 64)}, {net.op("Concat", *heads, axis=1): (1, 4 + len(shapes.CLASSES), 256)})
 
 
-def save_images(folder: Path, *, count: int = 8, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Path:
+def save_images(folder: Path, *, count: int = 32, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Path:
     """PNG images of smooth noise; `size` is (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(7)
@@ -131,7 +131,7 @@ def save_images(folder: Path, *, count: int = 8, size: tuple[int, int] = (32, 32
     return folder
 
 
-def save_feeds(folder: Path, *, count: int = 8, **shapes_: tuple[int, ...]) -> Path:
+def save_feeds(folder: Path, *, count: int = 32, **shapes_: tuple[int, ...]) -> Path:
     """A .npz per sample with normally distributed arrays of the given shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(8)
@@ -155,7 +155,7 @@ class Inputs:
     scenes: Path
     """Images that fit the detector."""
     labels: Path
-    """COCO annotations of `scenes`."""
+    """COCO annotations of other scenes, with their images."""
 
     def command_line(self, folder: Path) -> Process:
         """The command line in another folder, for fixtures that serve several tests."""
@@ -167,7 +167,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
     for make in (classifier, two_inputs, channels_last, detector):
         onnx.save(make(), folder / f"{make.__name__}.onnx")
-    scenes = shapes.write_coco(folder / "scenes", count=8, seed=0, size=64)
+    scenes = shapes.write_coco(folder / "scenes", count=32, seed=0, size=64, split="train")
+    labelled = shapes.write_coco(folder / "labelled", count=8, seed=0, size=64)
     return Inputs(
         folder=folder,
         classifier=folder / "classifier.onnx",
@@ -177,7 +178,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         channels_last=folder / "channels_last.onnx",
         detector=folder / "detector.onnx",
         scenes=scenes / "images",
-        labels=scenes / "instances.json",
+        labels=labelled / "instances.json",
     )
 
 

@@ -23,7 +23,6 @@ import pytest
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Settings
-from bitalloy.measure.cost import machine_name
 from bitalloy.measure.roofline import estimate_costs
 from bitalloy.measure.sizes import float_bytes
 from bitalloy.model.weights import to_bytes
@@ -31,6 +30,7 @@ from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.calibrated import Calibrated
+from bitalloy.runtime.machine import machine_name
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.base import A10
 

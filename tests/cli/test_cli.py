@@ -340,7 +340,7 @@ def test_images_for_a_model_without_image_input(inside: Any, inputs: Any) -> Non
 
 def relabelled(inputs: Any, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The labels of the scenes with a defect, beside the same images."""
-    shutil.copytree(inputs.scenes, folder / "images")
+    shutil.copytree(inputs.labels.parent / "images", folder / "images")
     content = json.loads(inputs.labels.read_text())
     change(content)
     (folder / "instances.json").write_text(json.dumps(content))

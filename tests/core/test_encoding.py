@@ -11,7 +11,6 @@ from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, BudgetError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, MetricValue, Secant
-from bitalloy.core.store import key_of
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -24,8 +23,6 @@ def test_a_number_that_is_none_is_refused_with_its_place(number: float) -> None:
     ):
         with pytest.raises(BitalloyError, match=f"{place} is not a finite number"):
             to_json(content)
-        with pytest.raises(BitalloyError, match="finite"):
-            key_of(part=content)
 
 
 def test_what_is_absent_and_what_is_called_null_are_written() -> None:

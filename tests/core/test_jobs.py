@@ -75,7 +75,7 @@ def elsewhere(jobs: Sequence[Job | bytes]) -> list[bytes]:
 def everything(inputs: Any, work: Workspace) -> list[object]:
     """All that is measured in jobs on a small detector."""
     model = bitalloy.load(inputs.detector)
-    analysis = bitalloy.analyze(model, bitalloy.open_data(model, inputs.scenes, limit=4), QUICK, work=work)
+    analysis = bitalloy.analyze(model, bitalloy.open_data(model, inputs.scenes, limit=12), QUICK, work=work)
     int8 = analysis.units.lowest_gated()
     some = Selection(units=tuple(sorted(int8)[:2]))
     exact = measure_exact(analysis, some, samples=3, work=work)
@@ -147,7 +147,7 @@ def test_changed_files_are_refused(inputs: Any, tmp_path: Path) -> None:
     executor = Recording()
     work = Workspace(executor=executor)
     graph = bitalloy.load(model)
-    analysis = bitalloy.analyze(graph, bitalloy.open_data(graph, scenes, limit=4), QUICK, work=work)
+    analysis = bitalloy.analyze(graph, bitalloy.open_data(graph, scenes, limit=12), QUICK, work=work)
     evaluator = Evaluator(analysis, [labels / "instances.json"], 2, work)
     evaluator.results({"float": evaluator.reference}, "evaluate", resamples=0)
     (calibrate, ranges), (observed, _) = executor.of("calibrate")[0], executor.of("observed")[0]

@@ -90,7 +90,7 @@ def test_uneven_channels_are_scaled_and_the_file_stays_the_reference(tmp_path: P
     assert (cross.name, cross.places, cross.kept) == (CROSS_LAYER, 0, False)
     assert smoothing.samples == smoothing.fitted_samples == 8
     assert list(on.original().models.values()) == [model]
-    assert on.graph.info.sha256 == off.graph.info.sha256 and on.key != off.key
+    assert on.graph.info.sha256 == off.graph.info.sha256 and on.executed != off.executed
     unseen = range(16, COUNT)
     gain = [sqnr(c.variant(c.units.lowest()).to_bytes(), model, feeds, unseen) for c in (off, on)]
     assert gain[1] > gain[0] + 1.0
@@ -102,7 +102,7 @@ def test_even_channels_stay(tmp_path: Path) -> None:
     ready = calibrated(model, feeds)
     assert not any(c.kept for c in ready.corrections)
     assert ready.graph is ready.given
-    assert ready.key == calibrated(model, feeds, equalize=False).key
+    assert ready.executed == calibrated(model, feeds, equalize=False).executed
 
 
 @pytest.fixture(scope="module")

@@ -148,11 +148,14 @@ def test_stretch_and_crop_map_boxes_back() -> None:
 
 
 def test_describe_says_what_is_done() -> None:
-    assert PLAIN.describe() == "letterbox 8x8 (height x width) pad 114, RGB, /255"
+    assert PLAIN.describe() == "letterbox 8x8 (height x width) pad 114, RGB, /255, NCHW as 'images'"
     other = ImageSpec(
         input="x", height=4, width=6, channels=1, fit="crop", scale=0.5, mean=(0.1,), std=(2.0,), dtype="float16"
     )
-    assert other.describe() == "crop 4x6 (height x width), grey, /2, minus mean [0.1], divided by std [2.0], float16"
+    assert (
+        other.describe()
+        == "crop 4x6 (height x width), grey, /2, minus mean [0.1], divided by std [2.0], float16, NCHW as 'x'"
+    )
     assert "*0.3" in ImageSpec(input="x", height=4, width=6, scale=0.3).describe()
 
 

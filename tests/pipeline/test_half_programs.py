@@ -57,7 +57,7 @@ def test_measured_damage_is_the_predicted_one(analyses: Any, name: str, target: 
     evidence = [u.evidence.get("fp16") for u in analysis.units.units if "fp16" in u.allowed]
     assert len(evidence) > 10 and all(half is not None and not half.reason for half in evidence)
     chosen = plans(analysis)
-    feeds = [analysis.data.feeds(i) for i in range(4)]
+    feeds = [analysis.data.feeds(i) for i in analysis.parts.probe[: analysis.matrix.samples]]
     models = {plan: analysis.executable(analysis.artefact(lowered)) for plan, lowered in chosen.items()}
     found = artefact_sqnr(analysis.original(), models, analysis.heads, feeds)
     for plan, lowered in chosen.items():

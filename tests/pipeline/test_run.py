@@ -26,7 +26,7 @@ SUMMARY = {
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
-    "versions", "notes",
+    "versions", "notes", "parts",
 }  # fmt: skip
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
@@ -220,7 +220,7 @@ def test_input_files_are_not_changed(finished: Any, inputs: Any) -> None:
     assert {p.name for p in inputs.folder.iterdir()} == {
         "classifier.onnx", "two_inputs.onnx", "channels_last.onnx", "detector.onnx", "images", "feeds", "scenes",
     }  # fmt: skip
-    assert {p.name for p in inputs.scenes.iterdir()} == {f"{i:06d}.png" for i in range(8)}
+    assert {p.name for p in inputs.scenes.iterdir()} == {f"{i:06d}.png" for i in range(32)}
 
 
 def test_json_prints_the_summary_alone(bitalloy: Any, inputs: Any) -> None:

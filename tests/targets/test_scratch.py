@@ -98,7 +98,7 @@ def analysis(
     folder = tmp_path_factory.mktemp("scratch")
     onnx.save(network(), folder / "net.onnx")
     model = load(folder / "net.onnx")
-    data = open_data(model, save_feeds(folder / "feeds", count=12, images=(1, 3, 16, 16)))
+    data = open_data(model, save_feeds(folder / "feeds", count=36, images=(1, 3, 16, 16)))
     settings = Settings(targets=("scratch",), samples=8, probes=32, calibration_samples=12, range_method=request.param)
     return analyze(model, data, settings)
 
@@ -125,7 +125,7 @@ class Executed:
 
     def __init__(self, analysis: Analysis, samples: int = 8) -> None:
         self._analysis = analysis
-        self.feeds = [dict(analysis.data.feeds(i)) for i in range(samples)]
+        self.feeds = [dict(analysis.data.feeds(i)) for i in analysis.parts.probe[:samples]]
         (self._output,) = analysis.graph.output_names
         self.exact = self.of(OrtSession(analysis.graph.to_bytes()))
 

@@ -11,7 +11,8 @@ from bitalloy.calibrate.streaming import collect
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
-from bitalloy.core.records import Calibration, DataInfo, Record, Settings, TensorRange, part_of
+from bitalloy.core.records import Calibration, DataInfo, Record, TensorRange, TensorSpec, part_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset, data_opening
@@ -30,41 +31,58 @@ def gather(
     model: Graph,
     targets: Sequence[UnitGraph],
     data: Dataset,
-    info: DataInfo,
-    settings: Settings,
-    key: str,
+    samples: Sequence[int],
+    method: str,
     work: Workspace,
 ) -> Calibration:
+    """Calibrate all tensors that a target may round, or judges.
+
+    Args:
+        model: the model.
+        targets: its units on each target.
+        data: samples.
+        samples: indices of those to calibrate on.
+        method: range method, see `Settings.range_method`.
+        work: where results are stored and progress is shown.
+    """
     wanted: set[str] = set()
     for units in targets:
         wanted |= {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
         wanted |= tensors_to_judge(model, units)
     order = [t for t in model.value if t in wanted]
-    count = min(len(data), settings.calibration_samples)
+    info, count = data.info, len(samples)
+    inputs = CalibrationInputs(
+        model=model.identity,
+        shapes=model.info.inputs,
+        tensors=tuple(order),
+        data=info,
+        samples=tuple(samples),
+        method=method,
+    )
 
     def make() -> bytes:
         statistics: Statistics | None = None
-        graph, samples = graph_opening(model), data_opening(data, info)
-        jobs = []
+        graph, opened = graph_opening(model), data_opening(data, info)
+        jobs, key = [], key_of(inputs)
         for start in range(0, count, CALIBRATION_SHARD):
-            some = tuple(range(start, min(start + CALIBRATION_SHARD, count)))
-            spec = CalibrationShard(graph=graph, data=samples, tensors=tuple(order), samples=some)
+            some = tuple(samples[start : start + CALIBRATION_SHARD])
+            spec = CalibrationShard(graph=graph, data=opened, tensors=tuple(order), samples=some)
             jobs.append(Job(kind="calibrate", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
-        held = work.executor.contexts.holding((graph, model), (samples, data))
+        held = work.executor.contexts.holding((graph, model), (opened, data))
         with work.stage("calibrate", count) as progress, held:
             for raw in work.map(jobs, progress):
                 part = Statistics.from_bytes(raw)
                 statistics = part if statistics is None else statistics.merge(part)
         if statistics is None:
             raise DataError("There is no sample to calibrate with.")
-        automatic = settings.range_method == "auto"
-        first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (settings.range_method,)
-        found, more = statistics.ranges(first), {method: statistics.ranges(method) for method in others}
+        automatic = method == "auto"
+        first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (method,)
+        found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
         largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
-            method=settings.range_method,
+            method=method,
             ranges=tuple(
                 TensorRange(
                     tensor=t,
@@ -73,7 +91,7 @@ def gather(
                     method=first,
                     magnitude=float(largest[t]),
                     subnormal=round(subnormal[t], 6),
-                    others=_distinct(found[t], {method: ranges[t] for method, ranges in more.items()}),
+                    others=_distinct(found[t], {other: ranges[t] for other, ranges in more.items()}),
                 )
                 for t in order
             ),
@@ -81,7 +99,19 @@ def gather(
         )
         return to_json(record)
 
-    return msgspec.json.decode(work.cached("calibration", key, make), type=Calibration)
+    return msgspec.json.decode(work.cached("calibration", inputs, make), type=Calibration)
+
+
+class CalibrationInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the ranges of tensors."""
+
+    model: str
+    """Identity of the network, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    tensors: tuple[str, ...]
+    data: DataInfo
+    samples: tuple[int, ...]
+    method: str
 
 
 class CalibrationShard(Record, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from bitalloy.core.errors import MissingExtraError
 from bitalloy.core.records import Record
-from bitalloy.measure.cost import machine_name
+from bitalloy.runtime.machine import machine_name
 from bitalloy.runtime.ort import available_cores
 from bitalloy.targets import TARGETS
 from bitalloy.targets.patterns import has_vnni

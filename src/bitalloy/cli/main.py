@@ -176,6 +176,9 @@ def _show(verified: Verified, folder: Path) -> None:
     out_console.print(f"{counted(summary.schemes)} of {summary.units} units on {summary.target}. Report: {report}")
     if summary.ranges is not None:
         out_console.print(f"INT8 ranges: {formats.ranges(summary.ranges)}.", soft_wrap=True, highlight=False)
+    if summary.parts is not None:
+        style = "" if summary.parts.disjoint else "yellow"
+        out_console.print(summary.parts.told, style=style, soft_wrap=True, highlight=False)
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
 

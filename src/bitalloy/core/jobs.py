@@ -46,6 +46,7 @@ JOB_KINDS: dict[str, str] = {
     "recipe": "bitalloy.targets.recipe:open_recipe",
     "resident": "bitalloy.core.jobs:refuse_resident",
     "samples": "bitalloy.data.datasets:open_samples_again",
+    "subset": "bitalloy.data.datasets:open_subset",
     "switchboard": "bitalloy.sensitivity.switchboards:open_switchboard",
 }
 """Kind -> `module:function`, imported when it is first needed: first the kinds of jobs, which are also the names of the
@@ -64,7 +65,7 @@ class Opening(Record, frozen=True, kw_only=True, dict=True):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides the thing."""
-        return key_of(kind=self.kind, spec=self.spec)
+        return key_of(self)
 
 
 class Resident(Record, frozen=True, kw_only=True):

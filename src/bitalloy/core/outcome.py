@@ -143,6 +143,23 @@ class KernelEffect(Record, frozen=True, kw_only=True):
     """What makes the difference, as executions without it prove, or that it is not known."""
 
 
+class UsedSamples(Record, frozen=True, kw_only=True):
+    """Which samples served what; see `bitalloy.data.parts` for how they are drawn."""
+
+    available: int
+    """Number of samples from which they were drawn."""
+    calibration: tuple[str, ...]
+    """Names of the samples to which ranges, factors and offsets were fitted."""
+    probe: tuple[str, ...]
+    """Names of those from which errors are predicted."""
+    verification: tuple[str, ...]
+    """Names of those on which SQNR was measured."""
+    disjoint: bool
+    """Whether no sample served two of them."""
+    told: str
+    """The same in a sentence, with numbers."""
+
+
 class Summary(Record, frozen=True, kw_only=True):
     """`summary.json`: the result of a run. Names are stable; new ones may be added."""
 
@@ -212,3 +229,5 @@ class Summary(Record, frozen=True, kw_only=True):
     the verification; None where that was not examined: a device that is not here, or a large model."""
     corrections: tuple[Correction, ...] = ()
     """Light corrections that were tried, in order; those that were switched off are left out."""
+    parts: UsedSamples | None = None
+    """Which samples served calibration, probing and verification; None in summaries of older versions."""

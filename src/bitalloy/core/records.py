@@ -6,6 +6,8 @@ file written by another version fails loudly instead of being half understood. U
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import msgspec
 
 
@@ -212,6 +214,38 @@ class Settings(Record, frozen=True, kw_only=True):
     """Whether channels are scaled between layers where measurement says that it pays (`bitalloy.rewrite.equalize`)."""
     bias_correction: bool = True
     """Whether the mean error of rounded layers is taken out of their biases where measurement says that it pays."""
+
+
+class SampleParts(Record, frozen=True, kw_only=True):
+    """Samples that were drawn, by what they serve, as indices into them; see `bitalloy.data.parts`."""
+
+    available: int
+    """Number of samples from which they were drawn."""
+    calibration: tuple[int, ...]
+    """Those to which ranges, factors and offsets are fitted."""
+    probe: tuple[int, ...]
+    """Those from which errors are predicted: the probe matrix, and exact measurements of units."""
+    verification: tuple[int, ...]
+    """Those on which whole models are executed: choices between plans and the numbers of the shipped one."""
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether no sample serves two parts."""
+        every = (*self.calibration, *self.probe, *self.verification)
+        return len(set(every)) == len(every)
+
+    def describe(self) -> str:
+        """Say in a sentence how many samples serve what, and which parts share some."""
+        parts = {"calibration": self.calibration, "probing": self.probe, "verification": self.verification}
+        counts = ", ".join(f"{len(part)} for {name}" for name, part in parts.items())
+        shared = [
+            f"{one} and {other} share {both}"
+            for (one, first), (other, second) in combinations(parts.items(), 2)
+            if (both := len({*first} & {*second}))
+        ]
+        told = "; ".join(shared) if shared else "no sample serves two of them"
+        samples = f"{self.available} sample{'s' if self.available != 1 else ''}"
+        return f"Of {samples}, drawn at random: {counts}; {told}."
 
 
 def part_of(info: DataInfo, count: int) -> DataInfo:

@@ -5,22 +5,28 @@
       cache/<stage>-<key>                                     one result per stage and inputs
       cache/<stage>-<key>.d/<shard>                           parts of a sharded stage
 
-A key is the SHA-256 of everything that decides the result (model, data, settings, version of bitalloy), so a changed
-input can never meet an old result, and the same command again finds all of them.
+A key is the SHA-256 of everything that decides the result: a record of the stage's inputs, and the versions of all that
+computes. So a changed input can never meet an old result, and the same command again finds all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import msgspec
+
 from bitalloy.core import files
-from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
+from bitalloy.core.records import Record
 
 MARKER = ".bitalloy-run"
+DECISIVE = ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "pillow", "pycocotools", "scipy")
+"""Packages whose versions are part of every key."""
 
 
 class RunDirectory:
@@ -107,6 +113,24 @@ class RunDirectory:
             ) from error
 
 
-def key_of(**parts: object) -> str:
-    """Hash named parts: SHA-256 of their canonical JSON; records are allowed."""
-    return hashlib.sha256(to_json(parts, order="sorted")).hexdigest()
+class StageInputs(Record, frozen=True, kw_only=True):
+    """Base of the records from which keys are made, one for each stage that stores results.
+
+    Its fields are all inputs of the stage: whatever the stage reads, and another value of which may give another
+    result, is a field of it or of a record in it. Files stand in it as hashes of their contents.
+    """
+
+
+def key_of(inputs: Record) -> str:
+    """Hash a record: SHA-256 over its type, the `versions`, and its canonical MessagePack.
+
+    Unlike JSON, MessagePack tells NaN, infinities and None apart, and keeps every bit of a float.
+    """
+    content = (type(inputs).__qualname__, versions(), inputs)
+    return hashlib.sha256(msgspec.msgpack.encode(content, order="sorted")).hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """List the versions of everything that decides a number."""
+    return {name: importlib.metadata.version(name) for name in DECISIVE}

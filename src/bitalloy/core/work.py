@@ -12,7 +12,7 @@ from typing import Protocol
 
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.jobs import Executor, Job, LocalExecutor
-from bitalloy.core.store import RunDirectory
+from bitalloy.core.store import RunDirectory, StageInputs, key_of
 
 
 class Progress(Protocol):
@@ -52,9 +52,15 @@ class Workspace:
     executor: Executor = field(default_factory=LocalExecutor)
     """What does jobs. What is open in its contexts serves several stages."""
 
-    def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
-        """Return the stored result of a stage, made now where it is missing."""
-        start = time.perf_counter()
+    def cached(self, stage: str, inputs: StageInputs, make: Callable[[], bytes]) -> bytes:
+        """Return the stored result of a stage, made now where it is missing.
+
+        Args:
+            stage: name of the stage.
+            inputs: all that decides the result.
+            make: makes the result.
+        """
+        start, key = time.perf_counter(), key_of(inputs) if self.store else ""
         found = self.store.get(stage, key) if self.store else None
         if found is not None:
             self.seconds.setdefault(stage, 0.0)

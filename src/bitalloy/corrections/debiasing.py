@@ -13,19 +13,28 @@ import msgspec
 from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Record
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.units import Offset
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
 from bitalloy.data.datasets import Dataset
 from bitalloy.rewrite.biases import bias_offsets, find_biases, mean_inputs
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 
 BIAS = "bias"
 OFFSET_SAMPLES, LEAST_OFFSET_SAMPLES = 16, 4
 """Samples that the offsets are fitted on, and the fewest that will do."""
 WORSE_DB = 0.2
 """SQNR that no head may lose."""
+
+
+class BiasInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the trial of bias correction."""
+
+    networks: tuple[ExecutedNetwork, ...]
+    """The network on each target."""
+    fitted: tuple[int, ...]
+    judged: tuple[int, ...]
 
 
 class BiasTrial(Record, frozen=True, kw_only=True):
@@ -36,7 +45,7 @@ class BiasTrial(Record, frozen=True, kw_only=True):
     """For each target: id of a weight's site -> offset; empty where the correction is not kept."""
 
 
-def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspace) -> BiasTrial:
+def debias(parts: Sequence[Calibrated], data: Dataset, samples: Sequence[int], work: Workspace) -> BiasTrial:
     """Correct the biases of all layers that can be rounded, and say whether it pays.
 
     It is kept, on all targets, where on the first one that rounds the mean SQNR of the heads, with all it can rounded,
@@ -45,7 +54,7 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
     Args:
         parts: the model on each target.
         data: samples.
-        count: how many of them the ranges come from; these are used.
+        samples: indices of those that the ranges come from; these are used.
         work: where to keep and show results.
     """
     at = deciding_target(parts)
@@ -57,8 +66,9 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         return _none(0, "no rounded layer with a bias")
     if graph.large:
         return _none(places, "not tried on large models")
-    judged = range(count - min(JUDGING_SAMPLES, count // 2), count)
-    fitted = range(min(OFFSET_SAMPLES, judged.start))
+    count = len(samples)
+    start = count - min(JUDGING_SAMPLES, count // 2)
+    fitted, judged = samples[: min(OFFSET_SAMPLES, start)], samples[start:]
     if len(fitted) < LEAST_OFFSET_SAMPLES:
         return _none(
             places, f"needs {LEAST_OFFSET_SAMPLES} samples beside the {len(judged)} on which it is judged, of {count}"
@@ -83,8 +93,9 @@ def debias(parts: Sequence[Calibrated], data: Dataset, count: int, work: Workspa
         )
         return to_json(BiasTrial(correction=correction, offsets=added if correction.kept else ()))
 
-    key = key_of(parts=[p.key for p in parts], fitted=list(fitted), judged=list(judged))
-    return msgspec.json.decode(work.cached("debias", key, make), type=BiasTrial)
+    networks = tuple(p.executed for p in parts)
+    inputs = BiasInputs(networks=networks, fitted=tuple(fitted), judged=tuple(judged))
+    return msgspec.json.decode(work.cached("debias", inputs, make), type=BiasTrial)
 
 
 def _none(places: int, reason: str) -> BiasTrial:

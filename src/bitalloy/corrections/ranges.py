@@ -9,15 +9,26 @@ import msgspec
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.records import RangeChoice
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sqnr import artefact_sqnr
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target, unseen_samples
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probing import ProbedMatrix
 from bitalloy.sensitivity.ranges import best_candidates, chosen_columns
 
 RANGE_SAMPLES = 8
 """Samples on which the choice of ranges is measured."""
+
+
+class RangeInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides whether ranges that were chosen tensor by tensor are kept."""
+
+    first: ExecutedNetwork
+    """The network on the ranges of the first method."""
+    chosen: ExecutedNetwork
+    samples: tuple[int, ...]
+    seed: int
 
 
 def choose_ranges(
@@ -38,7 +49,7 @@ def choose_ranges(
         return list(parts), probed.first(), None
     best = best_candidates(probed.matrix, probed.views[at], parts[at].units)
     chosen = [p.on({t: probed.methods[i] for t, i in best.items() if i}) for p in parts]
-    choice = _measured_choice(parts[at], chosen[at], probed.matrix.samples, work)
+    choice = _measured_choice(parts[at], chosen[at], work)
     if not choice.kept:
         return list(parts), probed.first(), choice
     names = [
@@ -48,9 +59,9 @@ def choose_ranges(
     return chosen, [probed.matrix.view(n) for n in names], choice
 
 
-def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: Workspace) -> RangeChoice:
+def _measured_choice(first: Calibrated, chosen: Calibrated, work: Workspace) -> RangeChoice:
     """Execute the model with all it can rounded on both kinds of ranges."""
-    samples = unseen_samples(probed, len(first.data))[:RANGE_SAMPLES]
+    samples = first.parts.verification[:RANGE_SAMPLES]
     plain = [i for i, h in enumerate(first.heads) if not h.kind]
 
     def make() -> bytes:
@@ -71,4 +82,5 @@ def _measured_choice(first: Calibrated, chosen: Calibrated, probed: int, work: W
         )
         return to_json(record)
 
-    return msgspec.json.decode(work.cached("ranges", first.key, make), type=RangeChoice)
+    inputs = RangeInputs(first=first.executed, chosen=chosen.executed, samples=samples, seed=first.settings.seed)
+    return msgspec.json.decode(work.cached("ranges", inputs, make), type=RangeChoice)

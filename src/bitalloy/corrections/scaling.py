@@ -8,17 +8,33 @@ import msgspec
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Record, Settings
-from bitalloy.core.store import key_of
+from bitalloy.core.records import DataInfo, Record, SampleParts, Settings, TensorSpec
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.trials import BETTER_DB, JUDGING_SAMPLES, compare_sqnr, sqnr_gains, untried_correction
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.load import Graph
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.calibrated import Calibrated, Environment, deciding_target
 from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, ScalingPlace, exponents, find_places, scale
 
 FACTOR_SAMPLES = 8
 """Samples that decide factors and ranges; those behind them judge whether a rule is kept."""
+
+
+class ScalingInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the trials of scaling between layers."""
+
+    model: str
+    """Identity of the network, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    data: DataInfo
+    settings: Settings
+    """Settings of the trials."""
+    fitted: tuple[int, ...]
+    """Samples that decide factors and ranges."""
+    judged: tuple[int, ...]
+    environments: tuple[Environment, ...]
+    """What executes the trials on each target."""
 
 
 class ScalingTrial(Record, frozen=True, kw_only=True):
@@ -31,38 +47,46 @@ class ScalingTrial(Record, frozen=True, kw_only=True):
 
 def scale_channels(
     model: Graph,
-    data: Dataset,
+    drawn: tuple[Dataset, SampleParts],
     settings: Settings,
     calibrated: Callable[[Graph, Settings], Calibrated],
     work: Workspace,
-    **decisive: object,
+    environments: Sequence[Environment],
 ) -> tuple[Graph, tuple[Correction, ...]]:
     """Scale channels by the rules that pay, and report what each rule did.
 
     Args:
         model: the model as loaded.
-        data: samples.
+        drawn: samples, and those of them that serve calibration.
         settings: the settings of the analysis.
         calibrated: makes a model ready to be rounded, as it is given.
         work: where to keep and show results.
-        decisive: what decides the result beside the model, data and settings.
+        environments: what executes the trials on each target.
     """
     places = find_places(model)
     if not places:
         reason = "large models share their weights" if model.large else "no place where the rule applies"
         return model, tuple(untried_correction(rule, 0, reason) for rule in (SMOOTHING, CROSS_LAYER))
-    count = min(len(data), settings.calibration_samples)
-    fitted = range(min(FACTOR_SAMPLES, count))
-    judged = range(len(fitted), min(len(fitted) + JUDGING_SAMPLES, count)) or fitted
+    data, samples = drawn[0], drawn[1].calibration
+    fitted = samples[:FACTOR_SAMPLES]
+    judged = samples[len(fitted) : len(fitted) + JUDGING_SAMPLES] or fitted
     few = msgspec.structs.replace(
         settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
     )
-    key = key_of(model=model.identity, data=data.info, settings=few, judged=list(judged), **decisive)
+    inputs = ScalingInputs(
+        model=model.identity,
+        shapes=model.info.inputs,
+        data=data.info,
+        settings=few,
+        fitted=fitted,
+        judged=judged,
+        environments=tuple(environments),
+    )
 
     def make() -> bytes:
         return to_json(_try(model, places, data, fitted, judged, lambda g: calibrated(g, few), work))
 
-    found = msgspec.json.decode(work.cached("equalize", key, make), type=ScalingTrial)
+    found = msgspec.json.decode(work.cached("equalize", inputs, make), type=ScalingTrial)
     factors = {p: found.factors[p.tensor] for p in places if p.tensor in found.factors}
     return scale(model, factors) if factors else model, found.corrections
 

@@ -15,8 +15,9 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.files import is_text
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
+from bitalloy.core.store import key_of
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
-from bitalloy.data.images import ImageSpec, image_feed, no_image_input, open_image
+from bitalloy.data.images import ImageSpec, file_hash, image_feed, no_image_input, open_image
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _ARRAYS = frozenset({".npz", ".npy"})
@@ -47,6 +48,9 @@ class Samples(ABC):
     label: str
     """Name of the data set, e.g. that of its folder."""
     preprocessing: str
+    """How inputs were prepared, in words."""
+    decisive: str = ""
+    """What decides how inputs are prepared, beside what the fingerprints of samples cover."""
     seed: int = 0
     """Seed of the choice of samples; 0 where all are used."""
     origin: Opening | None = None
@@ -65,9 +69,17 @@ class Samples(ABC):
     def fingerprint(self, index: int) -> str:
         """Return the SHA-256 over the name and the contents of a sample, in hexadecimal."""
 
+    def source(self, index: int) -> str:
+        """Return the name of what a sample is taken from, e.g. its image; samples of one source are alike."""
+        return self.name(index)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Return the files with which a sample shows what another data set may show too, e.g. its image."""
+        return ()
+
     @cached_property
     def info(self) -> DataInfo:
-        digest = hashlib.sha256()
+        digest = _digest(self.decisive)
         for index in range(len(self)):
             digest.update(self.fingerprint(index).encode())
         return DataInfo(
@@ -82,9 +94,16 @@ class Samples(ABC):
 class Subset(Samples):
     """Some samples of another data set, in the order of `indices`."""
 
-    def __init__(self, base: Samples, indices: Sequence[int], *, seed: int = 0) -> None:
-        self.label, self.preprocessing, self.seed = base.label, base.preprocessing, seed
-        self._base, self._indices = base, tuple(indices)
+    def __init__(self, base: Dataset, indices: Sequence[int], *, seed: int = 0) -> None:
+        self._base, self._indices, self.seed = base, tuple(indices), seed
+        if isinstance(base, Samples):
+            self.label, self.preprocessing, self.decisive = base.label, base.preprocessing, base.decisive
+            if base.origin is not None:
+                self.origin = Opening(
+                    kind="subset", spec=SubsetParts(base=base.origin, indices=self._indices, seed=seed)
+                )
+        else:
+            self.label, self.preprocessing, self.decisive = base.info.name, base.info.preprocessing, base.info.sha256
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -96,7 +115,17 @@ class Subset(Samples):
         return self._base.feeds(self._indices[index])
 
     def fingerprint(self, index: int) -> str:
-        return self._base.fingerprint(self._indices[index])
+        """Return that of the sample in the other data set; one of a user's own kind tells its samples by `info`."""
+        if isinstance(self._base, Samples):
+            return self._base.fingerprint(self._indices[index])
+        return _digest(f"{self._indices[index]}\0{self.name(index)}").hexdigest()
+
+    def source(self, index: int) -> str:
+        own = self._indices[index]
+        return self._base.source(own) if isinstance(self._base, Samples) else self._base.name(own)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return self._base.files(self._indices[index]) if isinstance(self._base, Samples) else ()
 
 
 class ArrayDataset(Samples):
@@ -167,8 +196,11 @@ class _Files(Samples):
     def fingerprint(self, index: int) -> str:
         digest = _digest(self.name(index))
         for file in self._parts(self._files[index]):
-            digest.update(file.read_bytes())
+            digest.update(file_hash(file).encode())
         return digest.hexdigest()
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (self._files[index],)
 
     def _parts(self, file: Path) -> tuple[Path, ...]:
         return (file,)
@@ -185,7 +217,7 @@ class ImageFolder(_Files):
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
         super().__init__(path, _listing(path, _IMAGES), inputs, spec.describe())
-        self._spec = spec
+        self._spec, self.decisive = spec, key_of(spec)
         self._others = [i.name for i in inputs if i.name != spec.input]
         if not self._files:
             raise DataError(f"No images in '{path}'; expected {_kinds(_IMAGES)}, also in subfolders.")
@@ -276,6 +308,19 @@ class SampleFiles(Record, frozen=True, kw_only=True):
     seed: int
 
 
+class SubsetParts(Record, frozen=True, kw_only=True):
+    """Arguments of `Subset`."""
+
+    base: Opening
+    indices: tuple[int, ...]
+    seed: int
+
+
+def open_subset(spec: SubsetParts, contexts: Contexts) -> Samples:
+    """Open some samples of a data set."""
+    return Subset(contexts.open(spec.base), spec.indices, seed=spec.seed)
+
+
 class SamplesAgain(Record, frozen=True, kw_only=True):
     """Samples to be opened again, with what identifies them."""
 
@@ -324,8 +369,12 @@ def choose_samples(names: Sequence[str], *, limit: int | None, seed: int) -> lis
     """
     if limit is not None and limit < 1:
         raise DataError(f"The limit on samples is {limit}; expected at least 1.")
-    order = sorted(range(len(names)), key=lambda i: _digest(f"{seed}\0{names[i]}").digest())
-    return sorted(order[:limit])
+    return sorted(drawn_order(names, seed)[:limit])
+
+
+def drawn_order(names: Sequence[str], seed: int) -> list[int]:
+    """Return the indices of samples in a random order, by SHA-256(seed, name): the same on every machine."""
+    return sorted(range(len(names)), key=lambda i: _digest(f"{seed}\0{names[i]}").digest())
 
 
 def _stacked(path: Path, inputs: tuple[TensorSpec, ...]) -> ArrayDataset:

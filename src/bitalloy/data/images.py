@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -71,7 +73,7 @@ class ImageSpec(Record, frozen=True, kw_only=True):
     dtype: Literal["float32", "float16", "uint8"] = "float32"
 
     def describe(self) -> str:
-        """Describe the preparation, e.g. `letterbox 640x640 (height x width) pad 114, RGB, /255`."""
+        """Describe the preparation, e.g. `letterbox 640x640 (height x width) pad 114, RGB, /255, NCHW as 'images'`."""
         pad = f" pad {self.pad}" if self.fit == "letterbox" else ""
         parts = [
             f"{self.fit} {self.height}x{self.width} (height x width){pad}",
@@ -83,7 +85,8 @@ class ImageSpec(Record, frozen=True, kw_only=True):
             parts.append(f"/{round(inverse)}" if whole else f"*{self.scale:g}")
         parts += [f"minus mean {list(self.mean)}"] if self.mean else []
         parts += [f"divided by std {list(self.std)}"] if self.std else []
-        return ", ".join(parts if self.dtype == "float32" else [*parts, self.dtype])
+        parts += [self.dtype] if self.dtype != "float32" else []
+        return ", ".join([*parts, f"{self.layout} as '{self.input}'"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +220,26 @@ def _per_channel(what: str, given: Sequence[float], channels: int) -> tuple[floa
     if values and (len(values) != channels or not np.isfinite(values).all() or (what == "std" and min(values) <= 0)):
         raise DataError(f"{what} {list(given)} does not fit: expected {channels} finite numbers, std above 0.")
     return values
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content, hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        known = path.stat()
+        return _hash(path.absolute(), known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns)
+    except OSError as error:
+        raise DataError(f"Cannot read '{path}': {error.strerror}. Repair or remove it.") from error
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(path: Path, *changes: int) -> str:
+    """Hash a file, which is read once as long as the numbers that every change of it moves are the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_image(path: Path, channels: int = 3) -> Image.Image:

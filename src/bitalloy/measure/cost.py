@@ -9,12 +9,10 @@ that the table reproduces the wall time of the variants that have one scheme alo
 from __future__ import annotations
 
 import math
-import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -22,8 +20,9 @@ import numpy as np
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import CostTable, UnitCost
+from bitalloy.core.records import TensorSpec
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.formats import weight_bits
@@ -31,8 +30,10 @@ from bitalloy.measure import bench
 from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
 from bitalloy.measure.tracing import TracedModel, profile, trace
+from bitalloy.rewrite.calibrated import Environment
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
+from bitalloy.runtime.machine import machine_name
 from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
 
@@ -197,13 +198,20 @@ def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Prof
     return found
 
 
-@cache
-def machine_name() -> str:
-    """Return the processor of this machine by its own name."""
-    from cpuinfo import get_cpu_info  # asks other programs, which takes about a second
+class CostInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides a cost table; times do not depend on the values of weights and samples."""
 
-    found = str(get_cpu_info().get("brand_raw", "")).strip()
-    return found or platform.processor() or platform.machine()
+    model: str
+    """SHA-256 of the model's file."""
+    shapes: tuple[TensorSpec, ...]
+    target: str
+    units: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...]
+    """Id, core and tail of each unit, and the schemes that it may take."""
+    edges: tuple[str, ...]
+    """Ids of the edges between units."""
+    seed: int
+    """Seed of the random mixtures."""
+    environment: Environment
 
 
 def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
@@ -226,13 +234,13 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
             )
         return to_json(table)
 
-    units = [(u.id, u.core, u.tail, u.allowed) for u in analysis.units.units]
-    key = key_of(
+    inputs = CostInputs(
         model=analysis.graph.info.sha256,
         shapes=analysis.graph.info.inputs,
         target=analysis.target.name,
-        units=units,
-        device=machine_name(),
-        **analysis.execution,
+        units=tuple((u.id, u.core, u.tail, u.allowed) for u in analysis.units.units),
+        edges=tuple(e.id for e in analysis.units.edges),
+        seed=analysis.settings.seed,
+        environment=analysis.environment,
     )
-    return msgspec.json.decode(work.cached("cost", key, make), type=CostTable)
+    return msgspec.json.decode(work.cached("cost", inputs, make), type=CostTable)

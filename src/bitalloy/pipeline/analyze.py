@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 from bitalloy.core.records import RangeChoice, Secant, Settings, part_of
@@ -22,6 +23,7 @@ def analyze(
     data: Dataset,
     settings: Settings | None = None,
     *,
+    avoid: Collection[str] = frozenset(),
     notes: tuple[str, ...] = (),
     work: Workspace | None = None,
 ) -> Analysis:
@@ -29,8 +31,11 @@ def analyze(
 
     Args:
         model: in normal form, from `load`.
-        data: samples that look like the real ones; no labels needed.
+        data: samples that look like the real ones; no labels needed. Calibration, probing and verification each draw
+            some of their own, see `bitalloy.data.parts`.
         settings: targets, numbers of samples and probes, seed, exclusions.
+        avoid: SHA-256 of files, such as the images of an evaluation: no sample is drawn from them where there are
+            enough others.
         notes: sentences that a reader of the results must know.
         work: where results are stored and progress is shown.
 
@@ -40,7 +45,7 @@ def analyze(
         DataError: the data is empty or does not fit the model.
     """
     work = work or Workspace()
-    ready = calibrate(model, data, settings, notes=notes, work=work)
+    ready = calibrate(model, data, settings, avoid=avoid, notes=notes, work=work)
     targets = [ready, *ready.others]
     parts, matrices, choice = choose_ranges(targets, probe_all(targets, work), work)
     bent = measured_bend(parts, matrices, work)

@@ -16,17 +16,26 @@ from bitalloy.core.errors import BitalloyError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.audit import audit_kernels, reconcile
 from bitalloy.measure.tracing import TracedModel, profile, rewritten_graphs, trace
 from bitalloy.pipeline.ship import apply
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.search.planning import read_record
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets import target
+
+
+class AuditInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides an audit."""
+
+    network: ExecutedNetwork
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of unit and scheme."""
 
 
 def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None = None) -> Audit:
@@ -39,8 +48,8 @@ def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None =
             traced = trace(apply(analysis, planned), (u.id for u in analysis.units.units)).placed(folder / "mixed")
             return to_json(_look(traced, analysis.units, plan, analysis.data.feeds(0), folder))
 
-    key = key_of(analysis=analysis.key, mixed=plan.listed, evidence="profile, graph", **analysis.execution)
-    return msgspec.json.decode(work.cached("audit", key, make), type=Audit)
+    inputs = AuditInputs(network=analysis.executed, plan=tuple(plan.listed))
+    return msgspec.json.decode(work.cached("audit", inputs, make), type=Audit)
 
 
 def audit_run(path: str | Path, *, here: bool = False) -> Audit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -12,23 +12,26 @@ import onnx_ir as ir
 from bitalloy.calibrate.gather import gather
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, Settings
-from bitalloy.core.store import key_of
+from bitalloy.core.records import Calibration, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
+from bitalloy.data.parts import WantedSamples, draw_parts
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.regions import ancestors, path_of, region_id
-from bitalloy.rewrite.calibrated import Calibrated, versions
+from bitalloy.rewrite.calibrated import Calibrated, environment_of
+from bitalloy.sensitivity.probing import MAX_SAMPLES
 from bitalloy.targets import target
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
 
 RANGE_RATIO = 16.0
 """A Concat whose operands' ranges differ by more than this stays in float."""
+VERIFY_SAMPLES = 16
+"""Samples on which whole models are executed."""
 
 
 def calibrate(
@@ -36,10 +39,13 @@ def calibrate(
     data: Dataset,
     settings: Settings | None = None,
     *,
+    avoid: Collection[str] = frozenset(),
     notes: tuple[str, ...] = (),
     work: Workspace | None = None,
 ) -> Calibrated:
     """Find what can be rounded, and its ranges: all that exact measurement needs. It takes the arguments of `analyze`.
+
+    The samples of the whole analysis are drawn here, see `bitalloy.data.parts`.
 
     Raises:
         ModelError: NaN or infinite values inside the model.
@@ -52,18 +58,25 @@ def calibrate(
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
     given, corrections = model, tuple[Correction, ...]()
+    wanted = WantedSamples(
+        calibration=settings.calibration_samples,
+        probe=settings.samples or MAX_SAMPLES,
+        verification=VERIFY_SAMPLES,
+    )
+    drawn = draw_parts(data, wanted, seed=settings.seed, avoid=avoid)
     if settings.equalize:
 
         def trial(graph: Graph, few: Settings) -> Calibrated:
-            return calibrate(graph, data, few, work=work)
+            first, *others = _on_each(devices, graph, drawn, few, work)
+            return replace(first, others=tuple(others))
 
-        model, corrections = scale_channels(model, data, settings, trial, work, versions=versions())
+        model, corrections = scale_channels(model, drawn, settings, trial, work, [environment_of(d) for d in devices])
     parts = [
         replace(part, given=given, corrections=corrections, notes=notes)
-        for part in _on_each(devices, model, data, settings, work)
+        for part in _on_each(devices, model, drawn, settings, work)
     ]
     if settings.bias_correction:
-        debiased = debias(parts, data, parts[0].calibration.data.count, work)
+        debiased = debias(parts, drawn[0], drawn[1].calibration, work)
         corrections = (*corrections, debiased.correction)
         offsets = debiased.offsets or ({},) * len(parts)
         parts = [replace(p.corrected(o), corrections=corrections) for p, o in zip(parts, offsets, strict=True)]
@@ -71,7 +84,11 @@ def calibrate(
 
 
 def _on_each(
-    devices: Sequence[Target], model: Graph, data: Dataset, settings: Settings, work: Workspace
+    devices: Sequence[Target],
+    model: Graph,
+    drawn: tuple[Dataset, SampleParts],
+    settings: Settings,
+    work: Workspace,
 ) -> list[Calibrated]:
     """The model on each target, with the ranges that all of them share."""
     heads, excluded = find_heads(model), _excluded(model, settings.exclude)
@@ -83,18 +100,9 @@ def _on_each(
             raise BitalloyError(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
-    info = data.info
-    # the rest decides plans, not what is measured, or has keys of its own
-    decisive = msgspec.structs.replace(settings, protect=True, equalize=True, bias_correction=True)
-    key = key_of(
-        model=model.identity,
-        data=info,
-        settings=decisive,
-        versions=versions(),
-        shapes=model.info.inputs,
-        heads=heads,
-    )
-    calibration = gather(model, units, data, info, settings, key, work)
+    data, parts = drawn
+    samples = parts.calibration[: settings.calibration_samples]
+    calibration = gather(model, units, data, samples, settings.range_method, work)
     ranges = {r.tensor: r for r in calibration.ranges}
     return [
         Calibrated(
@@ -104,13 +112,13 @@ def _on_each(
             heads=heads,
             settings=settings,
             data=data,
-            info=info,
+            parts=parts,
+            info=data.info,
             excluded=excluded,
             calibration=calibration,
             given=model,
-            key=key_of(analysis=key, target=device.name) if index else key,
         )
-        for index, (device, found) in enumerate(zip(devices, units, strict=True))
+        for device, found in zip(devices, units, strict=True)
     ]
 
 

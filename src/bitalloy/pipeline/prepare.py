@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitalloy import zoo
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.store import RunDirectory, key_of
+from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
@@ -34,7 +34,8 @@ SAMPLE_NOTE = (
     "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
     "something for your deployment."
 )
-SAMPLE_IMAGES, CALIBRATION_IMAGES = 100, 64
+SAMPLE_IMAGES, DRAWN_IMAGES = 100, 96
+"""Images of the embedded sample that are evaluated, and those from which calibration, probing and verification draw."""
 SMALLEST, LARGEST = 64, 640
 """Sides of the images of the embedded sample, in pixels."""
 
@@ -45,6 +46,8 @@ class Prepared:
 
     model: Graph
     data: Dataset
+    image: ImageSpec | None
+    """Preparation of images as the user gave it; None where the model's file or its task decides."""
     labels: tuple[Path, ...]
     """Files or folders of labels for the task metric; none where the metric is not measured."""
     notes: tuple[str, ...]
@@ -109,7 +112,7 @@ def prepare(
         outline = read_outline(source.path)
         spec = _program_image(outline, image)
         store = RunDirectory(out)
-        paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "calibration", seed, "train")
+        paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "drawn", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
         if data is None and not files and source.sample:
@@ -117,7 +120,8 @@ def prepare(
     else:
         loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
         store = RunDirectory(out)
-        samples = open_data(loaded, data, image=image, seed=seed, sample_folder=folder)
+        spec = image if image is None or isinstance(image, ImageSpec) else image_spec(loaded, **image)
+        samples = open_data(loaded, data, image=spec, seed=seed, sample_folder=folder)
         if data is None and not files and source.sample:
             size = int(loaded.info.inputs[0].shape[-1])
             drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
@@ -126,6 +130,7 @@ def prepare(
     return Prepared(
         model=loaded,
         data=samples,
+        image=spec if image else None,
         labels=tuple(files),
         notes=(SAMPLE_NOTE,) if data is None else (),
         work=Workspace(store, progress),
@@ -167,8 +172,8 @@ def open_data(
             "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
         )
     folder = write_coco(
-        sample_folder / "calibration",
-        count=limit or CALIBRATION_IMAGES,
+        sample_folder / "drawn",
+        count=limit or DRAWN_IMAGES,
         seed=seed,
         size=max(spec.height, SMALLEST),
         split="train",
@@ -191,7 +196,16 @@ def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None
 def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work: Workspace) -> zoo.Source:
     """Export a model of a family into the run directory, or find it there."""
     assert work.store is not None, "exports go into a run directory"
-    key = key_of(name=name, checkpoint=_identity(checkpoint), seed=options.seed)
+    key = key_of(
+        ExportInputs(
+            name=name,
+            checkpoint=_identity(checkpoint),
+            size=options.size,
+            open_size=options.open_size,
+            seed=options.seed,
+            packages=zoo.find(name)[0].installed,
+        )
+    )
     folder = work.store.cache / f"export-{key[:24]}"
     done = folder / "complete"
     if not done.is_file():
@@ -202,11 +216,24 @@ def _export(name: str, checkpoint: str | Path | None, options: zoo.Options, work
     return zoo.Source(name=name, path=path, sample=False)
 
 
-def _identity(checkpoint: str | Path | None) -> list[object]:
+class ExportInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the files of an export."""
+
+    name: str
+    checkpoint: tuple[object, ...]
+    """Name of the checkpoint, with names, sizes and times of its files."""
+    size: tuple[int, int] | None
+    open_size: bool
+    seed: int
+    packages: dict[str, str]
+    """Packages of the family, with their versions."""
+
+
+def _identity(checkpoint: str | Path | None) -> tuple[object, ...]:
     """What tells a checkpoint from another: names, sizes and times of its files."""
     path = Path(str(checkpoint))
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    return [str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    return (str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
 def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
@@ -239,6 +266,6 @@ def _drawn(outline: Outline, spec: ImageSpec | None, folder: Path, seed: int, sp
             "feeds under these names."
         )
     size = min(max(image.height, SMALLEST), LARGEST)
-    count = CALIBRATION_IMAGES if split == "train" else SAMPLE_IMAGES
+    count = DRAWN_IMAGES if split == "train" else SAMPLE_IMAGES
     drawn = write_coco(folder, count=count, seed=seed, size=size, split=split)
     return [drawn / n for n in (("questions.jsonl", "captions.json") if speaks(inputs) else ("instances.json",))]

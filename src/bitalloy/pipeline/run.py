@@ -15,6 +15,7 @@ from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.work import Workspace
+from bitalloy.data.images import file_hash
 from bitalloy.measure.cost import measure_cost
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit_plan
@@ -28,6 +29,7 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
+from bitalloy.tasks.evaluate import open_labelled
 
 DEFAULT_RATIO = 0.7
 CONFIRMED, CONFIRM_SAMPLES = 12, 4
@@ -73,7 +75,9 @@ def deliver(
     work = prepared.work
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
-    analysis = analyze(prepared.model, prepared.data, settings, work=work, notes=prepared.notes)
+    settings = settings or Settings()
+    evaluated = _evaluated_images(prepared, limit, settings.seed)
+    analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     shared, found = prepared.work.seconds, []
@@ -83,12 +87,20 @@ def deliver(
             planned = plan(part, budget, front=False, work=work)
         else:
             part, planned = _plan_by_default(part, budget.keep, work)
-        verified = verify(part, planned, labels=prepared.labels, limit=limit, work=work)
+        verified = verify(part, planned, labels=prepared.labels, limit=limit, image=prepared.image, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
+
+
+def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
+    """Open the labels, which refuses what is broken before long work, and hash the images that will be evaluated."""
+    if not prepared.labels:
+        return frozenset()
+    _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
+    return frozenset(file_hash(file) for data in opened for file in data.images(data.choose(limit, seed)))
 
 
 def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:

@@ -67,7 +67,15 @@ def sensitivity(
     loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
     if asked.labels is not None:
         ready = calibrate(loaded, dataset, settings, work=work)
-        found = measure_metric(ready, asked.labels, asked.selection, mode=asked.mode, limit=options.limit, work=work)
+        found = measure_metric(
+            ready,
+            asked.labels,
+            asked.selection,
+            mode=asked.mode,
+            limit=options.limit,
+            image=prepared.image,
+            work=work,
+        )
         store.publish(f"{FILES['metric']}.json", to_json(found, pretty=True))
         return found
     if asked.exact:

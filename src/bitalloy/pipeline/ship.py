@@ -13,6 +13,7 @@ from bitalloy.core.outcome import Evaluation, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget
 from bitalloy.core.work import Workspace
+from bitalloy.data.images import ImageSpec
 from bitalloy.measure.sizes import float_sizes
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.planning import PlanTables
@@ -51,6 +52,7 @@ def verify(
     *,
     labels: Path | Sequence[Path] | None = None,
     limit: int | None = None,
+    image: ImageSpec | None = None,
     work: Workspace | None = None,
 ) -> Verified:
     """Run the float, the lowest and the mixed model side by side; correct tables and plan by what is measured.
@@ -69,6 +71,7 @@ def verify(
         labels: labels of the model's task (`bitalloy.tasks`), e.g. a COCO annotation file; the task's metrics are
             measured on the three models where given. Several may be given, such as questions and captions.
         limit: largest number of images that are evaluated; None for all.
+        image: how their images are prepared; None takes what the model's file says, or else the task's own.
         work: where results are stored and progress is shown.
 
     Raises:
@@ -77,7 +80,7 @@ def verify(
     """
     work = work or Workspace()
     files = [labels] if isinstance(labels, Path) else list(labels or ())
-    evaluator = Evaluator(analysis, files, limit, work) if files else None
+    evaluator = Evaluator(analysis, files, limit, work, image) if files else None
     course = VerificationCourse(analysis, planned, work)
     if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
         course.search()

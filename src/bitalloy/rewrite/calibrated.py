@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,8 @@ import onnx_ir as ir
 from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import Contexts, Opening
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, DataInfo, Head, Record, Settings
+from bitalloy.core.records import Calibration, DataInfo, Head, Record, SampleParts, Settings, TensorSpec
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
@@ -29,11 +27,37 @@ from bitalloy.rewrite.floats import keep_floats
 from bitalloy.rewrite.reopen import reopen
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
-from bitalloy.runtime.ort import AS_WRITTEN, available_cores
+from bitalloy.runtime.machine import Machine, this_machine
+from bitalloy.runtime.ort import AS_WRITTEN
 from bitalloy.targets.base import Target
-from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.recipe import Recipe, recipe_opening
 
-VERIFY_SAMPLES = 16
+
+class Environment(Record, frozen=True, kw_only=True):
+    """What executes models."""
+
+    machine: Machine
+    runtime: str
+    """Name of the runtime."""
+    version: str
+    """Version of the runtime."""
+
+
+class ExecutedNetwork(Record, frozen=True, kw_only=True):
+    """All that decides what rounded models of a network, and the network itself, do here: a part of stages' inputs."""
+
+    model: str
+    """Identity of the network that is rounded, see `Graph.identity`."""
+    given: str
+    """Identity of the network as loaded, which is the reference."""
+    shapes: tuple[TensorSpec, ...]
+    """Inputs, with the sizes at which it runs."""
+    heads: tuple[Head, ...]
+    recipe: Opening
+    """How the target rounds it."""
+    data: DataInfo
+    """The samples."""
+    environment: Environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +70,9 @@ class Calibrated:
     heads: tuple[Head, ...]
     settings: Settings
     data: Dataset
+    """The samples that were drawn."""
+    parts: SampleParts
+    """What each of them serves."""
     info: DataInfo
     """What tells all of `data` from other samples."""
     excluded: frozenset[str]
@@ -53,8 +80,6 @@ class Calibrated:
     calibration: Calibration
     given: Graph
     """The model as loaded: the reference of all measurements. `graph` computes the same, perhaps with other weights."""
-    key: str
-    """The hash of model, data and settings."""
     notes: tuple[str, ...] = ()
     """What a reader of the results must know, e.g. that the data is the embedded sample."""
     corrections: tuple[Correction, ...] = ()
@@ -85,13 +110,26 @@ class Calibrated:
         return replace(self, calibration=msgspec.structs.replace(self.calibration, ranges=tuple(ranges)))
 
     @property
-    def execution(self) -> dict[str, object]:
-        """What decides how models are executed here, beside the machine."""
-        return {"threads": available_cores(), "runtime": self.target.runtime.version(), "versions": versions()}
+    def environment(self) -> Environment:
+        """What executes models of the target here."""
+        return environment_of(self.target)
+
+    @property
+    def executed(self) -> ExecutedNetwork:
+        """All that decides what models of plans, and the float model, do here."""
+        return ExecutedNetwork(
+            model=self.graph.identity,
+            given=self.given.identity,
+            shapes=self.graph.info.inputs,
+            heads=self.heads,
+            recipe=recipe_opening(self.recipe()),
+            data=self.info,
+            environment=self.environment,
+        )
 
     def corrected(self, offsets: Mapping[str, Offset]) -> Self:
         """Return the same model with its biases moved."""
-        return replace(self, offsets=offsets, key=key_of(analysis=self.key, offsets=offsets) if offsets else self.key)
+        return replace(self, offsets=offsets)
 
     def variant(self, plan: Plan) -> MixedModel:
         """Make the model in which the units of a plan run in its schemes."""
@@ -173,18 +211,10 @@ def _given(graph: Graph) -> Path | ir.Model:
     return graph.model if graph.unfit else graph.source
 
 
-def unseen_samples(probed: int, total: int) -> list[int]:
-    """Choose samples that the probe matrix has not seen, as far as there are enough; else from the end of the data."""
-    found = list(range(probed, total))[:VERIFY_SAMPLES]
-    return found if len(found) >= min(VERIFY_SAMPLES, 4) else list(range(total))[-VERIFY_SAMPLES:]
-
-
-def versions() -> dict[str, str]:
-    """List the versions of everything that decides a number."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
-    }
+def environment_of(target: Target) -> Environment:
+    """Say what executes models of a target here."""
+    runtime = target.runtime
+    return Environment(machine=this_machine(), runtime=runtime.name, version=runtime.version())
 
 
 def deciding_target(parts: Sequence[Calibrated]) -> int | None:

@@ -15,7 +15,7 @@ from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.records import Record, Secant
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
@@ -40,8 +40,6 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 class PlanFacts(Record, frozen=True, kw_only=True):
     """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
 
-    key: str
-    """The key of the analysis."""
     float_bytes: int
     """Size of the float model's files."""
     operators: dict[str, str]
@@ -50,6 +48,24 @@ class PlanFacts(Record, frozen=True, kw_only=True):
     """What the model's family keeps in float; empty where that was switched off."""
     seed: int
     secant: Secant
+
+
+class PlanInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides a plan."""
+
+    units: UnitGraph
+    matrix: str
+    """Digest of the probe matrix."""
+    cost: CostTable
+    facts: PlanFacts
+    budget: Budget
+    front: bool
+    """Whether the front around the plan is wanted."""
+    decided: tuple[tuple[str, str], ...] | None
+    """A plan that is decided already, as pairs of unit and scheme; None where it is searched."""
+    gap: float | None
+    """Gap that the solver left open for it."""
+    solved: bool | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
         return to_json(case.explained(found))
 
     try:
-        plan = msgspec.json.decode(work.cached("plan", case.key(front=front), make), type=PlanReport)
+        plan = msgspec.json.decode(work.cached("plan", case.inputs(front=front), make), type=PlanReport)
     except BudgetError as error:
         raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
     return Planned(plan, tables.cost, tuple(case.protected))
@@ -106,8 +122,8 @@ def plan_around(
             )
         return to_json(case.explained(found))
 
-    key = case.key(around=decided.plan.listed, front=front)
-    found = msgspec.json.decode(work.cached("front", key, make), type=PlanReport)
+    inputs = case.inputs(front=front, around=decided)
+    found = msgspec.json.decode(work.cached("front", inputs, make), type=PlanReport)
     return Planned(found, tables.cost, tuple(case.protected))
 
 
@@ -128,9 +144,20 @@ class _Case:
     kept: frozenset[str]
     """Units that patterns of the budget keep."""
 
-    def key(self, **more: object) -> str:
+    def inputs(self, *, front: bool, around: ProvenPlan | None = None) -> PlanInputs:
+        """Collect all that decides a plan."""
         tables = self.tables
-        return key_of(analysis=tables.facts.key, cost=tables.cost, budget=self.budget, protected=self.protected, **more)
+        return PlanInputs(
+            units=tables.units,
+            matrix=tables.matrix.digest,
+            cost=tables.cost,
+            facts=tables.facts,
+            budget=self.budget,
+            front=front,
+            decided=None if around is None else tuple(around.plan.listed),
+            gap=None if around is None else around.gap,
+            solved=None if around is None else around.solved,
+        )
 
     def explained(self, plan: PlanReport) -> PlanReport:
         """Add to the reasons of a plan what measurement frees from advice."""
@@ -214,7 +241,6 @@ def tables_of(analysis: Analysis, cost: CostTable) -> PlanTables:
     """Collect what plans are made from."""
     graph, settings = analysis.graph, analysis.settings
     facts = PlanFacts(
-        key=analysis.key,
         float_bytes=float_bytes(graph),
         operators=operators_of(graph),
         advice=read_advice(graph) if settings.protect else (),

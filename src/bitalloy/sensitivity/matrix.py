@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class ProbeMatrix:
     rows: tuple[np.ndarray, ...]
     own: tuple[np.ndarray, ...]
     energy: np.ndarray
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the matrix, hexadecimal."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def samples(self) -> int:

@@ -19,13 +19,13 @@ from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, Head, Record, Sensitivity, SensitivityTable, part_of
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import data_opening
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.regions import ancestors
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target, versions
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import CorrectedMatrix, MeasuredDamage, correct_matrix
 from bitalloy.sensitivity.exact import Measurement, Switchboard
@@ -127,7 +127,7 @@ def measure_exact(
         ready: the calibrated model.
         selection: units, regions and sites to measure; None for all units.
         mode: `one-at-a-time` rounds one thing alone; `leave-one-out` rounds everything but one thing.
-        samples: number of samples, the first of the data; None for 8.
+        samples: number of samples, the first of those that serve probing; None for 8.
         work: where results are stored and progress is shown.
 
     Raises:
@@ -137,11 +137,10 @@ def measure_exact(
     things = chosen_groups(ready.units, selection or Selection(), mode)
     if mode == ALL_BUT_ONE:
         things.append(whole_group(ready.units))
-    count = min(samples or SAMPLES, len(ready.data))
+    used = ready.parts.probe[: samples or SAMPLES]
+    count = len(used)
     around = whole_group(ready.units).sites if mode == ALL_BUT_ONE else frozenset[str]()
-    damage, energy = measured_damages(
-        ready, [t.sites for t in things], range(count), around=around, work=work or Workspace()
-    )
+    damage, energy = measured_damages(ready, [t.sites for t in things], used, around=around, work=work or Workspace())
     weights = draws(count, ready.settings.seed)
     silent_heads([head.name for head in ready.heads], energy)
     share = energy / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
@@ -190,15 +189,7 @@ def measured_damages(
     Raises:
         DataError: an output is NaN or infinite.
     """
-    key = key_of(
-        model=ready.graph.identity,
-        shapes=ready.graph.info.inputs,
-        data=ready.info,
-        target=ready.target.name,
-        ranges=ready.calibration.ranges,
-        offsets=ready.offsets,
-        versions=versions(),
-    )
+    key = key_of(ExactInputs(network=ready.executed))
     ordered = {sites: tuple(sorted(sites)) for sites in sets}
     names = {sites: hashlib.sha256("\n".join(order).encode()).hexdigest()[:24] for sites, order in ordered.items()}
     switches, data = switchboard_opening(ready, len(samples)), data_opening(ready.data, ready.info)
@@ -221,6 +212,20 @@ def measured_damages(
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
     return error / np.maximum(energy.mean(axis=0), LEAST_ENERGY)[None, :, None], energy
+
+
+class ExactInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides exact measurements, beside the sample and the sites that name a shard."""
+
+    network: ExecutedNetwork
+
+
+class DamageInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the damage of sets of sites."""
+
+    network: ExecutedNetwork
+    sets: tuple[tuple[str, ...], ...]
+    samples: tuple[int, ...]
 
 
 class MeasurementParts(Record, frozen=True, kw_only=True):
@@ -248,6 +253,13 @@ class SampleMeasurement:
     sample: int
     board: Switchboard
     measurement: Measurement
+
+
+def damage_inputs(ready: Calibrated, sets: Sequence[frozenset[str]], samples: Sequence[int]) -> DamageInputs:
+    """Collect all that decides the damage of sets of sites."""
+    return DamageInputs(
+        network=ready.executed, sets=tuple(tuple(sorted(sites)) for sites in sets), samples=tuple(samples)
+    )
 
 
 def open_measurement(spec: MeasurementParts, contexts: Contexts) -> SampleMeasurement:
@@ -297,8 +309,7 @@ def confirm(
         if index != lead:
             matrix = correction.carried_over(part.matrix)
             table = table_of(matrix, part.units, part.table.data, correction.secant, seed=part.settings.seed)
-            key = key_of(analysis=part.key, confirmed=confirmed.key)
-            parts[index] = replace(part, matrix=matrix, secant=correction.secant, table=table, key=key)
+            parts[index] = replace(part, matrix=matrix, secant=correction.secant, table=table)
         else:
             parts[index] = confirmed
     return replace(parts[0], others=tuple(replace(p, others=()) for p in parts[1:]))
@@ -314,13 +325,14 @@ def _confirmed(
     if not things:
         return analysis, None
     count = min(samples, matrix.samples)
-    key = key_of(analysis=analysis.key, confirmed=sorted(map(list, doubtful)), samples=count)
+    sets, used = [t.sites for t in things], analysis.parts.probe[:count]
+    inputs = damage_inputs(analysis, sets, used)
 
     def make() -> bytes:
-        found = measured_damages(analysis, [t.sites for t in things], range(count), work=work)
+        found = measured_damages(analysis, sets, used, work=work)
         return to_json([part.tolist() for part in found])
 
-    damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
+    damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", inputs, make)))
     findings, whole = [], np.maximum(matrix.energy.mean(axis=0), LEAST_ENERGY)
     for t, thing in enumerate(things):
         predicted = matrix.damage(matrix.select(thing.sites)) * whole
@@ -339,7 +351,7 @@ def _confirmed(
     table = table_of(fixed, units, analysis.table.data, bent, seed=analysis.settings.seed)
     rows = tuple(_with(r, estimates) for r in table.rows)
     table = msgspec.structs.replace(table, rows=rows)
-    return replace(analysis, matrix=fixed, secant=bent, table=table, key=key), correction
+    return replace(analysis, matrix=fixed, secant=bent, table=table), correction
 
 
 def _name(row: SiteGroup | Sensitivity) -> tuple[str, str, str, str]:

@@ -11,11 +11,12 @@ import msgspec
 from bitalloy.calibrate.gather import COMPARED
 from bitalloy.core.encoding import to_json
 from bitalloy.core.jobs import Contexts, Job, Opening
-from bitalloy.core.records import Head, Record, Secant
+from bitalloy.core.records import DataInfo, Head, Record, Secant, TensorSpec
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import data_opening
 from bitalloy.model.graphs.again import graph_opening
-from bitalloy.rewrite.calibrated import Calibrated, deciding_target
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_target
 from bitalloy.sensitivity.columns import views
 from bitalloy.sensitivity.exact import FRACTIONS, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix, silent_heads
@@ -64,8 +65,8 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         DataError: all outputs are zero on the samples.
     """
     ready = parts[0]
-    settings, data, key = ready.settings, ready.data, ready.key
-    most = min(len(data), settings.samples or MAX_SAMPLES)
+    settings, data = ready.settings, ready.data
+    samples = ready.parts.probe
     plain = sum(not h.kind for h in ready.heads)
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
     probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
@@ -73,25 +74,37 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     schemes = [p.recipe(method) for method in methods for p in parts]
     schemes += [replace(s, ranges=later_ranges(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
 
+    recipes, stops = tuple(map(recipe_opening, schemes)), tuple(sorted(ready.excluded))
+    inputs = ProbeInputs(
+        model=ready.graph.identity,
+        shapes=ready.graph.info.inputs,
+        heads=ready.heads,
+        recipes=recipes,
+        stops=stops,
+        data=ready.info,
+        samples=samples,
+        until_settled=settings.samples is None,
+        probes=tuple(probes),
+        seed=settings.seed,
+    )
+
     def make() -> bytes:
-        graph, samples = graph_opening(ready.graph), data_opening(data, ready.info)
-        recipes = tuple(map(recipe_opening, schemes))
-        stops = tuple(sorted(ready.excluded))
+        graph, opened = graph_opening(ready.graph), data_opening(data, ready.info)
         spec = ProberParts(graph=graph, heads=ready.heads, recipes=recipes, stops=stops)
-        prober = Opening(kind="prober", spec=spec)
+        prober, key = Opening(kind="prober", spec=spec), key_of(inputs)
         jobs = [
             Job(
                 kind="probe",
                 key=key,
                 shard=f"{index:06d}",
-                spec=ProbedSample(prober=prober, data=samples, sample=index, probes=tuple(probes), seed=settings.seed),
+                spec=ProbedSample(prober=prober, data=opened, sample=index, probes=tuple(probes), seed=settings.seed),
             )
-            for index in range(most)
+            for index in samples
         ]
         rows: list[ProbeMatrix] = []
-        things = [(graph, ready.graph), (samples, data), *zip(recipes, schemes, strict=True)]
+        things = [(graph, ready.graph), (opened, data), *zip(recipes, schemes, strict=True)]
         held = work.executor.contexts.holding(*things)
-        with work.stage("probe", most) as progress, held, closing(work.map(jobs, progress)) as results:
+        with work.stage("probe", len(samples)) as progress, held, closing(work.map(jobs, progress)) as results:
             for raw in results:
                 rows.append(ProbeMatrix.from_bytes(raw))
                 enough = settings.samples is None and len(rows) >= MIN_SAMPLES and len(rows) % 4 == 0
@@ -99,7 +112,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
                     break
         return ProbeMatrix.concatenate(rows).to_bytes()
 
-    matrix = ProbeMatrix.from_bytes(work.cached("probe", key, make))
+    matrix = ProbeMatrix.from_bytes(work.cached("probe", inputs, make))
     silent_heads(matrix.heads, matrix.energy)
     found = views(ready.graph, schemes)
     size, end = len(parts), len(methods) * len(parts)
@@ -109,6 +122,35 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         tuple(tuple(found[i:end:size]) for i in range(size)),
         tuple((found[i], *found[end + i :: size]) for i in range(size)),
     )
+
+
+class ProbeInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides a probe matrix."""
+
+    model: str
+    """Identity of the network, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    heads: tuple[Head, ...]
+    recipes: tuple[Opening, ...]
+    """How each target rounds, with each method of calibration."""
+    stops: tuple[str, ...]
+    """Nodes through which nothing is measured."""
+    data: DataInfo
+    samples: tuple[int, ...]
+    until_settled: bool
+    """Whether sampling stops where the ranking of units has settled."""
+    probes: tuple[int, ...]
+    """Number of probes of each head."""
+    seed: int
+
+
+class SecantInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides how the outputs bend."""
+
+    network: ExecutedNetwork
+    samples: tuple[int, ...]
+    matrix: str
+    """Digest of the probe matrix."""
 
 
 class ProberParts(Record, frozen=True, kw_only=True):
@@ -151,13 +193,15 @@ def measured_bend(parts: Sequence[Calibrated], matrices: Sequence[ProbeMatrix], 
         ones = (1.0,) * len(matrices[0].heads)
         return Secant(heads=matrices[0].heads, fractions=(1.0,), damage=(ones,), linear=ones, samples=0)
     ready, matrix = parts[at], matrices[at]
-    count = min(SECANT_SAMPLES, matrix.samples)
+    samples = ready.parts.probe[: min(SECANT_SAMPLES, matrix.samples)]
+    count = len(samples)
+    inputs = SecantInputs(network=ready.executed, samples=samples, matrix=matrix.digest)
 
     def make() -> bytes:
         with work.stage("secant", count * len(FRACTIONS)) as progress:
             board = switchboard(ready, count, work)
-            feeds = [ready.data.feeds(i) for i in range(count)]
+            feeds = [ready.data.feeds(i) for i in samples]
             sites = rounded(ready.units, ready.units.lowest_gated())
             return to_json(secant(board, matrix, sites, ready.heads, feeds, progress=progress.advance))
 
-    return msgspec.json.decode(work.cached("secant", ready.key, make), type=Secant)
+    return msgspec.json.decode(work.cached("secant", inputs, make), type=Secant)

@@ -101,7 +101,7 @@ def recipe_opening(recipe: Recipe) -> Opening:
     name = recipe.target.name
     spec = RecipeData(units=recipe.units, target=name, ranges=dict(recipe.ranges), offsets=dict(recipe.offsets))
     if TARGETS.get(name) is not recipe.target:
-        return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(recipe=spec)))
+        return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(spec)))
     return Opening(kind="recipe", spec=spec)
 
 

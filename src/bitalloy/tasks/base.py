@@ -19,6 +19,7 @@ import numpy as np
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import Estimate, MetricValue, Record, TensorSpec
+from bitalloy.core.store import StageInputs
 from bitalloy.data.images import ImageSpec
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "few_images",
     "image_input",
     "pack_seen",
+    "refuse_fit",
     "unpack_seen",
 ]
 
@@ -118,8 +120,17 @@ class TaskData(Protocol):
         """Whether observations of a model depend on the reference, which then runs on the same samples beside it."""
         ...
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256, hexadecimal, of labels, names and preprocessing; equal data gives equal metrics."""
+    def images(self, samples: Sequence[int]) -> Sequence[Path]:
+        """Return the file of the image of each sample."""
+        ...
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> StageInputs:
+        """Return all that decides metrics on some samples beside the models: equal inputs give equal metrics.
+
+        Args:
+            samples: numbers of the samples.
+            images: `file_hash` of the file of the image of each sample.
+        """
         ...
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
@@ -255,6 +266,16 @@ def unpack_seen(data: bytes) -> list[Seen]:
 def image_input(model: Interface) -> TensorSpec | None:
     """Return the input (batch, 3, h, w) that takes an image."""
     return next((i for i in model.inputs if len(i.shape) == 4 and i.shape[1] == 3), None)
+
+
+def refuse_fit(image: ImageSpec, why: str) -> None:
+    """Refuse a way of fitting images that the task does not know.
+
+    Raises:
+        DataError: images are not stretched; the message says `why` they must be.
+    """
+    if image.fit != "stretch":
+        raise DataError(f"Images are fitted by '{image.fit}', but {why}. Leave out --fit, or --eval.")
 
 
 def few_images(n: int) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Every caption is fed after the prompt, so that one run gives the probabilities o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
 from bitalloy.tasks.base import RunModel, Seen, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
-from bitalloy.tasks.chat import Chat, log_probabilities
+from bitalloy.tasks.chat import Chat, ChatInputs, log_probabilities
 from bitalloy.tasks.coco import LabelledImage, find_images
 
 __all__ = ["QUESTION", "CaptionData", "measure_captions", "observe_captions", "read_captions"]
@@ -36,6 +36,16 @@ class _Caption(msgspec.Struct, frozen=True, kw_only=True):
 class _File(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[LabelledImage, ...]
     annotations: tuple[_Caption, ...]
+
+
+class CaptionInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of captions, beside the models."""
+
+    images: tuple[str, ...]
+    """SHA-256 of each image."""
+    captions: tuple[tuple[str, ...], ...]
+    """Captions of each image."""
+    chat: ChatInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +68,16 @@ class CaptionData:
         """Choose at most `limit` images, None for all, and return their numbers in ascending order."""
         return choose_samples([name for name, _ in self.captions], limit=limit, seed=seed)
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of names, captions, preprocessing and prompt."""
-        return hashlib.sha256(f"{self.chat.describe()}\0{QUESTION}\0{self.captions}".encode()).hexdigest()
+    def images(self, samples: Sequence[int]) -> tuple[Path, ...]:
+        """Return the file of the image of each sample."""
+        return tuple(self.folder / self.captions[i][0] for i in samples)
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> CaptionInputs:
+        """Return all that decides metrics on some samples, whose images have the given hashes."""
+        captions = tuple(self.captions[i][1] for i in samples)
+        turns = [self.chat.turn(QUESTION, caption) for some in captions for caption in some]
+        ids = [(*turn.prompt, *turn.answer) for turn in turns]
+        return CaptionInputs(images=tuple(images), captions=captions, chat=self.chat.inputs(ids))
 
 
 def read_captions(path: Path, chat: Chat) -> CaptionData:

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.records import Record
 from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec
-from bitalloy.tasks.base import Interface, RunModel, Tokenizer
+from bitalloy.tasks.base import Interface, RunModel, Tokenizer, refuse_fit
 
 __all__ = [
     "AFTER",
@@ -93,6 +93,17 @@ class Turn:
     """Token ids of the answer, which end with the tokenizer's `eos`."""
 
 
+class ChatInputs(Record, frozen=True, kw_only=True):
+    """All that decides what a chat feeds: a part of stages' inputs."""
+
+    image: ImageSpec
+    template: str
+    ids: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt or answer, which the tokenizer decides."""
+    eos: int
+    """Token id that ends an answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """Tokenizer, prompt and image preparation of one vision-language model."""
@@ -101,6 +112,10 @@ class Chat:
     image: ImageSpec
     template: str = TEMPLATE
     """Text of the prompt, with the placeholders `<image>` and `{question}`."""
+
+    def inputs(self, ids: Sequence[Sequence[int]]) -> ChatInputs:
+        """Return all that decides what is fed for token ids, and where answers end."""
+        return ChatInputs(image=self.image, template=self.template, ids=tuple(map(tuple, ids)), eos=self.tokenizer.eos)
 
     def describe(self) -> str:
         """Describe the preparation of images and the prompt in words."""
@@ -158,7 +173,8 @@ def open_chat(model: Interface) -> Chat:
     options = ImageOptions(fit="stretch", mean=_MEAN, std=_STD)
     image = model.image or infer_image_spec(model.inputs, task=None, options=options)
     assert image is not None, "a vision-language model without an image input is refused"
-    return Chat(model.tokenizer, msgspec.structs.replace(image, fit="stretch"))
+    refuse_fit(image, "a chat pads them to a square")
+    return Chat(model.tokenizer, image)
 
 
 def log_probabilities(outputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bitalloy.core.store import key_of
 from bitalloy.data.datasets import ImageFolder, Samples, choose_samples
-from bitalloy.data.images import open_image
+from bitalloy.data.images import file_hash, open_image
 from bitalloy.tasks.base import Interface, image_input
 from bitalloy.tasks.captions import QUESTION, read_captions
 from bitalloy.tasks.chat import AFTER, BEFORE, IMAGE_TOKEN, MASK, POSITIONS, Chat, empty_cache, open_chat
@@ -51,6 +52,7 @@ class ChatSamples(Samples):
         self.label, self.seed = label, seed
         self._chat, self._turns, self._cache, self._tokens = chat, tuple(turns), cache, tokens
         self.preprocessing = f"{chat.describe()}; {len(self._turns[0].ids) - 1} tokens beside the image"
+        self.decisive = key_of(chat.image)
 
     @staticmethod
     def open(
@@ -83,6 +85,12 @@ class ChatSamples(Samples):
     def name(self, index: int) -> str:
         return f"{self._turns[index].file.name}: {self._turns[index].text}"
 
+    def source(self, index: int) -> str:
+        return self._turns[index].file.name
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (self._turns[index].file,)
+
     def feeds(self, index: int) -> dict[str, np.ndarray]:
         turn = self._turns[index]
         at = turn.ids.index(IMAGE_TOKEN)
@@ -100,7 +108,7 @@ class ChatSamples(Samples):
     def fingerprint(self, index: int) -> str:
         turn = self._turns[index]
         digest = hashlib.sha256(f"{self.preprocessing}\0{turn.text}\0{turn.ids}\0".encode())
-        digest.update(turn.file.read_bytes())
+        digest.update(file_hash(turn.file).encode())
         return digest.hexdigest()
 
 

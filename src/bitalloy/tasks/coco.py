@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
-from bitalloy.data.images import open_image
+from bitalloy.data.images import file_hash, open_image
 
 __all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco"]
 
@@ -85,7 +84,7 @@ class CocoLabels:
         Raises:
             DataError: the image is damaged, or its size is not the one that the annotation file says.
         """
-        opened = open_image(self.folder / entry.file_name, channels)
+        opened = open_image(self.file_of(entry), channels)
         if (entry.width or opened.width, entry.height or opened.height) != opened.size:
             raise DataError(
                 f"'{entry.file_name}' is {opened.width}x{opened.height}, but '{self.path}' says "
@@ -109,7 +108,11 @@ class CocoLabels:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the annotation file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return file_hash(self.path)
+
+    def file_of(self, entry: LabelledImage) -> Path:
+        """Return the path of an image."""
+        return self.folder / entry.file_name
 
     def category_ids(self, classes: int, names: Sequence[str] | None) -> np.ndarray:
         """Return the category id per class index of the model, -1 for a class that the labels do not know.

@@ -6,7 +6,6 @@ image -> canvas -> output (1, 4 + nc, n) -> class-wise suppression -> boxes in i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import Estimate, MetricValue, Record
+from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import Geometry, ImageSpec, image_feed, infer_image_spec
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskMetric, TaskResult, few_images
@@ -53,6 +53,19 @@ SHOWN_CONFIDENCE = 0.25
 """Score above which a detection is usually shown."""
 
 
+class DetectionInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of detections and masks, beside the models."""
+
+    labels: str
+    """SHA-256 of the annotation file."""
+    images: tuple[str, ...]
+    """SHA-256 of each image."""
+    samples: tuple[int, ...]
+    image: ImageSpec
+    names: tuple[str, ...] | None
+    """Class names of the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class DetectionData:
     """COCO labels, opened for one model; also those of instance segmentation."""
@@ -63,10 +76,20 @@ class DetectionData:
     names: tuple[str, ...] | None = None
     """Class names of the model; None where they are unknown."""
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of labels, preprocessing and class names."""
-        parts = (self.labels.fingerprint(), self.image.describe(), repr(self.names))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    def images(self, samples: Sequence[int]) -> tuple[Path, ...]:
+        """Return the file of the image of each sample."""
+        return tuple(map(self.labels.file_of, self.entries(samples)))
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> DetectionInputs:
+        """Return all that decides metrics on some samples, whose images have the given hashes."""
+        names = None if self.names is None else tuple(self.names)
+        return DetectionInputs(
+            labels=self.labels.fingerprint(),
+            images=tuple(images),
+            samples=tuple(samples),
+            image=self.image,
+            names=names,
+        )
 
     @property
     def paired(self) -> bool:

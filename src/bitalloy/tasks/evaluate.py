@@ -21,13 +21,15 @@ import numpy as np
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
-from bitalloy.core.records import Record
+from bitalloy.core.records import Record, TensorSpec
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
+from bitalloy.data.datasets import Dataset, Samples
+from bitalloy.data.images import ImageSpec, file_hash
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
-from bitalloy.rewrite.calibrated import ArtefactParts
+from bitalloy.rewrite.calibrated import ArtefactParts, Environment, ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import available_cores
@@ -50,8 +52,8 @@ JUDGED_MODELS = 4
 class Subject:
     """A model to be evaluated."""
 
-    identity: tuple[str, ...]
-    """Key of the model beside its target: equal for models that compute the same."""
+    plan: tuple[tuple[str, str], ...] | None
+    """Pairs of unit and scheme; None for the float model."""
     model: Opening
     """Plain data from which a job makes the model."""
 
@@ -61,8 +63,37 @@ class _Labelled:
     """Labelled samples, with the plain data from which jobs open them."""
 
     data: TaskData
+    samples: Sequence[int]
+    """Samples that are evaluated."""
+    images: Sequence[str]
+    """SHA-256 of the image of each of them."""
     fingerprint: str
     opening: Opening
+
+
+class ObservationInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides what is observed of a model."""
+
+    given: str
+    """Identity of the float model, which is the reference, see `Graph.identity`."""
+    shapes: tuple[TensorSpec, ...]
+    network: ExecutedNetwork | None
+    """The network that is rounded; None for the float model."""
+    plan: tuple[tuple[str, str], ...] | None
+    """Pairs of unit and scheme; None for the float model."""
+    labels: str
+    """Key of the labelled samples, see `TaskData.inputs`."""
+    environment: Environment
+
+
+class ResultInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of models side by side."""
+
+    seen: tuple[tuple[str, ObservationInputs], ...]
+    """Names of the models with what is observed of them; the first is the reference."""
+    resamples: int
+    seed: int
+    """Seed of the bootstrap."""
 
 
 class Evaluator:
@@ -73,22 +104,22 @@ class Evaluator:
         labels: labels for the model's task.
         limit: largest number of samples that are evaluated; None for all.
         work: where results are stored and progress is shown.
+        image: how images are prepared; None takes what the model's file says, or else the task's own.
 
     Raises:
-        DataError: the labels are broken, or no task fits the model.
+        DataError: the labels are broken, no task fits the model, or two files measure the same metrics.
     """
 
-    def __init__(self, analysis: Analysis, labels: Sequence[Path], limit: int | None, work: Workspace) -> None:
-        self._analysis, self._limit, self._work = analysis, limit, work
-        interface = interface_of(analysis.graph)
-        task = find_task(interface)
-        if task is None:
-            outputs = [list(o.shape) for o in analysis.graph.info.outputs]
-            raise DataError(
-                f"No task metric fits this model with outputs {outputs}. Box AP needs a detector with output (1, 4 + "
-                f"classes, n); the tasks are {', '.join(t.name for t in TASKS)}. Leave out --eval."
-            )
-        self._task: Task[TaskData] = task
+    def __init__(
+        self,
+        analysis: Analysis,
+        labels: Sequence[Path],
+        limit: int | None,
+        work: Workspace,
+        image: ImageSpec | None = None,
+    ) -> None:
+        self._analysis, self._limit, self._work, self._image = analysis, limit, work, image
+        self._task, opened = open_labelled(analysis.graph, labels, image)
         self._kept: dict[tuple[str, str], bytes] = {}
         self._judged: dict[str, Any] = {}
         self._recipe = analysis.recipe()
@@ -98,18 +129,17 @@ class Evaluator:
             recipe=recipe_opening(self._recipe),
             schemes=None,
         )
-        self._labelled = [self._opened(path, task.open(path, interface)) for path in labels]
+        self._labelled = [self._opened(path, data) for path, data in zip(labels, opened, strict=True)]
 
     @property
     def reference(self) -> Subject:
         """The float model, as a subject of evaluation."""
-        return Subject(("float",), Opening(kind="artefact", spec=self._parts))
+        return Subject(None, Opening(kind="artefact", spec=self._parts))
 
     def subject(self, plan: Plan) -> Subject:
         """Return the model of a plan as a subject; it is made when it is needed."""
         spec = msgspec.structs.replace(self._parts, schemes=dict(plan.listed))
-        listed = (f"{unit} in {scheme}" for unit, scheme in plan.listed)
-        return Subject((self._analysis.key, *listed), Opening(kind="artefact", spec=spec))
+        return Subject(tuple(plan.listed), Opening(kind="artefact", spec=spec))
 
     def results(self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES) -> list[TaskResult]:
         """Return the metrics of models on each file of labels; the first is the reference, the float model.
@@ -121,35 +151,65 @@ class Evaluator:
         """
         return [self._result(labels, subjects, stage, resamples) for labels in self._labelled]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say which evaluated images the analysis has seen too, by their content."""
+        found = []
+        analysis, parts = self._analysis, self._analysis.parts
+        for labels in self._labelled:
+            evaluated = set(labels.images)
+            shared = {
+                name: len(evaluated & {file_hash(f) for i in part for f in _files(analysis.data, i)})
+                for name, part in {
+                    "calibration": parts.calibration,
+                    "probing": parts.probe,
+                    "verification": parts.verification,
+                }.items()
+            }
+            told = " and ".join(f"{count} in {name}" for name, count in shared.items() if count)
+            if told:
+                found.append(
+                    f"Of the {len(evaluated)} images that were evaluated, the analysis has seen some too: {told}. "
+                    "On these the rounded models are not measured on unseen data."
+                )
+        return tuple(found)
+
     def _opened(self, path: Path, data: TaskData) -> _Labelled:
-        spec = LabelFile(graph=self._parts.graph, path=str(path.absolute()), fingerprint=data.fingerprint())
-        return _Labelled(data, spec.fingerprint, Opening(kind="labels", spec=spec))
+        samples = data.choose(self._limit, self._analysis.settings.seed)
+        images = [file_hash(file) for file in data.images(samples)]
+        spec = LabelFile(
+            graph=self._parts.graph,
+            path=str(path.absolute()),
+            image=self._image,
+            samples=tuple(samples),
+            fingerprint=key_of(data.inputs(samples, images)),
+        )
+        return _Labelled(data, samples, images, spec.fingerprint, Opening(kind="labels", spec=spec))
 
     def _result(self, labels: _Labelled, subjects: Mapping[str, Subject], stage: str, resamples: int) -> TaskResult:
-        seed, data = self._analysis.settings.seed, labels.data
-        samples = data.choose(self._limit, seed)
-        keys = {name: self._key(labels, subject) for name, subject in subjects.items()}
+        seed, data, samples = self._analysis.settings.seed, labels.data, labels.samples
+        seen = {name: self._inputs(labels, subject) for name, subject in subjects.items()}
 
         def make() -> bytes:
-            judged = {n: self._judged_of(labels, samples, keys[n], subject, stage) for n, subject in subjects.items()}
+            judged = {
+                name: self._judged_of(labels, samples, key_of(seen[name]), subject, stage)
+                for name, subject in subjects.items()
+            }
             return to_json(self._task.measure(judged, data, samples, seed=seed, resamples=resamples))
 
-        key = key_of(seen=keys, resamples=resamples)
-        return msgspec.json.decode(self._work.cached(stage, key, make), type=TaskResult)
+        inputs = ResultInputs(seen=tuple(seen.items()), resamples=resamples, seed=seed)
+        return msgspec.json.decode(self._work.cached(stage, inputs, make), type=TaskResult)
 
-    def _key(self, labels: _Labelled, subject: Subject) -> str:
-        """Of what is observed of a model."""
+    def _inputs(self, labels: _Labelled, subject: Subject) -> ObservationInputs:
+        """Collect all that decides what is observed of a model."""
         analysis = self._analysis
-        return key_of(
-            model=analysis.graph.info.sha256,
+        return ObservationInputs(
+            given=analysis.given.identity,
             shapes=analysis.graph.info.inputs,
-            subject=subject.identity,
-            target=None if subject.identity == self.reference.identity else analysis.target.name,
+            network=None if subject.plan is None else analysis.executed,
+            plan=subject.plan,
             labels=labels.fingerprint,
-            limit=self._limit,
-            seed=analysis.settings.seed,
-            runner=analysis.target.runtime.name,
-            **analysis.execution,
+            environment=analysis.environment,
         )
 
     def _judged_of(self, labels: _Labelled, samples: Sequence[int], key: str, subject: Subject, stage: str) -> Any:
@@ -169,7 +229,7 @@ class Evaluator:
         """
         parts, analysis = self._parts, self._analysis
         models = {"model": subject.model}
-        if labels.data.paired and subject.identity != self.reference.identity:
+        if labels.data.paired and subject.plan is not None:
             models = {"reference": self.reference.model, **models}
         observer = Opening(kind="observer", spec=ObserverParts(graph=parts.graph, labels=labels.opening, models=models))
         jobs = []
@@ -191,14 +251,55 @@ class Evaluator:
         return [seen for job in jobs for seen in unpack_seen(kept[key, job.shard])]
 
 
+def _files(data: Dataset, sample: int) -> tuple[Path, ...]:
+    return data.files(sample) if isinstance(data, Samples) else ()
+
+
+def open_labelled(
+    graph: Graph, labels: Sequence[Path], image: ImageSpec | None = None
+) -> tuple[Task[Any], list[TaskData]]:
+    """Find the task of a model, and open labels for it.
+
+    Args:
+        graph: the model.
+        labels: files or folders of labels, each of another kind.
+        image: how images are prepared; None takes what the model's file says, or else the task's own.
+
+    Raises:
+        DataError: the labels are broken, no task fits the model, or two files measure the same metrics.
+    """
+    known = interface_of(graph, image)
+    task: Task[Any] | None = find_task(known)
+    if task is None:
+        outputs = [list(o.shape) for o in graph.info.outputs]
+        raise DataError(
+            f"No task metric fits this model with outputs {outputs}. Box AP needs a detector with output (1, 4 + "
+            f"classes, n); the tasks are {', '.join(t.name for t in TASKS)}. Leave out --eval."
+        )
+    opened = [task.open(path, known) for path in labels]
+    of_kind: dict[type, Path] = {}
+    for path, data in zip(labels, opened, strict=True):
+        if type(data) in of_kind:
+            raise DataError(
+                f"'{of_kind[type(data)]}' and '{path}' both hold labels for the same metrics of task '{task.name}', "
+                "of which a run has one value each. Give one --eval of a kind, or join the files."
+            )
+        of_kind[type(data)] = path
+    return task, opened
+
+
 class LabelFile(Record, frozen=True, kw_only=True):
     """Labelled samples for a model."""
 
     graph: Opening
     """The model, whose inputs and outputs decide the task."""
     path: str
+    image: ImageSpec | None
+    """How images are prepared; None takes what the model's file says, or else the task's own."""
+    samples: tuple[int, ...]
+    """Samples that are evaluated."""
     fingerprint: str
-    """Fingerprint that the opened samples must have."""
+    """Key that the `TaskData.inputs` of these samples must have."""
 
 
 class ObserverParts(Record, frozen=True, kw_only=True):
@@ -224,12 +325,9 @@ def open_labels(spec: LabelFile, contexts: Contexts) -> TaskData:
     Raises:
         DataError: the labels have changed, or do not fit the model.
     """
-    interface = interface_of(contexts.open(spec.graph))
-    task: Task[Any] | None = find_task(interface)
-    if task is None:
-        raise DataError(f"No task fits the model for which '{spec.path}' has labels.")
-    data: TaskData = task.open(Path(spec.path), interface)
-    if data.fingerprint() != spec.fingerprint:
+    _, (data,) = open_labelled(contexts.open(spec.graph), [Path(spec.path)], spec.image)
+    images = [file_hash(file) for file in data.images(spec.samples)]
+    if key_of(data.inputs(spec.samples, images)) != spec.fingerprint:
         raise DataError(
             f"'{spec.path}' has changed since this job was made. Put the old labels back, or start the run again."
         )

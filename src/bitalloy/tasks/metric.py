@@ -13,15 +13,15 @@ from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, MetricValue, Record
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
-from bitalloy.data.images import ImageSpec
+from bitalloy.data.images import ImageSpec, file_hash
 from bitalloy.model.graphs.again import graph_opening
-from bitalloy.rewrite.calibrated import Calibrated, versions
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen_groups, whole_group
 from bitalloy.sensitivity.switchboards import switchboard_opening
 from bitalloy.tasks.coco import read_coco
-from bitalloy.tasks.detection import DetectionData, evaluate_detection
+from bitalloy.tasks.detection import DetectionData, DetectionInputs, evaluate_detection
 from bitalloy.tasks.open import image_spec
 from bitalloy.tasks.yolo import class_names, looks_like_yolo
 
@@ -62,6 +62,7 @@ def measure_metric(
     *,
     mode: str = ONE,
     limit: int | None = None,
+    image: ImageSpec | None = None,
     work: Workspace | None = None,
 ) -> MetricTable:
     """Measure box AP with chosen units, regions or sites rounded; each one has a shard of its own.
@@ -72,6 +73,7 @@ def measure_metric(
         selection: what to measure; it may not be empty, because each unit, region or site costs a whole evaluation.
         mode: `one-at-a-time` or `leave-one-out`, see `measure_exact`.
         limit: largest number of images that are evaluated; None for all.
+        image: how images are prepared; None takes what the model's file says, or else YOLO's own.
         work: where results are stored and progress is shown.
 
     Raises:
@@ -87,7 +89,7 @@ def measure_metric(
     things = chosen_groups(ready.units, selection, mode)
     if mode == ALL_BUT_ONE:
         things.append(whole_group(ready.units))
-    image = image_spec(model)
+    image = image or image_spec(model)
     if image is None or not looks_like_yolo(model.info.inputs, model.info.outputs):
         raise DataError(
             f"Box AP needs a detector with output (1, 4 + classes, n); this model's outputs are "
@@ -95,7 +97,8 @@ def measure_metric(
         )
     sites = (frozenset[str](), *(t.sites for t in things))
     switches = switchboard_opening(ready)
-    jobs = _jobs(ready, labels, image, switches, dict.fromkeys(sites), limit)
+    data = DetectionData(read_coco(labels), image, class_names(model.metadata))
+    jobs = _jobs(ready, data, switches, dict.fromkeys(sites), limit)
     held = work.executor.contexts.holding((graph_opening(model), model), (switches.spec.recipe, ready.recipe()))
     with work.stage("metric", len(jobs)) as progress, held:
         results = [msgspec.json.decode(raw, type=_Result) for raw in work.map(jobs, progress)]
@@ -115,41 +118,44 @@ def measure_metric(
 
 def _jobs(
     ready: Calibrated,
-    labels: Path,
-    image: ImageSpec,
+    data: DetectionData,
     switches: Opening,
     sites: Iterable[frozenset[str]],
     limit: int | None,
 ) -> list[Job]:
     """One job for each set of sites that is rounded."""
-    model, seed, classes = ready.graph, ready.settings.seed, class_names(ready.graph.metadata)
-    digest = hashlib.sha256(labels.read_bytes()).hexdigest()
-    key = key_of(
-        model=model.identity,
-        shapes=model.info.inputs,
-        target=ready.target.name,
-        ranges=ready.calibration.ranges,
-        offsets=ready.offsets,
-        labels=digest,
-        limit=limit,
-        seed=seed,
-        versions=versions(),
-    )
+    seed = ready.settings.seed
+    labels = _inputs_of(data, limit, seed)
+    key = key_of(MetricInputs(network=ready.executed, labels=labels, seed=seed))
     jobs = []
     for rounded in sites:
         spec = MeasuredPrecision(
             switchboard=switches,
             sites=tuple(sorted(rounded)),
-            image=image,
-            labels=str(labels.absolute()),
-            sha256=digest,
+            image=data.image,
+            labels=str(data.labels.path.absolute()),
+            fingerprint=key_of(labels),
             limit=limit,
             seed=seed,
-            names=None if classes is None else tuple(classes),
+            names=labels.names,
         )
         name = hashlib.sha256("\n".join(spec.sites).encode()).hexdigest()[:24]
         jobs.append(Job(kind="metric", key=key, shard=name, spec=spec))
     return jobs
+
+
+def _inputs_of(data: DetectionData, limit: int | None, seed: int) -> DetectionInputs:
+    samples = data.choose(limit, seed)
+    return data.inputs(samples, [file_hash(file) for file in data.images(samples)])
+
+
+class MetricInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metric of a detector, beside the sites that name a shard."""
+
+    network: ExecutedNetwork
+    labels: DetectionInputs
+    seed: int
+    """Seed of the bootstrap."""
 
 
 class MeasuredPrecision(Record, frozen=True, kw_only=True):
@@ -160,8 +166,8 @@ class MeasuredPrecision(Record, frozen=True, kw_only=True):
     image: ImageSpec
     labels: str
     """Path of the annotation file."""
-    sha256: str
-    """SHA-256 of the annotation file."""
+    fingerprint: str
+    """Key that the `DetectionInputs` must have."""
     limit: int | None
     seed: int
     names: tuple[str, ...] | None
@@ -175,7 +181,8 @@ def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
         DataError: the annotations have changed, or do not fit the model.
     """
     labels = Path(spec.labels)
-    if hashlib.sha256(labels.read_bytes()).hexdigest() != spec.sha256:
+    data = DetectionData(read_coco(labels), spec.image, spec.names)
+    if key_of(_inputs_of(data, spec.limit, spec.seed)) != spec.fingerprint:
         raise DataError(f"'{labels}' has changed since this job was made. Put the old file back, or start again.")
     board = contexts.open(spec.switchboard)
     gates = board.gates(spec.sites)
@@ -184,7 +191,6 @@ def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
         outputs: Mapping[str, np.ndarray] = board.run(feeds, gates)
         return outputs
 
-    data = DetectionData(read_coco(labels), spec.image, spec.names)
     result = evaluate_detection(run, data, limit=spec.limit, seed=spec.seed)
     return to_json(_Result(value=result.ap, resampled=tuple(result.resampled.tolist())))
 

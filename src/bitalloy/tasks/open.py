@@ -103,10 +103,10 @@ def interface(
     return Interface(inputs=asked, outputs=outputs, metadata=metadata, image=image, tokenizer=tokenizer(folder))
 
 
-def interface_of(graph: Graph) -> Interface:
-    """Describe a loaded model as its task sees it."""
+def interface_of(graph: Graph, image: ImageSpec | None = None) -> Interface:
+    """Describe a loaded model as its task sees it; `image` says how images are prepared, as in `interface`."""
     folder = graph.source if isinstance(graph, Joined) else graph.source.parent
-    return interface(graph.info.inputs, graph.info.outputs, graph.metadata, folder)
+    return interface(graph.info.inputs, graph.info.outputs, graph.metadata, folder, image)
 
 
 def tokenizer(folder: Path) -> Tokenizer:

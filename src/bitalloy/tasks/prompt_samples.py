@@ -69,6 +69,9 @@ class PromptSamples(Samples):
     def name(self, index: int) -> str:
         return f"{self._data.files[self._indices[index]].name}, {PROMPT_KINDS[index % len(PROMPT_KINDS)]}"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (self._data.files[self._indices[index]],)
+
     def feeds(self, index: int) -> dict[str, np.ndarray]:
         data, place = self._data, self._indices[index]
         image = data.open(place)

@@ -16,7 +16,6 @@ A model is one function that takes all three inputs; `join_promptable` makes it 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +26,12 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.store import StageInputs
 from bitalloy.data import masks
 from bitalloy.data.datasets import ImageFolder, choose_samples
 from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.data.masks import Mask, interior_point, overlap
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input, refuse_fit
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco
 from bitalloy.tasks.resample import resize
@@ -80,6 +80,17 @@ class Prompt:
         return Prompt(np.array([[x, y], [0.0, 0.0]]), np.array([1.0, -1.0]))
 
 
+class PromptInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of prompts, beside the models."""
+
+    labels: str | None
+    """SHA-256 of the annotation file; None where there is none."""
+    images: tuple[str, ...]
+    """SHA-256 of each image."""
+    samples: tuple[int, ...]
+    image: ImageSpec
+
+
 @dataclass(frozen=True)
 class PromptData:
     """Images, perhaps with COCO masks whose boxes and inner points are the prompts, opened for one model."""
@@ -90,15 +101,14 @@ class PromptData:
     image: ImageSpec
     """Preparation of images; its height and width are those of the canvas."""
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the labels, or else of the images, and the preprocessing."""
-        digest = hashlib.sha256(self.image.describe().encode())
-        if self.labels is not None:
-            digest.update(self.labels.fingerprint().encode())
-        else:
-            for file in self.files:
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return digest.hexdigest()
+    def images(self, samples: Sequence[int]) -> tuple[Path, ...]:
+        """Return the file of the image of each sample."""
+        return tuple(self.files[i] for i in samples)
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> PromptInputs:
+        """Return all that decides metrics on some samples, whose images have the given hashes."""
+        labels = None if self.labels is None else self.labels.fingerprint()
+        return PromptInputs(labels=labels, images=tuple(images), samples=tuple(samples), image=self.image)
 
     @property
     def paired(self) -> bool:
@@ -134,6 +144,7 @@ def open_prompts(path: Path, model: Interface) -> PromptData:
     spec = image_input(model)
     image = model.image or infer_image_spec(model.inputs, task=None, options=ImageOptions(fit="stretch"))
     assert image is not None and spec is not None, "a promptable model without an image input is refused"
+    refuse_fit(image, "a promptable model fits the longest side and fills the rest with zeros")
     if path.is_dir():
         found = ImageFolder(path, (spec,), image)
         return PromptData(tuple(path / found.name(i) for i in range(len(found))), None, image)

@@ -7,7 +7,6 @@ letter, a number from 0, or the text of a choice.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ import numpy as np
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
+from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
 from bitalloy.tasks.base import RunModel, Seen, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
-from bitalloy.tasks.chat import Chat
+from bitalloy.tasks.chat import Chat, ChatInputs
 from bitalloy.tasks.coco import find_images
 
 __all__ = [
@@ -74,6 +74,16 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True):
     choices: tuple[str, ...] = ()
 
 
+class QuestionInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of questions, beside the models."""
+
+    images: tuple[str, ...]
+    """SHA-256 of each image."""
+    questions: tuple[tuple[Question, ...], ...]
+    """Questions about each image."""
+    chat: ChatInputs
+
+
 @dataclass(frozen=True)
 class QuestionData:
     """Questions about images, opened for one model."""
@@ -101,9 +111,17 @@ class QuestionData:
         """Choose at most `limit` images, None for all, and return their numbers in the order of their names."""
         return choose_samples(list(self.by_image), limit=limit, seed=seed)
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of questions, preprocessing and prompt."""
-        return hashlib.sha256(f"{self.chat.describe()}\0{self.questions}".encode()).hexdigest()
+    def images(self, samples: Sequence[int]) -> tuple[Path, ...]:
+        """Return the file of the image of each sample."""
+        names = list(self.by_image)
+        return tuple(self.folder / names[i] for i in samples)
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> QuestionInputs:
+        """Return all that decides metrics on some samples, whose images have the given hashes."""
+        names = list(self.by_image)
+        asked = tuple(tuple(self.by_image[names[i]]) for i in samples)
+        ids = [self.chat.prompt(question.prompt()) for some in asked for question in some]
+        return QuestionInputs(images=tuple(images), questions=asked, chat=self.chat.inputs(ids))
 
 
 def is_lines(path: Path) -> bool:

@@ -13,7 +13,6 @@ Two protocols, whose numbers differ; a result says which one it used.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
-from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
+from bitalloy.data.images import ImageOptions, ImageSpec, file_hash, image_feed, infer_image_spec, open_image
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input
+from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input, refuse_fit
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.resample import resize
 
@@ -47,6 +47,19 @@ __all__ = [
 Protocol = Literal["squash", "official"]
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
 """Sizes of the official protocol in pixels: largest sides, and the multiple to which sides are rounded up."""
+
+
+class SemanticInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides the metrics of semantic segmentation, beside the models."""
+
+    images: tuple[str, ...]
+    """SHA-256 of each image."""
+    maps: tuple[str, ...]
+    """SHA-256 of each label map."""
+    image: ImageSpec
+    classes: int
+    reduce_zero_label: bool
+    protocol: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +84,20 @@ class SemanticData:
         """Choose at most `limit` images, None for all, and return their numbers in the order of their names."""
         return choose_samples([f.name for f in self.files], limit=limit, seed=seed)
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of names and label maps, preprocessing and protocol."""
-        digest = hashlib.sha256(
-            f"{self.image.describe()}\0{self.classes} {self.reduce_zero_label} {self.protocol}".encode()
+    def images(self, samples: Sequence[int]) -> tuple[Path, ...]:
+        """Return the file of the image of each sample."""
+        return tuple(self.files[i].image for i in samples)
+
+    def inputs(self, samples: Sequence[int], images: Sequence[str]) -> SemanticInputs:
+        """Return all that decides metrics on some samples, whose images have the given hashes."""
+        return SemanticInputs(
+            images=tuple(images),
+            maps=tuple(file_hash(self.files[i].label) for i in samples),
+            image=self.image,
+            classes=self.classes,
+            reduce_zero_label=self.reduce_zero_label,
+            protocol=self.protocol,
         )
-        for file in self.files:
-            digest.update(f"\0{file.name}\0".encode())
-            digest.update(file.label.read_bytes())
-        return digest.hexdigest()
 
 
 def open_semantic(
@@ -107,6 +125,7 @@ def open_semantic(
     size = SHORT_SIDE if open_sides else None
     image = model.image or infer_image_spec(model.inputs, task="semantic", options=ImageOptions(size=size))
     assert image is not None, "a semantic model without an image input is refused"
+    refuse_fit(image, "semantic segmentation stretches images, so that every label has its pixel")
     classes = model.outputs[0].shape[1]
     if not isinstance(classes, int):
         raise DataError(f"The number of classes of output '{model.outputs[0].name}' is open ({classes}). Fix it.")

@@ -11,13 +11,15 @@ import numpy as np
 from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import LatencySpread
 from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.plans import CostTable
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, output_sqnr
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.sensitivity.analysis import Analysis
@@ -26,6 +28,18 @@ SITTINGS, REPEATS = 5, 8
 """Times that sessions are made anew, and timed rounds with each of them."""
 
 OUTCOMES = ("float", "lowest", "mixed")
+
+
+class VerificationInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides what is measured of a plan."""
+
+    network: ExecutedNetwork
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of unit and scheme."""
+    samples: tuple[int, ...]
+    seed: int
+    cost: CostTable | None
+    """The table from which latencies are taken; None where they are measured."""
 
 
 def measure_plan(
@@ -73,8 +87,14 @@ def measure_plan(
             )
         )
 
-    key = key_of(analysis=analysis.key, mixed=planned.plan.chosen.listed, **analysis.execution)
-    return msgspec.json.decode(work.cached("verify", key, make), type=Measured)
+    inputs = VerificationInputs(
+        network=analysis.executed,
+        plan=tuple(planned.plan.chosen.listed),
+        samples=tuple(samples),
+        seed=analysis.settings.seed,
+        cost=planned.cost if planned.cost.estimated else None,
+    )
+    return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
 
 
 def _different(analysis: Analysis, plan: Plan, mixed: Artefact, folder: Path) -> dict[str, Artefact]:

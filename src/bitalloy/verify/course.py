@@ -13,12 +13,11 @@ from bitalloy.core.outcome import KernelEffect, Round
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
-from bitalloy.measure.cost import machine_name
 from bitalloy.measure.kernels import kernel_effects
 from bitalloy.model.heads import is_divergence
-from bitalloy.rewrite.calibrated import unseen_samples
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.choice import ProvenPlan
 from bitalloy.search.planning import plan_around, plan_damage, plan_tables, tables_of
@@ -41,6 +40,15 @@ MAX_ROUNDS = 3
 
 NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 """What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
+
+
+class KernelInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides how the optimization of the runtime changes a plan."""
+
+    network: ExecutedNetwork
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of unit and scheme."""
+    samples: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class VerificationCourse:
         self.tables = tables_of(analysis, planned.cost)
         """The tables as corrected so far."""
         self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
-        self.samples = unseen_samples(analysis.matrix.samples, len(analysis.data))
+        self.samples = list(analysis.parts.verification)
         """Samples on which plans are measured."""
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None
@@ -212,11 +220,10 @@ class VerificationCourse:
                 )
             return to_json(found)
 
-        plan = best.planned.plan.chosen
-        key = key_of(
-            analysis=analysis.key, mixed=plan.listed, samples=self.samples, device=machine_name(), **analysis.execution
+        inputs = KernelInputs(
+            network=analysis.executed, plan=tuple(best.planned.plan.chosen.listed), samples=tuple(self.samples)
         )
-        return msgspec.json.decode(self._work.cached("kernels", key, make), type=tuple[KernelEffect, ...])
+        return msgspec.json.decode(self._work.cached("kernels", inputs, make), type=tuple[KernelEffect, ...])
 
     def rounds(self) -> tuple[Round, ...]:
         """List what was done, with the mark of the plan that is kept."""
@@ -226,4 +233,4 @@ class VerificationCourse:
     def known(self) -> Analysis:
         """Return the analysis with the matrix as corrected."""
         facts = self.tables.facts
-        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant, key=facts.key)
+        return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant)

@@ -30,7 +30,7 @@ def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> M
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},
         confidence_shift={name: value for part in found for name, value in part.confidence_shift.items()},
-        notes=tuple(note for part in found for note in part.notes),
+        notes=(*(note for part in found for note in part.notes), *evaluator.notes),
     )
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import ParetoPoint, PlanReport
 from bitalloy.core.records import Estimate, Record
-from bitalloy.core.store import key_of
+from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.sqnr import output_sqnr
+from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.sensitivity.analysis import Analysis
@@ -23,6 +24,16 @@ NEIGHBOURS, SHOWN_NEIGHBOURS = 6, 2
 and those that are only shown."""
 NEIGHBOUR_ROUNDS = 5
 """Rounds of each sitting in which all neighbours are timed."""
+
+
+class NeighbourInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides what is measured of neighbouring plans."""
+
+    network: ExecutedNetwork
+    plans: tuple[tuple[tuple[str, str], ...], ...]
+    """Plans as pairs of unit and scheme."""
+    samples: tuple[int, ...]
+    seed: int
 
 
 class MeasuredNeighbours(Record, frozen=True, kw_only=True):
@@ -91,13 +102,13 @@ def measure_neighbours(
             )
         )
 
-    key = key_of(
-        analysis=analysis.key,
-        plans=[p.listed for p in plans],
-        samples=samples,
-        **analysis.execution,
+    inputs = NeighbourInputs(
+        network=analysis.executed,
+        plans=tuple(tuple(p.listed) for p in plans),
+        samples=tuple(samples),
+        seed=analysis.settings.seed,
     )
-    return msgspec.json.decode(work.cached("neighbours", key, make), type=MeasuredNeighbours)
+    return msgspec.json.decode(work.cached("neighbours", inputs, make), type=MeasuredNeighbours)
 
 
 def with_measured_front(plan: PlanReport, points: Sequence[ParetoPoint], found: MeasuredNeighbours) -> PlanReport:

@@ -19,7 +19,6 @@ from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Remeasured, Repair
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
-from bitalloy.core.store import key_of
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.model.heads import is_divergence
@@ -27,6 +26,7 @@ from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import MeasuredDamage, bent_damage, correct_matrix
 from bitalloy.sensitivity.matrix import decibel
+from bitalloy.sensitivity.measuring import damage_inputs
 from bitalloy.sensitivity.measuring import measured_damages as execute
 from bitalloy.targets.placement import rounded
 
@@ -99,13 +99,13 @@ def repair(
     known = {f.sites for f in before}
     sets = [s for s in _suspects(base, gated, gap.wide) if rounded(units, s) not in known]
     sites = [rounded(units, s) for s in sets]
-    key = key_of(analysis=base.facts.key, sets=[sorted(s) for s in sites], samples=samples)
+    inputs = damage_inputs(analysis, sites, samples)
 
     def make() -> bytes:
         damage, _ = execute(analysis, sites, samples, work=work)
         return to_json(damage.mean(axis=0).T.tolist())
 
-    damage = np.array(msgspec.json.decode(work.cached("repair", key, make))) if sets else np.zeros((0, 0))
+    damage = np.array(msgspec.json.decode(work.cached("repair", inputs, make))) if sets else np.zeros((0, 0))
     new = [MeasuredDamage(s, d) for s, d in zip(sites, damage, strict=True)]
     whole = MeasuredDamage(rounded(units, planned.plan.chosen), 10 ** (-gap.measured_db / 10))
     findings = (*before, *new, whole)
@@ -125,8 +125,7 @@ def repair(
         remeasured=tuple(sorted(changes, key=lambda c: -max(map(abs, c.change_db.values()), default=0.0))),
         left_db=_named(names, gap.measured_db - decibel(bent_damage(fixed, bent, whole.sites))),
     )
-    number = key_of(before=base.facts.key, findings=[(sorted(f.sites), f.damage.tolist()) for f in findings])
-    facts = msgspec.structs.replace(base.facts, key=number, secant=bent)
+    facts = msgspec.structs.replace(base.facts, secant=bent)
     return RepairedTables(replace(base, matrix=fixed, facts=facts), findings, record)
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from bitalloy.core.outcome import (
     Comparison,
     Evaluation,
@@ -15,13 +17,14 @@ from bitalloy.core.outcome import (
     Round,
     Summary,
     Triple,
+    UsedSamples,
 )
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
 from bitalloy.core.records import part_of
+from bitalloy.core.store import versions
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
-from bitalloy.rewrite.calibrated import versions
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import draws, estimate_sqnr
@@ -124,6 +127,23 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
         corrections=analysis.corrections,
+        parts=_used(analysis),
+    )
+
+
+def _used(analysis: Analysis) -> UsedSamples:
+    parts = analysis.parts
+    parts = msgspec.structs.replace(parts, probe=parts.probe[: analysis.matrix.samples])
+    calibration, probe, verification = (
+        tuple(map(analysis.data.name, part)) for part in (parts.calibration, parts.probe, parts.verification)
+    )
+    return UsedSamples(
+        available=parts.available,
+        calibration=calibration,
+        probe=probe,
+        verification=verification,
+        disjoint=parts.disjoint,
+        told=parts.describe(),
     )
 
 

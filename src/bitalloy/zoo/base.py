@@ -140,10 +140,19 @@ class Family:
         """Packages of the extra that are not installed or too old, such as `transformers>=5.0`."""
         return tuple(f"{p}>={low[0]}.{low[1]}" for p, low in self.packages.items() if _version(p) < low)
 
+    @property
+    def installed(self) -> dict[str, str]:
+        """Versions of the packages of the extra; empty for one that is not installed."""
+        return {package: _full_version(package) for package in self.packages}
+
 
 def _version(package: str) -> tuple[int, ...]:
     """(major, minor) of an installed package; empty, which is below every version, where there is none."""
+    return tuple(int(n) for n in re.findall(r"\d+", _full_version(package))[:2])
+
+
+def _full_version(package: str) -> str:
     try:
-        return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
+        return version(package)
     except PackageNotFoundError:
-        return ()
+        return ""
