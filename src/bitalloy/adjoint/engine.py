@@ -193,7 +193,7 @@ def build(
         heads: head name -> tensor from which it is read.
         taps: the local errors to be carried to the heads.
         rules: operator -> rule.
-        stops: node names through which no gradient flows; what lies before them is not measured.
+        stops: node names through which no gradient flows; of what lies before them nothing is known.
         keep: further tensors that the primal graph returns.
 
     Raises:
@@ -377,8 +377,8 @@ def _gradients(
 def unsupported(node: ir.Node, what: str) -> UnsupportedOpError:
     """Return the error of a node that stands between a tap and a head and cannot be differentiated."""
     return UnsupportedOpError(
-        f"Node '{node.name}' ({node.op_type}) {what}, so the error of what lies before it cannot be measured. "
-        f"Exclude it, and with it everything before it, with --exclude '{node.name}'."
+        f"Node '{node.name}' ({node.op_type}) {what}, so gradients do not tell what rounding before it "
+        f"does. Keep it in float with --exclude '{node.name}': what lies before it is then measured by execution."
     )
 
 

@@ -137,7 +137,7 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     flagged: bool = False
     """True where the error left the linear regime in the local check, so the number may be off."""
     exact: bool = False
-    """True where the number was measured by execution, False where the probe matrix predicts it."""
+    """True where the number was measured by execution, as a whole or site by site; False where gradients predict it."""
 
 
 class SensitivityTable(Record, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,8 @@ class ProbeMatrix:
     rows: tuple[np.ndarray, ...]
     own: tuple[np.ndarray, ...]
     energy: np.ndarray
+    executed: frozenset[tuple[str, str]] = frozenset()
+    """Heads and sites, as pairs, whose rows hold what execution measured, because gradients do not tell it."""
 
     @property
     def samples(self) -> int:
@@ -98,24 +100,26 @@ class ProbeMatrix:
             return self
         at = np.array(list(known.values()), np.int64)
         rows, own = (tuple(r[..., at] for r in block) for block in (self.rows, self.own))
-        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy)
+        executed = frozenset((h, s) for s, name in names.items() for h in self.heads if (h, name) in self.executed)
+        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy, executed)
 
     def scaled(self, factors: np.ndarray) -> ProbeMatrix:
         """Multiply every column by its factor; `factors` are (heads, sites)."""
         rows = tuple((r * f).astype(r.dtype) for r, f in zip(self.rows, factors, strict=True))
         own = tuple((o * f * f).astype(o.dtype) for o, f in zip(self.own, factors, strict=True))
-        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
+        return replace(self, rows=rows, own=own)
 
     def subset(self, samples: slice) -> ProbeMatrix:
         """Return the rows of some of the samples."""
         rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))
-        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy[samples])
+        return replace(self, rows=rows, own=own, energy=self.energy[samples])
 
     def to_bytes(self) -> bytes:
         """Return the matrix as a compressed .npz without pickled objects."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
         arrays |= {f"own_{i}": r for i, r in enumerate(self.own)}
+        arrays["executed"] = np.array(sorted(self.executed), np.str_).reshape(-1, 2)
         np.savez_compressed(
             buffer, heads=np.array(self.heads), sites=np.array(self.sites), energy=self.energy, **arrays
         )
@@ -127,7 +131,8 @@ class ProbeMatrix:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             heads = tuple(str(h) for h in file["heads"])
             rows, own = (tuple(file[f"{part}_{i}"] for i in range(len(heads))) for part in ("rows", "own"))
-            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"])
+            executed = frozenset((str(head), str(site)) for head, site in file["executed"])
+            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"], executed)
 
     @staticmethod
     def concatenate(parts: Sequence[ProbeMatrix]) -> ProbeMatrix:
@@ -137,7 +142,7 @@ class ProbeMatrix:
             tuple(np.concatenate([getattr(p, name)[h] for p in parts]) for h in range(len(first.heads)))
             for name in ("rows", "own")
         )
-        return ProbeMatrix(first.heads, first.sites, rows, own, np.concatenate([p.energy for p in parts]))
+        return replace(first, rows=rows, own=own, energy=np.concatenate([p.energy for p in parts]))
 
 
 def decibel(damage: np.ndarray) -> np.ndarray:

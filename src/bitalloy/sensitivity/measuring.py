@@ -272,7 +272,7 @@ def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
 def confirm(
     analysis: Analysis, worst: int, *, flagged: bool = True, samples: int = SAMPLES, work: Workspace | None = None
 ) -> Analysis:
-    """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
+    """Measure units exactly, the worst, the flagged and those that gradients do not see; correct table and matrix.
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
     fitted to what was measured (`sensitivity.correct`), so that plans made from the result, and the other rows of the
@@ -308,7 +308,7 @@ def _confirmed(
 ) -> tuple[Analysis, CorrectedMatrix | None]:
     units, matrix = analysis.units, analysis.matrix
     gated = frozenset(scheme.name for scheme in units.schemes if scheme.gated)
-    doubtful = _doubtful(analysis.table, worst, gated, flagged=flagged)
+    doubtful = _doubtful(analysis, worst, gated, flagged=flagged)
     things = [g for g in groups(units) if _name(g) in doubtful and g.scheme in gated and not g.again]
     if not things:
         return analysis, None
@@ -347,15 +347,17 @@ def _name(row: SiteGroup | Sensitivity) -> tuple[str, str, str, str]:
 
 
 def _doubtful(
-    table: SensitivityTable, worst: int, gated: frozenset[str], *, flagged: bool
+    analysis: Analysis, worst: int, gated: frozenset[str], *, flagged: bool
 ) -> set[tuple[str, str, str, str]]:
-    """Name the worst units and, if asked, all flagged units and sites; regions follow from units."""
+    """Name the worst units, those that gradients do not see, and, if asked, all flagged units and sites."""
+    table, executed = analysis.table, {site for _, site in analysis.matrix.executed}
+    blind = {_name(g) for g in groups(analysis.units) if (g.scope, g.part) == ("unit", WHOLE) and g.sites & executed}
     lowest: dict[tuple[str, str, str, str], float] = {}
     for row in table.rows:
         if (row.scope, row.part) == ("unit", WHOLE) and row.scheme in gated and not is_divergence(row.head):
             lowest[_name(row)] = min(lowest.get(_name(row), np.inf), row.sqnr_db.value)
     marked = {_name(r) for r in table.rows if flagged and r.flagged and r.scope != "region"}
-    return marked | set(sorted(lowest, key=lambda n: (lowest[n], n))[:worst])
+    return marked | blind | set(sorted(lowest, key=lambda n: (lowest[n], n))[:worst])
 
 
 def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str, str], Estimate]) -> Sensitivity:
