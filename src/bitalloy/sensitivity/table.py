@@ -152,4 +152,4 @@ def ranked_alike(first: np.ndarray, second: np.ndarray) -> bool:
         return True
     ranks = [np.argsort(np.argsort(h[live])) for h in (first, second)]
     r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-    return 2 * r / (1 + r) >= SETTLED
+    return r > 0 and 2 * r / (1 + r) >= SETTLED
