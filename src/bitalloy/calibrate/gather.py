@@ -16,6 +16,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset, data_opening
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
+from bitalloy.model.masked import masked_tensors
 from bitalloy.targets.safety import tensors_to_judge
 
 CALIBRATION_SHARD = 16
@@ -44,10 +45,11 @@ def gather(
     def make() -> bytes:
         statistics: Statistics | None = None
         graph, samples = graph_opening(model), data_opening(data, info)
+        masked = tuple(sorted(masked_tensors(model)))
         jobs = []
         for start in range(0, count, CALIBRATION_SHARD):
             some = tuple(range(start, min(start + CALIBRATION_SHARD, count)))
-            spec = CalibrationShard(graph=graph, data=samples, tensors=tuple(order), samples=some)
+            spec = CalibrationShard(graph=graph, data=samples, tensors=tuple(order), masked=masked, samples=some)
             jobs.append(Job(kind="calibrate", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
         held = work.executor.contexts.holding((graph, model), (samples, data))
         with work.stage("calibrate", count) as progress, held:
@@ -60,6 +62,7 @@ def gather(
         first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (settings.range_method,)
         found, more = statistics.ranges(first), {method: statistics.ranges(method) for method in others}
         largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
+        infinite = dict(zip(order, statistics.infinite, strict=True))
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
@@ -72,6 +75,7 @@ def gather(
                     method=first,
                     magnitude=float(largest[t]),
                     subnormal=round(subnormal[t], 6),
+                    infinite=bool(infinite[t]),
                     others=_distinct(found[t], {method: ranges[t] for method, ranges in more.items()}),
                 )
                 for t in order
@@ -89,13 +93,16 @@ class CalibrationShard(Record, frozen=True, kw_only=True):
     graph: Opening
     data: Opening
     tensors: tuple[str, ...]
+    masked: tuple[str, ...]
+    """Tensors that may hold infinite numbers."""
     samples: tuple[int, ...]
 
 
 def collect_shard(spec: CalibrationShard, contexts: Contexts) -> bytes:
     """Return the statistics of the samples, as `Statistics.to_bytes` gives them."""
     graph, data = contexts.open(spec.graph), contexts.open(spec.data)
-    return collect(graph.model, spec.tensors, (data.feeds(i) for i in spec.samples)).to_bytes()
+    feeds = (data.feeds(i) for i in spec.samples)
+    return collect(graph.model, spec.tensors, feeds, masked=spec.masked).to_bytes()
 
 
 def _distinct(first: tuple[float, float], others: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -84,6 +84,8 @@ class TensorRange(Record, frozen=True, kw_only=True):
     """Largest absolute value that was seen, whatever the method cuts off."""
     subnormal: float
     """Share of the non-zero values below 6.1e-5, which FP16 stores with fewer than 11 bits."""
+    infinite: bool = False
+    """Whether a mask made some of its numbers infinite; all other fields are of the finite ones."""
     others: dict[str, tuple[float, float]] = {}
     """Low and high by other methods that are compared with this one; those that hardly differ are left out."""
 
