@@ -278,8 +278,12 @@ class _Reversal:
         self.context = Context(network.primal, self._builder, network.wanted, probes)
         self._incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
         self._incoming[tensor].append(Cotangent(self._cotangent))
-        # a head that is joined with others by the last Concat is tapped on its way into it
-        last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
+        # a head that is joined with others by the last Concat, or read by the last Softmax, is tapped on its way there
+        last = [
+            c
+            for c in consumers(tensor)
+            if c.node.op_type in ("Concat", "Softmax") and c.node.outputs[0].is_graph_output()
+        ]
         self._collected = {(name_of(c.node), c.slot): Cotangent(self._cotangent) for c in last}
         self._columns: list[tuple[str, ir.Value, int]] = []
         self._tapped: dict[ir.Value, list[Tap]] = defaultdict(list)

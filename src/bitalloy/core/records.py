@@ -68,7 +68,8 @@ class Head(Record, frozen=True, kw_only=True):
     kind: str = ""
     """`categorical` or `bernoulli` where errors are KL divergences of predictions, empty for squared errors."""
     given: str = ""
-    """What a head of a distribution holds: `logits`, `probabilities` or their `logarithms`."""
+    """What the output holds: `logits`, `probabilities` or their `logarithms`; empty where it is no distribution. A head
+    of squared errors with `probabilities` is their logits, which `tensor` carries."""
     classes: int | None = None
     """Axis of the output along which the probabilities of a categorical distribution add up to one."""
 

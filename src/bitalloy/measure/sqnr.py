@@ -10,7 +10,7 @@ from bitalloy.core.records import Estimate, Head
 from bitalloy.model.heads import Reference
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Session
-from bitalloy.sensitivity.matrix import damage_interval, draws
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws
 
 FLOAT32 = "(float32)"
 """Stands in place of a model's name for what float32 arithmetic alone makes of the outputs."""
@@ -42,7 +42,7 @@ def output_sqnr(
         if progress is not None:
             progress(1)
     total = np.array(energy)
-    scale = np.maximum(total.mean(axis=0), 1e-30)
+    scale = np.maximum(total.mean(axis=0), LEAST_ENERGY)
     weights = draws(len(total), seed)
     return {
         name: tuple(

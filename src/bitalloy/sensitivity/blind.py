@@ -31,14 +31,14 @@ from bitalloy.core.schemes import Plan
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Edge, UnitGraph
 from bitalloy.core.work import Workspace
-from bitalloy.model.heads import Reference
+from bitalloy.model.heads import KL, Reference
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
 from bitalloy.model.read import name_of
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.columns import columns
-from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix
 from bitalloy.sensitivity.measuring import SAMPLES, measured_damages
 from bitalloy.targets.placement import Site, all_sites, own_sites, possible_sites, rounded
 
@@ -82,7 +82,8 @@ class _Ways:
             place: the tensor to which the error is added, or the uses of a tensor that alone see it.
         """
         if isinstance(place, str):
-            return self._hidden.get(place)
+            # gradients start at the head's own tensor, ahead of what makes the output of it
+            return self._hidden.get(place, True if place == self._head.output else None)
         found = [self._used.get((e.node, e.slot)) for e in place if e.node]
         found += [False for e in place if not e.node and e.tensor == self._head.output]
         known = [hides for hides in found if hides is not None]
@@ -97,11 +98,11 @@ def blind_sites(ready: Calibrated, matrix: ProbeMatrix) -> frozenset[tuple[str, 
     """
     places = _places(ready.graph, ready.units)
     live = [frozenset(s for s in matrix.sites if row[..., matrix.column[s]].any()) for row in matrix.rows]
-    plain = {head.tensor: index for index, head in enumerate(ready.heads) if not head.kind}
+    plain = {head.name: index for index, head in enumerate(ready.heads)}
     found, silent = set(), set()
     for index, head in enumerate(ready.heads):
         ways = _Ways(ready.graph, head, ready.excluded)
-        seen = live[index] | live[plain.get(head.tensor, index)]
+        seen = live[index] | live[plain[head.name.removesuffix(KL)]]
         for site, place in places.items():
             missed = ways.missed(place)
             if missed:
@@ -180,7 +181,7 @@ def _executed(ready: Calibrated, matrix: ProbeMatrix, work: Workspace) -> tuple[
     count, known = min(matrix.samples, SAMPLES), dict[str, np.ndarray]()
     if switched:
         damage, energy = measured_damages(ready, [frozenset({s.id}) for s in switched], range(count), work=work)
-        each = (damage * energy.mean(axis=0)[None, :, None]).transpose(2, 0, 1)
+        each = (damage * np.maximum(energy.mean(axis=0), LEAST_ENERGY)[None, :, None]).transpose(2, 0, 1)
         known.update(zip([s.id for s in switched], each, strict=True))
     known.update(_computed_errors(ready, others, count, work) if others else {})
     return ready, _filled(matrix, blind, known, ready.settings.seed)
@@ -224,7 +225,7 @@ def _filled(
                 continue
             each, whole = energy[:, head], matrix.energy[:, head]
             # samples that were not executed are taken to lose as much of their energy as the others
-            rest = whole[len(each) :] * (each.mean() / max(whole[: len(each)].mean(), 1e-30))
+            rest = whole[len(each) :] * (each.mean() / max(whole[: len(each)].mean(), LEAST_ENERGY))
             column, shape = matrix.column[site], rows[head].shape[:2]
             own[head][:, :, column] = np.broadcast_to(np.concatenate([each, rest])[:, None], shape)
             rows[head][:, :, column] = (generator.integers(0, 2, shape) * 2 - 1) * np.sqrt(own[head][:, :, column])

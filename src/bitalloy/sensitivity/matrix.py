@@ -16,6 +16,8 @@ from bitalloy.model.heads import is_divergence
 
 BOOTSTRAPS = 400
 FLOOR_DB, CEILING_DB = -60.0, 160.0
+LEAST_ENERGY = 1e-30
+"""Smallest energy of a head that is told from zero."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ProbeMatrix:
         columns = []
         for (total, own), energy in zip(heads, self.energy.mean(axis=0), strict=True):
             products = np.square(total) - own
-            columns.append((own + shrink(products) * products).mean(axis=1) / energy)
+            columns.append(relative((own + shrink(products) * products).mean(axis=1), energy))
         return np.stack(columns, axis=1)
 
     def resampled(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -90,7 +92,7 @@ class ProbeMatrix:
             mean, second = (weights @ part.mean(axis=1) for part in (products, np.square(products)))
             spread = np.maximum(second - np.square(mean), 0.0) / max(products.size - 1, 1)
             kept = np.maximum(1.0 - spread / np.where(mean != 0, np.square(mean), 1.0), 0.0) * (mean != 0)
-            columns.append((weights @ squares.mean(axis=1) + kept * mean) / (weights @ energy))
+            columns.append(relative(weights @ squares.mean(axis=1) + kept * mean, weights @ energy))
         return np.stack(columns, axis=1)
 
     def view(self, names: Mapping[str, str]) -> ProbeMatrix:
@@ -143,6 +145,15 @@ class ProbeMatrix:
             for name in ("rows", "own")
         )
         return replace(first, rows=rows, own=own, energy=np.concatenate([p.energy for p in parts]))
+
+
+def relative(error: np.ndarray, energy: np.ndarray | float) -> np.ndarray:
+    """Return error energy over energy. Where a head is zero on all samples any error is beyond bounds, and finite.
+
+    >>> relative(np.array([0.0, 2.0, 2.0]), np.array([0.0, 0.0, 4.0])).tolist()
+    [0.0, 2e+30, 0.5]
+    """
+    return np.asarray(error / np.maximum(energy, LEAST_ENERGY))
 
 
 def decibel(damage: np.ndarray) -> np.ndarray:
@@ -214,7 +225,7 @@ def estimate_sqnr(
 
 def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
     """Return the SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
-    return sqnr_interval(float(damage.mean()), (weights @ damage) / (weights @ energy), len(damage))
+    return sqnr_interval(float(damage.mean()), relative(weights @ damage, weights @ energy), len(damage))
 
 
 def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimate:

@@ -28,7 +28,7 @@ from bitalloy.rewrite.calibrated import Calibrated, deciding_target, versions
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import CorrectedMatrix, MeasuredDamage, correct_matrix
 from bitalloy.sensitivity.exact import Measurement, Switchboard
-from bitalloy.sensitivity.matrix import damage_interval, draws
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws, relative
 from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
 from bitalloy.sensitivity.table import SiteGroup, groups, ranked_alike
 from bitalloy.sensitivity.table import sensitivities as table_of
@@ -141,7 +141,7 @@ def measure_exact(
         ready, [t.sites for t in things], range(count), around=around, work=work or Workspace()
     )
     weights = draws(count, ready.settings.seed)
-    share = energy / energy.mean(axis=0)
+    share = relative(energy, energy.mean(axis=0))
     rows = [
         Sensitivity(
             id=thing.id, scope=thing.scope, scheme=thing.scheme, part=thing.part, head=head.name, exact=True,
@@ -217,7 +217,7 @@ def measured_damages(
     rows = [[row[sites] for sites in sets] for row in by_sample]
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
-    return error / np.maximum(energy.mean(axis=0), 1e-30)[None, :, None], energy
+    return relative(error, energy.mean(axis=0)[None, :, None]), energy
 
 
 class MeasurementParts(Record, frozen=True, kw_only=True):
@@ -320,15 +320,15 @@ def _confirmed(
         return msgspec.json.encode([part.tolist() for part in found])
 
     damage, energy = (np.array(part) for part in msgspec.json.decode(work.cached("confirm", key, make)))
-    findings = []
+    findings, scale = [], np.maximum(matrix.energy.mean(axis=0), LEAST_ENERGY)
     for t, thing in enumerate(things):
-        predicted = matrix.damage(matrix.select(thing.sites)) * matrix.energy.mean(axis=0)
-        part = predicted[:count].mean(axis=0) / energy.mean(axis=0)
+        predicted = matrix.damage(matrix.select(thing.sites)) * scale
+        part = relative(predicted[:count].mean(axis=0), energy.mean(axis=0))
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
-        findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / matrix.energy.mean(axis=0)))
+        findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / scale))
     correction = correct_matrix(matrix, analysis.secant, findings, whole_group(units).sites)
-    weights, share = draws(count, analysis.settings.seed), energy / energy.mean(axis=0)
+    weights, share = draws(count, analysis.settings.seed), relative(energy, energy.mean(axis=0))
     estimates = {
         (*_name(thing), head.name): damage_interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)

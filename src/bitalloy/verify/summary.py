@@ -94,7 +94,14 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(*analysis.notes, *_busy(latency), *_estimated(planned), *_unresolved(planned, measured), *metrics.notes),
+        notes=(
+            *analysis.notes,
+            *_special(analysis),
+            *_busy(latency),
+            *_estimated(planned),
+            *_unresolved(planned, measured),
+            *metrics.notes,
+        ),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
@@ -118,6 +125,16 @@ def _unresolved(planned: Planned, measured: Measured) -> list[str]:
         "which are float32 rounding of the scores themselves, which predictions leave out: the plan does less."
         for head, found, least in rows
         if is_divergence(head.head) and found.value > least.value - MOSTLY_NOISE_DB
+    ]
+
+
+def _special(analysis: Analysis) -> list[str]:
+    """Say of which heads the SQNR is not that of the output, or means nothing."""
+    zero = [h.name for h, energy in zip(analysis.heads, analysis.matrix.energy.T, strict=True) if not energy.any()]
+    logits = [h.name for h in analysis.heads if h.given and not h.kind]
+    return [
+        *(f"'{n}' is zero on all samples: its SQNR only tells whether anything changed it." for n in zero),
+        *(f"'{n}' holds probabilities of a Softmax: its SQNR is that of their logits." for n in logits),
     ]
 
 
