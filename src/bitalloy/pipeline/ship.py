@@ -20,7 +20,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
-from bitalloy.verify.summary import MeasuredPlan, summarize_run
+from bitalloy.verify.summary import MeasuredPlan, predicted_sqnr, summarize_run
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def verify(
     best = course.best
     mixed, measured = best.mixed, best.measured
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
-    final = _with_measured(final, measured)
+    final = _with_measured(analysis, course.known(), final, measured)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
@@ -99,14 +99,18 @@ def verify(
         rounds=course.rounds(),
         evaluations=evaluations,
     )
-    summary = summarize_run(course.known(), shipped, work.seconds)
+    summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)
 
 
-def _with_measured(planned: Planned, measured: Measured) -> Planned:
+def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measured: Measured) -> Planned:
+    """Put beside each other what was predicted before any plan was verified, what is now, and what was measured."""
+    before, after = (predicted_sqnr(one, planned.plan.chosen) for one in (first, corrected))
     heads = tuple(
-        msgspec.structs.replace(head, measured_db=found)
-        for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+        msgspec.structs.replace(
+            head, predicted_db=old, measured_db=found, corrected_db=new if corrected.key != first.key else None
+        )
+        for head, old, new, found in zip(planned.plan.heads, before, after, measured.sqnr_mixed, strict=True)
     )
     return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from bitalloy.core.outcome import Comparison, Evaluation, HeadComparison, LatencySpread, Round, Summary, Triple
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
-from bitalloy.core.records import part_of
+from bitalloy.core.records import Estimate, part_of
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
@@ -36,23 +37,40 @@ class MeasuredPlan:
     evaluations: tuple[Evaluation, ...] = ()
 
 
-def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
+def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
+    """Predict the SQNR in dB of every head of a plan by the tables of an analysis."""
+    matrix = analysis.matrix
+    chosen = matrix.select(rounded(analysis.units, plan))
+    return estimate_sqnr(matrix, chosen, draws(matrix.samples, analysis.settings.seed), analysis.secant)
+
+
+def summarize_run(
+    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
+) -> Summary:
     """Put predictions and measurements of a run side by side.
 
     Args:
-        analysis: what is known about the model, with the probe matrix as last corrected.
+        analysis: what was known about the model before any plan was verified.
+        corrected: the same with the tables as corrected by what was measured since.
         shipped: the plan that is shipped, with its measurements.
         seconds: wall time per stage.
     """
     matrix, units = analysis.matrix, analysis.units
     planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
-    weights = draws(matrix.samples, analysis.settings.seed)
-    everything = matrix.select(rounded(units, units.lowest()))
-    predicted_lowest = estimate_sqnr(matrix, everything, weights, analysis.secant)
+    before, after = (predicted_sqnr(one, units.lowest()) for one in (analysis, corrected))
+    changed = corrected.key != analysis.key
     sqnr = {
         head.head: HeadComparison(
-            lowest=Comparison(predicted=predicted_lowest[i].value, measured=measured.sqnr_lowest[i].value),
-            mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
+            lowest=Comparison(
+                predicted=before[i].value,
+                measured=measured.sqnr_lowest[i].value,
+                corrected=after[i].value if changed else None,
+            ),
+            mixed=Comparison(
+                predicted=head.predicted_db.value,
+                measured=measured.sqnr_mixed[i].value,
+                corrected=head.corrected_db.value if head.corrected_db is not None else None,
+            ),
         )
         for i, head in enumerate(planned.plan.heads)
     }
@@ -141,9 +159,12 @@ def _special(analysis: Analysis) -> list[str]:
 def _nats(pair: HeadComparison) -> HeadComparison:
     """Convert divergences from dB below 1 nat to nats, with four digits."""
 
+    def nats(decibels: float) -> float:
+        return float(f"{10 ** (-decibels / 10):.4g}")
+
     def convert(one: Comparison) -> Comparison:
-        predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
-        return Comparison(predicted=predicted, measured=float(f"{10 ** (-one.measured / 10):.4g}"))
+        predicted, corrected = (None if v is None else nats(v) for v in (one.predicted, one.corrected))
+        return Comparison(predicted=predicted, measured=nats(one.measured), corrected=corrected)
 
     return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed))
 
