@@ -232,6 +232,14 @@ def test_dead_channels_and_axes_as_inputs(tmp_path: Path) -> None:
     assert made[2] == 0 and not read[5].any() and made[3] != 0 and read[3].all()
 
 
+def test_outputs_that_a_node_leaves_out_are_no_places(tmp_path: Path) -> None:
+    net = Net(8)
+    weights = [net.spread(1, 4 * WIDTH, WIDTH), net.spread(1, 4 * WIDTH, WIDTH)]
+    net.nodes.append(helper.make_node("LSTM", ["x", *weights], ["", "h"], name="lstm", hidden_size=WIDTH))
+    graph = net.load(tmp_path / "net.onnx", {"x": (3, 1, WIDTH)}, [net.matmul("h", WIDTH, 4)])
+    assert find_places(graph) == ()
+
+
 def test_channels_become_alike(tmp_path: Path) -> None:
     """The tensor's channels and the weights' rows meet in the middle."""
     net = Net(4)

@@ -196,15 +196,15 @@ class _Finder:
 
     def normalized(self, node: ir.Node) -> ScalingPlace | None:
         """Find the places behind a normalization: case 1."""
-        rank = len(static_shape(node.outputs[0]))
-        if node.op_type == "LayerNormalization" and rank:
-            return self._behind(node, rank - 1, (1, 2))
         if node.op_type in ("BatchNormalization", "InstanceNormalization"):
             return self._behind(node, 1, (1, 2))
-        if node.op_type == "Mul" and rank:
-            axes = dict.fromkeys((rank - 1, 1)) if rank > 2 else (rank - 1,)
-            return next((place for axis in axes if (place := self._behind(node, axis, ())) is not None), None)
-        return None
+        if node.op_type not in ("LayerNormalization", "Mul"):
+            return None
+        rank = len(static_shape(node.outputs[0]))
+        if node.op_type == "LayerNormalization" or not rank:
+            return self._behind(node, rank - 1, (1, 2)) if rank else None
+        axes = dict.fromkeys((rank - 1, 1)) if rank > 2 else (rank - 1,)
+        return next((place for axis in axes if (place := self._behind(node, axis, ())) is not None), None)
 
     def _behind(self, node: ir.Node, axis: int, slots: Sequence[int]) -> ScalingPlace | None:
         """Find the place whose channels run along an axis of what a node gives.
