@@ -62,6 +62,8 @@ class Operator:
     """Whether NaN anywhere in an input reaches its result. Of Conv that depends on its attributes."""
     takes_infinity: bool = False
     """Whether an infinite constant has a use: as a mask or an open bound."""
+    ends_infinity: bool = False
+    """Whether its result is finite where some numbers that it reads are -infinity, as masked scores are."""
 
     lowerable: bool = False
     """Whether its floating-point inputs and outputs all have one type, which may be FP16, but for `full_slots`."""
@@ -100,7 +102,7 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("Mul", lowerable=True, carries_nan=True),
         Operator("Div", lowerable=True, carries_nan=True),
         Operator("Pow", lowerable=True),
-        Operator("Max", lowerable=True, takes_infinity=True),
+        Operator("Max", lowerable=True, takes_infinity=True, ends_infinity=True),
         Operator("Min", lowerable=True, takes_infinity=True),
         Operator("Where", lowerable=True, takes_infinity=True),
         Operator("PRelu", lowerable=True, homogeneous=True),
@@ -110,7 +112,7 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("Cos", lowerable=True),
         Operator("Elu", lowerable=True),
         Operator("Erf", lowerable=True, rising=True),
-        Operator("Exp", lowerable=True, rising=True),
+        Operator("Exp", lowerable=True, rising=True, ends_infinity=True),
         Operator("Gelu", lowerable=True),
         Operator("HardSigmoid", lowerable=True),
         Operator("HardSwish", lowerable=True),
@@ -133,11 +135,11 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("InstanceNormalization", lowerable=True),
         Operator("LayerNormalization", lowerable=True),
         Operator("ReduceL2", lowerable=True),
-        Operator("ReduceMax", lowerable=True),
+        Operator("ReduceMax", lowerable=True, ends_infinity=True),
         Operator("ReduceMean", lowerable=True),
         Operator("ReduceMin", lowerable=True),
         Operator("ReduceSum", lowerable=True),
-        Operator("Softmax", lowerable=True),
+        Operator("Softmax", lowerable=True, ends_infinity=True),
         # moving data
         Operator("Concat", lowerable=True, carries_nan=True),
         Operator("DepthToSpace", lowerable=True, moves=True),
@@ -237,6 +239,7 @@ SHAPE_READERS = where(lambda o: o.reads_shape)
 SEVERAL_OUTPUTS = where(lambda o: o.several_outputs)
 CARRIES_NAN = where(lambda o: o.carries_nan)
 TAKES_INFINITY = where(lambda o: o.takes_infinity)
+ENDS_INFINITY = where(lambda o: o.ends_infinity)
 LOWERABLE = where(lambda o: o.lowerable)
 EXPANDED = where(lambda o: o.expanded)
 CONTROL_FLOW = where(lambda o: o.control_flow)

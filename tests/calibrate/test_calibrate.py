@@ -209,6 +209,45 @@ class TestPass:
         assert peak(60) < 1.05 * peak(6)
 
 
+class TestMasks:
+    PROTO = model(
+        """net (float[1,4,64] x, bool[1,4,64] keep) => (float[1,4,64] y) {
+          s = Where(keep, x, low)
+          t = Reshape(s, shape)
+          y = Softmax(t)
+        }""",
+        low=np.array(-np.inf, np.float32),
+        shape=np.array([1, 4, 64], np.int64),
+    )
+
+    def feeds(self) -> Feeds:
+        rng = np.random.default_rng(3)
+        return [
+            {"x": rng.normal(size=(1, 4, 64)).astype(np.float32), "keep": rng.random((1, 4, 64)) > 0.5} for _ in "ab"
+        ]
+
+    def test_only_finite_numbers_count(self) -> None:
+        feeds = self.feeds()
+        found = collect(self.PROTO, ["s", "t", "y", "x"], feeds, masked=["s", "t"])
+        at = {t: i for i, t in enumerate(found.tensors)}
+        kept = [f["x"][f["keep"]] for f in feeds]
+        for tensor in ("s", "t"):
+            assert found.low[at[tensor]] == min(k.min() for k in kept)
+            assert found.high[at[tensor]] == max(k.max() for k in kept)
+            np.testing.assert_allclose(found.squares[at[tensor]], sum(np.square(k, dtype=float).sum() for k in kept))
+        assert found.infinite.tolist() == [2 if t in "st" else 0 for t in found.tensors]
+        assert Statistics.from_bytes(found.to_bytes()).infinite.tolist() == found.infinite.tolist()
+        assert np.isfinite([found.low, found.high]).all()
+
+    def test_infinity_elsewhere_and_nan_anywhere_are_refused(self) -> None:
+        feeds = self.feeds()
+        with pytest.raises(ModelError, match="'s' has NaN or infinite values in sample 0"):
+            collect(self.PROTO, ["s"], feeds)
+        feeds[1]["x"][0, 2, 5], feeds[1]["keep"][0, 2, 5] = np.nan, True
+        with pytest.raises(ModelError, match=r"'s' has NaN .* sample 1"):
+            collect(self.PROTO, ["s", "y"], feeds, masked=["s"])
+
+
 class TestRefusals:
     def test_nan_in_the_input(self) -> None:
         feeds = images(3)

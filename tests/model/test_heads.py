@@ -11,8 +11,10 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+import bitalloy
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import Head
+from bitalloy.data.datasets import ArrayDataset
 from bitalloy.model.heads import KL, Reference, find_heads, is_divergence
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.sensitivity.exact import Switchboard, damage
@@ -173,3 +175,63 @@ def test_predicted_damage_is_that_of_execution(tmp_path: Path, node: NodeProto, 
     exact, energy = damage(board, [board.gates(sites, FRACTION)], heads, feeds)
     assert (energy[:, 1] == energy[0, 1]).all()
     assert FRACTION**2 * float(np.mean(damages)) == pytest.approx(float(exact[:, 1].mean()), rel=0.15)
+
+
+def steep(factor: float, *nodes: NodeProto) -> list[NodeProto]:
+    """What leads to a Softmax over five classes that is saturated where the factor is large."""
+    constant = helper.make_node("Constant", [], ["factor"], value=numpy_helper.from_array(np.array(factor, np.float32)))
+    return [constant, helper.make_node("Mul", ["t", "factor"], ["l"], name="steep"), *nodes]
+
+
+SOFTMAX = helper.make_node("Softmax", ["l"], ["y"], name="last", axis=1)
+
+
+def test_the_head_of_a_softmax_are_its_logits(tmp_path: Path) -> None:
+    """By hand: logarithms of probabilities are logits but for a number per position, which centring takes out."""
+    heads = find_heads(network(tmp_path / "net.onnx", steep(9, SOFTMAX), {"y": MAP}))
+    assert [(h.name, h.tensor, h.given, h.kind) for h in heads] == [
+        ("y", "l", "probabilities", ""),
+        ("y KL", "y", "probabilities", "categorical"),
+    ]
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 9, (2, *MAP))  # spread over 40 nats: the largest is all that probabilities show
+    first, second = (np.exp(v - v.max(1, keepdims=True)) for v in logits)
+    first, second = (p / p.sum(1, keepdims=True) for p in (first, second))
+    exact = Reference({"y": first.astype(np.float32)}, heads[:1])
+    moved = logits[1] - logits[0]
+    assert exact.energy == pytest.approx(np.square(logits[0] - logits[0].mean(1, keepdims=True)).sum(), rel=1e-4)
+    assert exact.error({"y": second.astype(np.float32)}) == pytest.approx(
+        np.square(moved - moved.mean(1, keepdims=True)).sum(), rel=1e-4
+    )
+
+
+def test_damage_behind_a_saturated_softmax_is_predicted(tmp_path: Path) -> None:
+    graph = network(tmp_path / "net.onnx", steep(40, SOFTMAX), {"y": MAP})
+    heads = find_heads(graph)
+    units = split(graph, ORT_CPU, heads)
+    recipe = Recipe(units, ORT_CPU, {e.root: (-4.0, 4.0) for e in units.edges})
+    feeds = [{"x": np.random.default_rng(i).normal(0, 0.5, (1, 3, SIDE, SIDE)).astype(np.float32)} for i in range(3)]
+    prober, sites = Prober(graph, heads, [recipe]), rounded(units, units.lowest())
+    rows = [prober.measure(feed, sample=i, probes=(256, 2), seed=0) for i, feed in enumerate(feeds)]
+    matrix = type(rows[0]).concatenate(rows)
+    predicted = matrix.damage(matrix.select(sites)).mean(axis=0)[0]
+    board = Switchboard(graph, recipe)
+    true = damage(board, [board.gates(sites)], heads, feeds)[0].mean(axis=0)[0, 0]
+    assert true > 1e-4 and predicted == pytest.approx(true, rel=0.3)
+
+
+def test_a_head_that_is_zero_on_the_samples_has_finite_numbers(tmp_path: Path) -> None:
+    constant = helper.make_node("Constant", [], ["far"], value=numpy_helper.from_array(np.array(-100, np.float32)))
+    shut = [
+        helper.make_node("Add", ["t", "far"], ["s"], name="far"),
+        helper.make_node("Relu", ["s"], ["z"], name="shut"),
+    ]
+    graph = network(tmp_path / "net.onnx", [last("Tanh"), constant, *shut], {"y": MAP, "z": MAP})
+    rng = np.random.default_rng(0)
+    data = ArrayDataset([{"x": rng.normal(0, 1, (1, 3, SIDE, SIDE)).astype(np.float32)} for _ in range(4)], label="d")
+    analysis = bitalloy.confirm(bitalloy.analyze(graph, data, bitalloy.Settings(samples=4, probes=4)), 4)
+    values = [e for r in analysis.table.rows for e in (r.sqnr_db.value, r.sqnr_db.low, r.sqnr_db.high)]
+    assert np.isfinite(values).all()
+    whole = next(r for r in analysis.table.rows if (r.scope, r.id, r.head) == ("unit", "first", "z"))
+    assert whole.exact and whole.sqnr_db.value == 160  # executed: nothing opens the Relu
+    assert analysis.choice is None or np.isfinite([e.low for e in analysis.choice.first_db]).all()

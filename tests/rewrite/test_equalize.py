@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import constant
-from bitalloy.rewrite.equalize import CROSS_LAYER, SMOOTHING, exponents, find_places, scale
+from bitalloy.rewrite.equalize import CROSS_LAYER, LARGEST_POWER, NEVER, SMOOTHING, exponents, find_places, scale
 from bitalloy.runtime.ort import OrtSession
 
 WIDTH = 8
@@ -213,7 +213,7 @@ def test_what_is_read_otherwise_stays(tmp_path: Path, build: Any) -> None:
 
 
 def test_dead_channels_and_axes_as_inputs(tmp_path: Path) -> None:
-    """Channels that are always 0 have no size to be scaled by; opset 18 takes axes as an input."""
+    """What reads a channel of zeros becomes 0, as what makes one that nothing reads; opset 18 takes axes as input."""
     net = Net(3, opset=18)
     weight = net.random.standard_normal((WIDTH, 4)) * np.exp2(np.arange(WIDTH) - 4)[:, None]
     weight[2] = 0
@@ -223,8 +223,21 @@ def test_dead_channels_and_axes_as_inputs(tmp_path: Path) -> None:
     graph = net.load(tmp_path / "net.onnx", {"x": (1, 5, WIDTH)}, [net.op("MatMul", x, net.constant(weight))])
     after, factors = equalized(graph)
     (powers,) = factors.values()
-    assert powers[2] == powers[5] == 0 and any(powers)
+    assert (powers[2], powers[5]) == (NEVER, -NEVER)
     assert_same_function(graph, after)
+    made, read = (
+        next(a for v in after.value.values() if (a := constant(v)) is not None and a.shape == s)
+        for s in ((WIDTH,), (WIDTH, 4))
+    )
+    assert made[2] == 0 and not read[5].any() and made[3] != 0 and read[3].all()
+
+
+def test_outputs_that_a_node_leaves_out_are_no_places(tmp_path: Path) -> None:
+    net = Net(8)
+    weights = [net.spread(1, 4 * WIDTH, WIDTH), net.spread(1, 4 * WIDTH, WIDTH)]
+    net.nodes.append(helper.make_node("LSTM", ["x", *weights], ["", "h"], name="lstm", hidden_size=WIDTH))
+    graph = net.load(tmp_path / "net.onnx", {"x": (3, 1, WIDTH)}, [net.matmul("h", WIDTH, 4)])
+    assert find_places(graph) == ()
 
 
 def test_channels_become_alike(tmp_path: Path) -> None:
@@ -243,3 +256,57 @@ def test_channels_become_alike(tmp_path: Path) -> None:
         return np.max([np.abs(session.run(f)[hidden]).max(axis=(0, 2, 3)) for f in feeds_of(one)], axis=0)
 
     assert np.log2(sizes(after)).std() < 0.75 * np.log2(sizes(graph)).std()
+
+
+def _batch_norm(net: Net, x: str) -> str:
+    variances = net.constant(np.exp2(net.random.integers(-8, 8, WIDTH)))
+    return net.op("BatchNormalization", x, net.spread(WIDTH), net.spread(WIDTH), net.spread(WIDTH), variances)
+
+
+def _instance_norm(net: Net, x: str) -> str:
+    return net.op("InstanceNormalization", x, net.spread(WIDTH), net.spread(WIDTH))
+
+
+def _affine(net: Net, x: str) -> str:
+    """As exports write a normalization over the channels of an image."""
+    return net.op("Add", net.op("Mul", net.spread(WIDTH, 1, 1), x), net.constant(np.ones((1, WIDTH, 1, 1))))
+
+
+@pytest.mark.parametrize("active", ["Relu", ""])
+@pytest.mark.parametrize("norm", [_batch_norm, _instance_norm, _affine])
+def test_normalizations_over_channels_of_images_are_places(tmp_path: Path, norm: Any, active: str) -> None:
+    """A Relu ahead of it keeps a BatchNormalization from being folded."""
+    net = Net(6)
+    x = norm(net, net.op("Relu", net.conv("x", WIDTH, WIDTH)))
+    y = net.conv(net.op(active, x) if active else x, WIDTH, 4)
+    graph = net.load(tmp_path / "net.onnx", {"x": (1, WIDTH, 6, 6)}, [y])
+    (place,) = find_places(graph)
+    assert (place.rule, place.axis) == (SMOOTHING, 1)
+    after, factors = equalized(graph)
+    assert len(set(factors[place])) > 1
+    assert_same_function(graph, after)
+
+
+def _small_channels(tmp_path: Path, weight: np.ndarray, bias: np.ndarray, reader: np.ndarray) -> tuple[int, ...]:
+    net = Net(7)
+    hidden = net.op("Relu", net.op("Conv", "x", net.constant(weight), net.constant(bias)))
+    y = net.op("Conv", hidden, net.constant(reader))
+    graph = net.load(tmp_path / "net.onnx", {"x": (1, WIDTH, 6, 6)}, [y])
+    after, factors = equalized(graph)
+    assert_same_function(graph, after)
+    (powers,) = factors.values()
+    return powers
+
+
+def test_channels_that_weights_make_tiny_are_scaled_as_far_as_it_takes(tmp_path: Path) -> None:
+    """One that is only small on the samples is not: what no sample showed must not explode."""
+    rng = np.random.default_rng(0)
+    weight, reader = (np.sign(rng.standard_normal((WIDTH, WIDTH, 1, 1))) for _ in range(2))
+    bias = np.zeros(WIDTH)
+    weight[2] *= 2.0**-30
+    reader[:, 2] *= 2.0**10
+    bias[5] = -6.0  # mostly shut, though its weights are as large as any
+    reader[:, 5] *= 2.0**24
+    powers = _small_channels(tmp_path, weight, bias, reader)
+    assert powers[2] == -20 or powers[2] == -19
+    assert powers[5] == -LARGEST_POWER and max(map(abs, powers[:2])) <= 1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from itertools import product
 
 import msgspec
 import numpy as np
 import pytest
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import BorderCost, Budget, CostTable, Keep, UnitCost
+from bitalloy.core.plans import BorderCost, Budget, CostTable, Keep, UnitCost, UnitDamage
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
-from bitalloy.search.choice import search
+from bitalloy.search.choice import ProvenPlan, complete_plan, search
 from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import operators_of
 from bitalloy.search.problem import Problem
@@ -186,3 +188,37 @@ def test_a_limit_far_out_of_reach_is_refused_however_coarse_the_table(problem) -
     assert said is not None
     near = search(coarse, Budget(latency_ratio=0.85 * float(said[1])))
     assert near.predicted_latency_us == pytest.approx(float(said[1]) * problem.latency_us(Plan()), rel=0.02)
+
+
+def test_reasons_quote_the_table_and_say_what_stands_against_a_unit(case, problem) -> None:
+    """One source for each number: the table's row, and the latency of the plan with that unit moved."""
+    row = UnitDamage(head=problem.matrix.heads[0], sqnr_db=43.3, exact=True)
+    known = {unit: {"int8": row} for unit in problem.choices}
+    dear = tuple(msgspec.structs.replace(b, us=1e3) for b in problem.cost.borders)
+    tables = [problem.cost, msgspec.structs.replace(problem.cost, borders=dear)]
+    seen = set()
+    for unit, table in product(sorted(problem.choices)[:3], tables):
+        told, plan = replace(problem, alone=known, cost=table), Plan.of("int8", unit)
+        found = complete_plan(told, Budget(), ProvenPlan(plan, 0.0), front=False)
+        costs = {c.unit: c for c in table.units}
+        for choice in found.choices:
+            if choice.unit not in problem.choices:
+                continue
+            saved = costs[choice.unit].saved_us("int8")
+            left = f"alone it leaves 43.3 dB on {row.head} (measured)"
+            added = told.latency_us(plan.moved(choice.unit, "int8")) - told.latency_us(plan)
+            if choice.scheme == "int8":
+                assert choice.reason.endswith(left)
+            elif added < 0:
+                assert choice.reason == f"INT8 would save {-added:.0f} us with its borders, but {left}"
+            elif saved > 0:
+                assert (
+                    choice.reason
+                    == f"INT8 would save {saved:.0f} us, but its borders would cost {saved + added:.0f} us"
+                )
+            else:
+                assert "not faster here" in choice.reason
+            seen.add((choice.scheme, added < 0, saved > 0))
+    assert len(seen) >= 3
+    plain = complete_plan(problem, Budget(), ProvenPlan(Plan.of("int8", unit), 0.0), front=False)
+    assert any("(predicted)" in c.reason for c in plain.choices)

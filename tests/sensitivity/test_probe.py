@@ -14,7 +14,7 @@ from bitalloy.model.load import load_graph
 from bitalloy.sensitivity.exact import Switchboard, damage, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel, draws, estimate_sqnr, straight
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.sensitivity.table import sensitivities
+from bitalloy.sensitivity.table import ranked_alike, sensitivities
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.placement import rounded
@@ -177,3 +177,8 @@ def test_an_output_that_is_also_read_inside_is_rounded_once(tmp_path) -> None:
             reached = exact.mean(axis=0)[:, 0] > 0
             assert reached.tolist() == (found > 0).tolist()
             assert np.abs(decibel(found) - decibel(exact.mean(axis=0)[:, 0]))[reached].max(initial=0.0) < 0.5
+
+
+def test_halves_that_rank_units_the_other_way_round_have_not_settled() -> None:
+    assert not ranked_alike(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0]))
+    assert ranked_alike(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 5.0]))

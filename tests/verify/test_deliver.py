@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -17,6 +18,7 @@ from bitalloy.core.planned import Measured, Metrics
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.measure.bench import unsteadiness
+from bitalloy.model.heads import is_divergence
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
@@ -94,17 +96,33 @@ def shipped(planned: Any, found: Measured) -> MeasuredPlan:
     return MeasuredPlan(planned=planned, measured=found, sizes=SIZES, metrics=NO_METRICS)
 
 
+def test_the_first_prediction_is_told_from_the_corrected_one(analysis: Any, planned: Any) -> None:
+    """Tables whose every column is ten times as large predict 20 dB less."""
+    found = shipped(planned, measured(analysis, 0.5))
+    plain = [h for h in analysis.matrix.heads if not is_divergence(h)]
+    for pair in summarize_run(analysis, analysis, found, {}).sqnr_db.values():
+        assert pair.lowest.corrected is None and pair.mixed.corrected is None
+    secant = msgspec.structs.replace(analysis.secant, linear=tuple(100 * v for v in analysis.secant.linear))
+    secant = msgspec.structs.replace(secant, damage=tuple(tuple(100 * v for v in row) for row in secant.damage))
+    larger = replace(analysis, key="corrected", matrix=analysis.matrix.scaled(np.full((len(analysis.heads), 1), 10.0)))
+    summary = summarize_run(analysis, replace(larger, secant=secant), found, {})
+    for head in plain:
+        lowest = summary.sqnr_db[head].lowest
+        assert lowest.corrected is not None and lowest.predicted is not None
+        assert lowest.corrected == pytest.approx(lowest.predicted - 20, abs=0.1)
+
+
 @pytest.mark.parametrize(("p10_ms", "busy"), [(9.0, False), (0.7, True)])
 def test_times_of_a_busy_machine_are_not_believed(analysis: Any, planned: Any, p10_ms: float, busy: bool) -> None:
     found = measured(analysis, 0.12, p10_ms=p10_ms)
-    summary = summarize_run(analysis, shipped(planned, found), {})
+    summary = summarize_run(analysis, analysis, shipped(planned, found), {})
     assert any("machine was busy" in note for note in summary.notes) == busy
     assert (unsteadiness(found.latency.reference) > 10) == busy
 
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.9, "runs in 0.90x"), (1.0, "NOT measurably"), (1.1, "NOT faster")])
 def test_advice_is_given_only_where_timing_tells(analysis: Any, planned: Any, ratio: float, said: str) -> None:
-    summary = summarize_run(analysis, shipped(planned, measured(analysis, ratio, spread=0.05)), {})
+    summary = summarize_run(analysis, analysis, shipped(planned, measured(analysis, ratio, spread=0.05)), {})
     assert said in summary.headline
     assert ("deploy the float model" in summary.headline) == (ratio > 1.05)
     assert summary.latency_ratio_interval == Estimate(value=ratio, low=ratio - 0.05, high=ratio + 0.05)
@@ -113,7 +131,7 @@ def test_advice_is_given_only_where_timing_tells(analysis: Any, planned: Any, ra
 def test_effects_of_kernels_are_notes_with_their_cause(analysis: Any, planned: Any) -> None:
     effect = KernelEffect(head="logits", optimized_db=17.5, written_db=36.1, cause="kernels saturate")
     run = replace(shipped(planned, measured(analysis, 0.5)), kernel_effects=(effect,))
-    summary = summarize_run(analysis, run, {})
+    summary = summarize_run(analysis, analysis, run, {})
     assert summary.kernel_effects == (effect,)
     (note,) = (n for n in summary.notes if "kernel effect" in n)
     assert "logits" in note and "17.5 dB" in note and "36.1 dB" in note and note.endswith("kernels saturate.")
@@ -123,7 +141,7 @@ def test_a_plan_without_int8_is_never_called_faster(analysis: Any, planned: Any)
     everything = tuple(msgspec.structs.replace(c, scheme="fp32") for c in planned.plan.choices)
     plan = msgspec.structs.replace(planned.plan, choices=everything)
     idle = bitalloy.Planned(plan, planned.cost)
-    summary = summarize_run(analysis, shipped(idle, measured(analysis, 0.12)), {})
+    summary = summarize_run(analysis, analysis, shipped(idle, measured(analysis, 0.12)), {})
     assert "NOT faster" in summary.headline
 
 
@@ -140,7 +158,7 @@ def test_a_file_whose_weights_are_inputs_does_not_stand_for_float(
     found = like_old.original().models[ONLY]
     assert isinstance(found, ir.Model)
     assert [v.name for v in found.graph.inputs] == [v.name for v in onnx.load(inputs.classifier).graph.input]
-    notes = summarize_run(like_old, shipped(planned, measured(analysis, 0.9)), {}).notes
+    notes = summarize_run(like_old, like_old, shipped(planned, measured(analysis, 0.9)), {}).notes
     count = len(proto.graph.initializer)
     assert any(f"'old.onnx' as it is does not stand for the float model: {count} of its weights" in n for n in notes)
     assert analysis.original().models[ONLY] == inputs.classifier

@@ -193,7 +193,7 @@ def build(
         heads: head name -> tensor from which it is read.
         taps: the local errors to be carried to the heads.
         rules: operator -> rule.
-        stops: node names through which no gradient flows; what lies before them is not measured.
+        stops: node names through which no gradient flows; of what lies before them nothing is known.
         keep: further tensors that the primal graph returns.
 
     Raises:
@@ -278,8 +278,12 @@ class _Reversal:
         self.context = Context(network.primal, self._builder, network.wanted, probes)
         self._incoming: dict[ir.Value, list[Cotangent]] = defaultdict(list)
         self._incoming[tensor].append(Cotangent(self._cotangent))
-        # a head that is joined with others by the last Concat is tapped on its way into it
-        last = [c for c in consumers(tensor) if c.node.op_type == "Concat" and c.node.outputs[0].is_graph_output()]
+        # a head that is joined with others by the last Concat, or read by the last Softmax, is tapped on its way there
+        last = [
+            c
+            for c in consumers(tensor)
+            if c.node.op_type in ("Concat", "Softmax") and c.node.outputs[0].is_graph_output()
+        ]
         self._collected = {(name_of(c.node), c.slot): Cotangent(self._cotangent) for c in last}
         self._columns: list[tuple[str, ir.Value, int]] = []
         self._tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
@@ -377,8 +381,8 @@ def _gradients(
 def unsupported(node: ir.Node, what: str) -> UnsupportedOpError:
     """Return the error of a node that stands between a tap and a head and cannot be differentiated."""
     return UnsupportedOpError(
-        f"Node '{node.name}' ({node.op_type}) {what}, so the error of what lies before it cannot be measured. "
-        f"Exclude it, and with it everything before it, with --exclude '{node.name}'."
+        f"Node '{node.name}' ({node.op_type}) {what}, so gradients do not tell what rounding before it "
+        f"does. Keep it in float with --exclude '{node.name}': what lies before it is then measured by execution."
     )
 
 

@@ -18,6 +18,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.data.datasets import Dataset, data_opening
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
+from bitalloy.model.masked import masked_tensors
 from bitalloy.targets.safety import tensors_to_judge
 
 CALIBRATION_SHARD = 16
@@ -63,10 +64,11 @@ def gather(
     def make() -> bytes:
         statistics: Statistics | None = None
         graph, opened = graph_opening(model), data_opening(data, info)
+        masked = tuple(sorted(masked_tensors(model)))
         jobs, key = [], key_of(inputs)
         for start in range(0, count, CALIBRATION_SHARD):
             some = tuple(samples[start : start + CALIBRATION_SHARD])
-            spec = CalibrationShard(graph=graph, data=opened, tensors=tuple(order), samples=some)
+            spec = CalibrationShard(graph=graph, data=opened, tensors=tuple(order), masked=masked, samples=some)
             jobs.append(Job(kind="calibrate", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
         held = work.executor.contexts.holding((graph, model), (opened, data))
         with work.stage("calibrate", count) as progress, held:
@@ -79,6 +81,7 @@ def gather(
         first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (method,)
         found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
         largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
+        infinite = dict(zip(order, statistics.infinite, strict=True))
         record = Calibration(
             model_sha256=model.info.sha256,
             data=part_of(info, count),
@@ -91,6 +94,7 @@ def gather(
                     method=first,
                     magnitude=float(largest[t]),
                     subnormal=round(subnormal[t], 6),
+                    infinite=bool(infinite[t]),
                     others=_distinct(found[t], {other: ranges[t] for other, ranges in more.items()}),
                 )
                 for t in order
@@ -120,13 +124,16 @@ class CalibrationShard(Record, frozen=True, kw_only=True):
     graph: Opening
     data: Opening
     tensors: tuple[str, ...]
+    masked: tuple[str, ...]
+    """Tensors that may hold infinite numbers."""
     samples: tuple[int, ...]
 
 
 def collect_shard(spec: CalibrationShard, contexts: Contexts) -> bytes:
     """Return the statistics of the samples, as `Statistics.to_bytes` gives them."""
     graph, data = contexts.open(spec.graph), contexts.open(spec.data)
-    return collect(graph.model, spec.tensors, (data.feeds(i) for i in spec.samples)).to_bytes()
+    feeds = (data.feeds(i) for i in spec.samples)
+    return collect(graph.model, spec.tensors, feeds, masked=spec.masked).to_bytes()
 
 
 def _distinct(first: tuple[float, float], others: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

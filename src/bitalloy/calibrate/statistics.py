@@ -56,6 +56,8 @@ class Statistics:
     total: Floats
     squares: Floats
     """Sum of the histogram's values, and sum of their squares, per tensor."""
+    infinite: Ints
+    """Number of samples in which the tensor held infinite numbers, which count as 0 everywhere else."""
 
     @property
     def count(self) -> Ints:
@@ -132,6 +134,7 @@ class Statistics:
             subnormal=self.subnormal + other.subnormal,
             total=self.total + other.total,
             squares=self.squares + other.squares,
+            infinite=self.infinite + other.infinite,
         )
 
     def to_bytes(self) -> bytes:
@@ -226,6 +229,7 @@ def observe(
         subnormal=subnormal,
         total=total,
         squares=squares,
+        infinite=np.zeros(len(tensors), np.int64),
     )
 
 

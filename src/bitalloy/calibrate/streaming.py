@@ -6,14 +6,15 @@ the maximum and at most 2048 values leave the session. To stay near the cost of 
 1. a tensor that only rearranges another (Reshape, Transpose ...) shares that one's statistics;
 2. a tensor y = f(x) with a rising f (Sigmoid, Relu ...) has f applied to the few numbers taken from x: its extremes
    are exact up to the last bit of f, and the runtime may still fuse the operator itself;
-3. NaN is looked for only where no sum, product or concatenation carries it on to another measured tensor: there the
+3. of a tensor that a mask may make infinite only the finite numbers count, and whether there are others is counted;
+4. NaN is looked for only where no sum, product or concatenation carries it on to another measured tensor: there the
    sum of all values leaves the session as well. The first bad tensor is then found by a second run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -30,6 +31,8 @@ VALUES = 2048
 """Largest number of values of one tensor that leave the session per sample."""
 
 _PREFIX = "bitalloy.calibrate/"
+_NOUGHT = f"{_PREFIX}nought"
+"""Name of the constant 0.0."""
 
 
 def collect(
@@ -37,6 +40,7 @@ def collect(
     tensors: Sequence[str],
     feeds: Iterable[Mapping[str, np.ndarray]],
     *,
+    masked: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the float model once per sample and gather statistics of `tensors`.
@@ -46,6 +50,7 @@ def collect(
             a `ModelProto` has them inside.
         tensors: float32 tensors with static shapes known to the graph.
         feeds: input name -> array, per sample; consumed one by one.
+        masked: tensors that may hold infinite numbers (`bitalloy.model.masked`).
         progress: called with 1 after each sample.
 
     Raises:
@@ -58,7 +63,7 @@ def collect(
         packed = pack(model)
         model, weights = packed.data, packed.weights
     source = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model
-    plan = _plan(source, tensors)
+    plan = _plan(source, tensors, masked)
     session = OrtSession(Packed(_instrumented(source, plan), weights))
     total: Statistics | None = None
     try:
@@ -75,6 +80,8 @@ def collect(
                         "Check that sample, and whether the model needs inputs of another scale."
                     )
             seen = observe(plan.measured, ends, [v[2:] for v in vectors], total)
+            infinite = [int(found[_mask(i)]) if t in plan.masked else 0 for i, t in enumerate(plan.measured)]
+            seen = replace(seen, infinite=np.array(infinite, np.int64))
             total = seen if total is None else total.merge(seen)
             if progress is not None:
                 progress(1)
@@ -97,13 +104,15 @@ class _Plan:
     """Roots that are a rising function of another root: the function's node and that root."""
     checked: tuple[int, ...]
     """Positions of the roots whose sum is looked at for NaN."""
+    masked: frozenset[str]
+    """Roots that may hold infinite numbers."""
 
     @property
     def measured(self) -> tuple[str, ...]:
         return tuple(self.sizes)
 
 
-def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
+def _plan(model: onnx.ModelProto, tensors: Sequence[str], masked: Collection[str] = ()) -> _Plan:
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset < 10:
         raise ModelError(f"Calibration needs opset 10 or later, the model has {opset}. Export it again.")
@@ -128,7 +137,10 @@ def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
     derived = {
         t: (producer[t], argument)
         for t in measured
-        if t in producer and producer[t].op_type in ops.RISING and (argument := root(producer[t].input[0])) in measured
+        if t in producer
+        and producer[t].op_type in ops.RISING
+        and (argument := root(producer[t].input[0])) in measured
+        and argument not in masked
     }
     carried = {root(i) for n in graph.node if n.output and n.output[0] in measured for i in _carried(n)}
     return _Plan(
@@ -136,6 +148,7 @@ def _plan(model: onnx.ModelProto, tensors: Sequence[str]) -> _Plan:
         sizes={t: sizes[t] for t in measured},
         derived=derived,
         checked=tuple(i for i, t in enumerate(measured) if t not in derived and t not in carried),
+        masked=frozenset(measured) & frozenset(masked) - frozenset(derived),
     )
 
 
@@ -189,6 +202,7 @@ def _instrumented(model: onnx.ModelProto, plan: _Plan) -> bytes:
     graph.initializer.extend(
         helper.make_tensor(constant[name], TensorProto.INT64, [1], [value]) for name, value in numbers.items()
     )
+    graph.initializer.append(helper.make_tensor(_NOUGHT, TensorProto.FLOAT, [], [0.0]))
     for i, tensor in enumerate(plan.measured):
         if tensor in plan.derived:
             function, argument = plan.derived[tensor]
@@ -199,23 +213,36 @@ def _instrumented(model: onnx.ModelProto, plan: _Plan) -> bytes:
             groups[place[argument]].append(node)
             continue
         name = f"{_PREFIX}{i}/"
-        nodes = [
-            helper.make_node("Reshape", [tensor, constant["flat"]], [name + "flat"]),
-            helper.make_node("ReduceMin", [name + "flat"], [name + "low"], keepdims=1),
-            helper.make_node("ReduceMax", [name + "flat"], [name + "high"], keepdims=1),
+        flat = name + ("finite" if tensor in plan.masked else "flat")
+        nodes = [helper.make_node("Reshape", [tensor, constant["flat"]], [name + "flat"])]
+        nodes += _finite(name, _mask(i)) if tensor in plan.masked else ()
+        nodes += [
+            helper.make_node("ReduceMin", [flat], [name + "low"], keepdims=1),
+            helper.make_node("ReduceMax", [flat], [name + "high"], keepdims=1),
         ]
-        values = name + "flat"
+        values = flat
         if (step := _stride(plan.sizes[tensor])) > 1:
             values = name + "values"
             begin = [constant["zero"], constant["end"], constant["zero"], constant[f"step{step}"]]
-            nodes.append(helper.make_node("Slice", [name + "flat", *begin], [values]))
+            nodes.append(helper.make_node("Slice", [flat, *begin], [values]))
         nodes.append(helper.make_node("Concat", [name + "low", name + "high", values], [_vector(i)], axis=0))
         if i in plan.checked:
-            nodes.append(helper.make_node("ReduceSum", [name + "flat"], [_sum(i)], keepdims=0))
+            nodes.append(helper.make_node("ReduceSum", [flat], [_sum(i)], keepdims=0))
         groups.append(nodes)
     for nodes in reversed(groups):
         graph.node.extend(nodes)
-    return _with_outputs(result, [*map(_vector, range(len(plan.measured))), *map(_sum, plan.checked)])
+    masks = [_mask(i) for i, t in enumerate(plan.measured) if t in plan.masked]
+    return _with_outputs(result, [*map(_vector, range(len(plan.measured))), *map(_sum, plan.checked), *masks])
+
+
+def _finite(name: str, mask: str) -> list[onnx.NodeProto]:
+    """Nodes that put 0 in place of what is infinite in `flat`, as `finite`, and say whether there was any."""
+    return [
+        helper.make_node("IsInf", [name + "flat"], [name + "infinite"]),
+        helper.make_node("Cast", [name + "infinite"], [name + "ones"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", [name + "ones"], [mask], keepdims=0),
+        helper.make_node("Where", [name + "infinite", _NOUGHT, name + "flat"], [name + "finite"]),
+    ]
 
 
 def _not_finite(
@@ -229,7 +256,10 @@ def _not_finite(
     session = OrtSession(Packed(_with_outputs(copy, list(names.values())), weights))
     found = session.run(sample)
     session.close()
-    return [t for t, root in plan.roots.items() if not np.isfinite(found[names[root]]).all()]
+    unfit = {
+        t: np.isnan(v) if t in plan.masked else ~np.isfinite(v) for t, v in ((t, found[o]) for t, o in names.items())
+    }
+    return [t for t, root in plan.roots.items() if unfit[root].any()]
 
 
 def _with_outputs(model: onnx.ModelProto, outputs: list[str]) -> bytes:
@@ -248,3 +278,7 @@ def _vector(position: int) -> str:
 
 def _sum(position: int) -> str:
     return f"{_PREFIX}{position}/sum"
+
+
+def _mask(position: int) -> str:
+    return f"{_PREFIX}{position}/mask"

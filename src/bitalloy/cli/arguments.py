@@ -100,8 +100,9 @@ class AnalysisArguments:
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="Leave parts out of the analysis, such as an operator without adjoint: glob over nodes, regions or "
-            "operator types, which stay in float. To try plans use --keep of `bitalloy run`."
+            help="Keep parts in float for which there is no gradient, such as an operator without adjoint: glob over "
+            "nodes, regions or operator types. What lies before them is measured by execution. To try plans use --keep "
+            "of `bitalloy run`."
         ),
     ] = None
     equalize: Annotated[

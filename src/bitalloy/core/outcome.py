@@ -28,7 +28,10 @@ class Comparison(Record, frozen=True, kw_only=True):
     """A prediction beside its measurement."""
 
     predicted: float | None
+    """The prediction before any plan was verified."""
     measured: float
+    corrected: float | None = None
+    """The prediction of the tables after measurements of plans corrected them; None where nothing was corrected."""
 
 
 class HeadComparison(Record, frozen=True, kw_only=True):

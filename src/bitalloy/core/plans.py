@@ -142,8 +142,17 @@ class Choice(Record, frozen=True, kw_only=True):
     reason: str
 
 
+class UnitDamage(Record, frozen=True, kw_only=True):
+    """What rounding one unit alone does to the head that suffers most, divergences left out, as its table has it."""
+
+    head: str
+    sqnr_db: float
+    exact: bool = False
+    """Whether execution measured it; otherwise the probe matrix predicts it."""
+
+
 class HeadDamage(Record, frozen=True, kw_only=True):
-    """SQNR of one head in dB: predicted by the probe matrix and, once verified, measured.
+    """SQNR of one head in dB: predicted before anything was verified and, once verified, measured.
 
     Of heads named `... KL` it is 10 log10(1 nat / divergence).
     """
@@ -151,6 +160,8 @@ class HeadDamage(Record, frozen=True, kw_only=True):
     head: str
     predicted_db: Estimate
     measured_db: Estimate | None = None
+    corrected_db: Estimate | None = None
+    """What the tables say after measurements of plans corrected them; None where nothing was corrected."""
 
 
 class ParetoPoint(Record, frozen=True, kw_only=True):

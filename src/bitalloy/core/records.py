@@ -70,7 +70,8 @@ class Head(Record, frozen=True, kw_only=True):
     kind: str = ""
     """`categorical` or `bernoulli` where errors are KL divergences of predictions, empty for squared errors."""
     given: str = ""
-    """What a head of a distribution holds: `logits`, `probabilities` or their `logarithms`."""
+    """What the output holds: `logits`, `probabilities` or their `logarithms`; empty where it is no distribution. A head
+    of squared errors with `probabilities` is their logits, which `tensor` carries."""
     classes: int | None = None
     """Axis of the output along which the probabilities of a categorical distribution add up to one."""
 
@@ -86,6 +87,8 @@ class TensorRange(Record, frozen=True, kw_only=True):
     """Largest absolute value that was seen, whatever the method cuts off."""
     subnormal: float
     """Share of the non-zero values below 6.1e-5, which FP16 stores with fewer than 11 bits."""
+    infinite: bool = False
+    """Whether a mask made some of its numbers infinite; all other fields are of the finite ones."""
     others: dict[str, tuple[float, float]] = {}
     """Low and high by other methods that are compared with this one; those that hardly differ are left out."""
 
@@ -139,7 +142,7 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     flagged: bool = False
     """True where the error left the linear regime in the local check, so the number may be off."""
     exact: bool = False
-    """True where the number was measured by execution, False where the probe matrix predicts it."""
+    """True where the number was measured by execution, as a whole or site by site; False where gradients predict it."""
 
 
 class SensitivityTable(Record, frozen=True, kw_only=True):

@@ -7,6 +7,10 @@ Case 2. Any other float output that the model computes is one head. Outputs that
 Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
         move (`bitalloy.model.divergence`). It is added where that is certain: a Sigmoid (perhaps reshaped), Softmax or
         LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
+Case 4. An output that a Softmax makes: its head are the logits, the operand of the Softmax, measured as logarithms of
+        the output. Where the Softmax is saturated, probabilities and their gradients tell nothing of how far the scores
+        moved. Sigmoids stay what they are: float32 does not hold the logits of small scores
+        (`bitalloy.model.divergence`), and nearly all scores of a detector are small.
 
 The parts of a YOLO detection output (1, 4 + classes [+ 32], anchors) get their usual names. Its boxes make a second
 head, `detections`: errors relative to the size of the box, weighted by the squared score of the anchor, because average
@@ -38,6 +42,8 @@ MOVES = ops.RESHAPERS - ops.IDENTITIES
 """Operators that move the elements of a Sigmoid's result and change none of them."""
 KL = " KL"
 """Suffix of the names of heads that measure a divergence."""
+LEAST_TOLD = 1e-36
+"""Smallest probability whose logarithm a Softmax in float32 tells; ONNX Runtime's flushes what is below e^-88."""
 LEAST_SIZE = 1.0
 """Smallest size of a box in pixels; smaller boxes count as this large."""
 
@@ -63,11 +69,11 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
         whole = Head(name=str(output.name), output=str(output.name), tensor=str(output.name))
         parts = [msgspec.structs.replace(h, family=family if meaning else "") for h in _parts(output) or [whole]]
         parts = _named_apart(parts, {h.name for h in found} | counted)
-        found += parts
         for head in parts:
             means = _distribution(graph.value[head.tensor], head, meaning) if head.scores is None else None
             if means is not None:
                 divergences.append(msgspec.structs.replace(means, name=head.name + KL))
+            found.append(_logits_of(graph, head, means))
     return (*found, *divergences)
 
 
@@ -85,6 +91,16 @@ def _named_apart(parts: Sequence[Head], taken: set[str]) -> list[Head]:
             name += "'"
         found.append(msgspec.structs.replace(head, name=name))
     return found
+
+
+def _logits_of(graph: Graph, head: Head, means: Head | None) -> Head:
+    """Return the head of the logits where a head is the probabilities that a Softmax makes of them; see case 4."""
+    node = graph.value[head.tensor].producer()
+    if means is None or node is None or node.op_type != "Softmax" or head.axis is not None:
+        return head
+    logits = node.inputs[0]
+    assert logits is not None, "a Softmax has an operand"
+    return msgspec.structs.replace(head, tensor=str(logits.name), given=PROBABILITIES, classes=means.classes)
 
 
 def is_divergence(name: str) -> bool:
@@ -160,7 +176,7 @@ def head_of(outputs: Mapping[str, np.ndarray], head: Head) -> np.ndarray:
 
 def needs_values(head: Head) -> bool:
     """Return whether errors of a head are weighted by its float values."""
-    return bool(head.scores or head.kind or head.family)
+    return bool(head.scores or head.kind or head.family or head.given)
 
 
 class Squares:
@@ -199,6 +215,40 @@ class Squares:
         return value if self._factors is None else value * self._factors.astype(value.dtype)
 
 
+class LogitSquares:
+    """Squared errors of the logits of a head that gives probabilities: logarithms, centred over the classes.
+
+    A Softmax tells logits but for what all of a position have in common. Classes whose probability is below
+    `LEAST_TOLD` are left out: float32 holds them no longer.
+    """
+
+    noise = 0.0
+    """Error energy of float32 arithmetic alone, which is negligible beside the energy of the logits."""
+
+    def __init__(self, head: Head, exact: Mapping[str, np.ndarray]) -> None:
+        assert head.classes is not None, "a head of probabilities has an axis of classes"
+        self._axis, found = head.classes, head_of(exact, head)
+        self._told = found > LEAST_TOLD
+        self._count = np.maximum(self._told.sum(axis=self._axis, keepdims=True), 1)
+        self._value = self._logits(found)
+        self.energy = float(np.square(self._value).sum())
+        """Energy of the centred logits."""
+
+    def error(self, found: np.ndarray) -> float:
+        """Return the squared error of the centred logits of other probabilities."""
+        return float(np.square(self._logits(found) - self._value).sum())
+
+    def cotangents(self, signs: np.ndarray) -> np.ndarray:
+        """Turn independent signs (probes, *shape of the head) into probes v with E[<v, e>^2] = ||e||^2, e centred."""
+        told, axis = self._told.astype(signs.dtype), self._axis + 1
+        v = signs * told
+        return np.asarray(v - told * (v.sum(axis=axis, keepdims=True) / self._count.astype(signs.dtype)))
+
+    def _logits(self, probabilities: np.ndarray) -> np.ndarray:
+        logs = np.where(self._told, np.log(np.maximum(probabilities, LEAST_TOLD)), 0.0)
+        return np.asarray(self._told * (logs - logs.sum(axis=self._axis, keepdims=True) / self._count))
+
+
 class Reference:
     """The float outputs of one sample, against which other outputs are measured, head by head.
 
@@ -229,13 +279,17 @@ class Reference:
         return np.array([p.error(head_of(found, h)) for h, p in zip(self._heads, self.parts, strict=True)])
 
 
-def _measure(head: Head, exact: Mapping[str, np.ndarray], weights: np.ndarray | None) -> Squares | Divergence:
+def _measure(
+    head: Head, exact: Mapping[str, np.ndarray], weights: np.ndarray | None
+) -> Squares | LogitSquares | Divergence:
     if weights is not None:
         weights = np.broadcast_to(weights, exact[head.output].shape).astype(np.float64)
         weights = weights if head.axis is None else _along(weights, head.axis, head.start, head.stop)
         weights = None if (weights == 1.0).all() else weights
     if head.kind:
         return Divergence(head, head_of(exact, head), weights)
+    if head.given:
+        return LogitSquares(head, exact)
     return Squares(head, exact, weights)
 
 

@@ -13,6 +13,7 @@ from bitalloy.model.load import Graph
 from bitalloy.pipeline.calibrate import calibrate
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.sensitivity.blind import execute_blind
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probing import measured_bend, probe_all
 from bitalloy.sensitivity.table import sensitivities
@@ -48,6 +49,7 @@ def analyze(
     ready = calibrate(model, data, settings, avoid=avoid, notes=notes, work=work)
     targets = [ready, *ready.others]
     parts, matrices, choice = choose_ranges(targets, probe_all(targets, work), work)
+    parts, matrices = execute_blind(parts, matrices, work)
     bent = measured_bend(parts, matrices, work)
     first, *others = (_analysis(part, matrix, bent, choice) for part, matrix in zip(parts, matrices, strict=True))
     return replace(first, others=tuple(others))

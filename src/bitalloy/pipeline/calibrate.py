@@ -151,9 +151,15 @@ def _regions(node: ir.Node) -> tuple[str, ...]:
 
 
 def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
-    """Keep in float every Concat that would put tensors of very different range on one scale."""
+    """Keep in float what would put on one scale tensors of very different range, or numbers that a mask made infinite.
+
+    Case 1. A Concat whose operands differ in range by more than `RANGE_RATIO`.
+    Case 2. A unit that reads or makes a masked tensor: the lowest level of a scale is no longer below all scores.
+    """
     ranges = {r.tensor: max(abs(r.low), abs(r.high)) for r in calibration.ranges}
+    masked = {r.tensor for r in calibration.ranges if r.infinite}
     entering: dict[str, list[float]] = {}
+    beside = {str(unit) for e in units.edges if e.root in masked for unit in (e.producer, e.consumer)}
     for edge in units.edges:
         if edge.consumer is not None:
             entering.setdefault(edge.consumer, []).append(ranges.get(edge.root, 0.0))
@@ -161,9 +167,12 @@ def _restrict(units: UnitGraph, calibration: Calibration) -> UnitGraph:
     changed = []
     for unit in units.units:
         sizes = [s for s in entering.get(unit.id, []) if s > 0]
+        reason = ""
         if unit.kind == "Concat" and sizes and max(sizes) > RANGE_RATIO * min(sizes):
             reason = f"operands' ranges differ by a factor of {max(sizes) / min(sizes):.0f}, too much for one scale"
-            for name in rounding:
-                unit = unit.without(name, reason) if name in unit.allowed else unit
+        if unit.id in beside or not masked.isdisjoint(e.tensor for e in unit.inner):
+            reason = "a mask makes scores infinite there, which no scale can hold"
+        for name in rounding if reason else ():
+            unit = unit.without(name, reason) if name in unit.allowed else unit
         changed.append(unit)
     return msgspec.structs.replace(units, units=tuple(changed))

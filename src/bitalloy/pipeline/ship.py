@@ -21,7 +21,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
-from bitalloy.verify.summary import MeasuredPlan, summarize_run
+from bitalloy.verify.summary import MeasuredPlan, predicted_sqnr, summarize_run, was_corrected
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def verify(
     best = course.best
     mixed, measured = best.mixed, best.measured
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
-    final = _with_measured(final, measured)
+    final = _with_measured(analysis, course.known(), final, measured)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
@@ -103,14 +103,17 @@ def verify(
         evaluations=evaluations,
         kernel_effects=None if unmeasured else course.kernel_effects(),
     )
-    summary = summarize_run(course.known(), shipped, work.seconds)
+    summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)
 
 
-def _with_measured(planned: Planned, measured: Measured) -> Planned:
+def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measured: Measured) -> Planned:
+    """Put beside each other what was predicted before any plan was verified, what is now, and what was measured."""
+    before, after = (predicted_sqnr(one, planned.plan.chosen) for one in (first, corrected))
+    changed = was_corrected(first, corrected)
     heads = tuple(
-        msgspec.structs.replace(head, measured_db=found)
-        for head, found in zip(planned.plan.heads, measured.sqnr_mixed, strict=True)
+        msgspec.structs.replace(head, predicted_db=old, measured_db=found, corrected_db=new if changed else None)
+        for head, old, new, found in zip(planned.plan.heads, before, after, measured.sqnr_mixed, strict=True)
     )
     return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))
 

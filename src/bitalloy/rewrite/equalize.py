@@ -3,9 +3,10 @@
 A tensor whose channels differ much in size wastes most of its 256 levels on the small ones. Where nothing but linear
 layers reads it, channel j may be divided by any s_j > 0 if the weights that read it are multiplied by s_j:
 
-Case 1. A normalization with a weight per channel: LayerNormalization, or a Mul by a constant vector (as RMSNorm and
-        exports before opset 17 have it), perhaps with an Add of one behind it. Weight and bias are divided.
-        SmoothQuant, Xiao et al. 2022, https://arxiv.org/abs/2211.10438.
+Case 1. A normalization with a weight per channel: LayerNormalization, BatchNormalization that is not folded into a
+        Conv, InstanceNormalization, or a Mul by a constant per channel (as RMSNorm and exports before opset 17 have
+        it), perhaps with an Add of one behind it; behind channels of images also with the operators of case 2. Weight
+        and bias are divided. SmoothQuant, Xiao et al. 2022, https://arxiv.org/abs/2211.10438.
 Case 2. A linear layer (Conv, Gemm, MatMul with or without an Add of a constant vector), perhaps with positively
         homogeneous operators behind it (Relu, LeakyRelu, PRelu, pooling). Its outputs, weights and bias, are divided.
         Cross-layer equalization, Nagel et al. 2019, https://arxiv.org/abs/1906.04721.
@@ -17,6 +18,10 @@ In both cases s_j = sqrt(max|X_j| / max|W_j|), over samples of the tensor and ov
 SmoothQuant's factor with alpha = 0.5, and that of Nagel et al. with the range of the activation in place of that of the
 first layer's weights, which bitalloy rounds per output channel, so that their scale has no effect. s_j is rounded to a
 power of two: then every product and sum of the float network is scaled without any rounding.
+
+Two kinds of channels have no such factor. One that is zero whatever the input, because all operands of case 1 or 2 are,
+leaves what reads it without effect, and one whose readers are all zero has none itself: the other side becomes zero, so
+that it does not widen the scale that its neighbours are rounded on.
 """
 
 from __future__ import annotations
@@ -42,7 +47,13 @@ SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
 """Names of cases 1 and 2."""
 LINEAR = ops.WEIGHTED - {"ConvTranspose"}
 LARGEST_POWER = 8
-"""Largest power of two by which a channel is scaled beside the median one: what no sample showed must not explode."""
+"""Largest power of two by which a channel is multiplied beside the median one: what no sample showed must not explode.
+It is exceeded where even the largest values that the weights allow stay within the range of the other channels."""
+SMALLEST_POWER = 16
+"""Largest power of two by which a channel is divided beside the median one."""
+NEVER = 1 << 10
+"""Power of two that stands for infinity: with a minus the power of a channel that is always zero, without of one that
+nothing reads."""
 SomeGraph = TypeVar("SomeGraph", bound=Graph)
 
 
@@ -100,21 +111,43 @@ def exponents(
     """
     if not places:
         return {}
-    maxima = channel_maxima(graph.model, {p.tensor: p.axis for p in places}, feeds)
+    first = {place: graph.node[place.divided[0].node] for place in places}
+    sources = {place: str(node.inputs[0].name) for place, node in first.items() if node.op_type in LINEAR}  # type: ignore[union-attr]
+    tensors = {**dict.fromkeys(sources.values(), 0), **{p.tensor: p.axis for p in places}}
+    maxima = channel_maxima(graph.model, tensors, feeds)
     found = {}
     for place in places:
         weights = np.max([_reach(graph.node[o.node], o) for o in place.multiplied], axis=0)
-        seen = maxima[place.tensor].astype(np.float64)
-        alive = (seen > 0) & (weights > 0)
-        if not alive.any():
-            continue
-        wanted = np.zeros(len(seen))
-        wanted[alive] = 0.5 * (np.log2(seen[alive]) - np.log2(weights[alive]))
-        wanted[alive] -= np.median(wanted[alive])
-        powers = np.clip(np.rint(wanted), -LARGEST_POWER, LARGEST_POWER).astype(int)
+        sizes = [_sizes(graph.node[o.node], o) for o in place.divided]
+        bound = np.full(len(weights), np.inf)
+        if place in sources:
+            bound = sizes[0] * float(maxima[sources[place]].max()) + np.sum(sizes[1:], axis=0)
+        powers = _powers(maxima[place.tensor].astype(np.float64), weights, bound)
+        dead = np.sum(sizes, axis=0) == 0
+        powers[dead & (weights > 0)], powers[~dead & (weights == 0)] = -NEVER, NEVER
         if powers.any():
             found[place] = tuple(powers.tolist())
     return found
+
+
+def _powers(seen: np.ndarray, weights: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """Choose the power of two (channels,) by which each channel is divided.
+
+    Args:
+        seen: largest magnitude of each channel on samples.
+        weights: largest magnitude of the weights that read it.
+        bound: largest magnitude that the weights before it allow, whatever the input looks like; infinite if unknown.
+    """
+    alive = (seen > 0) & (weights > 0)
+    if not alive.any():
+        return np.zeros(len(seen), int)
+    wanted = np.zeros(len(seen))
+    wanted[alive] = 0.5 * (np.log2(seen[alive]) - np.log2(weights[alive]))
+    wanted[alive] -= np.median(wanted[alive])
+    least = np.full(len(seen), -float(LARGEST_POWER))
+    largest = (seen[alive] / np.exp2(np.clip(wanted[alive], -LARGEST_POWER, SMALLEST_POWER))).max()
+    least[alive] = np.minimum(least[alive], np.ceil(np.log2(np.maximum(bound[alive], 1e-300) / largest)))
+    return np.clip(np.rint(wanted), least, SMALLEST_POWER).astype(int)
 
 
 def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> SomeGraph:
@@ -130,11 +163,11 @@ def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> So
     model = graph.clone()
     nodes, fresh = {name_of(n): n for n in model.graph}, namer(model)
     for place, powers in factors.items():
-        steps = np.exp2(np.asarray(powers, np.float32))
+        exponent = np.asarray(powers, np.float32)
         for operand in place.divided:
-            _scale(model, fresh, nodes[operand.node], operand, 1 / steps)
+            _scale(model, fresh, nodes[operand.node], operand, np.exp2(-np.where(exponent == -NEVER, 0, exponent)))
         for operand in place.multiplied:
-            _scale(model, fresh, nodes[operand.node], operand, steps)
+            _scale(model, fresh, nodes[operand.node], operand, np.exp2(np.where(exponent == NEVER, 0, exponent)))
     if not factors:
         return replace(graph, model=model)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
@@ -163,25 +196,45 @@ class _Finder:
 
     def normalized(self, node: ir.Node) -> ScalingPlace | None:
         """Find the places behind a normalization: case 1."""
-        out, slots = node.outputs[0], list[int]()
-        if node.op_type not in ("LayerNormalization", "Mul") or not static_shape(out):
+        if node.op_type in ("BatchNormalization", "InstanceNormalization"):
+            return self._behind(node, 1, (1, 2))
+        if node.op_type not in ("LayerNormalization", "Mul"):
             return None
-        last, size = len(static_shape(out)) - 1, static_shape(out)[-1]
-        if node.op_type == "LayerNormalization":
-            slots = [s for s in (1, 2) if s < len(node.inputs) and node.inputs[s] is not None]
-            if not all(_is_vector(node.inputs[s], size) for s in slots):
+        rank = len(static_shape(node.outputs[0]))
+        if node.op_type == "LayerNormalization" or not rank:
+            return self._behind(node, rank - 1, (1, 2)) if rank else None
+        axes = dict.fromkeys((rank - 1, 1)) if rank > 2 else (rank - 1,)
+        return next((place for axis in axes if (place := self._behind(node, axis, ())) is not None), None)
+
+    def _behind(self, node: ir.Node, axis: int, slots: Sequence[int]) -> ScalingPlace | None:
+        """Find the place whose channels run along an axis of what a node gives.
+
+        Args:
+            node: the node.
+            axis: of the channels.
+            slots: its inputs that are vectors over the channels; none where one of both inputs is.
+        """
+        out = node.outputs[0]
+        shape = static_shape(out)
+        rank, size = len(shape), shape[axis]
+        if slots:
+            slots = [s for s in slots if s < len(node.inputs) and node.inputs[s] is not None]
+            if any(_vector_axis(node.inputs[s], 1, 0, size) is None for s in slots):
                 return None
+            divided = [Operand(name_of(node), slot, -1) for slot in slots]
         else:
-            slots = [s for s in (0, 1) if _is_vector(node.inputs[s], size)]
-            if len(slots) != 1:
+            found = [(s, _vector_axis(v, rank, axis, size)) for s, v in enumerate(node.inputs)]
+            divided = [Operand(name_of(node), slot, at) for slot, at in found if at is not None]
+            if len(divided) != 1:
                 return None
-        divided = [Operand(name_of(node), slot, -1) for slot in slots]
-        added = self._added(out, size)
+        added = self._added(out, axis)
         if added is not None:
             divided.append(added[1])
             out = added[0]
-        readers = self._readers(out, last)
-        return ScalingPlace(SMOOTHING, str(out.name), last, tuple(divided), readers) if readers else None
+        if axis == 1 and rank > 2:
+            out = self._homogeneous(out, axis, "Conv")
+        readers = self._readers(out, axis)
+        return ScalingPlace(SMOOTHING, str(out.name), axis, tuple(divided), readers) if readers else None
 
     def linear(self, node: ir.Node) -> ScalingPlace | None:
         """Find the places between two linear layers: case 2."""
@@ -196,15 +249,14 @@ class _Finder:
         divided = [Operand(name_of(node), 1, node_weight_axes(node)[1])]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
-            if not _is_vector(bias, shape[axis]):
+            if _vector_axis(bias, 1, 0, shape[axis]) is None:
                 return None
             divided.append(Operand(name_of(node), 2, -1))
-        added = self._added(out, shape[axis]) if node.op_type == "MatMul" else None
+        added = self._added(out, axis) if node.op_type == "MatMul" else None
         if added is not None:
             divided.append(added[1])
             out = added[0]
-        while (after := self._only_reader(out)) is not None and _is_homogeneous(after, out, axis, node.op_type):
-            out = after.outputs[0]
+        out = self._homogeneous(out, axis, node.op_type)
         readers = self._readers(out, axis)
         return ScalingPlace(CROSS_LAYER, str(out.name), axis, tuple(divided), readers) if readers else None
 
@@ -226,15 +278,23 @@ class _Finder:
         empty = 0 in static_shape(value)  # as a cache before the first token
         return () if empty or value.name in self._outputs else tuple(found)
 
-    def _added(self, value: ir.Value, size: int) -> tuple[ir.Value, Operand] | None:
-        """Find the Add of a constant vector that alone reads a tensor: its result, and the vector."""
+    def _added(self, value: ir.Value, axis: int) -> tuple[ir.Value, Operand] | None:
+        """Find the Add of a constant per channel that alone reads a tensor: its result, and the constant."""
         node = self._only_reader(value)
         if node is None or node.op_type != "Add":
             return None
-        slots = [s for s in (0, 1) if _is_vector(node.inputs[s], size)]
-        if len(slots) != 1 or len(static_shape(node.outputs[0])) != len(static_shape(value)):
+        shape = static_shape(value)
+        found = [(s, _vector_axis(v, len(shape), axis, shape[axis])) for s, v in enumerate(node.inputs)]
+        slots = [(slot, at) for slot, at in found if at is not None]
+        if len(slots) != 1 or len(static_shape(node.outputs[0])) != len(shape):
             return None
-        return node.outputs[0], Operand(name_of(node), slots[0], -1)
+        return node.outputs[0], Operand(name_of(node), *slots[0])
+
+    def _homogeneous(self, value: ir.Value, axis: int, source: str) -> ir.Value:
+        """Follow a tensor through the homogeneous operators that alone read it."""
+        while (after := self._only_reader(value)) is not None and _is_homogeneous(after, value, axis, source):
+            value = after.outputs[0]
+        return value
 
     def _only_reader(self, value: ir.Value) -> ir.Node | None:
         uses = consumers(value)
@@ -250,10 +310,19 @@ def _is_homogeneous(node: ir.Node, value: ir.Value, axis: int, source: str) -> b
     return node.op_type not in ops.POOLS or (axis == 1 and source == "Conv")
 
 
-def _is_vector(value: ir.Value | None, size: int) -> bool:
-    """Tell whether a value is a constant with one number for each of `size` channels along its last axis."""
-    array = constant(value)
-    return array is not None and array.dtype == np.float32 and array.size == size and array.shape[-1:] == (size,)
+def _vector_axis(value: ir.Value | None, rank: int, axis: int, size: int) -> int | None:
+    """Find along which of its own axes, counted from the last, a constant has a number for each of `size` channels.
+
+    Args:
+        value: an operand that is broadcast to the tensor; None is no constant.
+        rank: of the tensor.
+        axis: of the channels in the tensor.
+        size: number of the channels.
+    """
+    array, at = constant(value), axis - rank
+    if array is None or array.dtype != np.float32 or array.ndim < -at or array.size != size:
+        return None
+    return at if array.shape[at] == size else None
 
 
 def _is_own(value: ir.Value | None) -> bool:
@@ -270,6 +339,14 @@ def _reach(node: ir.Node, operand: Operand) -> np.ndarray:
         return np.asarray(parts.max(axis=1))
     grouped = np.abs(array).reshape(operand.groups, array.shape[0] // operand.groups, array.shape[1], -1)
     return np.asarray(grouped.max(axis=(1, 3)).reshape(-1))
+
+
+def _sizes(node: ir.Node, operand: Operand) -> np.ndarray:
+    """Return the sum of magnitudes (channels,) of an operand that is divided."""
+    array = constant(node.inputs[operand.slot])
+    assert array is not None, "operands of a place are constants"
+    axis = operand.axis % array.ndim
+    return np.asarray(np.abs(array).sum(axis=tuple(d for d in range(array.ndim) if d != axis), dtype=np.float64))
 
 
 def _scale(model: ir.Model, fresh: Fresh, node: ir.Node, operand: Operand, steps: np.ndarray) -> None:

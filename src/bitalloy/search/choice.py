@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitCost
+from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitCost, UnitDamage
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Evidence, Unit
 from bitalloy.measure.bench import TOLERANCE
@@ -17,7 +17,6 @@ from bitalloy.search import front as around
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import CEILING_DB, decibel, draws, estimate_sqnr
-from bitalloy.targets.placement import rounded
 
 MOST_SLACK = 0.25
 """Largest relative error of a cost table for which a latency limit out of reach is still tried."""
@@ -195,35 +194,53 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
 def _choices(problem: Problem, plan: Plan) -> list[Choice]:
     """List the schemes of a plan with a reason per unit, from the tables that decided it."""
     times = {c.unit: c for c in problem.cost.units}
+    change = _changes_us(problem, plan)
     found = []
     for unit in problem.units.units:
         if not unit.choices:
             found.append(Choice(unit=unit.id, scheme=BASELINE, reason=unit.why))
             continue
         scheme = plan.scheme_of(unit.id)
-        reason = _reason(problem, unit, times[unit.id], scheme)
+        reason = _reason(problem, unit, times[unit.id], scheme, change)
         said = "; ".join(_evidence(name, known) for name, known in unit.evidence.items())
         found.append(Choice(unit=unit.id, scheme=scheme, reason=f"{reason}; {said}" if said else reason))
     return found
 
 
-def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str) -> str:
+def _changes_us(problem: Problem, plan: Plan) -> dict[tuple[str, str], float]:
+    """Map each (unit, scheme) that a plan can move to onto what that adds to its latency, borders included."""
+    if not problem.moves:
+        return {}
+    _, latency, _ = problem.neighbours(plan)
+    return dict(zip(problem.moves, latency - problem.latency_us(plan), strict=True))
+
+
+def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str, change: Mapping[tuple[str, str], float]) -> str:
     """Say why a unit runs in the scheme that it was given."""
     considered = unit.choices[0] if scheme == BASELINE else scheme
-    column, table = problem.matrix.column, problem.site_damage
-    sites = rounded(problem.units, Plan.of(considered, unit.id))
-    alone = table[:, [column[s] for s in sites if s in column]].sum(axis=1)
-    worst = int(np.argmax(np.where(problem.matrix.plain, alone, -1.0))) if alone.size else 0
-    sqnr = float(decibel(alone[worst])) if alone.size else np.inf
-    head, name, gain = problem.matrix.heads[worst], considered.upper(), cost.saved_us(considered)
+    known = problem.alone.get(unit.id, {}).get(considered) or _predicted_alone(problem, unit, considered)
+    source = "measured" if known.exact else "predicted"
+    leaves = f"{known.sqnr_db:.1f} dB on {known.head} ({source})"
+    name, gain = considered.upper(), cost.saved_us(considered)
     if unit.id in problem.fixed:
-        return f"{unit.why}; alone it leaves {sqnr:.1f} dB on {head}"
+        return f"{unit.why}; alone it leaves {leaves}"
     if scheme != BASELINE:
         why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
-        return f"{why}; alone it leaves {sqnr:.1f} dB on {head}"
-    if gain <= 0:
+        return f"{why}; alone it leaves {leaves}"
+    added = change[unit.id, considered]
+    if gain <= 0 and added >= 0:
         return f"{name} is not faster here ({-gain:.0f} us slower)"
-    return f"{name} would save {gain:.0f} us but leave {sqnr:.1f} dB on {head}, or add borders"
+    if added >= 0:
+        return f"{name} would save {gain:.0f} us, but its borders would cost {gain + added:.0f} us"
+    return f"{name} would save {-added:.0f} us with its borders, but alone it leaves {leaves}"
+
+
+def _predicted_alone(problem: Problem, unit: Unit, scheme: str) -> UnitDamage:
+    """Predict what a unit alone does to the head that suffers most, as the table of sensitivities does."""
+    matrix = problem.matrix
+    damage = matrix.damage(problem.sites(Plan.of(scheme, unit.id))).mean(axis=0)
+    worst = int(np.argmax(np.where(matrix.plain, damage, -1.0)))
+    return UnitDamage(head=matrix.heads[worst], sqnr_db=float(decibel(damage[worst])))
 
 
 def _evidence(scheme: str, known: Evidence) -> str:

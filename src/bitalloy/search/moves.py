@@ -17,7 +17,7 @@ from bitalloy.core.plans import CostTable
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import UnitEdge, UnitGraph
 from bitalloy.measure.prices import latency_us, saved_bytes
-from bitalloy.sensitivity.matrix import ProbeMatrix, shrink
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix, shrink
 from bitalloy.targets.placement import Conversion, all_conversions, conversions, own_sites, rounded, roundings
 
 
@@ -74,7 +74,7 @@ class Moves:
         self._bytes = self._by_scheme(times[u].bytes for u in self._place)
         self._rows = [_flat(rows) for rows in matrix.rows]
         self._squares = [_flat(own) for own in matrix.own]
-        self._energy = matrix.energy.mean(axis=0)
+        self._energy = np.maximum(matrix.energy.mean(axis=0), LEAST_ENERGY)
         self._site_damage = matrix.site_damage().mean(axis=0)
 
     def _by_scheme(self, found: Iterable[dict[str, float] | dict[str, int]]) -> np.ndarray:

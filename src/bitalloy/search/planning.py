@@ -12,13 +12,14 @@ import msgspec
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, CostTable, PlanReport
-from bitalloy.core.records import Record, Secant
+from bitalloy.core.plans import Budget, CostTable, PlanReport, UnitDamage
+from bitalloy.core.records import Record, Secant, SensitivityTable
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.sizes import float_bytes
+from bitalloy.model.heads import is_divergence
 from bitalloy.model.load import Graph
 from bitalloy.model.read import name_of
 from bitalloy.search.choice import ProvenPlan, complete_plan, search
@@ -28,6 +29,7 @@ from bitalloy.search.problem import Problem
 from bitalloy.search.protection import FamilyAdvice, protect, read_advice
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix
+from bitalloy.targets.placement import WHOLE
 
 PLAN_FILE, UNITS_FILE, COST_FILE = "plan.json", "units.json", "cost.json"
 MATRIX_FILE, FACTS_FILE = "planning.npz", "planning.json"
@@ -48,6 +50,8 @@ class PlanFacts(Record, frozen=True, kw_only=True):
     """What the model's family keeps in float; empty where that was switched off."""
     seed: int
     secant: Secant
+    alone: dict[str, dict[str, UnitDamage]]
+    """Unit -> scheme -> its row in the table of sensitivities."""
 
 
 class PlanInputs(StageInputs, frozen=True, kw_only=True):
@@ -175,7 +179,7 @@ def _narrowed(tables: PlanTables, budget: Budget) -> _Case:
     return _Case(
         tables,
         budget,
-        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes),
+        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes, facts.alone),
         {name: why for name, why in advised.kept.items() if name not in asked.kept},
         {name: why for name, why in advised.freed.items() if name not in asked.kept},
         asked.kept,
@@ -246,5 +250,18 @@ def tables_of(analysis: Analysis, cost: CostTable) -> PlanTables:
         advice=read_advice(graph) if settings.protect else (),
         seed=settings.seed,
         secant=analysis.secant,
+        alone=_damage_alone(analysis.table),
     )
     return PlanTables(analysis.units, analysis.matrix, cost, facts)
+
+
+def _damage_alone(table: SensitivityTable) -> dict[str, dict[str, UnitDamage]]:
+    """Map each unit and scheme to the row of the head that suffers most."""
+    found: dict[str, dict[str, UnitDamage]] = {}
+    for row in table.rows:
+        if (row.scope, row.part) != ("unit", WHOLE) or is_divergence(row.head):
+            continue
+        known = found.setdefault(row.id, {})
+        if row.scheme not in known or row.sqnr_db.value < known[row.scheme].sqnr_db:
+            known[row.scheme] = UnitDamage(head=row.head, sqnr_db=row.sqnr_db.value, exact=row.exact)
+    return found

@@ -8,12 +8,12 @@ the additive part in full.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from bitalloy.core.plans import CostTable
+from bitalloy.core.plans import CostTable, UnitDamage
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitGraph
@@ -36,6 +36,8 @@ class Problem:
     secant: Secant
     cost: CostTable
     float_bytes: int
+    alone: Mapping[str, Mapping[str, UnitDamage]] = field(default_factory=dict)
+    """Unit -> scheme -> its row in the table of sensitivities, which reasons quote."""
 
     @cached_property
     def choices(self) -> Mapping[str, tuple[str, ...]]:

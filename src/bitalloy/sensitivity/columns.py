@@ -31,6 +31,7 @@ from bitalloy.core.units import Edge, Unit, UnitEdge, WeightSite
 from bitalloy.formats import find_format
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.load import Graph
+from bitalloy.model.masked import masked_tensors
 from bitalloy.model.read import attribute, beside_output, constant, is_float, name_of, static_shape
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
@@ -76,7 +77,9 @@ def columns(graph: Graph, recipe: Recipe) -> list[Column]:
             for site in possible_sites(units, between)
         ]
     for scheme in (s for s in units.schemes if s.cast):
-        found += [_computed(graph, unit, scheme, recipe) for unit in units.units if scheme.name in unit.allowed]
+        masked = masked_tensors(graph)
+        able = (unit for unit in units.units if scheme.name in unit.allowed)
+        found += [_computed(graph, unit, scheme, recipe, masked=unit.root in masked) for unit in able]
     return found
 
 
@@ -210,7 +213,7 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
     return Column(site.id, recipe.target.name, key, tap)
 
 
-def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe) -> Column:
+def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe, *, masked: bool) -> Column:
     nodes = [graph.node[name] for name in unit.core]
     inputs = {str(v.name) for v in graph.model.graph.inputs}
     stored = find_format(scheme.activation)
@@ -239,7 +242,11 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe) -> Colum
             ]
             made = p.op(node.op_type, *given, shape=static_shape(y), **_attributes(node))  # type: ignore[arg-type]
             known[str(y.name)] = stored.write(writer, made, None)
-        return p.like("Sub", known[unit.root], values[unit.root])
+        error = p.like("Sub", known[unit.root], values[unit.root])
+        if masked:  # what is infinite stays so
+            infinite = p.like("IsInf", values[unit.root])
+            error = p.op("Where", infinite, p.const(np.zeros((), np.float32)), error, shape=static_shape(error))
+        return error
 
     place = (Edge(tensor=unit.root, node="", slot=0),)
     key = (scheme.activation, *map(name_of, nodes))

@@ -29,7 +29,7 @@ from bitalloy.model.opset import raised_graph
 from bitalloy.model.read import constant, name_of
 from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.sensitivity.gates import GATES, LEAVING, Gatekeeper
-from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix
+from bitalloy.sensitivity.matrix import ProbeMatrix, relative
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
@@ -271,7 +271,7 @@ def damage(
             found += pool.map(measure, some)
     rows, energy = zip(*found, strict=True)
     total = np.array(energy)
-    return np.stack(rows) / np.maximum(total.mean(axis=0), LEAST_ENERGY)[None, :, None], total
+    return relative(np.stack(rows), total.mean(axis=0)[None, :, None]), total
 
 
 def secant(

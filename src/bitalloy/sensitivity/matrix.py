@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,8 @@ class ProbeMatrix:
     rows: tuple[np.ndarray, ...]
     own: tuple[np.ndarray, ...]
     energy: np.ndarray
+    executed: frozenset[tuple[str, str]] = frozenset()
+    """Heads and sites, as pairs, whose rows hold what execution measured, because gradients do not tell it."""
 
     @cached_property
     def digest(self) -> str:
@@ -82,7 +84,7 @@ class ProbeMatrix:
         columns = []
         for (total, own), energy in zip(heads, self.energy.mean(axis=0), strict=True):
             products = np.square(total) - own
-            columns.append((own + shrink(products) * products).mean(axis=1) / max(energy, LEAST_ENERGY))
+            columns.append(relative((own + shrink(products) * products).mean(axis=1), energy))
         return np.stack(columns, axis=1)
 
     def resampled(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -97,8 +99,7 @@ class ProbeMatrix:
             mean, second = (weights @ part.mean(axis=1) for part in (products, np.square(products)))
             spread = np.maximum(second - np.square(mean), 0.0) / max(products.size - 1, 1)
             kept = np.maximum(1.0 - spread / np.where(mean != 0, np.square(mean), 1.0), 0.0) * (mean != 0)
-            whole = np.maximum(weights @ energy, LEAST_ENERGY)
-            columns.append((weights @ squares.mean(axis=1) + kept * mean) / whole)
+            columns.append(relative(weights @ squares.mean(axis=1) + kept * mean, weights @ energy))
         return np.stack(columns, axis=1)
 
     def view(self, names: Mapping[str, str]) -> ProbeMatrix:
@@ -108,24 +109,26 @@ class ProbeMatrix:
             return self
         at = np.array(list(known.values()), np.int64)
         rows, own = (tuple(r[..., at] for r in block) for block in (self.rows, self.own))
-        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy)
+        executed = frozenset((h, s) for s, name in names.items() for h in self.heads if (h, name) in self.executed)
+        return ProbeMatrix(self.heads, tuple(known), rows, own, self.energy, executed)
 
     def scaled(self, factors: np.ndarray) -> ProbeMatrix:
         """Multiply every column by its factor; `factors` are (heads, sites)."""
         rows = tuple((r * f).astype(r.dtype) for r, f in zip(self.rows, factors, strict=True))
         own = tuple((o * f * f).astype(o.dtype) for o, f in zip(self.own, factors, strict=True))
-        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy)
+        return replace(self, rows=rows, own=own)
 
     def subset(self, samples: slice) -> ProbeMatrix:
         """Return the rows of some of the samples."""
         rows, own = (tuple(r[samples] for r in block) for block in (self.rows, self.own))
-        return ProbeMatrix(self.heads, self.sites, rows, own, self.energy[samples])
+        return replace(self, rows=rows, own=own, energy=self.energy[samples])
 
     def to_bytes(self) -> bytes:
         """Return the matrix as a compressed .npz without pickled objects."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"rows_{i}": r for i, r in enumerate(self.rows)}
         arrays |= {f"own_{i}": r for i, r in enumerate(self.own)}
+        arrays["executed"] = np.array(sorted(self.executed), np.str_).reshape(-1, 2)
         np.savez_compressed(
             buffer, heads=np.array(self.heads), sites=np.array(self.sites), energy=self.energy, **arrays
         )
@@ -137,7 +140,8 @@ class ProbeMatrix:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             heads = tuple(str(h) for h in file["heads"])
             rows, own = (tuple(file[f"{part}_{i}"] for i in range(len(heads))) for part in ("rows", "own"))
-            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"])
+            executed = frozenset((str(head), str(site)) for head, site in file["executed"])
+            return ProbeMatrix(heads, tuple(str(s) for s in file["sites"]), rows, own, file["energy"], executed)
 
     @staticmethod
     def concatenate(parts: Sequence[ProbeMatrix]) -> ProbeMatrix:
@@ -147,7 +151,16 @@ class ProbeMatrix:
             tuple(np.concatenate([getattr(p, name)[h] for p in parts]) for h in range(len(first.heads)))
             for name in ("rows", "own")
         )
-        return ProbeMatrix(first.heads, first.sites, rows, own, np.concatenate([p.energy for p in parts]))
+        return replace(first, rows=rows, own=own, energy=np.concatenate([p.energy for p in parts]))
+
+
+def relative(error: np.ndarray, energy: np.ndarray | float) -> np.ndarray:
+    """Return error energy over energy. Where a head is zero on all samples any error is beyond bounds, and finite.
+
+    >>> relative(np.array([0.0, 2.0, 2.0]), np.array([0.0, 0.0, 4.0])).tolist()
+    [0.0, 2e+30, 0.5]
+    """
+    return np.asarray(error / np.maximum(energy, LEAST_ENERGY))
 
 
 def decibel(damage: np.ndarray) -> np.ndarray:
@@ -239,8 +252,7 @@ def estimate_sqnr(
 
 def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
     """Return the SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
-    whole = np.maximum(weights @ energy, LEAST_ENERGY)
-    return sqnr_interval(float(damage.mean()), (weights @ damage) / whole, len(damage))
+    return sqnr_interval(float(damage.mean()), relative(weights @ damage, weights @ energy), len(damage))
 
 
 def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimate:

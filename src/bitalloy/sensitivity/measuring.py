@@ -29,7 +29,7 @@ from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, deciding_ta
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import CorrectedMatrix, MeasuredDamage, correct_matrix
 from bitalloy.sensitivity.exact import Measurement, Switchboard
-from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws, silent_heads
+from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws, relative, silent_heads
 from bitalloy.sensitivity.switchboards import shared_switchboard, switchboard_opening
 from bitalloy.sensitivity.table import SiteGroup, groups, ranked_alike
 from bitalloy.sensitivity.table import sensitivities as table_of
@@ -143,7 +143,7 @@ def measure_exact(
     damage, energy = measured_damages(ready, [t.sites for t in things], used, around=around, work=work or Workspace())
     weights = draws(count, ready.settings.seed)
     silent_heads([head.name for head in ready.heads], energy)
-    share = energy / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
+    share = relative(energy, energy.mean(axis=0))
     rows = [
         Sensitivity(
             id=thing.id, scope=thing.scope, scheme=thing.scheme, part=thing.part, head=head.name, exact=True,
@@ -211,7 +211,7 @@ def measured_damages(
     rows = [[row[sites] for sites in sets] for row in by_sample]
     energy = np.array([row[0].energy for row in rows])
     error = np.array([[r.error for r in row] for row in rows]).transpose(0, 2, 1)
-    return error / np.maximum(energy.mean(axis=0), LEAST_ENERGY)[None, :, None], energy
+    return relative(error, energy.mean(axis=0)[None, :, None]), energy
 
 
 class ExactInputs(StageInputs, frozen=True, kw_only=True):
@@ -285,7 +285,7 @@ def measure_sites(spec: MeasuredSites, contexts: Contexts) -> bytes:
 def confirm(
     analysis: Analysis, worst: int, *, flagged: bool = True, samples: int = SAMPLES, work: Workspace | None = None
 ) -> Analysis:
-    """Measure the worst units and all flagged units and sites exactly; correct the table and the matrix behind plans.
+    """Measure units exactly, the worst, the flagged and those that gradients do not see; correct table and matrix.
 
     The rows of the table that were measured carry the measured number and `exact`; their flag goes. The matrix is
     fitted to what was measured (`sensitivity.correct`), so that plans made from the result, and the other rows of the
@@ -320,7 +320,7 @@ def _confirmed(
 ) -> tuple[Analysis, CorrectedMatrix | None]:
     units, matrix = analysis.units, analysis.matrix
     gated = frozenset(scheme.name for scheme in units.schemes if scheme.gated)
-    doubtful = _doubtful(analysis.table, worst, gated, flagged=flagged)
+    doubtful = _doubtful(analysis, worst, gated, flagged=flagged)
     things = [g for g in groups(units) if _name(g) in doubtful and g.scheme in gated and not g.again]
     if not things:
         return analysis, None
@@ -336,12 +336,12 @@ def _confirmed(
     findings, whole = [], np.maximum(matrix.energy.mean(axis=0), LEAST_ENERGY)
     for t, thing in enumerate(things):
         predicted = matrix.damage(matrix.select(thing.sites)) * whole
-        part = predicted[:count].mean(axis=0) / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
+        part = relative(predicted[:count].mean(axis=0), energy.mean(axis=0))
         # measured over predicted on the same samples, times the prediction on all of them
         ratio = damage[:, :, t].mean(axis=0) / np.maximum(part, 1e-30)
         findings.append(MeasuredDamage(thing.sites, ratio * predicted.mean(axis=0) / whole))
     correction = correct_matrix(matrix, analysis.secant, findings, whole_group(units).sites)
-    weights, share = draws(count, analysis.settings.seed), energy / np.maximum(energy.mean(axis=0), LEAST_ENERGY)
+    weights, share = draws(count, analysis.settings.seed), relative(energy, energy.mean(axis=0))
     estimates = {
         (*_name(thing), head.name): damage_interval(damage[:, h, t], share[:, h], weights)
         for t, thing in enumerate(things)
@@ -360,15 +360,17 @@ def _name(row: SiteGroup | Sensitivity) -> tuple[str, str, str, str]:
 
 
 def _doubtful(
-    table: SensitivityTable, worst: int, gated: frozenset[str], *, flagged: bool
+    analysis: Analysis, worst: int, gated: frozenset[str], *, flagged: bool
 ) -> set[tuple[str, str, str, str]]:
-    """Name the worst units and, if asked, all flagged units and sites; regions follow from units."""
+    """Name the worst units, those that gradients do not see, and, if asked, all flagged units and sites."""
+    table, executed = analysis.table, {site for _, site in analysis.matrix.executed}
+    blind = {_name(g) for g in groups(analysis.units) if (g.scope, g.part) == ("unit", WHOLE) and g.sites & executed}
     lowest: dict[tuple[str, str, str, str], float] = {}
     for row in table.rows:
         if (row.scope, row.part) == ("unit", WHOLE) and row.scheme in gated and not is_divergence(row.head):
             lowest[_name(row)] = min(lowest.get(_name(row), np.inf), row.sqnr_db.value)
     marked = {_name(r) for r in table.rows if flagged and r.flagged and r.scope != "region"}
-    return marked | set(sorted(lowest, key=lambda n: (lowest[n], n))[:worst])
+    return marked | blind | set(sorted(lowest, key=lambda n: (lowest[n], n))[:worst])
 
 
 def _with(row: Sensitivity, estimates: Mapping[tuple[str, str, str, str, str], Estimate]) -> Sensitivity:

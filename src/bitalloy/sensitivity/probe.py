@@ -41,7 +41,7 @@ class Prober:
         heads: the parts of the outputs.
         schemes: recipes of one target or several. Every site that an INT8 plan could round gets a column; what two
             recipes round alike is measured once. The passes through the network are the same.
-        stops: nodes through which nothing is measured.
+        stops: nodes that hand on no gradient; see `bitalloy.sensitivity.blind` for what lies before them.
 
     Raises:
         UnsupportedOpError: an operator between a site and a head has no adjoint rule.

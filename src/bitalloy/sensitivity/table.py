@@ -107,6 +107,7 @@ def sensitivities(
                 head=head,
                 sqnr_db=e,
                 flagged=bool(flag),
+                exact=_is_measured(matrix, head, group.sites),
             )
             for head, e, flag in zip(matrix.heads, estimates, moved, strict=True)
         ]
@@ -121,6 +122,13 @@ def sensitivities(
     )
 
 
+def _is_measured(matrix: ProbeMatrix, head: str, sites: frozenset[str]) -> bool:
+    """Tell whether execution measured all that rounding some sites does to a head."""
+    known = {s for s in sites if (head, s) in matrix.executed}
+    others = np.flatnonzero(matrix.select(sites - known))
+    return bool(known) and not matrix.rows[matrix.heads.index(head)][..., others].any()
+
+
 def ranking_settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     """Return whether the ranking of units, each in its lowest scheme, would survive other samples.
 
@@ -130,6 +138,8 @@ def ranking_settled(matrix: ProbeMatrix, units: UnitGraph) -> bool:
     if matrix.samples < 4:
         return False
     chosen = [matrix.select(rounded(units, Plan([entry]))) for entry in units.lowest().listed]
+    if not chosen:
+        return True
     parts = [matrix.subset(slice(start, None, 2)) for start in (0, 1)]
     damage = np.stack([[p.damage(c).mean(axis=0) for c in chosen] for p in parts])  # (halves, units, heads)
     return all(ranked_alike(*damage[:, :, head]) for head in np.flatnonzero(matrix.plain))
@@ -142,4 +152,4 @@ def ranked_alike(first: np.ndarray, second: np.ndarray) -> bool:
         return True
     ranks = [np.argsort(np.argsort(h[live])) for h in (first, second)]
     r = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-    return 2 * r / (1 + r) >= SETTLED
+    return r > 0 and 2 * r / (1 + r) >= SETTLED

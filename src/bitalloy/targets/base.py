@@ -146,7 +146,7 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
     """
     found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
-    final = {h.tensor for h in heads}
+    final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
     units = []
     for name, core in found.cores.items():
         members = found.members(name)

@@ -63,7 +63,8 @@ def examine(graph: Graph, unit: Unit, ranges: Mapping[str, TensorRange]) -> Evid
             if slot < len(node.inputs) and node.inputs[slot] is not None:
                 seen.pop(str(node.inputs[slot].name), None)  # type: ignore[union-attr]
     known = [ranges[name] for name, v in seen.items() if _computed(v)]
-    constants = [np.abs(array).max(initial=0.0) for v in seen.values() if (array := constant(v)) is not None]
+    arrays = [array for v in seen.values() if (array := constant(v)) is not None]
+    constants = [np.abs(a).max(initial=0.0, where=np.isfinite(a)) for a in arrays]  # infinity stays what it is
     magnitude = float(max([*(r.magnitude for r in known), *map(float, constants)], default=0.0))
     subnormal = max((r.subnormal for r in known), default=0.0)
     sums = [_sum_of(node, ranges) for node in nodes]

@@ -20,7 +20,8 @@ from bitalloy.core.outcome import (
     UsedSamples,
 )
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
-from bitalloy.core.records import part_of
+from bitalloy.core.records import Estimate, part_of
+from bitalloy.core.schemes import Plan
 from bitalloy.core.store import versions
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.model.graphs.joining import Joined
@@ -50,23 +51,45 @@ class MeasuredPlan:
     """What optimization changes; None where that was not examined."""
 
 
-def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
+def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
+    """Predict the SQNR in dB of every head of a plan by the tables of an analysis."""
+    matrix = analysis.matrix
+    chosen = matrix.select(rounded(analysis.units, plan))
+    return estimate_sqnr(matrix, chosen, draws(matrix.samples, analysis.settings.seed), analysis.secant)
+
+
+def was_corrected(first: Analysis, later: Analysis) -> bool:
+    """Tell whether the tables that predict SQNR are others than before."""
+    return later.matrix is not first.matrix or later.secant != first.secant
+
+
+def summarize_run(
+    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
+) -> Summary:
     """Put predictions and measurements of a run side by side.
 
     Args:
-        analysis: what is known about the model, with the probe matrix as last corrected.
+        analysis: what was known about the model before any plan was verified.
+        corrected: the same with the tables as corrected by what was measured since.
         shipped: the plan that is shipped, with its measurements.
         seconds: wall time per stage.
     """
     matrix, units = analysis.matrix, analysis.units
     planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
-    weights = draws(matrix.samples, analysis.settings.seed)
-    everything = matrix.select(rounded(units, units.lowest()))
-    predicted_lowest = estimate_sqnr(matrix, everything, weights, analysis.secant)
+    before, after = (predicted_sqnr(one, units.lowest()) for one in (analysis, corrected))
+    changed = was_corrected(analysis, corrected)
     sqnr = {
         head.head: HeadComparison(
-            lowest=Comparison(predicted=predicted_lowest[i].value, measured=measured.sqnr_lowest[i].value),
-            mixed=Comparison(predicted=head.predicted_db.value, measured=measured.sqnr_mixed[i].value),
+            lowest=Comparison(
+                predicted=before[i].value,
+                measured=measured.sqnr_lowest[i].value,
+                corrected=after[i].value if changed else None,
+            ),
+            mixed=Comparison(
+                predicted=head.predicted_db.value,
+                measured=measured.sqnr_mixed[i].value,
+                corrected=head.corrected_db.value if head.corrected_db is not None else None,
+            ),
         )
         for i, head in enumerate(planned.plan.heads)
     }
@@ -116,6 +139,7 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
             *_busy(latency),
             *_estimated(planned),
             *_unresolved(planned, measured),
+            *_special(analysis),
             *_optimized(analysis, shipped.kernel_effects or ()),
             *metrics.notes,
         ),
@@ -173,12 +197,25 @@ def _optimized(analysis: Analysis, effects: Sequence[KernelEffect]) -> list[str]
     ]
 
 
+def _special(analysis: Analysis) -> list[str]:
+    """Say of which heads the SQNR is not that of the output, or means nothing."""
+    zero = [h.name for h, energy in zip(analysis.heads, analysis.matrix.energy.T, strict=True) if not energy.any()]
+    logits = [h.name for h in analysis.heads if h.given and not h.kind]
+    return [
+        *(f"'{n}' is zero on all samples: its SQNR only tells whether anything changed it." for n in zero),
+        *(f"'{n}' holds probabilities of a Softmax: its SQNR is that of their logits." for n in logits),
+    ]
+
+
 def _nats(pair: HeadComparison) -> HeadComparison:
     """Convert divergences from dB below 1 nat to nats, with four digits."""
 
+    def nats(decibels: float) -> float:
+        return float(f"{10 ** (-decibels / 10):.4g}")
+
     def convert(one: Comparison) -> Comparison:
-        predicted = None if one.predicted is None else float(f"{10 ** (-one.predicted / 10):.4g}")
-        return Comparison(predicted=predicted, measured=float(f"{10 ** (-one.measured / 10):.4g}"))
+        predicted, corrected = (None if v is None else nats(v) for v in (one.predicted, one.corrected))
+        return Comparison(predicted=predicted, measured=nats(one.measured), corrected=corrected)
 
     return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed))
 
