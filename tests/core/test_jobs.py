@@ -189,7 +189,7 @@ def test_samples_in_memory_bind_a_job_to_its_process(inputs: Any) -> None:
 def test_probing_takes_no_more_results_than_it_needs(inputs: Any) -> None:
     model = bitalloy.load(inputs.classifier)
     images = bitalloy.open_data(model, inputs.images)
-    data = ArrayDataset([images.feeds(i % len(images)) for i in range(16)])
+    data = ArrayDataset([images.feeds(i % len(images)) for i in range(36)])
     executor = Recording()
     settings = bitalloy.Settings(probes=2, calibration_samples=4, equalize=False, bias_correction=False)
     analysis = bitalloy.analyze(model, data, settings, work=Workspace(executor=executor))

@@ -36,7 +36,7 @@ from bitalloy.targets.placement import ACTIVATIONS, Site, possible_sites, rounde
 from bitalloy.targets.recipe import stored_weight
 from bitalloy.tasks.metric import MetricTable
 
-QUICK = bitalloy.Settings(samples=4, probes=8, calibration_samples=8)
+QUICK = bitalloy.Settings(samples=4, probes=8, calibration_samples=8, bias_correction=False)
 
 
 def able(units: UnitGraph) -> list[str]:

@@ -133,7 +133,7 @@ def test_an_analysis_says_what_its_choice_brought(case, tmp_path: Path) -> None:
     folder = tmp_path / "feeds"
     folder.mkdir()
     for i in range(40):
-        x = np.random.default_rng(i).standard_t(2, (1, 3, 32, 32)).astype(np.float32)  # heavy tails
+        x = np.random.default_rng(i).standard_t(3, (1, 3, 32, 32)).astype(np.float32)  # heavy tails
         np.savez(folder / f"{i:02d}.npz", x=x)
     prepared = prepare(case.path, out=tmp_path / "run", data=folder)
     work = prepared.work

@@ -77,33 +77,39 @@ def gather(
                 statistics = part if statistics is None else statistics.merge(part)
         if statistics is None:
             raise DataError("There is no sample to calibrate with.")
-        automatic = method == "auto"
-        first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (method,)
-        found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
-        largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
-        infinite = dict(zip(order, statistics.infinite, strict=True))
-        record = Calibration(
-            model_sha256=model.info.sha256,
-            data=part_of(info, count),
-            method=method,
-            ranges=tuple(
-                TensorRange(
-                    tensor=t,
-                    low=float(found[t][0]),
-                    high=float(found[t][1]),
-                    method=first,
-                    magnitude=float(largest[t]),
-                    subnormal=round(subnormal[t], 6),
-                    infinite=bool(infinite[t]),
-                    others=_distinct(found[t], {other: ranges[t] for other, ranges in more.items()}),
-                )
-                for t in order
-            ),
-            half_margin=float(statistics.half_margin),
-        )
-        return to_json(record)
+        return to_json(_chosen_ranges(statistics, model, order, inputs))
 
     return msgspec.json.decode(work.cached("calibration", inputs, make), type=Calibration)
+
+
+def _chosen_ranges(
+    statistics: Statistics, model: Graph, order: Sequence[str], inputs: CalibrationInputs
+) -> Calibration:
+    """Take the ranges of each tensor from statistics of all samples."""
+    automatic = inputs.method == "auto"
+    first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (inputs.method,)
+    found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
+    largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
+    infinite = dict(zip(order, statistics.infinite, strict=True))
+    return Calibration(
+        model_sha256=model.info.sha256,
+        data=part_of(inputs.data, len(inputs.samples)),
+        method=inputs.method,
+        ranges=tuple(
+            TensorRange(
+                tensor=t,
+                low=float(found[t][0]),
+                high=float(found[t][1]),
+                method=first,
+                magnitude=float(largest[t]),
+                subnormal=round(subnormal[t], 6),
+                infinite=bool(infinite[t]),
+                others=_distinct(found[t], {other: ranges[t] for other, ranges in more.items()}),
+            )
+            for t in order
+        ),
+        half_margin=float(statistics.half_margin),
+    )
 
 
 class CalibrationInputs(StageInputs, frozen=True, kw_only=True):
