@@ -12,7 +12,7 @@ from tests.cnn import int8, with_pair_limit
 from tests.micro import Node, build
 
 from bitalloy.core.outcome import KernelEffect
-from bitalloy.measure.kernels import CAUSES, ROUNDED_WEIGHTS, SATURATING, UNKNOWN, kernel_effects
+from bitalloy.measure.kernels import CAUSES, ROUNDED_WEIGHTS, SATURATING, UNEXPLAINED, kernel_effects
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.apply import write_plan
@@ -145,7 +145,7 @@ class Disturbed(OrtSession):
 def test_what_no_execution_explains_is_not_known(tmp_path: Path, unoptimized: bool) -> None:
     other = Runtime("Other", Disturbed if unoptimized else OrtSession, lambda: "1")
     found = between(tmp_path).effects(other)
-    assert [effect.cause for effect in found] == [UNKNOWN]
+    assert [effect.cause for effect in found] == [UNEXPLAINED]
 
 
 def test_a_model_that_runs_as_written_has_none(tmp_path: Path) -> None:

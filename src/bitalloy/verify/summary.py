@@ -105,14 +105,7 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(
-            *analysis.notes,
-            *_busy(latency),
-            *_estimated(planned),
-            *_unresolved(planned, measured),
-            *_optimized(analysis, shipped.kernel_effects or ()),
-            *metrics.notes,
-        ),
+        notes=_notes(analysis, shipped),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
@@ -121,6 +114,19 @@ def summarize_run(analysis: Analysis, shipped: MeasuredPlan, seconds: Mapping[st
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
         corrections=analysis.corrections,
+    )
+
+
+def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
+    """List what a reader of the numbers must know."""
+    planned, measured = shipped.planned, shipped.measured
+    return (
+        *analysis.notes,
+        *_busy(measured.latency),
+        *_estimated(planned),
+        *_unresolved(planned, measured),
+        *_optimized(analysis, shipped.kernel_effects or ()),
+        *shipped.metrics.notes,
     )
 
 
