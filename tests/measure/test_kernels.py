@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from bitalloy.measure.kernels import CAUSES, ROUNDED_WEIGHTS, SATURATING, UNEXPL
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.calibrated import plan_artefact
 from bitalloy.rewrite.floats import keep_floats
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY, Runtime
@@ -33,6 +34,7 @@ class Made:
     """A model whose first units run in INT8, and its float form."""
 
     graph: Graph
+    recipe: Recipe
     model: Artefact
     feeds: list[dict[str, np.ndarray]]
 
@@ -63,7 +65,7 @@ def made(
     units = split(graph, device, find_heads(graph))
     ranges = {e.root: (min(s[e.root].min() for s in seen), max(s[e.root].max() for s in seen)) for e in units.edges}
     recipe = Recipe(units, device, {name: (float(low), float(high)) for name, (low, high) in ranges.items()})
-    return Made(graph, Artefact({ONLY: write_plan(graph, recipe, int8(lowered)).model}), feeds)
+    return Made(graph, recipe, Artefact({ONLY: write_plan(graph, recipe, int8(lowered)).model}), feeds)
 
 
 def grey(path: Path) -> Made:
@@ -132,6 +134,12 @@ def test_integer_kernels_that_are_wrong_are_told(tmp_path: Path) -> None:
     assert not isinstance(model, Path)
     keep_floats(model)
     assert case.effects() == ()
+
+
+def test_shipped_models_keep_their_floats(tmp_path: Path) -> None:
+    case = between(tmp_path)
+    shipped = plan_artefact(case.graph, case.recipe, int8(["c", "f"]))
+    assert replace(case, model=shipped).effects() == ()
 
 
 class Disturbed(OrtSession):
