@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ from tests.cnn import int8, with_pair_limit
 from tests.micro import Node, build
 
 from bitalloy.core.outcome import KernelEffect
-from bitalloy.measure.kernels import CAUSES, ROUNDED_WEIGHTS, SATURATING, UNKNOWN, kernel_effects
+from bitalloy.measure.kernels import CAUSES, ROUNDED_WEIGHTS, SATURATING, UNEXPLAINED, kernel_effects
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.calibrated import plan_artefact
 from bitalloy.rewrite.floats import keep_floats
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY, Runtime
@@ -33,6 +34,7 @@ class Made:
     """A model whose first units run in INT8, and its float form."""
 
     graph: Graph
+    recipe: Recipe
     model: Artefact
     feeds: list[dict[str, np.ndarray]]
 
@@ -63,7 +65,7 @@ def made(
     units = split(graph, device, find_heads(graph))
     ranges = {e.root: (min(s[e.root].min() for s in seen), max(s[e.root].max() for s in seen)) for e in units.edges}
     recipe = Recipe(units, device, {name: (float(low), float(high)) for name, (low, high) in ranges.items()})
-    return Made(graph, Artefact({ONLY: write_plan(graph, recipe, int8(lowered)).model}), feeds)
+    return Made(graph, recipe, Artefact({ONLY: write_plan(graph, recipe, int8(lowered)).model}), feeds)
 
 
 def grey(path: Path) -> Made:
@@ -134,6 +136,12 @@ def test_integer_kernels_that_are_wrong_are_told(tmp_path: Path) -> None:
     assert case.effects() == ()
 
 
+def test_shipped_models_keep_their_floats(tmp_path: Path) -> None:
+    case = between(tmp_path)
+    shipped = plan_artefact(case.graph, case.recipe, int8(["c", "f"]))
+    assert replace(case, model=shipped).effects() == ()
+
+
 class Disturbed(OrtSession):
     """A session of a runtime that adds noise of its own."""
 
@@ -145,7 +153,7 @@ class Disturbed(OrtSession):
 def test_what_no_execution_explains_is_not_known(tmp_path: Path, unoptimized: bool) -> None:
     other = Runtime("Other", Disturbed if unoptimized else OrtSession, lambda: "1")
     found = between(tmp_path).effects(other)
-    assert [effect.cause for effect in found] == [UNKNOWN]
+    assert [effect.cause for effect in found] == [UNEXPLAINED]
 
 
 def test_a_model_that_runs_as_written_has_none(tmp_path: Path) -> None:

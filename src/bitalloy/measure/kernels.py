@@ -30,7 +30,7 @@ EFFECT_DB = 1.0
 """A smaller difference in SQNR is no effect: roundings at half a step fall either way."""
 FLOAT_DB = 100.0
 """SQNR above which only the order of float32 sums differs."""
-UNKNOWN = "the cause is not known"
+UNEXPLAINED = "the cause is not known"
 SATURATING = "sums of two products saturate in 16 bits"
 ROUNDED_WEIGHTS = "the optimizer rounds weights that the plan keeps in float"
 CAUSES: Mapping[str, Execution] = {
@@ -41,15 +41,12 @@ CAUSES: Mapping[str, Execution] = {
 }
 """Cause -> the execution of ONNX Runtime in which it is gone, in the order in which they are tried."""
 
-Feeds = Callable[[], Iterable[Mapping[str, np.ndarray]]]
-"""Function that gives the samples, each time from the first."""
-
 
 def kernel_effects(
     reference: Artefact,
     shipped: Artefact,
     heads: Sequence[Head],
-    feeds: Feeds,
+    feeds: Callable[[], Iterable[Mapping[str, np.ndarray]]],
     *,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[KernelEffect, ...]:
@@ -59,7 +56,7 @@ def kernel_effects(
         reference: the float model.
         shipped: a rewritten model, on the runtime that executes it.
         heads: parts of the outputs; divergences are left out.
-        feeds: gives the samples.
+        feeds: gives the samples, each time from the first.
         progress: called once per sample of the first comparison.
     """
     plain = [head for head in heads if not is_divergence(head.name)]
@@ -70,9 +67,9 @@ def kernel_effects(
         for head, optimized, exact in zip(plain, both["shipped"], both["written"], strict=True)
         if abs(optimized.value - exact.value) > EFFECT_DB and min(optimized.value, exact.value) < FLOAT_DB
     }
-    causes = dict.fromkeys(found, UNKNOWN)
+    causes = dict.fromkeys(found, UNEXPLAINED)
     for cause, execution in CAUSES.items() if shipped.runtime is ORT else ():
-        left = [head for head in plain if causes.get(head.name) == UNKNOWN]
+        left = [head for head in plain if causes.get(head.name) == UNEXPLAINED]
         if not left:
             break
         try:

@@ -140,7 +140,7 @@ class Calibrated:
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
-        return _artefact(self.graph, self.recipe(), plan)
+        return plan_artefact(self.graph, self.recipe(), plan)
 
     def executable(self, artefact: Artefact) -> Artefact:
         """Return an artefact for ONNX Runtime here, with the numbers that the graph says: see `as_specified`."""
@@ -167,10 +167,11 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
     graph, recipe = contexts.open(spec.graph), contexts.open(spec.recipe)
     if spec.schemes is None:
         return _original(graph, contexts.open(spec.given), recipe.target)
-    return _executable(_artefact(graph, recipe, Plan(spec.schemes)), recipe.target)
+    return _executable(plan_artefact(graph, recipe, Plan(spec.schemes)), recipe.target)
 
 
-def _artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
+def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
+    """Make the model of a plan as it is shipped: see `Calibrated.artefact`."""
     model = write_plan(graph, recipe, plan).model
     parts, program = {ONLY: model}, None
     if isinstance(graph, Joined):

@@ -30,12 +30,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from bitalloy import ops
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import Consumer, constant, consumers, is_float
 from bitalloy.model.write import add_initializer, drop_unread, insert_behind, namer, node_namer
 from bitalloy.targets.ort_cpu import pool_fault
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 MOVED = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators past which QDQPropagation moves roundings."""
 TAKEN = frozenset({"Add", "BatchNormalization", "Clip", "Mul", "Relu"})
@@ -97,7 +97,7 @@ def _way_out(node: ir.Node) -> list[str] | None:
 
 def _weight_is_rounded(node: ir.Node) -> bool:
     """Tell whether the float weights of a node that reads rounded numbers would be rounded: cases 1 to 3."""
-    weight = node.inputs[1] if node.op_type in PRODUCTS else None
+    weight = node.inputs[1] if node.op_type in ops.WEIGHTED else None
     if weight is None or not is_float(weight) or constant(weight) is None:
         return False
     bias = node.inputs[2] if len(node.inputs) > 2 else None

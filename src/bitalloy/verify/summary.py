@@ -133,16 +133,7 @@ def summarize_run(
         evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(
-            *analysis.notes,
-            *_unfit(analysis),
-            *_busy(latency),
-            *_estimated(planned),
-            *_unresolved(planned, measured),
-            *_special(analysis),
-            *_optimized(analysis, shipped.kernel_effects or ()),
-            *metrics.notes,
-        ),
+        notes=_notes(analysis, shipped),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
@@ -168,6 +159,21 @@ def _used(analysis: Analysis) -> UsedSamples:
         verification=verification,
         disjoint=parts.disjoint,
         told=parts.describe(),
+    )
+
+
+def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
+    """List what a reader of the numbers must know."""
+    planned, measured = shipped.planned, shipped.measured
+    return (
+        *analysis.notes,
+        *_unfit(analysis),
+        *_special(analysis),
+        *_busy(measured.latency),
+        *_estimated(planned),
+        *_unresolved(planned, measured),
+        *_optimized(analysis, shipped.kernel_effects or ()),
+        *shipped.metrics.notes,
     )
 
 
