@@ -30,6 +30,7 @@ from bitalloy.formats import weight_bits
 from bitalloy.measure import bench
 from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
+from bitalloy.measure.sizes import with_sizes
 from bitalloy.measure.tracing import TracedModel, profile, trace
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
@@ -211,10 +212,12 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
     A stored table of the same units, machine and runtime is used again, whatever else the analysis was made of.
     """
     work = work or Workspace()
-    if analysis.target.device is not None:
-        return estimate_costs(analysis.graph, analysis.units, analysis.target.device)
+    device = analysis.target.device
 
     def make() -> bytes:
+        if device is not None:
+            table = estimate_costs(analysis.graph, analysis.units, device)
+            return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
         with work.stage("cost", None) as progress:
             table = measure(
                 analysis.units,
@@ -223,7 +226,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
-        return to_json(table)
+        return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
 
     units = [(u.id, u.core, u.tail, u.allowed) for u in analysis.units.units]
     key = key_of(

@@ -17,7 +17,7 @@ from bitalloy.core.plans import CostTable
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitGraph
-from bitalloy.measure.prices import latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, latency_us, saved_bytes
 from bitalloy.model.heads import DETECTIONS
 from bitalloy.search.moves import Moves
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend
@@ -36,6 +36,7 @@ class Problem:
     secant: Secant
     cost: CostTable
     float_bytes: int
+    """Size of the float model as it is written."""
 
     @cached_property
     def choices(self) -> Mapping[str, tuple[str, ...]]:
@@ -108,4 +109,4 @@ class Problem:
 
     def size_bytes(self, plan: Plan) -> int:
         """Predict the file size of a plan."""
-        return self.float_bytes - saved_bytes(self.cost, plan)
+        return self.float_bytes - saved_bytes(self.cost, plan) + round(border_bytes(self.cost, self.units, plan))
