@@ -19,6 +19,7 @@ from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
+from bitalloy.verify.rounds import MeasuredStanding, fits_best, missed_size
 from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
 FLOOR_DB = 5.0
@@ -129,7 +130,7 @@ def test_a_plan_that_is_better_but_for_the_size_wins_where_none_keeps_it() -> No
         standing(0.7, 1005, 10.0),
         standing(1.0, 999, 5.0),
     )
-    assert fits_best(budget, [close, better]) == fits_best(budget, [better, close]) ^ 1 == 1
+    assert (fits_best(budget, [close, better]), fits_best(budget, [better, close])) == (1, 0)
     assert fits_best(budget, [close, better, small]) == 2
     assert fits_best(budget, [worse, close]) == 0
     assert missed_size(budget, 1010) == pytest.approx(0.01) and missed_size(budget, 1000) == 0.0
