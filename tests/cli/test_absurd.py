@@ -62,6 +62,15 @@ def test_absurd_numbers(words: tuple[str, str], inside: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [("export", "yolo11n", "--out", LONG), ("run", LONG), ("plan", LONG), ("run", "--data", LONG), ("audit", LONG)],
+    ids=lambda words: " ".join(words)[:20],
+)
+def test_paths_that_are_too_long(words: tuple[str, ...], inside: Any) -> None:
+    assert "999" in inside(*words).refused()
+
+
+@pytest.mark.parametrize(
     "pattern",
     ["{0..999}{0..999}", "{0..9}" * 300, f"{{{LONG * 20}..{LONG * 20}}}", f"{{0..{LONG}}}", "{9..1}", "[" * 5000],
     ids=lambda pattern: pattern[:20],
