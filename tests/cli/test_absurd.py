@@ -26,8 +26,8 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 sys.argv[1:] = {words!r}
-from bitalloy.__main__ import main
-main()
+from bitalloy.__main__ import start
+start()
 """
 
 

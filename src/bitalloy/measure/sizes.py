@@ -20,7 +20,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.targets.placement import Conversion, borders
 
-MIXTURES = 6
+_MIXTURES = 6
 """Random plans that are written to learn what a border takes in a file."""
 
 
@@ -58,7 +58,7 @@ def with_sizes(table: CostTable, units: UnitGraph, write: Callable[[Plan], Artef
         Plan(
             (u.id, s) for u in units.units if u.choices and (s := generator.choice([BASELINE, *u.choices])) != BASELINE
         )
-        for _ in range(MIXTURES)
+        for _ in range(_MIXTURES)
     ]
     weighed = {name: _unit_bytes(write(plan)) for name, plan in zip(names, pure, strict=True)}
     totals = np.array([write(plan).size_bytes for plan in (*pure, *mixed)], np.float64)
