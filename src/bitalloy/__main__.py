@@ -6,7 +6,7 @@ It imports nothing at its top, so that an interrupt is answered with one line fr
 import sys
 
 
-def main() -> None:
+def start() -> None:
     """Run the command line; an interrupt ends with one line and exit code 130."""
     try:
         from bitalloy.cli.main import main as run
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -26,8 +26,8 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 sys.argv[1:] = {words!r}
-from bitalloy.__main__ import main
-main()
+from bitalloy.__main__ import start
+start()
 """
 
 
@@ -59,6 +59,15 @@ main()
 )
 def test_absurd_numbers(words: tuple[str, str], inside: Any) -> None:
     assert words[0] in inside("run", "missing.onnx", *words).refused()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("export", "yolo11n", "--out", LONG), ("run", LONG), ("plan", LONG), ("run", "--data", LONG), ("audit", LONG)],
+    ids=lambda words: " ".join(words)[:20],
+)
+def test_paths_that_are_too_long(words: tuple[str, ...], inside: Any) -> None:
+    assert "999" in inside(*words).refused()
 
 
 @pytest.mark.parametrize(

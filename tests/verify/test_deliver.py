@@ -23,6 +23,7 @@ from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
+from bitalloy.verify.rounds import MeasuredStanding, fits_best, missed_size
 from bitalloy.verify.summary import MeasuredPlan, summarize_run
 
 FLOOR_DB = 5.0
@@ -174,3 +175,22 @@ def test_a_file_with_two_nodes_of_one_name_is_measured(inside: Any, inputs: Any,
     with pytest.raises(bitalloy.ModelError, match="same node name"):
         OrtSession(here / "same.onnx")
     inside.run(here / "same.onnx", "--data", inputs.images, "--max-drop-db", 5).succeeded()
+
+
+def standing(ratio: float, size: int, sqnr: float) -> MeasuredStanding:
+    return MeasuredStanding(ratio, 10 * ratio, size, {"y": sqnr})
+
+
+def test_a_plan_that_is_better_but_for_the_size_wins_where_none_keeps_it() -> None:
+    budget = Budget(size_bytes=1000)
+    close, better, worse, small = (
+        standing(0.9, 1010, 20.0),
+        standing(0.8, 1012, 25.0),
+        standing(0.7, 1005, 10.0),
+        standing(1.0, 999, 5.0),
+    )
+    assert (fits_best(budget, [close, better]), fits_best(budget, [better, close])) == (1, 0)
+    assert fits_best(budget, [close, better, small]) == 2
+    assert fits_best(budget, [worse, close]) == 0
+    assert missed_size(budget, 1010) == pytest.approx(0.01) and missed_size(budget, 1000) == 0.0
+    assert missed_size(Budget(), 1e12) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
+MOST_SHOWN = 80
+"""Characters of a path that is too long that are repeated."""
 INTERRUPTED = 130
 """Exit code of a command that was interrupted."""
 
@@ -338,8 +341,14 @@ def main() -> None:
         if stopped.code == INTERRUPTED:  # typer says nothing of it
             raise KeyboardInterrupt from None
         raise
-    except (BitalloyError, UnicodeEncodeError) as error:
+    except (BitalloyError, UnicodeEncodeError, OSError) as error:
         told = str(error)
+        if isinstance(error, OSError):
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            told = (
+                f"A path is longer than the system allows: '{str(error.filename)[:MOST_SHOWN]}...'. Give a shorter one."
+            )
         if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them
             told = f"A name is not UTF-8 text: {error.object!a}. Rename that file or folder."
         error_console.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)

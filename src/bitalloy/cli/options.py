@@ -12,7 +12,7 @@ from bitalloy.core.plans import FIRST, Keep
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
-MOST_DB = 160
+LARGEST_FLOOR_DB = 160
 """No floor on the SQNR is higher or, below zero, lower: equal outputs have this much."""
 RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
 Text = TypeVar("Text", str, str | None)
@@ -59,8 +59,10 @@ def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
     """
     found = _named("--max-drop-db", texts, "a number of dB such as 20, or one for a head such as boxes=30")
     for value in found.values():
-        if abs(value) > MOST_DB:
-            raise BitalloyError(f"--max-drop-db is {value:g}; expected at most {MOST_DB} dB, where outputs are equal.")
+        if abs(value) > LARGEST_FLOOR_DB:
+            raise BitalloyError(
+                f"--max-drop-db is {value:g}; expected at most {LARGEST_FLOOR_DB} dB, where outputs are equal."
+            )
     return found.pop("", None), found
 
 

@@ -24,14 +24,14 @@ class UnitCost(Record, frozen=True, kw_only=True):
     us: dict[str, float]
     """Scheme -> time in microseconds."""
     bytes: dict[str, int]
-    """Scheme -> size of its weights in the file."""
+    """Scheme -> size of all that stands for it in the file: nodes, weights, scales and metadata."""
 
     def saved_us(self, scheme: str) -> float:
         """Return the time that a scheme saves against `BASELINE`; it is negative where the scheme is slower."""
         return self.us[BASELINE] - self.us[scheme]
 
     def saved_bytes(self, scheme: str) -> int:
-        """Return the bytes of weights that a scheme saves against `BASELINE`."""
+        """Return the bytes that a scheme saves in the file against `BASELINE`, borders left out."""
         return self.bytes[BASELINE] - self.bytes[scheme]
 
 
@@ -45,6 +45,8 @@ class BorderCost(Record, frozen=True, kw_only=True):
     us_per_element: float
     us: float
     """Fixed price, beside the price per element."""
+    bytes: float = 0.0
+    """Size of the nodes, scales and metadata that convert one tensor."""
 
     def price_us(self, elements: float, count: float = 1.0) -> float:
         """Return the time that `count` such borders take with `elements` numbers in all."""
@@ -65,6 +67,8 @@ class CostTable(Record, frozen=True, kw_only=True):
     """Scheme -> median time of the model with all that it can in that scheme, measured in one interleaved run."""
     residual_percent: float
     """Mean absolute error of the fitted table on the measured variants."""
+    float_bytes: int = 0
+    """Size of the float model as it is written, from which predicted sizes start."""
     estimated: bool = False
     """True where nothing was measured: times follow from peak rates of `device`."""
     left_out_percent: tuple[float, ...] = ()

@@ -29,6 +29,7 @@ from bitalloy.formats import weight_bits
 from bitalloy.measure import bench
 from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
+from bitalloy.measure.sizes import with_sizes
 from bitalloy.measure.tracing import TracedModel, profile, trace
 from bitalloy.rewrite.calibrated import Environment
 from bitalloy.runtime.artefact import Artefact, reopeners
@@ -220,10 +221,12 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
     A stored table of the same units, machine and runtime is used again, whatever else the analysis was made of.
     """
     work = work or Workspace()
-    if analysis.target.device is not None:
-        return estimate_costs(analysis.graph, analysis.units, analysis.target.device)
+    device = analysis.target.device
 
     def make() -> bytes:
+        if device is not None:
+            table = estimate_costs(analysis.graph, analysis.units, device)
+            return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
         with work.stage("cost", None) as progress:
             table = measure(
                 analysis.units,
@@ -232,7 +235,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
-        return to_json(table)
+        return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
 
     inputs = CostInputs(
         model=analysis.graph.info.sha256,

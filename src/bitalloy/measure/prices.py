@@ -8,7 +8,7 @@ from bitalloy.core.plans import CostTable
 from bitalloy.core.records import Estimate
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
-from bitalloy.targets.placement import borders
+from bitalloy.targets.placement import Conversion, borders
 
 
 def latency_us(table: CostTable, units: UnitGraph, plan: Plan) -> float:
@@ -38,5 +38,12 @@ def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estim
 
 
 def saved_bytes(table: CostTable, plan: Plan) -> int:
-    """Return the bytes of weights that a plan saves against the float model."""
+    """Return the bytes of weights that a plan saves in the file against the float model, borders left out."""
     return sum(cost.saved_bytes(plan[cost.unit]) for cost in table.units if cost.unit in plan)
+
+
+def border_bytes(table: CostTable, units: UnitGraph, plan: Plan) -> float:
+    """Predict the bytes of the file that convert tensors between schemes."""
+    found = borders(units, plan)
+    prices = {Conversion(price.source, price.sink): price.bytes for price in table.borders}
+    return float(sum(prices.get(conversion, 0.0) * count for conversion, (_, count) in found.items()))

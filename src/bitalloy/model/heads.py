@@ -56,10 +56,7 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
     """
     outputs = [v for v in dict.fromkeys(graph.model.graph.outputs) if is_float(v) and v.producer() is not None]
     if not outputs:
-        raise ModelError(
-            f"The model has no float output that it computes, so there is nothing to compare; its outputs are "
-            f"{list(graph.output_names)}."
-        )
+        raise ModelError(f"The model computes no float output to compare; its outputs are {list(graph.output_names)}.")
     family = graph.metadata.get(FAMILY, "")
     meaning = MEANINGS.get(family)
     counted = _counted(graph, outputs, meaning)

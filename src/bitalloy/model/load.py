@@ -42,7 +42,7 @@ DEFAULT_DOMAINS = ("", "ai.onnx")
 WHOLE_BYTES = frozenset(int(t) for t in ir.DataType if t.name not in ("UNDEFINED", "STRING") and t.bitwidth >= 8)
 """Types whose numbers fill whole bytes."""
 CHUNK = 1 << 22
-MOST_SHOWN = 80
+_SHOWN = 80
 """Characters of a text of the file that a message repeats."""
 
 
@@ -273,7 +273,7 @@ def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         location = {e.key: e.value for e in tensor.external_data}.get("location", "")
-        shown = repr(location[:MOST_SHOWN])
+        shown = repr(location[:_SHOWN])
         try:
             target = (folder / location).resolve()
             outside = not location or Path(location).is_absolute() or not target.is_relative_to(folder)
@@ -281,7 +281,7 @@ def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
         except (OSError, ValueError) as error:  # too long, or with a NUL
             raise ModelError(
                 f"Weight '{tensor.name}' of '{source}' is in the external file {shown}, which no file can be called: "
-                f"{str(error)[:MOST_SHOWN]}. Export the model again."
+                f"{str(error)[:_SHOWN]}. Export the model again."
             ) from error
         if outside:
             raise ModelError(

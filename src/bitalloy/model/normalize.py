@@ -3,8 +3,8 @@
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
 3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
-   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, and a Concat has no
-   empty operands (an empty cache).
+   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, a Concat has no
+   empty operands (an empty cache), and a constant bias of a Gemm has one number per column where it has but one row.
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
 5. Inputs and outputs keep their names, types and order.
 """
@@ -53,6 +53,7 @@ def normalize(model: ir.Model) -> ir.Model:
     _fill_missing_shapes(model)
     _drop_empty_operands(model)
     _fold_batch_norm(model)
+    _spread_biases(model)
     RemoveUnusedNodesPass()(model)
     _refuse_numbers(model)
     return model
@@ -434,6 +435,18 @@ def _fold_batch_norm(model: ir.Model) -> None:
             model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
         )
         model.graph.remove(conv, safe=True)
+
+
+def _spread_biases(model: ir.Model) -> None:
+    """Write a constant bias of a Gemm that is one number, or one row, as a vector of one number per column."""
+    fresh = namer(model)
+    for node in model.graph:
+        bias = constant(node.inputs[2]) if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        columns = static_shape(node.outputs[0])[-1] if bias is not None else 0
+        if bias is None or bias.shape == (columns,) or bias.size != max(bias.shape[-1:], default=1):
+            continue
+        row = np.broadcast_to(bias.reshape(-1), (columns,)).copy()
+        node.replace_input_with(2, add_initializer(model.graph, fresh(f"{node.name}/bias"), row))
 
 
 def _refuse_numbers(model: ir.Model) -> None:

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from bitalloy.core.plans import CostTable
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import UnitEdge, UnitGraph
-from bitalloy.measure.prices import latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, latency_us, saved_bytes
 from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix, shrink
 from bitalloy.targets.placement import Conversion, all_conversions, conversions, own_sites, rounded, roundings
 
@@ -121,11 +121,12 @@ class Moves:
         elements[self._tensor] = [e.elements for e in edges]
         prices = {Conversion(p.source, p.sink): p for p in self._cost.borders}
         # of a tensor and a conversion: once, however many edges have it
-        table = np.zeros((len(tensors), self._kinds))
+        times, sizes = np.zeros((2, len(tensors), self._kinds))
         for conversion, kind in kinds.items():
             if (price := prices.get(conversion)) is not None:
-                table[:, kind] = price.us + elements * price.us_per_element
-        self._price_us = table.reshape(-1)
+                times[:, kind] = price.us + elements * price.us_per_element
+                sizes[:, kind] = price.bytes
+        self._border_us, self._border_bytes = times.reshape(-1), sizes.reshape(-1)
         keys = (self._kinds * self._tensor[self._edge])[:, None] + np.arange(self._kinds)
         pairs, at = np.unique(keys * len(self._unit) + self._mover[:, None], return_inverse=True)
         self._key, self._pair_mover = np.divmod(pairs, max(len(self._unit), 1))
@@ -164,8 +165,10 @@ class Moves:
         chosen = self._matrix.select(rounded(self._units, plan))
         change = self._changes(was, now, before, after)
         latency = latency_us(self._cost, self._units, plan) + self._us[self._unit, now] - self._us[self._unit, was]
-        latency = latency + self._priced(state, before, after)
-        saved = saved_bytes(self._cost, plan) + self._bytes[self._unit, was] - self._bytes[self._unit, now]
+        longer, larger = self._priced(state, before, after)
+        latency = latency + longer
+        saved = saved_bytes(self._cost, plan) - border_bytes(self._cost, self._units, plan)
+        saved = saved + self._bytes[self._unit, was] - self._bytes[self._unit, now] - larger
         samples, together = self._matrix.samples, []
         for rows, squares, energy in zip(self._rows, self._squares, self._energy, strict=True):
             total, own = ((chosen @ part + change @ part).T for part in (rows, squares))
@@ -189,11 +192,11 @@ class Moves:
         real = columns < self._sites
         return csr_array((signs[real], (rows[real], columns[real])), shape=(len(self._unit), self._sites))
 
-    def _priced(self, state: np.ndarray, before: _Ends, after: _Ends) -> np.ndarray:
-        """Return by how much the moves (moves,) change the price of borders, once per tensor and conversion."""
+    def _priced(self, state: np.ndarray, before: _Ends, after: _Ends) -> tuple[np.ndarray, np.ndarray]:
+        """Return by how much the moves (moves,) change time and bytes of borders, once per tensor and conversion."""
         everywhere = self._kind_of[np.arange(len(self._up)), state[self._up], state[self._down]]
         keys = (self._kinds * self._tensor)[:, None] + everywhere
-        count = np.bincount(keys[everywhere >= 0], minlength=len(self._price_us))[self._key]
+        count = np.bincount(keys[everywhere >= 0], minlength=len(self._border_us))[self._key]
         change = np.zeros(len(self._key))
         for sign, ends in ((-1.0, before), (1.0, after)):
             for kind in self._kind_of[ends.edge, ends.source, ends.sink].T:
@@ -201,7 +204,11 @@ class Moves:
                 pair = self._pair[np.flatnonzero(there), kind[there]]
                 change += sign * np.bincount(pair, minlength=len(change))
         turned = (count + change > 0.5).astype(np.float64) - (count > 0.5)
-        return np.bincount(self._pair_mover, weights=self._price_us[self._key] * turned, minlength=len(self._unit))
+        longer, larger = (
+            np.bincount(self._pair_mover, weights=prices[self._key] * turned, minlength=len(self._unit))
+            for prices in (self._border_us, self._border_bytes)
+        )
+        return longer, larger
 
 
 def _flat(rows: np.ndarray) -> np.ndarray:

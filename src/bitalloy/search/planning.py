@@ -43,7 +43,7 @@ class PlanFacts(Record, frozen=True, kw_only=True):
     """`planning.json`: what a plan rests on beside units, cost table and probe matrix."""
 
     float_bytes: int
-    """Size of the float model's files."""
+    """Size of the float model's files as they were given, to which a budget's ratio refers."""
     operators: dict[str, str]
     """Node -> operator type."""
     advice: tuple[FamilyAdvice, ...]
@@ -179,7 +179,7 @@ def _narrowed(tables: PlanTables, budget: Budget) -> _Case:
     return _Case(
         tables,
         budget,
-        Problem(asked.units, tables.matrix, facts.secant, tables.cost, facts.float_bytes, facts.alone),
+        Problem(asked.units, tables.matrix, facts.secant, tables.cost, tables.cost.float_bytes, facts.alone),
         {name: why for name, why in advised.kept.items() if name not in asked.kept},
         {name: why for name, why in advised.freed.items() if name not in asked.kept},
         asked.kept,

@@ -17,7 +17,7 @@ from bitalloy.core.plans import CostTable, UnitDamage
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitGraph
-from bitalloy.measure.prices import latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, latency_us, saved_bytes
 from bitalloy.model.heads import DETECTIONS
 from bitalloy.search.moves import Moves
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend
@@ -36,6 +36,7 @@ class Problem:
     secant: Secant
     cost: CostTable
     float_bytes: int
+    """Size of the float model as it is written."""
     alone: Mapping[str, Mapping[str, UnitDamage]] = field(default_factory=dict)
     """Unit -> scheme -> its row in the table of sensitivities, which reasons quote."""
 
@@ -110,4 +111,4 @@ class Problem:
 
     def size_bytes(self, plan: Plan) -> int:
         """Predict the file size of a plan."""
-        return self.float_bytes - saved_bytes(self.cost, plan)
+        return self.float_bytes - saved_bytes(self.cost, plan) + round(border_bytes(self.cost, self.units, plan))

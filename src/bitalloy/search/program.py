@@ -98,7 +98,7 @@ class Program:
         self._terms: list[tuple[int, np.ndarray]] = []
         """Variable, damage per head."""
         latency: dict[int, float] = {}
-        saved: dict[int, int] = {}
+        saved: dict[int, float] = {}
         for entry in problem.cost.units:
             for scheme in problem.choices.get(entry.unit, ()):
                 latency[self._index[entry.unit, scheme]] = -entry.saved_us(scheme)
@@ -108,9 +108,9 @@ class Program:
                 self._add_damage(self._index[unit.id, scheme], own_sites(unit, problem.units.scheme(scheme)))
         for edge in problem.units.edges:
             self._add_sites(edge)
-            self._add_conversions(edge, latency, rounding=True)
+            self._add_conversions(edge, latency, saved, rounding=True)
         for edge in problem.units.edges:
-            self._add_conversions(edge, latency, rounding=False)
+            self._add_conversions(edge, latency, saved, rounding=False)
         heads = len(problem.matrix.heads)
         self._damage = np.zeros((heads, self._count))
         for variable, values in self._terms:
@@ -183,7 +183,9 @@ class Program:
                     self._conditions.append((terms, -1.0 if case == 3 else 0.0))
                     left -= own
 
-    def _add_conversions(self, edge: UnitEdge, latency: dict[int, float], *, rounding: bool) -> None:
+    def _add_conversions(
+        self, edge: UnitEdge, latency: dict[int, float], saved: dict[int, float], *, rounding: bool
+    ) -> None:
         """Add the price of a tensor's conversions, rounding or other ones, once for all its edges."""
         if edge.producer == edge.consumer:
             return
@@ -195,12 +197,15 @@ class Program:
                 where.setdefault(conversion, set()).add((source.name, sink.name))
         for conversion in sorted(where, key=lambda c: (c.source == "", c.source == BASELINE, c)):
             price = self._prices.get(conversion)
-            if conversion.rounding is not rounding or price is None or (price.us == 0 and price.us_per_element == 0):
+            if price is None or conversion.rounding is not rounding:
+                continue
+            if not any((price.us, price.us_per_element, price.bytes)):
                 continue
             key = edge.tensor, conversion
             if key not in self._borders:
                 self._borders[key] = self._new()
                 latency[self._borders[key]] = price.price_us(edge.elements)
+                saved[self._borders[key]] = -price.bytes
             self._require(self._borders[key], edge, where[conversion], everywhere)
 
     def solve(self, limits: Limits, *, minimize: str, gap: float = GAP) -> Solution | None:

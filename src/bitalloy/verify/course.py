@@ -33,7 +33,7 @@ from bitalloy.verify.neighbours import (
     with_measured_front,
 )
 from bitalloy.verify.repair import repair
-from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, next_search, plain_sqnr, seeks_speed
+from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, fits_best, next_search, plain_sqnr, seeks_speed
 
 MAX_ROUNDS = 3
 
@@ -203,7 +203,7 @@ class VerificationCourse:
     @property
     def best(self) -> TriedPlan:
         """The plan that fits the budget best, as measured."""
-        return self._decided or min(self._tried, key=lambda t: budget_misfit(self.budget, t.standing))
+        return self._decided or self._tried[fits_best(self.budget, [t.standing for t in self._tried])]
 
     def kernel_effects(self) -> tuple[KernelEffect, ...]:
         """Compare the best plan as the runtime optimizes it with its graph as it is written, on the same samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -49,10 +50,32 @@ def budget_misfit(budget: Budget, found: MeasuredStanding, *, tolerance: float =
         miss += max(0.0, found.ratio / (budget.latency_ratio * tolerance) - 1)
     if budget.latency_ms is not None:
         miss += max(0.0, found.milliseconds / (budget.latency_ms * tolerance) - 1)
-    if budget.size_bytes is not None:
-        miss += max(0.0, found.size_bytes / budget.size_bytes - 1)
+    miss += missed_size(budget, found.size_bytes)
     miss += max(shortfall(budget, found.sqnr_db).values(), default=0.0)
     return miss, found.ratio if seeks_speed(budget) else -float(np.mean(list(found.sqnr_db.values())))
+
+
+def missed_size(budget: Budget, size_bytes: float) -> float:
+    """Return the part of a limit on the size by which a plan misses it; 0 where it keeps it or there is none."""
+    return max(0.0, size_bytes / budget.size_bytes - 1) if budget.size_bytes is not None else 0.0
+
+
+def fits_best(budget: Budget, found: Sequence[MeasuredStanding]) -> int:
+    """Return the position of the plan that fits a budget best.
+
+    It is the first by `budget_misfit`, unless that only misses the size by less: a plan that is better on everything
+    else takes its place then.
+    """
+    best = min(range(len(found)), key=lambda i: budget_misfit(budget, found[i]))
+    for index in sorted(range(len(found)), key=lambda i: budget_misfit(budget, found[i])):
+        if missed_size(budget, found[best].size_bytes) and _better_but_for_size(found[index], found[best]):
+            best = index
+    return best
+
+
+def _better_but_for_size(one: MeasuredStanding, other: MeasuredStanding) -> bool:
+    pairs = [(other.ratio, one.ratio), *((one.sqnr_db[h], other.sqnr_db[h]) for h in other.sqnr_db)]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
 def seeks_speed(budget: Budget) -> bool:

@@ -31,7 +31,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
-from bitalloy.verify.rounds import shortfall
+from bitalloy.verify.rounds import missed_size, shortfall
 
 MOSTLY_NOISE_DB = 3.01
 
@@ -96,7 +96,7 @@ def summarize_run(
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     latency = measured.latency
     return Summary(
-        headline=_headline(planned, measured, sqnr, metrics),
+        headline=_headline(planned, measured, sqnr, metrics, _total(sizes).mixed),
         model=analysis.graph.info.name,
         model_sha256=analysis.graph.info.sha256,
         target=analysis.target.name,
@@ -245,7 +245,9 @@ def _workload(analysis: Analysis) -> str:
     return f"one run of {', then '.join(graph.program.order)}: {shapes}"
 
 
-def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics) -> str:
+def _headline(
+    planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics, size_bytes: float
+) -> str:
     ratio = measured.ratio
     latency = measured.latency
     parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
@@ -268,6 +270,9 @@ def _headline(planned: Planned, measured: Measured, sqnr: Mapping[str, HeadCompa
     limit = ratio_limit(planned.plan.budget, planned)
     if limit is not None and ratio > limit * TOLERANCE:
         lead += f", which misses the budget of {limit:.2f}x"
+    asked = planned.plan.budget.size_bytes
+    if asked is not None and missed_size(planned.plan.budget, size_bytes):
+        lead += f", and misses the size of {asked / 1e6:.4g} MB by {100 * (size_bytes / asked - 1):.2g} %"
     short = shortfall(planned.plan.budget, {name: pair.mixed.measured for name, pair in sqnr.items()})
     if short:
         lead += f", and misses the floor on {', '.join(f'{name} by {gap:.1f} dB' for name, gap in short.items())}"
