@@ -44,22 +44,14 @@ def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
     return estimate_sqnr(matrix, chosen, draws(matrix.samples, analysis.settings.seed), analysis.secant)
 
 
-def summarize_run(
-    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
-) -> Summary:
-    """Put predictions and measurements of a run side by side.
-
-    Args:
-        analysis: what was known about the model before any plan was verified.
-        corrected: the same with the tables as corrected by what was measured since.
-        shipped: the plan that is shipped, with its measurements.
-        seconds: wall time per stage.
-    """
-    matrix, units = analysis.matrix, analysis.units
-    planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
-    before, after = (predicted_sqnr(one, units.lowest()) for one in (analysis, corrected))
+def _compared(
+    analysis: Analysis, corrected: Analysis, planned: Planned, measured: Measured
+) -> dict[str, HeadComparison]:
+    """Put the predictions of every head beside what was measured."""
+    lowest = analysis.units.lowest()
+    before, after = (predicted_sqnr(one, lowest) for one in (analysis, corrected))
     changed = corrected.key != analysis.key
-    sqnr = {
+    return {
         head.head: HeadComparison(
             lowest=Comparison(
                 predicted=before[i].value,
@@ -74,6 +66,28 @@ def summarize_run(
         )
         for i, head in enumerate(planned.plan.heads)
     }
+
+
+def _notes(analysis: Analysis, planned: Planned, measured: Measured) -> tuple[str, ...]:
+    """List what a reader of the results must know."""
+    found = (*_special(analysis), *_busy(measured.latency), *_estimated(planned), *_unresolved(planned, measured))
+    return (*analysis.notes, *found)
+
+
+def summarize_run(
+    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
+) -> Summary:
+    """Put predictions and measurements of a run side by side.
+
+    Args:
+        analysis: what was known about the model before any plan was verified.
+        corrected: the same with the tables as corrected by what was measured since.
+        shipped: the plan that is shipped, with its measurements.
+        seconds: wall time per stage.
+    """
+    matrix, units = analysis.matrix, analysis.units
+    planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
+    sqnr = _compared(analysis, corrected, planned, measured)
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     latency = measured.latency
     return Summary(
@@ -112,14 +126,7 @@ def summarize_run(
         evaluations=shipped.evaluations,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
-        notes=(
-            *analysis.notes,
-            *_special(analysis),
-            *_busy(latency),
-            *_estimated(planned),
-            *_unresolved(planned, measured),
-            *metrics.notes,
-        ),
+        notes=(*_notes(analysis, planned, measured), *metrics.notes),
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
