@@ -63,22 +63,14 @@ def was_corrected(first: Analysis, later: Analysis) -> bool:
     return later.matrix is not first.matrix or later.secant != first.secant
 
 
-def summarize_run(
-    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
-) -> Summary:
-    """Put predictions and measurements of a run side by side.
-
-    Args:
-        analysis: what was known about the model before any plan was verified.
-        corrected: the same with the tables as corrected by what was measured since.
-        shipped: the plan that is shipped, with its measurements.
-        seconds: wall time per stage.
-    """
-    matrix, units = analysis.matrix, analysis.units
-    planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
-    before, after = (predicted_sqnr(one, units.lowest()) for one in (analysis, corrected))
+def _compared(
+    analysis: Analysis, corrected: Analysis, planned: Planned, measured: Measured
+) -> dict[str, HeadComparison]:
+    """Put the predictions of every head beside what was measured."""
+    lowest = analysis.units.lowest()
+    before, after = (predicted_sqnr(one, lowest) for one in (analysis, corrected))
     changed = was_corrected(analysis, corrected)
-    sqnr = {
+    return {
         head.head: HeadComparison(
             lowest=Comparison(
                 predicted=before[i].value,
@@ -93,6 +85,22 @@ def summarize_run(
         )
         for i, head in enumerate(planned.plan.heads)
     }
+
+
+def summarize_run(
+    analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]
+) -> Summary:
+    """Put predictions and measurements of a run side by side.
+
+    Args:
+        analysis: what was known about the model before any plan was verified.
+        corrected: the same with the tables as corrected by what was measured since.
+        shipped: the plan that is shipped, with its measurements.
+        seconds: wall time per stage.
+    """
+    matrix, units = analysis.matrix, analysis.units
+    planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
+    sqnr = _compared(analysis, corrected, planned, measured)
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     latency = measured.latency
     return Summary(
