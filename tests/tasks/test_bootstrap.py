@@ -59,3 +59,18 @@ def test_interval_of_a_mean_covers_the_truth_about_as_often_as_it_says() -> None
         spread = bootstrap_estimate(found.value, found.resampled)
         held += spread.low <= 2.0 <= spread.high
     assert 0.87 <= held / 200 <= 0.98
+
+
+def test_interval_of_a_paired_drop_covers_the_truth_about_as_often_as_it_says() -> None:
+    """Images differ much more from each other than the models do on one image."""
+    rng, truth, held = np.random.default_rng(6), 0.02, 0
+    weights, ones = resampled_weights(60, 400, seed=0), np.ones(60)
+    for _ in range(300):
+        image = rng.beta(2, 2, 60)
+        models = {
+            name: ratio_of_sums(image - drop + rng.normal(0, 0.05, 60), ones, weights)
+            for name, drop in (("float", 0.0), ("int8", truth))
+        }
+        found = compare_models("score", models, 60).drops["int8"]
+        held += found.low <= truth <= found.high
+    assert 0.89 <= held / 300 <= 0.985
