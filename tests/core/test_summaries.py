@@ -21,6 +21,16 @@ def old() -> dict[str, Any]:
     return content
 
 
+def known(written: Any, old: Any) -> Any:
+    """What was written, without the names that the old summary does not know."""
+    if isinstance(old, dict):
+        return {name: known(written[name], value) for name, value in old.items()}
+    if isinstance(old, list):
+        assert len(written) == len(old)
+        return [known(after, before) for after, before in zip(written, old, strict=True)]
+    return written
+
+
 def test_a_summary_of_schema_1_is_read(old: dict[str, Any]) -> None:
     summary = read_summary(OLD.read_bytes())
     assert old["schema"] == 1 and summary.schema == 2
@@ -33,10 +43,8 @@ def test_a_summary_of_schema_1_is_read(old: dict[str, Any]) -> None:
 def test_old_names_are_written_beside_the_new_ones(old: dict[str, Any]) -> None:
     written = json.loads(write_summary(read_summary(OLD.read_bytes())))
     assert written["schemes"] == {"int8": old["int8_units"]}
-    for name in old.keys() - {"schema", "rounds"}:
-        assert written[name] == old[name], name
-    for before, after in zip(old["rounds"], written["rounds"], strict=True):
-        assert {name: after[name] for name in before} == before
+    for name in old.keys() - {"schema"}:
+        assert known(written[name], old[name]) == old[name], name
 
 
 def test_what_was_written_is_read_again() -> None:

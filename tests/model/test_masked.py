@@ -95,7 +95,7 @@ def test_it_is_not_where_anything_else_reads_it(name: str, tmp_path: Path) -> No
 
 def analysis_of(tmp_path: Path, nodes: list[Node], target: str) -> Analysis:
     rng = np.random.default_rng(1)
-    data = ArrayDataset([{"x": rng.standard_normal((SIZE, SIZE)).astype(np.float32)} for _ in range(4)], label="d")
+    data = ArrayDataset([{"x": rng.standard_normal((SIZE, SIZE)).astype(np.float32)} for _ in range(12)], label="d")
     settings = bitalloy.Settings(targets=(target,), samples=4, probes=8, calibration_samples=4, range_method="minmax")
     settings = msgspec.structs.replace(settings, equalize=False, bias_correction=False)
     return bitalloy.analyze(net(tmp_path, [*AXES, *nodes]), data, settings)
@@ -112,7 +112,7 @@ def test_models_with_masks_are_planned(name: str, target: str, tmp_path: Path) -
     assert near and all("int8" not in u.allowed for u in analysis.units.units if u.id in near)
     plan = analysis.units.lowest()
     reference, mixed = (analysis.executable(analysis.artefact(p)).session() for p in (Plan(), plan))
-    pairs = [(reference.run(f)["y"], mixed.run(f)["y"]) for f in map(analysis.data.feeds, range(4))]
+    pairs = [(reference.run(f)["y"], mixed.run(f)["y"]) for f in map(analysis.data.feeds, analysis.parts.probe)]
     noise, energy = (
         sum(float(np.square(v).sum()) for v in vs) for vs in ([b - a for a, b in pairs], [a for a, _ in pairs])
     )

@@ -105,7 +105,7 @@ def test_the_first_prediction_is_told_from_the_corrected_one(analysis: Any, plan
         assert pair.lowest.corrected is None and pair.mixed.corrected is None
     secant = msgspec.structs.replace(analysis.secant, linear=tuple(100 * v for v in analysis.secant.linear))
     secant = msgspec.structs.replace(secant, damage=tuple(tuple(100 * v for v in row) for row in secant.damage))
-    larger = replace(analysis, key="corrected", matrix=analysis.matrix.scaled(np.full((len(analysis.heads), 1), 10.0)))
+    larger = replace(analysis, matrix=analysis.matrix.scaled(np.full((len(analysis.heads), 1), 10.0)))
     summary = summarize_run(analysis, replace(larger, secant=secant), found, {})
     for head in plain:
         lowest = summary.sqnr_db[head].lowest

@@ -24,7 +24,7 @@ from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
 from bitalloy.sensitivity.analysis import Analysis
 
-SITTINGS, REPEATS = 5, 8
+OUTCOME_SITTINGS, REPEATS = 5, 8
 """Times that sessions are made anew, and timed rounds with each of them."""
 
 OUTCOMES = ("float", "lowest", "mixed")
@@ -57,7 +57,7 @@ def measure_plan(
 
     def make() -> bytes:
         sqnr: dict[str, tuple[Estimate, ...]] = {}
-        timed = 0 if planned.cost.estimated else SITTINGS * REPEATS
+        timed = 0 if planned.cost.estimated else OUTCOME_SITTINGS * REPEATS
         with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
 
             def compare(sessions: Mapping[str, Session]) -> None:
@@ -146,7 +146,7 @@ def _timed(
         dict(zip(models, openers, strict=True)),
         analysis.data.feeds(0),
         repeats=REPEATS,
-        sittings=SITTINGS,
+        sittings=OUTCOME_SITTINGS,
         together=together,
         progress=progress.advance,
         then=then,
