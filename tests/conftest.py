@@ -82,21 +82,21 @@ class Network:
 
 
 def classifier(*, sides: Sequence[int | str] = (32, 32)) -> onnx.ModelProto:
-    """Images 1x3x32x32 -> 10 logits; Conv, SiLU, Add, Concat, Relu, pooling, Gemm."""
+    """Images 1x3x32x32 -> 10 logits; Conv, SiLU, Add, Concat, Relu, pooling, Gemm. Weights make most of its file."""
     net = Network()
-    x = net.silu(net.conv("images", 3, 8, stride=2))
-    y = net.op("Add", x, net.silu(net.conv(x, 8, 8)))
-    z = net.op("Relu", net.conv(net.op("Concat", x, y, axis=1), 16, 16, stride=2))
+    x = net.silu(net.conv("images", 3, 32, stride=2))
+    y = net.op("Add", x, net.silu(net.conv(x, 32, 32)))
+    z = net.op("Relu", net.conv(net.op("Concat", x, y, axis=1), 64, 32, stride=2))
     pooled = net.op("Flatten", net.op("GlobalAveragePool", z), axis=1)
-    logits = net.op("Identity", net.gemm(pooled, 16, 10))
+    logits = net.op("Identity", net.gemm(pooled, 32, 10))
     return net.model({"images": (1, 3, *sides)}, {logits: (1, 10)})
 
 
 def two_inputs() -> onnx.ModelProto:
     """`left` (1, 16) and `right` (1, 16) -> (1, 4)."""
     net = Network(1)
-    total = net.op("Add", net.gemm("left", 16, 32), net.gemm("right", 16, 32))
-    result = net.gemm(net.op("Relu", total), 32, 4)
+    total = net.op("Add", net.gemm("left", 16, 256), net.gemm("right", 16, 256))
+    result = net.gemm(net.op("Relu", total), 256, 4)
     return net.model({"left": (1, 16), "right": (1, 16)}, {result: (1, 4)})
 
 
@@ -104,18 +104,18 @@ def channels_last() -> onnx.ModelProto:
     """Images 1x24x32x3, as TensorFlow stores them -> a map (1, 24, 32, 4)."""
     net = Network(2)
     x = net.op("Transpose", "pixels", perm=[0, 3, 1, 2])
-    x = net.conv(net.op("Relu", net.conv(x, 3, 8)), 8, 4)
+    x = net.conv(net.op("Relu", net.conv(x, 3, 128)), 128, 4)
     return net.model({"pixels": (1, 24, 32, 3)}, {net.op("Transpose", x, perm=[0, 2, 3, 1]): (1, 24, 32, 4)})
 
 
 def detector() -> onnx.ModelProto:
     """Images 1x3x64x64 -> (1, 4 + classes, 256) as a YOLO writes it: boxes in pixels, scores in 0..1."""
     net = Network(3)
-    x = net.silu(net.conv("images", 3, 8, stride=2))
-    x = net.silu(net.conv(x, 8, 16, stride=2))
+    x = net.silu(net.conv("images", 3, 32, stride=2))
+    x = net.silu(net.conv(x, 32, 32, stride=2))
     heads = []
     for rows, factor in ((4, 64.0), (len(shapes.CLASSES), 1.0)):
-        y = net.op("Sigmoid", net.conv(x, 16, rows, kernel=1))
+        y = net.op("Sigmoid", net.conv(x, 32, rows, kernel=1))
         y = net.op("Reshape", y, net.constant(np.array([1, rows, 256])))
         heads.append(y if factor == 1 else net.op("Mul", y, net.constant(np.array(factor, np.float32))))
     return net.model({"images": (1, 3, 64, 64)}, {net.op("Concat", *heads, axis=1): (1, 4 + len(shapes.CLASSES), 256)})

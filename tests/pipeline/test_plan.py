@@ -302,8 +302,8 @@ def test_a_wrong_prediction_is_traced_to_its_unit_and_corrected(analysis: Any, t
     assert max(own.change_db.values()) > 6.0
     after = course.completed().plan
     for head, real in zip(after.heads, course.best.measured.sqnr_mixed, strict=True):
-        if head.head in heads:
-            assert abs(head.predicted_db.value - real.value) <= TOLERATED_DB, head.head
+        if head.head in heads:  # of the 17 dB that were planted at most an eighth is left
+            assert abs(head.predicted_db.value - real.value) <= 17 / 8, head.head
 
 
 def test_a_run_directory_of_another_version_is_refused(inside: Any, finished: Any) -> None:

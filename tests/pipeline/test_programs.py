@@ -288,4 +288,6 @@ def test_mistakes_are_refused(inside: Any, inputs: Any, promptable: Path, langua
     (copy / "tokenizer.model").unlink()
     assert "No tokenizer at" in inside.run(copy, "--data", drawn / "questions.jsonl", out="b").refused()
     (copy / "decoder.onnx").write_bytes(b"nonsense")
-    assert "cannot be read as ONNX" in inside.run(copy, "--data", drawn / "questions.jsonl", out="c").refused()
+    assert (
+        "decoder.onnx' is not an ONNX file" in inside.run(copy, "--data", drawn / "questions.jsonl", out="c").refused()
+    )

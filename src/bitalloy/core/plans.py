@@ -114,13 +114,11 @@ class Budget(Record, frozen=True, kw_only=True):
         """Refuse limits that no arithmetic can carry."""
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
-        drops = self.max_drop.values()
-        if not (all(0 <= v < math.inf for v in (*above, *drops)) and all(abs(f) <= MOST_DB for f in floors)):
-            raise BudgetError(
-                f"The budget has a limit that is negative or not finite, or a floor beyond {MOST_DB:g} dB: latency "
-                f"{self.latency_ratio}x, {self.latency_ms} ms, size {self.size_bytes}, drops {dict(self.max_drop)}, "
-                f"floors {self.min_sqnr_db}, {dict(self.head_sqnr_db)}. Give finite numbers."
-            )
+        said = {name: value for name, value in msgspec.structs.asdict(self).items() if value and name != "keep"}
+        if not all(0 <= v < math.inf for v in above) or not all(map(math.isfinite, self.max_drop.values())):
+            raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
+        if not all(abs(f) <= MOST_DB for f in floors):
+            raise BudgetError(f"The budget {said} has a floor that is not finite, or beyond {MOST_DB:g} dB.")
 
     @property
     def limited(self) -> bool:
