@@ -95,8 +95,8 @@ def classifier(*, sides: Sequence[int | str] = (32, 32)) -> onnx.ModelProto:
 def two_inputs() -> onnx.ModelProto:
     """`left` (1, 16) and `right` (1, 16) -> (1, 4)."""
     net = Network(1)
-    total = net.op("Add", net.gemm("left", 16, 256), net.gemm("right", 16, 256))
-    result = net.gemm(net.op("Relu", total), 256, 4)
+    total = net.op("Add", net.gemm("left", 16, 128), net.gemm("right", 16, 128))
+    result = net.gemm(net.op("Relu", net.gemm(net.op("Relu", total), 128, 128)), 128, 4)
     return net.model({"left": (1, 16), "right": (1, 16)}, {result: (1, 4)})
 
 
