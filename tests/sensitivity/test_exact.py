@@ -63,7 +63,7 @@ def places(inputs: Any) -> dict[str, Place]:
     for name, data in (("classifier", inputs.images), ("detector", inputs.scenes)):
         model = bitalloy.load(getattr(inputs, name))
         ready = bitalloy.calibrate(model, bitalloy.open_data(model, data, limit=28), QUICK)
-        found[name] = Place(ready, Switchboard(model, ready.recipe(), segments=6))
+        found[name] = Place(ready, Switchboard(model, ready.recipe(), segments=8))
     return found
 
 
@@ -119,7 +119,7 @@ def test_only_what_a_gate_changes_is_executed(places: dict[str, Place], monkeypa
     """For every unit, the segments that run are those that its sites reach along the edges of the graph."""
     place = places["detector"]
     graph, units = place.ready.graph, place.ready.units
-    parts = [[name_of(n) for n in nodes] for nodes in cut(graph, 6)]
+    parts = [[name_of(n) for n in nodes] for nodes in cut(graph, 8)]
     ran: list[int] = []
     original = Segment.run
 
@@ -203,16 +203,21 @@ def test_a_whole_plan_is_the_rewritten_model(place: Place) -> None:
     ready = place.ready
     everything = ready.units.lowest()
     artefact = OrtSession(ready.variant(everything).to_bytes(), optimize=False)
-    for index in range(2):
+    reference = OrtSession(ready.graph.to_bytes())
+    gaps, noise = np.zeros((2, len(ready.heads)))
+    for index in range(8):
         feeds = ready.data.feeds(index)
         found, expected = (
             place.board.run(feeds, place.board.gates(rounded(ready.units, everything))),
             artefact.run(feeds),
         )
-        exact = OrtSession(ready.graph.to_bytes()).run(feeds)
-        for head in ready.heads:
+        exact = reference.run(feeds)
+        for at, head in enumerate(ready.heads):
             a, b, y = (head_of(o, head) for o in (found, expected, exact))
-            assert np.square(a - b).sum() < 0.1 * np.square(b - y).sum()
+            gaps[at] += np.square(a - b).sum()
+            noise[at] += np.square(b - y).sum()
+    # a value on the edge of two steps may round the other way
+    assert (gaps < 0.05 * noise).all()
 
 
 # -- tables ------------------------------------------------------------------------------------------
