@@ -1,6 +1,6 @@
 """The numbers of the pipeline are where they were: hashes of what an analysis and three plans come to.
 
-`tests/unmoved` holds them, made by the version before formats and schemes became data. Hashes depend on how the
+`tests/unmoved` holds them. Hashes depend on how the
 processor and ONNX Runtime sum up, so they are compared where both are those of the file; elsewhere the structure is,
 and predictions within `TOLERANCE_DB`. The suite compares one small model; `BITALLOY_UNMOVED=all` compares the five
 embedded samples, and a real detector where it is at hand, with larger settings. `BITALLOY_UNMOVED=write` writes what
