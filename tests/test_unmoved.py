@@ -1,10 +1,10 @@
 """The numbers of the pipeline are where they were: hashes of what an analysis and three plans come to.
 
-`tests/unmoved` holds them. Hashes depend on how the
-processor and ONNX Runtime sum up, so they are compared where both are those of the file; elsewhere the structure is,
-and predictions within `TOLERANCE_DB`. The suite compares one small model; `BITALLOY_UNMOVED=all` compares the five
-embedded samples, and a real detector where it is at hand, with larger settings. `BITALLOY_UNMOVED=write` writes what
-is found over the files, after a change that means to move numbers.
+`tests/unmoved` holds them. Hashes depend on how the processor and ONNX Runtime sum up, so they are compared where both
+are those of the file; elsewhere the structure is, and predictions within `TOLERANCE_DB`. The suite compares one small
+model. For a large move, the numbers of the five embedded samples, and of a real detector where it is at hand, are
+written before it with larger settings by `BITALLOY_UNMOVED=write`, and compared after it by `BITALLOY_UNMOVED=all`.
+After a change that means to move numbers the small file is written anew.
 """
 
 from __future__ import annotations
