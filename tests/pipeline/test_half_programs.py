@@ -18,7 +18,7 @@ from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
-from bitalloy.sensitivity.matrix import decibel
+from bitalloy.sensitivity.matrix import draws, estimate_sqnr
 from bitalloy.targets.placement import rounded
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.open import interface_of, runner
@@ -62,9 +62,11 @@ def test_measured_damage_is_the_predicted_one(analyses: Any, name: str, target: 
     found = artefact_sqnr(analysis.original(), models, analysis.heads, feeds)
     for plan, lowered in chosen.items():
         sites = analysis.matrix.select(rounded(analysis.units, lowered))
-        predicted = decibel(analysis.matrix.damage(sites).mean(axis=0))
+        predicted = estimate_sqnr(analysis.matrix, sites, draws(analysis.matrix.samples, seed=0))
         for head, guess, measured in zip(analysis.heads, predicted, found[plan], strict=True):
-            assert measured.value == pytest.approx(guess, abs=3), (plan, head.name)
+            assert guess.low < measured.value < guess.high, (plan, head.name)
+            # a head of four numbers varies more from sample to sample than one of a thousand
+            assert measured.value == pytest.approx(guess.value, abs=4 if head.name == "iou_predictions" else 3)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -130,7 +132,7 @@ def test_a_cache_in_fp16_generates_as_without(analyses: Any, drawn: Path) -> Non
 
 def test_a_run_for_cuda(inside: Any, promptable: Path, drawn: Path) -> None:
     """A program has a plan on a target without INT8, and the summary has its measured SQNR."""
-    inside.run(promptable, "--data", drawn / "images", "--target", "ort-cuda", "--size", "0.7x").succeeded()
+    inside.run(promptable, "--data", drawn / "images", "--target", "ort-cuda", "--size", "0.6x").succeeded()
     summary = inside.summary()
     assert summary["fp16_units"] and summary["schemes"] == {"fp16": summary["fp16_units"]}
     for head in summary["sqnr_db"].values():
