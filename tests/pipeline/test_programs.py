@@ -146,9 +146,8 @@ def test_advice_of_the_family_holds_where_measurement_bears_it_out(asked: Any) -
              for h in summary["sqnr_db"]}  # fmt: skip
     advised = {u["id"] for u in units if "int8" in u["allowed"] and "/mask_decoder/" in u["id"]}
     share = {u: max(alone[u, h] / whole[h] for h in whole) for u in advised}
-    kept = set(
-        summary["protected_units"]
-    )  # the table bends with the network, what protects does not: near 1 % they part
+    kept = set(summary["protected_units"])
+    # the table follows the bend of the network, what protects does not: near 1 % they differ
     assert kept and {u for u in advised if share[u] > 0.02} <= kept <= {u for u in advised if share[u] > 0.005}
     for choice in plan["choices"]:
         if choice["unit"] in kept:
