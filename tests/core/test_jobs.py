@@ -107,7 +107,7 @@ def test_a_model_with_scaled_channels_is_opened_again(inputs: Any, tmp_path: Pat
         np.savez(folder / f"{i}.npz", pixels=random.standard_normal((1, 24, 32, 3)).astype(np.float32))
     model = bitalloy.load(inputs.channels_last)
     (place,) = find_places(model)
-    scaled = scale(scale(model, {place: [1, 0, 2, 0, -1, 0, 3, 0]}), {place: [0, 1] * 4})
+    scaled = scale(scale(model, {place: [1, 0, 2, 0, -1, 0, 3, 0] * 16}), {place: [0, 1] * 64})
     executor = Recording()
     ready = bitalloy.calibrate(scaled, bitalloy.open_data(model, folder), QUICK, work=Workspace(executor=executor))
     measure_exact(ready, samples=1, work=Workspace(executor=executor))

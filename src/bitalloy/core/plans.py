@@ -68,7 +68,8 @@ class CostTable(Record, frozen=True, kw_only=True):
     residual_percent: float
     """Mean absolute error of the fitted table on the measured variants."""
     float_bytes: int = 0
-    """Size of the float model as it is written, from which predicted sizes start."""
+    """Size of the float model as it is written, from which predicted sizes start; 0 where no model was written for this
+    table, and they start from the size of the given file."""
     estimated: bool = False
     """True where nothing was measured: times follow from peak rates of `device`."""
     left_out_percent: tuple[float, ...] = ()

@@ -179,7 +179,14 @@ def _narrowed(tables: PlanTables, budget: Budget) -> _Case:
     return _Case(
         tables,
         budget,
-        Problem(asked.units, tables.matrix, facts.secant, tables.cost, tables.cost.float_bytes, facts.alone),
+        Problem(
+            asked.units,
+            tables.matrix,
+            facts.secant,
+            tables.cost,
+            tables.cost.float_bytes or facts.float_bytes,
+            facts.alone,
+        ),
         {name: why for name, why in advised.kept.items() if name not in asked.kept},
         {name: why for name, why in advised.freed.items() if name not in asked.kept},
         asked.kept,

@@ -1,8 +1,9 @@
 """The tables that the search reads, and what they say of a plan: its damage, its latency and its size.
 
 The probe matrix gives the damage of whole sets of sites, with their interactions. With few rows the interaction terms
-are noisy, and a search over thousands of plans would fit the noise; so they enter with half their weight (`SHRINK`),
-the additive part in full.
+are noisy, and a search over thousands of plans would fit the noise; so where interactions take damage away, they enter
+with half their weight (`SHRINK`). Where they add to it they enter in full: a plan that keeps a floor in the search is
+predicted to keep it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, bend
 from bitalloy.targets.placement import rounded
 
 SHRINK = 0.5
-"""Weight of the interactions between sites."""
+"""Weight of the interactions between sites where they take damage away."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,16 @@ class Problem:
         return np.asarray(self.matrix.site_damage().mean(axis=0))
 
     def damage(self, plan: Plan) -> np.ndarray:
-        """Predict the relative error energy (heads,) of a plan, with the secant; interactions weigh `SHRINK`."""
+        """Predict the relative error energy (heads,) of a plan, with the secant; see `SHRINK`."""
         chosen = self.sites(plan)
         together = self.matrix.damage(chosen).mean(axis=0)
-        linear = np.asarray(SHRINK * together + (1 - SHRINK) * (self.site_damage @ chosen))
+        linear = _shrunk(together, self.site_damage @ chosen)
         return np.asarray(linear * bend(self.secant, linear))
 
     def neighbours(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predict damage (moves, heads), latency in us and bytes of the plans one move away, in order of `moves`."""
         found = self._neighbours.neighbours(plan)
-        linear = SHRINK * found.together + (1 - SHRINK) * found.alone
+        linear = _shrunk(found.together, found.alone)
         damage = np.asarray(linear * bend(self.secant, linear))
         return damage, found.latency_us, self.float_bytes - found.saved_bytes
 
@@ -112,3 +113,8 @@ class Problem:
     def size_bytes(self, plan: Plan) -> int:
         """Predict the file size of a plan."""
         return self.float_bytes - saved_bytes(self.cost, plan) + round(border_bytes(self.cost, self.units, plan))
+
+
+def _shrunk(together: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """Return the damage with interactions, of which those that take damage away weigh `SHRINK`."""
+    return np.asarray(np.maximum(together, SHRINK * together + (1 - SHRINK) * alone))
