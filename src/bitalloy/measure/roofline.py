@@ -17,6 +17,8 @@ from bitalloy.formats import find_format, weight_bits
 from bitalloy.measure.prices import latency_us
 from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, is_float, static_shape
+from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.base import ONLY
 from bitalloy.targets.base import Device
 from bitalloy.targets.placement import all_conversions
 
@@ -50,6 +52,7 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
         pure_us={},
         residual_percent=0.0,
         estimated=True,
+        float_bytes=Artefact({ONLY: graph.model}).size_bytes,
     )
     pure = {scheme.name: Plan.of(scheme.name, *units.able(scheme.name)) for scheme in units.schemes}
     return msgspec.structs.replace(table, pure_us={n: latency_us(table, units, plan) for n, plan in pure.items()})
