@@ -101,7 +101,7 @@ def external(folder: Path, **changes: str | None) -> Path:
         ({"offset": "9" * 400}, "cannot be read"),
         ({"offset": "-4"}, "cannot be read"),
         ({"length": "²"}, "cannot be read"),
-        ({"length": "4"}, "ask for 2048"),
+        ({"length": "4"}, "ask for 8192"),
     ],
 )
 def test_external_data_that_cannot_be(changes: dict[str, str], words: str, tmp_path: Path) -> None:
