@@ -17,7 +17,6 @@ ALLOWED = {
     "core/outcome.py": "names of the columns of summary.json, which are stable",
     "core/schemes.py": "the name of the baseline",
     "core/summaries.py": "names of the first schema of summary.json",
-    "runtime/machine.py": "beginnings of names of processor features",
 }
 NAMED = re.compile(
     r"(?<![A-Za-z.])(int8|fp16|fp32|bf16|INT8|FP16|FP32|Precision|HALF|AGAIN)(?![A-Za-z0-9_])|_int8|_fp16"

@@ -9,7 +9,7 @@ from typing import Any
 from bitalloy.core.records import Record
 from bitalloy.runtime.ort import available_cores
 
-DECIDING = ("amx", "asimd", "avx", "bf16", "f16c", "fma", "i8mm", "neon", "sse", "sve", "vnni")
+DECIDING = ("amx", "asimd", "avx", "bf", "f16c", "fma", "i8mm", "neon", "sse", "sve", "vnni")
 """Beginnings of the names of processor features by which runtimes choose their kernels."""
 
 
