@@ -223,18 +223,18 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
     work = work or Workspace()
     device = analysis.target.device
 
-    def make() -> bytes:
-        if device is not None:
-            table = estimate_costs(analysis.graph, analysis.units, device)
-            return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
+    def timed() -> CostTable:
         with work.stage("cost", None) as progress:
-            table = measure(
+            return measure(
                 analysis.units,
                 analysis.artefact,
                 analysis.data.feeds(0),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
+
+    def make() -> bytes:
+        table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device)
         return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
 
     inputs = CostInputs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scipy.special import stdtrit
 
-from bitalloy.core.plans import CostTable
+from bitalloy.core.plans import BorderCost, CostTable
 from bitalloy.core.records import Estimate
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
@@ -17,11 +17,14 @@ def latency_us(table: CostTable, units: UnitGraph, plan: Plan) -> float:
     return float(table.fixed_us + inside + borders_us(table, units, plan))
 
 
+def conversion_prices(table: CostTable) -> dict[Conversion, BorderCost]:
+    """Map each conversion to its price."""
+    return {Conversion(price.source, price.sink): price for price in table.borders}
+
+
 def borders_us(table: CostTable, units: UnitGraph, plan: Plan) -> float:
     """Predict the part of the latency that goes into conversions between schemes."""
-    found = borders(units, plan)
-    prices = {(price.source, price.sink): price for price in table.borders}
-    return sum(prices[c.source, c.sink].price_us(*found[c]) for c in sorted(found) if (c.source, c.sink) in prices)
+    return sum(price.price_us(elements, count) for price, elements, count in _crossed(table, units, plan))
 
 
 def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estimate | None:
@@ -44,6 +47,10 @@ def saved_bytes(table: CostTable, plan: Plan) -> int:
 
 def border_bytes(table: CostTable, units: UnitGraph, plan: Plan) -> float:
     """Predict the bytes of the file that convert tensors between schemes."""
-    found = borders(units, plan)
-    prices = {Conversion(price.source, price.sink): price.bytes for price in table.borders}
-    return float(sum(prices.get(conversion, 0.0) * count for conversion, (_, count) in found.items()))
+    return sum(price.bytes * count for price, _, count in _crossed(table, units, plan))
+
+
+def _crossed(table: CostTable, units: UnitGraph, plan: Plan) -> list[tuple[BorderCost, float, int]]:
+    """List the prices of the conversions of a plan, each with the elements and the number of its tensors."""
+    found, prices = borders(units, plan), conversion_prices(table)
+    return [(prices[conversion], *found[conversion]) for conversion in sorted(found) if conversion in prices]

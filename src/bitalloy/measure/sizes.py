@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import msgspec
 import numpy as np
@@ -60,8 +61,12 @@ def with_sizes(table: CostTable, units: UnitGraph, write: Callable[[Plan], Artef
         )
         for _ in range(_MIXTURES)
     ]
-    weighed = {name: _unit_bytes(write(plan)) for name, plan in zip(names, pure, strict=True)}
-    totals = np.array([write(plan).size_bytes for plan in (*pure, *mixed)], np.float64)
+    weighed, totals = {}, []
+    for name, plan in zip_longest(names, (*pure, *mixed)):
+        written = write(plan)
+        totals.append(float(written.size_bytes))
+        if name is not None:
+            weighed[name] = _unit_bytes(written)
     rows = tuple(
         msgspec.structs.replace(c, bytes={name: round(weighed[name].get(c.unit, 0.0)) for name in c.bytes})
         for c in table.units

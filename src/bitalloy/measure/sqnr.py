@@ -10,7 +10,7 @@ from bitalloy.core.records import Estimate, Head
 from bitalloy.model.heads import Reference
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Session
-from bitalloy.sensitivity.matrix import LEAST_ENERGY, damage_interval, draws
+from bitalloy.sensitivity.matrix import damage_interval, draws, relative
 
 FLOAT32 = "(float32)"
 """Stands in place of a model's name for what float32 arithmetic alone makes of the outputs."""
@@ -42,11 +42,12 @@ def output_sqnr(
         if progress is not None:
             progress(1)
     total = np.array(energy)
-    scale = np.maximum(total.mean(axis=0), LEAST_ENERGY)
+    share = relative(total, total.mean(axis=0))
     weights = draws(len(total), seed)
     return {
         name: tuple(
-            damage_interval(np.array(rows)[:, h] / scale[h], total[:, h] / scale[h], weights) for h in range(len(heads))
+            damage_interval(lost, part, weights)
+            for lost, part in zip(relative(np.array(rows), total.mean(axis=0)).T, share.T, strict=True)
         )
         for name, rows in damage.items()
     }

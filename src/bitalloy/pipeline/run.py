@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from bitalloy.core.encoding import to_json
@@ -15,7 +16,6 @@ from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.work import Workspace
-from bitalloy.data.images import file_hash
 from bitalloy.measure.cost import measure_cost
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit_plan
@@ -29,6 +29,7 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
+from bitalloy.tasks.base import image_hashes
 from bitalloy.tasks.evaluate import open_labelled
 
 DEFAULT_RATIO = 0.7
@@ -100,7 +101,7 @@ def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> froze
     if not prepared.labels:
         return frozenset()
     _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
-    return frozenset(file_hash(file) for data in opened for file in data.images(data.choose(limit, seed)))
+    return frozenset(chain.from_iterable(image_hashes(data, data.choose(limit, seed)) for data in opened))
 
 
 def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:

@@ -16,9 +16,9 @@ from scipy.sparse import csr_array
 from bitalloy.core.plans import CostTable
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import UnitEdge, UnitGraph
-from bitalloy.measure.prices import border_bytes, latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, conversion_prices, latency_us, saved_bytes
 from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix, shrink
-from bitalloy.targets.placement import Conversion, all_conversions, conversions, own_sites, rounded, roundings
+from bitalloy.targets.placement import all_conversions, conversions, own_sites, rounded, roundings
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Moves:
         self._tensor = np.array([tensors.setdefault(e.tensor, len(tensors)) for e in edges], np.int64)
         elements = np.zeros(len(tensors))
         elements[self._tensor] = [e.elements for e in edges]
-        prices = {Conversion(p.source, p.sink): p for p in self._cost.borders}
+        prices = conversion_prices(self._cost)
         # of a tensor and a conversion: once, however many edges have it
         times, sizes = np.zeros((2, len(tensors), self._kinds))
         for conversion, kind in kinds.items():

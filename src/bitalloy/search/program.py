@@ -26,6 +26,7 @@ from scipy.sparse import coo_array
 
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitEdge
+from bitalloy.measure.prices import conversion_prices
 from bitalloy.search.problem import Problem
 from bitalloy.search.withheld import withheld
 from bitalloy.sensitivity.matrix import straight
@@ -92,7 +93,7 @@ class Program:
             for u, schemes in problem.choices.items()
             if len(schemes) > 1
         ]
-        self._prices = {Conversion(p.source, p.sink): p for p in problem.cost.borders}
+        self._prices = conversion_prices(problem.cost)
         self._borders: dict[tuple[str, Conversion], int] = {}
         """(tensor, conversion) -> variable."""
         self._terms: list[tuple[int, np.ndarray]] = []

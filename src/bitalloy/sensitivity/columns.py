@@ -76,8 +76,9 @@ def columns(graph: Graph, recipe: Recipe) -> list[Column]:
             (_again if site.again else _entering)(graph, between, site, roots, recipe)
             for site in possible_sites(units, between)
         ]
-    for scheme in (s for s in units.schemes if s.cast):
-        masked = masked_tensors(graph)
+    casts = [scheme for scheme in units.schemes if scheme.cast]
+    masked = masked_tensors(graph) if casts else frozenset()
+    for scheme in casts:
         able = (unit for unit in units.units if scheme.name in unit.allowed)
         found += [_computed(graph, unit, scheme, recipe, masked=unit.root in masked) for unit in able]
     return found

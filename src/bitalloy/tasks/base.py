@@ -20,7 +20,7 @@ import numpy as np
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import Estimate, MetricValue, Record, TensorSpec
 from bitalloy.core.store import StageInputs
-from bitalloy.data.images import ImageSpec
+from bitalloy.data.images import ImageSpec, file_hash
 
 __all__ = [
     "Interface",
@@ -136,6 +136,15 @@ class TaskData(Protocol):
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
         """Choose at most `limit` samples, None for all, and return their numbers in ascending order."""
         ...
+
+
+def image_hashes(data: TaskData, samples: Sequence[int]) -> list[str]:
+    """Return `file_hash` of the file of the image of each sample.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    return [file_hash(file) for file in data.images(samples)]
 
 
 DataT = TypeVar("DataT", bound=TaskData)

@@ -36,7 +36,7 @@ from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.recipe import recipe_opening
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import RunModel, Seen, Task, TaskData, TaskResult, pack_seen, unpack_seen
+from bitalloy.tasks.base import RunModel, Seen, Task, TaskData, TaskResult, image_hashes, pack_seen, unpack_seen
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
 
@@ -176,7 +176,7 @@ class Evaluator:
 
     def _opened(self, path: Path, data: TaskData) -> _Labelled:
         samples = data.choose(self._limit, self._analysis.settings.seed)
-        images = [file_hash(file) for file in data.images(samples)]
+        images = image_hashes(data, samples)
         spec = LabelFile(
             graph=self._parts.graph,
             path=str(path.absolute()),
@@ -326,8 +326,7 @@ def open_labels(spec: LabelFile, contexts: Contexts) -> TaskData:
         DataError: the labels have changed, or do not fit the model.
     """
     _, (data,) = open_labelled(contexts.open(spec.graph), [Path(spec.path)], spec.image)
-    images = [file_hash(file) for file in data.images(spec.samples)]
-    if key_of(data.inputs(spec.samples, images)) != spec.fingerprint:
+    if key_of(data.inputs(spec.samples, image_hashes(data, spec.samples))) != spec.fingerprint:
         raise DataError(
             f"'{spec.path}' has changed since this job was made. Put the old labels back, or start the run again."
         )

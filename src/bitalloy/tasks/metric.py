@@ -15,11 +15,12 @@ from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, MetricValue, Record
 from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
-from bitalloy.data.images import ImageSpec, file_hash
+from bitalloy.data.images import ImageSpec
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen_groups, whole_group
 from bitalloy.sensitivity.switchboards import switchboard_opening
+from bitalloy.tasks.base import image_hashes
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DetectionData, DetectionInputs, evaluate_detection
 from bitalloy.tasks.open import image_spec
@@ -146,7 +147,7 @@ def _jobs(
 
 def _inputs_of(data: DetectionData, limit: int | None, seed: int) -> DetectionInputs:
     samples = data.choose(limit, seed)
-    return data.inputs(samples, [file_hash(file) for file in data.images(samples)])
+    return data.inputs(samples, image_hashes(data, samples))
 
 
 class MetricInputs(StageInputs, frozen=True, kw_only=True):

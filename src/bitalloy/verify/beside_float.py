@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
-from bitalloy.measure.sqnr import FLOAT32, output_sqnr
+from bitalloy.measure.sqnr import FLOAT32, artefact_sqnr, output_sqnr
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
@@ -56,32 +57,17 @@ def measure_plan(
     """
 
     def make() -> bytes:
-        sqnr: dict[str, tuple[Estimate, ...]] = {}
         timed = 0 if planned.cost.estimated else OUTCOME_SITTINGS * REPEATS
         with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
-
-            def compare(sessions: Mapping[str, Session]) -> None:
-                sqnr.update(
-                    output_sqnr(
-                        sessions["float"],
-                        {name: sessions.get(name, sessions["mixed"]) for name in ("lowest", "mixed")},
-                        analysis.heads,
-                        (analysis.data.feeds(i) for i in samples),
-                        seed=analysis.settings.seed,
-                        progress=progress.advance,
-                    )
-                )
-
             models = _different(analysis, planned.plan.chosen, mixed, folder)
-            latency, ratio = (_estimated if planned.cost.estimated else _timed)(
-                analysis, planned, models, compare, progress
-            )
+            found = (_estimated if planned.cost.estimated else _timed)(analysis, planned, models, samples, progress)
+        latency, ratio, sqnr = found.latency, found.ratio, found.sqnr
         return to_json(
             Measured(
                 latency=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
                 ratio_lowest=ratio["lowest"],
                 ratio_mixed=ratio["mixed"],
-                sqnr_lowest=sqnr["lowest"],
+                sqnr_lowest=sqnr.get("lowest", sqnr["mixed"]),
                 sqnr_mixed=sqnr["mixed"],
                 float32=sqnr[FLOAT32],
             )
@@ -108,38 +94,58 @@ def _different(analysis: Analysis, plan: Plan, mixed: Artefact, folder: Path) ->
     return models
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What was found of the models: latencies and ratios by `OUTCOMES`, the SQNR of the heads by model."""
+
+    latency: Mapping[str, Latency]
+    ratio: Mapping[str, Estimate]
+    sqnr: Mapping[str, tuple[Estimate, ...]]
+
+
 def _estimated(
-    analysis: Analysis,
-    planned: Planned,
-    models: Mapping[str, Artefact],
-    then: Callable[[Mapping[str, Session]], None],
-    progress: Progress,
-) -> tuple[dict[str, Latency], dict[str, Estimate]]:
-    """Take latencies from the cost table, and hand the sessions of all models to `then`."""
-    sessions = {name: model.session() for name, model in models.items()}
-    then(sessions)
-    for session in sessions.values():
-        session.close()
+    analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], samples: Sequence[int], progress: Progress
+) -> _Outcome:
+    """Take latencies from the cost table, and execute the models for their outputs alone."""
+    sqnr = artefact_sqnr(
+        models["float"],
+        {name: model for name, model in models.items() if name != "float"},
+        analysis.heads,
+        (analysis.data.feeds(i) for i in samples),
+        seed=analysis.settings.seed,
+        progress=progress.advance,
+    )
     plans = (Plan(), analysis.units.lowest(), planned.plan.chosen)
     us = {n: latency_us(planned.cost, analysis.units, p) for n, p in zip(OUTCOMES, plans, strict=True)}
     ratio = {name: round(value / us["float"], 4) for name, value in us.items()}
-    return (
+    return _Outcome(
         {n: Latency(median_ms=v / 1e3, p10_ms=v / 1e3, p90_ms=v / 1e3, count=0) for n, v in us.items()},
         {n: Estimate(value=r, low=r, high=r) for n, r in ratio.items()},
+        sqnr,
     )
 
 
 def _timed(
-    analysis: Analysis,
-    planned: Planned,
-    models: Mapping[str, Artefact],
-    then: Callable[[Mapping[str, Session]], None],
-    progress: Progress,
-) -> tuple[dict[str, Latency], dict[str, Estimate]]:
-    """Time the models in turns, and hand their sessions to `then`.
+    analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], samples: Sequence[int], progress: Progress
+) -> _Outcome:
+    """Time the models in turns, and compare their outputs in the same sessions.
 
     What is one file is timed once: a plan without any lowered unit has the times of the float model.
     """
+    sqnr: dict[str, tuple[Estimate, ...]] = {}
+
+    def compare(sessions: Mapping[str, Session]) -> None:
+        sqnr.update(
+            output_sqnr(
+                sessions["float"],
+                {name: session for name, session in sessions.items() if name != "float"},
+                analysis.heads,
+                (analysis.data.feeds(i) for i in samples),
+                seed=analysis.settings.seed,
+                progress=progress.advance,
+            )
+        )
+
     together = not (models["mixed"].large or analysis.graph.large)
     openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
     found = bench.time_sittings(
@@ -149,11 +155,12 @@ def _timed(
         sittings=OUTCOME_SITTINGS,
         together=together,
         progress=progress.advance,
-        then=then,
+        then=compare,
     )
     mixed = found["mixed" if planned.plan.chosen else "float"]
     times: dict[str, np.ndarray] = {"float": found["float"], "lowest": found.get("lowest", mixed), "mixed": mixed}
-    return (
+    return _Outcome(
         {name: bench.latency_of(series) for name, series in times.items()},
         {name: bench.paired_ratio(series, times["float"]) for name, series in times.items()},
+        sqnr,
     )

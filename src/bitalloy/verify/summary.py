@@ -28,7 +28,7 @@ from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.matrix import draws, estimate_sqnr
+from bitalloy.sensitivity.matrix import draws, estimate_sqnr, silent_heads
 from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import missed_size, shortfall
@@ -213,7 +213,7 @@ def _optimized(analysis: Analysis, effects: Sequence[KernelEffect]) -> list[str]
 
 def _special(analysis: Analysis) -> list[str]:
     """Say of which heads the SQNR is not that of the output, or means nothing."""
-    zero = [h.name for h, energy in zip(analysis.heads, analysis.matrix.energy.T, strict=True) if not energy.any()]
+    zero = silent_heads(analysis.matrix.heads, analysis.matrix.energy)
     logits = [h.name for h in analysis.heads if h.given and not h.kind]
     return [
         *(f"'{n}' is zero on all samples: its SQNR only tells whether anything changed it." for n in zero),

@@ -37,20 +37,6 @@ class Outline:
         return free_names(inputs, outputs, self.wires)
 
     @property
-    def free_inputs(self) -> tuple[TensorSpec, ...]:
-        """Inputs without a wire, under their names in the joined graph; usual sizes stand for open ones."""
-        found = []
-        for graph, specs in self.inputs.items():
-            usual = self._usual(graph)
-            for spec in specs:
-                if (graph, spec.name) in self.names:
-                    shape = (
-                        usual.get(spec.name, spec.shape) if any(isinstance(d, str) for d in spec.shape) else spec.shape
-                    )
-                    found.append(TensorSpec(name=self.names[graph, spec.name], dtype=spec.dtype, shape=tuple(shape)))
-        return tuple(found)
-
-    @property
     def open_inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs without a wire; sizes that the files leave open are names."""
         return tuple(
