@@ -42,7 +42,7 @@ class Sheet:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return add_initializer(self.graph, f"{role}{len(self.graph.initializers)}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
         made = ir.node(op_type, list(inputs), dict(attributes), name=f"{role}{len(self.graph)}")
         made.outputs[0].name = f"{role}{len(self.graph)}/output"
         self.graph.append(made)

@@ -97,6 +97,13 @@ class AnalysisArguments:
             help="Device and runtime, see `bitalloy targets`; or several for one analysis: `ort-cpu,tensorrt`."
         ),
     ] = "ort-cpu"
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            help="Schemes that plans may use beside float, see `bitalloy targets`: `int8`, or for language models "
+            "`w4,w8,int8-dynamic`. Default: the usual ones of each target."
+        ),
+    ] = None
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,6 +165,7 @@ class AnalysisArguments:
             probes=self.probes,
             seed=self.seed,
             exclude=tuple(self.exclude or ()),
+            schemes=options.schemes(self.schemes),
             protect=protect,
             equalize=self.equalize,
             bias_correction=self.bias_correction,

@@ -104,6 +104,20 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
     return tuple(found)
 
 
+def schemes(text: str | None) -> tuple[str, ...]:
+    """Read names of schemes; whether the targets have them is known to those alone.
+
+    >>> schemes("w4, INT8"), schemes(None)
+    (('w4', 'int8'), ())
+    """
+    if text is None:
+        return ()
+    names = tuple(name.strip().lower() for name in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise BitalloyError(f"--schemes is '{text}'; expected names with commas between, each once, such as w4,int8.")
+    return names
+
+
 def image_size(text: str | None) -> tuple[int, int] | None:
     """Read a height and width in pixels.
 

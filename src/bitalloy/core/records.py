@@ -211,6 +211,8 @@ class Settings(Record, frozen=True, kw_only=True):
     seed: int = 0
     exclude: tuple[str, ...] = ()
     """Glob patterns over node names and regions that stay in float."""
+    schemes: tuple[str, ...] = ()
+    """Schemes that plans may use beside the baseline; empty for the usual ones of each target."""
     protect: bool = True
     """Whether what the model's family keeps in float stays so, unless measurement overrules it."""
     equalize: bool = True

@@ -23,11 +23,11 @@ class Granularity(StrEnum):
 
 
 class Scheme(Record, frozen=True, kw_only=True):
-    """How a target stores the numbers of a unit; formats are named as in `bitalloy.formats`."""
+    """How a target stores the numbers of a unit; formats and roundings are named as in `bitalloy.formats`."""
 
     name: str
     activation: str | None = None
-    """Format of the tensors; None where they are not rounded."""
+    """How tensors are rounded, by a format or, where that is `dynamic`, at run time; None where they are not."""
     weight: str | None = None
     """Format of constant operands; None where they are not rounded."""
     bias: str | None = None
@@ -36,7 +36,10 @@ class Scheme(Record, frozen=True, kw_only=True):
     block: int = 0
     """Number of weights along the reduction that share a scale, where they are rounded by block."""
     dynamic: bool = False
-    """Whether the runtime takes the range of a tensor from the tensor itself, in place of a calibrated one."""
+    """Whether the kernel rounds what it reads on ranges of its own, in place of calibrated ones. It writes floats."""
+    kernel: str = ""
+    """Operator of the runtime that computes the product and rounds inside; empty where the graph says it all in pairs
+    of QuantizeLinear and DequantizeLinear."""
     cast: bool = False
     """Whether the nodes of a unit compute in the format, with a Cast where tensors enter and leave it. Otherwise they
     are given numbers that were rounded to it."""
@@ -48,6 +51,11 @@ class Scheme(Record, frozen=True, kw_only=True):
     def rounds(self) -> bool:
         """Whether tensors are rounded one by one on their way into and out of a unit."""
         return self.activation is not None and not self.cast
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether a unit may write what it makes in rounded numbers, for others to read."""
+        return self.rounds and not self.dynamic
 
     @property
     def gated(self) -> bool:

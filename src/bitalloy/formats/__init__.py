@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.schemes import Granularity, Scheme
-from bitalloy.formats.affine import INT4, INT8, INT32, UINT8
-from bitalloy.formats.base import Format, opset_of
+from bitalloy.formats.affine import INT4, INT8, INT32, UINT4, UINT8
+from bitalloy.formats.base import Format, Rounding, opset_of
 from bitalloy.formats.float16 import FLOAT16
+from bitalloy.formats.runtime import INT8_BLOCKS, UINT8_DYNAMIC
 
-FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, INT4, INT32, FLOAT16)}
+FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, UINT4, INT4, INT32, FLOAT16)}
+ROUNDINGS: dict[str, Rounding] = {r.name: r for r in (UINT8_DYNAMIC, *INT8_BLOCKS)}
+"""Roundings of tensors that only exist at run time."""
 
 
 def find_format(name: str | None) -> Format:
@@ -23,6 +26,15 @@ def find_format(name: str | None) -> Format:
     if name is None or name not in FORMATS:
         raise BitalloyError(f"Unknown format '{name}'. Available: {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+def find_rounding(name: str | None) -> Rounding:
+    """Look up how a scheme rounds tensors, by the name that it gives it.
+
+    Raises:
+        BitalloyError: no such format or rounding.
+    """
+    return ROUNDINGS[name] if name in ROUNDINGS else find_format(name)
 
 
 def weight_bits(scheme: Scheme) -> float:
@@ -37,4 +49,4 @@ def weight_bits(scheme: Scheme) -> float:
 
 def required_opset(scheme: Scheme) -> int:
     """Return the smallest version of the ONNX operators that can write a scheme; 0 for one that rounds nothing."""
-    return opset_of(scheme, [find_format(name) for name in (scheme.activation, scheme.weight, scheme.bias) if name])
+    return opset_of(scheme, [find_rounding(name) for name in (scheme.activation, scheme.weight, scheme.bias) if name])

@@ -105,6 +105,41 @@ def symmetric_params(
     return QuantParams(scale=scale, zero_point=np.zeros(scale.shape, dtype), qmin=-qmax, qmax=qmax, axis=axis)
 
 
+def asymmetric_params(
+    low: ArrayLike, high: ArrayLike, *, axis: int | None = None, bits: int = 8, signed: bool = False
+) -> QuantParams:
+    """Choose parameters with zero points for channels or blocks with values in [low, high].
+
+    Each range is widened to contain 0. A range of zeros takes the scale of the widest one.
+
+    Args:
+        low: smallest values, any shape.
+        high: largest values, of the same shape.
+        axis: dimension of the tensor that they run along.
+        bits: 2 to 16.
+        signed: whether the integers are.
+
+    Example: steps of 1.5 / 15, and 0 at the fifth of them.
+
+        >>> p = asymmetric_params([-0.5, 0.0], [1.0, 0.0], axis=0, bits=4)
+        >>> print(p.scale, p.zero_point)
+        [0.1 0.1] [5 0]
+
+    Raises:
+        ModelError: a bound is NaN or infinite.
+    """
+    dtype, qmin, qmax = _storage(bits, signed)
+    reach = _reach(2 ** (bits - 1))
+    bottom, top = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if not (np.isfinite(bottom) & np.isfinite(top)).all():
+        raise ModelError("A weight has NaN or infinite values. Export the model again.")
+    bottom, top = np.clip(bottom, -reach, 0.0), np.clip(top, 0.0, reach)
+    width = top - bottom
+    scale = _normal(np.where(width == 0, width.max(initial=0.0), width) / (qmax - qmin))
+    zero = np.clip(np.rint(qmin - bottom / scale), qmin, qmax).astype(dtype)
+    return QuantParams(scale=scale, zero_point=zero, qmin=qmin, qmax=qmax, axis=axis)
+
+
 def quantize(x: NDArray[np.floating], p: QuantParams) -> NDArray[np.integer]:
     """Round `x` (any shape, read as float32) to integers in the dtype of the zero point.
 
@@ -220,22 +255,29 @@ class Affine:
     bits: int
     signed: bool
     symmetric: bool = False
-    """Whether the zero point of tensors is in the middle; that of constants is in any case."""
+    """Whether the zero point is in the middle."""
     opset: int = 13
 
     def of_range(self, low: float, high: float) -> QuantParams:
         """Choose the parameters of a tensor as `activation_params` does."""
         return self._stored(activation_params(low, high, bits=self.bits, signed=self.signed, symmetric=self.symmetric))
 
-    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams:
-        """Choose the parameters of a constant as `symmetric_params` does; with a `block`, `magnitude` has its rank."""
-        found = replace(symmetric_params(magnitude, axis=axis, bits=self.bits), block=block)
-        if not self.signed:
-            dtype, _, _ = _storage(self.bits, False)
-            middle = 2 ** (self.bits - 1)
-            zero = np.full(found.scale.shape, middle, dtype)
-            found = replace(found, zero_point=zero, qmin=found.qmin + middle, qmax=found.qmax + middle)
-        return self._stored(found)
+    def of_parts(
+        self, low: NDArray[np.floating], high: NDArray[np.floating], *, axis: int, block: int = 0
+    ) -> QuantParams:
+        """Choose the parameters of a constant, around 0 as `symmetric_params` does, or with zero points.
+
+        Args:
+            low: smallest values, (channels,), or of blocks in the rank of the constant.
+            high: largest values, likewise.
+            axis: along which the channels, or the blocks, run.
+            block: elements that share a scale, 0 without blocks.
+        """
+        if self.symmetric:
+            found = symmetric_params(np.maximum(-np.asarray(low), high), axis=axis, bits=self.bits)
+        else:
+            found = asymmetric_params(low, high, axis=axis, bits=self.bits, signed=self.signed)
+        return self._stored(replace(found, block=block))
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
         """Round numbers to integers as `quantize` does."""
@@ -273,6 +315,7 @@ class Affine:
 
 UINT8 = Affine(name="uint8", bits=8, signed=False)
 INT8 = Affine(name="int8", bits=8, signed=True, symmetric=True)
+UINT4 = Affine(name="uint4", bits=4, signed=False, opset=21)
 INT4 = Affine(name="int4", bits=4, signed=True, symmetric=True, opset=21)
 INT32 = Affine(name="int32", bits=32, signed=True, symmetric=True)
 """The format of biases; `bias_int32` makes its numbers."""

@@ -40,13 +40,29 @@ class Writer(Protocol):
         """Add a constant; `role` is a part of its name."""
         ...
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
-        """Add a node whose one result has the shape of its first input; `role` is a part of its name."""
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
+        """Add a node of one result.
+
+        Args:
+            op_type: the operator.
+            inputs: what it reads.
+            role: a part of its name.
+            shape: that of the result; None where it is that of the first input.
+            attributes: of the operator.
+        """
         ...
 
 
-class Format(Protocol):
-    """How a number is stored. An instance is registered in `bitalloy.formats.FORMATS`."""
+class Rounding(Protocol):
+    """How a tensor is rounded at run time. Every `Format` is one; others are registered in `formats.ROUNDINGS`."""
 
     @property
     def name(self) -> str:
@@ -64,15 +80,7 @@ class Format(Protocol):
         ...
 
     def of_range(self, low: float, high: float) -> QuantParams | None:
-        """Choose the parameters of a tensor with values in [low, high]; None where the format has none."""
-        ...
-
-    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> QuantParams | None:
-        """Choose the parameters of constants whose parts along `axis` reach magnitudes, see `QuantParams.scale`."""
-        ...
-
-    def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
-        """Return the numbers as they are stored."""
+        """Choose the parameters of a tensor with values in [low, high]; None where there are none."""
         ...
 
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
@@ -81,6 +89,20 @@ class Format(Protocol):
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
         """Round a float32 tensor at run time; returns what is left of it."""
+        ...
+
+
+class Format(Rounding, Protocol):
+    """How a number is stored. An instance is registered in `bitalloy.formats.FORMATS`."""
+
+    def of_parts(
+        self, low: NDArray[np.floating], high: NDArray[np.floating], *, axis: int, block: int = 0
+    ) -> QuantParams | None:
+        """Choose the parameters of constants whose parts along `axis` lie in [low, high], see `QuantParams.scale`."""
+        ...
+
+    def encode(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.generic]:
+        """Return the numbers as they are stored."""
         ...
 
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
@@ -101,7 +123,7 @@ def cast_type(stored: Format) -> ir.DataType:
     return ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)
 
 
-def opset_of(scheme: Scheme, formats: Sequence[Format]) -> int:
+def opset_of(scheme: Scheme, formats: Sequence[Rounding]) -> int:
     """Return the smallest version of the ONNX operators that can write a scheme of these formats; 0 for none."""
     block = 21 if scheme.granularity is Granularity.BLOCK and scheme.weight is not None else 0
     return max([block, *(f.opset for f in formats)])

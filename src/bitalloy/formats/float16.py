@@ -53,7 +53,7 @@ class Float16:
     def of_range(self, low: float, high: float) -> None:
         """Return nothing: a floating-point format has no parameters."""
 
-    def of_magnitudes(self, magnitude: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
+    def of_parts(self, low: NDArray[np.floating], high: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
         """Return nothing: a floating-point format has no parameters."""
 
     def encode(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.generic]:

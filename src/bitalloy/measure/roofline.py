@@ -60,7 +60,9 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
 
 def number_bytes(scheme: Scheme) -> float:
     """Return the size of one number of a tensor in a scheme."""
-    return find_format(scheme.activation).bits / 8 if scheme.activation is not None else FLOAT_BYTES
+    if scheme.activation is None or scheme.dynamic:
+        return FLOAT_BYTES
+    return find_format(scheme.activation).bits / 8
 
 
 def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device) -> UnitCost:

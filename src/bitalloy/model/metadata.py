@@ -33,6 +33,8 @@ TAG = "bitalloy.unit"
 """On a node of a rewritten model: id of the unit that it belongs to, or `BORDER`."""
 BORDER = "bitalloy.border"
 """Value of `TAG` where a node belongs to no unit: it rounds or casts a tensor on its way between units."""
+KERNEL = "bitalloy.kernel"
+"""On a node while a model is rewritten: operator of the runtime that is to compute it, and how that rounds."""
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 """A size of an axis."""

@@ -92,11 +92,12 @@ def _on_each(
 ) -> list[Calibrated]:
     """The model on each target, with the ranges that all of them share."""
     heads, excluded = find_heads(model), _excluded(model, settings.exclude)
-    units = [split(model, device, heads, exclude=excluded) for device in devices]
+    check_schemes(devices, settings.schemes)
+    units = [split(model, device, heads, exclude=excluded, schemes=settings.schemes) for device in devices]
     for device, found in zip(devices, units, strict=True):
         if not found.lowest():
             left = " after --exclude" if excluded else ""
-            what = " or ".join(scheme.name.upper() for scheme in device.schemes[:0:-1])
+            what = " or ".join(scheme.name.upper() for scheme in found.schemes[:0:-1])
             raise BitalloyError(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
@@ -122,10 +123,28 @@ def _on_each(
     ]
 
 
+def check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
+    """Refuse names that are a scheme of none of the targets.
+
+    Raises:
+        BitalloyError: the message says which schemes there are.
+    """
+    known = list(dict.fromkeys(s.name for device in devices for s in device.schemes))
+    for name in names:
+        if name not in known:
+            why = "; ".join(f"{d.name}: {d.lacks[name]}" for d in devices if name in d.lacks)
+            raise BitalloyError(
+                f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
+                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}."
+            )
+
+
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
     """Find the units of a model on each target, without samples; calibration may keep more of them in float."""
     excluded, heads = _excluded(model, settings.exclude), find_heads(model)
-    return tuple(split(model, target(name), heads, exclude=excluded) for name in settings.targets)
+    return tuple(
+        split(model, target(name), heads, exclude=excluded, schemes=settings.schemes) for name in settings.targets
+    )
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:

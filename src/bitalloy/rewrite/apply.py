@@ -9,7 +9,8 @@ Case 4. Weights: stored in their format, and read back as float; biases: moved w
         (`rewrite.biases`), then INT32 with scale input * weight, in schemes that want them so.
 Case 5. Units that compute in another format: `rewrite.cast`, after all roundings stand; these stay in float32, with a
         Cast between.
-Case 6. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
+Case 6. Units whose kernel rounds what it reads: `rewrite.kernels`. What enters them is not rounded here.
+Case 7. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
         numbers. ONNX Runtime's kernel is several times slower on other axes.
 
 Conditions verified on the way out: the ONNX checker passes; inputs and outputs keep names, types and shapes; the
@@ -30,7 +31,7 @@ from bitalloy.core.schemes import Plan, Scheme
 from bitalloy.core.units import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.affine import bias_int32
-from bitalloy.formats.base import Format, QuantParams, cast_type
+from bitalloy.formats.base import Format, QuantParams, Rounding, cast_type
 from bitalloy.model.load import Graph
 from bitalloy.model.metadata import BORDER, TAG
 from bitalloy.model.opset import raise_opset
@@ -38,6 +39,7 @@ from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_
 from bitalloy.model.weights import save, to_bytes
 from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer, node_namer
 from bitalloy.rewrite.cast import lower
+from bitalloy.rewrite.kernels import lower_kernels, mark_kernel
 from bitalloy.targets.placement import roundings, touched, weight_site
 from bitalloy.targets.recipe import Recipe
 
@@ -62,13 +64,15 @@ class MixedModel:
         return save(self.model, path)
 
 
-def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
+def write_plan(graph: Graph, recipe: Recipe, plan: Plan, *, kernels: bool = True) -> MixedModel:
     """Rewrite a graph so that every unit of a plan runs in its scheme, and all others as they are.
 
     Args:
         graph: the model in normal form; not changed.
         recipe: the units of the graph on a target, and how they are rounded.
         plan: unit -> scheme.
+        kernels: whether products whose kernel rounds become that kernel; otherwise they are only marked, and
+            `lower_kernels` is to follow.
 
     Raises:
         BitalloyError: a unit is unknown or may not run in its scheme.
@@ -99,6 +103,8 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan) -> MixedModel:
         members = [by_id[name] for name in plan.units_in(cast.name)]
         kind = cast_type(find_format(cast.activation))
         lower(model, {n for u in members for n in (*u.core, *u.tail)}, kind, writer.fresh)
+    if kernels:
+        lower_kernels(model)
     _verify(graph, model)
     return MixedModel(model, units)
 
@@ -121,7 +127,7 @@ def _borders(units: UnitGraph, plan: Plan) -> tuple[set[str], list[tuple[UnitEdg
         for site in roundings(edge, source, sink):
             if site.end:
                 ends.add(str(edge.producer))
-            else:
+            elif not sink.kernel:
                 entries.append((edge, site.scheme))
     return ends, entries
 
@@ -151,6 +157,8 @@ class _GraphWriter:
             if scheme.bias is not None:
                 _, entry = self._recipe.tensor_params(scheme.name, inputs[site.node])
             self._weight(self.nodes[site.node], site, scheme, entry, unit.id)
+            if scheme.kernel:
+                mark_kernel(self.nodes[site.node], scheme)
         for edge in unit.inner if scheme.rounds else ():
             self._pair(edge.tensor, self._recipe.tensor_params(scheme.name, edge.tensor), unit.id)
         if not end:
@@ -212,7 +220,7 @@ class _GraphWriter:
         kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.encode(weight, params))
         node.replace_input_with(site.slot, self._read(kept, stored, params, unit))
 
-    def _pair(self, tensor: str, rounding: tuple[Format, QuantParams | None], unit: str) -> None:
+    def _pair(self, tensor: str, rounding: tuple[Rounding, QuantParams | None], unit: str) -> None:
         """Round a tensor for all its consumers; a graph output keeps its name on the rounded value."""
         value = self._values[tensor]
         uses = consumers(value)
@@ -226,7 +234,7 @@ class _GraphWriter:
             self.graph.outputs[index] = rounded
 
     def _round(
-        self, value: ir.Value, rounding: tuple[Format, QuantParams | None], unit: str, *, after: ir.Node | None
+        self, value: ir.Value, rounding: tuple[Rounding, QuantParams | None], unit: str, *, after: ir.Node | None
     ) -> ir.Value:
         stored, params = rounding
         return stored.write(_Place(self, str(value.name), unit, after), value, params)
@@ -251,7 +259,7 @@ class _Place:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._writer.constant(f"{self._name}/{role}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
         made = ir.node(op_type, list(inputs), dict(attributes), name=self._writer.fresh_node(f"{self._name}/{op_type}"))
         made.outputs[0].name = self._writer.fresh(f"{self._name}/{role}")
         made.metadata_props[TAG] = self._unit

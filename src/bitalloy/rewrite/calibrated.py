@@ -24,6 +24,7 @@ from bitalloy.rewrite.apply import MixedModel, write_plan
 from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
 from bitalloy.rewrite.floats import keep_floats
+from bitalloy.rewrite.kernels import lower_kernels
 from bitalloy.rewrite.reopen import reopen
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
@@ -172,10 +173,12 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
 
 def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
     """Make the model of a plan as it is shipped: see `Calibrated.artefact`."""
-    model = write_plan(graph, recipe, plan).model
+    model = write_plan(graph, recipe, plan, kernels=not isinstance(graph, Joined)).model
     parts, program = {ONLY: model}, None
     if isinstance(graph, Joined):
         parts, program = _divided(graph, model), graph.program
+        for part in parts.values():
+            lower_kernels(part)
     for part in parts.values() if recipe.target.rounds_floats else ():
         keep_floats(part)
     return Artefact(parts, program, recipe.target.runtime)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
-from bitalloy.model.metadata import TAG
+from bitalloy.model.metadata import KERNEL, TAG
 from bitalloy.model.read import constant, name_of
 from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer
 from bitalloy.rewrite.cast import computing_nodes, is_border, lower
@@ -90,8 +90,7 @@ class _Carrier:
             if other is None or (node.name in self._computing and any(v.dtype is None for v in other.outputs)):
                 missing += [node.name] if node.name in self._computing or pairs or others else []
                 continue
-            if TAG in node.metadata_props:
-                other.metadata_props[TAG] = node.metadata_props[TAG]
+            other.metadata_props.update({k: node.metadata_props[k] for k in (TAG, KERNEL) if k in node.metadata_props})
             for slot, pair in pairs:
                 operand = _operand(other, slot)
                 if operand is None or (_is_stored(pair) and constant(operand) is None):

@@ -29,7 +29,7 @@ from bitalloy.adjoint.engine import Tap
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Unit, UnitEdge, WeightSite
 from bitalloy.formats import find_format
-from bitalloy.formats.base import Format, QuantParams
+from bitalloy.formats.base import QuantParams, Rounding
 from bitalloy.model.load import Graph
 from bitalloy.model.masked import masked_tensors
 from bitalloy.model.read import attribute, beside_output, constant, is_float, name_of, static_shape
@@ -123,8 +123,8 @@ class _Probe:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._builder.const(array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
-        return self._builder.op(op_type, *inputs, shape=static_shape(inputs[0]), **attributes)
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
+        return self._builder.op(op_type, *inputs, shape=static_shape(inputs[0]) if shape is None else shape, **attributes)
 
 
 def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leaving: bool = False) -> Column:
@@ -259,7 +259,7 @@ def _attributes(node: ir.Node) -> dict[str, object]:
     return {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
 
 
-def _identity(stored: Format, params: QuantParams | None) -> tuple[object, ...]:
+def _identity(stored: Rounding, params: QuantParams | None) -> tuple[object, ...]:
     """Turn a format with its parameters into something that can be compared."""
     if params is None:
         return (stored.name,)

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 from bitalloy.core.records import Head, Secant
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.base import Format, QuantParams
+from bitalloy.formats.base import Format, QuantParams, Rounding
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
@@ -169,7 +169,7 @@ class Segment:
 
     def __init__(self, graph: Graph, nodes: Sequence[ir.Node], threads: int) -> None:
         self._graph, self._nodes, self._threads = graph, nodes, threads
-        self.edges: list[tuple[int, Sequence[Edge], Format, QuantParams | None]] = []
+        self.edges: list[tuple[int, Sequence[Edge], Rounding, QuantParams | None]] = []
         self.weights: list[tuple[int, WeightSite, Format, QuantParams | None, Offset | None]] = []
         """Gates with their columns."""
         self.inputs = reads(nodes)

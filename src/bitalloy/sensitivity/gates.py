@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.base import Format, QuantParams
+from bitalloy.formats.base import Format, QuantParams, Rounding
 from bitalloy.model.read import attribute, beside_output, constant
 from bitalloy.model.write import add_initializer, insert_behind
 
@@ -86,7 +86,7 @@ class Gatekeeper:
         change = ir.node("Sub", [kept, value])
         return [*body.nodes, change], change.outputs[0]
 
-    def edge(self, uses: Sequence[Edge], stored: Format, params: QuantParams | None) -> None:
+    def edge(self, uses: Sequence[Edge], stored: Rounding, params: QuantParams | None) -> None:
         """Add a gate on a tensor where some inputs of nodes read it, or where it leaves the graph."""
         first = uses[0]
         x = self._leaving.get(first.tensor) or self._values[first.tensor]
@@ -134,7 +134,7 @@ class Gatekeeper:
         choice = ir.node("If", [open_.outputs[0]], attributes=branches)
         choice.name = f"gate/{number}/If"
         choice.outputs[0].name = f"{x.name}/gate{number}"
-        choice.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        choice.outputs[0].type, choice.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), x.shape
         insert_behind(self._graph, after, [gate, open_, choice])
         return choice.outputs[0]
 
@@ -158,7 +158,8 @@ class _Body:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._keeper.constant(f"{self._name}/{role}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
         made = ir.node(op_type, list(inputs), attributes=dict(attributes))
+        made.outputs[0].shape = inputs[0].shape if shape is None else ir.Shape(shape)
         self.nodes.append(made)
         return made.outputs[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -46,6 +46,8 @@ class Offer:
     scheme: Scheme
     refuse: Callable[[Core, Sequence[ir.Node]], str]
     """Why a pattern, with all nodes of its unit, may not run in it; empty where it may."""
+    usual: bool = True
+    """Whether plans may use it without being asked to; otherwise `--schemes` must name it."""
 
 
 def whole_kernel(core: Core, nodes: Sequence[ir.Node]) -> str:
@@ -128,13 +130,24 @@ class Target:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schemes", (Scheme(name=BASELINE), *(offer.scheme for offer in self.offers)))
 
+    def offered(self, schemes: Collection[str] = ()) -> tuple[Offer, ...]:
+        """Return the offers of the given names, or the usual ones without names, in the order of the target."""
+        return tuple(o for o in self.offers if (o.scheme.name in schemes if schemes else o.usual))
+
     @property
     def casts(self) -> bool:
         """Whether units may compute in another format, which not every machine has kernels for."""
         return any(scheme.cast for scheme in self.schemes)
 
 
-def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: frozenset[str] = frozenset()) -> UnitGraph:
+def split(
+    graph: Graph,
+    target: Target,
+    heads: Sequence[Head],
+    *,
+    exclude: frozenset[str] = frozenset(),
+    schemes: Collection[str] = (),
+) -> UnitGraph:
     """Group all nodes of a graph into units of a target and list the edges between them.
 
     Args:
@@ -143,17 +156,19 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         heads: parts of the outputs; a Concat that joins heads is not rounded, because one scale would have to
             serve parts of different meaning, and neither are units that make a head's last tensor.
         exclude: node names that stay in the baseline.
+        schemes: names of those that plans may use beside the baseline; without them, the target's usual ones.
     """
+    offers = target.offered(schemes)
     found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
     final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
     units = []
     for name, core in found.cores.items():
         members = found.members(name)
-        refused = _refused(target, core, members, _unfit_output(core.root, joined, final))
-        allowed = tuple(s.name for s in target.schemes if s.name not in refused)
+        refused = _refused(target, offers, core, members, _unfit_output(core.root, joined, final))
+        allowed = (BASELINE, *(o.scheme.name for o in offers if o.scheme.name not in refused))
         excluded = bool(exclude & {name_of(n) for n in members})
-        sited = any(s.gated and s.name in allowed for s in target.schemes) and not excluded
+        sited = any(o.scheme.gated and o.scheme.name in allowed for o in offers) and not excluded
         units.append(
             Unit(
                 id=name,
@@ -179,7 +194,7 @@ def split(graph: Graph, target: Target, heads: Sequence[Head], *, exclude: froze
         model_sha256=graph.info.sha256,
         units=tuple(units),
         edges=tuple(edges),
-        schemes=target.schemes,
+        schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
     )
 
 
@@ -232,12 +247,14 @@ def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
     return ""
 
 
-def _refused(target: Target, core: Core, members: Sequence[ir.Node], unfit_output: str) -> dict[str, str]:
+def _refused(
+    target: Target, offers: Sequence[Offer], core: Core, members: Sequence[ir.Node], unfit_output: str
+) -> dict[str, str]:
     """Map each scheme in which the unit of a core may not run to the reason."""
     found = dict(target.lacks)
-    for offer in target.offers:
+    for offer in offers:
         reason = offer.refuse(core, members)
-        if not reason and offer.scheme.rounds and target.placement is Placement.ENDS:
+        if not reason and offer.scheme.hands_on and target.placement is Placement.ENDS:
             reason = unfit_output
         if reason:
             found[offer.scheme.name] = reason

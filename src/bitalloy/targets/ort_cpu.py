@@ -12,7 +12,11 @@ Case 5. MaxPool, Reshape, Transpose, Slice, Split and the like run on the intege
         their input: they follow the unit that feeds them.
 Case 6. AveragePool whose INT8 kernel is wrong stays in float: with ceil_mode and count_include_pad it divides the
         windows at the edge by another count than in float, and with dilations the fused node is refused.
-Case 7. Everything else stays in float. What the optimizer would round or fuse of it all the same: `rewrite.floats`.
+Case 7. MatMul and Gemm with a constant matrix also run with weights in blocks of 4 or 8 bits (`w4`, `w4-128`, `w8`:
+        MatMulNBits, which rounds what it reads to INT8 block by block), or with INT8 weights and ranges taken at run
+        time (`int8-dynamic`: DynamicQuantizeMatMul). They write floats, so that a last product may run so, too. Few
+        rows, as in a decoder that makes one token after another, gain from the former; many rows from the latter.
+Case 8. Everything else stays in float. What the optimizer would round or fuse of it all the same: `rewrite.floats`.
 
 On x86 CPUs without VNNI the uint8 x int8 kernels of `pairs` add pairs of products in 16 bits and saturate (ORT
 documentation, "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every
@@ -21,11 +25,12 @@ weight; here the scale of a channel grows only as far as its own neighbouring we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from bitalloy.core.schemes import Scheme
+from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of
@@ -93,19 +98,52 @@ def _binary(node: ir.Node) -> Core:
     return Core(node.op_type, (node,))
 
 
+def _stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """Refuse all but products with a constant matrix."""
+    if core.unfit:
+        return core.unfit
+    if core.kind in ("Gemm", "MatMul") and core.weights:
+        return ""
+    return f"ONNX Runtime has such a kernel only for products with a constant matrix, and not for {core.kind}"
+
+
+def _blocks(name: str, weight: str, block: int) -> Offer:
+    scheme = Scheme(
+        name=name,
+        activation=f"int8-block{block}",
+        weight=weight,
+        granularity=Granularity.BLOCK,
+        block=block,
+        dynamic=True,
+        kernel="MatMulNBits",
+    )
+    return Offer(scheme=scheme, refuse=_stored_matrix, usual=False)
+
+
+LARGEST_PAIR = None if has_vnni() else 128
+
 ORT_CPU = Target(
     name="ort-cpu",
     describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels",
     runtime=ORT,
     offers=(
+        _blocks("w8", "int8", 32),
         Offer(
             scheme=Scheme(
-                name="int8",
-                activation="uint8",
+                name="int8-dynamic",
+                activation="uint8-dynamic",
                 weight="int8",
-                bias="int32",
-                pair_limit=None if has_vnni() else 128,
+                dynamic=True,
+                kernel="DynamicQuantizeMatMul",
+                pair_limit=LARGEST_PAIR,
             ),
+            refuse=_stored_matrix,
+            usual=False,
+        ),
+        _blocks("w4", "uint4", 32),
+        _blocks("w4-128", "uint4", 128),
+        Offer(
+            scheme=Scheme(name="int8", activation="uint8", weight="int8", bias="int32", pair_limit=LARGEST_PAIR),
             refuse=whole_kernel,
         ),
     ),

@@ -8,7 +8,9 @@ Case 1. `ENDS`: kernels read and write rounded numbers. A unit that rounds does 
         Concat rounds again what was rounded before it.
 Case 2. `ENTRY`: kernels read rounded numbers and write floats. Every unit that rounds does so with what it reads.
 Case 3. `NONE`: nothing is rounded, because the tensor is made inside the kernel that reads it.
-Case 4. A unit that computes in another format is one site with all its roundings, wherever its tensors come from.
+Case 4. A scheme that is `dynamic` rounds inside the kernel what that reads, whatever it was rounded to before, and
+        writes floats: a site where the tensor enters, and no conversion.
+Case 5. A unit that computes in another format is one site with all its roundings, wherever its tensors come from.
 
 Conversions are what such borders cost: from floats to rounded numbers and back (`ENDS`), to rounded numbers alone
 (`ENTRY`), and Casts between formats that units compute in.
@@ -78,7 +80,7 @@ def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
         return ()
     if edge.placement is Placement.ENTRY:
         return (Site(edge.id, sink.name, ACTIVATIONS),) if sink.rounds else ()
-    found, made = [], source.rounds and edge.rooted
+    found, made = [], source.hands_on and edge.rooted
     if made:
         found.append(Site(edge.id, source.name, ACTIVATIONS, end=True, again=edge.passed_on))
     if sink.rounds and not _alike(source, sink):
@@ -88,14 +90,14 @@ def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
 
 def conversions(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Conversion, ...]:
     """List the conversions of a tensor between two units that take time. Arguments as for `roundings`."""
-    if not source.rounds and not sink.rounds:
+    if not source.hands_on and not sink.hands_on:
         return (Conversion(source.name, sink.name),) if _computes(source) != _computes(sink) else ()
     if _alike(source, sink):
         return ()
     found = []
-    if source.rounds and edge.placement is Placement.ENDS:
+    if source.hands_on and edge.placement is Placement.ENDS:
         found.append(Conversion(source.name, ""))
-    if sink.rounds and edge.placement is not Placement.NONE:
+    if sink.hands_on and edge.placement is not Placement.NONE:
         found.append(Conversion("", sink.name))
     return tuple(found)
 
@@ -182,15 +184,15 @@ def touched(units: UnitGraph, plan: Plan) -> Iterator[tuple[UnitEdge, Scheme, Sc
 
 def all_conversions(schemes: tuple[Scheme, ...]) -> tuple[Conversion, ...]:
     """List every conversion that a plan on these schemes may need."""
-    rounding = [c for s in schemes if s.rounds for c in (Conversion(s.name, ""), Conversion("", s.name))]
-    others = [s for s in schemes if not s.rounds]
+    rounding = [c for s in schemes if s.hands_on for c in (Conversion(s.name, ""), Conversion("", s.name))]
+    others = [s for s in schemes if not s.hands_on]
     casts = [Conversion(a.name, b.name) for a in others for b in others if _computes(a) != _computes(b)]
     return (*rounding, *casts)
 
 
 def _alike(source: Scheme, sink: Scheme) -> bool:
     """Tell whether one scheme hands on what the other reads."""
-    return source.rounds and sink.rounds and source.activation == sink.activation
+    return source.hands_on and sink.hands_on and source.activation == sink.activation
 
 
 def _computes(scheme: Scheme) -> str | None:

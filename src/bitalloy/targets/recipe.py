@@ -14,8 +14,8 @@ from bitalloy.core.records import Record
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
-from bitalloy.formats import find_format, required_opset
-from bitalloy.formats.base import Format, QuantParams
+from bitalloy.formats import find_format, find_rounding, required_opset
+from bitalloy.formats.base import Format, QuantParams, Rounding
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, target
 from bitalloy.targets.base import Target
@@ -41,10 +41,11 @@ class Recipe:
         used = {name for unit in self.units.units for name in unit.allowed}
         return max((required_opset(scheme) for scheme in self.units.schemes if scheme.name in used), default=0)
 
-    def tensor_params(self, scheme: str, tensor: str) -> tuple[Format, QuantParams | None]:
-        """Return the format of tensors in a scheme, with its parameters for one of them."""
-        found = find_format(self.units.scheme(scheme).activation)
-        return found, found.of_range(*self.ranges[tensor])
+    def tensor_params(self, scheme: str, tensor: str) -> tuple[Rounding, QuantParams | None]:
+        """Return how tensors are rounded in a scheme, with the parameters for one of them."""
+        used = self.units.scheme(scheme)
+        found = find_rounding(used.activation)
+        return found, None if used.dynamic else found.of_range(*self.ranges[tensor])
 
     def weight_params(self, scheme: str, node: ir.Node, site: WeightSite) -> tuple[Format, QuantParams | None]:
         """Return the format of weights in a scheme, with its parameters for one of them; see `stored_weight`."""
@@ -64,14 +65,16 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
     assert weight is not None, "weight sites are constants"
     if scheme.granularity is Granularity.BLOCK:
         along = reduction_axis(node, axis, weight.ndim)
-        return stored.of_magnitudes(_block_maxima(np.abs(weight), along, scheme.block), axis=along, block=scheme.block)
+        starts = np.arange(0, weight.shape[along], scheme.block)
+        low, high = (extreme.reduceat(weight, starts, axis=along) for extreme in (np.minimum, np.maximum))
+        return stored.of_parts(low, high, axis=along, block=scheme.block)
     high = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
     if scheme.pair_limit is not None:
         # rounding may lift both members by half a step
         high = np.maximum(high, largest_pairs(node, weight, axis) * np.float32(127 / (scheme.pair_limit - 1)))
     if scheme.granularity is Granularity.TENSOR:
         high = np.full_like(high, high.max(initial=0.0))
-    return stored.of_magnitudes(high, axis=axis)
+    return stored.of_parts(-high, high, axis=axis)
 
 
 def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:
@@ -79,11 +82,6 @@ def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:
     if rank == 2:
         return 1 - channels % 2
     return 0 if node.op_type == "ConvTranspose" else 1
-
-
-def _block_maxima(magnitude: np.ndarray, axis: int, block: int) -> np.ndarray:
-    """Return the largest value of every block along an axis; the last block may be shorter."""
-    return np.maximum.reduceat(magnitude, np.arange(0, magnitude.shape[axis], block), axis=axis)
 
 
 class RecipeData(Record, frozen=True, kw_only=True):

@@ -1,0 +1,143 @@
+"""Roundings of tensors that a kernel makes at run time, on ranges that it takes from the tensor itself.
+
+Nothing of them is calibrated or stored; what they leave of a tensor depends on the tensor alone. They are written into
+a graph to predict or to execute a rounding; the kernels of the shipped model contain them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bitalloy.formats.base import QuantParams, Writer
+
+_LEVELS = np.float32(255.0)
+_REACH = np.float32(127.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTensor:
+    """UINT8 on the range of the whole tensor, widened to contain 0: DynamicQuantizeLinear.
+
+    https://onnx.ai/onnx/operators/onnx__DynamicQuantizeLinear.html; a tensor of zeros has the scale 1, as in ONNX
+    Runtime.
+
+    >>> DynamicTensor(name="uint8-dynamic").reference(np.float32([-1.0, 0.5, 4.0]))
+    array([-1.0000001,  0.509804 ,  4.0000005], dtype=float32)
+    """
+
+    name: str
+    bits: int = 8
+    opset: int = 13
+
+    def of_range(self, low: float, high: float) -> None:
+        """Return nothing: the range is that of the tensor."""
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """Round a tensor of any shape."""
+        x = np.asarray(x, np.float32)
+        low, high = np.minimum(x.min(initial=0.0), np.float32(0)), np.maximum(x.max(initial=0.0), np.float32(0))
+        scale = np.float32((high - low) / _LEVELS)
+        scale = np.float32(1.0) if scale == 0 else scale
+        zero = np.clip(np.rint(-low / scale), 0, 255)
+        steps = np.clip(np.rint(x / scale) + zero, 0, 255)
+        return np.asarray((steps - zero) * scale, np.float32)
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """Write the range, and a QuantizeLinear and a DequantizeLinear on it."""
+        none = writer.constant(np.array(0, np.float32), "none")
+        low = writer.node("Min", [writer.node("ReduceMin", [x], "least", shape=(), keepdims=0), none], "low")
+        high = writer.node("Max", [writer.node("ReduceMax", [x], "greatest", shape=(), keepdims=0), none], "high")
+        levels = writer.constant(np.array(_LEVELS), "levels")
+        step = writer.node("Div", [writer.node("Sub", [high, low], "range"), levels], "step")
+        scale = _or_else(writer, step, 1.0, "scale")
+        place = writer.node("Round", [writer.node("Div", [writer.node("Neg", [low], "below"), scale], "steps")], "place")
+        zero = writer.node("Cast", [place], "zero_point", to=int(ir.DataType.UINT8))
+        stored = writer.node("QuantizeLinear", [x, scale, zero], "quantized")
+        return writer.node("DequantizeLinear", [stored, scale, zero], "dequantized")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicBlocks:
+    """INT8 with one scale for every block of the last axis, its largest magnitude over 127.
+
+    As the kernels of MatMulNBits with accuracy level 4 round what they multiply (ONNX Runtime, MLAS,
+    `QuantizeARow_CompInt8`). The last block may be shorter.
+
+    >>> DynamicBlocks(name="int8-block2", block=2).reference(np.float32([[1.0, 127.0, 0.3]]))
+    array([[  1. , 127. ,   0.3]], dtype=float32)
+    """
+
+    name: str
+    block: int
+    bits: int = 8
+    opset: int = 13
+
+    def of_range(self, low: float, high: float) -> None:
+        """Return nothing: the ranges are those of the blocks."""
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """Round a tensor of shape (..., K)."""
+        x = np.asarray(x, np.float32)
+        size = x.shape[-1]
+        rows = np.pad(x.reshape(-1, size), ((0, 0), (0, -size % self.block)))
+        blocks = rows.reshape(-1, self.block)
+        top = np.abs(blocks).max(axis=1, keepdims=True)
+        steps = np.rint(blocks * (_REACH / np.where(top == 0, np.float32(1), top)))
+        return np.asarray((steps * (top / _REACH)).reshape(rows.shape)[:, :size].reshape(x.shape), np.float32)
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """Write the blocks as rows, and their rounding; the shape of `x` must be known."""
+        shape = _sizes(x)
+        size = shape[-1]
+        count, more = int(np.prod(shape[:-1])), -size % self.block
+        rows = (count * (size + more) // self.block, self.block)
+        value = x
+        if more:
+            value = _reshape(writer, x, (count, size), "rows")
+            pads = writer.constant(np.array([0, 0, 0, more], np.int64), "pads")
+            value = writer.node("Pad", [value, pads], "padded", shape=(count, size + more))
+        value = _reshape(writer, value, rows, "blocks")
+        top = self._largest(writer, value, rows[0])
+        reach = writer.constant(np.array(_REACH), "reach")
+        inverse = writer.node("Div", [reach, _or_else(writer, top, 1.0, "divisor")], "inverse", shape=(rows[0], 1))
+        steps = writer.node("Round", [writer.node("Mul", [value, inverse], "scaled")], "steps")
+        value = writer.node("Mul", [steps, writer.node("Div", [top, reach], "scale")], "rounded")
+        if more:
+            value = _reshape(writer, value, (count, size + more), "whole")
+            parts = [writer.constant(np.array([n], np.int64), role) for n, role in ((0, "from"), (size, "to"), (1, "axis"))]
+            value = writer.node("Slice", [value, *parts], "kept", shape=(count, size))
+        return _reshape(writer, value, shape, "result")
+
+    @staticmethod
+    def _largest(writer: Writer, blocks: ir.Value, count: int) -> ir.Value:
+        """Write the largest magnitude of every row; as a pooling, which has one form in all versions."""
+        magnitude = writer.node("Abs", [blocks], "magnitude")
+        size = _sizes(blocks)[1]
+        apart = _reshape(writer, magnitude, (1, count, size), "apart")
+        top = writer.node("MaxPool", [apart], "top", shape=(1, count, 1), kernel_shape=(size,))
+        return _reshape(writer, top, (count, 1), "tops")
+
+
+UINT8_DYNAMIC = DynamicTensor(name="uint8-dynamic")
+INT8_BLOCKS = tuple(DynamicBlocks(name=f"int8-block{block}", block=block) for block in (16, 32, 64, 128, 256))
+
+
+def _or_else(writer: Writer, value: ir.Value, other: float, role: str) -> ir.Value:
+    """Write another number in place of zeros."""
+    nothing = writer.constant(np.array(0, np.float32), "nothing")
+    is_zero = writer.node("Equal", [value, nothing], f"{role}_is_zero")
+    given = writer.constant(np.array(other, np.float32), "other")
+    return writer.node("Where", [is_zero, given, value], role, shape=_sizes(value))
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None, "the shape of what is rounded in blocks is known"
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def _reshape(writer: Writer, x: ir.Value, shape: tuple[int, ...], role: str) -> ir.Value:
+    return writer.node("Reshape", [x, writer.constant(np.array(shape, np.int64), f"{role}_shape")], role, shape=shape)
