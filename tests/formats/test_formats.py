@@ -21,7 +21,7 @@ from bitalloy.formats.base import Format, QuantParams, cast_type
 from bitalloy.model.write import add_initializer
 from bitalloy.runtime.ort import OrtSession
 
-TENSORS = ("uint8", "int8", "int4", "float16")
+TENSORS = ("uint8", "int8", "uint4", "int4", "float16")
 """Formats of tensors that ONNX Runtime's CPU provider has QuantizeLinear or Cast for."""
 WEIGHTS = TENSORS
 """Of constants that it has DequantizeLinear or Cast for."""
@@ -42,7 +42,15 @@ class Sheet:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return add_initializer(self.graph, f"{role}{len(self.graph.initializers)}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
         made = ir.node(op_type, list(inputs), dict(attributes), name=f"{role}{len(self.graph)}")
         made.outputs[0].name = f"{role}{len(self.graph)}/output"
         self.graph.append(made)
@@ -90,9 +98,10 @@ def of_constant(stored: Format, w: np.ndarray, *, axis: int, block: int = 0) -> 
     """Parameters of a constant: of all of it (axis -1), of its channels, or of blocks along an axis."""
     if block:
         starts = np.arange(0, w.shape[axis], block)
-        return stored.of_magnitudes(np.maximum.reduceat(np.abs(w), starts, axis=axis), axis=axis, block=block)
+        low, high = (extreme.reduceat(w, starts, axis=axis) for extreme in (np.minimum, np.maximum))
+        return stored.of_parts(low, high, axis=axis, block=block)
     others = tuple(d for d in range(w.ndim) if d != axis)
-    return stored.of_magnitudes(np.abs(w).max(axis=others), axis=axis)
+    return stored.of_parts(w.min(axis=others), w.max(axis=others), axis=axis)
 
 
 numbers = st.floats(-1e4, 1e4, width=32)
@@ -153,7 +162,7 @@ def test_constants(name: str, layout: str, shape: tuple[int, ...]) -> None:
     assert 0 < np.abs(found - w).max() < np.abs(w).max()
 
 
-@pytest.mark.parametrize("name", ["uint8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["uint8", "int8", "uint4", "int4"])
 @settings(max_examples=60)
 @given(w=hnp.arrays(np.float32, (3, 70), elements=st.one_of(st.just(0.0), numbers)))
 def test_blocks_of_any_numbers(name: str, w: np.ndarray) -> None:

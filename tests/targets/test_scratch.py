@@ -39,7 +39,7 @@ from bitalloy.targets.recipe import Recipe
 from bitalloy.verify.summary import predicted_sqnr
 
 BLOCK = 32
-UINT4 = Affine(name="uint4", bits=4, signed=False, opset=21)
+UINT4 = Affine(name="scratch4", bits=4, signed=False, opset=21)
 """Activations in 16 steps."""
 
 
@@ -57,7 +57,7 @@ SCRATCH = Target(
         ),
         Offer(scheme=Scheme(name="int8", activation="uint8", weight="int8", pair_limit=128), refuse=whole_kernel),
         Offer(scheme=Scheme(name="a8w4", activation="uint8", weight="int4"), refuse=whole_kernel),
-        Offer(scheme=Scheme(name="a4w4", activation="uint4", weight="int4"), refuse=whole_kernel),
+        Offer(scheme=Scheme(name="a4w4", activation="scratch4", weight="int4"), refuse=whole_kernel),
     ),
     match=ORT_CPU.match,
     follows=ORT_CPU.follows,

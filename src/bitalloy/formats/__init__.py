@@ -13,7 +13,8 @@ from bitalloy.formats.float16 import FLOAT16
 from bitalloy.formats.runtime import INT8_BLOCKS, UINT8_DYNAMIC
 
 FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, UINT4, INT4, INT32, FLOAT16)}
-ROUNDINGS: dict[str, Rounding] = {r.name: r for r in (UINT8_DYNAMIC, *INT8_BLOCKS)}
+_AT_RUN_TIME: tuple[Rounding, ...] = (UINT8_DYNAMIC, *INT8_BLOCKS)
+ROUNDINGS: dict[str, Rounding] = {r.name: r for r in _AT_RUN_TIME}
 """Roundings of tensors that only exist at run time."""
 
 

@@ -293,13 +293,14 @@ class Affine:
         """Write a QuantizeLinear and a DequantizeLinear that share scale and zero point."""
         assert params is not None, "integers have a scale"
         grid, attributes = _grid(writer, params), _attributes(params)
-        q = writer.node("QuantizeLinear", [x, *grid], "quantized", **attributes)
-        return writer.node("DequantizeLinear", [q, *grid], "dequantized", **attributes)
+        q = writer.node("QuantizeLinear", [x, *grid], "quantized", shape=None, **attributes)
+        return writer.node("DequantizeLinear", [q, *grid], "dequantized", shape=None, **attributes)
 
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
         """Write a DequantizeLinear behind the stored integers."""
         assert params is not None, "integers have a scale"
-        return writer.node("DequantizeLinear", [stored, *_grid(writer, params)], "dequantized", **_attributes(params))
+        grid, attributes = _grid(writer, params), _attributes(params)
+        return writer.node("DequantizeLinear", [stored, *grid], "dequantized", shape=None, **attributes)
 
     def safe(self, evidence: Evidence) -> tuple[float, str]:
         """Refuse nothing: kernels that read such integers sum up in 32 bits."""

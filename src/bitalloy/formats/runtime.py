@@ -16,6 +16,8 @@ from bitalloy.formats.base import QuantParams, Writer
 
 _LEVELS = np.float32(255.0)
 _REACH = np.float32(127.0)
+_LEAST = np.float32(2.0**-100)
+"""Blocks of smaller magnitude count as nothing beside others; its reciprocal is finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class DynamicTensor:
         scale = np.float32((high - low) / _LEVELS)
         scale = np.float32(1.0) if scale == 0 else scale
         zero = np.clip(np.rint(-low / scale), 0, 255)
-        steps = np.clip(np.rint(x / scale) + zero, 0, 255)
+        with np.errstate(over="ignore"):
+            steps = np.clip(np.rint(x / scale) + zero, 0, 255)
         return np.asarray((steps - zero) * scale, np.float32)
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
@@ -53,8 +56,11 @@ class DynamicTensor:
         high = writer.node("Max", [writer.node("ReduceMax", [x], "greatest", shape=(), keepdims=0), none], "high")
         levels = writer.constant(np.array(_LEVELS), "levels")
         step = writer.node("Div", [writer.node("Sub", [high, low], "range"), levels], "step")
-        scale = _or_else(writer, step, 1.0, "scale")
-        place = writer.node("Round", [writer.node("Div", [writer.node("Neg", [low], "below"), scale], "steps")], "place")
+        nothing = writer.node("Equal", [step, none], "is_nothing")
+        scale = writer.node("Where", [nothing, writer.constant(np.array(1, np.float32), "one"), step], "scale")
+        place = writer.node(
+            "Round", [writer.node("Div", [writer.node("Neg", [low], "below"), scale], "steps")], "place"
+        )
         zero = writer.node("Cast", [place], "zero_point", to=int(ir.DataType.UINT8))
         stored = writer.node("QuantizeLinear", [x, scale, zero], "quantized")
         return writer.node("DequantizeLinear", [stored, scale, zero], "dequantized")
@@ -86,57 +92,44 @@ class DynamicBlocks:
         rows = np.pad(x.reshape(-1, size), ((0, 0), (0, -size % self.block)))
         blocks = rows.reshape(-1, self.block)
         top = np.abs(blocks).max(axis=1, keepdims=True)
-        steps = np.rint(blocks * (_REACH / np.where(top == 0, np.float32(1), top)))
+        steps = np.rint(blocks * (_REACH / np.maximum(top, _LEAST)))
         return np.asarray((steps * (top / _REACH)).reshape(rows.shape)[:, :size].reshape(x.shape), np.float32)
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
         """Write the blocks as rows, and their rounding; the shape of `x` must be known."""
-        shape = _sizes(x)
-        size = shape[-1]
-        count, more = int(np.prod(shape[:-1])), -size % self.block
-        rows = (count * (size + more) // self.block, self.block)
+        assert x.shape is not None and x.shape.is_static(), "the shape of what is rounded in blocks is known"
+        shape = tuple(int(d) for d in x.shape)  # type: ignore[arg-type]
+        count, size = int(np.prod(shape[:-1])), shape[-1]
+        more = -size % self.block
+        blocks = (count * (size + more) // self.block, self.block)
         value = x
         if more:
             value = _reshape(writer, x, (count, size), "rows")
             pads = writer.constant(np.array([0, 0, 0, more], np.int64), "pads")
             value = writer.node("Pad", [value, pads], "padded", shape=(count, size + more))
-        value = _reshape(writer, value, rows, "blocks")
-        top = self._largest(writer, value, rows[0])
-        reach = writer.constant(np.array(_REACH), "reach")
-        inverse = writer.node("Div", [reach, _or_else(writer, top, 1.0, "divisor")], "inverse", shape=(rows[0], 1))
-        steps = writer.node("Round", [writer.node("Mul", [value, inverse], "scaled")], "steps")
-        value = writer.node("Mul", [steps, writer.node("Div", [top, reach], "scale")], "rounded")
+        value = self._round(writer, _reshape(writer, value, blocks, "blocks"), blocks)
         if more:
             value = _reshape(writer, value, (count, size + more), "whole")
-            parts = [writer.constant(np.array([n], np.int64), role) for n, role in ((0, "from"), (size, "to"), (1, "axis"))]
-            value = writer.node("Slice", [value, *parts], "kept", shape=(count, size))
+            parts = zip((0, size, 1), ("from", "to", "axis"), strict=True)
+            bounds = [writer.constant(np.array([number], np.int64), role) for number, role in parts]
+            value = writer.node("Slice", [value, *bounds], "kept", shape=(count, size))
         return _reshape(writer, value, shape, "result")
 
     @staticmethod
-    def _largest(writer: Writer, blocks: ir.Value, count: int) -> ir.Value:
-        """Write the largest magnitude of every row; as a pooling, which has one form in all versions."""
-        magnitude = writer.node("Abs", [blocks], "magnitude")
-        size = _sizes(blocks)[1]
-        apart = _reshape(writer, magnitude, (1, count, size), "apart")
-        top = writer.node("MaxPool", [apart], "top", shape=(1, count, 1), kernel_shape=(size,))
-        return _reshape(writer, top, (count, 1), "tops")
+    def _round(writer: Writer, rows: ir.Value, shape: tuple[int, int]) -> ir.Value:
+        """Write the rounding of every row; the largest magnitude as a pooling, which has one form in all versions."""
+        column = (shape[0], 1)
+        magnitude = _reshape(writer, writer.node("Abs", [rows], "magnitude"), (1, *shape), "apart")
+        pooled = writer.node("MaxPool", [magnitude], "pooled", shape=(1, *column), kernel_shape=shape[1:])
+        top, reach = _reshape(writer, pooled, column, "top"), writer.constant(np.array(_REACH), "reach")
+        divisor = writer.node("Max", [top, writer.constant(np.array(_LEAST), "least")], "divisor", shape=column)
+        inverse = writer.node("Div", [reach, divisor], "inverse", shape=column)
+        steps = writer.node("Round", [writer.node("Mul", [rows, inverse], "scaled")], "steps")
+        return writer.node("Mul", [steps, writer.node("Div", [top, reach], "scale")], "rounded")
 
 
 UINT8_DYNAMIC = DynamicTensor(name="uint8-dynamic")
 INT8_BLOCKS = tuple(DynamicBlocks(name=f"int8-block{block}", block=block) for block in (16, 32, 64, 128, 256))
-
-
-def _or_else(writer: Writer, value: ir.Value, other: float, role: str) -> ir.Value:
-    """Write another number in place of zeros."""
-    nothing = writer.constant(np.array(0, np.float32), "nothing")
-    is_zero = writer.node("Equal", [value, nothing], f"{role}_is_zero")
-    given = writer.constant(np.array(other, np.float32), "other")
-    return writer.node("Where", [is_zero, given, value], role, shape=_sizes(value))
-
-
-def _sizes(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None, "the shape of what is rounded in blocks is known"
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 
 def _reshape(writer: Writer, x: ir.Value, shape: tuple[int, ...], role: str) -> ir.Value:

@@ -57,6 +57,7 @@ def audit_kernels(
         graphs: what the runtime made of each graph (`reconcile`).
     """
     known = {scheme.name: scheme for scheme in units.schemes}
+    kernels = [_named_by_plan(timed, known[plan.scheme_of(timed.unit)]) for timed in kernels]
     own: dict[str, list[TimedKernel]] = defaultdict(list)
     taken: dict[str, list[TimedKernel]] = defaultdict(list)
     for timed in kernels:
@@ -157,6 +158,13 @@ def _audited(
         cause=cause,
         rounded=rounded,
     )
+
+
+def _named_by_plan(timed: TimedKernel, planned: Scheme) -> TimedKernel:
+    """Give the operator that a scheme of a unit is computed by the name of that scheme: its operands do not tell."""
+    if not planned.kernel or timed.kernel.op != planned.kernel:
+        return timed
+    return replace(timed, kernel=replace(timed.kernel, precision=planned.name))
 
 
 def _rounds(precision: str, known: Mapping[str, Scheme]) -> bool:

@@ -259,7 +259,15 @@ class _Place:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._writer.constant(f"{self._name}/{role}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
         made = ir.node(op_type, list(inputs), dict(attributes), name=self._writer.fresh_node(f"{self._name}/{op_type}"))
         made.outputs[0].name = self._writer.fresh(f"{self._name}/{role}")
         made.metadata_props[TAG] = self._unit

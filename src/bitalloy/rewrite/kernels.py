@@ -7,8 +7,8 @@ graph, so a graph with open sizes can take it over; here it becomes what the run
 Case 1. MatMulNBits (com.microsoft): weights of 4 or 8 bits in blocks along the reduction, packed row by row, with zero
         points unless all are in the middle. With accuracy level 4 it rounds the tensor to INT8 by block
         (`formats.runtime.DynamicBlocks`); with level 1 it does not. A bias of a Gemm is an operand.
-Case 2. DynamicQuantizeMatMul (com.microsoft): written as DynamicQuantizeLinear, MatMulInteger, Cast and Mul, and Add for
-        a bias, which ONNX Runtime fuses (MatMulIntegerToFloatFusion, DynamicQuantizeMatMulFusion) and which other
+Case 2. DynamicQuantizeMatMul (com.microsoft): written as DynamicQuantizeLinear, MatMulInteger, Cast and Mul, and Add
+        for a bias, which ONNX Runtime fuses (MatMulIntegerToFloatFusion, DynamicQuantizeMatMulFusion) and which other
         runtimes know.
 """
 
@@ -77,7 +77,7 @@ def _stored_product(node: ir.Node, *, rounds: bool) -> _StoredProduct:
     if node.op_type == "Gemm" and attribute(node, "transB", 0):
         integers, scale, zero_point = integers.T, scale.T, zero_point.T
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    block = attribute(reader, "block_size", 0)
+    block = int(attribute(reader, "block_size", 0))  # type: ignore[call-overload]
     return _StoredProduct(node, reader, integers, scale, zero_point, block, bias, rounds)
 
 
@@ -169,7 +169,7 @@ def _packed_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
 
 def _nibbles(numbers: np.ndarray) -> np.ndarray:
     """Pack neighbours of the last axis into bytes, the first one low."""
-    return numbers[..., 0::2] | (numbers[..., 1::2] << 4)
+    return np.asarray(numbers[..., 0::2] | (numbers[..., 1::2] << 4))
 
 
 def _write_dynamic(writer: _Lowering, product: _StoredProduct) -> None:

@@ -123,8 +123,18 @@ class _Probe:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._builder.const(array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
-        return self._builder.op(op_type, *inputs, shape=static_shape(inputs[0]) if shape is None else shape, **attributes)
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
+        return self._builder.op(
+            op_type, *inputs, shape=static_shape(inputs[0]) if shape is None else shape, **attributes
+        )
 
 
 def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leaving: bool = False) -> Column:

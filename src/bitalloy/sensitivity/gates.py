@@ -158,8 +158,15 @@ class _Body:
     def constant(self, array: np.ndarray, role: str) -> ir.Value:
         return self._keeper.constant(f"{self._name}/{role}", array)
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, *, shape: Sequence[int] | None = None, **attributes: int | Sequence[int]) -> ir.Value:
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
         made = ir.node(op_type, list(inputs), attributes=dict(attributes))
-        made.outputs[0].shape = inputs[0].shape if shape is None else ir.Shape(shape)
         self.nodes.append(made)
         return made.outputs[0]
