@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.records import Head
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import Granularity, Plan
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph, load_graph
@@ -42,7 +42,7 @@ def with_pair_limit(device: Target, limit: int | None) -> Target:
     """A target on a processor whose INT8 kernels have another limit."""
     offers = (
         replace(offer, scheme=msgspec.structs.replace(offer.scheme, pair_limit=limit))
-        if offer.scheme.name == "int8"
+        if offer.scheme.weight == "int8" and offer.scheme.granularity is Granularity.CHANNEL
         else offer
         for offer in device.offers
     )

@@ -58,7 +58,9 @@ CASES: dict[str, dict[str, str]] = {
         "case6-average-pool": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,8,8,8] y) {
             c = Conv(x, w1)
             p = AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1, count_include_pad=1>(c)  y = Neg(p) }""",
-        "case7-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
+        "case7-stored-products": """(float[4,40] x, float[40,16] w1, float[8,16] w2, float[8] w3, float[8,16] w4)
+            => (float[4,16] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  y = MatMul(g, w4) }""",
+        "case8-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             c = Conv(x, w1)  e = Exp(c)  d = Conv(e, w2)  y = Neg(d) }""",
     },
     "openvino-cpu": {
@@ -107,7 +109,16 @@ CASES: dict[str, dict[str, str]] = {
             c = Conv(x, w1)  t = Transpose<perm=[0,2,3,1]>(c)  y = Neg(t) }""",
     },
 }
+SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("ort-cpu", "case7-stored-products"): ("w8", "int8-dynamic", "w4", "int8"),
+}
+"""Schemes that plans may use, where these are not the usual ones of the target."""
 PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
+    ("ort-cpu", "case7-stored-products"): lambda units: Plan({
+        "/m/MatMul": "w4",
+        "/g/Gemm": "int8-dynamic",
+        "/y/MatMul": "w8",
+    }),
     ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
     ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
     ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,
@@ -152,7 +163,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     graph, device = load_graph(folder / "case.onnx"), target(name)
     if name in PAIR_LIMIT:
         device = with_pair_limit(device, pair_limit)
-    units = split(graph, device, find_heads(graph))
+    units = split(graph, device, find_heads(graph), schemes=SCHEMES.get((name, case), ()))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
     feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}

@@ -210,6 +210,8 @@ class CostInputs(StageInputs, frozen=True, kw_only=True):
     """Id, core and tail of each unit, and the schemes that it may take."""
     edges: tuple[str, ...]
     """Ids of the edges between units."""
+    schemes: tuple[Scheme, ...]
+    """What they mean."""
     seed: int
     """Seed of the random mixtures."""
     environment: Environment
@@ -243,6 +245,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         target=analysis.target.name,
         units=tuple((u.id, u.core, u.tail, u.allowed) for u in analysis.units.units),
         edges=tuple(e.id for e in analysis.units.edges),
+        schemes=analysis.units.schemes,
         seed=analysis.settings.seed,
         environment=analysis.environment,
     )

@@ -20,7 +20,7 @@ Case 7. DoubleQDQPairsRemover makes one rounding of two in a row, on the narrowe
         equal scales alone, where it changes nothing.
 Case 8. ReluQuantFusion and ClipQuantFusion drop an activation whose bounds are those of the rounding: the same numbers.
 Case 9. DequantizeLinear of INT4 blocks before a MatMul becomes MatMulNBits, which rounds the tensor to INT8 at run
-        time. No target here offers INT4 on ONNX Runtime.
+        time. Plans write that operator themselves (`rewrite.kernels`), and no such DequantizeLinear.
 Case 10. OpenVINO 2026.4 (src/common/low_precision_transformations) rounds no float weights, and computes in float what
         a plan keeps in float, in all of these cases. Nothing is prevented there.
 """
