@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ import pytest
 from PIL import Image
 
 import bitalloy as api
+from bitalloy.core.schemes import Plan
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
 from bitalloy.pipeline.prepare import prepare
+from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.calibrated import plan_artefact
 from bitalloy.rewrite.divide import divide
 from bitalloy.runtime.artefact import Artefact
+from bitalloy.runtime.ort import OrtSession
+from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
+from bitalloy.targets.recipe import Recipe
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.open import cache_size, interface_of, runner
 
@@ -237,6 +245,28 @@ def test_roundings_are_the_same_with_open_sizes(spoken: Any, tmp_path: Path) -> 
         both = [onnx.load(p) for p in (path, tmp_path / "open" / f"{name}.onnx")]
         stored = [sorted(i.name for i in m.graph.initializer if i.data_type == onnx.TensorProto.INT8) for m in both]
         assert stored[0] == stored[1]
+
+
+def test_kernels_that_round_take_open_sizes(spoken: Any, tmp_path: Path) -> None:
+    """Of two schemes in turns: the shipped graphs compute what the joined one does, and take other lengths."""
+    analysis = spoken[0].analysis
+    units = split(analysis.graph, ORT_CPU, analysis.heads, schemes=("w4", "int8-dynamic"))
+    able = [u.id for u in units.units if u.choices]
+    plan = Plan({unit: ("w4", "int8-dynamic")[i % 2] for i, unit in enumerate(able)})
+    recipe = Recipe(units, ORT_CPU, {})
+    joined = OrtSession(write_plan(analysis.graph, recipe, plan).to_bytes())
+    shipped = plan_artefact(analysis.graph, recipe, plan)
+    shipped.save(tmp_path)
+    session = shipped.session()
+    for index in analysis.parts.verification[:2]:
+        feeds = analysis.data.feeds(index)
+        expected, found = joined.run(feeds), session.run(feeds)
+        for name, value in expected.items():
+            assert decibels(value, found[name]) > 60
+    nodes = Counter(n.op_type for f in tmp_path.glob("*.onnx") for n in onnx.load(f).graph.node)
+    assert nodes["MatMulNBits"] + nodes["MatMulInteger"] == len(able)
+    lengths = [d.dim_param for d in onnx.load(tmp_path / "decoder.onnx").graph.input[0].type.tensor_type.shape.dim]
+    assert any(lengths)
 
 
 def test_samples_of_a_language_program_have_one_length(language: Path, drawn: Path, tmp_path: Path) -> None:
