@@ -65,7 +65,7 @@ def constrain(
         named = _named(full, keep, operators)
         able = [u for u in named if keep.scheme in u.allowed]
         if not able:
-            raise BitalloyError(_impossible(keep, named))
+            raise BitalloyError(_impossible(keep, named, full))
         for unit in named:
             place = decided if keep.scheme in unit.allowed else missed
             place[unit.id] = keep
@@ -108,9 +108,11 @@ def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
     return {unit.id, unit.kind, *nodes, *ancestors(unit.region)[:-1], *types}
 
 
-def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
+def _impossible(keep: Keep, named: Sequence[Unit], units: UnitGraph) -> str:
     unit = named[0]
-    why = unit.refused.get(keep.scheme) or unit.reason or f"the target has no {keep.scheme.upper()}"
+    used = [scheme.name for scheme in units.schemes]
+    unknown = f"plans for {units.target} use {', '.join(used)} here; a target's further schemes are named by --schemes"
+    why = unit.refused.get(keep.scheme) or (unit.reason if keep.scheme in used else "") or unknown
     others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
     return (
         f"--keep '{keep}' asks for {keep.scheme.upper()} where it is not possible: '{unit.id}' cannot, because "
