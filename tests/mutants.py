@@ -6,7 +6,7 @@
 
 The mutants are those of Cosmic Ray (https://cosmic-ray.readthedocs.io, dependency group `mutation`): another operator,
 another comparison, a number one larger or smaller, a condition negated, a loop that never runs, a decorator removed.
-Those that change annotations alone, or `is` to `==`, are left out. Where a module has more than `--count`, a sample is drawn by `--seed`.
+Those that change annotations alone, marks between parameters, or `is` to `==`, are left out. Where a module has more than `--count`, a sample is drawn by `--seed`.
 
 Each mutant runs in a forked child, in which the import of the module gives the mutated code; nothing on the disk is
 changed. Tests that reach the mutated line run first to last by how long they take, and the first that fails ends it. A
@@ -177,7 +177,7 @@ def _valid(source: str, places: Sequence[tuple[str, int]], arguments: argparse.N
 
 
 def _meaning(source: str) -> str | None:
-    """Dump the syntax tree without annotations, which nothing evaluates; None for what is no Python."""
+    """Dump the syntax tree without annotations, and the marks `*` and `/` between parameters; None for no Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -188,6 +188,9 @@ def _meaning(source: str) -> str | None:
                 node.returns = None
             case ast.arg():
                 node.annotation = None
+            case ast.arguments():
+                node.args, node.posonlyargs, node.kwonlyargs = [*node.posonlyargs, *node.args, *node.kwonlyargs], [], []
+                node.defaults, node.kw_defaults = [*node.defaults, *filter(None, node.kw_defaults)], []
             case ast.AnnAssign():
                 node.annotation = ast.Constant("")
     return ast.dump(tree)
