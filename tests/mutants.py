@@ -6,7 +6,8 @@
 
 The mutants are those of Cosmic Ray (https://cosmic-ray.readthedocs.io, dependency group `mutation`): another operator,
 another comparison, a number one larger or smaller, a condition negated, a loop that never runs, a decorator removed.
-Those that change annotations alone, marks between parameters, or `is` to `==`, are left out. Where a module has more than `--count`, a sample is drawn by `--seed`.
+Those that change annotations alone, marks between parameters, or `is` to `==`, are left out. Where a module has more
+than `--count`, a sample is drawn by `--seed`.
 
 Each mutant runs in a forked child, in which the import of the module gives the mutated code; nothing on the disk is
 changed. Tests that reach the mutated line run first to last by how long they take, and the first that fails ends it. A

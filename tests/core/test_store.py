@@ -96,5 +96,5 @@ def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(RunDirectoryError, match=r"probe-k+\.d/3' cannot be written.*Free space"):
         run.put("probe", "k" * 24, b"1", "3")
-    with pytest.raises(RunDirectoryError, match="b' cannot be written: No space left.*Free space"):
+    with pytest.raises(RunDirectoryError, match=r"b' cannot be written: No space left.*Free space"):
         run.publish_files("b", full)
