@@ -113,8 +113,8 @@ def _execute(
     """Profile and time the pure plans and random mixtures of them side by side.
 
     Returns:
-        The plans, the pure ones first; of each, number of a unit -> kernel time in microseconds; and (plans, rounds): times in microseconds, all sittings in
-        one row.
+        The plans, the pure ones first; of each, number of a unit -> microseconds of its kernels; and (plans, rounds):
+        times in microseconds, all sittings in one row.
     """
     generator = np.random.default_rng([seed, 23])
     plans = list(pure)
