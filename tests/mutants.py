@@ -59,7 +59,7 @@ SERVED: Mapping[str, tuple[str, ...]] = {
     "tasks/metric": ("sensitivity/test_exact.py::test_the_metric_table_is_the_evaluation_of_the_switched_network",),
     "measure/cost": ("measure/test_cost.py",),
     "measure/bench": ("measure/test_bench.py",),
-    "core/store": ("core/test_store.py", "core/test_keys.py"),
+    "core/store": ("core/test_store.py",),
     "core/encoding": ("core/test_encoding.py",),
     "formats/float16": ("formats/test_formats.py", "targets/test_safety.py"),
 }
@@ -67,14 +67,17 @@ SERVED: Mapping[str, tuple[str, ...]] = {
 SAME = ("_Is_Eq", "_IsNot_NotEq")
 """Operators of Cosmic Ray that are left out: the sides of every `is` are None, or members of one enumeration."""
 PRELOADED = (
-    "numpy",
-    "onnx",
-    "onnx_ir",
-    "onnxruntime",
-    "PIL.Image",
-    "pycocotools.coco",
-    "rich.console",
-    "scipy.optimize",
+    *(
+        "msgspec",
+        "numpy",
+        "onnx",
+        "onnx_ir.passes.common",
+        "onnxruntime",
+        "PIL.Image",
+        "pycocotools.coco",
+        "rich.console",
+    ),
+    *("scipy.optimize", "scipy.stats", "typer"),
 )
 """What every child needs, imported once; none of it starts threads, which a fork would lose."""
 
@@ -298,7 +301,16 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoade
 
 def _pytest(module: str, *plugins: object, options: Sequence[str] = ()) -> int:
     files = [f"tests/{name}" for name in SERVED[module]]
-    usual = ("-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+    usual = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+    )
     return int(pytest.main([*files, *usual, *options], plugins=list(plugins)))
 
 
