@@ -44,9 +44,9 @@ from hypothesis import Phase, settings
 ROOT = Path(__file__).parents[1]
 SERVED: Mapping[str, tuple[str, ...]] = {
     "formats/affine": ("formats/test_affine.py", "formats/test_formats.py"),
-    "targets/placement": ("targets/test_sites.py", "targets/test_placement.py"),
-    "targets/recipe": ("targets/test_pairs.py", "targets/test_placement.py"),
-    "targets/pairs": ("targets/test_pairs.py", "targets/test_placement.py"),
+    "targets/placement": ("targets/test_sites.py",),
+    "targets/recipe": ("targets/test_stored.py",),
+    "targets/pairs": ("targets/test_stored.py",),
     "sensitivity/matrix": ("sensitivity/test_matrix.py", "sensitivity/test_coverage.py"),
     "search/choice": ("search/test_choice.py",),
     "search/program": ("search/test_choice.py", "search/test_drawn_graphs.py"),

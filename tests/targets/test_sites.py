@@ -78,7 +78,9 @@ def test_conversions(source: str, sink: str) -> None:
 def test_all_conversions_of_some_schemes() -> None:
     rounding = [Conversion(*ends) for name in ROUNDING for ends in ((name, ""), ("", name))]
     others = [(BASELINE, "half"), ("half", BASELINE), ("half", "weights"), ("weights", "half")]
-    assert placement.all_conversions(SCHEMES) == (*rounding, *(Conversion(*ends) for ends in others))
+    found = placement.all_conversions(SCHEMES)
+    assert found == (*rounding, *(Conversion(*ends) for ends in others))
+    assert [(c.source, c.sink) for c in sorted(found)] == sorted((c.source, c.sink) for c in found)
 
 
 def unit(name: str, allowed: tuple[str, ...]) -> Unit:
