@@ -48,20 +48,22 @@ SERVED: Mapping[str, tuple[str, ...]] = {
     "targets/recipe": ("targets/test_stored.py",),
     "targets/pairs": ("targets/test_stored.py",),
     "sensitivity/matrix": ("sensitivity/test_matrix.py", "sensitivity/test_coverage.py"),
-    "search/choice": ("search/test_choice.py",),
+    "search/choice": (
+        "search/test_choice.py",
+        "search/test_constraints.py::test_reasons_quote_the_table_and_say_what_stands_against_a_unit",
+    ),
     "search/program": ("search/test_choice.py", "search/test_drawn_graphs.py"),
     "search/moves": (
         "search/test_drawn_graphs.py",
         "search/test_search.py::test_moves_are_what_each_plan_gives_by_itself",
     ),
     "tasks/bootstrap": ("tasks/test_bootstrap.py",),
-    "tasks/resample": ("tasks/test_resample.py", "tasks/test_bootstrap.py"),
     "tasks/metric": ("sensitivity/test_exact.py::test_the_metric_table_is_the_evaluation_of_the_switched_network",),
     "measure/cost": ("measure/test_cost.py",),
     "measure/bench": ("measure/test_bench.py",),
     "core/store": ("core/test_store.py",),
     "core/encoding": ("core/test_encoding.py",),
-    "formats/float16": ("formats/test_formats.py", "targets/test_safety.py"),
+    "formats/float16": ("formats/test_float16.py",),
 }
 """Module of the package -> the files of tests that must catch its mutants."""
 SAME = ("_Is_Eq", "_IsNot_NotEq")

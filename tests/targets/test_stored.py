@@ -63,7 +63,7 @@ def test_neighbours_of_a_matrix_lie_along_the_sum() -> None:
 
 
 def test_neighbours_of_a_convolution_lie_in_the_kernel_or_in_the_channels() -> None:
-    """In (channel, kernel) 1 2 3 7 5 6, so at most 7 + 5; in (kernel, channel) 1 7 2 5 3 6, so at most 7 + 2 or 3 + 6."""
+    """(channel, kernel) is 1 2 3 7 5 6, with at most 7 + 5; (kernel, channel) is 1 7 2 5 3 6, with at most 7 + 2."""
     weight = np.array([[[1.0, 2.0, -3.0], [7.0, 5.0, 6.0]]])
     assert largest_pairs(node("Conv", weight), weight, 0).tolist() == [12.0]
     weight = np.array([[[1.0, 9.0, 1.0], [2.0, 8.0, 1.0]]])
