@@ -34,6 +34,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -283,22 +284,28 @@ class _Chosen:
             items[:] = [known[test] for test in self.tests if test in known] or items
 
 
-class _Mutated(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Imports one module from mutated code."""
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a module from code in memory."""
 
-    def __init__(self, module: str, code: str) -> None:
-        path = str(ROOT / "src/bitalloy" / f"{module}.py")
-        super().__init__("bitalloy." + module.replace("/", "."), path)
-        self.code = code
-
-    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> Any:
-        return (
-            importlib.util.spec_from_file_location(self.name, self.path, loader=self) if fullname == self.name else None
-        )
+    code: str
 
     def get_code(self, fullname: str) -> CodeType:
         code: CodeType = compile(self.code, self.path, "exec", dont_inherit=True)
         return code
+
+
+class _Mutated(importlib.abc.MetaPathFinder):
+    """Finds one module, which is then imported from mutated code."""
+
+    def __init__(self, module: str, code: str) -> None:
+        self.name = "bitalloy." + module.replace("/", ".")
+        self.loader = _Loader(self.name, str(ROOT / "src/bitalloy" / f"{module}.py"))
+        self.loader.code = code
+
+    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        return importlib.util.spec_from_file_location(self.name, self.loader.path, loader=self.loader)
 
 
 def _pytest(module: str, *plugins: object, options: Sequence[str] = ()) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 import onnx_ir as ir
@@ -57,9 +59,9 @@ class Writer:
     def __init__(self) -> None:
         self.nodes: list[tuple[str, str, str, int]] = []
 
-    def node(self, operator: str, inputs: list[ir.Value], name: str, *, to: int) -> ir.Value:
-        self.nodes.append((operator, str(inputs[0].name), name, to))
-        return ir.Value(name=name)
+    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+        self.nodes.append((op_type, str(inputs[0].name), role, attributes["to"]))
+        return ir.Value(name=role)
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         raise AssertionError("a Cast has no constants")

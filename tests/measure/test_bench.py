@@ -76,7 +76,7 @@ class Clock:
             self.runs.append(name)
             return {}
 
-        session.run = run  # type: ignore[method-assign]
+        session.run = run  # type: ignore[method-assign, assignment]
         return session
 
 

@@ -64,7 +64,10 @@ def definition(matrix: ProbeMatrix, chosen: np.ndarray, samples: list[int] | Non
 
 
 @pytest.mark.parametrize("sites", [{"s"}, {"t", "v"}, {"s", "t", "u", "v"}])
-def test_damage_is_that_of_the_definition(drawn: ProbeMatrix, sites: set[str]) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.2])
+def test_damage_is_that_of_the_definition(drawn: ProbeMatrix, sites: set[str], size: float) -> None:
+    """Also where errors cancel, so that the products of parts are negative."""
+    drawn = replace(drawn, rows=tuple(size * rows for rows in drawn.rows))
     chosen = np.array([float(s in sites) for s in SITES])
     np.testing.assert_array_equal(drawn.select([*sites, "unknown"]), chosen)
     np.testing.assert_allclose(drawn.damage(chosen), definition(drawn, chosen), rtol=1e-5)
@@ -77,8 +80,10 @@ def test_damage_of_single_sites(drawn: ProbeMatrix) -> None:
         np.testing.assert_allclose(alone[..., i], definition(drawn, chosen), rtol=1e-5)
 
 
-def test_a_draw_is_a_matrix_of_the_samples_that_it_drew(drawn: ProbeMatrix) -> None:
+@pytest.mark.parametrize("size", [1.0, 0.2])
+def test_a_draw_is_a_matrix_of_the_samples_that_it_drew(drawn: ProbeMatrix, size: float) -> None:
     """The variance of the mean is that of the n - 1 of the values, of repeated ones as well."""
+    drawn = replace(drawn, rows=tuple(size * rows for rows in drawn.rows))
     chosen = np.array([1.0, 0.0, 1.0, 1.0])
     drawn_samples = [[0, 1, 2, 3, 4], [0, 0, 1, 4, 4], [2, 2, 2, 3, 1]]
     weights = np.array([[d.count(i) / SAMPLES for i in range(SAMPLES)] for d in drawn_samples])
@@ -215,6 +220,16 @@ def test_straight_is_the_inverse(head: int, linear: float) -> None:
     grown = np.linspace(0, found[head], 50)[:, None] * np.ones(2)
     assert (grown * bend(SECANT, grown))[:, head].max() <= true * (1 + 1e-6)
     assert found[head] == pytest.approx(linear, rel=1e-3)
+
+
+def test_straight_ends_where_damage_first_leaves_the_limit() -> None:
+    """Of the first head true damage is 1 at t = 1/2 and falls to 1/2 at t = 1; of the second it is the linear one."""
+    secant = Secant(
+        heads=HEADS, fractions=(0.5, 1.0), linear=(1.0, 1e-3), samples=1, damage=((1.0, 0.25e-3), (0.5, 1e-3))
+    )
+    t = np.linspace(0, 0.5, 100001)
+    first = t[(t**2 * 4 ** (2 * t)) <= 0.8].max()
+    np.testing.assert_allclose(straight(secant, np.array([0.8, 5e-4])), [first**2, 5e-4], rtol=2e-3)
 
 
 def test_straight_reaches_twice_the_errors_and_no_further() -> None:
