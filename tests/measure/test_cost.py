@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,13 +62,15 @@ class Model:
 
     plan: Plan
     large: bool
+    folder: Path | None = None
+    """Where it is placed."""
 
     @property
     def artefact(self) -> Model:
         return self
 
     def placed(self, folder: Path) -> Model:
-        return self
+        return replace(self, folder=folder)
 
     def session(self) -> None:
         """Open the model, large or not."""
@@ -80,6 +82,7 @@ class Simulated:
     def __init__(self, units: UnitGraph, monkeypatch: pytest.MonkeyPatch, *, large: bool = False) -> None:
         self.units, self.large = units, large
         self.plans: list[Plan] = []
+        self.folders: set[Path | None] = set()
         self.together: list[bool] = []
         random = np.random.default_rng(3)
         self.kernel = {(u.id, s): float(random.integers(100, 900)) for u in units.units for s in NAMES}
@@ -95,7 +98,8 @@ class Simulated:
 
     def profile(self, model: Model, feeds: object, folder: Path, opener: object) -> list[SimpleNamespace]:
         """Two kernels for each unit, none where it takes no time, and two for what is no unit."""
-        assert folder.is_dir()
+        assert folder.is_dir() and model.folder not in self.folders
+        self.folders.add(model.folder)
         found = [SimpleNamespace(unit=None, us=OTHER_TIME / 2)] * 2
         for unit in self.units.units:
             us = self.kernel[unit.id, model.plan.scheme_of(unit.id)]

@@ -218,7 +218,7 @@ def test_a_report_holds_what_the_tables_say(problem: Problem) -> None:
     drawn = complete_plan(problem, Budget(), ProvenPlan(plan, 0.0, False), front=True)
     assert plan in {p.chosen for p in drawn.pareto} and not drawn.solved
     whole = complete_plan(problem, Budget(), ProvenPlan(plan, 0.0))
-    assert whole.solved and whole.pareto == search(problem, Budget(latency_ms=0.56)).pareto != ()
+    assert whole.solved and {plan, Plan(), problem.units.lowest()} <= {p.chosen for p in whole.pareto}
 
 
 def test_the_seed_draws_the_intervals() -> None:
