@@ -168,6 +168,13 @@ def test_schemes_that_no_unit_may_take_are_not_tried(monkeypatch: pytest.MonkeyP
     assert all(set(plan.values()) <= {BASELINE, "int8"} for plan in machine.plans)
 
 
+def test_without_another_scheme_the_float_model_alone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = msgspec.structs.replace(chain(4, narrow=range(4)), schemes=SCHEMES[:1])
+    machine = Simulated(units, monkeypatch)
+    table = cost.measure(units, machine.variant, {})
+    assert list(table.pure_us) == [BASELINE] and set(machine.plans) == {Plan()} and table.borders == ()
+
+
 def test_of_a_large_model_there_are_fewer_variants_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(12)
     machine = Simulated(units, monkeypatch, large=True)
