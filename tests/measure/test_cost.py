@@ -85,7 +85,7 @@ class Simulated:
         self.folders: set[Path | None] = set()
         self.together: list[bool] = []
         random = np.random.default_rng(3)
-        self.kernel = {(u.id, s): float(random.integers(100, 900)) for u in units.units for s in NAMES}
+        self.kernel = {(u.id, s): float(random.uniform(100, 900)) for u in units.units for s in NAMES}
         self.kernel["u7", "int4"] = 0.0
         monkeypatch.setattr(cost, "trace", lambda model, names: model)
         monkeypatch.setattr(cost, "profile", self.profile)
@@ -145,7 +145,7 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
     for unit, found in zip(units.units, table.units, strict=True):
         assert found.unit == unit.id and set(found.us) == set(found.bytes) == set(unit.allowed)
         for name, us in found.us.items():
-            assert us == pytest.approx(machine.kernel[unit.id, name] * SCALES[name], rel=1e-6) and us == round(us, 3)
+            assert us == pytest.approx(machine.kernel[unit.id, name] * SCALES[name], abs=6e-4) and us == round(us, 3)
     prices = {(b.source, b.sink): b for b in table.borders}
     assert set(prices) == {pair for name in NAMES[1:] for pair in ((name, ""), ("", name))}
     for ends, price in prices.items():

@@ -59,6 +59,7 @@ def test_neighbours_of_a_matrix_lie_along_the_sum() -> None:
     weight = np.array([[1.0, -5.0], [-2.0, 0.5], [4.0, 3.0]])  # columns 1 2 4 and 5 0.5 3
     assert largest_pairs(node("MatMul", weight), weight, 1).tolist() == [6.0, 5.5]
     assert largest_pairs(node("MatMul", weight), weight, 0).tolist() == [6.0, 2.5, 7.0]
+    assert largest_pairs(node("Gemm", weight), weight, 1).tolist() == [6.0, 5.5]
     assert largest_pairs(node("MatMul", weight[:1]), weight[:1], 1).tolist() == [0.0, 0.0]
 
 
@@ -68,6 +69,8 @@ def test_neighbours_of_a_convolution_lie_in_the_kernel_or_in_the_channels() -> N
     assert largest_pairs(node("Conv", weight), weight, 0).tolist() == [12.0]
     weight = np.array([[[1.0, 9.0, 1.0], [2.0, 8.0, 1.0]]])
     assert largest_pairs(node("Conv", weight), weight, 0).tolist() == [17.0]
+    flat = weight[:, :, None]
+    assert largest_pairs(node("Conv", flat), flat, 0).tolist() == [17.0]
     turned = weight.transpose(1, 0, 2)
     assert largest_pairs(node("ConvTranspose", turned), turned, 1).tolist() == [17.0]
     assert largest_pairs(node("Unknown", weight), weight, 0).tolist() == [17.0]
