@@ -99,6 +99,7 @@ def test_scales_by_channel_tensor_and_block() -> None:
     assert (by_channel.axis, by_channel.block, by_channel.qmin, by_channel.qmax) == (1, 0, -127, 127)
     np.testing.assert_allclose(stored(weight, 0, scheme("channel"), "Gemm").scale, [2.0, 1.0, 0.5])
     np.testing.assert_allclose(stored(weight, 1, scheme("tensor")).scale, [2.0, 2.0])
+    np.testing.assert_allclose(stored(weight / 1000, 1, scheme("tensor")).scale, [0.002, 0.002])
     blocks = stored(weight, 1, scheme("block", block=2))
     np.testing.assert_allclose(blocks.scale, [[1.0, 2.0], [0.5, 0.02]], rtol=1e-6)
     assert (blocks.axis, blocks.block) == (0, 2)
