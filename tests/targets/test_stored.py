@@ -86,7 +86,8 @@ def test_depthwise_kernels_add_no_pairs() -> None:
 @pytest.mark.parametrize(
     ("operator", "channels", "rank", "axis"),
     [("MatMul", 1, 2, 0), ("Gemm", 0, 2, 1), ("Gemm", -1, 2, 0), ("Gemm", -2, 2, 1), ("Conv", 0, 4, 1),
-     ("Conv", 0, 3, 1), ("ConvTranspose", 1, 4, 0), ("ConvTranspose", 1, 3, 0)],
+     ("Conv", 0, 3, 1), ("ConvTranspose", 1, 4, 0), ("ConvTranspose", 1, 3, 0), ("MatMul", -1, 3, 1),
+     ("MatMul", 2, 3, 1)],
 )  # fmt: skip
 def test_the_axis_that_is_summed_over(operator: str, channels: int, rank: int, axis: int) -> None:
     assert reduction_axis(node(operator, np.zeros((1,) * rank)), channels, rank) == axis
