@@ -207,7 +207,7 @@ def _meaning(source: str) -> str | None:
 
 
 def _reaching(source: str, line: int, reached: Mapping[str, Any]) -> list[str]:
-    """List the tests that ran the statement of a line, the fastest first; all that ran the module where imports do."""
+    """List the tests that ran the statement of a line, the fastest first; all of them where imports run it."""
     inside, first, last = False, 1, len(source.splitlines())
     waiting: list[tuple[ast.AST, bool]] = [(ast.parse(source), False)]
     while waiting:
@@ -329,8 +329,7 @@ def _trace(module: str, report: Path) -> None:
     code = _pytest(module, _Chosen(), tracer)
     seconds = time.monotonic() - start
     lines = {test: sorted(found) for test, found in tracer.lines.items()}
-    tests = {test: s for test, s in tracer.seconds.items() if lines[test]}
-    report.write_text(json.dumps({"code": code, "seconds": seconds, "lines": lines, "tests": tests}))
+    report.write_text(json.dumps({"code": code, "seconds": seconds, "lines": lines, "tests": tracer.seconds}))
 
 
 def _try(module: str, mutant: Mutant, tests: Sequence[str], report: Path) -> None:
