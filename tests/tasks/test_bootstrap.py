@@ -38,8 +38,8 @@ def test_every_image_is_drawn_as_often_as_any_other() -> None:
 
 def test_a_metric_lies_between_its_bounds() -> None:
     for value, bounds, low, high in (
-        (0.9, {}, 0.8, 1.0),
-        (0.1, {}, 0.0, 0.2),
+        (0.95, {}, 0.85, 1.0),
+        (0.05, {}, 0.0, 0.15),
         (0.9, {"bounds": (0.85, 3.0)}, 0.85, 1.0),
     ):
         found = metric_value(value, np.array([value - 0.1, value + 0.1] * 50), 4, **bounds)
