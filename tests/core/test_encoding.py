@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import msgspec
 import pytest
 
 from bitalloy.core.encoding import to_json
@@ -36,6 +37,16 @@ def test_what_is_absent_and_what_is_called_null_are_written() -> None:
 def test_a_text_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(BitalloyError, match=r"not UTF-8 text: 'a\\xff'"):
         to_json({"name": "a\udcff"})
+    with pytest.raises(BitalloyError) as error:
+        to_json({"name": "\udcff" + 100 * "a"})
+    assert f"text: '\\xff{74 * 'a'}. Rename" in str(error.value)
+
+
+def test_an_integer_that_msgspec_cannot_write_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions of it differ in how large integers may be in JSON; in MessagePack none goes beyond 64 bits."""
+    monkeypatch.setattr(msgspec.json, "encode", lambda content, order: msgspec.msgpack.encode(content))
+    with pytest.raises(BitalloyError, match=r"too large to be stored.*smaller numbers"):
+        to_json({"n": 2**64})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from bitalloy.measure.bench import paired_ratio, time_sittings
+from bitalloy.core.records import Latency
+from bitalloy.measure import bench
+from bitalloy.measure.bench import interleave, latency_of, paired_ratio, time_sittings, unsteadiness
 
 
 class Sleeper:
@@ -53,6 +55,85 @@ def test_every_sitting_has_new_sessions_and_as_many_rounds(together: bool) -> No
     assert all((t >= 0.1).all() for t in times.values())  # ms
     assert seen == [{"a", "b", "c"}] and all(s.closed for s in made)
     assert len(made) == (6 if together else 9)
+
+
+class Clock:
+    """Time that passes only while a session of this clock runs."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.runs: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def session(self, name: str, seconds: float) -> Sleeper:
+        """A session of which every run takes a hundredth longer than the one before it."""
+        session = Sleeper(self.runs, name)
+
+        def run(_: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            self.now += seconds * (1 + self.runs.count(name) / 100)
+            self.runs.append(name)
+            return {}
+
+        session.run = run  # type: ignore[method-assign, assignment]
+        return session
+
+
+def test_runs_take_turns_and_the_first_ones_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, steps = Clock(), list[int]()
+    monkeypatch.setattr(bench, "time", clock)
+    sessions = {"a": clock.session("a", 0.001), "b": clock.session("b", 0.1), "c": clock.session("c", 3.0)}
+    times = interleave(sessions, {}, repeats=4, progress=steps.append)
+    assert "".join(clock.runs) == "abcbcacab" + "abcbcacababc" and steps == [1] * 4
+    for name, ms in (("a", 1.0), ("b", 100.0), ("c", 3000.0)):
+        np.testing.assert_allclose(times[name], [ms * 1.03, ms * 1.04, ms * 1.05, ms * 1.06])
+    assert interleave(sessions, {}, repeats=2, warmup=1)["a"].shape == (2,)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_sessions_live_for_one_sitting(together: bool) -> None:
+    """Those of all models side by side, or one at a time; whatever comes after it gets sessions that still run."""
+    alive: list[Sleeper] = []
+    most: list[int] = []
+    steps: list[int] = []
+
+    def opener(name: str):
+        def make() -> Sleeper:
+            alive.append(Sleeper([], name))
+            most.append(sum(not s.closed for s in alive))
+            return alive[-1]
+
+        return make
+
+    def after(sessions: Mapping[str, object]) -> None:
+        assert len(alive) == 2 * bench.SITTINGS + (4 if together else 6)
+        assert list(sessions) == ["a", "b"] and not any(s.closed for s in alive[-2:])
+
+    models = {name: opener(name) for name in ("a", "b")}
+    times = time_sittings(models, {}, repeats=2, together=together, progress=steps.append)
+    assert times["a"].shape == (bench.SITTINGS, 2) and len(alive) == 2 * bench.SITTINGS
+    assert max(most) == (2 if together else 1) and all(s.closed for s in alive)
+    assert sum(steps) == 2 * bench.SITTINGS * (1 if together else 2)
+    time_sittings(models, {}, repeats=1, sittings=2, together=together, then=after)
+    assert all(s.closed for s in alive) and len(alive) > 2 * bench.SITTINGS
+
+
+def test_spread_is_told_by_percentiles() -> None:
+    found = latency_of(np.arange(101, dtype=float).reshape(1, 101) + 0.12345678)
+    assert found == Latency(median_ms=50.1235, p10_ms=10.1235, p90_ms=90.1235, count=101)
+    assert unsteadiness(found) == 50.1235 / 10.1235
+    assert unsteadiness(Latency(median_ms=0.5, p10_ms=0.25, p90_ms=1.0, count=3)) == 2
+    assert unsteadiness(Latency(median_ms=0.0, p10_ms=0.0, p90_ms=1.0, count=3)) == 1
+
+
+def test_the_interval_of_a_ratio_is_student_s() -> None:
+    """By hand: sittings with ratios of e^0.1, e^0.2, e^0.6 have a mean of 0.3 and a deviation of sqrt(0.07)."""
+    base = np.array([[1.0, 2.0, 5.0]] * 3)
+    times = base * np.exp([[0.1, 0.1, 3.0], [0.2, 0.2, 0.2], [0.6, -2.0, 0.6]])
+    found = paired_ratio(times, base)
+    reach = 4.302653 * np.sqrt(0.07 / 3)  # 97.5 % of t with two degrees of freedom, from tables
+    assert (found.value, found.low, found.high) == tuple(round(float(np.exp(0.3 + r)), 4) for r in (0, -reach, reach))
 
 
 def rounds(rng: np.random.Generator, ratio: float, sitting: float, single: float) -> tuple[np.ndarray, np.ndarray]:

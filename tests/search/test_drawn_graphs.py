@@ -16,7 +16,7 @@ from bitalloy.core.plans import BorderCost, CostTable, UnitCost
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Edge, Placement, Unit, UnitEdge, UnitGraph, WeightSite
-from bitalloy.measure.prices import latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, latency_us, saved_bytes
 from bitalloy.search.moves import Moves
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
@@ -126,7 +126,7 @@ def problem_of(units: UnitGraph, seed: int) -> Problem:
     # a network that does not bend
     linear = tuple(float(d) for d in matrix.site_damage().mean(axis=0).sum(axis=1) + 1)
     secant = Secant(heads=HEADS, fractions=(1.0,), damage=(linear,), linear=linear, samples=samples)
-    prices = [(c, whole(3), whole(20)) for c in all_conversions(SCHEMES) if random.random() < 0.9]
+    prices = [(c, whole(3), whole(20), whole(90)) for c in all_conversions(SCHEMES) if random.random() < 0.9]
     cost = CostTable(
         target="drawn",
         device="none",
@@ -140,7 +140,8 @@ def problem_of(units: UnitGraph, seed: int) -> Problem:
             for u in units.units
         ),
         borders=tuple(
-            BorderCost(source=c.source, sink=c.sink, us_per_element=float(each), us=float(us)) for c, each, us in prices
+            BorderCost(source=c.source, sink=c.sink, us_per_element=float(each), us=float(us), bytes=float(size))
+            for c, each, us, size in prices
         ),
         fixed_us=7.0,
         pure_us={},
@@ -171,7 +172,7 @@ def test_neighbours_are_what_each_plan_gives_by_itself(units: UnitGraph, seed: i
         np.testing.assert_allclose(found.together[i], together, rtol=1e-9, atol=1e-9, err_msg=str(other))
         np.testing.assert_allclose(found.alone[i], alone, rtol=1e-9, atol=1e-9, err_msg=str(other))
         assert found.latency_us[i] == latency_us(cost, units, other), other
-        assert found.saved_bytes[i] == saved_bytes(cost, other), other
+        assert found.saved_bytes[i] == saved_bytes(cost, other) - border_bytes(cost, units, other), other
 
 
 @settings(max_examples=100)

@@ -394,7 +394,8 @@ def test_the_metric_table_is_the_evaluation_of_the_switched_network(inputs: Any,
     )
     assert (table.reference, table.rows[0].value) == (float_.ap, coarse.ap)
     drop = paired_difference(float_, coarse)
-    assert (table.rows[0].drop.value, table.rows[0].drop.low) == pytest.approx((drop.value, drop.low))
+    found = table.rows[0].drop
+    assert (found.value, found.low, found.high) == pytest.approx((drop.value, drop.low, drop.high))
 
 
 def test_the_metric_needs_a_choice_and_a_detector(places: dict[str, Place], inputs: Any) -> None:

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from bitalloy.tasks.bootstrap import (
+    RESAMPLES,
     ResampledMetric,
     bootstrap_estimate,
     compare_models,
+    metric_value,
     ratio_of_sums,
     resampled_weights,
 )
@@ -23,6 +25,25 @@ def test_ratio_equals_that_of_repeated_images(rng: np.random.Generator) -> None:
             assert value == pytest.approx(above[drawn].sum() / below[drawn].sum())
         else:
             assert np.isnan(value)
+
+
+def test_every_image_is_drawn_as_often_as_any_other() -> None:
+    """Each count is binomial: mean 1, variance 1 - 1 / n."""
+    weights = resampled_weights(5, 4000, seed=3)
+    assert weights.shape == (4000, 5) and (weights.sum(axis=1) == 5).all()
+    np.testing.assert_allclose(weights.mean(axis=0), 1, atol=0.06)
+    assert weights.var() == pytest.approx(4 / 5, rel=0.05)
+    assert (weights == resampled_weights(5, 4000, seed=3)).all() and RESAMPLES == 1000
+
+
+def test_a_metric_lies_between_its_bounds() -> None:
+    for value, bounds, low, high in (
+        (0.95, {}, 0.85, 1.0),
+        (0.05, {}, 0.0, 0.15),
+        (0.9, {"bounds": (0.85, 3.0)}, 0.85, 1.0),
+    ):
+        found = metric_value(value, np.array([value - 0.1, value + 0.1] * 50), 4, **bounds)
+        assert (found.low, found.high) == pytest.approx((low, high)) and (found.value, found.n) == (value, 4)
 
 
 def test_drops_are_positive_where_a_model_is_worse(rng: np.random.Generator) -> None:

@@ -23,7 +23,7 @@ def to_json(content: Any, *, pretty: bool = False, order: Literal["sorted"] | No
         order: `sorted` for keys in alphabetical order.
 
     Raises:
-        BitalloyError: a number is NaN or infinite, an integer is beyond 64 bits, or a text is not UTF-8.
+        BitalloyError: a number is NaN or infinite, an integer is beyond what `msgspec` writes, or a text is not UTF-8.
     """
     try:
         data = msgspec.json.encode(content, order=order)

@@ -12,7 +12,6 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -43,20 +42,6 @@ MIXTURES, LARGE_MIXTURES = 6, 2
 SWITCH = (0.05, 0.15, 0.4)
 """Chances to change the scheme between two units: from long stretches of one scheme to a border nearly everywhere, so
 that borders get a price of their own."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Kernel times of one variant in microseconds per run."""
-
-    units: Mapping[int, float]
-    borders: float
-    """Rounding nodes at borders, layout changes and anything else that belongs to no unit."""
-
-    @property
-    def total(self) -> float:
-        """The time of all kernels together."""
-        return sum(self.units.values()) + self.borders
 
 
 def measure(
@@ -93,7 +78,7 @@ def measure(
         rows.append(
             UnitCost(
                 unit=unit.id,
-                us={name: round(float(kernel[unit.id].get(name, 0.0) * scale[name]), 3) for name in known},
+                us={name: round(float(kernel[unit.id][name] * scale[name]), 3) for name in known},
                 bytes={name: stored_bytes(units.scheme(name), elements) for name in known},
             )
         )
@@ -124,12 +109,12 @@ def _execute(
     seed: int,
     repeats: int,
     progress: Callable[[int], None] | None,
-) -> tuple[list[Plan], list[Profile], np.ndarray]:
+) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray]:
     """Profile and time the pure plans and random mixtures of them side by side.
 
     Returns:
-        The plans, the pure ones first; their profiles; and (plans, rounds): times in microseconds, all sittings in
-        one row.
+        The plans, the pure ones first; of each, number of a unit -> microseconds of its kernels; and (plans, rounds):
+        times in microseconds, all sittings in one row.
     """
     generator = np.random.default_rng([seed, 23])
     plans = list(pure)
@@ -143,7 +128,7 @@ def _execute(
         models = [first.placed(folder / "0")]
         models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
-        profiles = []
+        profiles: list[Mapping[int, float]] = []
         artefacts = [m.artefact for m in models]
         openers = [a.session for a in artefacts] if large else reopeners(artefacts)
         for model, opener in zip(models, openers, strict=True):
@@ -176,25 +161,25 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
 
 def _profile(
     model: TracedModel, opener: Reopener, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path
-) -> Profile:
+) -> Mapping[int, float]:
+    """Sum up the time of the kernels of each unit; what only passes between units is fitted, not read."""
     index = {u.id: i for i, u in enumerate(units.units)}
     times: dict[int, float] = defaultdict(float)
-    borders = 0.0
     for timed in profile(model, feeds, folder, opener):
-        if timed.unit is None:
-            borders += timed.us
-        else:
+        if timed.unit is not None:
             times[index[timed.unit]] += timed.us
-    return Profile(times, borders)
+    return times
 
 
-def _unit_times(units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Profile]) -> dict[str, dict[str, float]]:
+def _unit_times(
+    units: UnitGraph, plans: Sequence[Plan], profiles: Sequence[Mapping[int, float]]
+) -> dict[str, dict[str, float]]:
     """Map unit -> scheme -> kernel time: the median over the variants in which the unit has that scheme."""
     found = {}
     for index, unit in enumerate(units.units):
         seen: dict[str, list[float]] = defaultdict(list)
         for plan, one in zip(plans, profiles, strict=True):
-            seen[plan.scheme_of(unit.id)].append(one.units.get(index, 0.0))
+            seen[plan.scheme_of(unit.id)].append(one.get(index, 0.0))
         found[unit.id] = {scheme: float(np.median(times)) for scheme, times in seen.items()}
     return found
 

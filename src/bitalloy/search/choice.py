@@ -229,7 +229,7 @@ def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str, change: M
         return f"{why}; alone it leaves {leaves}"
     added = change[unit.id, considered]
     if gain <= 0 and added >= 0:
-        return f"{name} is not faster here ({-gain:.0f} us slower)"
+        return f"{name} is not faster here ({abs(gain):.0f} us slower)"
     if added >= 0:
         return f"{name} would save {gain:.0f} us, but its borders would cost {gain + added:.0f} us"
     return f"{name} would save {-added:.0f} us with its borders, but alone it leaves {leaves}"

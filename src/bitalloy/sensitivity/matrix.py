@@ -269,6 +269,6 @@ def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimat
         return Estimate(value=round(value, 3), low=FLOOR_DB, high=CEILING_DB)
     low, high = np.percentile(draws_db, [2.5, 97.5])
     widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
-    reach = max(high - value, value - low, 0.0) * widening
+    reach = max(high - value, value - low) * widening
     low, high = np.clip([value - reach, value + reach], FLOOR_DB, CEILING_DB)
     return Estimate(value=round(value, 3), low=round(float(low), 3), high=round(float(high), 3))

@@ -21,6 +21,7 @@ from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, ONE, Selection, chosen_groups, whole_group
 from bitalloy.sensitivity.switchboards import switchboard_opening
 from bitalloy.tasks.base import image_hashes
+from bitalloy.tasks.bootstrap import bootstrap_estimate
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DetectionData, DetectionInputs, evaluate_detection
 from bitalloy.tasks.open import image_spec
@@ -197,7 +198,6 @@ def measure_precision(spec: MeasuredPrecision, contexts: Contexts) -> bytes:
 
 
 def _drop(reference: _Result, rounded: _Result) -> Estimate:
-    """Basic (reflected) bootstrap interval, as for the metric itself."""
-    value = reference.value.value - rounded.value.value
-    low, high = np.nanpercentile(np.subtract(reference.resampled, rounded.resampled), (2.5, 97.5))
-    return Estimate(value=value, low=2 * value - float(high), high=2 * value - float(low))
+    """Return the paired drop, with the draws of images that both results share."""
+    drops = np.subtract(reference.resampled, rounded.resampled)
+    return bootstrap_estimate(reference.value.value - rounded.value.value, drops)
