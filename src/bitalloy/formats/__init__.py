@@ -9,9 +9,10 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.formats.affine import INT4, INT8, INT32, UINT8
 from bitalloy.formats.base import Format, opset_of
+from bitalloy.formats.float8 import FLOAT8
 from bitalloy.formats.float16 import FLOAT16
 
-FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, INT4, INT32, FLOAT16)}
+FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, INT4, INT32, FLOAT8, FLOAT16)}
 
 
 def find_format(name: str | None) -> Format:
