@@ -175,7 +175,7 @@ def test_every_number_of_float8_and_every_tie_between_two() -> None:
     known = np.sort(known[np.isfinite(known)])
     assert known[-1] == 448 and known[known > 0][0] == 2.0**-9
     middle = (known[1:] + known[:-1]) / 2
-    beyond = np.float32([448.1, 463.9, 464.0, 480.0, 1e30, np.inf])
+    beyond = np.array([448.1, 463.9, 464.0, 480.0, 1e30, np.inf], np.float32)
     every = np.concatenate(
         [known, middle, np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf), beyond, -beyond]
     )

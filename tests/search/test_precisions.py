@@ -20,14 +20,17 @@ from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.targets.base import Device, split
+from bitalloy.targets.base import split
+from bitalloy.targets.devices import Device
 from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 from bitalloy.targets.safety import judge, tensors_to_judge
 from bitalloy.targets.tensorrt import TENSORRT
 
 SLOW = Device(
+    id="slow",
     name="a device of round numbers",
+    capability=86,
     operations_per_second={BASELINE: 1e9, "fp16": 2e9, "int8": 4e9},
     bytes_per_second=1e9,
     start_us=0.5,

@@ -194,8 +194,7 @@ def _reach(half: int) -> float:
 
 def _along(x: NDArray[np.generic], p: QuantParams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scale and zero point shaped to broadcast along the axis."""
-    scale, zero = along(p.scale, x, p), along(np.asarray(p.zero_point).astype(np.int64), x, p)
-    return scale, zero  # type: ignore[return-value]
+    return along(p.scale, x, p), along(np.asarray(p.zero_point).astype(np.int64), x, p)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Evidence
 
+Number = TypeVar("Number", bound=np.generic)
 FLOAT_MAX = float(np.finfo(np.float32).max)
 FLOAT_TINY = float(np.finfo(np.float32).tiny)
 """Smallest normal float32 number."""
@@ -124,7 +125,7 @@ def write_reading(writer: Writer, stored: ir.Value, params: QuantParams) -> ir.V
     return writer.node("DequantizeLinear", [stored, *_grid(writer, params)], "dequantized", **_attributes(params))
 
 
-def along(values: NDArray[np.generic], x: NDArray[np.generic], p: QuantParams) -> NDArray[np.generic]:
+def along(values: NDArray[Number], x: NDArray[np.generic], p: QuantParams) -> NDArray[Number]:
     """Shape scales or zero points of parameters so that they broadcast with the tensor `x`."""
     if p.block:
         assert p.axis is not None, "blocks lie along an axis"

@@ -24,6 +24,7 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Keep
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
+from bitalloy.targets import TARGETS
 
 MOST_NUMBERS = 1000
 """The most numbers that a range in a pattern may stand for."""
@@ -65,7 +66,7 @@ def constrain(
         named = _named(full, keep, operators)
         able = [u for u in named if keep.scheme in u.allowed]
         if not able:
-            raise BitalloyError(_impossible(keep, named))
+            raise BitalloyError(_impossible(keep, named, full))
         for unit in named:
             place = decided if keep.scheme in unit.allowed else missed
             place[unit.id] = keep
@@ -108,14 +109,21 @@ def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
     return {unit.id, unit.kind, *nodes, *ancestors(unit.region)[:-1], *types}
 
 
-def _impossible(keep: Keep, named: Sequence[Unit]) -> str:
+def _impossible(keep: Keep, named: Sequence[Unit], units: UnitGraph) -> str:
     unit = named[0]
-    why = unit.refused.get(keep.scheme) or unit.reason or f"the target has no {keep.scheme.upper()}"
+    absent = keep.scheme not in {scheme.name for scheme in units.schemes}
+    why = (units.lacks.get(keep.scheme) or _absent(keep.scheme, units.target)) if absent else ""
+    why = why or unit.refused.get(keep.scheme) or unit.reason
     others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
     return (
         f"--keep '{keep}' asks for {keep.scheme.upper()} where it is not possible: '{unit.id}' cannot, because "
         f"{why}.{others} Leave it out, or name other units; {', '.join(named[0].allowed)} is what this one has."
     )
+
+
+def _absent(scheme: str, target: str) -> str:
+    others = [t.name for t in TARGETS.values() if any(offer.scheme.name == scheme for offer in t.offers)]
+    return f"{target} has no {scheme.upper()}; choose --target {' or '.join(others)}"
 
 
 def _expanded(keep: Keep) -> list[str]:

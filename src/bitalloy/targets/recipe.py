@@ -19,6 +19,7 @@ from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, target
 from bitalloy.targets.base import Target
+from bitalloy.targets.devices import DEVICES
 from bitalloy.targets.pairs import largest_pairs
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
@@ -92,6 +93,8 @@ class RecipeData(Record, frozen=True, kw_only=True):
     units: UnitGraph
     target: str
     """Name of the target."""
+    device: str
+    """Id of the device that it is on; empty for the one that it has by itself, or none."""
     ranges: dict[str, tuple[float, float]]
     offsets: dict[str, Offset]
 
@@ -99,12 +102,20 @@ class RecipeData(Record, frozen=True, kw_only=True):
 def recipe_opening(recipe: Recipe) -> Opening:
     """Describe how jobs come by a recipe; for a target without a known name it stays in this process."""
     name = recipe.target.name
-    spec = RecipeData(units=recipe.units, target=name, ranges=dict(recipe.ranges), offsets=dict(recipe.offsets))
-    if TARGETS.get(name) is not recipe.target:
+    ways = ("", *DEVICES) if recipe.target.device is not None else ("",)
+    device = next((d for d in ways if name in TARGETS and target(name, d) == recipe.target), None)
+    spec = RecipeData(
+        units=recipe.units,
+        target=name,
+        device=device or "",
+        ranges=dict(recipe.ranges),
+        offsets=dict(recipe.offsets),
+    )
+    if device is None:
         return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(spec)))
     return Opening(kind="recipe", spec=spec)
 
 
 def open_recipe(spec: RecipeData, _: Contexts) -> Recipe:
     """Make the recipe from its plain data."""
-    return Recipe(spec.units, target(spec.target), spec.ranges, spec.offsets)
+    return Recipe(spec.units, target(spec.target, spec.device), spec.ranges, spec.offsets)
