@@ -31,7 +31,7 @@ from bitalloy.formats.base import (
     write_reading,
 )
 
-LARGEST = 448
+LARGEST_E4M3 = 448
 _REACH = FLOAT_MAX * (1 - 2**-20)
 """Largest magnitude to scale: 448 steps of 1 / 448 of it stay finite in float32."""
 
@@ -74,7 +74,7 @@ class Float8:
         assert params is not None, "E4M3 has a scale"
         with np.errstate(over="ignore"):
             steps = np.asarray(x, np.float32) / along(params.scale, x, params)
-        return np.asarray(np.clip(steps, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn))
+        return np.asarray(np.clip(steps, -LARGEST_E4M3, LARGEST_E4M3).astype(ml_dtypes.float8_e4m3fn))
 
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
         """Return what rounding leaves of numbers."""
@@ -100,6 +100,6 @@ FLOAT8 = Float8()
 
 
 def _scaled(magnitude: NDArray[np.float64]) -> QuantParams:
-    scale = normal_scale(np.minimum(magnitude, _REACH) / LARGEST)
+    scale = normal_scale(np.minimum(magnitude, _REACH) / LARGEST_E4M3)
     zero = np.zeros(scale.shape, ml_dtypes.float8_e4m3fn)
-    return QuantParams(scale=scale, zero_point=zero, qmin=-LARGEST, qmax=LARGEST)
+    return QuantParams(scale=scale, zero_point=zero, qmin=-LARGEST_E4M3, qmax=LARGEST_E4M3)

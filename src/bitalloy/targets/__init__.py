@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.targets.base import Target
-from bitalloy.targets.devices import find_device
+from bitalloy.targets.devices import DEVICES, find_device
 from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.ort_cuda import ORT_CUDA
@@ -52,4 +52,11 @@ def chosen_targets(names: Sequence[str], device: str = "") -> list[Target]:
     return [target(t.name, device) if t.device is not None else t for t in found]
 
 
-__all__ = ["TARGETS", "Target", "chosen_targets", "target"]
+def on_devices(found: Target) -> dict[str, Target]:
+    """Map what `--device` takes to a target on that device; nothing for one that is measured where it runs."""
+    if found.device is None:
+        return {}
+    return {device.id: replace(found, device=device) for device in DEVICES.values()}
+
+
+__all__ = ["TARGETS", "Target", "chosen_targets", "on_devices", "target"]

@@ -17,9 +17,8 @@ from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.base import Format, QuantParams
 from bitalloy.model.read import constant
-from bitalloy.targets import TARGETS, target
+from bitalloy.targets import TARGETS, on_devices, target
 from bitalloy.targets.base import Target
-from bitalloy.targets.devices import DEVICES
 from bitalloy.targets.pairs import largest_pairs
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
@@ -102,8 +101,8 @@ class RecipeData(Record, frozen=True, kw_only=True):
 def recipe_opening(recipe: Recipe) -> Opening:
     """Describe how jobs come by a recipe; for a target without a known name it stays in this process."""
     name = recipe.target.name
-    ways = ("", *DEVICES) if recipe.target.device is not None else ("",)
-    device = next((d for d in ways if name in TARGETS and target(name, d) == recipe.target), None)
+    known = {"": TARGETS[name], **on_devices(TARGETS[name])} if name in TARGETS else {}
+    device = next((d for d, found in known.items() if found == recipe.target), None)
     spec = RecipeData(
         units=recipe.units,
         target=name,
