@@ -144,6 +144,7 @@ def test_fp8_is_planned_predicted_and_executed(model: Path, tmp_path: Path) -> N
     samples = [dict(np.load(f)) for f in sorted(feeds.glob("*.npz"))]
     executed = sqnr_db(model, tmp_path / "run/mixed.onnx", samples)
     (head,) = found.summary.sqnr_db.values()
+    assert head.mixed.predicted is not None
     assert abs(head.mixed.predicted - executed) < 1, (head.mixed, executed)
 
 

@@ -32,8 +32,8 @@ ORT_CUDA = Target(
     runtime=ORT,
     offers=(HALF_PRECISION,),
     lacks={
-        name: f"ONNX Runtime has no {name.upper()} kernels for Q/DQ models on CUDA; choose --target tensorrt"
-        for name in ("int8", "fp8")
+        "int8": "ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA; choose --target tensorrt",
+        "fp8": "ONNX Runtime has no FP8 kernels for Q/DQ models on CUDA; choose --target tensorrt --device l4",
     },
     slow_softmax=False,
     device=A10,
