@@ -32,7 +32,7 @@ from rich.console import Console
 from bitalloy import Plan, run
 from bitalloy.model.heads import KL, Reference, is_divergence
 from bitalloy.pipeline.prepare import prepare
-from bitalloy.pipeline.run import Verified
+from bitalloy.pipeline.ship import Verified
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import OrtSession
 
@@ -68,7 +68,7 @@ class Net:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
-    def constant(self, array: np.ndarray) -> str:
+    def constant(self, array: np.ndarray | np.generic) -> str:
         """Add an initializer."""
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(array), name))
@@ -204,7 +204,7 @@ def write_net(make: Callable[[Net], tuple[tuple[int, ...], str]], folder: Path, 
         for i in range(count):
             noise = net.random.standard_normal(shape)
             if len(shape) == 4:
-                noise = sum(np.roll(noise, (a, b), (2, 3)) for a in range(3) for b in range(3)) / 3
+                noise = np.mean([np.roll(noise, (a, b), (2, 3)) for a in range(3) for b in range(3)], axis=0) * 3
             value = noise * net.random.lognormal(0, 0.3) + net.random.normal(0, 0.3)
             np.savez(folder / part / f"{i:03d}.npz", x=value.astype("f4"))
 

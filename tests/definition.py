@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -52,6 +53,28 @@ def asymmetric(low: float, high: float) -> Grid:
 def symmetric(low: float, high: float) -> Grid:
     """int8 from -127 to 127 steps, with 0 in the middle."""
     return Grid(np.asarray(np.float32(max(-low, high) / 127)), np.zeros((), np.int8))
+
+
+@dataclass(frozen=True)
+class Float8Grid(Grid):
+    """Scales of E4M3: three bits of mantissa, exponents from -6 on, 448 the largest."""
+
+    def integers(self, x: Array) -> Array:
+        steps = (x.astype(np.float32) / self._along(self.scale, x)).astype(np.float64)
+        exponent = np.maximum(np.frexp(steps)[1] - 1, -6)
+        last = np.ldexp(1.0, exponent - 3)
+        return np.clip(np.rint(steps / last) * last, -448, 448).astype(self.zero.dtype)
+
+
+def eight_bit_float(low: float, high: float) -> Grid:
+    """E4M3 with the largest magnitude at 448."""
+    return Float8Grid(np.asarray(np.float32(max(-low, high) / 448)), np.zeros((), ml_dtypes.float8_e4m3fn))
+
+
+def float8_per_channel(weight: Array, axis: int) -> Grid:
+    """E4M3, the largest weight of every channel 448."""
+    top = orders(weight, axis)[0].max(axis=1).astype(np.float64)
+    return Float8Grid((top / 448).astype(np.float32), np.zeros(len(top), ml_dtypes.float8_e4m3fn), axis)
 
 
 def per_channel(weight: Array, axis: int, pair_limit: int | None = None) -> Grid:

@@ -32,7 +32,7 @@ from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.runtime.machine import machine_name
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.targets.base import A10
+from bitalloy.targets.devices import A10
 
 FILES = Path(__file__).parent / "unmoved"
 DATA = Path(__file__).parents[2] / "shared/data"

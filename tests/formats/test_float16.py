@@ -59,7 +59,15 @@ class Writer:
     def __init__(self) -> None:
         self.nodes: list[tuple[str, str, str, int]] = []
 
-    def node(self, op_type: str, inputs: Sequence[ir.Value], role: str, **attributes: int) -> ir.Value:
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        role: str,
+        *,
+        shape: Sequence[int] | None = None,
+        **attributes: int | Sequence[int],
+    ) -> ir.Value:
         self.nodes.append((op_type, str(inputs[0].name), role, attributes["to"]))
         return ir.Value(name=role)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from bitalloy.formats.base import Format, QuantParams, cast_type
 from bitalloy.model.write import add_initializer
 from bitalloy.runtime.ort import OrtSession
 
-TENSORS = ("uint8", "int8", "uint4", "int4", "float16")
+TENSORS = ("uint8", "int8", "uint4", "int4", "float8e4m3fn", "float16")
 """Formats of tensors that ONNX Runtime's CPU provider has QuantizeLinear or Cast for."""
 WEIGHTS = TENSORS
 """Of constants that it has DequantizeLinear or Cast for."""
@@ -156,7 +157,7 @@ def test_constants(name: str, layout: str, shape: tuple[int, ...]) -> None:
     if params is not None and layout.endswith("block"):
         axis = params.axis or 0
         assert params.scale.shape[axis] == -(-shape[axis] // BLOCK) and params.scale.ndim == len(shape)
-    assert str(stored.encode(w, params).dtype) == name
+    assert ir.DataType.from_numpy(stored.encode(w, params).dtype).name.lower() == name
     found = stored.reference(w, params)
     assert_same_bits(read(stored, w, params), found)
     assert 0 < np.abs(found - w).max() < np.abs(w).max()
@@ -174,6 +175,42 @@ def test_blocks_of_any_numbers(name: str, w: np.ndarray) -> None:
     step = np.repeat(params.scale, BLOCK, axis=1)[:, :70].astype(np.float64)
     error = np.abs(stored.reference(w, params).astype(np.float64) - w)
     assert (error <= step / 2 * (1 + 1e-4)).all()
+
+
+def test_every_number_of_float8_and_every_tie_between_two() -> None:
+    """Subnormal numbers too, both zeros, the middle between neighbours, and its own neighbours in float32."""
+    stored = find_format("float8e4m3fn")
+    known = np.arange(256).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    known = np.sort(known[np.isfinite(known)])
+    assert known[-1] == 448 and known[known > 0][0] == 2.0**-9
+    middle = (known[1:] + known[:-1]) / 2
+    beyond = np.array([448.1, 463.9, 464.0, 480.0, 1e30, np.inf], np.float32)
+    every = np.concatenate(
+        [known, middle, np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf), beyond, -beyond]
+    )
+    for scale in (1.0, 2.0**-20, 0.1, 3e38 / 448):
+        params = stored.of_range(-448 * scale, 0.0)
+        assert params is not None
+        x = (every.astype(np.float64) * params.scale).clip(-3.4e38, 3.4e38).astype(np.float32)
+        assert_same_bits(written(stored, x, params), stored.reference(x, params))
+        assert_same_bits(read(stored, x, params), stored.reference(x, params))
+    params = stored.of_range(0.0, 448.0)
+    np.testing.assert_array_equal(stored.reference(known, params), known)
+    np.testing.assert_array_equal(stored.reference(beyond, params), np.full(len(beyond), 448, np.float32))
+
+
+@settings(max_examples=60)
+@given(w=hnp.arrays(np.float32, (3, 9), elements=st.one_of(st.just(0.0), numbers)))
+def test_float8_channels_of_any_numbers(w: np.ndarray) -> None:
+    """No number is off by more than a sixteenth of itself, or half of the smallest step of its channel."""
+    stored = find_format("float8e4m3fn")
+    params = of_constant(stored, w, axis=0)
+    assert params is not None
+    found = stored.reference(w, params)
+    assert_same_bits(read(stored, w, params), found)
+    error = np.abs(found.astype(np.float64) - w)
+    allowed = np.maximum(np.abs(w.astype(np.float64)) / 16, params.scale[:, None].astype(np.float64) / 1024)
+    assert (error <= allowed * (1 + 1e-6)).all()
 
 
 @settings(max_examples=60)

@@ -19,7 +19,7 @@ ALLOWED = {
     "core/summaries.py": "names of the first schema of summary.json",
 }
 NAMED = re.compile(
-    r"(?<![A-Za-z.])(int8|fp16|fp32|bf16|INT8|FP16|FP32|Precision|HALF|AGAIN)(?![A-Za-z0-9_])|_int8|_fp16"
+    r"(?<![A-Za-z.])(int8|fp8|fp16|fp32|bf16|INT8|FP8|FP16|FP32|Precision|HALF|AGAIN)(?![A-Za-z0-9_])|_int8|_fp16"
 )
 
 

@@ -20,14 +20,17 @@ from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
-from bitalloy.targets.base import Device, split
+from bitalloy.targets.base import split
+from bitalloy.targets.devices import Device
 from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 from bitalloy.targets.safety import judge, tensors_to_judge
 from bitalloy.targets.tensorrt import TENSORRT
 
 SLOW = Device(
+    id="slow",
     name="a device of round numbers",
+    capability=86,
     operations_per_second={BASELINE: 1e9, "fp16": 2e9, "int8": 4e9},
     bytes_per_second=1e9,
     start_us=0.5,
@@ -125,7 +128,7 @@ def test_program_finds_the_fastest_plan_and_the_search_uses_all_schemes(problem:
 
 def test_estimated_cost_is_the_arithmetic_that_it_says(problem: Problem) -> None:
     cost = {c.unit: c for c in problem.cost.units}
-    assert problem.cost.estimated and problem.cost.device == SLOW.name
+    assert problem.cost.estimated and problem.cost.device == f"{SLOW.name} (estimated from peak rates)"
     macs, weights, read, made = 64 * 6 * 54, 6 * 54, 6 * 64, 6 * 64
     assert cost["c2"].us[BASELINE] == pytest.approx(2 * macs / 1e3 + 0.5)
     assert cost["c2"].us["fp16"] == pytest.approx(2 * macs / 2e3 + 0.5)

@@ -100,6 +100,19 @@ CASES: dict[str, dict[str, str]] = {
             d = Div(a, k)  e = Erf(d)  one = Constant<value_float=1.0>()  f = Add(e, one)  g = Mul(a, f)
             half = Constant<value_float=0.5>()  h = Mul(g, half)  n = MatMul(h, w3)  y = Add(n, w4) }""",
         "case6-half-beside-int8": RESIDUAL,
+        "case7-fp8": """(float[1,3,8,8] x, float[24,3,3,3] w1, float[24] w2, float[24,24,3,3] w3, float[24,24,1,1] w4,
+            float[24,1,3,3] w5, float[24,24,7,7] w6, float[24,8,3,3] w7) => (float[1,8,8,8] y) {
+            c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w3, w2)  a = Add(d, r)
+            s = Relu(a)  e = Conv(s, w4)  g = Conv<group=24, pads=[1,1,1,1]>(e, w5)  h = Conv<pads=[3,3,3,3]>(g, w6)
+            y = ConvTranspose<pads=[1,1,1,1]>(h, w7) }""",
+        "case7-fp8-products": """(float[1,20,32] x, float[32,32] w1, float[32,8] w2, float[24,640] w3, float[24] w4)
+            => (float[1,24] y, float[1,20,8] z, float[1,20,32] o) { q = MatMul(x, w1)  t = Transpose<perm=[0,2,1]>(q)
+            p = MatMul(q, t)  o = MatMul(p, x)  z = MatMul(q, w2)  m = Flatten<axis=1>(q)
+            y = Gemm<transB=1>(m, w3, w4) }""",
+        "case7-fp8-beside-others": """(float[1,24,8,8] x, float[24,24,3,3] w1, float[24,24,3,3] w2, float[24,24,3,3] w3,
+            float[24,24,3,3] w4) => (float[1,24,8,8] y, float[1,24,8,8] e) { c = Conv<pads=[1,1,1,1]>(x, w1)
+            r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w2)  a = Add(d, r)  e = Conv<pads=[1,1,1,1]>(a, w3)
+            y = Conv<pads=[1,1,1,1]>(a, w4) }""",
     },
     "ort-cuda": {
         "case1-half": CONCAT,
@@ -114,16 +127,25 @@ SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Schemes that plans may use, where these are not the usual ones of the target."""
 PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
-    ("ort-cpu", "case7-stored-products"): lambda units: Plan({
-        "/m/MatMul": "w4",
-        "/g/Gemm": "int8-dynamic",
-        "/y/MatMul": "w8",
-    }),
+    ("ort-cpu", "case7-stored-products"): lambda units: Plan(
+        {
+            "/m/MatMul": "w4",
+            "/g/Gemm": "int8-dynamic",
+            "/y/MatMul": "w8",
+        }
+    ),
     ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
     ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
     ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,
     ("tensorrt", "case6-half-beside-int8"): lambda units: int8(("/c/Conv", "/y/Conv")).moved("/d/Conv", "fp16"),
+    ("tensorrt", "case7-fp8"): lambda units: Plan.of("fp8", *units.able("fp8")),
+    ("tensorrt", "case7-fp8-products"): lambda units: Plan.of("fp8", *units.able("fp8")),
+    ("tensorrt", "case7-fp8-beside-others"): lambda units: Plan(
+        {"/c/Conv": "fp16", "/d/Conv": "fp8", "/a/Add": "fp8", "/e/Conv": "int8", "/y/Conv": "fp8"}
+    ),
 }
+ON: Mapping[tuple[str, str], str] = {("tensorrt", case): "l4" for case in CASES["tensorrt"] if "fp8" in case}
+"""Device of the cases that need another than that of their target."""
 PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
 """Pair limit of the targets whose own one depends on the processor."""
 SMALL = 16
@@ -160,7 +182,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     for node in model.graph.node:
         node.name = f"/{node.output[0]}/{node.op_type}"
     onnx.save(model, folder / "case.onnx")
-    graph, device = load_graph(folder / "case.onnx"), target(name)
+    graph, device = load_graph(folder / "case.onnx"), target(name, ON.get((name, case), ""))
     if name in PAIR_LIMIT:
         device = with_pair_limit(device, pair_limit)
     units = split(graph, device, find_heads(graph), schemes=SCHEMES.get((name, case), ()))
@@ -176,7 +198,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
 
 def as_text(made: Rewritten) -> str:
     """Units with their reasons, then the rewritten nodes in order, with their constants; halves are marked."""
-    lines = []
+    lines = [f"target has no {scheme.upper()}: {reason}" for scheme, reason in made.units.lacks.items()]
     for unit in made.units.units:
         formats = "/".join(unit.allowed) + (f" ({unit.why})" if unit.why else "")
         lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")

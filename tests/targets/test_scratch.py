@@ -32,7 +32,8 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.measuring import Selection
 from bitalloy.targets import TARGETS
-from bitalloy.targets.base import Core, Device, Offer, Target, whole_kernel
+from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.devices import Device
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
@@ -62,7 +63,9 @@ SCRATCH = Target(
     match=ORT_CPU.match,
     follows=ORT_CPU.follows,
     device=Device(
+        id="scratch",
         name="scratch device",
+        capability=10,
         operations_per_second={BASELINE: 1e9, "w8b32": 1e9, "int8": 4e9, "a8w4": 5e9, "a4w4": 8e9},
         bytes_per_second=1e9,
         start_us=0.1,

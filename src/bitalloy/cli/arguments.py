@@ -104,6 +104,13 @@ class AnalysisArguments:
             "`w4,w8,int8-dynamic`. Default: the usual ones of each target."
         ),
     ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device for which `tensorrt` and `ort-cuda` are estimated, which decides their schemes too, see "
+            "`bitalloy targets`. Default: a10."
+        ),
+    ] = None
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,8 +164,10 @@ class AnalysisArguments:
         from bitalloy.cli import options
         from bitalloy.core.records import Settings
 
+        targets = options.targets(self.target)
         return Settings(
-            targets=options.targets(self.target),
+            targets=targets,
+            device=options.device(self.device, targets),
             calibration_samples=self.calibration_samples,
             range_method=options.choice("--ranges", self.ranges, options.RANGE_METHODS),
             samples=options.samples(self.samples),

@@ -42,7 +42,7 @@ def targets_command(
     """
     import json
 
-    from bitalloy.targets import TARGETS
+    from bitalloy.targets import TARGETS, on_devices
 
     if json_output:
         listed = [
@@ -51,6 +51,11 @@ def targets_command(
                 "description": t.describe,
                 "schemes": [scheme.name for scheme in t.schemes],
                 "estimated": t.device is not None,
+                "devices": {
+                    device: {"name": one.device.name, "schemes": [scheme.name for scheme in one.schemes]}
+                    for device, one in on_devices(t).items()
+                    if one.device is not None
+                },
             }
             for t in TARGETS.values()
         ]
@@ -58,6 +63,8 @@ def targets_command(
         return
     for entry in TARGETS.values():
         line = f"{entry.name:<12} {entry.describe}"
+        if entry.device is not None:
+            line += f"; --device {', '.join(on_devices(entry))} (default: {entry.device.id})"
         out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import FIRST, Keep
+from bitalloy.core.schemes import BASELINE
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
@@ -51,6 +52,21 @@ def targets(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
+def device(text: str | None, names: Sequence[str]) -> str:
+    """Read the id of a device, for targets of which one at least is estimated.
+
+    >>> device("L4", ["tensorrt"]), device(None, ["ort-cpu"])
+    ('l4', '')
+    """
+    if text is None:
+        return ""
+    from bitalloy.targets import chosen_targets
+    from bitalloy.targets.devices import find_device
+
+    chosen_targets(names, text)
+    return find_device(text).id
+
+
 def floors(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
     """Read floors on the SQNR in dB: one for every head, and those of single heads by name.
 
@@ -90,8 +106,8 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
         return ()  # what knows the schemes takes a while to load
     from bitalloy.targets import TARGETS
 
-    targets = sorted(TARGETS.values(), key=lambda target: -len(target.schemes))  # the richest has the whole order
-    known = list(dict.fromkeys(scheme.name for target in targets for scheme in target.schemes))
+    offers = sorted((target.offers for target in TARGETS.values()), key=len, reverse=True)  # the longest has the order
+    known = list(dict.fromkeys([BASELINE, *(offer.scheme.name for some in offers for offer in some)]))
     found = []
     for text in texts:
         name, colon, pattern = text.partition(":")

@@ -199,6 +199,9 @@ class Settings(Record, frozen=True, kw_only=True):
 
     targets: tuple[str, ...] = ("ort-cpu",)
     """Names from `bitalloy targets`. One analysis serves all; the first is the one that `Analysis` stands for."""
+    device: str = ""
+    """Id of the device, see `bitalloy targets`, for which targets are estimated that do not run here; empty for the one
+    that each has by itself."""
     calibration_samples: int = 64
     range_method: str = "auto"
     """`minmax`, `moving`, `percentile`, `entropy`, `mse`, or `auto`: of these, but for `moving`, the one that disturbs

@@ -161,6 +161,8 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
     edges: tuple[UnitEdge, ...]
     schemes: tuple[Scheme, ...] = (Scheme(name=BASELINE),)
     """All schemes of the target, from the highest precision to the lowest; `BASELINE` first."""
+    lacks: dict[str, str] = msgspec.field(default_factory=dict)
+    """Scheme that the target does not have, and that people may ask for -> why, and what to do instead."""
 
     @cached_property
     def allowed(self) -> dict[str, tuple[str, ...]]:

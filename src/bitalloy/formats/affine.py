@@ -19,10 +19,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from bitalloy.core.errors import DataError, ModelError
 from bitalloy.core.units import Evidence
-from bitalloy.formats.base import QuantParams, Writer
+from bitalloy.formats.base import (
+    FLOAT_MAX,
+    FLOAT_TINY,
+    QuantParams,
+    Writer,
+    along,
+    checked_magnitudes,
+    normal_scale,
+    write_pair,
+    write_reading,
+)
 
-_FLOAT_MAX = float(np.finfo(np.float32).max)
-_FLOAT_TINY = float(np.finfo(np.float32).tiny)
 _BIAS_MAX = 2**31 - 256
 """Largest |b| / scale that an adjusted bias may have: leaves room for the rounding of the scale to float32."""
 
@@ -62,10 +70,10 @@ def activation_params(
     half = 2 ** (bits - 1)
     low, high = max(min(float(low), 0.0), -_reach(half)), min(max(float(high), 0.0), _reach(half))
     if symmetric:
-        scale = _normal(max(-low, high) / (half - 1))
+        scale = normal_scale(max(-low, high) / (half - 1))
         zero = qmin + half
     else:
-        scale = _normal((high - low) / (qmax - qmin))
+        scale = normal_scale((high - low) / (qmax - qmin))
         zero = int(np.clip(np.rint(qmin - low / float(scale)), qmin, qmax))
     return QuantParams(scale=scale, zero_point=np.array(zero, dtype), qmin=qmin, qmax=qmax)
 
@@ -96,12 +104,8 @@ def symmetric_params(
         ModelError: a magnitude is negative, NaN or infinite.
     """
     dtype, _, full = _storage(bits, True)
-    top = np.asarray(magnitude, np.float64)
-    if not (np.isfinite(top) & (top >= 0)).all():
-        raise ModelError("A weight has NaN or infinite values. Export the model again.")
     qmax = 2 ** (bits - 2) if reduced else full
-    top = np.where(top == 0, top.max(initial=0.0), top)
-    scale = _normal(np.minimum(top, _reach(qmax + 1)) / qmax)
+    scale = normal_scale(np.minimum(checked_magnitudes(magnitude), _reach(qmax + 1)) / qmax)
     return QuantParams(scale=scale, zero_point=np.zeros(scale.shape, dtype), qmin=-qmax, qmax=qmax, axis=axis)
 
 
@@ -135,7 +139,7 @@ def asymmetric_params(
         raise ModelError("A weight has NaN or infinite values. Export the model again.")
     bottom, top = np.clip(bottom, -reach, 0.0), np.clip(top, 0.0, reach)
     width = top - bottom
-    scale = _normal(np.where(width == 0, width.max(initial=0.0), width) / (qmax - qmin))
+    scale = normal_scale(np.where(width == 0, width.max(initial=0.0), width) / (qmax - qmin))
     zero = np.clip(np.rint(qmin - bottom / scale), qmin, qmax).astype(dtype)
     return QuantParams(scale=scale, zero_point=zero, qmin=qmin, qmax=qmax, axis=axis)
 
@@ -203,8 +207,8 @@ def bias_int32(b: NDArray[np.floating], scale: ArrayLike) -> tuple[NDArray[np.in
     if not np.isfinite(values).all():
         raise ModelError("A bias has NaN or infinite values. Export the model again.")
     steps = np.broadcast_to(np.asarray(scale, np.float32), values.shape)
-    least = np.maximum(np.abs(values) / _BIAS_MAX, _FLOAT_TINY).astype(np.float32)
-    fits = (np.abs(values) <= (2**31 - 1) * steps.astype(np.float64)) & (steps >= np.float32(_FLOAT_TINY))
+    least = np.maximum(np.abs(values) / _BIAS_MAX, FLOAT_TINY).astype(np.float32)
+    fits = (np.abs(values) <= (2**31 - 1) * steps.astype(np.float64)) & (steps >= np.float32(FLOAT_TINY))
     kept = np.where(fits, steps, least).astype(np.float32)
     return np.asarray(np.rint(values / kept.astype(np.float64)).astype(np.int32)), kept
 
@@ -220,27 +224,12 @@ def _storage(bits: int, signed: bool) -> tuple[type[np.integer], int, int]:
 
 def _reach(half: int) -> float:
     """Return the largest magnitude to quantize: `half` steps of 1 / (half - 1) of it stay finite in float32."""
-    return _FLOAT_MAX * (half - 1) / half * (1 - 2**-20)
-
-
-def _normal(scale: ArrayLike) -> NDArray[np.float32]:
-    """Make a scale float32, 1 for nothing, never denormal: kernels may flush those to zero and divide by it."""
-    wide = np.asarray(scale, np.float64)
-    return np.where(wide == 0, 1.0, np.maximum(wide, _FLOAT_TINY)).astype(np.float32)
+    return FLOAT_MAX * (half - 1) / half * (1 - 2**-20)
 
 
 def _along(x: NDArray[np.generic], p: QuantParams) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scale and zero point shaped to broadcast along the axis."""
-    scale, zero = p.scale, np.asarray(p.zero_point).astype(np.int64)
-    if p.block:
-        assert p.axis is not None, "blocks lie along an axis"
-        axis = p.axis % x.ndim
-        kept = (slice(None),) * axis + (slice(x.shape[axis]),)
-        return np.repeat(scale, p.block, axis)[kept], np.repeat(zero, p.block, axis)[kept]
-    shape: tuple[int, ...] = ()
-    if p.axis is not None:
-        shape = tuple(-1 if d == p.axis % x.ndim else 1 for d in range(x.ndim))
-    return np.reshape(scale, shape), np.reshape(zero, shape)
+    return along(p.scale, x, p), along(np.asarray(p.zero_point).astype(np.int64), x, p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,15 +281,12 @@ class Affine:
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
         """Write a QuantizeLinear and a DequantizeLinear that share scale and zero point."""
         assert params is not None, "integers have a scale"
-        grid, attributes = _grid(writer, params), _attributes(params)
-        q = writer.node("QuantizeLinear", [x, *grid], "quantized", shape=None, **attributes)
-        return writer.node("DequantizeLinear", [q, *grid], "dequantized", shape=None, **attributes)
+        return write_pair(writer, x, params)
 
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
         """Write a DequantizeLinear behind the stored integers."""
         assert params is not None, "integers have a scale"
-        grid, attributes = _grid(writer, params), _attributes(params)
-        return writer.node("DequantizeLinear", [stored, *grid], "dequantized", shape=None, **attributes)
+        return write_reading(writer, stored, params)
 
     def safe(self, evidence: Evidence) -> tuple[float, str]:
         """Refuse nothing: kernels that read such integers sum up in 32 bits."""
@@ -320,12 +306,3 @@ UINT4 = Affine(name="uint4", bits=4, signed=False, opset=21)
 INT4 = Affine(name="int4", bits=4, signed=True, symmetric=True, opset=21)
 INT32 = Affine(name="int32", bits=32, signed=True, symmetric=True)
 """The format of biases; `bias_int32` makes its numbers."""
-
-
-def _grid(writer: Writer, params: QuantParams) -> tuple[ir.Value, ir.Value]:
-    return writer.constant(params.scale, "scale"), writer.constant(np.asarray(params.zero_point), "zero_point")
-
-
-def _attributes(params: QuantParams) -> dict[str, int]:
-    found = {} if params.axis is None else {"axis": params.axis}
-    return {**found, "block_size": params.block} if params.block else found

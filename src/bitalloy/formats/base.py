@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Evidence
+
+Number = TypeVar("Number", bound=np.generic)
+FLOAT_MAX = float(np.finfo(np.float32).max)
+FLOAT_TINY = float(np.finfo(np.float32).tiny)
+"""Smallest normal float32 number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantParams:
-    """How a tensor is stored as integers. Compare fields, not objects: they hold arrays."""
+    """How a tensor is stored as numbers with a scale. Compare fields, not objects: they hold arrays."""
 
     scale: NDArray[np.float32]
-    """Step between neighbouring values: shape () for a whole tensor, (channels,) along `axis`. Normal and > 0."""
-    zero_point: NDArray[np.integer]
-    """The integer that stands for 0.0. Same shape as `scale`; its dtype is the storage dtype of the tensor."""
+    """What a stored 1 stands for: shape () for a whole tensor, (channels,) along `axis`. Normal and > 0."""
+    zero_point: NDArray[np.generic]
+    """The stored number that stands for 0.0. Same shape as `scale`; its dtype is the storage dtype of the tensor."""
     qmin: int
-    """Smallest integer used."""
+    """Smallest stored number."""
     qmax: int
-    """Largest integer used."""
+    """Largest stored number."""
     axis: int | None = None
     """Dimension of the tensor that `scale` runs along; None: one scale for the whole tensor."""
     block: int = 0
@@ -127,3 +133,56 @@ def opset_of(scheme: Scheme, formats: Sequence[Rounding]) -> int:
     """Return the smallest version of the ONNX operators that can write a scheme of these formats; 0 for none."""
     block = 21 if scheme.granularity is Granularity.BLOCK and scheme.weight is not None else 0
     return max([block, *(f.opset for f in formats)])
+
+
+def write_pair(writer: Writer, x: ir.Value, params: QuantParams) -> ir.Value:
+    """Write a QuantizeLinear and a DequantizeLinear that share scale and zero point."""
+    grid, attributes = _grid(writer, params), _attributes(params)
+    q = writer.node("QuantizeLinear", [x, *grid], "quantized", shape=None, **attributes)
+    return writer.node("DequantizeLinear", [q, *grid], "dequantized", shape=None, **attributes)
+
+
+def write_reading(writer: Writer, stored: ir.Value, params: QuantParams) -> ir.Value:
+    """Write a DequantizeLinear behind stored numbers."""
+    grid, attributes = _grid(writer, params), _attributes(params)
+    return writer.node("DequantizeLinear", [stored, *grid], "dequantized", shape=None, **attributes)
+
+
+def along(values: NDArray[Number], x: NDArray[np.generic], p: QuantParams) -> NDArray[Number]:
+    """Shape scales or zero points of parameters so that they broadcast with the tensor `x`."""
+    if p.block:
+        assert p.axis is not None, "blocks lie along an axis"
+        axis = p.axis % x.ndim
+        kept = (slice(None),) * axis + (slice(x.shape[axis]),)
+        return np.repeat(values, p.block, axis)[kept]
+    shape: tuple[int, ...] = ()
+    if p.axis is not None:
+        shape = tuple(-1 if d == p.axis % x.ndim else 1 for d in range(x.ndim))
+    return np.reshape(values, shape)
+
+
+def normal_scale(scale: ArrayLike) -> NDArray[np.float32]:
+    """Make a scale float32, 1 for nothing, never denormal: kernels may flush those to zero and divide by it."""
+    wide = np.asarray(scale, np.float64)
+    return np.where(wide == 0, 1.0, np.maximum(wide, FLOAT_TINY)).astype(np.float32)
+
+
+def checked_magnitudes(magnitude: ArrayLike) -> NDArray[np.float64]:
+    """Return the magnitudes of parts of a constant as float64; that of zeros is the largest of all.
+
+    Raises:
+        ModelError: a magnitude is negative, NaN or infinite.
+    """
+    top = np.asarray(magnitude, np.float64)
+    if not (np.isfinite(top) & (top >= 0)).all():
+        raise ModelError("A weight has NaN or infinite values. Export the model again.")
+    return np.where(top == 0, top.max(initial=0.0), top)
+
+
+def _grid(writer: Writer, params: QuantParams) -> tuple[ir.Value, ir.Value]:
+    return writer.constant(params.scale, "scale"), writer.constant(np.asarray(params.zero_point), "zero_point")
+
+
+def _attributes(params: QuantParams) -> dict[str, int]:
+    found = {} if params.axis is None else {"axis": params.axis}
+    return {**found, "block_size": params.block} if params.block else found

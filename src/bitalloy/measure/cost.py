@@ -36,6 +36,7 @@ from bitalloy.runtime.base import Reopener
 from bitalloy.runtime.machine import machine_name
 from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.targets.devices import Device
 
 MIXTURES, LARGE_MIXTURES = 6, 2
 """Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
@@ -191,6 +192,8 @@ class CostInputs(StageInputs, frozen=True, kw_only=True):
     """SHA-256 of the model's file."""
     shapes: tuple[TensorSpec, ...]
     target: str
+    device: Device | None
+    """The device for which cost is estimated; None where it is measured."""
     units: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...]
     """Id, core and tail of each unit, and the schemes that it may take."""
     edges: tuple[str, ...]
@@ -228,6 +231,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         model=analysis.graph.info.sha256,
         shapes=analysis.graph.info.inputs,
         target=analysis.target.name,
+        device=device,
         units=tuple((u.id, u.core, u.tail, u.allowed) for u in analysis.units.units),
         edges=tuple(e.id for e in analysis.units.edges),
         schemes=analysis.units.schemes,

@@ -19,7 +19,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, is_float, static_shape
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
-from bitalloy.targets.base import Device
+from bitalloy.targets.devices import Device
 from bitalloy.targets.placement import all_conversions
 
 FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
@@ -44,7 +44,7 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
         borders.append(price)
     table = CostTable(
         target=units.target,
-        device=device.name,
+        device=f"{device.name} (estimated from peak rates)",
         threads=0,
         units=rows,
         borders=tuple(borders),

@@ -24,7 +24,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.regions import ancestors, path_of, region_id
 from bitalloy.rewrite.calibrated import Calibrated, environment_of
 from bitalloy.sensitivity.probing import MAX_SAMPLES
-from bitalloy.targets import target
+from bitalloy.targets import chosen_targets
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
 
@@ -52,9 +52,7 @@ def calibrate(
         DataError: the data is empty or does not fit the model.
     """
     settings, work = settings or Settings(), work or Workspace()
-    if len(set(settings.targets)) != len(settings.targets) or not settings.targets:
-        raise BitalloyError(f"Targets are {', '.join(settings.targets) or 'none'}; expected one or more, each once.")
-    devices = [target(name) for name in settings.targets]
+    devices = chosen_targets(settings.targets, settings.device)
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
     given, corrections = model, tuple[Correction, ...]()
@@ -142,9 +140,8 @@ def check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
     """Find the units of a model on each target, without samples; calibration may keep more of them in float."""
     excluded, heads = _excluded(model, settings.exclude), find_heads(model)
-    return tuple(
-        split(model, target(name), heads, exclude=excluded, schemes=settings.schemes) for name in settings.targets
-    )
+    devices = chosen_targets(settings.targets, settings.device)
+    return tuple(split(model, device, heads, exclude=excluded, schemes=settings.schemes) for device in devices)
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:

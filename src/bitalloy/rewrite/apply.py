@@ -116,7 +116,8 @@ def _check(recipe: Recipe, plan: Plan) -> None:
             raise BitalloyError(f"The plan names the unit '{name}', which the model does not have.")
         unit = by_id[name]
         if scheme not in unit.allowed:
-            why = unit.reason or unit.refused.get(scheme) or f"{recipe.target.name} has no {scheme.upper()}"
+            lacks = recipe.units.lacks.get(scheme)
+            why = unit.reason or unit.refused.get(scheme) or lacks or f"{recipe.target.name} has no {scheme.upper()}"
             raise BitalloyError(f"The plan puts unit '{name}' in {scheme.upper()}, where it cannot run: {why}.")
 
 

@@ -36,7 +36,9 @@ class Execution:
     """Execution provider that runs the nodes; nodes that it does not support run on the CPU."""
     integers: bool = True
     """False computes products behind QuantizeLinear and DequantizeLinear in float32, as they are written. On CPUs
-    without VNNI the integer kernels that else take their place saturate sums of two products in 16 bits."""
+    without VNNI the integer kernels that else take their place saturate sums of two products in 16 bits. It also leaves
+    the pass `ReluQuantRewrite` out, which drops a Relu before a QuantizeLinear: rightly where the zero point is the
+    smallest integer, and wrongly (ONNX Runtime 1.32) before one to 8-bit floats, which keep what is negative."""
     wide_sums: bool = False
     """True stores signed weights of integer kernels as unsigned ones, whose products are added in 32 bits."""
     rounds_weights: bool = True
@@ -101,6 +103,7 @@ class OrtSession:
         providers = list(dict.fromkeys((execution.provider, CPU)))
         try:
             left_out = [] if execution.rounds_weights else ["WeightBiasQuantization"]
+            left_out += [] if execution.integers else ["ReluQuantRewrite"]
             self._session = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=left_out)
         except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error

@@ -24,6 +24,7 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Keep
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
+from bitalloy.targets import TARGETS
 
 MOST_NUMBERS = 1000
 """The most numbers that a range in a pattern may stand for."""
@@ -110,14 +111,19 @@ def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
 
 def _impossible(keep: Keep, named: Sequence[Unit], units: UnitGraph) -> str:
     unit = named[0]
-    used = [scheme.name for scheme in units.schemes]
-    unknown = f"plans for {units.target} use {', '.join(used)} here; a target's further schemes are named by --schemes"
-    why = unit.refused.get(keep.scheme) or (unit.reason if keep.scheme in used else "") or unknown
+    absent = keep.scheme not in {scheme.name for scheme in units.schemes}
+    why = (units.lacks.get(keep.scheme) or _absent(keep.scheme, units.target)) if absent else ""
+    why = why or unit.refused.get(keep.scheme) or unit.reason
     others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
     return (
         f"--keep '{keep}' asks for {keep.scheme.upper()} where it is not possible: '{unit.id}' cannot, because "
         f"{why}.{others} Leave it out, or name other units; {', '.join(named[0].allowed)} is what this one has."
     )
+
+
+def _absent(scheme: str, target: str) -> str:
+    others = [t.name for t in TARGETS.values() if any(offer.scheme.name == scheme for offer in t.offers)]
+    return f"{target} has no {scheme.upper()}; choose --target {' or '.join(others)}"
 
 
 def _expanded(keep: Keep) -> list[str]:

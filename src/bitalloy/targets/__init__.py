@@ -1,7 +1,11 @@
 """What each device can do: units, allowed precisions, and where roundings happen."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from bitalloy.core.errors import BitalloyError
 from bitalloy.targets.base import Target
+from bitalloy.targets.devices import DEVICES, find_device
 from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.ort_cuda import ORT_CUDA
@@ -10,15 +14,49 @@ from bitalloy.targets.tensorrt import TENSORRT
 TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, OPENVINO_CPU, ORT_CUDA, TENSORRT)}
 
 
-def target(name: str) -> Target:
+def target(name: str, device: str = "") -> Target:
     """Look a target up by name.
 
+    Args:
+        name: the name of a target.
+        device: the device that its costs and schemes are of; without it the one that it has.
+
     Raises:
-        BitalloyError: no such target.
+        BitalloyError: no such target or device, or a device for a target that is measured where it runs.
     """
     if name not in TARGETS:
         raise BitalloyError(f"Unknown target '{name}'. Available: {', '.join(TARGETS)}.")
-    return TARGETS[name]
+    found = TARGETS[name]
+    if not device:
+        return found
+    if found.device is None:
+        others = ", ".join(t.name for t in TARGETS.values() if t.device is not None)
+        raise BitalloyError(
+            f"--device {device} is given for the target '{name}', which is measured on the machine where it runs. "
+            f"Leave it out, or choose a target that is estimated: {others}."
+        )
+    return replace(found, device=find_device(device))
 
 
-__all__ = ["TARGETS", "Target", "target"]
+def chosen_targets(names: Sequence[str], device: str = "") -> list[Target]:
+    """Look several targets up; those of them that are estimated are so for the device.
+
+    Raises:
+        BitalloyError: none or one twice, no such target or device, or a device for none of them.
+    """
+    if len(set(names)) != len(names) or not names:
+        raise BitalloyError(f"Targets are {', '.join(names) or 'none'}; expected one or more, each once.")
+    found = [target(name) for name in names]
+    if device and all(t.device is None for t in found):
+        target(names[0], device)
+    return [target(t.name, device) if t.device is not None else t for t in found]
+
+
+def on_devices(found: Target) -> dict[str, Target]:
+    """Map what `--device` takes to a target on that device; nothing for one that is measured where it runs."""
+    if found.device is None:
+        return {}
+    return {device.id: replace(found, device=device) for device in DEVICES.values()}
+
+
+__all__ = ["TARGETS", "Target", "chosen_targets", "on_devices", "target"]

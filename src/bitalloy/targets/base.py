@@ -16,6 +16,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, consumers, is_float, name_of, static_shape
 from bitalloy.model.regions import path_of, region_id
 from bitalloy.runtime.base import Runtime
+from bitalloy.targets.devices import Device, lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +74,6 @@ def all_operators(operators: frozenset[str], name: str) -> Callable[[Core, Seque
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
-    """Peak rates of a device, from its data sheet."""
-
-    name: str
-    operations_per_second: Mapping[str, float]
-    """Scheme -> dense operations; a multiply-accumulate is two."""
-    bytes_per_second: float
-    start_us: float
-    """Assumed time between two kernels in microseconds."""
-
-
-A10 = Device(
-    name="NVIDIA A10 (estimated from peak rates)",
-    operations_per_second={BASELINE: 62.5e12, "fp16": 125e12, "int8": 250e12},
-    bytes_per_second=600e9,
-    start_us=2.0,
-)
-"""NVIDIA A10 data sheet, tensor cores without sparsity; FP32 as TF32, which is the default of both runtimes."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Target:
     """A device with its runtime, described by rules for what runs on it and how."""
 
@@ -102,7 +82,7 @@ class Target:
     runtime: Runtime
     """What executes its models here; of a `device` that is not here, what verifies them."""
     offers: tuple[Offer, ...]
-    """Its schemes beside the baseline, from the highest precision to the lowest."""
+    """Its schemes beside the baseline, on whatever device, from the highest precision to the lowest."""
     match: Callable[[ir.Node, Graph], Core]
     """The core that starts at a node; called in topological order for nodes not yet taken."""
     follows: Callable[[ir.Node], bool]
@@ -117,27 +97,42 @@ class Target:
     rounds_floats: bool = False
     """Whether the runtime rounds, or computes in integers, what a plan keeps in float: see `rewrite.floats`."""
     device: Device | None = None
-    """The device for which cost is estimated, where it is not on this machine; None where cost is measured."""
+    """The device for which cost is estimated, where it is not on this machine; None where cost is measured. What it has
+    no rate for is not offered."""
     native: Runtime | None = None
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
-    schemes: tuple[Scheme, ...] = field(init=False)
-    """The baseline and those that it offers."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schemes", (Scheme(name=BASELINE), *(offer.scheme for offer in self.offers)))
+    @property
+    def runnable(self) -> tuple[Offer, ...]:
+        """Its offers that its device can run."""
+        return tuple(o for o in self.offers if self.device is None or not lacking(self.device, o.scheme.name))
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The baseline and those that it offers on its device."""
+        return (Scheme(name=BASELINE), *(offer.scheme for offer in self.runnable))
+
+    @property
+    def lacking_schemes(self) -> dict[str, str]:
+        """Scheme that it does not have, or not on its device -> why."""
+        missing = [offer.scheme.name for offer in self.offers if offer not in self.runnable]
+        return {**self.lacks, **{name: lacking(self.device, name) for name in missing if self.device is not None}}
 
     def offered(self, schemes: Collection[str] = ()) -> tuple[Offer, ...]:
         """Return the offers of the given names, or the usual ones without names, in the order of the target."""
-        return tuple(o for o in self.offers if (o.scheme.name in schemes if schemes else o.usual))
+        return tuple(o for o in self.runnable if (o.scheme.name in schemes if schemes else o.usual))
 
     @property
     def casts(self) -> bool:
         """Whether units may compute in another format, which not every machine has kernels for."""
         return any(scheme.cast for scheme in self.schemes)
+
+
+UNASKED = "plans do not use it unless --schemes names it"
 
 
 def split(
@@ -159,6 +154,7 @@ def split(
         schemes: names of those that plans may use beside the baseline; without them, the target's usual ones.
     """
     offers = target.offered(schemes)
+    unasked = [o.scheme.name for o in target.runnable if o not in offers]
     found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
     final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
@@ -195,6 +191,7 @@ def split(
         units=tuple(units),
         edges=tuple(edges),
         schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
+        lacks={**{name: UNASKED for name in unasked}, **target.lacking_schemes},
     )
 
 
@@ -251,7 +248,7 @@ def _refused(
     target: Target, offers: Sequence[Offer], core: Core, members: Sequence[ir.Node], unfit_output: str
 ) -> dict[str, str]:
     """Map each scheme in which the unit of a core may not run to the reason."""
-    found = dict(target.lacks)
+    found: dict[str, str] = {}
     for offer in offers:
         reason = offer.refuse(core, members)
         if not reason and offer.scheme.hands_on and target.placement is Placement.ENDS:

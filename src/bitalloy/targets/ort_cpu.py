@@ -124,8 +124,8 @@ LARGEST_PAIR = None if has_vnni() else 128
 
 ORT_CPU = Target(
     name="ort-cpu",
-    describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; products with "
-    "--schemes also in w4, w4-128, w8 (MatMulNBits) and int8-dynamic",
+    describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; with "
+    "--schemes products also in w4, w4-128, w8 (MatMulNBits) and int8-dynamic",
     runtime=ORT,
     offers=(
         _blocks("w8", "int8", 32),

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
-from bitalloy.targets.base import A10, Core, Target
+from bitalloy.targets.base import Core, Target
+from bitalloy.targets.devices import A10
 from bitalloy.targets.safety import HALF_PRECISION
 
 
@@ -30,7 +31,10 @@ ORT_CUDA = Target(
     describe="ONNX Runtime, CUDA provider: FP16; no INT8, for which the provider has no kernels",
     runtime=ORT,
     offers=(HALF_PRECISION,),
-    lacks={"int8": "ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA"},
+    lacks={
+        "int8": "ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA; choose --target tensorrt",
+        "fp8": "ONNX Runtime has no FP8 kernels for Q/DQ models on CUDA; choose --target tensorrt --device l4",
+    },
     slow_softmax=False,
     device=A10,
     native=ORT_GPU,

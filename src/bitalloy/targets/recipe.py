@@ -17,7 +17,7 @@ from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format, find_rounding, required_opset
 from bitalloy.formats.base import Format, QuantParams, Rounding
 from bitalloy.model.read import constant
-from bitalloy.targets import TARGETS, target
+from bitalloy.targets import TARGETS, on_devices, target
 from bitalloy.targets.base import Target
 from bitalloy.targets.pairs import largest_pairs
 
@@ -90,6 +90,8 @@ class RecipeData(Record, frozen=True, kw_only=True):
     units: UnitGraph
     target: str
     """Name of the target."""
+    device: str
+    """Id of the device that it is on; empty for the one that it has by itself, or none."""
     ranges: dict[str, tuple[float, float]]
     offsets: dict[str, Offset]
 
@@ -97,12 +99,20 @@ class RecipeData(Record, frozen=True, kw_only=True):
 def recipe_opening(recipe: Recipe) -> Opening:
     """Describe how jobs come by a recipe; for a target without a known name it stays in this process."""
     name = recipe.target.name
-    spec = RecipeData(units=recipe.units, target=name, ranges=dict(recipe.ranges), offsets=dict(recipe.offsets))
-    if TARGETS.get(name) is not recipe.target:
+    known = {"": TARGETS[name], **on_devices(TARGETS[name])} if name in TARGETS else {}
+    device = next((d for d, found in known.items() if found == recipe.target), None)
+    spec = RecipeData(
+        units=recipe.units,
+        target=name,
+        device=device or "",
+        ranges=dict(recipe.ranges),
+        offsets=dict(recipe.offsets),
+    )
+    if device is None:
         return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(spec)))
     return Opening(kind="recipe", spec=spec)
 
 
 def open_recipe(spec: RecipeData, _: Contexts) -> Recipe:
     """Make the recipe from its plain data."""
-    return Recipe(spec.units, target(spec.target), spec.ranges, spec.offsets)
+    return Recipe(spec.units, target(spec.target, spec.device), spec.ranges, spec.offsets)

@@ -1,7 +1,7 @@
 """TensorRT 10 and 11 with strongly typed networks: the precision of every layer is written in the graph.
 
-INT8 is a QuantizeLinear/DequantizeLinear pair, FP16 a Cast. Facts from NVIDIA's documentation ("Explicit Quantization":
-processing of Q/DQ networks, placement recommendations, limitations):
+INT8 and FP8 are a QuantizeLinear/DequantizeLinear pair, FP16 a Cast. Facts from NVIDIA's documentation ("Explicit
+Quantization": processing of Q/DQ networks, placement recommendations, limitations):
 
 Case 1. Conv, ConvTranspose, Gemm and MatMul with constant weights: a pair on the input, and int8 weights per output
         channel. What they make is not rounded: the next layer in INT8 does that, and TensorRT moves its Q into the
@@ -15,13 +15,20 @@ Case 4. Concat and operators that only move data commute with Q and DQ. They rou
 Case 5. Biases stay float: TensorRT refuses quantized ones.
 Case 6. Everything else (pointwise operators such as GELU, Softmax, normalization, pooling) runs in FP32 or FP16, where
         it fuses with the kernels beside it.
+Case 7. FP8 (E4M3) is rounded where INT8 is: Conv, Gemm, MatMul and residual Add. Not so where its kernels are missing
+        or slower than FP16: convolutions in groups (release notes, "limitations"; TensorRT issue 4524), ConvTranspose,
+        convolutions with 16 channels or fewer on a side or with a window of more than 32 elements, products of a matrix
+        and a vector or with fewer than 16 rows or columns on the right. All but groups are NVIDIA's own choice in
+        ModelOpt 0.47 (modelopt/onnx/quantization). Devices have FP8 from SM89 on (`targets.devices`).
 
-INT8 is symmetric with zero point 0, per tensor for activations and per channel for weights. Q and DQ compute in
-float32, because QuantizeLinear takes nothing else below opset 19; next to a unit in FP16 stands a Cast.
+INT8 and FP8 are symmetric with zero point 0, per tensor for activations and per channel for weights. Q and DQ compute
+in float32, because QuantizeLinear takes nothing else below opset 19; next to a unit in FP16 stands a Cast.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -30,14 +37,18 @@ from bitalloy import ops
 from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, constant, name_of
+from bitalloy.model.read import attribute, constant, name_of, node_weight_axes, static_shape
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import A10, Core, Offer, Target, whole_kernel
+from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.devices import A10
 from bitalloy.targets.patterns import match_matmul, moves, only_reader, second_operand, silu_of
 from bitalloy.targets.safety import HALF_PRECISION
 
 TENSORRT_FUSED_ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
+FEW_CHANNELS, LARGEST_WINDOW, LEAST_DEPTH = 16, 32, 16
+"""Channels of a convolution up to which FP8 is slower than FP16, largest number of elements of its window, and least
+number of rows and of columns of the right operand of a product."""
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
@@ -128,12 +139,53 @@ def _gate_of(product: ir.Node) -> ir.Node | None:
     return None
 
 
+def _without_fp8(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """Case 7."""
+    node = core.nodes[0]
+    if core.unfit:
+        return core.unfit
+    match node.op_type:
+        case "Conv":
+            return _slow_convolution(node)
+        case "Gemm" | "MatMul":
+            return _slow_product(node)
+        case "Add":
+            return ""
+        case op:
+            return f"TensorRT has no FP8 kernel for {op}"
+
+
+def _slow_convolution(node: ir.Node) -> str:
+    made, read, *window = static_shape(node.inputs[1])  # type: ignore[arg-type]
+    if attribute(node, "group", 1) != 1:
+        return "TensorRT has no optimized FP8 kernel for convolutions in groups, where INT8 has one"
+    if min(made, read) <= FEW_CHANNELS:
+        return f"with {FEW_CHANNELS} channels or fewer FP8 is slower than FP16, and one side has {min(made, read)}"
+    if math.prod(window) > LARGEST_WINDOW:
+        return f"FP8 kernels take windows of at most {LARGEST_WINDOW} elements, and this one has {math.prod(window)}"
+    return ""
+
+
+def _slow_product(node: ir.Node) -> str:
+    left, right = (static_shape(v) for v in node.inputs[:2])  # type: ignore[arg-type]
+    if min(len(left), len(right)) < 2:
+        return "one operand is a vector, which does not use the tensor cores"
+    depth, columns = (right[axis] for axis in node_weight_axes(node))
+    rows = left[-2] if constant(node.inputs[1]) is None else math.prod(left[:-1])
+    if min(rows, columns) == 1:
+        return "one operand is a vector, which does not use the tensor cores"
+    if min(depth, columns) < LEAST_DEPTH:
+        return f"FP8 needs {LEAST_DEPTH} rows and columns in the right operand to pay, and it has {depth} and {columns}"
+    return ""
+
+
 TENSORRT = Target(
     name="tensorrt",
-    describe="TensorRT 10 and 11, strongly typed: FP16, and symmetric INT8 in Q/DQ form, weights per channel",
+    describe="TensorRT 10 and 11, strongly typed: FP16; INT8 and, from SM89 on, FP8 in Q/DQ form, weights per channel",
     runtime=ORT,
     offers=(
         HALF_PRECISION,
+        Offer(scheme=Scheme(name="fp8", activation="float8e4m3fn", weight="float8e4m3fn"), refuse=_without_fp8),
         Offer(scheme=Scheme(name="int8", activation="int8", weight="int8"), refuse=whole_kernel),
     ),
     placement=Placement.ENTRY,

@@ -1,0 +1,128 @@
+"""Devices as data: peak rates of those for which cost is estimated where they are not here.
+
+Rates are dense, a multiply-accumulate counts as two operations, and those of a data sheet that quotes sparsity are
+halved. FP32 stands for TF32, which is the default of TensorRT and of ONNX Runtime's CUDA provider. Where a data sheet
+gives two rates, that with sums in FP32 is taken. Sources, all of NVIDIA:
+
+    A10         "NVIDIA A10 Tensor Core GPU" data sheet
+    L4          "NVIDIA L4 Tensor Core GPU" data sheet (with sparsity)
+    L40S        "NVIDIA L40S GPU" data sheet
+    RTX 4090    "NVIDIA Ada GPU Architecture" whitepaper, appendix A
+    RTX 5090    "NVIDIA RTX Blackwell GPU Architecture" whitepaper, appendix A
+    Orin        "NVIDIA Jetson AGX Orin Series" technical brief, module of 64 GB: 170 sparse INT8 TOPS of the GPU alone;
+                FP16 and TF32 at a half and a quarter of them, as for the other GPUs of its architecture
+    H100        "NVIDIA H100 Tensor Core GPU" data sheet, SXM (with sparsity)
+    B200        "NVIDIA HGX B200" data sheet, one of eight (with sparsity)
+
+No data sheet tells the time between two kernels; 2 us is assumed for all.
+"""
+
+from __future__ import annotations
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.records import Record
+from bitalloy.core.schemes import BASELINE
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """Peak rates of a device."""
+
+    id: str
+    """As `--device` takes it."""
+    name: str
+    capability: int
+    """Compute capability, e.g. 89 for SM89."""
+    operations_per_second: dict[str, float]
+    """Scheme -> dense operations; a scheme without a rate does not run there."""
+    bytes_per_second: float
+    start_us: float = 2.0
+    """Assumed time between two kernels in microseconds."""
+
+
+A10 = Device(
+    id="a10",
+    name="NVIDIA A10",
+    capability=86,
+    operations_per_second={BASELINE: 62.5e12, "fp16": 125e12, "int8": 250e12},
+    bytes_per_second=600e9,
+)
+DEVICES: dict[str, Device] = {
+    device.id: device
+    for device in (
+        A10,
+        Device(
+            id="l4",
+            name="NVIDIA L4",
+            capability=89,
+            operations_per_second={BASELINE: 60e12, "fp16": 121e12, "fp8": 242.5e12, "int8": 242.5e12},
+            bytes_per_second=300e9,
+        ),
+        Device(
+            id="l40s",
+            name="NVIDIA L40S",
+            capability=89,
+            operations_per_second={BASELINE: 183e12, "fp16": 362e12, "fp8": 733e12, "int8": 733e12},
+            bytes_per_second=864e9,
+        ),
+        Device(
+            id="rtx-4090",
+            name="NVIDIA GeForce RTX 4090",
+            capability=89,
+            operations_per_second={BASELINE: 82.6e12, "fp16": 165.2e12, "fp8": 330.3e12, "int8": 660.6e12},
+            bytes_per_second=1008e9,
+        ),
+        Device(
+            id="rtx-5090",
+            name="NVIDIA GeForce RTX 5090",
+            capability=120,
+            operations_per_second={BASELINE: 104.8e12, "fp16": 209.5e12, "fp8": 419e12, "int8": 838e12},
+            bytes_per_second=1792e9,
+        ),
+        Device(
+            id="orin",
+            name="NVIDIA Jetson AGX Orin",
+            capability=87,
+            operations_per_second={BASELINE: 21.25e12, "fp16": 42.5e12, "int8": 85e12},
+            bytes_per_second=204.8e9,
+        ),
+        Device(
+            id="h100",
+            name="NVIDIA H100 SXM",
+            capability=90,
+            operations_per_second={BASELINE: 494.5e12, "fp16": 989.5e12, "fp8": 1979e12, "int8": 1979e12},
+            bytes_per_second=3350e9,
+        ),
+        Device(
+            id="b200",
+            name="NVIDIA B200",
+            capability=100,
+            operations_per_second={BASELINE: 1.1e15, "fp16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15},
+            bytes_per_second=8000e9,
+        ),
+    )
+}
+"""What `--device` takes -> device."""
+
+
+def find_device(name: str) -> Device:
+    """Look a device up by its id, in any case.
+
+    Raises:
+        BitalloyError: no such device.
+    """
+    found = DEVICES.get(name.lower())
+    if found is None:
+        raise BitalloyError(f"Unknown device '{name}'. Available: {', '.join(DEVICES)}.")
+    return found
+
+
+def lacking(device: Device, scheme: str) -> str:
+    """Say why a device does not run a scheme, and what to do instead; empty where it does."""
+    if scheme in device.operations_per_second:
+        return ""
+    able = [other for other in DEVICES.values() if scheme in other.operations_per_second]
+    told = f"{device.name} (SM{device.capability}) has no {scheme.upper()}"
+    if not able:
+        return told
+    least = min(other.capability for other in able)
+    return f"{told}, which needs SM{least}; choose --device {' or '.join(other.id for other in able)}"
