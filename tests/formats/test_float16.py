@@ -57,7 +57,7 @@ class Writer:
     """Keeps the nodes that a format writes."""
 
     def __init__(self) -> None:
-        self.nodes: list[tuple[str, str, str, int]] = []
+        self.nodes: list[tuple[str, str, str, object]] = []
 
     def node(
         self,
