@@ -59,7 +59,6 @@ SERVED: Mapping[str, tuple[str, ...]] = {
         "search/test_search.py::test_moves_are_what_each_plan_gives_by_itself",
     ),
     "tasks/bootstrap": ("tasks/test_bootstrap.py",),
-    "tasks/metric": ("sensitivity/test_exact.py::test_the_metric_table_is_the_evaluation_of_the_switched_network",),
     "measure/cost": ("measure/test_cost.py",),
     "measure/bench": ("measure/test_bench.py",),
     "core/store": ("core/test_store.py",),

@@ -18,6 +18,7 @@ from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Evidence, Unit, UnitGraph, WeightSite
 from bitalloy.search.choice import ProvenPlan, complete_plan, search
 from bitalloy.search.problem import Problem
+from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix
 
 SCHEMES = (Scheme(name=BASELINE), Scheme(name="int8", activation="uint8", weight="int8"))
@@ -117,6 +118,15 @@ def test_the_fastest_plan_above_a_floor(problem: Problem, floors: tuple[float | 
     assert lowered(found) == min(able, key=lambda units: able[units])
     if floors[0] == floors[1]:
         assert lowered(search(problem, Budget(min_sqnr_db=floors[0]), front=False)) == lowered(found)
+
+
+@pytest.mark.parametrize("limit", [1_900_000, 1_800_000, 1_700_000, 1_600_000])
+def test_of_plans_that_are_equally_fast_the_least_damaging(limit: int) -> None:
+    """Where nothing is faster in INT8, the limit on size alone asks for it."""
+    inside = {units: goal for units, (_, size, _, goal) in enumerated().items() if size <= limit}
+    found = Program(problem_of(*map(unit, UNITS), lower=FLOAT_US)).solve(Limits(size_bytes=limit), minimize="latency")
+    assert found is not None and found.solved and found.gap == 0.0
+    assert set(found.plan) == min(inside, key=lambda units: inside[units])
 
 
 def test_a_drop_alone_starts_from_the_middle(problem: Problem) -> None:

@@ -40,6 +40,9 @@ from bitalloy.targets.placement import (
     scheme_pairs,
 )
 
+TIE = 1e-4
+"""Weight of what is not minimized, so that it decides between equals: all damage against the float model's latency, or
+the reverse. The solver takes coefficients below 1e-7 for none."""
 NODE_LIMIT = 2000
 """Nodes of the solver's tree after which it stops. Not a time: the same input gives the same plan on any machine."""
 GAP = 0.005
@@ -223,8 +226,8 @@ class Program:
         constraints += [LinearConstraint(row[None, :], -np.inf, bound) for row, bound in bounds if np.isfinite(bound)]
         share = self._problem.aims @ self._damage
         whole = max(float(share.sum()), 1e-30)
-        tie = 1e-6 * self._latency / max(self._float_us, 1.0) * whole
-        goal = self._latency + 1e-9 * share if minimize == "latency" else (share + tie) / whole
+        slow = self._latency / max(self._float_us, 1.0)
+        goal = slow + TIE * share / whole if minimize == "latency" else share / whole + TIE * slow
         integrality = np.zeros(self._count, np.int8)
         integrality[: len(self._index)] = 1
         with withheld(STRAY):
