@@ -198,7 +198,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
 
 def as_text(made: Rewritten) -> str:
     """Units with their reasons, then the rewritten nodes in order, with their constants; halves are marked."""
-    lines = [f"target has no {scheme.upper()}: {reason}" for scheme, reason in made.units.lacks.items()]
+    lines = [f"without {scheme.upper()}: {reason}" for scheme, reason in made.units.lacks.items()]
     for unit in made.units.units:
         formats = "/".join(unit.allowed) + (f" ({unit.why})" if unit.why else "")
         lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")

@@ -128,7 +128,7 @@ def test_a_recipe_is_made_again_from_its_data(case: Case) -> None:
 
 
 def test_a_target_without_a_name_stays_in_the_process(case: Case) -> None:
-    other = replace(ORT_CPU)
+    other = replace(ORT_CPU, describe="another")
     opening = recipe_opening(case.recipe(other))
     assert opening.kind == "resident" and isinstance(opening.spec, Resident)
     assert opening.spec.what == "the target 'ort-cpu'"

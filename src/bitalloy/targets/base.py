@@ -154,7 +154,6 @@ def split(
         schemes: names of those that plans may use beside the baseline; without them, the target's usual ones.
     """
     offers = target.offered(schemes)
-    unasked = [o.scheme.name for o in target.runnable if o not in offers]
     found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
     final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
@@ -191,7 +190,7 @@ def split(
         units=tuple(units),
         edges=tuple(edges),
         schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
-        lacks={**{name: UNASKED for name in unasked}, **target.lacking_schemes},
+        lacks=_lacks(target, offers),
     )
 
 
@@ -242,6 +241,12 @@ def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
     if root in final:
         return "makes an output: 256 levels would flatten small values, such as low scores, to zero"
     return ""
+
+
+def _lacks(target: Target, offers: Sequence[Offer]) -> dict[str, str]:
+    """Map each scheme that plans may not use, though people may ask for it, to the reason."""
+    unasked = {offer.scheme.name: UNASKED for offer in target.runnable if offer not in offers}
+    return {**unasked, **target.lacking_schemes}
 
 
 def _refused(
