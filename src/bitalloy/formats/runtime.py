@@ -28,7 +28,7 @@ class DynamicTensor:
     Runtime.
 
     >>> DynamicTensor(name="uint8-dynamic").reference(np.float32([-1.0, 0.5, 4.0]))
-    array([-1.0000001,  0.509804 ,  4.0000005], dtype=float32)
+    array([-1.        ,  0.50980395,  4.        ], dtype=float32)
     """
 
     name: str
