@@ -36,7 +36,7 @@ from bitalloy.pipeline.ship import Verified
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import OrtSession
 
-FEEDS, FRESH = 48, 32
+FEEDS, FRESH = 128, 64
 """Samples of a small net for the run, and unseen ones."""
 IMAGES = 12
 """Unseen samples of an image model or a program."""
