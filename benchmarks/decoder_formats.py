@@ -38,22 +38,15 @@ from bitalloy.runtime.ort import OrtSession, available_cores
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.recipe import Recipe
-from large_decoder import LLAMA, status_gb
+from large_decoder import LLAMA, sizes_of, status_gb
 
 SCHEMES = ("w4", "w4-128", "w8", "int8-dynamic")
-
-
-def shapes_of(path: Path, new: int, past: int) -> dict[str, tuple[int, ...]]:
-    """Input shapes for `new` tokens behind `past` ones."""
-    sizes = {"new": new, "total": new + past, "past": past}
-    inputs = onnx.load(path, load_external_data=False).graph.input
-    return {i.name: tuple(d.dim_value or sizes[d.dim_param] for d in i.type.tensor_type.shape.dim) for i in inputs}
 
 
 def feeds_of(path: Path, new: int, past: int) -> dict[str, np.ndarray]:
     """Random embeddings and caches, all positions attended."""
     generator, found = np.random.default_rng(0), {}
-    for name, shape in shapes_of(path, new, past).items():
+    for name, shape in sizes_of(path, new, past).items():
         if name == "attention_mask":
             found[name] = np.ones(shape, np.int64)
         elif name == "position_ids":
@@ -65,7 +58,7 @@ def feeds_of(path: Path, new: int, past: int) -> dict[str, np.ndarray]:
 
 def write_ours(source: Path, folder: Path, new: int, past: int) -> dict[str, Path]:
     """Write the decoder with all stored products in each scheme, at given sizes."""
-    graph = load_graph(source, shapes=shapes_of(source, new, past))
+    graph = load_graph(source, shapes=sizes_of(source, new, past))
     units = split(graph, ORT_CPU, find_heads(graph), schemes=SCHEMES)
     recipe, found = Recipe(units, ORT_CPU, {}), {}
     for scheme in ("float", *SCHEMES):

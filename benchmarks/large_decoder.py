@@ -93,12 +93,12 @@ def feeds_of(model: Graph, seed: int) -> dict[str, np.ndarray]:
     return feeds
 
 
-def sizes_of(path: Path, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Input shapes for `tokens` tokens and an empty cache."""
+def sizes_of(path: Path, tokens: int, past: int = 0) -> dict[str, tuple[int, ...]]:
+    """Input shapes for `tokens` tokens behind `past` ones."""
     import onnx
 
     inputs = onnx.load(path, load_external_data=False).graph.input
-    known = {"new": tokens, "total": tokens, "past": 0}
+    known = {"new": tokens, "total": tokens + past, "past": past}
     return {
         i.name: tuple(d.dim_value or known[d.dim_param] for d in i.type.tensor_type.shape.dim)
         for i in inputs

@@ -53,6 +53,7 @@ def calibrate(
     """
     settings, work = settings or Settings(), work or Workspace()
     devices = chosen_targets(settings.targets, settings.device)
+    _check_schemes(devices, settings.schemes)
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
     given, corrections = model, tuple[Correction, ...]()
@@ -90,7 +91,6 @@ def _on_each(
 ) -> list[Calibrated]:
     """The model on each target, with the ranges that all of them share."""
     heads, excluded = find_heads(model), _excluded(model, settings.exclude)
-    check_schemes(devices, settings.schemes)
     units = [split(model, device, heads, exclude=excluded, schemes=settings.schemes) for device in devices]
     for device, found in zip(devices, units, strict=True):
         if not found.lowest():
@@ -121,7 +121,7 @@ def _on_each(
     ]
 
 
-def check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
+def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
     """Refuse names that are a scheme of none of the targets.
 
     Raises:
@@ -130,7 +130,7 @@ def check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
     known = list(dict.fromkeys(s.name for device in devices for s in device.schemes))
     for name in names:
         if name not in known:
-            why = "; ".join(f"{d.name}: {d.lacks[name]}" for d in devices if name in d.lacks)
+            why = "; ".join(f"{d.name}: {lacks[name]}" for d in devices if name in (lacks := d.lacking_schemes))
             raise BitalloyError(
                 f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
                 f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}."
