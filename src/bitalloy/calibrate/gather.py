@@ -24,7 +24,7 @@ from bitalloy.targets.safety import tensors_to_judge
 CALIBRATION_SHARD = 16
 
 
-COMPARED, ALIKE = ("minmax", "percentile", "entropy", "mse"), 0.1
+COMPARED, ALIKE = ("extended", "percentile", "entropy", "mse"), 0.1
 """Range methods compared for each tensor, and the part of its width by which a range must differ to be compared."""
 
 
@@ -85,10 +85,15 @@ def gather(
 def _chosen_ranges(
     statistics: Statistics, model: Graph, order: Sequence[str], inputs: CalibrationInputs
 ) -> Calibration:
-    """Take the ranges of each tensor from statistics of all samples."""
+    """Take the ranges of each tensor from statistics of all samples.
+
+    Nothing is cut where so few values were seen that a range is extended: the rare samples that would lose by a cut are
+    not among those that weigh it.
+    """
     automatic = inputs.method == "auto"
     first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (inputs.method,)
     found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
+    sparse = dict(zip(order, statistics.margins.any(axis=1), strict=True))
     largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
     infinite = dict(zip(order, statistics.infinite, strict=True))
     return Calibration(
@@ -100,11 +105,11 @@ def _chosen_ranges(
                 tensor=t,
                 low=float(found[t][0]),
                 high=float(found[t][1]),
-                method=first,
+                method=first if sparse[t] or first != COMPARED[0] else "minmax",
                 magnitude=float(largest[t]),
                 subnormal=round(subnormal[t], 6),
                 infinite=bool(infinite[t]),
-                others=_distinct(found[t], {other: ranges[t] for other, ranges in more.items()}),
+                others={} if sparse[t] else _distinct(found[t], {m: ranges[t] for m, ranges in more.items()}),
             )
             for t in order
         ),

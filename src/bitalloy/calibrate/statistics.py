@@ -23,8 +23,11 @@ from bitalloy.formats.float16 import HALF_LARGEST, HALF_SMALLEST_NORMAL
 
 BINS = 2048
 MOMENTUM = 0.9
+TAIL = 9
+"""Samples whose extremes are kept: the most extreme ones of each tensor."""
+_LARGEST = float(np.finfo(np.float32).max)
 _CHUNK = 32  # tensors binned together: few calls, yet the values stay in the cache
-METHODS = ("minmax", "moving", "percentile", "entropy", "mse")
+METHODS = ("minmax", "extended", "moving", "percentile", "entropy", "mse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,9 +37,12 @@ class Statistics:
     tensors: tuple[str, ...]
     """Names of the tensors, in graph order."""
     samples: int
-    low: Floats
-    high: Floats
-    """Smallest and largest value of all samples, exact."""
+    lows: Floats
+    highs: Floats
+    """The samples' smallest and largest values, the most extreme 9 of them, outermost first, exact, (tensors, 9);
+    infinite where there were fewer samples."""
+    size: Ints
+    """Number of values in one sample, per tensor."""
     first_low: Floats
     first_high: Floats
     """Extremes of the first sample: `merge` needs them to continue moving averages."""
@@ -58,6 +64,16 @@ class Statistics:
     """Sum of the histogram's values, and sum of their squares, per tensor."""
     infinite: Ints
     """Number of samples in which the tensor held infinite numbers, which count as 0 everywhere else."""
+
+    @property
+    def low(self) -> Floats:
+        """Smallest value of all samples, per tensor."""
+        return self.lows[:, 0]
+
+    @property
+    def high(self) -> Floats:
+        """Largest value of all samples, per tensor."""
+        return self.highs[:, 0]
 
     @property
     def count(self) -> Ints:
@@ -82,12 +98,13 @@ class Statistics:
         return dict(zip(self.tensors, share.tolist(), strict=True))
 
     def ranges(self, method: str, *, percentile: float = 99.99) -> dict[str, tuple[float, float]]:
-        """Return low and high per tensor, never outside the observed values; `entropy` and `mse` include 0.
+        """Return low and high per tensor, beyond the observed values only by `extended`; `entropy`, `mse` include 0.
 
         Args:
-            method: `minmax`: all that was seen. `moving`: moving average of the samples' extremes. `percentile`: what
-                holds `percentile` % of the values, the rest cut evenly on both sides; a tail of less than
-                one value is not cut. `entropy`: see `entropy_threshold`. `mse`: see `mse_range`.
+            method: `minmax`: all that was seen. `extended`: that and, where it pays, room for what other samples hold,
+                see `margins`. `moving`: moving average of the samples' extremes. `percentile`: what holds
+                `percentile` % of the values, the rest cut evenly on both sides; a tail of less than one value is not
+                cut. `entropy`: see `entropy_threshold`. `mse`: see `mse_range`.
             percentile: 0 to 100; only the method `percentile` uses it.
 
         Raises:
@@ -95,6 +112,9 @@ class Statistics:
         """
         if method == "minmax":
             low, high = self.low, self.high
+        elif method == "extended":
+            below, above = self.margins.T
+            low, high = (np.clip(v, -_LARGEST, _LARGEST) for v in (self.low - below, self.high + above))
         elif method == "moving":
             low, high = self.moving_low, self.moving_high
         elif method == "percentile":
@@ -104,6 +124,27 @@ class Statistics:
         else:
             raise BitalloyError(f"Unknown range method '{method}'. Choose one of: {', '.join(METHODS)}.")
         return dict(zip(self.tensors, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+
+    @property
+    def margins(self) -> Floats:
+        """By how much a range should go beyond what was seen, below and above, per tensor, (tensors, 2).
+
+        What the extremes of N samples exceed the k-th largest by is taken as exponential, with mean b (peaks over a
+        threshold: J. Pickands, Statistical inference using extreme order statistics, 1975). One more sample leaves a
+        range that goes c b beyond all that was seen with probability exp(-c) / (N + 1), by b on average. One of its n
+        values does so, which costs 2 b^2 / n per value; rounding costs (w + c b)^2 / (12 * 255^2) where the range was
+        w wide. The sum is least near c = log(12 * 255^2 / (N + 1) * b / (w n)). Where that is negative, because many
+        values share the cost, there is no margin, and a range may as well be cut.
+        """
+        used = min(TAIL - 1, self.samples // 4)
+        if not used:
+            return np.zeros((len(self.tensors), 2))
+        tails = np.stack([-self.lows, self.highs], axis=1)[:, :, : used + 1]
+        beyond = np.where(tails[:, :, 0] > 0, tails[:, :, :-1].mean(axis=2) - tails[:, :, -1], 0.0)
+        width = np.maximum(self.high, 0.0) - np.minimum(self.low, 0.0)
+        spread = beyond / np.where(width > 0, width, 1.0)[:, None]
+        gain = 12 * 255**2 / (self.samples + 1) * spread / self.size[:, None]
+        return np.asarray(beyond * np.log(np.maximum(gain, 1.0)))
 
     def merge(self, other: Statistics) -> Statistics:
         """Return the statistics of this data followed by `other`'s, as if one pass had seen both.
@@ -115,14 +156,16 @@ class Statistics:
         """
         if self.tensors != other.tensors:
             raise DataError("Statistics of different tensors cannot be merged. Calibrate both on the same model.")
-        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
-        grid = _grid(low, high)
+        lows = np.sort(np.concatenate([self.lows, other.lows], axis=1), axis=1)[:, :TAIL]
+        highs = -np.sort(-np.concatenate([self.highs, other.highs], axis=1), axis=1)[:, :TAIL]
+        grid = _grid(lows[:, 0], highs[:, 0])
         decay = MOMENTUM**other.samples
         return Statistics(
             tensors=self.tensors,
             samples=self.samples + other.samples,
-            low=low,
-            high=high,
+            lows=lows,
+            highs=highs,
+            size=np.maximum(self.size, other.size),
             first_low=self.first_low,
             first_high=self.first_high,
             moving_low=other.moving_low + decay * (self.moving_low - other.first_low),
@@ -157,8 +200,7 @@ class Statistics:
                 arrays = {f: file[f] for f in ARRAYS}
         except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile, msgspec.DecodeError) as error:
             raise DataError(f"Not a file of calibration statistics: {error}. Calibrate again.") from error
-        shapes = {f: (len(tensors), BINS) if f == "histogram" else (len(tensors),) for f in ARRAYS}
-        if any(arrays[f].shape != shapes[f] for f in ARRAYS):
+        if any(arrays[f].shape != (len(tensors), *_ROWS.get(f, ())) for f in ARRAYS):
             raise DataError("Calibration statistics have arrays of a wrong shape. Calibrate again.")
         return cls(tensors=tensors, samples=samples, **arrays)
 
@@ -194,15 +236,21 @@ class Statistics:
 
 
 ARRAYS = tuple(f.name for f in fields(Statistics) if f.name not in ("tensors", "samples"))
+_ROWS = {"histogram": (BINS,), "lows": (TAIL,), "highs": (TAIL,)}
 
 
 def observe(
-    tensors: tuple[str, ...], ends: Floats, vectors: Sequence[np.ndarray], before: Statistics | None
+    tensors: tuple[str, ...],
+    sizes: Sequence[int],
+    ends: Floats,
+    vectors: Sequence[np.ndarray],
+    before: Statistics | None,
 ) -> Statistics:
     """Compute the statistics of one sample, on the histogram grid that it shares with the statistics before it.
 
     Args:
         tensors: names of the tensors.
+        sizes: number of values of each tensor.
         ends: exact minimum and maximum of every tensor, (tensors, 2).
         vectors: some values of every tensor, each (values,).
         before: statistics of earlier samples, with which the result will be merged; None for the first sample.
@@ -216,8 +264,9 @@ def observe(
     return Statistics(
         tensors=tensors,
         samples=1,
-        low=low,
-        high=high,
+        lows=np.pad(low[:, None], ((0, 0), (0, TAIL - 1)), constant_values=np.inf),
+        highs=np.pad(high[:, None], ((0, 0), (0, TAIL - 1)), constant_values=-np.inf),
+        size=np.maximum(np.array(sizes, np.int64), 1),
         first_low=low,
         first_high=high,
         moving_low=low,

@@ -79,7 +79,7 @@ def collect(
                         f"Tensor '{bad[0]}' has NaN or infinite values in sample {number}, counted from 0. "
                         "Check that sample, and whether the model needs inputs of another scale."
                     )
-            seen = observe(plan.measured, ends, [v[2:] for v in vectors], total)
+            seen = observe(plan.measured, list(plan.sizes.values()), ends, [v[2:] for v in vectors], total)
             infinite = [int(found[_mask(i)]) if t in plan.masked else 0 for i, t in enumerate(plan.measured)]
             seen = replace(seen, infinite=np.array(infinite, np.int64))
             total = seen if total is None else total.merge(seen)

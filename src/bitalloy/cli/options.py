@@ -15,7 +15,7 @@ BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_BYTES = 2**62
 LARGEST_FLOOR_DB = 160
 """No floor on the SQNR is higher or, below zero, lower: equal outputs have this much."""
-RANGE_METHODS = ("auto", "minmax", "moving", "percentile", "entropy", "mse")
+RANGE_METHODS = ("auto", "minmax", "extended", "moving", "percentile", "entropy", "mse")
 Text = TypeVar("Text", str, str | None)
 
 

@@ -204,8 +204,9 @@ class Settings(Record, frozen=True, kw_only=True):
     that each has by itself."""
     calibration_samples: int = 64
     range_method: str = "auto"
-    """`minmax`, `moving`, `percentile`, `entropy`, `mse`, or `auto`: of these, but for `moving`, the one that disturbs
-    the outputs least, for every tensor on its own; `minmax` where nothing is probed."""
+    """`minmax`, `extended`, `moving`, `percentile`, `entropy`, `mse`, or `auto`: of these, but for `minmax` and
+    `moving`, the one that disturbs the outputs least, for every tensor on its own; `extended` where nothing is probed
+    or few values were seen."""
     samples: int | None = None
     """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 16."""
     probes: int = 8

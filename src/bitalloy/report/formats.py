@@ -106,10 +106,10 @@ def ranges(choice: RangeChoice | None) -> str:
         for head, before, after in zip(choice.heads, choice.first_db, choice.chosen_db, strict=True)
         if not is_divergence(head)
     )
-    kept = "" if choice.kept else "; they did worse on average, so every tensor has its minmax range"
+    kept = "" if choice.kept else "; they did worse on average, so no range is cut"
     return (
         f"chosen for every tensor by predicted damage ({counts}); with all of INT8, executed on {choice.samples} "
-        f"samples, from minmax for all to these: {gains}{kept}"
+        f"samples, from ranges that cut nothing to these: {gains}{kept}"
     )
 
 
