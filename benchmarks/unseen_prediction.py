@@ -278,14 +278,14 @@ def below_one_nat(nats: float | None) -> float | None:
     return round(-10 * float(np.log10(nats)), 2) if nats else None
 
 
-def figures(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+def figures(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Summarize rows of heads; those that nothing disturbs have no figure."""
     gaps = [abs(p - u) for row in rows if (p := row["corrected"] or row["predicted"]) and (u := row["unseen"])]
     kernel = [abs(u - v) for row in rows if (u := row.get("unseen")) and (v := row.get("unoptimized"))]
     return {
         "heads": len(gaps),
-        "within_3_db": round(float(np.mean(np.array(gaps) <= 3)), 3),
-        "worst_db": round(max(gaps), 2),
+        "within_3_db": round(float(np.mean(np.array(gaps) <= 3)), 3) if gaps else None,
+        "worst_db": round(max(gaps), 2) if gaps else None,
         "optimized_against_unoptimized_db": round(max(kernel, default=0.0), 2),
     }
 

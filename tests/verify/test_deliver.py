@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
 from bitalloy.verify.rounds import MeasuredStanding, fits_best, missed_size
-from bitalloy.verify.summary import MeasuredPlan, summarize_run
+from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 FLOOR_DB = 5.0
 SIZES = {ONLY: Triple(reference=1, lowest=1, mixed=1)}
@@ -98,19 +99,41 @@ def shipped(planned: Any, found: Measured) -> MeasuredPlan:
 
 
 def test_the_first_prediction_is_told_from_the_corrected_one(analysis: Any, planned: Any) -> None:
-    """Tables whose every column is ten times as large predict 20 dB less."""
+    """Tables whose every column is ten times as large predict 20 dB less; what was measured has its share."""
     found = shipped(planned, measured(analysis, 0.5))
     plain = [h for h in analysis.matrix.heads if not is_divergence(h)]
+    probed, verified = analysis.matrix.samples, len(analysis.parts.verification)
+
+    def pooled(predicted_db: float) -> float:
+        energies = probed * 10 ** (-predicted_db / 10) + verified * 10 ** (-30 / 10)
+        return -10 * math.log10(energies / (probed + verified))
+
     for pair in summarize_run(analysis, analysis, found, {}).sqnr_db.values():
-        assert pair.lowest.corrected is None and pair.mixed.corrected is None
+        assert pair.lowest.predicted is not None
+        assert pair.lowest.corrected == pytest.approx(pooled(pair.lowest.predicted), abs=0.02)
     secant = msgspec.structs.replace(analysis.secant, linear=tuple(100 * v for v in analysis.secant.linear))
     secant = msgspec.structs.replace(secant, damage=tuple(tuple(100 * v for v in row) for row in secant.damage))
     larger = replace(analysis, matrix=analysis.matrix.scaled(np.full((len(analysis.heads), 1), 10.0)))
     summary = summarize_run(analysis, replace(larger, secant=secant), found, {})
     for head in plain:
         lowest = summary.sqnr_db[head].lowest
-        assert lowest.corrected is not None and lowest.predicted is not None
-        assert lowest.corrected == pytest.approx(lowest.predicted - 20, abs=0.1)
+        assert lowest.predicted is not None
+        assert lowest.corrected == pytest.approx(pooled(lowest.predicted - 20), abs=0.1)
+
+
+def test_what_unseen_samples_give_lies_between_what_two_parts_gave(analysis: Any) -> None:
+    """Of two parts that agree the interval is narrower; of two that do not it holds both of their ends."""
+    plan = analysis.units.lowest()
+    for shift in (0.0, 12.0):
+        tables = predicted_sqnr(analysis, plan)
+        seen = tuple(Estimate(value=e.value - shift, low=e.low - shift, high=e.high - shift) for e in tables)
+        for one, other, both in zip(tables, seen, expected(analysis, plan, seen), strict=True):
+            assert other.value - 0.01 <= both.value <= one.value + 0.01
+            assert both.low <= both.value <= both.high
+            if shift:
+                assert both.value - other.value < 6 < one.value - both.value, "the larger error counts most"
+            elif one.high - one.low > 0.01:
+                assert both.high - both.low < one.high - one.low
 
 
 @pytest.mark.parametrize(("p10_ms", "busy"), [(9.0, False), (0.7, True)])

@@ -93,7 +93,7 @@ def _chosen_ranges(
     automatic = inputs.method == "auto"
     first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (inputs.method,)
     found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
-    sparse = dict(zip(order, statistics.margins.any(axis=1), strict=True))
+    sparse = dict(zip(order, statistics.margins.max(axis=1) > 0, strict=True))
     largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
     infinite = dict(zip(order, statistics.infinite, strict=True))
     return Calibration(

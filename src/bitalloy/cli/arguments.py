@@ -146,9 +146,9 @@ class AnalysisArguments:
     ranges: Annotated[
         str,
         typer.Option(
-            help="Calibration of INT8 ranges: minmax, extended (room for unseen samples), moving, percentile, entropy or "
-            "mse for all tensors; auto takes, for every tensor, the one whose rounding and clipping disturb the outputs "
-            "least."
+            help="Calibration of INT8 ranges: minmax, extended (room for unseen samples), moving, percentile, entropy "
+            "or mse for all tensors; auto takes, for every tensor, the one whose rounding and clipping disturb the "
+            "outputs least."
         ),
     ] = "auto"
     limit: Annotated[

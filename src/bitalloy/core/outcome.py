@@ -31,7 +31,8 @@ class Comparison(Record, frozen=True, kw_only=True):
     """The prediction before any plan was verified."""
     measured: float
     corrected: float | None = None
-    """The prediction of the tables after measurements of plans corrected them; None where nothing was corrected."""
+    """What samples that no part of the run has seen should give, by all that is known, see `verify.summary.expected`;
+    None where nothing is predicted."""
 
 
 class HeadComparison(Record, frozen=True, kw_only=True):

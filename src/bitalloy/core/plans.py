@@ -164,7 +164,8 @@ class HeadDamage(Record, frozen=True, kw_only=True):
     predicted_db: Estimate
     measured_db: Estimate | None = None
     corrected_db: Estimate | None = None
-    """What the tables say after measurements of plans corrected them; None where nothing was corrected."""
+    """What samples that no part of the run has seen should give, by all that is known, see `verify.summary.expected`;
+    None before anything was measured."""
 
 
 class ParetoPoint(Record, frozen=True, kw_only=True):

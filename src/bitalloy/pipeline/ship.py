@@ -21,7 +21,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
-from bitalloy.verify.summary import MeasuredPlan, predicted_sqnr, summarize_run, was_corrected
+from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def verify(
 
 def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measured: Measured) -> Planned:
     """Put beside each other what was predicted before any plan was verified, what is now, and what was measured."""
-    before, after = (predicted_sqnr(one, planned.plan.chosen) for one in (first, corrected))
-    changed = was_corrected(first, corrected)
+    chosen = planned.plan.chosen
+    before, after = predicted_sqnr(first, chosen), expected(corrected, chosen, measured.sqnr_mixed)
     heads = tuple(
-        msgspec.structs.replace(head, predicted_db=old, measured_db=found, corrected_db=new if changed else None)
+        msgspec.structs.replace(head, predicted_db=old, measured_db=found, corrected_db=new)
         for head, old, new, found in zip(planned.plan.heads, before, after, measured.sqnr_mixed, strict=True)
     )
     return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from bitalloy.core.outcome import (
     Comparison,
@@ -28,7 +29,7 @@ from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.matrix import draws, estimate_sqnr, silent_heads
+from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
 from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import missed_size, shortfall
@@ -58,9 +59,26 @@ def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
     return estimate_sqnr(matrix, chosen, draws(matrix.samples, analysis.settings.seed), analysis.secant)
 
 
-def was_corrected(first: Analysis, later: Analysis) -> bool:
-    """Tell whether the tables that predict SQNR are others than before."""
-    return later.matrix is not first.matrix or later.secant != first.secant
+def expected(corrected: Analysis, plan: Plan, measured: Sequence[Estimate]) -> tuple[Estimate, ...]:
+    """Estimate the SQNR in dB of every head of a plan that was measured, on samples that no part of the run has seen.
+
+    The tables, corrected by all that was measured, rest on the samples of the probe, the measurement on those of
+    verification. The relative error energies of both are averaged by their numbers of samples, so that an outlier in
+    either counts; the half-widths of their intervals add in squares.
+
+    Args:
+        corrected: the analysis with its tables as corrected last.
+        plan: the plan.
+        measured: what was measured of it, in dB, per head.
+    """
+    counts = np.array([[corrected.matrix.samples], [len(corrected.parts.verification)]])
+    predicted, shares = predicted_sqnr(corrected, plan), counts / counts.sum()
+    rows = [[[e.value, e.low, e.high] for e in some] for some in (predicted, measured)]
+    value, most, least = np.moveaxis(10 ** (-np.array(rows) / 10), 2, 0)
+    mean = (shares * value).sum(axis=0)
+    above, below = (np.sqrt(((shares * (end - value)) ** 2).sum(axis=0)) for end in (most, least))
+    ends = decibel(np.stack([mean, mean + above, np.maximum(mean - below, 0)]))
+    return tuple(Estimate(value=v, low=low, high=high) for v, low, high in np.round(ends, 3).T.tolist())
 
 
 def _compared(
@@ -68,14 +86,13 @@ def _compared(
 ) -> dict[str, HeadComparison]:
     """Put the predictions of every head beside what was measured."""
     lowest = analysis.units.lowest()
-    before, after = (predicted_sqnr(one, lowest) for one in (analysis, corrected))
-    changed = was_corrected(analysis, corrected)
+    before, after = predicted_sqnr(analysis, lowest), expected(corrected, lowest, measured.sqnr_lowest)
     return {
         head.head: HeadComparison(
             lowest=Comparison(
                 predicted=before[i].value,
                 measured=measured.sqnr_lowest[i].value,
-                corrected=after[i].value if changed else None,
+                corrected=after[i].value,
             ),
             mixed=Comparison(
                 predicted=head.predicted_db.value,
