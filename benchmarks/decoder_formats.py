@@ -35,6 +35,7 @@ from bitalloy.model.load import load_graph
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.machine import machine_name
 from bitalloy.runtime.ort import OrtSession, available_cores
+from bitalloy.runtime.steps import once
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.recipe import Recipe
@@ -91,7 +92,8 @@ def write_peers(source: Path, folder: Path) -> dict[str, Path]:
 def timed(models: Mapping[str, Path], feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
     """Latency of each model over that of float, in turns."""
     openers = {name: partial(OrtSession, path) for name, path in models.items()}
-    times = time_sittings(openers, feeds, repeats=rounds)
+    found = time_sittings(openers, [once(feeds)], repeats=rounds)
+    times = {name: series[..., 0] for name, series in found.items()}
     return {name: round(paired_ratio(one, times["float"]).value, 4) for name, one in times.items()}
 
 

@@ -38,6 +38,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.steps import once
 from bitalloy.sensitivity.exact import Switchboard, damage, secant
 from bitalloy.sensitivity.matrix import ProbeMatrix, bend, decibel
 from bitalloy.sensitivity.probe import Prober
@@ -92,7 +93,7 @@ def main() -> None:
     probed = time.perf_counter()
     del prober
     reference = OrtSession(model.to_bytes())
-    float_s = float(np.median(interleave({"float": reference}, feeds[0], repeats=20)["float"])) / 1e3
+    float_s = float(np.median(interleave({"float": reference}, [once(feeds[0])], repeats=20)["float"])) / 1e3
 
     whole = units.lowest_gated()
     convolutions = [u.id for u in units.units if u.kind == "Conv" and u.id in whole]

@@ -24,6 +24,7 @@ import numpy as np
 from bitalloy.data.images import ImageSpec, image_feed
 from bitalloy.measure import bench
 from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.steps import once
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DETECTION, DetectionData
 
@@ -66,12 +67,12 @@ def main() -> None:
     data = DetectionData(labels, spec)
     sessions = {m["name"]: opener(m, job["threads"]) for m in job["models"]}
     feed, _ = image_feed(labels.open_image(labels.images[data.choose(1, job["seed"])[0]]), spec)
-    times = bench.time_sittings(sessions, {spec.input: feed}, repeats=job["repeats"])
+    times = bench.time_sittings(sessions, [once({spec.input: feed})], repeats=job["repeats"])
     opened = {name: make() for name, make in sessions.items()}
     runs = {name: session.run for name, session in opened.items()}
     precision = DETECTION.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
     result = {
-        "times_ms": {name: [round(float(t), 3) for t in series] for name, series in times.items()},
+        "times_ms": {name: [round(float(t), 3) for t in series[..., 0]] for name, series in times.items()},
         "ap": msgspec.to_builtins(precision.values),
         "drops": msgspec.to_builtins(precision.drops),
         "load_1_minute": round(os.getloadavg()[0], 2),

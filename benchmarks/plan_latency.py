@@ -25,6 +25,7 @@ from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, confirm
 from bitalloy.measure.bench import interleave
 from bitalloy.measure.prices import latency_us
 from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from bitalloy.runtime.steps import once
 from plan_prediction import random_plans
 
 SITTINGS = 3
@@ -70,7 +71,8 @@ def main() -> None:
     reference: list[np.ndarray] = []
     for _ in range(SITTINGS):
         sessions = {"float": analysis.original().session(), **{n: a.session() for n, a in artefacts.items()}}
-        times = interleave(sessions, data.feeds(0), repeats=options.repeats)
+        found = interleave(sessions, [once(data.feeds(0))], repeats=options.repeats)
+        times = {name: series[:, 0] for name, series in found.items()}
         for session in sessions.values():
             session.close()
         reference.append(times["float"])

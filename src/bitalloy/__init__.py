@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bitalloy.core.outcome import Summary
     from bitalloy.core.planned import Planned
     from bitalloy.core.plans import Budget, Keep
-    from bitalloy.core.records import Settings
+    from bitalloy.core.records import Settings, Workload
     from bitalloy.core.schemes import Plan
     from bitalloy.core.store import RunDirectory
     from bitalloy.core.work import Workspace
@@ -77,6 +77,7 @@ __all__ = [
     "Settings",
     "Summary",
     "Verified",
+    "Workload",
     "Workspace",
     # errors
     "BitalloyError",
@@ -116,6 +117,7 @@ _HOMES = {
     "Settings": "core.records",
     "Summary": "core.outcome",
     "Verified": "pipeline.ship",
+    "Workload": "core.records",
     "Workspace": "core.work",
     "BitalloyError": "core.errors",
     "BudgetError": "core.errors",

@@ -11,6 +11,7 @@ import pytest
 from bitalloy.core.records import Latency
 from bitalloy.measure import bench
 from bitalloy.measure.bench import interleave, latency_of, paired_ratio, time_sittings, unsteadiness
+from bitalloy.runtime.steps import once
 
 
 class Sleeper:
@@ -49,9 +50,9 @@ def test_every_sitting_has_new_sessions_and_as_many_rounds(together: bool) -> No
     seen: list[set[str]] = []
     models = {name: opener(name) for name in ("a", "b", "c")}
     times = time_sittings(
-        models, {}, repeats=4, sittings=2, together=together, then=lambda sessions: seen.append(set(sessions))
+        models, [once({})], repeats=4, sittings=2, together=together, then=lambda sessions: seen.append(set(sessions))
     )
-    assert {name: t.shape for name, t in times.items()} == dict.fromkeys("abc", (2, 4))
+    assert {name: t.shape for name, t in times.items()} == dict.fromkeys("abc", (2, 4, 1))
     assert all((t >= 0.1).all() for t in times.values())  # ms
     assert seen == [{"a", "b", "c"}] and all(s.closed for s in made)
     assert len(made) == (6 if together else 9)
@@ -84,11 +85,11 @@ def test_runs_take_turns_and_the_first_ones_do_not_count(monkeypatch: pytest.Mon
     clock, steps = Clock(), list[int]()
     monkeypatch.setattr(bench, "time", clock)
     sessions = {"a": clock.session("a", 0.001), "b": clock.session("b", 0.1), "c": clock.session("c", 3.0)}
-    times = interleave(sessions, {}, repeats=4, progress=steps.append)
+    times = interleave(sessions, [once({})], repeats=4, progress=steps.append)
     assert "".join(clock.runs) == "abcbcacab" + "abcbcacababc" and steps == [1] * 4
     for name, ms in (("a", 1.0), ("b", 100.0), ("c", 3000.0)):
-        np.testing.assert_allclose(times[name], [ms * 1.03, ms * 1.04, ms * 1.05, ms * 1.06])
-    assert interleave(sessions, {}, repeats=2, warmup=1)["a"].shape == (2,)
+        np.testing.assert_allclose(times[name][:, 0], [ms * 1.03, ms * 1.04, ms * 1.05, ms * 1.06])
+    assert interleave(sessions, [once({})], repeats=2, warmup=1)["a"].shape == (2, 1)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -111,11 +112,11 @@ def test_sessions_live_for_one_sitting(together: bool) -> None:
         assert list(sessions) == ["a", "b"] and not any(s.closed for s in alive[-2:])
 
     models = {name: opener(name) for name in ("a", "b")}
-    times = time_sittings(models, {}, repeats=2, together=together, progress=steps.append)
-    assert times["a"].shape == (bench.SITTINGS, 2) and len(alive) == 2 * bench.SITTINGS
+    times = time_sittings(models, [once({})], repeats=2, together=together, progress=steps.append)
+    assert times["a"].shape == (bench.SITTINGS, 2, 1) and len(alive) == 2 * bench.SITTINGS
     assert max(most) == (2 if together else 1) and all(s.closed for s in alive)
     assert sum(steps) == 2 * bench.SITTINGS * (1 if together else 2)
-    time_sittings(models, {}, repeats=1, sittings=2, together=together, then=after)
+    time_sittings(models, [once({})], repeats=1, sittings=2, together=together, then=after)
     assert all(s.closed for s in alive) and len(alive) > 2 * bench.SITTINGS
 
 

@@ -21,6 +21,7 @@ from bitalloy.core.work import Workspace
 from bitalloy.measure import cost
 from bitalloy.rewrite.calibrated import Environment
 from bitalloy.runtime.machine import Machine, this_machine
+from bitalloy.runtime.steps import Step, once
 from bitalloy.targets.placement import borders
 
 SCHEMES = (
@@ -56,6 +57,10 @@ def chain(count: int, narrow: Sequence[int] = ()) -> UnitGraph:
     return UnitGraph(target="drawn", model_sha256="0" * 64, units=units, edges=edges, schemes=SCHEMES)
 
 
+SHARES = {"inference": 1.0, "prefill": 0.25, "token": 0.25}
+"""Step -> its part of the time of an inference."""
+
+
 @dataclass(frozen=True)
 class Model:
     """Stands for an artefact, for what traces it, and for what opens it."""
@@ -82,7 +87,7 @@ class Simulated:
     def __init__(self, units: UnitGraph, monkeypatch: pytest.MonkeyPatch, *, large: bool = False) -> None:
         self.units, self.large = units, large
         self.plans: list[Plan] = []
-        self.folders: set[Path | None] = set()
+        self.folders: set[tuple[Path | None, str]] = set()
         self.together: list[bool] = []
         random = np.random.default_rng(3)
         self.kernel = {(u.id, s): float(random.uniform(100, 900)) for u in units.units for s in NAMES}
@@ -96,20 +101,20 @@ class Simulated:
         self.plans.append(plan)
         return Model(plan, self.large)
 
-    def profile(self, model: Model, feeds: object, folder: Path, opener: object) -> list[SimpleNamespace]:
+    def profile(self, model: Model, step: Step, folder: Path, opener: object) -> list[SimpleNamespace]:
         """Two kernels for each unit, none where it takes no time, and two for what is no unit."""
-        assert folder.is_dir() and model.folder not in self.folders
-        self.folders.add(model.folder)
+        assert folder.is_dir() and (model.folder, step.name) not in self.folders
+        self.folders.add((model.folder, step.name))
         found = [SimpleNamespace(unit=None, us=OTHER_TIME / 2)] * 2
         for unit in self.units.units:
-            us = self.kernel[unit.id, model.plan.scheme_of(unit.id)]
+            us = self.kernel[unit.id, model.plan.scheme_of(unit.id)] * SHARES[step.name]
             found += [SimpleNamespace(unit=unit.id, us=us * share) for share in (0.25, 0.75) if us]
         return found
 
     def time_sittings(
         self,
         models: Mapping[str, Any],
-        feeds: object,
+        steps: Sequence[Step],
         *,
         repeats: int,
         together: bool,
@@ -121,7 +126,8 @@ class Simulated:
         disturbed = np.array([[1.0, 4.0, 0.5], [1.0, 0.25, 3.0]])
         for _ in range(repeats if progress is not None else 0):
             progress(1)  # type: ignore[misc]
-        return {str(i): self.wall_us(plan) / 1e3 * disturbed for i, plan in enumerate(self.plans)}
+        shares = np.array([SHARES[step.name] for step in steps])
+        return {str(i): self.wall_us(plan) / 1e3 * disturbed[..., None] * shares for i, plan in enumerate(self.plans)}
 
     def wall_us(self, plan: Plan) -> float:
         inside = sum(self.kernel[u.id, s := plan.scheme_of(u.id)] * SCALES[s] for u in self.units.units)
@@ -138,7 +144,7 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
     units = chain(24, narrow=[5, 23])
     machine = Simulated(units, monkeypatch)
     steps: list[int] = []
-    table = cost.measure(units, machine.variant, {}, seed=seed, repeats=4, progress=steps.append)
+    table = cost.measure(units, machine.variant, [once({})], seed=seed, repeats=4, progress=steps.append)
     pure = [Plan(), *(Plan.of(name, *units.able(name)) for name in NAMES[1:])]
     assert machine.plans[:3] == pure and len(machine.plans) == 3 + 6 and machine.together == [True]
     assert steps == [1] * (len(machine.plans) + 4)
@@ -158,12 +164,24 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
     assert len(table.left_out_percent) == 6
 
 
+def test_every_step_counts_as_often_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that takes a quarter of the time, and three runs of another quarter each, make the same table as one."""
+    units = chain(24, narrow=[5, 23])
+    single, several = [once({})], [Step("prefill", {}), Step("token", {}, times=3, graph="decoder")]
+    one, three = (cost.measure(units, Simulated(units, monkeypatch).variant, steps) for steps in (single, several))
+    for a, b in zip(one.units, three.units, strict=True):
+        assert b.us == pytest.approx(a.us, abs=2e-3)
+    assert three.pure_us == pytest.approx(one.pure_us)
+    for x, y in zip(one.borders, three.borders, strict=True):
+        assert (x.us, x.us_per_element) == pytest.approx((y.us, y.us_per_element), rel=1e-6)
+
+
 def test_schemes_that_no_unit_may_take_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(8)
     narrowed = tuple(msgspec.structs.replace(u, allowed=NAMES[:2]) for u in units.units)
     units = msgspec.structs.replace(units, units=narrowed)
     machine = Simulated(units, monkeypatch)
-    table = cost.measure(units, machine.variant, {})
+    table = cost.measure(units, machine.variant, [once({})])
     assert list(table.pure_us) == [BASELINE, "int8"] and machine.plans[:2] == [Plan(), Plan.of("int8", *units.allowed)]
     assert all(set(plan.values()) <= {BASELINE, "int8"} for plan in machine.plans)
 
@@ -171,14 +189,14 @@ def test_schemes_that_no_unit_may_take_are_not_tried(monkeypatch: pytest.MonkeyP
 def test_without_another_scheme_the_float_model_alone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     units = msgspec.structs.replace(chain(4, narrow=range(4)), schemes=SCHEMES[:1])
     machine = Simulated(units, monkeypatch)
-    table = cost.measure(units, machine.variant, {})
+    table = cost.measure(units, machine.variant, [once({})])
     assert list(table.pure_us) == [BASELINE] and set(machine.plans) == {Plan()} and table.borders == ()
 
 
 def test_of_a_large_model_there_are_fewer_variants_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(12)
     machine = Simulated(units, monkeypatch, large=True)
-    cost.measure(units, machine.variant, {})
+    cost.measure(units, machine.variant, [once({})])
     assert len(machine.plans) == 3 + 2 and machine.together == [False]
 
 
@@ -189,7 +207,7 @@ def test_weights_are_as_large_as_their_bits() -> None:
 
 def test_sizes_of_weights_are_those_of_all_weights_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(3)
-    table = cost.measure(units, Simulated(units, monkeypatch).variant, {})
+    table = cost.measure(units, Simulated(units, monkeypatch).variant, [once({})])
     assert [c.bytes for c in table.units] == [
         {BASELINE: 8, "int8": 2, "int4": 1}, {BASELINE: 24, "int8": 6, "int4": 3}, {BASELINE: 40, "int8": 10, "int4": 5}
     ]  # fmt: skip
@@ -201,7 +219,7 @@ def test_mixtures_change_the_scheme_as_often_as_they_say(monkeypatch: pytest.Mon
     mixtures: list[list[Plan]] = []
     for seed in range(40):
         machine = Simulated(units, monkeypatch)
-        cost.measure(units, machine.variant, {}, seed=seed)
+        cost.measure(units, machine.variant, [once({})], seed=seed)
         mixtures.append(machine.plans[3:])
     assert len({str(sorted(plan.items())) for plans in mixtures for plan in plans}) > 200
     pairs, starts = np.zeros((3, 3)), np.zeros(3)
@@ -227,7 +245,7 @@ def analysis_of(units: UnitGraph, *, device: object = None, environment: Environ
     return SimpleNamespace(
         graph=SimpleNamespace(info=SimpleNamespace(sha256=given["sha256"], inputs=given["inputs"])),
         target=SimpleNamespace(name=given["name"], device=device),
-        settings=SimpleNamespace(seed=given["seed"]),
+        settings=SimpleNamespace(seed=given["seed"], workload=None),
         data=SimpleNamespace(feeds=lambda index: {"sample": index}),
         artefact=lambda plan: None,
         units=units,
@@ -289,9 +307,9 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
         target="drawn", device="", threads=1, units=(), borders=(), fixed_us=0.0, pure_us={}, residual_percent=0.0
     )
 
-    def measure(given: UnitGraph, variant: object, feeds: object, *, seed: int, progress: Any) -> CostTable:
+    def measure(given: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, progress: Any) -> CostTable:
         progress(1)
-        made.append(("measured", given, feeds, seed))
+        made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
         return plain
 
     def estimate(graph: object, given: UnitGraph, other: object) -> CostTable:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import bitalloy as api
 from bitalloy.core.schemes import Plan
+from bitalloy.measure.workload import workload_of, workload_steps
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
 from bitalloy.pipeline.prepare import prepare
@@ -267,6 +268,63 @@ def test_kernels_that_round_take_open_sizes(spoken: Any, tmp_path: Path) -> None
     assert nodes["MatMulNBits"] + nodes["MatMulInteger"] == len(able)
     lengths = [d.dim_param for d in onnx.load(tmp_path / "decoder.onnx").graph.input[0].type.tensor_type.shape.dim]
     assert any(lengths)
+
+
+def test_an_answer_is_a_prompt_and_new_tokens(spoken: Any) -> None:
+    """The steps run on the float program and on what is shipped, at the sizes that were asked for."""
+    verified, _ = spoken
+    analysis = verified.analysis
+    graph, sample = analysis.graph, analysis.data.feeds(0)
+    usual = sample["attention_mask"].shape[1]
+    for asked, prompt, new in (
+        (None, usual, 64),
+        (api.Workload(new=5), usual, 5),
+        (api.Workload(prompt=usual + 7, new=9), usual + 7, 9),
+        (api.Workload(prompt=usual - 1, new=0), usual - 1, 0),
+    ):
+        workload = workload_of(graph, asked)
+        assert workload == api.Workload(prompt=prompt, new=new)
+        prefill, *tokens = workload_steps(graph, sample, workload)
+        assert prefill.feeds["attention_mask"].shape == prefill.feeds["position_ids"].shape == (1, prompt)
+        assert [(t.times, t.graph) for t in tokens] == ([(new, "decoder")] if new else [])
+        if tokens:
+            past = prompt + new // 2
+            assert tokens[0].feeds["inputs_embeds"].shape[1] == 1 and tokens[0].feeds["position_ids"].item() == past
+            assert {v.shape[2] for n, v in tokens[0].feeds.items() if n.startswith("past.")} == {past}
+            assert tokens[0].feeds["attention_mask"].tolist() == [[1] * (past + 1)]
+        for artefact in (analysis.original(), verified.mixed):
+            session = artefact.session()
+            assert session.run(prefill.feeds)["logits"].shape[1] == prompt
+            for token in tokens:
+                assert session.part("decoder").run(token.feeds)["logits"].shape[1] == 1
+                token.run(session)
+    with pytest.raises(api.BitalloyError, match=r"prompt=\d+ is too short: \d+ positions stand before"):
+        workload_of(graph, api.Workload(prompt=usual - sample["after"].shape[1]))
+
+
+def test_a_summary_prices_the_answer(spoken: Any) -> None:
+    """A whole answer takes what its steps take, of each of the three models; all schemes are on offer."""
+    verified, out = spoken
+    summary = verified.summary
+    prefill, token = summary.steps
+    assert (prefill.name, prefill.times, token.name, token.times) == ("prefill", 1, "token", 64)
+    assert summary.workload.endswith("and 64 runs of decoder for one token each")
+    for kind in ("reference", "lowest", "mixed"):
+        parts = [getattr(step.latency_ms, kind).median_ms * step.times for step in summary.steps]
+        assert getattr(summary.latency_ms, kind) == pytest.approx(sum(parts), rel=0.5)
+        assert getattr(summary.latency_spread_ms, kind).count == getattr(token.latency_ms, kind).count
+    assert {"w4", "w8", "int8-dynamic", "int8"} <= {s.name for s in verified.analysis.units.schemes}
+    stored = json.loads((out / "summary.json").read_text())
+    assert [step["name"] for step in stored["steps"]] == ["prefill", "token"]
+    page = (out / "report.html").read_text()
+    assert "Latency of one token" in page and "64 in an answer" in page
+
+
+def test_a_workload_is_for_language_models(inside: Any, inputs: Any) -> None:
+    message = inside.run(inputs.classifier, "--workload", "prompt=9,new=2").refused()
+    assert "only language models have" in message
+    for text in ("prompt", "prompt=", "new=-1", "new=1,new=2", "tokens=4", "prompt=0", "new=1000000000"):
+        assert "--workload is" in inside.run(inputs.classifier, "--workload", text).refused()
 
 
 def test_samples_of_a_language_program_have_one_length(language: Path, drawn: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.openvino import OPENVINO, OpenVinoSession
 from bitalloy.runtime.ort import ORT, OrtSession
+from bitalloy.runtime.steps import once
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'bitalloy[openvino]'")
 
@@ -50,7 +51,7 @@ def test_transformations_keep_the_numbers_of_the_graph(rewrite, case: str) -> No
 def test_units_run_in_the_promised_kernels(rewrite, case: str, tmp_path) -> None:
     made = rewrite("openvino-cpu", case)
     traced = trace(made.artefact, [u.id for u in made.units.units])
-    kernels = profile(traced, made.feeds, tmp_path)
+    kernels = profile(traced, once(made.feeds), tmp_path)
     for unit, (kind, precision) in KERNELS[case].items():
         found = {(t.kernel.op.split()[0], t.kernel.precision) for t in kernels if t.unit == unit}
         assert (kind, precision) in found
@@ -59,7 +60,7 @@ def test_units_run_in_the_promised_kernels(rewrite, case: str, tmp_path) -> None
 def test_activation_and_rounding_run_inside_the_kernel(rewrite, tmp_path) -> None:
     """Depthwise Conv with SiLU, then the rounding for the next Conv: one kernel; nothing else between the two."""
     made = rewrite("openvino-cpu", "case1-conv")
-    ops = [t.kernel.op.split()[0] for t in profile(trace(made.artefact, []), made.feeds, tmp_path)]
+    ops = [t.kernel.op.split()[0] for t in profile(trace(made.artefact, []), once(made.feeds), tmp_path)]
     first, second = (i for i, op in enumerate(ops) if op == "Convolution")
     assert second == first + 1 or ops[first + 1 : second] == ["Reshape"]  # of a constant
 

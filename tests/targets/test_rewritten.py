@@ -21,6 +21,7 @@ from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import ORT
+from bitalloy.runtime.steps import once
 from bitalloy.targets.ort_cpu import ORT_CPU
 
 FLOATS = {
@@ -72,7 +73,7 @@ def look(text: str, folder: Path) -> tuple[Audit, dict[str, tuple[str, ...]]]:
     )  # fmt: skip
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     traced = trace(Artefact({ONLY: loaded}), (u.id for u in units.units))
-    kernels = profile(traced, {"x": generator.standard_normal(shape).astype(np.float32)}, folder)
+    kernels = profile(traced, once({"x": generator.standard_normal(shape).astype(np.float32)}), folder)
     merged, graphs = reconcile(traced, kernels, rewritten_graphs(traced, folder))
     found = audit_kernels(units, Plan(), merged, "R", "1", graphs=graphs)
     assert all(node.ran for node in graphs[0].nodes) and len(graphs[0].nodes) == len(found.kernels)

@@ -26,6 +26,7 @@ from bitalloy.model.weights import to_bytes
 from bitalloy.pipeline.audit import audit_plan
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import ORT, OrtSession
+from bitalloy.runtime.steps import once
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.analysis import Analysis
@@ -301,7 +302,7 @@ def test_costs_are_estimated_for_every_scheme(analysis: Analysis) -> None:
 def test_costs_are_measured_where_the_target_runs(analysis: Analysis) -> None:
     """Of the same target without a device: each scheme and mixtures of all, on this machine."""
     feeds = dict(analysis.data.feeds(0))
-    table = measure(analysis.units, analysis.artefact, feeds, repeats=2)
+    table = measure(analysis.units, analysis.artefact, [once(feeds)], repeats=2)
     assert not table.estimated and list(table.pure_us) == [BASELINE, *NAMES]
     assert all(set(c.us) == set(analysis.units.allowed[c.unit]) for c in table.units)
     assert all(us >= 0 for c in table.units for us in c.us.values())

@@ -100,8 +100,15 @@ class AnalysisArguments:
     schemes: Annotated[
         str | None,
         typer.Option(
-            help="Schemes that plans may use beside float, see `bitalloy targets`: `int8`, or for language models "
-            "`w4,w8,int8-dynamic`. Default: the usual ones of each target."
+            help="Schemes that plans may use beside float, see `bitalloy targets`: `int8` or `w4,int8-dynamic`. "
+            "Default: the usual ones of each target; of a language model all."
+        ),
+    ] = None
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            help="What the latency of a language model pays for: `prompt=256,new=64`, positions of the prompt with its "
+            "image and tokens of the answer. Default: the sample's prompt and 64 new tokens."
         ),
     ] = None
     device: Annotated[
@@ -176,6 +183,7 @@ class AnalysisArguments:
             seed=self.seed,
             exclude=tuple(self.exclude or ()),
             schemes=options.schemes(self.schemes),
+            workload=options.workload(self.workload),
             protect=protect,
             equalize=self.equalize,
             bias_correction=self.bias_correction,

@@ -153,6 +153,10 @@ def _show(verified: Verified, folder: Path) -> None:
         f"{lowest.value if lowest else latency_ms.lowest / latency_ms.reference:.2f}{_ends(lowest)}",
         f"{summary.latency_ratio:.2f}{found} (predicted {expected})",
     )
+    for step in summary.steps:
+        parts = (step.latency_ms.reference, step.latency_ms.lowest, step.latency_ms.mixed)
+        often = f" (x {step.times})" if step.times > 1 else ""
+        table.add_row(f"{step.name}, ms{often}", *(f"{p.median_ms:.2f}" for p in parts))
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.lowest, bytes_.mixed)))
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.lowest, pair.mixed))

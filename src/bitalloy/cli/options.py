@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import FIRST, Keep
+from bitalloy.core.records import Workload
 from bitalloy.core.schemes import BASELINE
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -132,6 +133,27 @@ def schemes(text: str | None) -> tuple[str, ...]:
     if not all(names) or len(set(names)) != len(names):
         raise BitalloyError(f"--schemes is '{text}'; expected names with commas between, each once, such as w4,int8.")
     return names
+
+
+def workload(text: str | None) -> Workload | None:
+    """Read the prompt and the new tokens of a language model's answer.
+
+    >>> workload("prompt=256,new=64")
+    Workload(prompt=256, new=64)
+    """
+    if text is None:
+        return None
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in Workload.__struct_fields__ or name in found or not number.isdecimal() or len(number) > 6:
+            raise BitalloyError(
+                f"--workload is '{text}'; expected positions of the prompt and new tokens, such as prompt=256,new=64."
+            )
+        found[name] = int(number)
+    if found.get("prompt") == 0:
+        raise BitalloyError(f"--workload is '{text}'; a prompt has at least one position.")
+    return Workload(**found)
 
 
 def image_size(text: str | None) -> tuple[int, int] | None:

@@ -58,6 +58,16 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     mixed: Latency
 
 
+class StepLatency(Record, frozen=True, kw_only=True):
+    """What one step of a workload takes."""
+
+    name: str
+    times: int
+    """How often it is made."""
+    latency_ms: LatencySpread
+    """Of one time."""
+
+
 class Remeasured(Record, frozen=True, kw_only=True):
     """What units of a plan do by themselves, executed on the samples of the verification."""
 
@@ -223,7 +233,9 @@ class Summary(Record, frozen=True, kw_only=True):
     lowest_latency_ratio: Estimate | None = msgspec.field(name=f"{LOWEST}_latency_ratio", default=None)
     """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
     workload: str = "one inference"
-    """What the latency of one inference pays for."""
+    """What one latency pays for."""
+    steps: tuple[StepLatency, ...] = ()
+    """The steps of a language model's answer: the prompt, and each new token."""
     ranges: RangeChoice | None = None
     """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import LatencySpread, MetricComparison
+from bitalloy.core.outcome import LatencySpread, MetricComparison, StepLatency
 from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Record
 
@@ -45,6 +45,8 @@ class Measured(Record, frozen=True, kw_only=True):
     sqnr_mixed: tuple[Estimate, ...]
     float32: tuple[Estimate, ...]
     """The highest SQNR per head that can be told from the rounding of the outputs themselves."""
+    steps: tuple[StepLatency, ...] = ()
+    """What each step of the workload takes by itself, where there are several."""
 
     @property
     def ratio(self) -> float:

@@ -194,6 +194,15 @@ class MetricValue(Record, frozen=True, kw_only=True):
     n: int
 
 
+class Workload(Record, frozen=True, kw_only=True):
+    """What an answer of a language model is made of; None where what is usual is meant."""
+
+    prompt: int | None = None
+    """Positions of the prompt, those of an image included."""
+    new: int | None = None
+    """Tokens of the answer, each a run of the decoder."""
+
+
 class Settings(Record, frozen=True, kw_only=True):
     """What an analysis depends on beside model and data."""
 
@@ -217,6 +226,8 @@ class Settings(Record, frozen=True, kw_only=True):
     """Glob patterns over node names and regions that stay in float."""
     schemes: tuple[str, ...] = ()
     """Schemes that plans may use beside the baseline; empty for the usual ones of each target."""
+    workload: Workload | None = None
+    """What a latency of a language model pays for; None for the sample's prompt and 64 new tokens."""
     protect: bool = True
     """Whether what the model's family keeps in float stays so, unless measurement overrules it."""
     equalize: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import available_cores
+from bitalloy.runtime.steps import Step
 
 SITTINGS = 3
 """Times that sessions are made anew in one measurement."""
@@ -24,24 +25,27 @@ UNSTEADY = 1.5
 
 def interleave(
     sessions: Mapping[str, Session],
-    feeds: Mapping[str, np.ndarray],
+    steps: Sequence[Step],
     *,
     repeats: int,
     warmup: int = 3,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Time single inferences in ms, one run of each model in every round: per model an array (repeats,).
+    """Time steps in ms, each once for every model in every round: per model an array (repeats, steps).
 
     The order of the models changes from round to round, so that none always follows the same one.
     """
     names = list(sessions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            sessions[name].run(feeds)
+            found = []
+            for step in steps:
+                start = time.perf_counter()
+                step.run(sessions[name])
+                found.append((time.perf_counter() - start) * 1e3)
             if turn >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(found)
         if progress is not None and turn >= warmup:
             progress(1)
     return {name: np.array(values) for name, values in times.items()}
@@ -49,7 +53,7 @@ def interleave(
 
 def time_sittings(
     models: Mapping[str, Callable[[], Session]],
-    feeds: Mapping[str, np.ndarray],
+    steps: Sequence[Step],
     *,
     repeats: int,
     sittings: int = SITTINGS,
@@ -64,7 +68,7 @@ def time_sittings(
     when all times are taken; the last ones, where they are together.
 
     Returns:
-        Times in ms: per model an array (sittings, repeats).
+        Times in ms: per model an array (sittings, repeats, steps).
     """
     parts = []
     for turn in range(sittings):
@@ -72,7 +76,7 @@ def time_sittings(
         for group in [list(models)] if together else [[name] for name in models]:
             with ThreadPoolExecutor(available_cores()) as pool:  # loading a model keeps one core busy
                 sessions = dict(zip(group, pool.map(lambda name: models[name](), group), strict=True))
-            found.update(interleave(sessions, feeds, repeats=repeats, progress=progress))
+            found.update(interleave(sessions, steps, repeats=repeats, progress=progress))
             if then is not None and together and turn == sittings - 1:
                 then(sessions)
             for session in sessions.values():

@@ -19,7 +19,7 @@ import numpy as np
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import CostTable, UnitCost
-from bitalloy.core.records import TensorSpec
+from bitalloy.core.records import TensorSpec, Workload
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.store import StageInputs
 from bitalloy.core.units import UnitGraph
@@ -30,11 +30,13 @@ from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
 from bitalloy.measure.sizes import with_sizes
 from bitalloy.measure.tracing import TracedModel, profile, trace
+from bitalloy.measure.workload import priced, workload_of
 from bitalloy.rewrite.calibrated import Environment
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Reopener
 from bitalloy.runtime.machine import machine_name
 from bitalloy.runtime.ort import available_cores
+from bitalloy.runtime.steps import Step, total
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.devices import Device
 
@@ -48,7 +50,7 @@ that borders get a price of their own."""
 def measure(
     units: UnitGraph,
     variant: Callable[[Plan], Artefact],
-    feeds: Mapping[str, np.ndarray],
+    steps: Sequence[Step],
     *,
     seed: int = 0,
     repeats: int = 5,
@@ -59,14 +61,14 @@ def measure(
     Args:
         units: the model's units.
         variant: makes the model of a plan.
-        feeds: one sample.
+        steps: what the table prices, each step as often as it is made.
         seed: the seed of the random mixtures.
         repeats: timed rounds in each sitting.
         progress: called once per variant profiled and once per round.
     """
     schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
     pure = [Plan.of(name, *units.able(name)) for name in schemes]
-    plans, profiles, rounds = _execute(units, pure, variant, feeds, seed=seed, repeats=repeats, progress=progress)
+    plans, profiles, rounds = _execute(units, pure, variant, steps, seed=seed, repeats=repeats, progress=progress)
     # what disturbs a round disturbs all models in it
     wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
     kernel = _unit_times(units, plans, profiles)
@@ -105,7 +107,7 @@ def _execute(
     units: UnitGraph,
     pure: Sequence[Plan],
     variant: Callable[[Plan], Artefact],
-    feeds: Mapping[str, np.ndarray],
+    steps: Sequence[Step],
     *,
     seed: int,
     repeats: int,
@@ -133,17 +135,17 @@ def _execute(
         artefacts = [m.artefact for m in models]
         openers = [a.session for a in artefacts] if large else reopeners(artefacts)
         for model, opener in zip(models, openers, strict=True):
-            profiles.append(_profile(model, opener, units, feeds, folder))
+            profiles.append(_profile(model, opener, units, steps, folder))
             if progress is not None:
                 progress(1)
         times = bench.time_sittings(
             {str(i): opener for i, opener in enumerate(openers)},
-            feeds,
+            steps,
             repeats=repeats,
             together=not large,
             progress=progress,
         )
-    return plans, profiles, np.stack([times[str(i)].ravel() for i in range(len(plans))]) * 1e3
+    return plans, profiles, np.stack([total(times[str(i)], steps).ravel() for i in range(len(plans))]) * 1e3
 
 
 def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> Plan:
@@ -161,14 +163,15 @@ def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) ->
 
 
 def _profile(
-    model: TracedModel, opener: Reopener, units: UnitGraph, feeds: Mapping[str, np.ndarray], folder: Path
+    model: TracedModel, opener: Reopener, units: UnitGraph, steps: Sequence[Step], folder: Path
 ) -> Mapping[int, float]:
     """Sum up the time of the kernels of each unit; what only passes between units is fitted, not read."""
     index = {u.id: i for i, u in enumerate(units.units)}
     times: dict[int, float] = defaultdict(float)
-    for timed in profile(model, feeds, folder, opener):
-        if timed.unit is not None:
-            times[index[timed.unit]] += timed.us
+    for step in steps:
+        for timed in profile(model, step, folder, opener):
+            if timed.unit is not None:
+                times[index[timed.unit]] += step.times * timed.us
     return times
 
 
@@ -200,6 +203,8 @@ class CostInputs(StageInputs, frozen=True, kw_only=True):
     """Ids of the edges between units."""
     schemes: tuple[Scheme, ...]
     """What they mean."""
+    workload: Workload | None
+    """What is priced; None for one inference."""
     seed: int
     """Seed of the random mixtures."""
     environment: Environment
@@ -218,7 +223,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
             return measure(
                 analysis.units,
                 analysis.artefact,
-                analysis.data.feeds(0),
+                priced(analysis),
                 seed=analysis.settings.seed,
                 progress=progress.advance,
             )
@@ -235,6 +240,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         units=tuple((u.id, u.core, u.tail, u.allowed) for u in analysis.units.units),
         edges=tuple(e.id for e in analysis.units.edges),
         schemes=analysis.units.schemes,
+        workload=workload_of(analysis.graph, analysis.settings.workload) if device is None else None,
         seed=analysis.settings.seed,
         environment=analysis.environment,
     )

@@ -20,6 +20,7 @@ from bitalloy.model.metadata import TAG
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import Kernel, Reopener
 from bitalloy.runtime.optimized import Rewritten, match
+from bitalloy.runtime.steps import Step
 
 PROFILE_RUNS, WARM_UP = 8, 2
 QUIET = 25
@@ -106,21 +107,19 @@ def trace(artefact: Artefact, units: Iterable[str]) -> TracedModel:
     return TracedModel(artefact, ids, made, before)
 
 
-def profile(
-    traced: TracedModel, feeds: Mapping[str, np.ndarray], folder: Path, opener: Reopener | None = None
-) -> list[TimedKernel]:
-    """Run a model a few times and tell what was executed, in order.
+def profile(traced: TracedModel, step: Step, folder: Path, opener: Reopener | None = None) -> list[TimedKernel]:
+    """Make a step a few times and tell what was executed, in order.
 
     Args:
         traced: the model.
-        feeds: one sample.
+        step: what is run; of a program perhaps one graph alone.
         folder: an existing one, in which the runtime may write.
         opener: opens a session of the model; the artefact's own way without it.
     """
     session = (opener or traced.artefact.session)(profile=folder / "profile")
     try:
         for _ in range(PROFILE_RUNS + WARM_UP):
-            session.run(feeds)
+            step.run(session)
         kernels = session.kernels()
     finally:
         session.close()

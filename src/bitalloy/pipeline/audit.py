@@ -25,6 +25,7 @@ from bitalloy.pipeline.ship import apply
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.steps import once
 from bitalloy.search.planning import read_record
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets import target
@@ -108,5 +109,5 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
 def _look(traced: TracedModel, units: UnitGraph, plan: Plan, feeds: Mapping[str, np.ndarray], folder: Path) -> Audit:
     """Profile a model and read the graphs that ran."""
     runtime = traced.artefact.runtime
-    kernels, graphs = reconcile(traced, profile(traced, feeds, folder), rewritten_graphs(traced, folder))
+    kernels, graphs = reconcile(traced, profile(traced, once(feeds), folder), rewritten_graphs(traced, folder))
     return audit_kernels(units, plan, kernels, runtime.name, runtime.version(), graphs=graphs)

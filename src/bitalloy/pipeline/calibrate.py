@@ -19,6 +19,7 @@ from bitalloy.corrections.debiasing import debias
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
 from bitalloy.data.parts import WantedSamples, draw_parts
+from bitalloy.measure.workload import is_language, workload_of
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.regions import ancestors, path_of, region_id
@@ -54,6 +55,7 @@ def calibrate(
     settings, work = settings or Settings(), work or Workspace()
     devices = chosen_targets(settings.targets, settings.device)
     _check_schemes(devices, settings.schemes)
+    workload_of(model, settings.workload)  # what it refuses is refused before any work
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
     given, corrections = model, tuple[Correction, ...]()
@@ -91,7 +93,9 @@ def _on_each(
 ) -> list[Calibrated]:
     """The model on each target, with the ranges that all of them share."""
     heads, excluded = find_heads(model), _excluded(model, settings.exclude)
-    units = [split(model, device, heads, exclude=excluded, schemes=settings.schemes) for device in devices]
+    units = [
+        split(model, device, heads, exclude=excluded, schemes=_offered(model, device, settings)) for device in devices
+    ]
     for device, found in zip(devices, units, strict=True):
         if not found.lowest():
             left = " after --exclude" if excluded else ""
@@ -141,7 +145,16 @@ def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
     """Find the units of a model on each target, without samples; calibration may keep more of them in float."""
     excluded, heads = _excluded(model, settings.exclude), find_heads(model)
     devices = chosen_targets(settings.targets, settings.device)
-    return tuple(split(model, device, heads, exclude=excluded, schemes=settings.schemes) for device in devices)
+    return tuple(
+        split(model, device, heads, exclude=excluded, schemes=_offered(model, device, settings)) for device in devices
+    )
+
+
+def _offered(model: Graph, device: Target, settings: Settings) -> tuple[str, ...]:
+    """Names of the schemes that plans may use: those asked for, all for a language model, else the usual ones."""
+    if settings.schemes or not is_language(model):
+        return settings.schemes
+    return tuple(offer.scheme.name for offer in device.runnable)
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:

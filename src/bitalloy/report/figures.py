@@ -138,7 +138,13 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
     """Compare the float, all-INT8 and mixed model, with predictions beside measurements."""
     groups = [
         FigureGroup(
-            "Cost", (_latency(summary), _ratio(summary, predicted_lowest_ratio(units, cost)), *_sizes(summary))
+            "Cost",
+            (
+                _latency(summary),
+                *_steps(summary),
+                _ratio(summary, predicted_lowest_ratio(units, cost)),
+                *_sizes(summary),
+            ),
         ),
         FigureGroup("Output error (SQNR, measured)", tuple(_sqnr(summary))),
         FigureGroup("Shift of predictions (KL divergence, nats, measured)", tuple(_divergences(summary))),
@@ -271,6 +277,17 @@ def _latency(summary: Summary) -> FigureRow:
     if summary.latency_estimated:
         return FigureRow("Latency, estimated", "from peak rates", cells)
     return FigureRow("Latency, median", "interleaved runs", cells)
+
+
+def _steps(summary: Summary) -> Iterable[FigureRow]:
+    """The parts of a language model's answer."""
+    for step in summary.steps:
+        spread = step.latency_ms
+        reference, lowest, mixed = (
+            Cell(formats.milliseconds(s.median_ms)) for s in (spread.reference, spread.lowest, spread.mixed)
+        )
+        often = f"{step.times} in an answer" if step.times > 1 else "one in an answer"
+        yield FigureRow(f"Latency of one {step.name}", often, (reference, lowest, mixed))
 
 
 def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:

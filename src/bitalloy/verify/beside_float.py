@@ -10,19 +10,21 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.outcome import LatencySpread
+from bitalloy.core.outcome import LatencySpread, StepLatency
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import CostTable
-from bitalloy.core.records import Estimate, Latency
+from bitalloy.core.records import Estimate, Latency, Workload
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, artefact_sqnr, output_sqnr
+from bitalloy.measure.workload import priced, workload_of
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import Session
+from bitalloy.runtime.steps import Step, total
 from bitalloy.sensitivity.analysis import Analysis
 
 OUTCOME_SITTINGS, REPEATS = 5, 8
@@ -39,6 +41,7 @@ class VerificationInputs(StageInputs, frozen=True, kw_only=True):
     """Pairs of unit and scheme."""
     samples: tuple[int, ...]
     seed: int
+    workload: Workload | None
     cost: CostTable | None
     """The table from which latencies are taken; None where they are measured."""
 
@@ -70,6 +73,7 @@ def measure_plan(
                 sqnr_lowest=sqnr.get("lowest", sqnr["mixed"]),
                 sqnr_mixed=sqnr["mixed"],
                 float32=sqnr[FLOAT32],
+                steps=found.steps,
             )
         )
 
@@ -78,6 +82,7 @@ def measure_plan(
         plan=tuple(planned.plan.chosen.listed),
         samples=tuple(samples),
         seed=analysis.settings.seed,
+        workload=workload_of(analysis.graph, analysis.settings.workload),
         cost=planned.cost if planned.cost.estimated else None,
     )
     return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
@@ -101,6 +106,8 @@ class _Outcome:
     latency: Mapping[str, Latency]
     ratio: Mapping[str, Estimate]
     sqnr: Mapping[str, tuple[Estimate, ...]]
+    steps: tuple[StepLatency, ...] = ()
+    """What each step takes by itself, where there are several."""
 
 
 def _estimated(
@@ -148,9 +155,10 @@ def _timed(
 
     together = not (models["mixed"].large or analysis.graph.large)
     openers = reopeners(list(models.values())) if together else [m.session for m in models.values()]
+    steps = priced(analysis)
     found = bench.time_sittings(
         dict(zip(models, openers, strict=True)),
-        analysis.data.feeds(0),
+        steps,
         repeats=REPEATS,
         sittings=OUTCOME_SITTINGS,
         together=together,
@@ -158,9 +166,20 @@ def _timed(
         then=compare,
     )
     mixed = found["mixed" if planned.plan.chosen else "float"]
-    times: dict[str, np.ndarray] = {"float": found["float"], "lowest": found.get("lowest", mixed), "mixed": mixed}
+    parts: dict[str, np.ndarray] = {"float": found["float"], "lowest": found.get("lowest", mixed), "mixed": mixed}
+    times = {name: total(part, steps) for name, part in parts.items()}
     return _Outcome(
         {name: bench.latency_of(series) for name, series in times.items()},
         {name: bench.paired_ratio(series, times["float"]) for name, series in times.items()},
         sqnr,
+        tuple(_step(step, i, parts) for i, step in enumerate(steps)) if len(steps) > 1 else (),
+    )
+
+
+def _step(step: Step, index: int, parts: Mapping[str, np.ndarray]) -> StepLatency:
+    latency = {name: bench.latency_of(series[..., index]) for name, series in parts.items()}
+    return StepLatency(
+        name=step.name,
+        times=step.times,
+        latency_ms=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
     )

@@ -9,14 +9,16 @@ import numpy as np
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import ParetoPoint, PlanReport
-from bitalloy.core.records import Estimate, Record
+from bitalloy.core.records import Estimate, Record, Workload
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.sqnr import output_sqnr
+from bitalloy.measure.workload import priced, workload_of
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import reopeners
 from bitalloy.runtime.base import Session
+from bitalloy.runtime.steps import total
 from bitalloy.sensitivity.analysis import Analysis
 
 NEIGHBOURS, SHOWN_NEIGHBOURS = 6, 2
@@ -34,6 +36,7 @@ class NeighbourInputs(StageInputs, frozen=True, kw_only=True):
     """Plans as pairs of unit and scheme."""
     samples: tuple[int, ...]
     seed: int
+    workload: Workload | None
 
 
 class MeasuredNeighbours(Record, frozen=True, kw_only=True):
@@ -87,13 +90,15 @@ def measure_neighbours(
                     )
                 )
 
-            times = bench.time_sittings(
+            steps = priced(analysis)
+            parts = bench.time_sittings(
                 dict(zip(("float", *artefacts), openers, strict=True)),
-                analysis.data.feeds(0),
+                steps,
                 repeats=NEIGHBOUR_ROUNDS,
                 progress=progress.advance,
                 then=compare,
             )
+        times = {name: total(part, steps) for name, part in parts.items()}
         return to_json(
             MeasuredNeighbours(
                 ratio=tuple(bench.paired_ratio(times[name], times["float"]).value for name in artefacts),
@@ -107,6 +112,7 @@ def measure_neighbours(
         plans=tuple(tuple(p.listed) for p in plans),
         samples=tuple(samples),
         seed=analysis.settings.seed,
+        workload=workload_of(analysis.graph, analysis.settings.workload),
     )
     return msgspec.json.decode(work.cached("neighbours", inputs, make), type=MeasuredNeighbours)
 

@@ -25,6 +25,7 @@ from bitalloy.core.records import Estimate, part_of
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import versions
 from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
+from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
 from bitalloy.runtime.ort import ORT
@@ -162,7 +163,8 @@ def summarize_run(
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
-        workload=_workload(analysis),
+        workload=_workload(analysis, estimated=planned.cost.estimated),
+        steps=measured.steps,
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
@@ -260,14 +262,9 @@ def _total(sizes: Mapping[str, Triple]) -> Triple:
     )
 
 
-def _workload(analysis: Analysis) -> str:
-    """Say what one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
-    graph = analysis.graph
-    if not isinstance(graph, Joined):
-        return "one inference"
-    fed = [s for s in graph.info.inputs if 0 not in s.shape]
-    shapes = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in fed)
-    return f"one run of {', then '.join(graph.program.order)}: {shapes}"
+def _workload(analysis: Analysis, *, estimated: bool) -> str:
+    asked = None if estimated else workload_of(analysis.graph, analysis.settings.workload)
+    return told_workload(analysis.graph, asked)
 
 
 def _headline(

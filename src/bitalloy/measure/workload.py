@@ -1,0 +1,154 @@
+"""The workload of a model: one inference, or of a language model a prompt and the tokens of its answer.
+
+A language model is a program whose decoder takes its cache as inputs and leaves three sizes open, by these names:
+`new` positions at once, `past` ones in the cache, and `all` of both. Its answer to a prompt is priced as one run of all
+graphs at the length of the prompt, and a run of the decoder alone for every new token, at the mean length of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy.core.errors import BitalloyError
+from bitalloy.core.records import Workload
+from bitalloy.model.graphs.joining import Joined
+from bitalloy.model.load import Graph
+from bitalloy.runtime.steps import Step, once
+from bitalloy.sensitivity.analysis import Analysis
+
+NEW, PAST, ALL, AFTER = "new", "past", "all", "after"
+"""Open sizes of a language model: positions at once, of the cache, of both; and tokens behind an image."""
+PREFILL, TOKEN = "prefill", "token"
+"""Names of the steps."""
+DEFAULT_NEW = 64
+"""Tokens of an answer where nothing is asked for."""
+
+
+def is_language(graph: Graph) -> bool:
+    """Tell whether a model is a language model whose steps can be priced."""
+    return _decoder(graph) is not None
+
+
+def workload_of(graph: Graph, asked: Workload | None) -> Workload | None:
+    """Return the workload with its sizes: what is asked for, or what a model of this kind usually does.
+
+    Raises:
+        BitalloyError: a workload is asked for, and the model is no language model, or the prompt is too short.
+    """
+    decoder = _decoder(graph)
+    if decoder is None:
+        if asked is None:
+            return None
+        raise BitalloyError(
+            "--workload speaks of a prompt and new tokens, which only language models have: a program whose decoder "
+            f"leaves the sizes '{NEW}', '{PAST}' and '{ALL}' open (as `bitalloy export mobilevlm-...` writes it). "
+            "Leave it out: one inference is priced."
+        )
+    usual = _sizes(graph)[NEW]
+    prompt = usual if asked is None or asked.prompt is None else asked.prompt
+    new = DEFAULT_NEW if asked is None or asked.new is None else asked.new
+    fixed = usual - _sizes(graph).get(AFTER, usual - 1)
+    if prompt <= fixed:
+        raise BitalloyError(f"--workload prompt={prompt} is too short: {fixed} positions stand before the question.")
+    return Workload(prompt=prompt, new=new)
+
+
+def priced(analysis: Analysis) -> tuple[Step, ...]:
+    """Return the steps that the latencies of an analysis pay for, with its first sample."""
+    workload = workload_of(analysis.graph, analysis.settings.workload)
+    return workload_steps(analysis.graph, analysis.data.feeds(0), workload, seed=analysis.settings.seed)
+
+
+def workload_steps(
+    graph: Graph, feeds: Mapping[str, np.ndarray], workload: Workload | None, *, seed: int = 0
+) -> tuple[Step, ...]:
+    """Return what is run for a workload.
+
+    Args:
+        graph: the model.
+        feeds: one sample; a prompt of another length repeats it or cuts it short.
+        workload: from `workload_of`; None for one inference.
+        seed: seed of the embedding and the cache, which are random: no latency depends on them.
+    """
+    decoder = _decoder(graph)
+    if workload is None or decoder is None:
+        return (once(feeds),)
+    assert isinstance(graph, Joined) and workload.prompt is not None and workload.new is not None
+    usual = _sizes(graph)
+    sizes = {NEW: workload.prompt, ALL: workload.prompt, AFTER: usual.get(AFTER, 0) + workload.prompt - usual[NEW]}
+    named = {graph.program.names[g, t]: dims for (g, t), dims in _open(graph).items() if (g, t) in graph.program.names}
+    prompt = {
+        name: np.resize(value, tuple(sizes.get(d, n) for d, n in zip(named[name], value.shape, strict=True)))
+        if name in named and 0 not in value.shape
+        else value
+        for name, value in feeds.items()
+    }
+    steps = [Step(PREFILL, prompt)]
+    if workload.new:
+        past = workload.prompt + workload.new // 2
+        token = _token(graph.opened[decoder], past, np.random.default_rng(seed))
+        steps.append(Step(TOKEN, token, times=workload.new, graph=decoder))
+    return tuple(steps)
+
+
+def told_workload(graph: Graph, workload: Workload | None) -> str:
+    """Say what one latency pays for, e.g. `one run of encoder, then decoder: image 1x3x1024x1024, ...`."""
+    if not isinstance(graph, Joined):
+        return "one inference"
+    order = ", then ".join(graph.program.order)
+    if workload is not None:
+        return (
+            f"an answer: one run of {order} on a prompt of {workload.prompt} positions, and {workload.new} runs of "
+            f"{_decoder(graph)} for one token each"
+        )
+    fed = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in graph.info.inputs if 0 not in s.shape)
+    return f"one run of {order}: {fed}"
+
+
+def _open(graph: Joined) -> dict[tuple[str, str], tuple[str, ...]]:
+    """(graph, input) -> names of its open sizes and its other sizes as text, of inputs that leave any open."""
+    found = {}
+    for name, model in graph.opened.items():
+        for value in model.graph.inputs:
+            dims = tuple(str(d.value) if isinstance(d, ir.SymbolicDim) else str(d) for d in value.shape or ())
+            if not all(d.isdigit() for d in dims):
+                found[name, str(value.name)] = dims
+    return found
+
+
+def _decoder(graph: Graph) -> str | None:
+    """Name the graph with a cache whose length is open."""
+    if not isinstance(graph, Joined):
+        return None
+    named: dict[str, set[str]] = {}
+    for (name, _), dims in _open(graph).items():
+        named.setdefault(name, set()).update(dims)
+    return next((name for name, dims in named.items() if {NEW, PAST, ALL} <= dims), None)
+
+
+def _sizes(graph: Graph) -> dict[str, int]:
+    """Open size -> what it is in the samples."""
+    assert isinstance(graph, Joined)
+    found: dict[str, int] = {}
+    for (name, tensor), dims in _open(graph).items():
+        spec = next(s for s in graph.program.graphs[name].info.inputs if s.name == tensor)
+        found.update({d: int(n) for d, n in zip(dims, spec.shape, strict=True) if not d.isdigit()})
+    return found
+
+
+def _token(decoder: ir.Model, past: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Feeds of the decoder for one token behind `past` others."""
+    sizes, found = {NEW: 1, PAST: past, ALL: past + 1}, {}
+    for value in decoder.graph.inputs:
+        assert value.shape is not None and value.dtype is not None, "inputs of a loaded graph are typed"
+        dims = [str(d.value) if isinstance(d, ir.SymbolicDim) else int(d) for d in value.shape]
+        shape = [sizes.get(d, 1) if isinstance(d, str) else d for d in dims]
+        kind = value.dtype.numpy()
+        if np.issubdtype(kind, np.floating):
+            found[str(value.name)] = (0.02 * generator.standard_normal(shape)).astype(kind)
+        else:
+            found[str(value.name)] = np.full(shape, 1 if ALL in dims else past, kind)
+    return found
