@@ -8,7 +8,8 @@ models: small nets of different kinds that are made here, the five embedded samp
     python benchmarks/unseen_prediction.py --out /tmp/unseen --cases DIR --yolo yolo11n.onnx coco128-calib/images \
         coco-val-94/images
 
---cases names a folder with NAME/model.onnx, NAME/feeds/*.npz and NAME/fresh/*.npz. A finished run in --out is used
+--cases names a folder with NAME/model.onnx, NAME/feeds/*.npz, NAME/fresh/*.npz and perhaps NAME/options.json, whose
+`exclude` and `keep` list what these options of `bitalloy run` take. A finished run in --out is used
 again. The last line is JSON: model -> plan (`mixed`, the one shipped, or `lowest`) -> head -> `predicted`, `corrected`
 (where a measurement changed the prediction), `measured` on the samples of verification, `unseen` and `unoptimized` in
 dB, with the share of heads within 3 dB, the worst difference, and the largest one between optimized and unoptimized
@@ -29,7 +30,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from bitalloy import Plan, run
+from bitalloy import Budget, Plan, Settings, run
+from bitalloy.cli.options import keeps
 from bitalloy.model.heads import KL, Reference, is_divergence
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.pipeline.ship import Verified
@@ -38,7 +40,7 @@ from bitalloy.runtime.ort import OrtSession
 
 FEEDS, FRESH = 128, 64
 """Samples of a small net for the run, and unseen ones."""
-IMAGES = 12
+IMAGES = 24
 """Unseen samples of an image model or a program."""
 SAMPLES = ("yolo11n-shapes", "yolo11n-seg-shapes", "segformer-b0-shapes", "mobilesam-shapes", "mobilevlm-shapes")
 FRESH_SEED = 90210
@@ -52,6 +54,8 @@ class Entry:
     data: Path | None
     unseen: Path | None
     """None draws samples with another seed."""
+    exclude: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
 
 class Net:
@@ -217,7 +221,9 @@ def entries(out: Path, cases: Path | None, yolo: Sequence[str], seed: int) -> It
             write_net(make, folder, seed)
         yield make.__name__, Entry(str(folder / "model.onnx"), folder / "feeds", folder / "fresh")
     for path in sorted(cases.glob("*/model.onnx")) if cases is not None else ():
-        yield f"case {path.parent.name}", Entry(str(path), path.parent / "feeds", path.parent / "fresh")
+        file = path.with_name("options.json")
+        given = {k: tuple(v) for k, v in json.loads(file.read_text()).items()} if file.is_file() else {}
+        yield f"case {path.parent.name}", Entry(str(path), path.parent / "feeds", path.parent / "fresh", **given)
     for name in SAMPLES:
         yield name, Entry(name, None, None)
     if yolo:
@@ -230,7 +236,8 @@ def fresh_feeds(entry: Entry, folder: Path) -> list[Mapping[str, np.ndarray]]:
     data = entry.unseen
     prepared = prepare(entry.model, out=folder, data=data, seed=FRESH_SEED)
     small = data is not None and all(path.suffix == ".npz" for path in data.iterdir())
-    return [prepared.data.feeds(i) for i in range(min(len(prepared.data), FRESH if small else IMAGES))]
+    drawn = np.random.default_rng(FRESH_SEED).permutation(len(prepared.data))
+    return [prepared.data.feeds(int(i)) for i in drawn[: FRESH if small else IMAGES]]
 
 
 def sessions(verified: Verified, plan: Plan) -> Iterator[tuple[str, Session, Session]]:
@@ -305,7 +312,10 @@ def main() -> None:
         if options.only and options.only not in name:
             continue
         folder = name.replace(" ", "-")
-        verified = run(entry.model, out=options.out / "runs" / folder, data=entry.data)
+        budget, settings = Budget(keep=keeps(entry.keep)), Settings(exclude=entry.exclude)
+        verified = run(
+            entry.model, out=options.out / "runs" / folder, data=entry.data, budget=budget, settings=settings
+        )
         result[name] = compare(verified, fresh_feeds(entry, options.out / "fresh" / folder))
         for column, rows in result[name].items():
             for head, row in rows.items():

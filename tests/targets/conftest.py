@@ -80,7 +80,9 @@ CASES: dict[str, dict[str, str]] = {
             c = Conv(x, w1)  a = Add(c, x)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)  y = Conv(p, w2) }""",
         "case6-activations": """(float[1,16,32] x, float[32,32] w1) => (float[1,16,16] y) {
             m = MatMul(x, w1)  t = Transpose<perm=[0,2,1]>(x)  y = MatMul(m, t) }""",
-        "case7-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
+        "case7-stored-products": """(float[4,64] x, float[64,32] w1, float[16,32] w2, float[16] w3, float[16,8] w4)
+            => (float[4,8] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  r = Relu(g)  y = MatMul(r, w4) }""",
+        "case8-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
     },
     "tensorrt": {
@@ -124,6 +126,7 @@ CASES: dict[str, dict[str, str]] = {
 }
 SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ort-cpu", "case7-stored-products"): ("w8", "int8-dynamic", "w4", "int8"),
+    ("openvino-cpu", "case7-stored-products"): ("w8", "w4", "int8"),
 }
 """Schemes that plans may use, where these are not the usual ones of the target."""
 PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
@@ -134,6 +137,7 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
             "/y/MatMul": "w8",
         }
     ),
+    ("openvino-cpu", "case7-stored-products"): lambda units: Plan({"/m/MatMul": "w4", "/g/Gemm": "w8"}),
     ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
     ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
     ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,

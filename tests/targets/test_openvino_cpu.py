@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -14,13 +15,17 @@ from onnx import helper, numpy_helper
 
 import bitalloy
 from bitalloy.core.errors import ModelError
+from bitalloy.core.schemes import Plan
+from bitalloy.measure.audit import audit_kernels
 from bitalloy.measure.tracing import profile, trace
 from bitalloy.model.weights import to_bytes
+from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.openvino import OPENVINO, OpenVinoSession
 from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.runtime.steps import once
+from bitalloy.targets.recipe import Recipe
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'bitalloy[openvino]'")
 
@@ -32,7 +37,8 @@ KERNELS = {
     "case4-concat-rows": {"/a/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("FullyConnected", "fp32")},
     "case5-followers": {"/c/Conv": ("Convolution", "int8"), "/y/Conv": ("Convolution", "int8")},
     "case6-activations": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
-    "case7-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
+    "case7-stored-products": {"/m/MatMul": ("FullyConnected", "u4"), "/g/Gemm": ("FullyConnected", "int8")},
+    "case8-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
 }
 """case -> unit -> (kernel that does its work, what it reads)."""
 
@@ -65,7 +71,9 @@ def test_activation_and_rounding_run_inside_the_kernel(rewrite, tmp_path) -> Non
     assert second == first + 1 or ops[first + 1 : second] == ["Reshape"]  # of a constant
 
 
-@pytest.mark.parametrize("case", ["case1-conv", "case2-products", "case3-concat", "case4-concat-rows"])
+@pytest.mark.parametrize(
+    "case", ["case1-conv", "case2-products", "case3-concat", "case4-concat-rows", "case7-stored-products"]
+)
 def test_numbers_are_those_of_the_rewritten_graph(rewrite, case: str) -> None:
     """ONNX Runtime without fusion is the oracle: it executes every operator of the file by itself.
 
@@ -78,6 +86,23 @@ def test_numbers_are_those_of_the_rewritten_graph(rewrite, case: str) -> None:
     found = made.artefact.session().run(made.feeds)["y"]
     assert np.square(plain - exact).sum() > 0
     assert np.square(found - plain).sum() <= 0.05 * np.square(plain - exact).sum()
+
+
+def test_blocks_divide_the_reduction_and_kernels_go_by_the_plan(rewrite, tmp_path: Path) -> None:
+    """Others would be refused by the importer. Of weights alone in fewer bits the audit knows by the plan."""
+    made = rewrite("openvino-cpu", "case7-stored-products")
+    last = next(u for u in made.units.units if u.id == "/y/MatMul")
+    assert last.allowed == ("fp32", "int8") and "32 does not divide 16" in last.why
+    with pytest.raises(ModelError, match="OpenVINO cannot load"):
+        units = msgspec.structs.replace(made.units, units=tuple(
+            msgspec.structs.replace(u, allowed=(*u.allowed, "w8")) if u is last else u for u in made.units.units
+        ))  # fmt: skip
+        recipe = Recipe(units, made.target, made.ranges)
+        OpenVinoSession(write_plan(made.graph, recipe, Plan.of("w8", "/y/MatMul")).model)
+    traced = trace(made.artefact, [u.id for u in made.units.units])
+    found = audit_kernels(made.units, made.plan, profile(traced, once(made.feeds), tmp_path), "OpenVINO", "")
+    executed = {u.unit: (u.executed, u.cause) for u in found.units}
+    assert executed == {"/m/MatMul": ("w4", ""), "/g/Gemm": ("w8", ""), "/y/MatMul": ("fp32", "")}
 
 
 def test_a_concat_over_rows_would_be_refused(rewrite, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ class Scheme(Record, frozen=True, kw_only=True):
         return self.activation is not None and not self.cast
 
     @property
+    def weights_only(self) -> bool:
+        """Whether weights are stored in fewer bits, and tensors are left as they are."""
+        return self.weight is not None and self.activation is None
+
+    @property
     def hands_on(self) -> bool:
         """Whether a unit may write what it makes in rounded numbers, for others to read."""
         return self.rounds and not self.dynamic

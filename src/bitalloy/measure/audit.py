@@ -37,6 +37,10 @@ SECONDARY = (
 """Beginnings of kernels that stand beside the work of a unit; they decide only where nothing else ran for it."""
 
 
+FLOATS = (BASELINE, "fp16", "bf16", "")
+"""Precisions of kernels that read no integers; empty where nothing is known."""
+
+
 def audit_kernels(
     units: UnitGraph,
     plan: Plan,
@@ -57,7 +61,7 @@ def audit_kernels(
         graphs: what the runtime made of each graph (`reconcile`).
     """
     known = {scheme.name: scheme for scheme in units.schemes}
-    kernels = [_named_by_plan(timed, known[plan.scheme_of(timed.unit)]) for timed in kernels]
+    kernels = [_named_by_plan(timed, [known[plan.scheme_of(unit)] for unit in timed.units]) for timed in kernels]
     own: dict[str, list[TimedKernel]] = defaultdict(list)
     taken: dict[str, list[TimedKernel]] = defaultdict(list)
     for timed in kernels:
@@ -160,11 +164,17 @@ def _audited(
     )
 
 
-def _named_by_plan(timed: TimedKernel, planned: Scheme) -> TimedKernel:
-    """Give the operator that a scheme of a unit is computed by the name of that scheme: its operands do not tell."""
-    if not planned.kernel or timed.kernel.op != planned.kernel:
-        return timed
-    return replace(timed, kernel=replace(timed.kernel, precision=planned.name))
+def _named_by_plan(timed: TimedKernel, planned: Sequence[Scheme]) -> TimedKernel:
+    """Give a kernel the name of the scheme of a unit that it computes for, where its operands do not tell.
+
+    Case 1. The operator that the scheme names.
+    Case 2. A product of float tensors with a stored weight, which runtimes call by the type of the weight.
+    """
+    for scheme in planned:
+        stored = scheme.weights_only and timed.kernel.precision not in FLOATS
+        if stored or (scheme.kernel and timed.kernel.op == scheme.kernel):
+            return replace(timed, kernel=replace(timed.kernel, precision=scheme.name))
+    return timed
 
 
 def _rounds(precision: str, known: Mapping[str, Scheme]) -> bool:
@@ -189,6 +199,10 @@ def _cause(planned: Scheme, executed: str, runtime: str, known: Mapping[str, Sch
         return ""
     if planned.rounds:
         return "the runtime made no integer kernel of it: a pattern that it does not fuse, or an integer one is missing"
+    if executed in known and known[executed].weights_only:
+        return (
+            f"it runs in the kernel of a neighbour whose weights are stored in {executed.upper()}; tensors stay float"
+        )
     if _rounds(executed, known):
         return "it handles integers that its neighbours exchange; no rounding of its own"
     if planned.cast and executed == BASELINE:

@@ -19,7 +19,7 @@ from bitalloy.model.load import Graph
 from bitalloy.runtime.steps import Step, once
 from bitalloy.sensitivity.analysis import Analysis
 
-NEW, PAST, ALL, AFTER = "new", "past", "all", "after"
+_NEW, _PAST, _ALL, _AFTER = "new", "past", "all", "after"
 """Open sizes of a language model: positions at once, of the cache, of both; and tokens behind an image."""
 PREFILL, TOKEN = "prefill", "token"
 """Names of the steps."""
@@ -44,13 +44,13 @@ def workload_of(graph: Graph, asked: Workload | None) -> Workload | None:
             return None
         raise BitalloyError(
             "--workload speaks of a prompt and new tokens, which only language models have: a program whose decoder "
-            f"leaves the sizes '{NEW}', '{PAST}' and '{ALL}' open (as `bitalloy export mobilevlm-...` writes it). "
+            f"leaves the sizes '{_NEW}', '{_PAST}' and '{_ALL}' open (as `bitalloy export mobilevlm-...` writes it). "
             "Leave it out: one inference is priced."
         )
-    usual = _sizes(graph)[NEW]
+    usual = _sizes(graph)[_NEW]
     prompt = usual if asked is None or asked.prompt is None else asked.prompt
     new = DEFAULT_NEW if asked is None or asked.new is None else asked.new
-    fixed = usual - _sizes(graph).get(AFTER, usual - 1)
+    fixed = usual - _sizes(graph).get(_AFTER, usual - 1)
     if prompt <= fixed:
         raise BitalloyError(f"--workload prompt={prompt} is too short: {fixed} positions stand before the question.")
     return Workload(prompt=prompt, new=new)
@@ -78,7 +78,7 @@ def workload_steps(
         return (once(feeds),)
     assert isinstance(graph, Joined) and workload.prompt is not None and workload.new is not None
     usual = _sizes(graph)
-    sizes = {NEW: workload.prompt, ALL: workload.prompt, AFTER: usual.get(AFTER, 0) + workload.prompt - usual[NEW]}
+    sizes = {_NEW: workload.prompt, _ALL: workload.prompt, _AFTER: usual.get(_AFTER, 0) + workload.prompt - usual[_NEW]}
     named = {graph.program.names[g, t]: dims for (g, t), dims in _open(graph).items() if (g, t) in graph.program.names}
     prompt = {
         name: np.resize(value, tuple(sizes.get(d, n) for d, n in zip(named[name], value.shape, strict=True)))
@@ -126,7 +126,7 @@ def _decoder(graph: Graph) -> str | None:
     named: dict[str, set[str]] = {}
     for (name, _), dims in _open(graph).items():
         named.setdefault(name, set()).update(dims)
-    return next((name for name, dims in named.items() if {NEW, PAST, ALL} <= dims), None)
+    return next((name for name, dims in named.items() if {_NEW, _PAST, _ALL} <= dims), None)
 
 
 def _sizes(graph: Graph) -> dict[str, int]:
@@ -141,7 +141,7 @@ def _sizes(graph: Graph) -> dict[str, int]:
 
 def _token(decoder: ir.Model, past: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Feeds of the decoder for one token behind `past` others."""
-    sizes, found = {NEW: 1, PAST: past, ALL: past + 1}, {}
+    sizes, found = {_NEW: 1, _PAST: past, _ALL: past + 1}, {}
     for value in decoder.graph.inputs:
         assert value.shape is not None and value.dtype is not None, "inputs of a loaded graph are typed"
         dims = [str(d.value) if isinstance(d, ir.SymbolicDim) else int(d) for d in value.shape]
@@ -150,5 +150,5 @@ def _token(decoder: ir.Model, past: int, generator: np.random.Generator) -> dict
         if np.issubdtype(kind, np.floating):
             found[str(value.name)] = (0.02 * generator.standard_normal(shape)).astype(kind)
         else:
-            found[str(value.name)] = np.full(shape, 1 if ALL in dims else past, kind)
+            found[str(value.name)] = np.full(shape, 1 if _ALL in dims else past, kind)
     return found

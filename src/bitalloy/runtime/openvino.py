@@ -65,6 +65,7 @@ class OpenVinoSession:
             "NUM_STREAMS": streams,
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,  # several sessions take turns on the same cores
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # numbers are those that the graph says, with VNNI too
             "PERF_COUNT": profile is not None,
         }
         try:

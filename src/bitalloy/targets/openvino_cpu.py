@@ -21,25 +21,40 @@ Case 5. Other Concats, nodes that only move data, Add, Mul, pools and the like f
         precision of their own, nothing is rounded for them. Elementwise ones fuse with the next rounding (Subgraph).
 Case 6. MatMul of two activations stays in float: MatMulTransformation wants its second operand in int8 with zero point
         0, and the formats here are uint8.
-Case 7. ConvTranspose and everything else stay in float.
+Case 7. A product with a constant matrix also runs with its weights compressed, in blocks of 8 or 4 bits (`w8`, `w4`,
+        `w4-128`): a DequantizeLinear with a block size on the weight stays as it is (ConvertedWeights, decompression in
+        FullyConnected). Blocks must divide the reduction: the importer refuses others. What it reads is not rounded on
+        CPUs without VNNI; with VNNI the plugin rounds it to INT8 in groups of 32 (DYNAMIC_QUANTIZATION_GROUP_SIZE)
+        unless that is switched off, as it is here, so that the numbers are the same everywhere.
+Case 8. ConvTranspose and everything else stay in float.
 
 On x86 CPUs without VNNI the uint8 x int8 kernels (oneDNN) saturate as those of ONNX Runtime do; see `pairs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from bitalloy import ops
-from bitalloy.core.schemes import Scheme
+from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
-from bitalloy.targets.patterns import has_vnni, match_gemm, match_matmul, match_weighted, moves, only_reader, silu_of
+from bitalloy.targets.patterns import (
+    has_vnni,
+    match_gemm,
+    match_matmul,
+    match_weighted,
+    moves,
+    only_reader,
+    silu_of,
+    stored_matrix,
+)
 
 INTEGER_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 OPENVINO_FUSED_ACTIVATIONS = frozenset({
@@ -113,11 +128,33 @@ def _joined(concat: ir.Node, core: Core) -> Core:
     return replace(core, nodes=(concat, *core.nodes), inner=(inner,), reader=reader)
 
 
+def _blocks(name: str, weight: str, block: int) -> Offer:
+    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
+        if reason := stored_matrix(core, nodes):
+            return reason
+        node, site = core.nodes[0], core.weights[0]
+        operand = node.inputs[site.slot]
+        assert operand is not None and site.axis is not None, "a stored matrix has channels"
+        depth = static_shape(operand)[1 - site.axis % 2]
+        return (
+            f"OpenVINO takes blocks that divide the reduction, and {block} does not divide {depth}"
+            if depth % block
+            else ""
+        )
+
+    scheme = Scheme(name=name, weight=weight, granularity=Granularity.BLOCK, block=block)
+    return Offer(scheme=scheme, refuse=refuse, usual=False)
+
+
 OPENVINO_CPU = Target(
     name="openvino-cpu",
-    describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; needs the extra [openvino]",
+    describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; with --schemes products also "
+    "in w8, w4, w4-128 (weights alone); needs the extra [openvino]",
     runtime=OPENVINO,
     offers=(
+        _blocks("w8", "int8", 32),
+        _blocks("w4", "uint4", 32),
+        _blocks("w4-128", "uint4", 128),
         Offer(
             scheme=Scheme(name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128),
             refuse=whole_kernel,

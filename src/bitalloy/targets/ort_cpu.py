@@ -25,7 +25,6 @@ weight; here the scale of a channel grows only as far as its own neighbouring we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -36,7 +35,15 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
-from bitalloy.targets.patterns import has_vnni, match_gemm, match_matmul, match_weighted, moves, only_reader
+from bitalloy.targets.patterns import (
+    has_vnni,
+    match_gemm,
+    match_matmul,
+    match_weighted,
+    moves,
+    only_reader,
+    stored_matrix,
+)
 
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
 ORT_FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -98,15 +105,6 @@ def _binary(node: ir.Node) -> Core:
     return Core(node.op_type, (node,))
 
 
-def _stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
-    """Refuse all but products with a constant matrix."""
-    if core.unfit:
-        return core.unfit
-    if core.kind in ("Gemm", "MatMul") and core.weights:
-        return ""
-    return f"ONNX Runtime has such a kernel only for products with a constant matrix, and not for {core.kind}"
-
-
 def _blocks(name: str, weight: str, block: int) -> Offer:
     scheme = Scheme(
         name=name,
@@ -117,7 +115,7 @@ def _blocks(name: str, weight: str, block: int) -> Offer:
         dynamic=True,
         kernel="MatMulNBits",
     )
-    return Offer(scheme=scheme, refuse=_stored_matrix, usual=False)
+    return Offer(scheme=scheme, refuse=stored_matrix, usual=False)
 
 
 LARGEST_PAIR = None if has_vnni() else 128
@@ -138,7 +136,7 @@ ORT_CPU = Target(
                 kernel="DynamicQuantizeMatMul",
                 pair_limit=LARGEST_PAIR,
             ),
-            refuse=_stored_matrix,
+            refuse=stored_matrix,
             usual=False,
         ),
         _blocks("w4", "uint4", 32),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -57,6 +58,15 @@ def match_gemm(node: ir.Node, runtime: str) -> Core:
     if not plain:
         return Core("Gemm", (node,), unfit=f"{runtime} fuses only alpha = beta = 1 without transA")
     return match_weighted(node, axis=0 if attribute(node, "transB", 0) else 1)
+
+
+def stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """Refuse all but products with a constant matrix."""
+    if core.unfit:
+        return core.unfit
+    if core.kind in ("Gemm", "MatMul") and core.weights:
+        return ""
+    return f"there is such a kernel only for products with a constant matrix, and not for {core.kind}"
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
