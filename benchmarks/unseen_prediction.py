@@ -35,7 +35,7 @@ from bitalloy.cli.options import keeps
 from bitalloy.model.heads import KL, Reference, is_divergence
 from bitalloy.pipeline.prepare import prepare
 from bitalloy.pipeline.ship import Verified
-from bitalloy.runtime.base import Session
+from bitalloy.runtime.base import ONLY, Session
 from bitalloy.runtime.ort import OrtSession
 
 FEEDS, FRESH = 128, 64
@@ -244,7 +244,7 @@ def sessions(verified: Verified, plan: Plan) -> Iterator[tuple[str, Session, Ses
     """What is compared: name, float and rewritten; a file by plain ONNX Runtime, a program by its own sessions."""
     analysis, artefact = verified.analysis, verified.analysis.artefact(plan)
     if artefact.program is None:
-        given, written = analysis.graph.to_bytes(), analysis.variant(plan).to_bytes()
+        given, written = analysis.given.to_bytes(), artefact.models[ONLY]
         for name, optimize in (("unseen", True), ("unoptimized", False)):
             yield name, OrtSession(given, optimize=optimize), OrtSession(written, optimize=optimize)
     else:

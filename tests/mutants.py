@@ -53,7 +53,13 @@ SERVED: Mapping[str, tuple[str, ...]] = {
         "search/test_choice.py",
         "search/test_constraints.py::test_reasons_quote_the_table_and_say_what_stands_against_a_unit",
     ),
-    "search/program": ("search/test_choice.py", "search/test_drawn_graphs.py"),
+    "search/program": (
+        "search/test_choice.py",
+        "search/test_drawn_graphs.py",
+        "search/test_precisions.py",
+        "search/test_search.py::test_the_program_is_optimal_within_its_gap",
+        "search/test_search.py::test_a_limit_of_the_solver_is_said",
+    ),
     "search/moves": (
         "search/test_drawn_graphs.py",
         "search/test_search.py::test_moves_are_what_each_plan_gives_by_itself",

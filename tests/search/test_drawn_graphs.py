@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bitalloy.core.plans import BorderCost, CostTable, UnitCost
@@ -21,7 +21,7 @@ from bitalloy.search.moves import Moves
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
 from bitalloy.sensitivity.matrix import ProbeMatrix, straight
-from bitalloy.targets.placement import all_conversions, all_sites, borders, rounded
+from bitalloy.targets.placement import all_conversions, all_sites, borders, rounded, scheme_pairs
 
 SCHEMES = (
     Scheme(name=BASELINE),
@@ -213,3 +213,29 @@ def test_no_plan_is_better_than_that_of_the_program(
         number = plans.index(found.plan)
         assert cheap[number] and (damages[number] <= allowed + slack).all()
         assert values[number] <= values[inside].min(initial=np.inf) + tolerance
+
+
+@settings(max_examples=100)
+@given(units=unit_graphs(fewest=2, most=4), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_a_variable_is_one_for_the_pairs_that_ask_for_it_and_free_for_others(
+    units: UnitGraph, seed: int, data: st.DataObject
+) -> None:
+    """Whatever the relation is between the schemes at the two ends of a tensor: most of them no target has yet."""
+    program = Program(problem_of(units, seed))
+    edges = [e for e in units.edges if e.producer and e.consumer and e.producer != e.consumer]
+    assume(edges)
+    edge = data.draw(st.sampled_from(edges))
+    everywhere = {(a.name, b.name) for a, b in scheme_pairs(units, edge)}
+    assume(len(everywhere) > 1)
+    asking = data.draw(st.sets(st.sampled_from(sorted(everywhere - {(BASELINE, BASELINE)})), min_size=1))
+    known, variable = len(program._conditions), program._new()
+    program._require(variable, edge, asking, everywhere)
+    ends = str(edge.producer), str(edge.consumer)
+    for pair in everywhere:
+        chosen = {program._index[end] for end in zip(ends, pair, strict=True) if end[1] != BASELINE}
+        least = max(
+            bound - sum(factor for index, factor in terms.items() if index in chosen)
+            for terms, bound in program._conditions[known:]
+            if terms[variable] == 1
+        )
+        assert least == 1 if pair in asking else least <= 0, (pair, asking)
