@@ -29,13 +29,14 @@ SCHEMES = (*BLOCKS, "int8-dynamic")
 
 
 def network() -> onnx.ModelProto:
-    """Four products: with a constant matrix, Gemm in both orders with bias and Relu, and one that makes the output."""
+    """Four products: with a constant matrix and movers behind it, Gemm in both orders, one that makes the output."""
     net, random = Network(3), np.random.default_rng(3)
 
     def weight(*shape: int) -> str:
         return net.constant((random.standard_normal(shape) * random.uniform(0.2, 2.0, shape)).astype(np.float32))
 
-    x = net.op("Tanh", net.op("MatMul", "x", weight(200, 96)))
+    x = net.op("Transpose", net.op("MatMul", "x", weight(200, 96)), perm=[0, 2, 1])
+    x = net.op("Tanh", net.op("Transpose", net.op("Reshape", x, net.constant(np.array([1, 96, 5]))), perm=[0, 2, 1]))
     bias = net.constant(random.standard_normal(70).astype(np.float32))
     x = net.op(
         "Relu", net.op("Gemm", net.op("Squeeze", x, net.constant(np.array([0]))), weight(70, 96), bias, transB=1)
@@ -174,10 +175,14 @@ def test_the_operators_and_their_units(graph: Graph, recipe: Recipe) -> None:
 
 
 def test_a_switched_network_computes_the_same(graph: Graph, recipe: Recipe, feeds: Sequence[np.ndarray]) -> None:
-    """Mixed with static INT8 before and behind, which hands on rounded numbers: these are rounded once more."""
+    """Mixed with static INT8 before and behind, which hands on rounded numbers: these are rounded once more.
+
+    And alone, with movers behind the product, whose numbers no kernel rounds.
+    """
     units = products(recipe.units)
     board = Switchboard(graph, recipe)
-    for schemes in [("int8", "w4", "int8", "w8"), ("int8-dynamic", "int8", "w4-128", "int8-dynamic")]:
+    mixed = [("int8", "w4", "int8", "w8"), ("int8-dynamic", "int8", "w4-128", "int8-dynamic")]
+    for schemes in [*mixed, *((scheme, "fp32", "fp32", "fp32") for scheme in SCHEMES)]:
         plan = Plan(dict(zip(units, schemes, strict=True)))
         session = OrtSession(write_plan(graph, recipe, plan).to_bytes(), optimize=False)
         for x in feeds:

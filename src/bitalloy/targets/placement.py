@@ -76,7 +76,8 @@ def roundings(edge: UnitEdge, source: Scheme, sink: Scheme) -> tuple[Site, ...]:
         source: scheme of the unit that makes it; the baseline for an input of the graph.
         sink: scheme of the unit that reads it; the baseline for an output of the graph.
     """
-    if edge.placement is Placement.NONE:
+    own = edge.producer is not None and edge.producer == edge.consumer
+    if edge.placement is Placement.NONE or (own and sink.dynamic):  # such a kernel rounds what it reads and no more
         return ()
     if edge.placement is Placement.ENTRY:
         return (Site(edge.id, sink.name, ACTIVATIONS),) if sink.rounds else ()
