@@ -29,7 +29,14 @@ SAMPLES = 4
 QUICK = bitalloy.Settings(
     samples=SAMPLES, probes=8, calibration_samples=SAMPLES, equalize=False, bias_correction=False, range_method="minmax"
 )
-WEIGHTS: dict[str, Sequence[int] | np.ndarray] = {"w": (16, 16), "v": (16, 16), "u": (16, 8), "step": np.array(3.0)}
+WEIGHTS: dict[str, Sequence[int] | np.ndarray] = {
+    "w": (16, 16),
+    "v": (16, 16),
+    "u": (16, 8),
+    "step": np.array(3.0),
+    "grid": (1, 16, 16, 2),
+    "half": np.array(0.5),
+}
 
 
 def ints(name: str, *values: int) -> Node:
@@ -66,6 +73,26 @@ CASES = {
             ("Expand", ["i", "sixteen"], "j", {}),
             ("GatherElements", ["b", "j"], "g", {"axis": 1}),
             ("MatMul", ["g", "v"], "c", {}),
+            *END,
+        ]
+    ),
+    "an operator without adjoint": Blind(
+        [
+            *START,
+            ints("image", 1, 2, 16, 16),
+            ("Reshape", ["b", "image"], "i", {}),
+            ("GridSample", ["i", "grid"], "g", {"align_corners": 0}),
+            ints("rows", 32, 16),
+            ("Reshape", ["g", "rows"], "c", {}),
+            *END,
+        ]
+    ),
+    "a rule that does not cover its use": Blind(
+        [
+            *START,
+            ("ReduceMax", ["b"], "t", {"keepdims": 0}),
+            ("Mul", ["t", "half"], "h", {}),
+            ("Clip", ["b", "", "h"], "c", {}),
             *END,
         ]
     ),

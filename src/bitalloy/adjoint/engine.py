@@ -382,7 +382,9 @@ def unsupported(node: ir.Node, what: str) -> UnsupportedOpError:
     """Return the error of a node that stands between a tap and a head and cannot be differentiated."""
     return UnsupportedOpError(
         f"Node '{node.name}' ({node.op_type}) {what}, so gradients do not tell what rounding before it "
-        f"does. Keep it in float with --exclude '{node.name}': what lies before it is then measured by execution."
+        f"does. Keep it in float with --exclude '{node.name}': what lies before it is then measured by execution.",
+        node=name_of(node),
+        what=f"{node.op_type} '{node.name}' {what}",
     )
 
 

@@ -31,7 +31,11 @@ class ModelError(BitalloyError):
 
 
 class UnsupportedOpError(ModelError):
-    """An operator on the way from a rounding site to an output has no adjoint rule."""
+    """A node on the way from a rounding site to an output has no adjoint rule: its name, and what it lacks."""
+
+    def __init__(self, message: str, node: str = "", what: str = "") -> None:
+        super().__init__(message)
+        self.node, self.what = node, what
 
 
 class DataError(BitalloyError):

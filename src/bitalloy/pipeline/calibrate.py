@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 import onnx_ir as ir
 
+from bitalloy.adjoint.coverage import uncovered
+from bitalloy.adjoint.rules import RULES
 from bitalloy.calibrate.gather import gather
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
-from bitalloy.core.records import Calibration, SampleParts, Settings
+from bitalloy.core.records import Calibration, Head, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
@@ -22,6 +24,7 @@ from bitalloy.data.parts import WantedSamples, draw_parts
 from bitalloy.measure.workload import is_language, workload_of
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
+from bitalloy.model.read import is_float
 from bitalloy.model.regions import ancestors, path_of, region_id
 from bitalloy.rewrite.calibrated import Calibrated, environment_of
 from bitalloy.sensitivity.probing import MAX_SAMPLES
@@ -73,7 +76,7 @@ def calibrate(
 
         model, corrections = scale_channels(model, drawn, settings, trial, work, [environment_of(d) for d in devices])
     parts = [
-        replace(part, given=given, corrections=corrections, notes=notes)
+        replace(part, given=given, corrections=corrections, notes=(*notes, *part.notes))
         for part in _on_each(devices, model, drawn, settings, work)
     ]
     if settings.bias_correction:
@@ -103,6 +106,7 @@ def _on_each(
             raise BitalloyError(
                 f"No unit of the model can run in {what} on {device.name}{left}: there is nothing to plan."
             )
+    hidden = _hidden(model, units, heads, excluded)
     data, parts = drawn
     samples = parts.calibration[: settings.calibration_samples]
     calibration = gather(model, units, data, samples, settings.range_method, work)
@@ -117,9 +121,10 @@ def _on_each(
             data=data,
             parts=parts,
             info=data.info,
-            excluded=excluded,
+            excluded=excluded | hidden.keys(),
             calibration=calibration,
             given=model,
+            notes=_told(hidden, large=model.large),
         )
         for device, found in zip(devices, units, strict=True)
     ]
@@ -139,6 +144,31 @@ def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
                 f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
                 f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}."
             )
+
+
+def _hidden(
+    model: Graph, targets: Sequence[UnitGraph], heads: Sequence[Head], excluded: frozenset[str]
+) -> dict[str, str]:
+    """Nodes that gradients do not pass, where something in front of them may be rounded -> why."""
+    able = [unit for units in targets for unit in units.units if unit.choices]
+    nodes = [model.node[name] for unit in able for name in (*unit.core, *unit.tail)]
+    tensors = {
+        str(v.name)
+        for node in nodes
+        for v in (*node.inputs, *node.outputs)
+        if v is not None and is_float(v) and not v.is_initializer()
+    }
+    return uncovered(model, [h.tensor for h in heads], sorted(tensors), RULES, stops=excluded)
+
+
+def _told(hidden: Mapping[str, str], *, large: bool) -> tuple[str, ...]:
+    """Say what follows from nodes without gradients."""
+    if not hidden:
+        return ()
+    few = "; ".join(list(hidden.values())[:3]) + (f"; and {len(hidden) - 3} more" if len(hidden) > 3 else "")
+    follows = "stays in float" if large else "is measured by execution"
+    where = "one node" if len(hidden) == 1 else f"{len(hidden)} nodes"
+    return (f"No gradient passes {where}: {few}. What lies before {follows}.",)
 
 
 def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
