@@ -121,9 +121,9 @@ class AnalysisArguments:
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep parts in float for which there is no gradient, such as an operator without adjoint: glob over "
-            "nodes, regions or operator types. What lies before them is measured by execution. To try plans use --keep "
-            "of `bitalloy run`."
+            help="Keep parts in float and take no gradient through them: glob over nodes, regions or operator types. "
+            "What lies before them is measured by execution, as before operators without adjoint. To try plans use "
+            "--keep of `bitalloy run`."
         ),
     ] = None
     equalize: Annotated[

@@ -219,8 +219,8 @@ class Settings(Record, frozen=True, kw_only=True):
     samples: int | None = None
     """Samples of the probe matrix; None stops when the ranking has settled, between 8 and 16."""
     probes: int = 8
-    """Reverse passes per sample, shared out evenly among the heads, at least two for each; two more for every head
-    that is also measured as a KL divergence."""
+    """Reverse passes per sample, shared out evenly among the heads, at least two for each; half as many more, at least
+    two, for every head that is also measured as a KL divergence."""
     seed: int = 0
     exclude: tuple[str, ...] = ()
     """Glob patterns over node names and regions that stay in float."""

@@ -42,7 +42,6 @@ def analyze(
 
     Raises:
         ModelError: NaN or infinite values inside the model.
-        UnsupportedOpError: an operator has no adjoint rule; the message says how to exclude it.
         DataError: the data is empty or does not fit the model.
     """
     work = work or Workspace()

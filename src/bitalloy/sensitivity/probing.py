@@ -69,7 +69,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
     samples = ready.parts.probe
     plain = sum(not h.kind for h in ready.heads)
     shared = max(LEAST_PROBES, -(-settings.probes // plain))
-    probes = [LEAST_PROBES if h.kind else shared for h in ready.heads]
+    probes = [max(LEAST_PROBES, shared // 2) if h.kind else shared for h in ready.heads]
     methods = ["", *(m for m in COMPARED if any(m in r.others for r in ready.calibration.ranges))]
     schemes = [p.recipe(method) for method in methods for p in parts]
     schemes += [replace(s, ranges=later_ranges(s.units, ready.ranges, s.ranges)) for s in schemes[len(parts) :]]
