@@ -129,14 +129,15 @@ class Statistics:
     def margins(self) -> Floats:
         """By how much a range should go beyond what was seen, below and above, per tensor, (tensors, 2).
 
-        What the extremes of N samples exceed the k-th largest by is taken as exponential, with mean b (peaks over a
-        threshold: J. Pickands, Statistical inference using extreme order statistics, 1975). One more sample leaves a
-        range that goes c b beyond all that was seen with probability exp(-c) / (N + 1), by b on average. One of its n
-        values does so, which costs 2 b^2 / n per value; rounding costs (w + c b)^2 / (12 * 255^2) where the range was
-        w wide. The sum is least near c = log(12 * 255^2 / (N + 1) * b / (w n)). Where that is negative, because many
-        values share the cost, there is no margin, and a range may as well be cut.
+        What the extremes of N samples exceed the ninth largest by, or the smallest of fewer, is taken as exponential,
+        with mean b (peaks over a threshold: J. Pickands, Statistical inference using extreme order statistics, 1975).
+        One more sample leaves a range that goes c b beyond all that was seen with probability exp(-c) / (N + 1), by b
+        on average. One of its n values does so, which costs 2 b^2 / n per value; rounding costs
+        (w + c b)^2 / (12 * 255^2) where the range was w wide. The sum is least near
+        c = log(12 * 255^2 / (N + 1) * b / (w n)). Where that is negative, because many values share the cost, there is
+        no margin, and a range may as well be cut.
         """
-        used = min(TAIL - 1, self.samples // 4)
+        used = min(TAIL, self.samples) - 1
         if not used:
             return np.zeros((len(self.tensors), 2))
         tails = np.stack([-self.lows, self.highs], axis=1)[:, :, : used + 1]
