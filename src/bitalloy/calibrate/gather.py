@@ -23,7 +23,8 @@ from bitalloy.targets.safety import tensors_to_judge
 
 CALIBRATION_SHARD = 16
 
-
+LEAST_TO_CUT = 16
+"""Calibration samples from which ranges may be cut: the rare sample that loses by it is hardly among fewer."""
 COMPARED, ALIKE = ("extended", "percentile", "entropy", "mse"), 0.1
 """Range methods compared for each tensor, and the part of its width by which a range must differ to be compared."""
 
@@ -91,7 +92,8 @@ def _chosen_ranges(
     not among those that weigh it.
     """
     automatic = inputs.method == "auto"
-    first, *others = (COMPARED if not model.large else COMPARED[:1]) if automatic else (inputs.method,)
+    enough = statistics.samples >= LEAST_TO_CUT and not model.large
+    first, *others = (COMPARED if enough else COMPARED[:1]) if automatic else (inputs.method,)
     found, more = statistics.ranges(first), {other: statistics.ranges(other) for other in others}
     sparse = dict(zip(order, statistics.margins.max(axis=1) > 0, strict=True))
     largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
