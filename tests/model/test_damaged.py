@@ -76,6 +76,16 @@ def test_a_constant_that_does_not_fit_its_sizes(
         load_graph(saved(model, tmp_path))
 
 
+def test_a_window_that_is_larger_than_what_it_reads(tmp_path: Path) -> None:
+    """Inference of shapes goes on below nothing; ONNX Runtime would refuse it at the first run."""
+    net = Network()
+    x = net.op("Relu", net.op("Conv", "x", net.weight(4, 3, 5, 5)))
+    with pytest.raises(
+        ModelError, match=r"'/conv0/Conv' \(Conv\) makes 'conv0' of the shape \[1, 4, -1, 0\].*negative"
+    ):
+        load_graph(saved(net.model({"x": (1, 3, 3, 4)}, {x: (1, 4, "a", "b")}), tmp_path))
+
+
 def external(folder: Path, **changes: str | None) -> Path:
     """A model with weights in `w`, one after the other; entries of the first are changed, or left out."""
     path = folder / "m.onnx"

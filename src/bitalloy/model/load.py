@@ -176,6 +176,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     model = normalize(parsed)
     if size >= LARGE_BYTES:
         release(model)
+    _refuse_negative(model)
     info = ModelInfo(
         name=source.stem,
         sha256=digest,
@@ -190,6 +191,17 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         ),
     )
     return Graph(info, model, source, metadata, unfit)
+
+
+def _refuse_negative(model: ir.Model) -> None:
+    """Refuse a model whose shapes end below nothing, such as that of a window which is larger than what it reads."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+                raise ModelError(
+                    f"Node '{node.name}' ({node.op_type}) makes '{value.name}' of the shape {list(value.shape)}: no "
+                    "size may be negative. Give larger inputs with --shape, or export the model again."
+                )
 
 
 def _unfit(proto: onnx.ModelProto, source: Path) -> str:
