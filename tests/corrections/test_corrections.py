@@ -95,7 +95,8 @@ def test_uneven_channels_are_scaled_and_the_file_stays_the_reference(tmp_path: P
     unseen = range(16, COUNT)
     gain = [sqnr(c.variant(c.units.lowest()).to_bytes(), model, feeds, unseen) for c in (off, on)]
     assert gain[1] > gain[0] + 1.0
-    assert smoothing.with_db["y"] - smoothing.without_db["y"] == pytest.approx(gain[1] - gain[0], abs=1.5)
+    # the trial's ranges are those of 8 samples, which leave more room
+    assert smoothing.with_db["y"] - smoothing.without_db["y"] == pytest.approx(gain[1] - gain[0], abs=3)
 
 
 def test_even_channels_stay(tmp_path: Path) -> None:
