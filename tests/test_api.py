@@ -24,7 +24,7 @@ NAMES = [
     "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Plan", "RunDirectory", "RunOptions", "Selection",
-    "Settings", "Summary", "Verified", "Workspace",
+    "Settings", "Summary", "Verified", "Workload", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnsupportedOpError",

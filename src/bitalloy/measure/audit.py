@@ -14,7 +14,7 @@ Case 7. Planned in float, and the runtime rounded its weights all the same, for 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bitalloy import ops
@@ -37,10 +37,6 @@ SECONDARY = (
 """Beginnings of kernels that stand beside the work of a unit; they decide only where nothing else ran for it."""
 
 
-FLOATS = (BASELINE, "fp16", "bf16", "")
-"""Precisions of kernels that read no integers; empty where nothing is known."""
-
-
 def audit_kernels(
     units: UnitGraph,
     plan: Plan,
@@ -61,7 +57,10 @@ def audit_kernels(
         graphs: what the runtime made of each graph (`reconcile`).
     """
     known = {scheme.name: scheme for scheme in units.schemes}
-    kernels = [_named_by_plan(timed, [known[plan.scheme_of(unit)] for unit in timed.units]) for timed in kernels]
+    floats = {BASELINE, "", *(scheme.name for scheme in known.values() if scheme.cast)}
+    kernels = [
+        _named_by_plan(timed, [known[plan.scheme_of(unit)] for unit in timed.units], floats) for timed in kernels
+    ]
     own: dict[str, list[TimedKernel]] = defaultdict(list)
     taken: dict[str, list[TimedKernel]] = defaultdict(list)
     for timed in kernels:
@@ -164,14 +163,14 @@ def _audited(
     )
 
 
-def _named_by_plan(timed: TimedKernel, planned: Sequence[Scheme]) -> TimedKernel:
+def _named_by_plan(timed: TimedKernel, planned: Sequence[Scheme], floats: Collection[str]) -> TimedKernel:
     """Give a kernel the name of the scheme of a unit that it computes for, where its operands do not tell.
 
     Case 1. The operator that the scheme names.
     Case 2. A product of float tensors with a stored weight, which runtimes call by the type of the weight.
     """
     for scheme in planned:
-        stored = scheme.weights_only and timed.kernel.precision not in FLOATS
+        stored = scheme.weights_only and timed.kernel.precision not in floats
         if stored or (scheme.kernel and timed.kernel.op == scheme.kernel):
             return replace(timed, kernel=replace(timed.kernel, precision=scheme.name))
     return timed
