@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import bitalloy
+from bitalloy.core.errors import BudgetError
 from bitalloy.core.outcome import Evaluation
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
