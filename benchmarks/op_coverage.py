@@ -38,7 +38,8 @@ from bitalloy.adjoint.engine import Tap, build
 from bitalloy.adjoint.rules import RULES
 from bitalloy.core.errors import BitalloyError, ModelError, UnsupportedOpError
 from bitalloy.core.units import Edge
-from bitalloy.model.load import OPSETS, Graph, load_graph
+from bitalloy.model.load import Graph, load_graph
+from bitalloy.model.standard import OPSETS
 from bitalloy.runtime.ort import OrtSession
 
 FLOAT, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE

@@ -22,6 +22,7 @@ from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.file import parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.standard import OLDEST, OPSETS, agrees, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "static_shape",
 ]
 
-OPSETS = range(13, 24)
 DEFAULT_DOMAINS = ("", "ai.onnx")
 WHOLE_BYTES = frozenset(int(t) for t in ir.DataType if t.name not in ("UNDEFINED", "STRING") and t.bitwidth >= 8)
 """Types whose numbers fill whole bytes."""
@@ -56,6 +56,8 @@ class Graph:
     metadata: Mapping[str, str] = field(default_factory=dict)
     unfit: str = ""
     """Why the file as it is cannot stand for the float model; empty where it can."""
+    changes: tuple[str, ...] = ()
+    """What was converted when the file was read, in sentences, see `model.standard`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
@@ -143,6 +145,7 @@ def load_open(path: str | Path) -> ir.Model:
     """
     source = Path(path)
     proto, _, size = _read(source)
+    proto, _ = _standard(proto, source, size)
     _refuse(proto, source)
     del proto.graph.value_info[:]
     parsed = _parsed(proto, source)
@@ -159,9 +162,13 @@ def load_open(path: str | Path) -> ir.Model:
 
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
-    proto, digest, size = _read(source)
+    given, digest, size = _read(source)
+    proto, changes = _standard(given, source, size)
     _refuse(proto, source)
     _bind(proto, shapes)
+    if changes:
+        _bind(given, shapes)
+        changes = (*changes, agrees(given, proto, source.name))
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
     _check(proto, source)
@@ -171,8 +178,8 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    unfit = _unfit(proto, source)
-    del proto
+    unfit = _unfit(given, source)
+    del given, proto
     model = normalize(parsed)
     if size >= LARGE_BYTES:
         release(model)
@@ -190,7 +197,21 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit)
+    return Graph(info, model, source, metadata, unfit, changes)
+
+
+def _standard(proto: onnx.ModelProto, source: Path, size: int) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Bring a file to standard operators; weights of a large one lie outside the message, so it stays as it is."""
+    if size >= LARGE_BYTES:
+        return proto, ()
+    try:
+        return standardized(proto, source.name)
+    except ModelError:
+        raise
+    except Exception as error:  # the onnx package raises ValueError, TypeError, RuntimeError and its own types
+        raise ModelError(
+            f"'{source}' cannot be brought to standard operators: {str(error)[:_SHOWN]}. Export it again with opset 17."
+        ) from error
 
 
 def _refuse_negative(model: ir.Model) -> None:
@@ -333,8 +354,8 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
     opset = next((o.version for o in proto.opset_import if not o.domain), None)
     if opset not in OPSETS:
         raise ModelError(
-            f"'{source}' uses opset {opset}; supported are {OPSETS[0]} to {OPSETS[-1]}. Export it again with opset 17, "
-            "or convert it with onnx.version_converter."
+            f"'{source}' uses opset {opset}; supported are {OLDEST} to {OPSETS[-1]}, and later ones whose operators "
+            "mean the same. Export it again with opset 17."
         )
     if proto.graph.sparse_initializer:
         raise ModelError(f"'{source}' has sparse weights, which are not supported. Export it with dense weights.")

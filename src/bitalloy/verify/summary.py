@@ -28,6 +28,7 @@ from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
 from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
+from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
@@ -194,6 +195,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
     planned, measured = shipped.planned, shipped.measured
     return (
         *analysis.notes,
+        *_converted(analysis),
         *_unfit(analysis),
         *_special(analysis),
         *_busy(measured.latency),
@@ -316,14 +318,23 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
     return (note,)
 
 
+def _files(analysis: Analysis) -> tuple[Graph, ...]:
+    """Return the files of the model as loaded: several of a program."""
+    given = analysis.given
+    return tuple(given.program.graphs.values()) if isinstance(given, Joined) else (given,)
+
+
+def _converted(analysis: Analysis) -> list[str]:
+    """Say what of the files was converted when they were read."""
+    return [note for file in _files(analysis) for note in file.changes]
+
+
 def _unfit(analysis: Analysis) -> list[str]:
     """Say which files do not stand for the float model themselves."""
-    given = analysis.given
-    files = given.program.graphs.values() if isinstance(given, Joined) else (given,)
     return [
         f"'{file.source.name}' as it is does not stand for the float model: {file.unfit}. What is compared with is the "
         "same network without that."
-        for file in files
+        for file in _files(analysis)
         if file.unfit
     ]
 

@@ -1,0 +1,207 @@
+"""Bring a file to the operators that the rest reads: standard ones, of the versions in `OPSETS`.
+
+Case 1. Local functions are put in place of their calls (`onnx.inliner`).
+Case 2. Operators of `com.microsoft` that ONNX Runtime's optimizers and exporters write, and that standard operators
+        define: `model.contrib`. Also the normalizations that it accepts in the standard domain below opset 17.
+Case 3. Opset 7 to 12: `onnx.version_converter` raises it to 13.
+Case 4. Opsets above the last one: lowered, where all nodes of the file mean the same there.
+
+What was done is told as a note; `agrees` then runs the file as it was and as it became on random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx.version_converter
+import onnxruntime as ort
+from onnx import helper
+
+from bitalloy.core.errors import ModelError
+from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
+
+OPSETS = range(13, 24)
+"""Versions of the standard operators that are read as they are."""
+OLDEST = 7
+"""Oldest version that is converted: ONNX Runtime executes none below."""
+_MEANS_ELSE = frozenset({"Attention"})
+"""Operators above the last opset that compute something else than their earlier version of the same form."""
+_CLOSE = 1e-3
+"""Largest difference between a file and its conversion, over the largest magnitude of an output."""
+
+
+def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Return a model of standard operators in a supported version, and sentences that tell what was changed.
+
+    Args:
+        proto: the model with its weights; not changed.
+        name: how messages call the file.
+
+    Raises:
+        ModelError: something cannot be written in such operators; the message says what.
+    """
+    notes = []
+    if proto.functions:
+        called = len(proto.functions)
+        proto = onnx.inliner.inline_local_functions(proto)
+        notes.append(f"{called} local functions of '{name}' were put in place of their calls.")
+    expanded, kinds = _expanded(proto)
+    if kinds:
+        proto = expanded
+        notes.append(f"Operators of '{name}' were written in standard ones: {', '.join(sorted(kinds))}.")
+    opset = next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is not None and OLDEST <= opset < OPSETS[0]:
+        proto = _raised(proto, name)
+        notes.append(f"'{name}' was converted from opset {opset} to {OPSETS[0]}.")
+    elif opset is not None and OPSETS[-1] < opset <= onnx.defs.onnx_opset_version():
+        proto = _lowered(proto, name, opset)
+        notes.append(f"'{name}' is of opset {opset}, and its operators mean the same in opset {OPSETS[-1]}.")
+    return proto, tuple(notes)
+
+
+def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
+    """Execute a file and its conversion on random numbers, with all sizes known.
+
+    Returns:
+        A sentence that tells how far they differ, or why the file itself could not be executed.
+
+    Raises:
+        ModelError: they differ.
+    """
+    initial = {t.name for t in before.graph.initializer}
+    generator, feeds = np.random.default_rng(0), {}
+    for value in before.graph.input:
+        if value.name in initial:
+            continue
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        floating = np.issubdtype(kind, np.floating)
+        feeds[value.name] = (generator.standard_normal(shape) if floating else np.ones(shape)).astype(kind)
+    try:
+        reference = _run(before, feeds)
+    except Exception as error:  # ONNX Runtime raises a dozen unrelated types
+        return f"ONNX Runtime does not execute '{name}' as it is ({_first_line(error)}), so the conversion is unproven."
+    try:
+        found = _run(after, feeds)
+    except Exception as error:
+        raise ModelError(
+            f"'{name}' cannot be executed any more after its conversion: {_first_line(error)}. Export it with opset 17."
+        ) from error
+    worst = 0.0
+    for old, new in zip(reference, found, strict=True):
+        if not isinstance(old, np.ndarray) or not np.issubdtype(old.dtype, np.floating):
+            continue
+        assert isinstance(new, np.ndarray), "an output stays a tensor"
+        scale = float(np.abs(old).max(initial=0.0)) or 1.0
+        gap = (
+            float(np.abs(old.astype(np.float64) - new).max(initial=0.0)) / scale if old.shape == new.shape else math.inf
+        )
+        worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    if worst > _CLOSE:
+        raise ModelError(
+            f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "
+            f"{worst:.1e} of the largest). Export it with opset 17."
+        )
+    return f"On random inputs the conversion of '{name}' differs by {worst:.1e} of the largest output."
+
+
+def _run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> Sequence[object]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, dict(feeds)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _raised(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    try:
+        return onnx.version_converter.convert_version(proto, OPSETS[0])
+    except Exception as error:  # the converter raises RuntimeError and its own types from C++
+        raise ModelError(
+            f"'{name}' could not be converted to opset {OPSETS[0]}: {_first_line(error)}. Export it with opset 17."
+        ) from error
+
+
+def _lowered(proto: onnx.ModelProto, name: str, opset: int) -> onnx.ModelProto:
+    for node in proto.graph.node:
+        if node.domain in ("", "ai.onnx") and (why := _newer(node, opset)):
+            raise ModelError(
+                f"'{name}' uses opset {opset}, and its node '{node.name or node.output[0]}' ({node.op_type}) {why} in "
+                f"opset {OPSETS[-1]}, the last that is known. Export it with opset {OPSETS[-1]} or earlier."
+            )
+    lower = onnx.ModelProto()
+    lower.CopyFrom(proto)
+    for item in lower.opset_import:
+        if item.domain in ("", "ai.onnx"):
+            item.version = OPSETS[-1]
+    return lower
+
+
+def _newer(node: onnx.NodeProto, opset: int) -> str:
+    """Say what a node has that the last supported opset does not know; empty where it has nothing of the kind."""
+    try:
+        new = onnx.defs.get_schema(node.op_type, opset, "")
+        old = onnx.defs.get_schema(node.op_type, OPSETS[-1], "")
+    except onnx.defs.SchemaError:
+        return "does not exist"
+    if old.since_version == new.since_version:
+        return ""
+    if node.op_type in _MEANS_ELSE:
+        return "means something else"
+    unknown = sorted({a.name for a in node.attribute} - set(old.attributes))
+    return (
+        f"has no attribute {unknown[0]}" if unknown else "has fewer inputs" if len(node.input) > old.max_input else ""
+    )
+
+
+def _expanded(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, set[str]]:
+    """Write the operators of `EXPANSIONS` in standard ones; returns the model and which there were."""
+    opset = next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), OPSETS[0])
+    kinds = {n.op_type for n in proto.graph.node if _key(n, opset) in EXPANSIONS}
+    if not kinds:
+        return proto, set()
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    constants = {t.name: t for t in changed.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    made: list[onnx.TensorProto] = []
+    for node in changed.graph.node:
+        expansion = EXPANSIONS.get(_key(node, opset))
+        if expansion is None:
+            nodes.append(node)
+            continue
+        call = ContribCall(node, opset, constants)
+        if any(node.output[1:]) and not node.op_type.startswith("Skip"):
+            raise call.refuse("it has more than one result")
+        expansion(call)
+        nodes += call.nodes
+        made += call.initializers
+    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del changed.graph.node[:]
+    changed.graph.node.extend(kept)
+    changed.graph.initializer.extend(made)
+    if not any(n.domain == MICROSOFT for n in kept):
+        imports = [o for o in changed.opset_import if o.domain != MICROSOFT]
+        del changed.opset_import[:]
+        changed.opset_import.extend(imports)
+    return changed, kinds
+
+
+def _key(node: onnx.NodeProto, opset: int) -> tuple[str, str]:
+    """Return (domain, operator); of what ONNX defines itself by now, another key, which has no expansion."""
+    domain = "" if node.domain in ("", "ai.onnx") else node.domain
+    return (
+        ("onnx", node.op_type)
+        if not domain and node.op_type == "LayerNormalization" and opset >= 17
+        else (
+            domain,
+            node.op_type,
+        )
+    )

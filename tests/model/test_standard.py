@@ -1,0 +1,204 @@
+"""Files of old opsets, with local functions and operators of ONNX Runtime, against ONNX Runtime on the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from bitalloy.core.errors import ModelError
+from bitalloy.model.load import load_graph
+
+RANDOM = np.random.default_rng(7)
+MS = "com.microsoft"
+
+
+def tensor(name: str, *shape: int, kind: type = np.float32) -> onnx.TensorProto:
+    return numpy_helper.from_array(RANDOM.standard_normal(shape).astype(kind), name)
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    constants: list[onnx.TensorProto],
+    shape: tuple[int, ...],
+    opset: int,
+    functions: list[onnx.FunctionProto] | None = None,
+    domains: tuple[str, ...] = (),
+) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
+    made = helper.make_model(graph, opset_imports=imports, functions=functions or [])
+    made.ir_version = 8
+    return made
+
+
+def nbits(bits: int, zeros: bool) -> onnx.ModelProto:
+    rows = RANDOM.integers(0, 256, (6, 3, 16 * bits // 8), dtype=np.uint8)
+    points = RANDOM.integers(0, 256, 6 * (-(-3 * bits // 8)), dtype=np.uint8)
+    constants = [
+        numpy_helper.from_array(rows, "w"),
+        numpy_helper.from_array(RANDOM.uniform(0.01, 0.1, 18).astype(np.float32), "s"),
+    ]
+    if zeros:
+        constants.append(numpy_helper.from_array(points, "z"))
+    sizes: dict[str, Any] = {"K": 40, "N": 6, "bits": bits, "block_size": 16}
+    node = helper.make_node(
+        "MatMulNBits", ["x", "w", "s"] + ["z"] * zeros, ["y"], "product", domain=MS, accuracy_level=0, **sizes
+    )
+    return model([node], constants, (2, 5, 40), 17, domains=(MS,))
+
+
+def one(op: str, *more: onnx.TensorProto, shape: tuple[int, ...] = (2, 5, 8), domain: str = MS, opset: int = 14,
+        inputs: tuple[str, ...] | None = None, **attributes: Any) -> onnx.ModelProto:  # fmt: skip
+    given = inputs if inputs is not None else ("x", *(t.name for t in more))
+    node = helper.make_node(op, list(given), ["y"], "node", domain=domain, **attributes)
+    return model([node], list(more), shape, opset, domains=(MS,) if domain else ())
+
+
+def called() -> onnx.ModelProto:
+    body = [helper.make_node("Sigmoid", ["a"], ["s"], "s"), helper.make_node("Mul", ["a", "s"], ["b"], "m")]
+    function = helper.make_function("mine", "swish", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    node = helper.make_node("swish", ["x"], ["y"], "call", domain="mine")
+    return model([node], [], (1, 4), 17, [function], ("mine",))
+
+
+def skipping(op: str, *more: str) -> onnx.ModelProto:
+    constants = [tensor("k", 2, 5, 8), tensor("g", 8), tensor("b", 8)]
+    nodes = [
+        helper.make_node(op, ["x", "k", "g", *more], ["n", "", "", "sum"], "skip", domain=MS, epsilon=1e-6),
+        helper.make_node("Sub", ["n", "sum"], ["y"], "both"),
+    ]
+    return model(nodes, constants, (2, 5, 8), 14, domains=(MS,))
+
+
+def old_upsample() -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Upsample", ["x", "s"], ["u"], "up", mode="nearest"),
+        helper.make_node("Softmax", ["u"], ["y"], "soft", axis=3),
+    ]
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "s")
+    return model(nodes, [scales], (1, 2, 3, 4), 9)
+
+
+def old_classifier() -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["c", "g", "be", "m", "v"], ["n"], "norm"),
+        helper.make_node("Clip", ["n"], ["r"], "clip", min=0.0, max=6.0),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
+        helper.make_node("Squeeze", ["p"], ["q"], "squeeze", axes=[2, 3]),
+        helper.make_node("Gemm", ["q", "f", "fb"], ["y"], "full", transB=1),
+    ]
+    positive = numpy_helper.from_array(RANDOM.uniform(0.5, 1.5, 6).astype(np.float32), "v")
+    named = [tensor("w", 6, 3, 3, 3), tensor("b", 6), tensor("g", 6), tensor("be", 6), tensor("m", 6), positive]
+    return model(nodes, [*named, tensor("f", 4, 6), tensor("fb", 4)], (1, 3, 8, 8), 7)
+
+
+def slices(opset: int) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Pad", ["x"], ["p"], "pad", pads=[0, 0, 1, 0, 0, 1], value=0.5),
+        helper.make_node("Slice", ["p"], ["s"], "slice", axes=[2], starts=[1], ends=[6]),
+        helper.make_node("ReduceSum", ["s"], ["r"], "sum", axes=[1], keepdims=1),
+        helper.make_node("Unsqueeze", ["r"], ["y"], "more", axes=[0]),
+    ]
+    return model(nodes, [], (1, 3, 8), opset)
+
+
+CASES: dict[str, Callable[[], onnx.ModelProto]] = {
+    "local function": called,
+    "opset 7 classifier": old_classifier,
+    "opset 9 Upsample and flat Softmax": old_upsample,
+    "opset 8 Pad and Slice": lambda: slices(8),
+    "opset 9 Pad and Slice": lambda: slices(9),
+    "FusedConv": lambda: one(
+        "FusedConv", tensor("w", 4, 3, 3, 3), tensor("b", 4), shape=(1, 3, 6, 6), activation="Relu"
+    ),
+    "FusedConv, LeakyRelu": lambda: one(
+        "FusedConv", tensor("w", 4, 3, 3, 3), shape=(1, 3, 6, 6), activation="LeakyRelu", activation_params=[0.2]
+    ),
+    "FusedMatMul": lambda: one("FusedMatMul", tensor("w", 3, 8), transB=1, alpha=0.5),
+    "Gelu": lambda: one("Gelu"),
+    "BiasGelu": lambda: one("BiasGelu", tensor("b", 8)),
+    "FastGelu": lambda: one("FastGelu", tensor("b", 8)),
+    "QuickGelu": lambda: one("QuickGelu", alpha=1.3),
+    "LayerNormalization below opset 17": lambda: one(
+        "LayerNormalization", tensor("g", 8), tensor("b", 8), domain="", axis=-1, epsilon=1e-6
+    ),
+    "SimplifiedLayerNormalization": lambda: one("SimplifiedLayerNormalization", tensor("g", 8), domain="", axis=-1),
+    "SkipLayerNormalization": lambda: skipping("SkipLayerNormalization", "b"),
+    "SkipSimplifiedLayerNormalization": lambda: skipping("SkipSimplifiedLayerNormalization"),
+    "MatMulNBits 4": lambda: nbits(4, zeros=False),
+    "MatMulNBits 4 with zero points": lambda: nbits(4, zeros=True),
+    "MatMulNBits 8 with zero points": lambda: nbits(8, zeros=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conversion_computes_what_the_file_does(name: str, tmp_path: Path) -> None:
+    """The normal form gives the numbers of the file, executed by ONNX Runtime without optimization."""
+    path = tmp_path / "model.onnx"
+    onnx.save(CASES[name](), path)
+    graph = load_graph(path)
+    feeds = {
+        "x": np.random.default_rng(1).standard_normal([int(d) for d in graph.info.inputs[0].shape]).astype(np.float32)
+    }
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (expected,) = ort.InferenceSession(str(path), options).run(None, feeds)
+    (found,) = ort.InferenceSession(graph.to_bytes(), options).run(None, feeds)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not any(n.domain for n in graph.nodes)
+    assert graph.changes
+
+
+def test_newest_opset_is_read_where_nothing_changed(tmp_path: Path) -> None:
+    """Opset 24 has a new Cast and TopK, in types alone; its Attention is another operator."""
+    path = tmp_path / "model.onnx"
+    plain = model([helper.make_node("Reshape", ["x", "s"], ["y"], "r")], [], (2, 6), 24)
+    plain.graph.initializer.append(numpy_helper.from_array(np.array([3, 4]), "s"))
+    onnx.save(plain, path)
+    assert load_graph(path).info.opset == 23
+    onnx.save(model([helper.make_node("Swish", ["x"], ["y"], "s")], [], (2, 6), 24), path)
+    with pytest.raises(ModelError, match="'s' \\(Swish\\) does not exist in opset 23"):
+        load_graph(path)
+
+
+def test_a_conversion_that_changes_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converted file is executed beside the file as it was."""
+    path = tmp_path / "model.onnx"
+    onnx.save(slices(9), path)
+    convert = onnx.version_converter.convert_version
+
+    def wrong(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
+        made = convert(proto, version)
+        node = next(n for n in made.graph.node if n.op_type == "ReduceSum")
+        node.op_type = "ReduceSumSquare"
+        del node.input[1:]
+        return made
+
+    monkeypatch.setattr(onnx.version_converter, "convert_version", wrong)
+    with pytest.raises(ModelError, match=r"gives other numbers after its conversion|cannot be executed any more"):
+        load_graph(path)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda: one("FusedConv", tensor("w", 4, 3, 3, 3), shape=(1, 3, 6, 6), activation="Wave"), "'Wave' is unknown"),
+        (lambda: one("Inverse", shape=(1, 4, 4)), "Operator domain 'com.microsoft'"),
+        (lambda: slices(6), "opset 6; supported are 7"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_says_so(made: Callable[[], onnx.ModelProto], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(made(), path)
+    with pytest.raises(ModelError, match=told):
+        load_graph(path)
