@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -54,14 +54,14 @@ class ContribCall:
     def scalar(self, value: float) -> str:
         return self.constant(np.array(value, np.float32))
 
-    def add(self, op_type: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def add(self, op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Add a node; its result is that of the call where `output` says so."""
         name = f"{self._base}/{op_type}_{len(self.nodes)}"
         made = helper.make_node(op_type, list(inputs), [output or f"{name}/output"], name=name, **attributes)
         self.nodes.append(made)
         return str(made.output[0])
 
-    def finish(self, op_type: str, *inputs: str, **attributes: object) -> None:
+    def finish(self, op_type: str, *inputs: str, **attributes: Any) -> None:
         """Add the node that makes the result; it keeps the name of the node that is replaced."""
         self.add(op_type, *inputs, output=str(self.node.output[0]), **attributes)
         self.nodes[-1].name = self._base
@@ -102,7 +102,7 @@ def _activate(call: ContribCall, value: str) -> None:
 
 def _fused_conv(call: ContribCall) -> None:
     skipped = {"activation", "activation_params"}
-    kept = {a.name: helper.get_attribute_value(a) for a in call.node.attribute if a.name not in skipped}
+    kept: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in call.node.attribute if a.name not in skipped}
     value = call.add("Conv", *(v for v in (call.input(i) for i in range(3)) if v), **kept)
     if call.input(3):
         value = call.add("Add", value, call.input(3))
@@ -110,7 +110,9 @@ def _fused_conv(call: ContribCall) -> None:
 
 
 def _fused_gemm(call: ContribCall) -> None:
-    kept = {n: call.attribute(n, d) for n, d in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0))}
+    kept: dict[str, Any] = {
+        n: call.attribute(n, d) for n, d in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0))
+    }
     _activate(call, call.add("Gemm", *(v for v in (call.input(i) for i in range(3)) if v), **kept))
 
 
