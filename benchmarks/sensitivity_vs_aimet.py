@@ -116,10 +116,10 @@ def entry_site(edge: UnitEdge) -> str:
 
 def scales_of(graph: Graph, recipe: Recipe) -> dict[str, np.ndarray]:
     """Scales of every tensor and weight that may be rounded."""
-    rounded = {t: recipe.tensor_params(SCHEME, t) for t in recipe.ranges}
+    rounded = {t: recipe.tensor_params(SCHEME, t)[1] for t in recipe.ranges}
     for site in (w for u in recipe.units.units for w in u.weights):
-        rounded[site.tensor] = recipe.weight_params(SCHEME, graph.node[site.node], site)
-    return {tensor: params.scale.reshape(-1) for tensor, (_, params) in rounded.items() if params is not None}
+        rounded[site.tensor] = recipe.weight(SCHEME, graph.node[site.node], site).params
+    return {tensor: params.scale.reshape(-1) for tensor, params in rounded.items() if params is not None}
 
 
 def agreement(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:

@@ -145,8 +145,8 @@ def test_parameters_follow_ranges_and_schemes(case: Case) -> None:
     assert float(params.scale) == pytest.approx((high - low) / 255, rel=1e-6)
     unit = next(u for u in case.units.units if u.weights)
     site = unit.weights[0]
-    of_weight, stored_as = recipe.weight_params("int8", case.graph.node[site.node], site)
-    assert of_weight.name == "int8" and stored_as is not None and stored_as.axis == site.axis
+    stored_as = recipe.weight("int8", case.graph.node[site.node], site)
+    assert stored_as.format.name == "int8" and stored_as.params is not None and stored_as.params.axis == site.axis
 
 
 def test_the_opset_is_that_of_the_schemes_in_use(case: Case) -> None:

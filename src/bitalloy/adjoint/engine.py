@@ -82,6 +82,8 @@ class ReverseGraph:
     model: Packed
     output: str
     """Name of the output (P, sum of parts): the inner products of cotangent and error, part by part."""
+    rows: dict[str, str]
+    """Tensor -> name of the output (P, *shape without the last axis) with the squared norms of its gradient's rows."""
 
     def by_tap(self, products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each tap's inner product with the cotangent, and the sum of squares over its parts; (P, taps) each."""
@@ -185,6 +187,7 @@ def build(
     *,
     stops: frozenset[str] = frozenset(),
     keep: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Adjoint:
     """Write the primal graph and a reverse graph for every head.
 
@@ -195,6 +198,7 @@ def build(
         rules: operator -> rule.
         stops: node names through which no gradient flows; of what lies before them nothing is known.
         keep: further tensors that the primal graph returns.
+        rows: tensors of whose gradients the reverse graphs return the squared norm of every row, the last axis.
 
     Raises:
         UnsupportedOpError: an operator between a tap and a head has no rule, or its rule does not cover this use.
@@ -212,10 +216,11 @@ def build(
         values=values,
         taps=taps,
         errors={tap.id: tap.error(primal, values) for tap in taps},
-        wanted=_wanted(nodes, values, taps, stops),
+        wanted=_wanted(nodes, {values[t.edges[0].tensor] for t in taps} | {values[name] for name in rows}, stops),
         primal=primal,
         rules=rules,
         stops=stops,
+        rows=frozenset(rows),
         prefix=prefix,
     )
     energies = [
@@ -233,11 +238,9 @@ def build(
     return Adjoint(pack(model), tuple(str(e.name) for e in energies), tuple(reverses))
 
 
-def _wanted(
-    nodes: list[ir.Node], values: Mapping[str, ir.Value], taps: Sequence[Tap], stops: frozenset[str]
-) -> set[ir.Value]:
-    """Tensors whose gradient is needed: tapped ones, and all floating-point tensors that vary with them."""
-    wanted = {values[t.edges[0].tensor] for t in taps}
+def _wanted(nodes: list[ir.Node], asked: set[ir.Value], stops: frozenset[str]) -> set[ir.Value]:
+    """Tensors whose gradient is needed: those asked for, and all floating-point tensors that vary with them."""
+    wanted = set(asked)
     for node in nodes:
         if not _blocks(node, stops) and any(v in wanted for v in node.inputs):
             wanted.update(v for v in node.outputs if v.dtype in FLOATING)
@@ -261,6 +264,8 @@ class _Network:
     primal: Builder
     rules: Mapping[str, Rule]
     stops: frozenset[str]
+    rows: frozenset[str]
+    """Tensors of whose gradients the norms of the rows are wanted."""
     prefix: str
 
 
@@ -286,6 +291,7 @@ class _Reversal:
         ]
         self._collected = {(name_of(c.node), c.slot): Cotangent(self._cotangent) for c in last}
         self._columns: list[tuple[str, ir.Value, int]] = []
+        self._rows: dict[str, ir.Value] = {}
         self._tapped: dict[ir.Value, list[Tap]] = defaultdict(list)
         for tap in network.taps:
             self._tapped[network.values[tap.edges[0].tensor]].append(tap)
@@ -326,6 +332,9 @@ class _Reversal:
                 (first, count), rest = same[0], [p for p, _ in same[1:]]
                 column = self._builder.op("Sum", first, *rest) if rest else first
                 self._columns.append((tap.id, column, count))
+        if total is not None and value.name in self._network.rows:
+            dense = self.context.dense(self.context.whole(total, value))
+            self._rows[value.name] = self._builder.op("ReduceSumSquare", dense, axes=[-1], keepdims=0)
         return total
 
     def _finished(self) -> ReverseGraph:
@@ -338,7 +347,7 @@ class _Reversal:
         for tap_id, _, count in self._columns:
             parts[tap_id] += count
         result.name = f"{self._network.prefix}a"
-        self._graph.outputs.append(result)
+        self._graph.outputs.extend([result, *self._rows.values()])
         return ReverseGraph(
             head=self._head,
             cotangent=str(self._cotangent.name),
@@ -348,6 +357,7 @@ class _Reversal:
             parts=tuple(parts.values()),
             model=pack(ir.Model(self._graph, ir_version=8)),
             output=result.name,
+            rows={tensor: str(value.name) for tensor, value in self._rows.items()},
         )
 
 

@@ -141,6 +141,14 @@ class AnalysisArguments:
             help="Take the mean error of INT8 layers out of their biases where measurement says it pays.",
         ),
     ] = True
+    weight_rounding: Annotated[
+        str,
+        typer.Option(
+            help="Rounding of weights that are stored in blocks: `nearest`, `search` (ranges by the error of the "
+            "product), `gptq` (errors compensated by other weights) or `weighted` (the same, with care where the "
+            "outputs depend on it); `auto` tries all and keeps the best."
+        ),
+    ] = "auto"
     samples: Annotated[
         str, typer.Option(help="Number of samples of the probe matrix and of exact measurement, or `auto`.")
     ] = "auto"
@@ -187,6 +195,7 @@ class AnalysisArguments:
             protect=protect,
             equalize=self.equalize,
             bias_correction=self.bias_correction,
+            weight_rounding=options.choice("--weight-rounding", self.weight_rounding, options.WEIGHT_ROUNDINGS),
         )
 
 

@@ -17,6 +17,7 @@ MOST_BYTES = 2**62
 LARGEST_FLOOR_DB = 160
 """No floor on the SQNR is higher or, below zero, lower: equal outputs have this much."""
 RANGE_METHODS = ("auto", "minmax", "extended", "moving", "percentile", "entropy", "mse")
+WEIGHT_ROUNDINGS = ("auto", "nearest", "search", "gptq", "weighted")
 Text = TypeVar("Text", str, str | None)
 
 

@@ -63,16 +63,16 @@ class RunDirectory:
 
     def get(self, stage: str, key: str, shard: str | None = None) -> bytes | None:
         """Return a stored result, or None where there is none."""
-        path = self._place(stage, key, shard)
+        path = self.place(stage, key, shard)
         return path.read_bytes() if path.is_file() else None
 
     def has(self, stage: str, key: str, shard: str | None = None) -> bool:
         """Tell whether a result is stored."""
-        return self._place(stage, key, shard).is_file()
+        return self.place(stage, key, shard).is_file()
 
     def put(self, stage: str, key: str, data: bytes, shard: str | None = None) -> None:
         """Store a result."""
-        self._write(self._place(stage, key, shard), data)
+        self._write(self.place(stage, key, shard), data)
 
     def cached(self, stage: str, key: str, make: Callable[[], bytes]) -> bytes:
         """Return the stored result of a stage, made now where it is missing."""
@@ -99,7 +99,8 @@ class RunDirectory:
             ) from error
         return path
 
-    def _place(self, stage: str, key: str, shard: str | None) -> Path:
+    def place(self, stage: str, key: str, shard: str | None = None) -> Path:
+        """Return the path of a result, stored or not."""
         name = f"{stage}-{key[:24]}"
         return self.cache / name if shard is None else self.cache / f"{name}.d" / shard
 

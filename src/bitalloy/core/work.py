@@ -71,6 +71,10 @@ class Workspace:
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         return data
 
+    def place(self, stage: str, inputs: StageInputs) -> Path | None:
+        """Return the file in which the result of a stage is stored; None without a run directory."""
+        return self.store.place(stage, key_of(inputs)).absolute() if self.store is not None else None
+
     def map(self, jobs: Sequence[Job], progress: Progress, *, at_once: int = 1) -> Generator[bytes]:
         """Give the results of jobs in their order: stored ones as they are, the others done now and stored one by one.
 

@@ -71,7 +71,12 @@ def scale_channels(
     fitted = samples[:FACTOR_SAMPLES]
     judged = samples[len(fitted) : len(fitted) + JUDGING_SAMPLES] or fitted
     few = msgspec.structs.replace(
-        settings, calibration_samples=len(fitted), equalize=False, protect=True, bias_correction=False
+        settings,
+        calibration_samples=len(fitted),
+        equalize=False,
+        protect=True,
+        bias_correction=False,
+        weight_rounding="nearest",
     )
     inputs = ScalingInputs(
         model=model.identity,

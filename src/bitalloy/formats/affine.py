@@ -273,6 +273,11 @@ class Affine:
         assert params is not None, "integers have a scale"
         return quantize(x, params)
 
+    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None) -> NDArray[np.float32]:
+        """Return what integers stand for, as `dequantize` does."""
+        assert params is not None, "integers have a scale"
+        return dequantize(numbers, params)  # type: ignore[arg-type]
+
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
         """Round numbers as `fake_quantize` does."""
         assert params is not None, "integers have a scale"

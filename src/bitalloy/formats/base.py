@@ -111,6 +111,10 @@ class Format(Rounding, Protocol):
         """Return the numbers as they are stored."""
         ...
 
+    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None) -> NDArray[np.float32]:
+        """Return what stored numbers stand for, as the runtime reads them."""
+        ...
+
     def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None) -> ir.Value:
         """Read a constant that is stored in the format; returns it as float32."""
         ...

@@ -61,6 +61,10 @@ class Float16:
         with np.errstate(over="ignore", under="ignore"):
             return np.asarray(x).astype(np.float16)
 
+    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """Convert stored numbers to float32."""
+        return np.asarray(numbers.astype(np.float32))
+
     def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
         """Round numbers as `fake_fp16` does."""
         return fake_fp16(x)

@@ -79,10 +79,14 @@ class Float8:
             steps = np.asarray(x, np.float32) / along(params.scale, x, params)
         return np.asarray(np.clip(steps, -LARGEST_E4M3, LARGEST_E4M3).astype(ml_dtypes.float8_e4m3fn))
 
+    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None) -> NDArray[np.float32]:
+        """Return what stored numbers stand for."""
+        assert params is not None, "E4M3 has a scale"
+        return np.asarray(numbers.astype(np.float32) * along(params.scale, numbers, params))
+
     def reference(self, x: NDArray[np.floating], params: QuantParams | None) -> NDArray[np.float32]:
         """Return what rounding leaves of numbers."""
-        assert params is not None, "E4M3 has a scale"
-        return np.asarray(self.encode(x, params).astype(np.float32) * along(params.scale, x, params))
+        return self.decode(self.encode(x, params), params)
 
     def write(self, writer: Writer, x: ir.Value, params: QuantParams | None) -> ir.Value:
         """Write a QuantizeLinear and a DequantizeLinear, whose zero point tells the format."""

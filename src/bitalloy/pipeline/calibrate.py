@@ -18,6 +18,7 @@ from bitalloy.core.records import Calibration, Head, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
+from bitalloy.corrections.rounding import check_rounding, round_blocks
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
 from bitalloy.data.parts import WantedSamples, draw_parts
@@ -58,6 +59,7 @@ def calibrate(
     settings, work = settings or Settings(), work or Workspace()
     devices = chosen_targets(settings.targets, settings.device)
     _check_schemes(devices, settings.schemes)
+    check_rounding(settings.weight_rounding)
     workload_of(model, settings.workload)  # what it refuses is refused before any work
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
@@ -79,6 +81,10 @@ def calibrate(
         replace(part, given=given, corrections=corrections, notes=(*notes, *part.notes))
         for part in _on_each(devices, model, drawn, settings, work)
     ]
+    roundings, correction = round_blocks(parts, drawn[0], drawn[1].calibration, work)
+    if correction is not None:
+        corrections = (*corrections, correction)
+        parts = [replace(p.stored(r), corrections=corrections) for p, r in zip(parts, roundings, strict=True)]
     if settings.bias_correction:
         debiased = debias(parts, drawn[0], drawn[1].calibration, work)
         corrections = (*corrections, debiased.correction)

@@ -207,19 +207,19 @@ class _GraphWriter:
 
         Then the scale of weights grows where the bias would leave int32. Without `entry` it stays float.
         """
-        weight = constant(node.inputs[site.slot])
-        stored, params = self._recipe.weight_params(scheme.name, node, site)
-        assert weight is not None, "weight sites are constants"
+        stored = self._recipe.weight(scheme.name, node, site)
+        params = stored.params
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if bias is not None and entry is not None and params is not None:
             integers, steps = bias_int32(bias, entry.scale * params.scale)
             params = replace(params, scale=np.maximum(params.scale, (steps / entry.scale).astype(np.float32)))
+            stored = replace(stored, params=params)
             zeros = np.zeros(steps.shape, np.int32)
             grid = QuantParams(scale=steps, zero_point=zeros, qmin=-(2**31), qmax=2**31 - 1, axis=0)
             kept = self.constant(f"{node.name}/bias_{scheme.bias}", integers)
             node.replace_input_with(2, self._read(kept, find_format(scheme.bias), grid, unit))
-        kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.encode(weight, params))
-        node.replace_input_with(site.slot, self._read(kept, stored, params, unit))
+        kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.numbers)
+        node.replace_input_with(site.slot, self._read(kept, stored.format, params, unit))
 
     def _pair(self, tensor: str, rounding: tuple[Rounding, QuantParams | None], unit: str) -> None:
         """Round a tensor for all its consumers; a graph output keeps its name on the rounded value."""

@@ -117,8 +117,7 @@ def bias_offsets(
         weight = constant(layer.inputs[bias.weight.slot])
         assert weight is not None, "weight sites are constants"
         for scheme in schemes[bias.weight.id]:
-            stored, params = recipe.weight_params(scheme, layer, bias.weight)
-            lost = weight.astype(np.float64) - stored.reference(weight, params)
+            lost = weight.astype(np.float64) - recipe.weight(scheme, layer, bias.weight).rounded
             values = _product(layer, lost, means[bias.tensor])
             found[weight_site(bias.weight, scheme).id] = Offset(node=bias.node, values=tuple(values.tolist()))
     return found

@@ -31,7 +31,8 @@ from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.machine import Machine, this_machine
 from bitalloy.runtime.ort import AS_WRITTEN
 from bitalloy.targets.base import Target
-from bitalloy.targets.recipe import Recipe, recipe_opening
+from bitalloy.targets.recipe import Recipe, recipe_identity
+from bitalloy.targets.stored import ChosenRoundings
 
 
 class Environment(Record, frozen=True, kw_only=True):
@@ -87,6 +88,8 @@ class Calibrated:
     """What scaling between layers and bias correction did."""
     offsets: Mapping[str, Offset] = field(default_factory=dict)
     """What is added to biases, see `Recipe.offsets`; empty without bias correction."""
+    roundings: ChosenRoundings = field(default_factory=ChosenRoundings)
+    """Weights whose stored numbers are not all the nearest ones, see `Recipe.roundings`."""
     others: tuple[Calibrated, ...] = ()
     """The same on the other targets of the settings."""
 
@@ -98,7 +101,7 @@ class Calibrated:
     def recipe(self, method: str = "") -> Recipe:
         """Say how the target rounds the model, with ranges by another method where that gives something else."""
         ranges = {r.tensor: r.others.get(method, (r.low, r.high)) for r in self.calibration.ranges}
-        return Recipe(self.units, self.target, ranges, self.offsets)
+        return Recipe(self.units, self.target, ranges, self.offsets, self.roundings)
 
     def on(self, methods: Mapping[str, str]) -> Calibrated:
         """Return the same model with the ranges of some tensors by another method."""
@@ -123,7 +126,7 @@ class Calibrated:
             given=self.given.identity,
             shapes=self.graph.info.inputs,
             heads=self.heads,
-            recipe=recipe_opening(self.recipe()),
+            recipe=recipe_identity(self.recipe()),
             data=self.info,
             environment=self.environment,
         )
@@ -131,6 +134,10 @@ class Calibrated:
     def corrected(self, offsets: Mapping[str, Offset]) -> Self:
         """Return the same model with its biases moved."""
         return replace(self, offsets=offsets)
+
+    def stored(self, roundings: ChosenRoundings) -> Self:
+        """Return the same model with some weights stored otherwise."""
+        return replace(self, roundings=roundings)
 
     def variant(self, plan: Plan) -> MixedModel:
         """Make the model in which the units of a plan run in its schemes."""

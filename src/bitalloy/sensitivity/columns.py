@@ -197,13 +197,13 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
     node = graph.node[weight_site.node]
     weight = constant(node.inputs[weight_site.slot])
     assert weight is not None
-    stored, params = recipe.weight_params(site.scheme, node, weight_site)
+    stored = recipe.weight(site.scheme, node, weight_site)
     offset = recipe.offsets.get(site.id)
     kept, output = _attributes(node), node.outputs[0]
 
     def tap(name: str) -> Tap:
-        delta = None if graph.large else stored.reference(weight, params) - weight
-        encoded = stored.encode(weight, params) if graph.large else None
+        delta = None if graph.large else stored.rounded - weight
+        encoded = stored.numbers if graph.large else None
 
         def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
             x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
@@ -212,7 +212,7 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
             else:
                 assert encoded is not None
                 original = values[weight_site.tensor]
-                change = p.like("Sub", stored.write_stored(_Probe(p), p.const(encoded), params), original)
+                change = p.like("Sub", stored.format.write_stored(_Probe(p), p.const(encoded), stored.params), original)
             made = p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
             if offset is None:
                 return made
@@ -220,7 +220,7 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
 
         return Tap(name, (Edge(tensor=str(output.name), node="", slot=0),), error)
 
-    key = ("weight", weight_site.id, offset, *_identity(stored, params))
+    key = ("weight", weight_site.id, offset, stored.digest, *_identity(stored.format, stored.params))
     return Column(site.id, recipe.target.name, key, tap)
 
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 from bitalloy.core.records import Head, Secant
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.base import Format, QuantParams, Rounding
+from bitalloy.formats.base import QuantParams, Rounding
 from bitalloy.model.heads import Reference
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
@@ -33,6 +33,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, relative
 from bitalloy.sensitivity.segments import cut, extract, reads
 from bitalloy.targets.placement import WEIGHTS, Site, own_sites, possible_sites
 from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.stored import StoredWeight
 
 FRACTIONS = (0.125, 0.35, 1.0)
 SEGMENTS = 24
@@ -85,8 +86,8 @@ class Switchboard:
                 self._add_edge(site, entry.uses, entry.root)
 
     def _add_weight(self, site: Site, weight: WeightSite) -> None:
-        rounding = self._recipe.weight_params(site.scheme, self._graph.node[weight.node], weight)
-        gate = (self._gate(site), weight, *rounding, self._recipe.offsets.get(site.id))
+        stored = self._recipe.weight(site.scheme, self._graph.node[weight.node], weight)
+        gate = (self._gate(site), weight, stored, self._recipe.offsets.get(site.id))
         self._segments[self._place[weight.node]].weights.append(gate)
 
     def _add_edge(self, site: Site, uses: Sequence[Edge], root: str) -> None:
@@ -170,7 +171,7 @@ class Segment:
     def __init__(self, graph: Graph, nodes: Sequence[ir.Node], threads: int) -> None:
         self._graph, self._nodes, self._threads = graph, nodes, threads
         self.edges: list[tuple[int, Sequence[Edge], Rounding, QuantParams | None]] = []
-        self.weights: list[tuple[int, WeightSite, Format, QuantParams | None, Offset | None]] = []
+        self.weights: list[tuple[int, WeightSite, StoredWeight, Offset | None]] = []
         """Gates with their columns."""
         self.inputs = reads(nodes)
         """Tensors that it reads."""
@@ -200,8 +201,8 @@ class Segment:
         keeper = Gatekeeper(model, large=self._graph.large)
         for _, uses, stored, params in self.edges:
             keeper.edge(uses, stored, params)
-        for _, site, stored, params, offset in self.weights:
-            keeper.weight(site, stored, params, offset)
+        for _, site, weight, offset in self.weights:
+            keeper.weight(site, weight, offset)
         keeper.close()
         return OrtSession(model, threads=self._threads, shared=True)
 

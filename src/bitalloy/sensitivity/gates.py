@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.units import Edge, Offset, WeightSite
-from bitalloy.formats.base import Format, QuantParams, Rounding
+from bitalloy.formats.base import QuantParams, Rounding
 from bitalloy.model.read import attribute, beside_output, constant
 from bitalloy.model.write import add_initializer, insert_behind
+from bitalloy.targets.stored import StoredWeight
 
 GATES = "bitalloy/gates"
 LEAVING = "bitalloy/rounded/"
@@ -45,12 +46,10 @@ class Gatekeeper:
         self._gates.shape = ir.Shape((self._count,))
         self._graph.inputs.append(self._gates)
 
-    def weight(
-        self, site: WeightSite, stored: Format, params: QuantParams | None, offset: Offset | None = None
-    ) -> None:
+    def weight(self, site: WeightSite, stored: StoredWeight, offset: Offset | None = None) -> None:
         """Add a gate on the error of a weight and its bias offset, which are seen at the output of its node."""
         node = self._nodes[site.node]
-        before, delta = self._change(node.inputs[site.slot], stored, params)
+        before, delta = self._change(node.inputs[site.slot], stored)
         kept = {k: v for k in node.attributes if (v := attribute(node, k, None)) is not None}
         y = node.outputs[0]
         uses = list(y.uses())
@@ -73,16 +72,14 @@ class Gatekeeper:
             y.name, result.name = f"{name}/float", name
             result.shape = y.shape
 
-    def _change(
-        self, value: ir.Value | None, stored: Format, params: QuantParams | None
-    ) -> tuple[list[ir.Node], ir.Value]:
+    def _change(self, value: ir.Value | None, stored: StoredWeight) -> tuple[list[ir.Node], ir.Value]:
         """Compute what rounding changes in a weight, and return it with the nodes that compute it."""
         weight = constant(value)
         assert weight is not None, "weight sites are constants"
         body = _Body(self, f"gate/{self._count}")
         if not self._large:
-            return [], body.constant(stored.reference(weight, params) - weight, "delta")
-        kept = stored.write_stored(body, body.constant(stored.encode(weight, params), "stored"), params)
+            return [], body.constant(stored.rounded - weight, "delta")
+        kept = stored.format.write_stored(body, body.constant(stored.numbers, "stored"), stored.params)
         change = ir.node("Sub", [kept, value])
         return [*body.nodes, change], change.outputs[0]
 

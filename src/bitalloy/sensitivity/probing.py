@@ -25,7 +25,7 @@ from bitalloy.sensitivity.ranges import later_ranges
 from bitalloy.sensitivity.switchboards import switchboard
 from bitalloy.sensitivity.table import ranking_settled
 from bitalloy.targets.placement import rounded
-from bitalloy.targets.recipe import recipe_opening
+from bitalloy.targets.recipe import recipe_identity, recipe_opening
 
 MIN_SAMPLES, MAX_SAMPLES = 8, 16
 
@@ -79,7 +79,7 @@ def probe_all(parts: Sequence[Calibrated], work: Workspace) -> ProbedMatrix:
         model=ready.graph.identity,
         shapes=ready.graph.info.inputs,
         heads=ready.heads,
-        recipes=recipes,
+        recipes=tuple(map(recipe_identity, schemes)),
         stops=stops,
         data=ready.info,
         samples=samples,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -15,11 +16,13 @@ from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format, find_rounding, required_opset
-from bitalloy.formats.base import Format, QuantParams, Rounding
+from bitalloy.formats.base import QuantParams, Rounding
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, on_devices, target
 from bitalloy.targets.base import Target
 from bitalloy.targets.pairs import largest_pairs
+from bitalloy.targets.placement import weight_site
+from bitalloy.targets.stored import ChosenRoundings, RoundingFile, StoredWeight, open_roundings
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 """Tensor -> calibrated (low, high)."""
@@ -34,6 +37,8 @@ class Recipe:
     ranges: Ranges
     offsets: Mapping[str, Offset] = field(default_factory=dict)
     """Id of the site of a weight -> what is added to a bias where the weight is rounded."""
+    roundings: ChosenRoundings = field(default_factory=ChosenRoundings)
+    """Weights whose stored numbers are not all the nearest ones."""
 
     @property
     def opset(self) -> int:
@@ -47,10 +52,13 @@ class Recipe:
         found = find_rounding(used.activation)
         return found, None if used.dynamic else found.of_range(*self.ranges[tensor])
 
-    def weight_params(self, scheme: str, node: ir.Node, site: WeightSite) -> tuple[Format, QuantParams | None]:
-        """Return the format of weights in a scheme, with its parameters for one of them; see `stored_weight`."""
-        found = self.units.scheme(scheme)
-        return find_format(found.weight), stored_weight(found, node, site)
+    def weight(self, scheme: str, node: ir.Node, site: WeightSite) -> StoredWeight:
+        """Say how a weight is stored in a scheme: on the parameters of `stored_weight`, or as `roundings` say."""
+        used, weight = self.units.scheme(scheme), constant(node.inputs[site.slot])
+        assert weight is not None, "weight sites are constants"
+        params = stored_weight(used, node, site)
+        nearest = StoredWeight(format=find_format(used.weight), params=params, values=weight)
+        return nearest.chosen(self.roundings.sites.get(weight_site(site, scheme).id))
 
 
 def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParams | None:
@@ -94,10 +102,25 @@ class RecipeData(Record, frozen=True, kw_only=True):
     """Id of the device that it is on; empty for the one that it has by itself, or none."""
     ranges: dict[str, tuple[float, float]]
     offsets: dict[str, Offset]
+    roundings: RoundingFile | None = None
+    """Weights whose stored numbers are not all the nearest ones."""
 
 
 def recipe_opening(recipe: Recipe) -> Opening:
-    """Describe how jobs come by a recipe; for a target without a known name it stays in this process."""
+    """Describe how jobs come by a recipe.
+
+    It stays in this process for a target without a known name, and with chosen roundings that are in no file.
+    """
+    found, file = recipe_identity(recipe), recipe.roundings.file
+    if file is None or found.kind == "resident":
+        return found
+    if not file.path:
+        return _resident("the rounded weights of a model", found.spec)
+    return Opening(kind="recipe", spec=msgspec.structs.replace(found.spec, roundings=file))
+
+
+def recipe_identity(recipe: Recipe) -> Opening:
+    """Say all that decides a recipe, for keys: as `recipe_opening`, wherever its files lie."""
     name = recipe.target.name
     known = {"": TARGETS[name], **on_devices(TARGETS[name])} if name in TARGETS else {}
     device = next((d for d, found in known.items() if found == recipe.target), None)
@@ -107,12 +130,16 @@ def recipe_opening(recipe: Recipe) -> Opening:
         device=device or "",
         ranges=dict(recipe.ranges),
         offsets=dict(recipe.offsets),
+        roundings=RoundingFile(path="", sha256=recipe.roundings.sha256) if recipe.roundings.sha256 else None,
     )
-    if device is None:
-        return Opening(kind="resident", spec=Resident(what=f"the target '{name}'", key=key_of(spec)))
-    return Opening(kind="recipe", spec=spec)
+    return Opening(kind="recipe", spec=spec) if device is not None else _resident(f"the target '{name}'", spec)
+
+
+def _resident(what: str, spec: RecipeData) -> Opening:
+    return Opening(kind="resident", spec=Resident(what=what, key=key_of(spec)))
 
 
 def open_recipe(spec: RecipeData, _: Contexts) -> Recipe:
     """Make the recipe from its plain data."""
-    return Recipe(spec.units, target(spec.target, spec.device), spec.ranges, spec.offsets)
+    roundings = open_roundings(spec.roundings)
+    return Recipe(spec.units, target(spec.target, spec.device), spec.ranges, spec.offsets, roundings)
