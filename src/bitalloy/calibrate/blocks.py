@@ -25,10 +25,10 @@ CUTS = (1.0, 0.93, 0.86, 0.79)
 DAMPING = 0.01
 """Part of the mean of the diagonal of H that is added to it: the second moments are those of a few samples."""
 
-Floats = NDArray[np.float32]
+_Floats = NDArray[np.float32]
 
 
-def searched(weight: Floats, moments: Floats, stored: Format, block: int) -> tuple[Floats, QuantParams]:
+def searched(weight: _Floats, moments: _Floats, stored: Format, block: int) -> tuple[_Floats, QuantParams]:
     """Round a matrix to the nearest numbers, on ranges of its blocks that are searched.
 
     Args:
@@ -44,7 +44,7 @@ def searched(weight: Floats, moments: Floats, stored: Format, block: int) -> tup
     return stored.reference(weight, params), params
 
 
-def compensated(weight: Floats, moments: Floats, stored: Format, block: int) -> tuple[Floats, QuantParams]:
+def compensated(weight: _Floats, moments: _Floats, stored: Format, block: int) -> tuple[_Floats, QuantParams]:
     """Round a matrix by GPTQ. Arguments and results as for `searched`; of a diagonal nothing can be compensated."""
     if moments.ndim == 1:
         return searched(weight, moments, stored, block)
@@ -66,7 +66,7 @@ def compensated(weight: Floats, moments: Floats, stored: Format, block: int) -> 
     return found, replace(grids[0], scale=scale, zero_point=zero)
 
 
-def _inverse_factor(moments: Floats) -> NDArray[np.float64]:
+def _inverse_factor(moments: _Floats) -> NDArray[np.float64]:
     """The upper Cholesky factor U of the inverse of the damped moments, U^T U = H^-1.
 
     An input that is always 0 is given moments of its own: its weight stays as it is.
@@ -77,7 +77,7 @@ def _inverse_factor(moments: Floats) -> NDArray[np.float64]:
     wide[np.diag_indices_from(wide)] += np.where(diagonal > 0, DAMPING * mean, mean)
     try:
         inverse = np.linalg.inv(wide)
-        return np.linalg.cholesky((inverse + inverse.T) / 2).T
+        return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float64)
     except np.linalg.LinAlgError as error:
         raise ModelError(
             "The second moments of what enters a layer have no inverse, so --weight-rounding gptq cannot be used. "
@@ -85,7 +85,7 @@ def _inverse_factor(moments: Floats) -> NDArray[np.float64]:
         ) from error
 
 
-def _search(weight: Floats, parts: Floats, stored: Format, block: int) -> QuantParams:
+def _search(weight: _Floats, parts: _Floats, stored: Format, block: int) -> QuantParams:
     """Choose the range of every block of rows: what all of them lose among `CUTS` is compared by `parts`."""
     starts = np.arange(0, len(weight), block)
     low, high = np.minimum.reduceat(weight, starts, axis=0), np.maximum.reduceat(weight, starts, axis=0)
@@ -105,7 +105,7 @@ def _search(weight: Floats, parts: Floats, stored: Format, block: int) -> QuantP
     return found
 
 
-def _parts(moments: Floats, block: int) -> Floats:
+def _parts(moments: _Floats, block: int) -> _Floats:
     """The moments within each block: (blocks, block, block), or of a diagonal (blocks, block)."""
     if moments.ndim == 1:
         return np.pad(moments, (0, -len(moments) % block)).reshape(-1, block)
@@ -116,6 +116,6 @@ def _parts(moments: Floats, block: int) -> Floats:
     return np.asarray(diagonal)
 
 
-def _blocks(rows: Floats, block: int) -> Floats:
+def _blocks(rows: _Floats, block: int) -> _Floats:
     """View rows as (blocks, block, outputs), with rows of 0 behind the last."""
     return np.pad(rows, ((0, -len(rows) % block), (0, 0))).reshape(-1, block, rows.shape[1])

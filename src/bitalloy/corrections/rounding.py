@@ -45,12 +45,13 @@ from bitalloy.targets.stored import ChosenRounding, ChosenRoundings, read_roundi
 
 WEIGHT_ROUNDING = "weight-rounding"
 NEAREST, AUTOMATIC = "nearest", "auto"
-ROUNDING_WAYS = {"search": searched, "gptq": compensated, "weighted": compensated}
+BY_ROWS = "weighted"
+"""The way with weighted rows."""
+ROUNDING_WAYS = {"search": searched, "gptq": compensated, BY_ROWS: compensated}
 """Name of a way to round -> function of a weight, second moments, a format and a block."""
-WEIGHTED = "weighted"
 EVEN_SHARE = 0.2
-"""Part of the moments in which all rows count alike, where rows are weighted: otherwise the few that matter, such as the
-last position of a prompt, would be all that is known of what enters."""
+"""Part of the moments in which all rows count alike, where rows are weighted: otherwise the few that matter, such as
+the last position of a prompt, would be all that is known of what enters."""
 MOMENT_SAMPLES, LEAST_MOMENT_SAMPLES = 32, 4
 """Samples that second moments are taken from, and the fewest that will do."""
 
@@ -242,7 +243,7 @@ class _Rounder:
         )
 
         def make() -> bytes:
-            moments = self._moments(way == WEIGHTED)
+            moments = self._moments(way == BY_ROWS)
             with self.work.stage("rounding", len(sites)) as progress:
                 found = {}
                 for name, (layer, scheme) in sites.items():

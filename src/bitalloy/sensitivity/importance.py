@@ -2,7 +2,8 @@
 
 The metric is the probe matrix' own (`probe`): with g the gradient of a random combination of a head's elements, the
 mean over combinations of ||g_r||^2 is what independent errors of unit size in row r (a position, a token) add up to at
-the head. Of all heads together: relative to the energy of each, divergences in nats.
+the head. Of all heads together: relative to the energy of each, divergences in nats. Heads that read one tensor go back
+in one pass: their signs are independent, so that on average nothing is added to the sum of their squares.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.sensitivity.matrix import LEAST_ENERGY
 
-ROW_PROBES = 4
-"""Reverse passes of every head in each sample."""
+ROW_PROBES = 2
+"""Reverse passes of every tensor with heads in each sample."""
 
 
 class RowWeights:
@@ -56,20 +57,21 @@ class RowWeights:
         state = self._primal.run_values(values, self._primal.output_names)
         parts = Reference({name: state[name].numpy() for name in self._kept}, self._heads).parts
         total: dict[str, np.ndarray] = {}
-        for index, (head, part) in enumerate(zip(self._heads, parts, strict=True)):
-            position = self._own.index(head.tensor)
-            reverse, session = self._adjoint.heads[position], self._reverse[position]
+        for position, tensor in enumerate(self._own):
+            reverse = self._adjoint.heads[position]
             if not reverse.rows:
                 continue
-            generator = np.random.default_rng([seed, sample, index])
-            shape = (ROW_PROBES, *reverse.shape)
-            v = generator.integers(0, 2, shape, dtype=np.int8).astype(np.float32) * 2 - 1
-            if needs_values(head):
-                v = part.cotangents(v)
+            mixed = np.zeros((ROW_PROBES, *reverse.shape), np.float32)
+            for index, (head, part) in enumerate(zip(self._heads, parts, strict=True)):
+                if head.tensor == tensor:
+                    generator = np.random.default_rng([seed, sample, index])
+                    v = generator.integers(0, 2, mixed.shape, dtype=np.int8).astype(np.float32) * 2 - 1
+                    v = part.cotangents(v) if needs_values(head) else v
+                    mixed += v / np.float32(np.sqrt(max(part.energy, LEAST_ENERGY)))
             feed = {name: state[name] for name in reverse.residuals}
-            feed[reverse.cotangent] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v, np.float32))
-            found = session.run_values(feed, list(reverse.rows.values()))
-            for tensor, name in reverse.rows.items():
+            feed[reverse.cotangent] = ort.OrtValue.ortvalue_from_numpy(mixed)
+            found = self._reverse[position].run_values(feed, list(reverse.rows.values()))
+            for row, name in reverse.rows.items():
                 rows = found[name].numpy().astype(np.float64).mean(axis=0).reshape(-1)
-                total[tensor] = total.get(tensor, 0.0) + rows / max(part.energy, LEAST_ENERGY)
+                total[row] = total.get(row, 0.0) + rows
         return total
