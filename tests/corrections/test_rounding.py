@@ -65,11 +65,10 @@ def by_the_paper(weight: np.ndarray, moments: np.ndarray, block: int) -> np.ndar
 
 
 @pytest.mark.parametrize("inputs", [12, 14])
-def test_errors_are_compensated_as_the_paper_says(monkeypatch: pytest.MonkeyPatch, inputs: int) -> None:
+def test_errors_are_compensated_as_the_paper_says(inputs: int) -> None:
     rng = np.random.default_rng(2)
     weight, x = rng.standard_normal((inputs, 5)).astype(np.float32), correlated(rng, 200, inputs)
     moments = (x.T @ x / len(x)).astype(np.float32)
-    monkeypatch.setattr(blocks, "CUTS", (1.0,))
     values, params = compensated(weight, moments, find_format("uint4"), 4)
     np.testing.assert_allclose(values, by_the_paper(weight, moments.astype(np.float64), 4), rtol=1e-5, atol=1e-6)
     assert params.scale.shape == (-(-inputs // 4), 5) and (params.axis, params.block) == (0, 4)

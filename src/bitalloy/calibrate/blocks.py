@@ -7,7 +7,8 @@ Case 1. `searched`: the range of every block is cut on either side where what re
         block's own part of the error falls. Every weight then goes to its nearest number.
 Case 2. `compensated`: GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323). One input after the other is
         rounded, and what that changes is taken out by the weights of the inputs behind it, along the Cholesky factor of
-        the inverse of H. The range of a block is searched when its first input comes up, among what is then left of it.
+        the inverse of H. A block has the extremes of what is left of it when its first input comes up: searching them,
+        too, did not gain (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -48,14 +49,18 @@ def compensated(weight: _Floats, moments: _Floats, stored: Format, block: int) -
     """Round a matrix by GPTQ. Arguments and results as for `searched`; of a diagonal nothing can be compensated."""
     if moments.ndim == 1:
         return searched(weight, moments, stored, block)
-    inputs, parts = len(weight), _parts(moments, block)
+    inputs = len(weight)
     factor = _inverse_factor(moments)
     left, found = weight.astype(np.float64), np.empty_like(weight)
     grids = []
-    for number, start in enumerate(range(0, inputs, block)):
+    for start in range(0, inputs, block):
         stop = min(start + block, inputs)
-        grids.append(_search(left[start:stop].astype(np.float32), parts[number : number + 1], stored, block))
-        row_grid = replace(grids[-1], scale=grids[-1].scale[0], zero_point=grids[-1].zero_point[0], axis=0, block=0)
+        part = left[start:stop].astype(np.float32)
+        extremes = part.min(axis=0, keepdims=True), part.max(axis=0, keepdims=True)
+        grid = stored.of_parts(*extremes, axis=0, block=block)
+        assert grid is not None, "what is stored in blocks has scales"
+        grids.append(grid)
+        row_grid = replace(grid, scale=grid.scale[0], zero_point=grid.zero_point[0], axis=0, block=0)
         lost = np.empty((stop - start, weight.shape[1]))
         for i in range(start, stop):
             found[i] = stored.reference(left[i].astype(np.float32), row_grid)

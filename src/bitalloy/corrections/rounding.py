@@ -78,6 +78,8 @@ class RoundingInputs(StageInputs, frozen=True, kw_only=True):
     """The network, with every weight at its nearest number."""
     way: str
     sites: tuple[str, ...]
+    stops: tuple[str, ...]
+    """Nodes through which no gradient is taken."""
     samples: tuple[int, ...]
     seed: int
 
@@ -88,6 +90,8 @@ class RoundingTrialInputs(StageInputs, frozen=True, kw_only=True):
     networks: tuple[ExecutedNetwork, ...]
     """The network on each target."""
     ways: tuple[str, ...]
+    stops: tuple[str, ...]
+    """Nodes through which no gradient is taken."""
     fitted: tuple[int, ...]
     judged: tuple[int, ...]
     seed: int
@@ -142,6 +146,7 @@ def round_blocks(
     inputs = RoundingTrialInputs(
         networks=tuple(p.executed for p in parts),
         ways=ways,
+        stops=tuple(sorted(parts[at].excluded)),
         fitted=fitted,
         judged=judged,
         seed=parts[at].settings.seed,
@@ -239,7 +244,12 @@ class _Rounder:
         """Round weights in some schemes, or take what is stored of that."""
         sites = {weight_site(one.site, s.name).id: (one, s) for one, schemes in wanted.items() for s in schemes}
         inputs = RoundingInputs(
-            network=part.executed, way=way, sites=tuple(sites), samples=self.samples, seed=part.settings.seed
+            network=part.executed,
+            way=way,
+            sites=tuple(sites),
+            stops=tuple(sorted(part.excluded)),
+            samples=self.samples,
+            seed=part.settings.seed,
         )
 
         def make() -> bytes:
