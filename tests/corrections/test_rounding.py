@@ -277,3 +277,35 @@ def test_few_samples_and_other_schemes_leave_weights_at_their_nearest(files: tup
     assert not few.corrections[0].kept and not few.roundings.sites
     assert "needs 4 samples" in few.corrections[0].reason
     assert analysed(files, bitalloy.calibrate, schemes=("int8",)).corrections == ()
+
+
+def test_layers_that_read_one_constant_share_its_numbers(tmp_path: Path) -> None:
+    """Two products with one matrix have the numbers for what enters both; a transposed reader has its own."""
+    rng = np.random.default_rng(9)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/a/MatMul"),
+        helper.make_node("Tanh", ["a"], ["t"], name="/t/Tanh"),
+        helper.make_node("MatMul", ["t", "w"], ["b"], name="/b/MatMul"),
+        helper.make_node("Gemm", ["b", "w"], ["y"], name="/c/Gemm", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [ROWS, 32])],
+        [numpy_helper.from_array((rng.standard_normal((32, 32)) * 0.2).astype(np.float32), "w")],
+    )
+    path, feeds = tmp_path / "m.onnx", tmp_path / "feeds"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    feeds.mkdir()
+    for i in range(12):
+        np.savez(feeds / f"{i:03d}.npz", x=correlated(rng, ROWS, 32))
+    found = analysed((path, feeds), bitalloy.calibrate, weight_rounding="gptq", calibration_samples=8)
+    one, two, turned = (found.roundings.sites[f"w->/{name}#1 in w4"] for name in ("a/MatMul", "b/MatMul", "c/Gemm"))
+    assert one.digest == two.digest != turned.digest
+    x = [found.data.feeds(i)["x"] for i in found.parts.calibration[:4]]
+    w = numpy_helper.to_array(graph.initializer[0])
+    moments = sum(np.mean([r.T @ r for r in rows], axis=0) for rows in (x, [np.tanh(r @ w) for r in x]))
+    values, _ = compensated(w, moments, find_format("uint4"), 32)
+    stored = found.recipe().weight("w4", found.graph.node["/a/MatMul"], found.units.units[0].weights[0])
+    assert np.mean(np.abs(stored.rounded - values) < 1e-5) > 0.98, "but for ties that float32 decides"

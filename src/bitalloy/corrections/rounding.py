@@ -52,7 +52,7 @@ ROUNDING_WAYS = {"search": searched, "gptq": compensated, BY_ROWS: compensated}
 EVEN_SHARE = 0.2
 """Part of the moments in which all rows count alike, where rows are weighted: otherwise the few that matter, such as
 the last position of a prompt, would be all that is known of what enters."""
-MOMENT_SAMPLES, LEAST_MOMENT_SAMPLES = 32, 4
+MOMENT_SAMPLES, LEAST_MOMENT_SAMPLES = 16, 4
 """Samples that second moments are taken from, and the fewest that will do."""
 
 
@@ -64,6 +64,12 @@ class BlockLayer:
     site: WeightSite
     schemes: tuple[Scheme, ...]
     """The schemes that do so, the lowest one last."""
+
+    @property
+    def across(self) -> bool:
+        """Whether the rows of its matrix are the outputs."""
+        assert self.site.axis is not None, "weights are stored by channel"
+        return reduction_axis(self.node, self.site.axis, 2) == 1
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -173,9 +179,12 @@ def check_rounding(way: str) -> None:
 
 
 def block_layers(graph: Graph, units: UnitGraph) -> tuple[BlockLayer, ...]:
-    """Find the products whose constant matrix may be stored in blocks, in the order of the units."""
-    blocks = {s.name: s for s in units.schemes if s.weight is not None and s.granularity is Granularity.BLOCK}
-    found = []
+    """Find the products whose constant matrix may be stored in blocks, in the order of the units.
+
+    A matrix that others than products may store in blocks, too, is left out: one copy serves all while its numbers are
+    the nearest.
+    """
+    blocks, found, others = _block_schemes(units), [], set[str]()
     for unit in units.units:
         schemes = tuple(blocks[name] for name in unit.allowed if name in blocks)
         for site in unit.weights if schemes else ():
@@ -184,14 +193,22 @@ def block_layers(graph: Graph, units: UnitGraph) -> tuple[BlockLayer, ...]:
             known = entering is not None and constant(entering) is None and 0 not in static_shape(entering)
             if weight is not None and weight.ndim == 2 and site.slot == 1 and known:
                 found.append(BlockLayer(node, site, schemes))
-    return tuple(found)
+            else:
+                others.add(site.tensor)
+    return tuple(layer for layer in found if layer.site.tensor not in others)
 
 
 def lowest_blocks(units: UnitGraph) -> Plan:
     """Return the plan that puts every unit that can into its lowest scheme of blocks."""
-    blocks = {s.name for s in units.schemes if s.weight is not None and s.granularity is Granularity.BLOCK}
+    blocks = _block_schemes(units)
     found = ((u.id, next((name for name in u.choices if name in blocks), "")) for u in units.units)
     return Plan((unit, scheme) for unit, scheme in found if scheme)
+
+
+def _block_schemes(units: UnitGraph) -> dict[str, Scheme]:
+    """The schemes of blocks, but for those of units that compute in another format, which decides their scales."""
+    blocks = (s for s in units.schemes if s.weight is not None and s.granularity is Granularity.BLOCK)
+    return {s.name: s for s in blocks if not s.cast}
 
 
 def _try(
@@ -269,8 +286,16 @@ class _Rounder:
             found = self._measure(self._weights if weighted else None)
             if weighted:
                 found = {layer: _blended(own, self._moments(False)[layer]) for layer, own in found.items()}
-            self._known[weighted] = found
+            self._known[weighted] = self._joined(found)
         return self._known[weighted]
+
+    def _joined(self, moments: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add up the moments of layers that read one constant alike: one copy of its numbers serves them all."""
+        groups: dict[tuple[str, bool], list[str]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.site.tensor, layer.across), []).append(layer.site.node)
+        sums = {key: sum(moments[n] for n in some) if some[1:] else moments[some[0]] for key, some in groups.items()}
+        return {layer.site.node: np.asarray(sums[layer.site.tensor, layer.across]) for layer in self.layers}
 
     def _measure(
         self, weights: Callable[[int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None
@@ -310,10 +335,9 @@ def round_layer(layer: BlockLayer, scheme: Scheme, moments: np.ndarray, way: str
         way: a name from `ROUNDING_WAYS`.
     """
     weight, stored = constant(layer.node.inputs[layer.site.slot]), find_format(scheme.weight)
-    assert weight is not None and layer.site.axis is not None, "such weights are matrices"
-    across = reduction_axis(layer.node, layer.site.axis, 2) == 1
-    values, params = ROUNDING_WAYS[way](weight.T if across else weight, moments, stored, scheme.block)
-    if across:
+    assert weight is not None, "weight sites are constants"
+    values, params = ROUNDING_WAYS[way](weight.T if layer.across else weight, moments, stored, scheme.block)
+    if layer.across:
         values = values.T
         params = replace(params, scale=params.scale.T, zero_point=np.asarray(params.zero_point).T, axis=1)
     return ChosenRounding.of(stored, values, params)
