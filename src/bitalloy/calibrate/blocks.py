@@ -35,7 +35,7 @@ def searched(weight: _Floats, moments: _Floats, stored: Format, block: int) -> t
     Args:
         weight: (inputs, outputs).
         moments: of the inputs, (inputs, inputs), or its diagonal (inputs,).
-        stored: format of the weights.
+        stored: format of the weights, of integers.
         block: inputs that share a range.
 
     Returns:
@@ -60,15 +60,16 @@ def compensated(weight: _Floats, moments: _Floats, stored: Format, block: int) -
         grid = stored.of_parts(*extremes, axis=0, block=block)
         assert grid is not None, "what is stored in blocks has scales"
         grids.append(grid)
-        row_grid = replace(grid, scale=grid.scale[0], zero_point=grid.zero_point[0], axis=0, block=0)
+        scale, zero = grid.scale[0], np.asarray(grid.zero_point)[0].astype(np.float32)
         lost = np.empty((stop - start, weight.shape[1]))
         for i in range(start, stop):
-            found[i] = stored.reference(left[i].astype(np.float32), row_grid)
+            steps = np.rint(left[i].astype(np.float32) / scale)  # as `formats.affine.quantize`, many times as fast
+            found[i] = np.clip(steps, grid.qmin - zero, grid.qmax - zero) * scale
             lost[i - start] = (left[i] - found[i]) / factor[i, i]
             left[i + 1 : stop] -= np.outer(factor[i, i + 1 : stop], lost[i - start])
         left[stop:] -= factor[start:stop, stop:].T @ lost
-    scale, zero = (np.concatenate([getattr(g, name) for g in grids]) for name in ("scale", "zero_point"))
-    return found, replace(grids[0], scale=scale, zero_point=zero)
+    scales, zeros = (np.concatenate([getattr(g, name) for g in grids]) for name in ("scale", "zero_point"))
+    return found, replace(grids[0], scale=scales, zero_point=zeros)
 
 
 def _inverse_factor(moments: _Floats) -> NDArray[np.float64]:

@@ -146,7 +146,7 @@ class AnalysisArguments:
         typer.Option(
             help="Rounding of weights that are stored in blocks: `nearest`, `search` (ranges by the error of the "
             "product), `gptq` (errors compensated by other weights) or `weighted` (the same, with care where the "
-            "outputs depend on it); `auto` tries all and keeps the best."
+            "outputs depend on it); `auto` tries the last two and keeps the better if it gains."
         ),
     ] = "auto"
     samples: Annotated[

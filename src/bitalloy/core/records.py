@@ -236,7 +236,7 @@ class Settings(Record, frozen=True, kw_only=True):
     """Whether the mean error of rounded layers is taken out of their biases where measurement says that it pays."""
     weight_rounding: str = "auto"
     """How weights that are stored in blocks are rounded (`bitalloy.corrections.rounding`): `nearest`, `search`, `gptq`,
-    `weighted`, or `auto`: the one of these with which the model with all it can in blocks does best."""
+    `weighted`, or `auto`: the better one of the last two where the model with all it can in blocks gains by it."""
 
 
 class SampleParts(Record, frozen=True, kw_only=True):

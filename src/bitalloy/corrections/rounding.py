@@ -49,6 +49,8 @@ BY_ROWS = "weighted"
 """The way with weighted rows."""
 ROUNDING_WAYS = {"search": searched, "gptq": compensated, BY_ROWS: compensated}
 """Name of a way to round -> function of a weight, second moments, a format and a block."""
+TRIED_WAYS = ("gptq", BY_ROWS)
+"""Those that `auto` tries: ranges alone gain little (benchmarks/RESULTS.md)."""
 EVEN_SHARE = 0.2
 """Part of the moments in which all rows count alike, where rows are weighted: otherwise the few that matter, such as
 the last position of a prompt, would be all that is known of what enters."""
@@ -116,9 +118,9 @@ def round_blocks(
 ) -> tuple[tuple[ChosenRoundings, ...], Correction | None]:
     """Choose the stored numbers of all weights that may be stored in blocks, and say whether it pays.
 
-    With `auto` the way is kept, on all targets, under which on the first target with such weights the mean over the
-    heads, divergences included, rises most: by more than `BETTER_DB`, while none falls by more than `WORSE_DB`. A way
-    that is asked for is kept as it is.
+    With `auto` that one of `TRIED_WAYS` is kept, on all targets, with which the mean over the heads, divergences
+    included, rises most on the first target with such weights: by more than `BETTER_DB`, while none falls by more than
+    `WORSE_DB`. A way that is asked for is kept as it is.
 
     Args:
         parts: the model on each target, with the settings that say which ways are tried.
@@ -144,7 +146,7 @@ def round_blocks(
         return none, untried_correction(WEIGHT_ROUNDING, places, reason)
     every = {layer.site.id: layer for found in layers for layer in found}
     rounder = _Rounder(parts[at], tuple(every.values()), data, fitted, work)
-    ways = tuple(ROUNDING_WAYS) if asked == AUTOMATIC else (asked,)
+    ways = TRIED_WAYS if asked == AUTOMATIC else (asked,)
 
     def make() -> bytes:
         return to_json(_try(parts[at], layers[at], rounder, ways, judged))
