@@ -7,6 +7,7 @@ anonymous rest.
     python benchmarks/large_decoder.py --folder /tmp/decoder                  24 layers: 5.1 GiB on disk
     python benchmarks/large_decoder.py --folder /tmp/small --layers 2
     python benchmarks/large_decoder.py --folder /tmp/small --layers 2 --target ort-cuda
+    python benchmarks/large_decoder.py --folder /tmp/decoder --schemes w4,w4-128,w8,int8-dynamic,int8    all as columns
 
 On a target with FP16 all units that may run in it are then put into it, and the model is executed with every rounding:
 `half_db` are predicted and measured SQNR of the logits.
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--probes", type=int, default=2, help="reverse passes per sample")
     parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--schemes", default="", help="with commas; the usual ones of the target without it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     path = options.folder / "decoder.onnx"
@@ -149,7 +151,7 @@ def main() -> None:
     samples = [feeds_of(model, options.seed + i) for i in range(options.samples)]
     heads = find_heads(model)
     device = target(options.target)
-    units = split(model, device, heads)
+    units = split(model, device, heads, schemes=[name for name in options.schemes.split(",") if name])
     with step("calibrate"):
         inner = {e.tensor for u in units.units for e in u.inner}
         wanted = {e.root for e in units.edges} | inner | tensors_to_judge(model, units)
@@ -194,6 +196,7 @@ def main() -> None:
     result = {
         "benchmark": "large_decoder",
         "target": options.target,
+        "schemes": [scheme.name for scheme in units.schemes],
         "layers": options.layers,
         "params": model.info.parameters,
         "weights_gb": round(weights / 1e9, 3),

@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.errors import ModelError
+from bitalloy.model.heads import find_heads
 from bitalloy.model.load import load_graph
+from bitalloy.model.read import static_shape
+from bitalloy.targets.base import split
+from bitalloy.targets.ort_cpu import ORT_CPU
 
 RANDOM = np.random.default_rng(7)
 MS = "com.microsoft"
@@ -112,6 +117,33 @@ def slices(opset: int) -> onnx.ModelProto:
     return model(nodes, [], (1, 3, 8), opset)
 
 
+def halved(keep: bool, opset: int = 17) -> onnx.ModelProto:
+    """A network in half precision, with its inputs and outputs in it, or in float32 behind Casts."""
+    half, inner, made = TensorProto.FLOAT16, "x" if not keep else "xh", "y" if not keep else "yh"
+    weights = [tensor("w", 4, 3, 3, 3, kind=np.float16), tensor("b", 4, kind=np.float16)]
+    nodes = [
+        helper.make_node("Conv", [inner, "w", "b"], ["c"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Constant", [], ["k"], "k", value=numpy_helper.from_array(np.array(0.5, np.float16))),
+        helper.make_node("Mul", ["c", "k"], [made], "mul"),
+    ]
+    if keep:
+        nodes = [helper.make_node("Cast", ["x"], ["xh"], "in", to=half), *nodes]
+        nodes.append(helper.make_node("Cast", ["yh"], ["y"], "out", to=TensorProto.FLOAT))
+    found = model(nodes, weights, (1, 3, 6, 6), opset)
+    if not keep:
+        for value in (*found.graph.input, *found.graph.output):
+            value.type.tensor_type.elem_type = half
+    return found
+
+
+def doubled() -> onnx.ModelProto:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "m"), helper.make_node("Sigmoid", ["m"], ["y"], "s")]
+    found = model(nodes, [tensor("w", 6, 5, kind=np.float64)], (2, 6), 17)
+    for value in (*found.graph.input, *found.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    return found
+
+
 CASES: dict[str, Callable[[], onnx.ModelProto]] = {
     "local function": called,
     "opset 7 classifier": old_classifier,
@@ -157,6 +189,58 @@ def test_conversion_computes_what_the_file_does(name: str, tmp_path: Path) -> No
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert not any(n.domain for n in graph.nodes)
     assert graph.changes
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "kind", "close"),
+    [
+        ("half inside", lambda: halved(keep=True), np.float32, 5e-3),
+        ("half inside, opset 11", lambda: halved(keep=True, opset=11), np.float32, 5e-3),
+        ("half", lambda: halved(keep=False), np.float16, 5e-3),
+        ("double", doubled, np.float64, 1e-6),
+    ],
+)
+def test_other_precisions_are_read_as_float32(
+    name: str, made: Callable[[], onnx.ModelProto], kind: type, close: float, tmp_path: Path
+) -> None:
+    """Inside all is float32, inputs and outputs keep their types, and numbers differ by the file's own roundings."""
+    path = tmp_path / "model.onnx"
+    onnx.save(made(), path)
+    graph = load_graph(path)
+    shape = [int(d) for d in graph.info.inputs[0].shape]
+    feeds: dict[str, Any] = {"x": np.random.default_rng(1).standard_normal(shape).astype(kind)}
+    (expected,) = ort.InferenceSession(str(path)).run(None, feeds)
+    (found,) = ort.InferenceSession(graph.to_bytes()).run(None, feeds)
+    assert found.dtype == expected.dtype == kind
+    np.testing.assert_allclose(found.astype(np.float64), expected.astype(np.float64), rtol=close, atol=close)
+    inside = {v.dtype for n in graph.nodes for v in n.outputs if not v.is_graph_output()}
+    assert inside <= {ir.DataType.FLOAT}
+    head = find_heads(graph)[0]
+    assert graph.value[head.tensor].dtype == ir.DataType.FLOAT
+    assert any("another precision" in note for note in graph.changes)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_factors_of_a_product_go_into_its_constants(beta: float, tmp_path: Path) -> None:
+    """A Gemm with factors, and a MatMul with a matrix of three dimensions, take the form that runtimes fuse."""
+    path = tmp_path / "model.onnx"
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["g"], "gemm", alpha=2.0, beta=beta, transB=1),
+        helper.make_node("Reshape", ["g", "s"], ["r"], "reshape"),
+        helper.make_node("MatMul", ["r", "m"], ["y"], "matmul"),
+    ]
+    constants = [tensor("w", 5, 6), tensor("b", 1, 5), numpy_helper.from_array(np.array([1, 4, 5]), "s")]
+    onnx.save(model(nodes, [*constants, tensor("m", 1, 5, 3)], (4, 6), 17), path)
+    graph = load_graph(path)
+    feeds = {"x": np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)}
+    (expected,) = ort.InferenceSession(str(path)).run(None, feeds)
+    (found,) = ort.InferenceSession(graph.to_bytes()).run(None, feeds)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    units = split(graph, ORT_CPU, find_heads(graph))
+    assert "int8" in next(u for u in units.units if u.id == "gemm").allowed
+    matrix = graph.node["matmul"].inputs[1]
+    assert matrix is not None
+    assert static_shape(matrix) == (5, 3)
 
 
 def test_newest_opset_is_read_where_nothing_changed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 Case 1. An output made by a Concat of a few computed tensors: each operand is a head. One number over all of them would
         let boxes in pixels (0 to 640) drown scores (0 to 1).
+        An output in half precision or double is a Cast of the float32 tensor that carries its head.
 Case 2. Any other float output that the model computes is one head. Outputs that the file's metadata or its family
         leaves out are none, nor are inputs and stored constants that are outputs as they are.
 Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
@@ -42,6 +43,8 @@ MOVES = ops.RESHAPERS - ops.IDENTITIES
 """Operators that move the elements of a Sigmoid's result and change none of them."""
 KL = " KL"
 """Suffix of the names of heads that measure a divergence."""
+NARROWED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+"""Types of outputs whose head is the float32 tensor before their Cast."""
 LEAST_TOLD = 1e-36
 """Smallest probability whose logarithm a Softmax in float32 tells; ONNX Runtime's flushes what is below e^-88."""
 LEAST_SIZE = 1.0
@@ -54,7 +57,7 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
     Raises:
         ModelError: the model has no float output.
     """
-    outputs = [v for v in dict.fromkeys(graph.model.graph.outputs) if is_float(v) and v.producer() is not None]
+    outputs = [v for v in dict.fromkeys(graph.model.graph.outputs) if is_float(_source(v)) and v.producer() is not None]
     if not outputs:
         raise ModelError(f"The model computes no float output to compare; its outputs are {list(graph.output_names)}.")
     family = graph.metadata.get(FAMILY, "")
@@ -63,7 +66,7 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
     found: list[Head] = []
     divergences = []
     for output in (v for v in outputs if v.name in counted):
-        whole = Head(name=str(output.name), output=str(output.name), tensor=str(output.name))
+        whole = Head(name=str(output.name), output=str(output.name), tensor=str(_source(output).name))
         parts = [msgspec.structs.replace(h, family=family if meaning else "") for h in _parts(output) or [whole]]
         parts = _named_apart(parts, {h.name for h in found} | counted)
         for head in parts:
@@ -72,6 +75,13 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
                 divergences.append(msgspec.structs.replace(means, name=head.name + KL))
             found.append(_logits_of(graph, head, means))
     return (*found, *divergences)
+
+
+def _source(output: ir.Value) -> ir.Value:
+    """Return the float32 tensor that an output is a Cast of; the output itself where it is none."""
+    node = output.producer()
+    operand = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return operand if operand is not None and is_float(operand) and output.dtype in NARROWED else output
 
 
 def _named_apart(parts: Sequence[Head], taken: set[str]) -> list[Head]:
@@ -137,7 +147,7 @@ def _distribution(value: ir.Value, head: Head, meaning: Meaning | None) -> Head 
 
 
 def _parts(output: ir.Value) -> list[Head]:
-    node, shape = output.producer(), static_shape(output)
+    node, shape = _source(output).producer(), static_shape(output)
     if node is None or node.op_type != "Concat" or not 2 <= len(node.inputs) <= MAX_PARTS:
         return []
     if any(constant(v) is not None for v in node.inputs) or len(set(node.inputs)) != len(node.inputs):

@@ -381,11 +381,6 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
         kind = value.type.tensor_type.elem_type
         if kind not in onnx.TensorProto.DataType.values():
             raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
-        if kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE):
-            raise ModelError(
-                f"'{value.name}' is {onnx.TensorProto.DataType.Name(kind)}; bitalloy analyses the float32 model. "
-                "Export in float32."
-            )
 
 
 def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -4,7 +4,8 @@
 2. Shapes are static, shape arithmetic is folded away.
 3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
    would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, a Concat has no
-   empty operands (an empty cache), and a constant bias of a Gemm has one number per column where it has but one row.
+   empty operands (an empty cache), and a Gemm with constant weights has no factors, and a bias of one number per column
+   where it had but one row. A constant matrix of a MatMul has two dimensions, where leading ones of size 1 say nothing.
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
 5. Inputs and outputs keep their names, types and order.
 """
@@ -29,6 +30,7 @@ from onnx_ir.passes.common import (
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
+from bitalloy.model.products import plain_products
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
 from bitalloy.model.write import add_initializer, namer
@@ -53,7 +55,7 @@ def normalize(model: ir.Model) -> ir.Model:
     _fill_missing_shapes(model)
     _drop_empty_operands(model)
     _fold_batch_norm(model)
-    _spread_biases(model)
+    plain_products(model)
     RemoveUnusedNodesPass()(model)
     _refuse_numbers(model)
     return model
@@ -437,18 +439,6 @@ def _fold_batch_norm(model: ir.Model) -> None:
         model.graph.remove(conv, safe=True)
 
 
-def _spread_biases(model: ir.Model) -> None:
-    """Write a constant bias of a Gemm that is one number, or one row, as a vector of one number per column."""
-    fresh = namer(model)
-    for node in model.graph:
-        bias = constant(node.inputs[2]) if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        columns = static_shape(node.outputs[0])[-1] if bias is not None else 0
-        if bias is None or bias.shape == (columns,) or bias.size != max(bias.shape[-1:], default=1):
-            continue
-        row = np.broadcast_to(bias.reshape(-1), (columns,)).copy()
-        node.replace_input_with(2, add_initializer(model.graph, fresh(f"{node.name}/bias"), row))
-
-
 def _refuse_numbers(model: ir.Model) -> None:
     for name, value in model.graph.initializers.items():
         array = constant(value)
@@ -461,7 +451,12 @@ def _refuse_numbers(model: ir.Model) -> None:
             )
     for node in model.graph:
         for result in node.outputs:
-            if result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            narrow = result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+            if (
+                result.dtype is not None
+                and narrow
+                and not (node.op_type == "Cast" and result.is_graph_output() and not result.uses())
+            ):
                 raise ModelError(
                     f"Node '{node.name}' ({node.op_type}) computes in {result.dtype.name}; bitalloy analyses the "
                     "float32 model. Export in float32."

@@ -5,6 +5,7 @@ Case 2. Operators of `com.microsoft` that ONNX Runtime's optimizers and exporter
         define: `model.contrib`. Also the normalizations that it accepts in the standard domain below opset 17.
 Case 3. Opset 7 to 12: `onnx.version_converter` raises it to 13.
 Case 4. Opsets above the last one: lowered, where all nodes of the file mean the same there.
+Case 5. Half precision and double become float32 inside (`model.widen`); inputs and outputs keep their types.
 
 What was done is told as a note; `agrees` then runs the file as it was and as it became on random numbers.
 """
@@ -23,6 +24,7 @@ from onnx import helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
+from bitalloy.model.widen import widened
 
 OPSETS = range(13, 24)
 """Versions of the standard operators that are read as they are."""
@@ -30,8 +32,9 @@ OLDEST = 7
 """Oldest version that is converted: ONNX Runtime executes none below."""
 _MEANS_ELSE = frozenset({"Attention"})
 """Operators above the last opset that compute something else than their earlier version of the same form."""
-_CLOSE = 1e-3
-"""Largest difference between a file and its conversion, over the largest magnitude of an output."""
+_CLOSE, _CLOSE_HALF = 1e-3, 0.1
+"""Largest difference between a file and its conversion, over the largest magnitude of an output; and of a file that
+computes in half precision, whose own roundings are in it."""
 
 
 def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -60,6 +63,13 @@ def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tu
     elif opset is not None and OPSETS[-1] < opset <= onnx.defs.onnx_opset_version():
         proto = _lowered(proto, name, opset)
         notes.append(f"'{name}' is of opset {opset}, and its operators mean the same in opset {OPSETS[-1]}.")
+    wide = widened(proto)
+    if wide is not None:
+        proto = wide
+        notes.append(
+            f"'{name}' computes in another precision than float32. It is analysed in float32, and shipped in it where "
+            "the plan says nothing else, with its own inputs and outputs. What is compared with is the file as it is."
+        )
     return proto, tuple(notes)
 
 
@@ -79,7 +89,7 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             continue
         shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
         kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        floating = np.issubdtype(kind, np.floating)
+        floating = kind.kind not in "iub"
         feeds[value.name] = (generator.standard_normal(shape) if floating else np.ones(shape)).astype(kind)
     try:
         reference = _run(before, feeds)
@@ -93,7 +103,7 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
         ) from error
     worst = 0.0
     for old, new in zip(reference, found, strict=True):
-        if not isinstance(old, np.ndarray) or not np.issubdtype(old.dtype, np.floating):
+        if not isinstance(old, np.ndarray) or old.dtype.kind in "iubO":
             continue
         assert isinstance(new, np.ndarray), "an output stays a tensor"
         scale = float(np.abs(old).max(initial=0.0)) or 1.0
@@ -101,7 +111,7 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             float(np.abs(old.astype(np.float64) - new).max(initial=0.0)) / scale if old.shape == new.shape else math.inf
         )
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
-    if worst > _CLOSE:
+    if worst > (_CLOSE if widened(before) is None else _CLOSE_HALF):
         raise ModelError(
             f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "
             f"{worst:.1e} of the largest). Export it with opset 17."
