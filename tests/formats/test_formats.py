@@ -22,7 +22,7 @@ from bitalloy.formats.base import Format, QuantParams, cast_type
 from bitalloy.model.write import add_initializer
 from bitalloy.runtime.ort import OrtSession
 
-TENSORS = ("uint8", "int8", "uint4", "int4", "float8e4m3fn", "float16")
+TENSORS = ("uint8", "int8", "uint4", "int4", "float8e4m3fn", "bfloat16", "float16")
 """Formats of tensors that ONNX Runtime's CPU provider has QuantizeLinear or Cast for."""
 WEIGHTS = TENSORS
 """Of constants that it has DequantizeLinear or Cast for."""
@@ -131,7 +131,7 @@ def test_tensors_per_tensor(name: str, x: np.ndarray, low: float, high: float) -
 def test_tensors_per_channel(name: str, axis: int) -> None:
     stored, x = find_format(name), normal(4, 6, 5)
     params = of_constant(stored, x, axis=axis)
-    assert (params is None) == (name == "float16")
+    assert (params is None) == (name in ("float16", "bfloat16"))
     if params is not None and name == "uint8":  # each channel with a zero point of its own
         zero = np.arange(120, 120 + x.shape[axis]).astype(np.uint8)
         params = replace(params, zero_point=zero, qmin=0, qmax=255)
@@ -249,6 +249,7 @@ def test_versions_that_schemes_need() -> None:
 
 def test_the_type_that_nodes_compute_in() -> None:
     assert cast_type(find_format("float16")) == ir.DataType.FLOAT16
+    assert cast_type(find_format("bfloat16")) == ir.DataType.BFLOAT16
 
 
 def normal(*shape: int) -> np.ndarray:

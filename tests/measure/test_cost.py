@@ -312,7 +312,8 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
         made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
         return plain
 
-    def estimate(graph: object, given: UnitGraph, other: object) -> CostTable:
+    def estimate(graph: object, given: UnitGraph, other: object, workload: object) -> CostTable:
+        assert workload is None, "a drawn network is no language model"
         made.append(("estimated", given, other))
         return msgspec.structs.replace(plain, estimated=True)
 

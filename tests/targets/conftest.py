@@ -84,6 +84,10 @@ CASES: dict[str, dict[str, str]] = {
             => (float[4,8] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  r = Relu(g)  y = MatMul(r, w4) }""",
         "case8-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
+        "case9-run-time-ranges": """(float[4,64] x, float[64,32] w1) => (float[4,32] y) { m = MatMul(x, w1)
+            y = Neg(m) }""",
+        "case10-brain-float": """(float[1,8,8,8] x, float[8,8,1,1] w1) => (float[1,8,8,8] y) { c = Conv(x, w1)
+            y = Exp(c) }""",
     },
     "tensorrt": {
         "case1-conv": """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
@@ -115,6 +119,12 @@ CASES: dict[str, dict[str, str]] = {
             float[24,24,3,3] w4) => (float[1,24,8,8] y, float[1,24,8,8] e) { c = Conv<pads=[1,1,1,1]>(x, w1)
             r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, w2)  a = Add(d, r)  e = Conv<pads=[1,1,1,1]>(a, w3)
             y = Conv<pads=[1,1,1,1]>(a, w4) }""",
+        "case8-int4": """(float[1,5,128] x, float[128,128] w1, float[128] w2, float[32,128] w3, float[32] w4,
+            float[32,8] w5) => (float[5,8] y) { m = MatMul(x, w1)  a = Add(m, w2)  r = Relu(a)  s = Flatten<axis=2>(r)
+            g = Gemm<transB=1>(s, w3, w4)  y = MatMul(g, w5) }""",
+        "case9-brain-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2, float[8] w3)
+            => (float[1,8,8,8] y) { c = Conv(x, w1)  e = Exp(c)
+            p = AveragePool<kernel_shape=[2,2], strides=[2,2]>(e)  y = Conv(p, w2, w3) }""",
     },
     "ort-cuda": {
         "case1-half": CONCAT,
@@ -122,11 +132,21 @@ CASES: dict[str, dict[str, str]] = {
             c = Conv(x, w1, w2)  y = Relu(c) }""",
         "case3-movers": """(float[1,8,4,4] x, float[8,8,1,1] w1) => (float[1,4,4,8] y) {
             c = Conv(x, w1)  t = Transpose<perm=[0,2,3,1]>(c)  y = Neg(t) }""",
+        "case4-stored-products": """(float[4,64] x, float[64,32] w1, float[16,32] w2, float[16] w3, float[16,8] w4)
+            => (float[4,8] y) { m = MatMul(x, w1)  s = Sigmoid(m)  g = Gemm<transB=1>(s, w2, w3)
+            y = MatMul(g, w4) }""",
+        "case5-columns": """(float[4,64] x, float[64,12] w1, float[12,8] w2) => (float[4,8] y) {
+            m = MatMul(x, w1)  y = MatMul(m, w2) }""",
     },
 }
 SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ort-cpu", "case7-stored-products"): ("w8", "int8-dynamic", "w4", "int8"),
     ("openvino-cpu", "case7-stored-products"): ("w8", "w4", "int8"),
+    ("tensorrt", "case8-int4"): ("fp16", "w4", "w4-128", "int8"),
+    ("tensorrt", "case9-brain-float"): ("bf16", "fp16", "int8"),
+    ("ort-cuda", "case4-stored-products"): ("fp16", "w8", "w4"),
+    ("ort-cuda", "case5-columns"): ("fp16", "w4"),
+    ("openvino-cpu", "case9-run-time-ranges"): ("w8", "int8"),
 }
 """Schemes that plans may use, where these are not the usual ones of the target."""
 PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
@@ -138,6 +158,13 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
         }
     ),
     ("openvino-cpu", "case7-stored-products"): lambda units: Plan({"/m/MatMul": "w4", "/g/Gemm": "w8"}),
+    ("tensorrt", "case8-int4"): lambda units: Plan({"/m/MatMul": "w4", "/g/Gemm": "w4-128", "/y/MatMul": "int8"}),
+    ("tensorrt", "case9-brain-float"): lambda units: Plan(
+        {"/c/Conv": "fp16", "/e/Exp": "bf16", "/p/AveragePool": "bf16", "/y/Conv": "int8"}
+    ),
+    ("ort-cuda", "case4-stored-products"): lambda units: Plan(
+        {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}
+    ),
     ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
     ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
     ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,
@@ -152,6 +179,8 @@ ON: Mapping[tuple[str, str], str] = {("tensorrt", case): "l4" for case in CASES[
 """Device of the cases that need another than that of their target."""
 PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
 """Pair limit of the targets whose own one depends on the processor."""
+LOWER = {ir.DataType.FLOAT16: ":float16", ir.DataType.BFLOAT16: ":bfloat16"}
+"""How a text marks what is computed in another type than float32."""
 SMALL = 16
 """Largest number of elements of a constant that a text prints; of others it prints a hash."""
 
@@ -208,7 +237,7 @@ def as_text(made: Rewritten) -> str:
         lines.append(f"unit {unit.id}: {' '.join((*unit.core, *(f'[{t}]' for t in unit.tail)))}: {formats}")
     for node in made.model.graph:
         inputs = ", ".join(_operand(v) for v in node.inputs)
-        outputs = ", ".join(f"{v.name}{':float16' * (v.dtype == ir.DataType.FLOAT16)}" for v in node.outputs)
+        outputs = ", ".join(f"{v.name}{LOWER.get(v.dtype or ir.DataType.FLOAT, '')}" for v in node.outputs)
         lines.append(f"{outputs} = {node.op_type}({inputs})  # {node.metadata_props[TAG]}")
     return "\n".join(lines) + "\n"
 

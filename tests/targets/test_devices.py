@@ -37,14 +37,15 @@ def test_rates_are_those_of_a_device(name: str) -> None:
     assert device.id == name and 10e9 < device.bytes_per_second < 1e13
     assert rates["fp16"] / rates["fp32"] == pytest.approx(2, rel=0.03)
     assert rates["int8"] / rates["fp16"] == pytest.approx(2, rel=0.03) or name.startswith("rtx")
+    assert rates["fp16"] == rates["bf16"] == rates["w4"] == rates["w8"]
     assert ("fp8" in rates) == (device.capability >= 89) == (name not in WITHOUT_FP8)
     assert rates.get("fp8", 0) <= rates["int8"]
 
 
 def test_a_target_is_on_the_device_that_it_has_unless_another_is_asked_for() -> None:
     assert target("tensorrt") is TENSORRT and TENSORRT.device is A10 and target("tensorrt", "a10") == TENSORRT
-    assert [s.name for s in TENSORRT.schemes] == ["fp32", "fp16", "int8"]
-    assert [s.name for s in target("tensorrt", "L4").schemes] == ["fp32", "fp16", "fp8", "int8"]
+    assert [s.name for s in TENSORRT.schemes] == ["fp32", "fp16", "bf16", "w4", "w4-128", "int8"]
+    assert [s.name for s in target("tensorrt", "L4").schemes] == ["fp32", "fp16", "bf16", "fp8", "w4", "w4-128", "int8"]
     assert "SM86" in TENSORRT.lacking_schemes["fp8"] and "SM89" in TENSORRT.lacking_schemes["fp8"]
     assert "SM87" in target("tensorrt", "orin").lacking_schemes["fp8"]
     assert not target("tensorrt", "l4").lacking_schemes

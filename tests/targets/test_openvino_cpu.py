@@ -22,6 +22,7 @@ from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
+from bitalloy.runtime.machine import this_machine
 from bitalloy.runtime.openvino import OPENVINO, OpenVinoSession
 from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.runtime.steps import once
@@ -177,6 +178,40 @@ def test_a_kept_model_is_the_same_model(inputs, tmp_path) -> None:
         for session in (opened, first)
     ]
     assert facts[0] == facts[1] and len(facts[0]) > 5
+
+
+def test_ranges_at_run_time_give_no_integer_kernel(tmp_path: Path) -> None:
+    """Why the target does not offer them (case 9): ort-cpu writes such a product, and OpenVINO computes it in float."""
+    text = """<ir_version: 9, opset_import: ["" : 20]> t (float[4,64] x, int8[64,32] w, int8[32] wz, float[32] ws)
+        => (float[4,32] y) { q, s, z = DynamicQuantizeLinear(x)  m = MatMulInteger(q, w, z, wz)
+        f = Cast<to=1>(m)  k = Mul(s, ws)  y = Mul(f, k) }"""
+    model = onnx.parser.parse_model(" ".join(text.split()))
+    random = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {
+        "w": random.integers(-127, 128, (64, 32)).astype(np.int8),
+        "wz": np.zeros(32, np.int8),
+        "ws": np.full(32, 0.01, np.float32),
+    }
+    for value in [v for v in model.graph.input if v.name in arrays]:
+        model.graph.initializer.append(numpy_helper.from_array(arrays[value.name], value.name))
+        model.graph.input.remove(value)
+    x = random.standard_normal((4, 64)).astype(np.float32)
+    session = OpenVinoSession(model.SerializeToString(), profile=tmp_path / "profile")
+    session.run({"x": x})
+    (product,) = (k for k in session.kernels() if k.op.startswith(("FullyConnected", "MatMul")))
+    assert product.precision == "fp32"
+
+
+@pytest.mark.skipif(
+    any(f.startswith(("avx512_bf16", "amx_bf16")) for f in this_machine().features), reason="native bfloat16"
+)
+def test_casts_to_bfloat16_are_dropped_without_native_kernels() -> None:
+    """Why the target does not offer it (case 10): what is between two Casts has the numbers of float32."""
+    text = """<ir_version: 10, opset_import: ["" : 22]> t (float[4,64] x) => (float[4,64] y) {
+        b = Cast<to=16>(x)  e = Mul(b, b)  y = Cast<to=1>(e) }"""
+    x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    session = OpenVinoSession(onnx.parser.parse_model(" ".join(text.split())).SerializeToString())
+    np.testing.assert_allclose(session.run({"x": x})["y"], x * x, rtol=1e-6)
 
 
 def test_missing_runtime_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, inside, inputs) -> None:

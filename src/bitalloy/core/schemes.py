@@ -41,8 +41,9 @@ class Scheme(Record, frozen=True, kw_only=True):
     """Operator of the runtime that computes the product and rounds inside; empty where the graph says it all in pairs
     of QuantizeLinear and DequantizeLinear."""
     cast: bool = False
-    """Whether the nodes of a unit compute in the format, with a Cast where tensors enter and leave it. Otherwise they
-    are given numbers that were rounded to it."""
+    """Whether the nodes of a unit compute in the format of `activation`, with a Cast where tensors enter and leave it.
+    Otherwise they are given numbers that were rounded to it. Weights may be stored in another format and be widened to
+    it where they are read."""
     pair_limit: int | None = None
     """Largest safe |a| + |b| of two neighbouring integer weights, where kernels add pairs of products in 16 bits and
     saturate; None where they do not."""
@@ -54,8 +55,13 @@ class Scheme(Record, frozen=True, kw_only=True):
 
     @property
     def weights_only(self) -> bool:
-        """Whether weights are stored in fewer bits, and tensors are left as they are."""
-        return self.weight is not None and self.activation is None
+        """Whether weights are stored in fewer bits than what nodes compute in, to which they are widened again."""
+        return self.weight is not None and (self.activation is None or (self.cast and self.weight != self.activation))
+
+    @property
+    def sited(self) -> bool:
+        """Whether weights have sites, because each is stored on scales of its own."""
+        return self.gated or self.weights_only
 
     @property
     def hands_on(self) -> bool:

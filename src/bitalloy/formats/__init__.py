@@ -9,11 +9,12 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.formats.affine import INT4, INT8, INT32, UINT4, UINT8
 from bitalloy.formats.base import Format, Rounding, opset_of
+from bitalloy.formats.bfloat16 import BFLOAT16
 from bitalloy.formats.float8 import FLOAT8
 from bitalloy.formats.float16 import FLOAT16
 from bitalloy.formats.runtime import INT8_BLOCKS, UINT8_DYNAMIC
 
-FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, UINT4, INT4, INT32, FLOAT8, FLOAT16)}
+FORMATS: dict[str, Format] = {f.name: f for f in (UINT8, INT8, UINT4, INT4, INT32, FLOAT8, BFLOAT16, FLOAT16)}
 _AT_RUN_TIME: tuple[Rounding, ...] = (UINT8_DYNAMIC, *INT8_BLOCKS)
 ROUNDINGS: dict[str, Rounding] = {r.name: r for r in _AT_RUN_TIME}
 """Roundings of tensors that only exist at run time."""
@@ -45,7 +46,8 @@ def weight_bits(scheme: Scheme) -> float:
         return 32.0
     bits = find_format(scheme.weight).bits
     if scheme.granularity is Granularity.BLOCK:
-        return bits + (32 + bits) / scheme.block  # scale and zero point
+        scale = find_format(scheme.activation).bits if scheme.cast else 32
+        return bits + (scale + bits) / scheme.block  # scale and zero point
     return bits
 
 

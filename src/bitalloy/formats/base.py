@@ -128,6 +128,47 @@ class Format(Rounding, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComputedFloat:
+    """What formats share that nodes compute in and that Cast converts to; they have no parameters."""
+
+    name: str
+    bits: int
+    kind: ir.DataType
+    """The type that ONNX has for it."""
+    opset: int
+    least: float
+    """Smallest positive number."""
+
+    def of_range(self, low: float, high: float) -> None:
+        """Return nothing: a floating-point format has no parameters."""
+
+    def of_parts(self, low: NDArray[np.floating], high: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
+        """Return nothing: a floating-point format has no parameters."""
+
+    def encode(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.generic]:
+        """Convert numbers to the format, read as float32, ties to even."""
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(np.asarray(x, np.float32).astype(self.kind.numpy()))
+
+    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """Convert stored numbers to float32."""
+        return np.asarray(numbers.astype(np.float32))
+
+    def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
+        """Return what is left of numbers in the format."""
+        return self.encode(x).astype(np.float32)
+
+    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """Write a Cast to the format and one back."""
+        half = writer.node("Cast", [x], "half", to=int(self.kind))
+        return writer.node("Cast", [half], "single", to=int(ir.DataType.FLOAT))
+
+    def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None = None) -> ir.Value:
+        """Write a Cast behind the stored numbers."""
+        return writer.node("Cast", [stored], "single", to=int(ir.DataType.FLOAT))
+
+
 def cast_type(stored: Format) -> ir.DataType:
     """Return the type of ONNX that nodes compute in which run in a format."""
     return ir.DataType.from_numpy(stored.encode(np.zeros(1, np.float32), None).dtype)

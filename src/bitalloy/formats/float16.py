@@ -15,12 +15,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from bitalloy.core.units import Evidence
-from bitalloy.formats.base import QuantParams, Writer
+from bitalloy.formats.base import ComputedFloat
 
 HALF_LARGEST = 65504.0
 """Largest finite FP16 number; magnitudes from 65520 on become infinite."""
@@ -31,52 +29,20 @@ LARGEST_SUBNORMAL = 0.5
 LARGEST_ERROR = 1 / 16
 
 
-def fake_fp16(x: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return what is left of float32 values stored as IEEE 754 binary16: 11 bits, infinite from 65520 on.
+@dataclass(frozen=True, kw_only=True)
+class Float16(ComputedFloat):
+    """The format, see `bitalloy.formats.base.Format`: 11 bits, infinite from 65520 on.
 
-    >>> fake_fp16(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
+    >>> Float16().reference(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
     array([9.9975586e-02, 6.5504000e+04,           inf, 0.0000000e+00],
           dtype=float32)
     """
-    with np.errstate(over="ignore", under="ignore"):
-        return np.asarray(np.asarray(x, np.float32).astype(np.float16).astype(np.float32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Float16:
-    """The format, see `bitalloy.formats.base.Format`; it has no parameters."""
 
     name: str = "float16"
     bits: int = 16
+    kind: ir.DataType = ir.DataType.FLOAT16
     opset: int = 13
-
-    def of_range(self, low: float, high: float) -> None:
-        """Return nothing: a floating-point format has no parameters."""
-
-    def of_parts(self, low: NDArray[np.floating], high: NDArray[np.floating], *, axis: int, block: int = 0) -> None:
-        """Return nothing: a floating-point format has no parameters."""
-
-    def encode(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.generic]:
-        """Convert numbers to float16."""
-        with np.errstate(over="ignore", under="ignore"):
-            return np.asarray(x).astype(np.float16)
-
-    def decode(self, numbers: NDArray[np.generic], params: QuantParams | None = None) -> NDArray[np.float32]:
-        """Convert stored numbers to float32."""
-        return np.asarray(numbers.astype(np.float32))
-
-    def reference(self, x: NDArray[np.floating], params: QuantParams | None = None) -> NDArray[np.float32]:
-        """Round numbers as `fake_fp16` does."""
-        return fake_fp16(x)
-
-    def write(self, writer: Writer, x: ir.Value, params: QuantParams | None = None) -> ir.Value:
-        """Write a Cast to the format and one back."""
-        half = writer.node("Cast", [x], "half", to=int(ir.DataType.FLOAT16))
-        return writer.node("Cast", [half], "single", to=int(ir.DataType.FLOAT))
-
-    def write_stored(self, writer: Writer, stored: ir.Value, params: QuantParams | None = None) -> ir.Value:
-        """Write a Cast behind the stored numbers."""
-        return writer.node("Cast", [stored], "single", to=int(ir.DataType.FLOAT))
+    least: float = 2.0**-24
 
     def safe(self, evidence: Evidence) -> tuple[float, str]:
         """Judge a unit by the cases of the module."""

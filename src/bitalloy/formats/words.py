@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 KERNEL_SCHEMES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
     "f32": "fp32",
     "float": "fp32",
     "fp32": "fp32",

@@ -217,6 +217,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
     """
     work = work or Workspace()
     device = analysis.target.device
+    workload = workload_of(analysis.graph, analysis.settings.workload)
 
     def timed() -> CostTable:
         with work.stage("cost", None) as progress:
@@ -229,7 +230,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
             )
 
     def make() -> bytes:
-        table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device)
+        table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device, workload)
         return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
 
     inputs = CostInputs(
@@ -240,7 +241,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         units=tuple((u.id, u.core, u.tail, u.allowed) for u in analysis.units.units),
         edges=tuple(e.id for e in analysis.units.edges),
         schemes=analysis.units.schemes,
-        workload=workload_of(analysis.graph, analysis.settings.workload) if device is None else None,
+        workload=workload,
         seed=analysis.settings.seed,
         environment=analysis.environment,
     )

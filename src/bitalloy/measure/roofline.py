@@ -1,24 +1,36 @@
 """What each scheme would cost on a device that is not here: an estimate from peak rates, never a measurement.
 
 A kernel takes the longer of two times, that of its arithmetic at the device's peak and that of its memory traffic at
-full bandwidth, and a fixed time to start. Real kernels reach neither peak, and fuse more or less than the target's
-rules say: the table ranks schemes and borders, and its microseconds are not what a device will show.
+full bandwidth, and a fixed time to start. So a product of few rows waits for its weights, in the size in which they are
+stored, and one of many for its arithmetic, at the rate of the format that it computes in. Real kernels reach neither
+peak, fuse more or less than the target's rules say, and some widen stored weights in memory first: the table ranks
+schemes and borders, and its microseconds are not what a device will show.
+
+Of a language model each step of a workload has its own sizes (`workload.sized_steps`). A unit takes the sum over all
+steps that it runs in. A border has one price for all tensors: the mean over the steps, by their elements and number.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import msgspec
-import numpy as np
+import onnx_ir as ir
 
 from bitalloy.core.plans import BorderCost, CostTable, UnitCost
+from bitalloy.core.records import Workload
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Placement, Unit, UnitGraph
 from bitalloy.formats import find_format, weight_bits
 from bitalloy.measure.prices import latency_us
+from bitalloy.measure.workload import SizedStep, sized_steps
 from bitalloy.model.load import Graph
-from bitalloy.model.read import constant, is_float, static_shape
+from bitalloy.model.read import constant, is_float, name_of, static_shape
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
+from bitalloy.targets.base import macs
 from bitalloy.targets.devices import Device
 from bitalloy.targets.placement import all_conversions
 
@@ -26,18 +38,21 @@ FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
 """Size of a float32 number; and of the smallest number that a kernel which rounds what it reads hands on."""
 
 
-def estimate_costs(graph: Graph, units: UnitGraph, device: Device) -> CostTable:
+def estimate_costs(graph: Graph, units: UnitGraph, device: Device, workload: Workload | None = None) -> CostTable:
     """Estimate the cost table of a device that is not here; the table says that it is estimated.
 
     Args:
         graph: the model.
         units: the units of the model on a target of that device.
         device: peak rates.
+        workload: what the table prices, from `workload_of`; None for one inference.
     """
-    rows = tuple(_unit(graph, unit, units, device) for unit in units.units)
+    steps = sized_steps(graph, workload)
+    rows = tuple(_unit(graph, unit, units, device, steps) for unit in units.units)
+    elements, count = _crossings(graph, units, steps)
     # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
-    start = device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
-    per_byte, borders = 1e6 / device.bytes_per_second, []
+    start = count * device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
+    per_byte, borders = elements * 1e6 / device.bytes_per_second, []
     for conversion in all_conversions(units.schemes):
         size = sum(number_bytes(units.scheme(end or BASELINE)) for end in (conversion.source, conversion.sink))
         price = BorderCost(source=conversion.source, sink=conversion.sink, us_per_element=size * per_byte, us=start)
@@ -65,30 +80,76 @@ def number_bytes(scheme: Scheme) -> float:
     return find_format(scheme.activation).bits / 8
 
 
-def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device) -> UnitCost:
-    nodes = [graph.node[name] for name in unit.core]
-    made = {v for n in nodes for v in n.outputs}
-    read = {v for n in nodes for v in n.inputs if v is not None and v not in made and is_float(v)}
-    weights = sum(int(np.prod(static_shape(v))) for v in read if constant(v) is not None)
-    rounded = sum(site.elements for site in unit.weights)
-    entering = sum(int(np.prod(static_shape(v))) for v in read if constant(v) is None)
-    leaving = int(np.prod(static_shape(graph.value[unit.root])))
+def _crossings(graph: Graph, units: UnitGraph, steps: Sequence[SizedStep]) -> tuple[float, float]:
+    """Return how many elements, and how many tensors, pass between units in all steps, over those in one inference."""
+    elements = count = 0
+    known = [(e.elements, graph.value[e.tensor].producer(), e.tensor) for e in units.edges]
+    for step in steps:
+        for _, maker, tensor in known:
+            node = step.nodes.get(name_of(maker)) if maker is not None else None
+            if node is not None and maker is not None:
+                index = [str(v.name) for v in maker.outputs].index(tensor)
+                elements += step.times * _size(node.outputs[index])
+                count += step.times
+    made = [size for size, maker, _ in known if maker is not None]
+    return (elements / max(sum(made), 1), count / len(made)) if made else (1.0, 1.0)
 
-    def weight_bytes(scheme: Scheme) -> float:
-        """Return the size of the constants; a unit that reads rounded numbers keeps its bias and others as they are."""
-        size = weight_bits(scheme) / 8
-        return weights * size if scheme.cast else (weights - rounded) * FLOAT_BYTES + rounded * size
+
+def _size(value: ir.Value) -> int:
+    return math.prod(static_shape(value))
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """Numbers that a unit reads and makes in one step, and its multiply-accumulates."""
+
+    entering: int
+    leaving: int
+    weights: int
+    """Of constants; of a table from which rows are gathered, these rows."""
+    macs: int
+
+    @staticmethod
+    def of(nodes: Sequence[ir.Node]) -> _Traffic:
+        made = {v for n in nodes for v in n.outputs}
+        read: dict[ir.Value, int] = {}
+        for node in nodes:
+            for value in node.inputs:
+                if value is not None and value not in made and is_float(value):
+                    size = _size(value)
+                    read[value] = min(size, _size(node.outputs[0])) if node.op_type == "Gather" else size
+        constants = {v for v in read if constant(v) is not None}
+        return _Traffic(
+            entering=sum(size for v, size in read.items() if v not in constants),
+            leaving=_size(nodes[-1].outputs[0]),
+            weights=sum(read[v] for v in constants),
+            macs=sum(macs(n) for n in nodes),
+        )
+
+
+def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device, steps: Sequence[SizedStep]) -> UnitCost:
+    rounded = sum(site.elements for site in unit.weights)
+    sized = [(s.times, [s.nodes[name] for name in unit.core if name in s.nodes]) for s in steps]
+    passes = [(times, _Traffic.of(nodes)) for times, nodes in sized if nodes]
+
+    def weight_bytes(scheme: Scheme, weights: int) -> float:
+        """Return the size of the constants; those without sites, such as a bias, are what nodes compute in."""
+        others = number_bytes(scheme) if scheme.cast else FLOAT_BYTES
+        return (weights - rounded) * others + rounded * weight_bits(scheme) / 8
 
     def us(scheme: Scheme) -> float:
         # a layer that reads rounded numbers hands on floats, which the next one rounds
-        size = number_bytes(scheme)
-        moved = entering * size + weight_bytes(scheme) + leaving * max(size, LEAST_WRITTEN)
-        arithmetic = 2 * unit.macs / device.operations_per_second[scheme.name]
-        return round(max(arithmetic, moved / device.bytes_per_second) * 1e6 + device.start_us, 3)
+        size, total = number_bytes(scheme), 0.0
+        for times, one in passes:
+            moved = one.entering * size + weight_bytes(scheme, one.weights) + one.leaving * max(size, LEAST_WRITTEN)
+            arithmetic = 2 * one.macs / device.operations_per_second[scheme.name]
+            total += times * (max(arithmetic, moved / device.bytes_per_second) * 1e6 + device.start_us)
+        return round(total, 3)
 
     known = [units.scheme(name) for name in (BASELINE, *unit.choices)]
+    kept = _Traffic.of([graph.node[name] for name in unit.core]).weights
     return UnitCost(
         unit=unit.id,
         us={scheme.name: us(scheme) for scheme in known},
-        bytes={scheme.name: round(weight_bytes(scheme)) for scheme in known},
+        bytes={scheme.name: round(weight_bytes(scheme, kept)) for scheme in known},
     )

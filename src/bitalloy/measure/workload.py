@@ -7,7 +7,8 @@ graphs at the length of the prompt, and a run of the decoder alone for every new
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,8 @@ import onnx_ir as ir
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import Workload
 from bitalloy.model.graphs.joining import Joined
-from bitalloy.model.load import Graph
+from bitalloy.model.load import Graph, load_graph
+from bitalloy.model.read import name_of
 from bitalloy.runtime.steps import Step, once
 from bitalloy.sensitivity.analysis import Analysis
 
@@ -78,7 +80,7 @@ def workload_steps(
         return (once(feeds),)
     assert isinstance(graph, Joined) and workload.prompt is not None and workload.new is not None
     usual = _sizes(graph)
-    sizes = {_NEW: workload.prompt, _ALL: workload.prompt, _AFTER: usual.get(_AFTER, 0) + workload.prompt - usual[_NEW]}
+    sizes = _prompt_sizes(usual, workload.prompt)
     named = {graph.program.names[g, t]: dims for (g, t), dims in _open(graph).items() if (g, t) in graph.program.names}
     prompt = {
         name: np.resize(value, tuple(sizes.get(d, n) for d, n in zip(named[name], value.shape, strict=True)))
@@ -88,10 +90,66 @@ def workload_steps(
     }
     steps = [Step(PREFILL, prompt)]
     if workload.new:
-        past = workload.prompt + workload.new // 2
+        past = _mean_past(workload.prompt, workload.new)
         token = _token(graph.opened[decoder], past, np.random.default_rng(seed))
         steps.append(Step(TOKEN, token, times=workload.new, graph=decoder))
     return tuple(steps)
+
+
+@dataclass(frozen=True)
+class SizedStep:
+    """A step of a workload, of which nothing is run: its nodes, whose tensors have the sizes of that step."""
+
+    name: str
+    times: int
+    """How often it is made."""
+    nodes: Mapping[str, ir.Node]
+    """Name in the whole model -> node, of the graphs that run."""
+
+
+def sized_steps(graph: Graph, workload: Workload | None) -> tuple[SizedStep, ...]:
+    """Return the steps of a workload for an estimate. Graphs are loaded again at sizes other than those of the samples.
+
+    Args:
+        graph: the model.
+        workload: from `workload_of`; None for one inference.
+    """
+    decoder = _decoder(graph)
+    if workload is None or decoder is None:
+        return (SizedStep(once({}).name, 1, graph.node),)
+    assert isinstance(graph, Joined) and workload.prompt is not None and workload.new is not None
+    usual = _sizes(graph)
+    prompt = {**usual, **_prompt_sizes(usual, workload.prompt)}
+    whole = graph.node if prompt == usual else _sized(graph, graph.program.order, prompt)
+    steps = [SizedStep(PREFILL, 1, whole)]
+    if workload.new:
+        past = _mean_past(workload.prompt, workload.new)
+        nodes = _sized(graph, [decoder], {**usual, _NEW: 1, _PAST: past, _ALL: past + 1})
+        steps.append(SizedStep(TOKEN, workload.new, nodes))
+    return tuple(steps)
+
+
+def _sized(graph: Joined, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, ir.Node]:
+    """Load some graphs of a program at other sizes; name in the whole -> node."""
+    found: dict[str, ir.Node] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
+    for (name, tensor), dims in _open(graph).items():
+        if name in shapes:
+            shapes[name][tensor] = tuple(int(d) if d.isdigit() else sizes[d] for d in dims)
+    for name in names:
+        part = load_graph(graph.program.graphs[name].source, shapes=shapes[name])
+        found.update({f"{name}/{name_of(node)}": node for node in part.nodes})
+    return found
+
+
+def _prompt_sizes(usual: Mapping[str, int], prompt: int) -> dict[str, int]:
+    """Open size -> what it is while a prompt of some length is read."""
+    return {_NEW: prompt, _ALL: prompt, _AFTER: usual.get(_AFTER, 0) + prompt - usual[_NEW]}
+
+
+def _mean_past(prompt: int, new: int) -> int:
+    """Return the mean length of the cache while an answer is written."""
+    return prompt + new // 2
 
 
 def told_workload(graph: Graph, workload: Workload | None) -> str:

@@ -8,7 +8,7 @@ Case 3. A tensor that enters a unit that rounds what it reads: rounded once for 
 Case 4. Weights: stored in their format, and read back as float; biases: moved where they have an offset
         (`rewrite.biases`), then INT32 with scale input * weight, in schemes that want them so.
 Case 5. Units that compute in another format: `rewrite.cast`, after all roundings stand; these stay in float32, with a
-        Cast between.
+        Cast between. Weights that such a unit stores in a third format are read in the one that it computes in.
 Case 6. Units whose kernel rounds what it reads: `rewrite.kernels`. What enters them is not rounded here.
 Case 7. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
         numbers. ONNX Runtime's kernel is several times slower on other axes.
@@ -92,17 +92,19 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan, *, kernels: bool = True
     ends, entries = _borders(units, plan)
     inputs = {use.node: e.root for e in units.edges for use in e.uses if use.slot == 0}
     for unit in units.units:
-        if unit.id in plan and not known[plan[unit.id]].cast:
-            writer.unit(unit, known[plan[unit.id]], inputs, end=unit.id in ends)
-    for edge, scheme in entries:
-        writer.enter(edge, scheme)
+        scheme = known[plan.scheme_of(unit.id)]
+        if scheme.sited:
+            writer.unit(unit, scheme, inputs, end=unit.id in ends)
+    for edge, rounded in entries:
+        writer.enter(edge, rounded)
     for unit in units.units:
         if target.slow_softmax and unit.kind == "Softmax" and unit.id not in plan:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
-    for cast in (s for s in units.schemes if s.cast):
-        members = [by_id[name] for name in plan.units_in(cast.name)]
-        kind = cast_type(find_format(cast.activation))
-        lower(model, {n for u in members for n in (*u.core, *u.tail)}, kind, writer.fresh)
+    for computed in dict.fromkeys(s.activation for s in units.schemes if s.cast):
+        schemes = [s.name for s in units.schemes if s.cast and s.activation == computed]
+        members = [by_id[unit] for name in schemes for unit in plan.units_in(name)]
+        nodes = {n for u in members for n in (*u.core, *u.tail)}
+        lower(model, nodes, cast_type(find_format(computed)), writer.fresh)
     if kernels:
         lower_kernels(model)
     _verify(graph, model)

@@ -19,7 +19,8 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
     """Let nodes compute in a format; everything else, inputs and outputs of the model included, stays as it is.
 
     Case 1. A float tensor from elsewhere: one Cast, shared by all these nodes.
-    Case 2. A constant: an initializer in the format, shared likewise; `ops.full_slots` stay float32.
+    Case 2. A constant: an initializer in the format, shared likewise; `ops.full_slots` stay float32. A constant that is
+            stored in a third format: its scales become numbers of this one, and so does what DequantizeLinear makes.
     Case 3. A tensor that such a node makes: in the format, with one Cast back for all readers outside.
     Case 4. The same where it is an output of the model: the Cast back takes its name.
 
@@ -35,6 +36,9 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
     lowered: dict[ir.Value, ir.Value] = {}
     for node in nodes:
         for slot, value in enumerate(node.inputs):
+            if (reader := stored_reader(value)) is not None:
+                _read_in(graph, reader, kind, fresh)
+                continue
             if value is None or not is_float(value) or slot in ops.full_slots(node.op_type):
                 continue
             producer = value.producer()
@@ -65,6 +69,21 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
             if value.is_graph_output():
                 graph.outputs[list(graph.outputs).index(value)] = back
                 value.name, back.name = fresh(f"{value.name}/half"), value.name
+
+
+def stored_reader(value: ir.Value | None) -> ir.Node | None:
+    """Return the DequantizeLinear that reads a stored constant; None for any other tensor."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in ops.ROUNDING and constant(node.inputs[0]) is not None else None
+
+
+def _read_in(graph: ir.Graph, reader: ir.Node, kind: ir.DataType, fresh: Fresh) -> None:
+    """Let a DequantizeLinear make numbers of a format, which its scales tell; they are such numbers already."""
+    scale = constant(reader.inputs[1])
+    assert scale is not None, "a stored constant has constant scales"
+    if scale.dtype != kind.numpy():
+        reader.replace_input_with(1, add_initializer(graph, fresh(f"{reader.name}/scale"), scale.astype(kind.numpy())))
+    reader.outputs[0].type = ir.TensorType(kind)
 
 
 def as_specified(model: ir.Model) -> ir.Model:
@@ -103,7 +122,7 @@ def computing_nodes(model: ir.Model) -> dict[ir.DataType, frozenset[str]]:
     """Map each type other than float32 that nodes compute in to the names of these nodes."""
     found: dict[ir.DataType, set[str]] = {}
     for node in model.graph:
-        for value in () if is_border(node) else node.outputs:
+        for value in () if is_border(node) or node.op_type in ops.ROUNDING else node.outputs:
             if value.dtype in LOWER_TYPES:
                 found.setdefault(value.dtype, set()).add(name_of(node))
     return {kind: frozenset(names) for kind, names in found.items()}

@@ -83,7 +83,7 @@ def _stored_product(node: ir.Node, *, rounds: bool) -> _StoredProduct:
 
 def mark_kernel(node: ir.Node, scheme: Scheme) -> None:
     """Say by which kernel a product with a stored weight is to be computed."""
-    node.metadata_props[KERNEL] = f"{scheme.kernel} {scheme.activation or ''}".strip()
+    node.metadata_props[KERNEL] = f"{scheme.kernel} {scheme.activation if scheme.rounds else ''}".strip()
 
 
 class _Lowering:

@@ -10,7 +10,8 @@ Case 5. A tensor that was rounded where it is made, on its way into a unit that 
         rounding adds to the first.
 Case 6. A unit that computes in another format, all its roundings together, seen at its root: weights and the output of
         every node, and inputs of the graph. Other inputs are taken as they are: in a run of such units what enters a
-        unit is rounded where it is made, and counting it again would take one rounding for two.
+        unit is rounded where it is made, and counting it again would take one rounding for two. Weights that the unit
+        stores in a third format are rounded to that first.
 
 Columns are told apart by what they round and how. Targets that round a site alike share the column.
 """
@@ -228,6 +229,7 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe, *, maske
     nodes = [graph.node[name] for name in unit.core]
     inputs = {str(v.name) for v in graph.model.graph.inputs}
     stored = find_format(scheme.activation)
+    kept = {w.tensor: _Kept(graph, w, scheme, recipe) for w in unit.weights if scheme.weights_only}
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         writer = _Probe(p)
@@ -238,7 +240,9 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe, *, maske
                 return None if value is None else values[str(value.name)]
             name, array = str(value.name), constant(value)
             if name not in known:
-                if array is not None and not graph.large:
+                if name in kept:
+                    known[name] = kept[name].write(writer, values[name])
+                elif array is not None and not graph.large:
                     known[name] = p.const(stored.reference(array, None))
                 elif array is not None or name in inputs:
                     known[name] = stored.write(writer, values[name], None)
@@ -260,9 +264,33 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe, *, maske
         return error
 
     place = (Edge(tensor=unit.root, node="", slot=0),)
-    key = (scheme.activation, *map(name_of, nodes))
+    key = (scheme.activation, *(part for k in kept.values() for part in k.identity), *map(name_of, nodes))
     (site,) = own_sites(unit, scheme)
     return Column(site.id, recipe.target.name, key, lambda name: Tap(name, place, error))
+
+
+class _Kept:
+    """A weight that a unit stores in another format than it computes in (case 6)."""
+
+    def __init__(self, graph: Graph, site: WeightSite, scheme: Scheme, recipe: Recipe) -> None:
+        self._large, self._stored = graph.large, recipe.weight(scheme.name, graph.node[site.node], site)
+        # a kernel widens weights where it multiplies; without one they are numbers of the format before that
+        self._made = None if scheme.kernel else find_format(scheme.activation)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells it from the same weight stored otherwise."""
+        return self._stored.digest, *_identity(self._stored.format, self._stored.params)
+
+    def write(self, writer: _Probe, value: ir.Value) -> ir.Value:
+        """Write the weight as the unit multiplies by it; of a large model from the stored numbers, at every run."""
+        kept = self._stored
+        if self._large:
+            stored = writer.constant(kept.numbers, "stored")
+            read = kept.format.write_stored(writer, stored, kept.params)
+            return read if self._made is None else self._made.write(writer, read, None)
+        weight = kept.rounded
+        return writer.constant(weight if self._made is None else self._made.reference(weight, None), "read")
 
 
 def _attributes(node: ir.Node) -> dict[str, object]:

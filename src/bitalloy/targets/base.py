@@ -163,7 +163,7 @@ def split(
         refused = _refused(target, offers, core, members, _unfit_output(core.root, joined, final))
         allowed = (BASELINE, *(o.scheme.name for o in offers if o.scheme.name not in refused))
         excluded = bool(exclude & {name_of(n) for n in members})
-        sited = any(o.scheme.gated and o.scheme.name in allowed for o in offers) and not excluded
+        sited = any(o.scheme.sited and o.scheme.name in allowed for o in offers) and not excluded
         units.append(
             Unit(
                 id=name,

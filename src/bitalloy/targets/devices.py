@@ -2,7 +2,8 @@
 
 Rates are dense, a multiply-accumulate counts as two operations, and those of a data sheet that quotes sparsity are
 halved. FP32 stands for TF32, which is the default of TensorRT and of ONNX Runtime's CUDA provider. Where a data sheet
-gives two rates, that with sums in FP32 is taken. Sources, all of NVIDIA:
+gives two rates, that with sums in FP32 is taken. BF16 has the rate of FP16 in all of these data sheets, and so have
+schemes that store weights alone in fewer bits, because their products are computed in FP16. Sources, all of NVIDIA:
 
     A10         "NVIDIA A10 Tensor Core GPU" data sheet
     L4          "NVIDIA L4 Tensor Core GPU" data sheet (with sparsity)
@@ -39,11 +40,19 @@ class Device(Record, frozen=True, kw_only=True):
     """Assumed time between two kernels in microseconds."""
 
 
+def _rates(*, fp32: float, fp16: float, int8: float, fp8: float | None = None) -> dict[str, float]:
+    """Map schemes to the operations of a device, from those that its data sheet gives."""
+    found = {BASELINE: fp32, "fp16": fp16, "int8": int8, **dict.fromkeys(AT_HALF_RATE, fp16)}
+    return found if fp8 is None else {**found, "fp8": fp8}
+
+
+AT_HALF_RATE = ("bf16", "w8", "w4", "w4-128")
+"""Schemes that are computed in FP16, or as fast."""
 A10 = Device(
     id="a10",
     name="NVIDIA A10",
     capability=86,
-    operations_per_second={BASELINE: 62.5e12, "fp16": 125e12, "int8": 250e12},
+    operations_per_second=_rates(fp32=62.5e12, fp16=125e12, int8=250e12),
     bytes_per_second=600e9,
 )
 DEVICES: dict[str, Device] = {
@@ -54,49 +63,49 @@ DEVICES: dict[str, Device] = {
             id="l4",
             name="NVIDIA L4",
             capability=89,
-            operations_per_second={BASELINE: 60e12, "fp16": 121e12, "fp8": 242.5e12, "int8": 242.5e12},
+            operations_per_second=_rates(fp32=60e12, fp16=121e12, fp8=242.5e12, int8=242.5e12),
             bytes_per_second=300e9,
         ),
         Device(
             id="l40s",
             name="NVIDIA L40S",
             capability=89,
-            operations_per_second={BASELINE: 183e12, "fp16": 362e12, "fp8": 733e12, "int8": 733e12},
+            operations_per_second=_rates(fp32=183e12, fp16=362e12, fp8=733e12, int8=733e12),
             bytes_per_second=864e9,
         ),
         Device(
             id="rtx-4090",
             name="NVIDIA GeForce RTX 4090",
             capability=89,
-            operations_per_second={BASELINE: 82.6e12, "fp16": 165.2e12, "fp8": 330.3e12, "int8": 660.6e12},
+            operations_per_second=_rates(fp32=82.6e12, fp16=165.2e12, fp8=330.3e12, int8=660.6e12),
             bytes_per_second=1008e9,
         ),
         Device(
             id="rtx-5090",
             name="NVIDIA GeForce RTX 5090",
             capability=120,
-            operations_per_second={BASELINE: 104.8e12, "fp16": 209.5e12, "fp8": 419e12, "int8": 838e12},
+            operations_per_second=_rates(fp32=104.8e12, fp16=209.5e12, fp8=419e12, int8=838e12),
             bytes_per_second=1792e9,
         ),
         Device(
             id="orin",
             name="NVIDIA Jetson AGX Orin",
             capability=87,
-            operations_per_second={BASELINE: 21.25e12, "fp16": 42.5e12, "int8": 85e12},
+            operations_per_second=_rates(fp32=21.25e12, fp16=42.5e12, int8=85e12),
             bytes_per_second=204.8e9,
         ),
         Device(
             id="h100",
             name="NVIDIA H100 SXM",
             capability=90,
-            operations_per_second={BASELINE: 494.5e12, "fp16": 989.5e12, "fp8": 1979e12, "int8": 1979e12},
+            operations_per_second=_rates(fp32=494.5e12, fp16=989.5e12, fp8=1979e12, int8=1979e12),
             bytes_per_second=3350e9,
         ),
         Device(
             id="b200",
             name="NVIDIA B200",
             capability=100,
-            operations_per_second={BASELINE: 1.1e15, "fp16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15},
+            operations_per_second=_rates(fp32=1.1e15, fp16=2.25e15, fp8=4.5e15, int8=4.5e15),
             bytes_per_second=8000e9,
         ),
     )

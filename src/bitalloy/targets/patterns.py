@@ -69,6 +69,23 @@ def stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
     return f"there is such a kernel only for products with a constant matrix, and not for {core.kind}"
 
 
+def divided_depth(core: Core, block: int, runtime: str) -> str:
+    """Refuse a product with a stored matrix whose reduction is no multiple of the block."""
+    depth, _ = stored_sizes(core)
+    if depth % block == 0:
+        return ""
+    return f"{runtime} takes blocks that divide the reduction, and {block} does not divide {depth}"
+
+
+def stored_sizes(core: Core) -> tuple[int, int]:
+    """Return the length of the reduction and the number of columns of a product with a stored matrix."""
+    node, site = core.nodes[0], core.weights[0]
+    operand = node.inputs[site.slot]
+    assert operand is not None and site.axis is not None, "a stored matrix has channels"
+    shape = static_shape(operand)
+    return shape[1 - site.axis % 2], shape[site.axis % 2]
+
+
 def only_reader(value: ir.Value) -> ir.Node | None:
     """Find the node that alone reads a tensor, once; None where it is read otherwise or leaves the graph."""
     uses = consumers(value)

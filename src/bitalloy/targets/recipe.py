@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import msgspec
@@ -16,7 +16,7 @@ from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format, find_rounding, required_opset
-from bitalloy.formats.base import QuantParams, Rounding
+from bitalloy.formats.base import ComputedFloat, Format, QuantParams, Rounding
 from bitalloy.model.read import constant
 from bitalloy.targets import TARGETS, on_devices, target
 from bitalloy.targets.base import Target
@@ -65,7 +65,8 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
     """Choose how a weight is stored: by tensor, by channel of `site.axis`, or by block along the reduction.
 
     With a `pair_limit` the scale of a channel is raised until no two weights that a kernel may add (`largest_pairs`)
-    sum to more than the limit: 128 keeps 255 * (|a| + |b|) below 2^15.
+    sum to more than the limit: 128 keeps 255 * (|a| + |b|) below 2^15. Where nodes compute in another format than
+    float32, scales are numbers of that format (`_representable`).
     """
     stored = find_format(scheme.weight)
     axis, weight = site.axis, constant(node.inputs[site.slot])
@@ -75,7 +76,8 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
         along = reduction_axis(node, axis, weight.ndim)
         starts = np.arange(0, weight.shape[along], scheme.block)
         low, high = (extreme.reduceat(weight, starts, axis=along) for extreme in (np.minimum, np.maximum))
-        return stored.of_parts(low, high, axis=along, block=scheme.block)
+        found = stored.of_parts(low, high, axis=along, block=scheme.block)
+        return _representable(found, find_format(scheme.activation)) if scheme.cast else found
     high = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
     if scheme.pair_limit is not None:
         # rounding may lift both members by half a step
@@ -83,6 +85,14 @@ def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParam
     if scheme.granularity is Granularity.TENSOR:
         high = np.full_like(high, high.max(initial=0.0))
     return stored.of_parts(-high, high, axis=axis)
+
+
+def _representable(params: QuantParams | None, kind: Format) -> QuantParams | None:
+    """Round scales to a format, to its smallest positive number at least: a scale of 0 stands for no number."""
+    if params is None:
+        return None
+    assert isinstance(kind, ComputedFloat), "nodes compute in floating-point formats"
+    return replace(params, scale=np.maximum(kind.reference(params.scale), np.float32(kind.least)))
 
 
 def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:

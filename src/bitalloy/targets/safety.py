@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -11,18 +11,47 @@ import onnx_ir as ir
 
 from bitalloy import ops
 from bitalloy.core.records import TensorRange
-from bitalloy.core.schemes import Scheme
+from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Evidence, Unit, UnitGraph
 from bitalloy.formats import find_format
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, is_float, static_shape
-from bitalloy.targets.base import Offer, all_operators
+from bitalloy.targets.base import Core, Offer, all_operators
+from bitalloy.targets.patterns import stored_matrix
 
 HALF_PRECISION = Offer(
     scheme=Scheme(name="fp16", activation="float16", weight="float16", cast=True),
     refuse=all_operators(ops.LOWERABLE, "FP16"),
 )
 """The offer of targets with FP16 kernels for all of these operators, written as Cast."""
+
+
+def stored_beside_half(
+    name: str, weight: str, block: int, *, kernel: str = "", refuse: Callable[[Core, Sequence[ir.Node]], str]
+) -> Offer:
+    """Offer products in FP16 with weights that are stored in blocks along the reduction, as the target asks.
+
+    Args:
+        name: of the scheme.
+        weight: format of the weights.
+        block: number of weights that share a scale, which is an FP16 number.
+        kernel: operator of the runtime that computes the product; empty for a DequantizeLinear on the weight.
+        refuse: why the kernel does not take a product with a stored matrix; empty where it does.
+    """
+
+    def refused(core: Core, nodes: Sequence[ir.Node]) -> str:
+        return stored_matrix(core, nodes) or HALF_PRECISION.refuse(core, nodes) or refuse(core, nodes)
+
+    scheme = Scheme(
+        name=name,
+        activation="float16",
+        weight=weight,
+        granularity=Granularity.BLOCK,
+        block=block,
+        kernel=kernel,
+        cast=True,
+    )
+    return Offer(scheme=scheme, refuse=refused, usual=False)
 
 
 def judge(graph: Graph, units: UnitGraph, ranges: Mapping[str, TensorRange]) -> UnitGraph:

@@ -21,6 +21,19 @@ Case 7. FP8 (E4M3) is rounded where INT8 is: Conv, Gemm, MatMul and residual Add
         and a vector or with fewer than 16 rows or columns on the right. All but groups are NVIDIA's own choice in
         ModelOpt 0.47 (modelopt/onnx/quantization). Devices have FP8 from SM89 on (`targets.devices`).
 
+Case 8. INT4 is for weights alone ("Working with Quantized Types": "INT4 (signed 4-bit integer, weight-only
+        quantization)"): a DequantizeLinear in blocks along the reduction (opset 21, zero point 0; IDequantizeLayer:
+        only symmetric, blocks in one of the last two dimensions) in front of a MatMul or Gemm with a constant matrix.
+        It makes numbers of the type of its scales, so that scales in FP16 make the product one in FP16, with nothing in
+        between: a Cast behind the DequantizeLinear gets a kernel of its own that writes all weights in FP16. Blocks of
+        64 (`w4`) or 128 (`w4-128`), which must divide the reduction. TensorRT for RTX 1.7.1 accepts both for SM86 and
+        SM89, and its engine has one kernel that reads the INT4 weights, for one row and for many. INT4 exists on all
+        devices here (ModelOpt, feature support matrix: Ampere and later).
+Case 9. BF16 (`bf16`) is a Cast, as FP16: for units whose values FP16 does not hold, at the same rate on Ampere and
+        later (data sheets) with three bits less. TensorRT for RTX 1.7.1 accepts 58 of 60 operators in it, each alone,
+        for SM89; it refuses HardSwish ("Only FLOAT, HALF or INT8 input is supported") and builds no ConvTranspose.
+        Models rise to opset 22, the first that defines all of them for it.
+
 INT8 and FP8 are symmetric with zero point 0, per tensor for activations and per channel for weights. Q and DQ compute
 in float32, because QuantizeLinear takes nothing else below opset 19; next to a unit in FP16 stands a Cast.
 """
@@ -40,12 +53,14 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, name_of, node_weight_axes, static_shape
 from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
-from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.base import Core, Offer, Target, all_operators, whole_kernel
 from bitalloy.targets.devices import A10
-from bitalloy.targets.patterns import match_matmul, moves, only_reader, second_operand, silu_of
-from bitalloy.targets.safety import HALF_PRECISION
+from bitalloy.targets.patterns import divided_depth, match_matmul, moves, only_reader, second_operand, silu_of
+from bitalloy.targets.safety import HALF_PRECISION, stored_beside_half
 
 TENSORRT_FUSED_ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
+NO_BRAIN_FLOAT = frozenset({"ConvTranspose", "HardSwish"})
+"""Operators of case 9 without a kernel."""
 FEW_CHANNELS, LARGEST_WINDOW, LEAST_DEPTH = 16, 32, 16
 """Channels of a convolution up to which FP8 is slower than FP16, largest number of elements of its window, and least
 number of rows and of columns of the right operand of a product."""
@@ -179,13 +194,30 @@ def _slow_product(node: ir.Node) -> str:
     return ""
 
 
+def _blocks(name: str, block: int) -> Offer:
+    """Case 8."""
+
+    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
+        return divided_depth(core, block, "TensorRT")
+
+    return stored_beside_half(name, "int4", block, refuse=refuse)
+
+
 TENSORRT = Target(
     name="tensorrt",
-    describe="TensorRT 10 and 11, strongly typed: FP16; INT8 and, from SM89 on, FP8 in Q/DQ form, weights per channel",
+    describe="TensorRT 10 and 11, strongly typed: FP16; INT8 and, from SM89 on, FP8 in Q/DQ form, weights per channel; "
+    "with --schemes BF16, and products in w4, w4-128 (INT4 weights alone)",
     runtime=ORT,
     offers=(
         HALF_PRECISION,
+        Offer(
+            scheme=Scheme(name="bf16", activation="bfloat16", weight="bfloat16", cast=True),
+            refuse=all_operators(ops.LOWERABLE - NO_BRAIN_FLOAT, "BF16"),
+            usual=False,
+        ),
         Offer(scheme=Scheme(name="fp8", activation="float8e4m3fn", weight="float8e4m3fn"), refuse=_without_fp8),
+        _blocks("w4", 64),
+        _blocks("w4-128", 128),
         Offer(scheme=Scheme(name="int8", activation="int8", weight="int8"), refuse=whole_kernel),
     ),
     placement=Placement.ENTRY,

@@ -164,7 +164,7 @@ def summarize_run(
         graphs=dict(sizes) if isinstance(analysis.graph, Joined) else {},
         protected_units=planned.protected,
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
-        workload=_workload(analysis, estimated=planned.cost.estimated),
+        workload=_workload(analysis),
         steps=measured.steps,
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
@@ -264,9 +264,8 @@ def _total(sizes: Mapping[str, Triple]) -> Triple:
     )
 
 
-def _workload(analysis: Analysis, *, estimated: bool) -> str:
-    asked = None if estimated else workload_of(analysis.graph, analysis.settings.workload)
-    return told_workload(analysis.graph, asked)
+def _workload(analysis: Analysis) -> str:
+    return told_workload(analysis.graph, workload_of(analysis.graph, analysis.settings.workload))
 
 
 def _headline(

@@ -1,0 +1,116 @@
+"""Estimates from peak rates: what rows wait for, and the steps of a language model at their own sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from tests.conftest import Network
+from tests.small_programs import HEADS, WIDTH, write_language
+
+from bitalloy.core.records import Workload
+from bitalloy.measure.roofline import estimate_costs
+from bitalloy.measure.workload import sized_steps, workload_of
+from bitalloy.model.graphs.joining import Joined, join
+from bitalloy.model.graphs.wiring import load_program
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import load_graph
+from bitalloy.model.read import static_shape
+from bitalloy.targets import target
+from bitalloy.targets.base import split
+from bitalloy.targets.devices import A10
+
+PROMPT, NEW = 24, 6
+ENDLESS = 1e30
+
+
+def times_of_a_product(folder: Path, name: str, rows: int) -> dict[str, float]:
+    """Estimated microseconds of a product with a matrix of 4096 x 4096, by scheme, without the start of the kernel."""
+    net = Network(1)
+    y = net.op("MatMul", "x", net.constant(np.ones((4096, 4096), np.float32)))
+    onnx.save(net.model({"x": (rows, 4096)}, {net.op("Relu", y): (rows, 4096)}), folder / "net.onnx")
+    graph, device = load_graph(folder / "net.onnx"), target(name)
+    schemes = tuple(o.scheme.name for o in device.runnable)
+    units = split(graph, device, find_heads(graph), schemes=schemes)
+    row = next(u for u in estimate_costs(graph, units, A10).units if "MatMul" in u.unit)
+    return {scheme: us - A10.start_us for scheme, us in row.us.items()}
+
+
+@pytest.mark.parametrize("name", ["ort-cuda", "tensorrt"])
+def test_few_rows_wait_for_weights_and_many_for_arithmetic(tmp_path: Path, name: str) -> None:
+    """4 bits and a scale of 16 for each block are read in about a quarter of the time of 16 bits; products are FP16."""
+    one, many = (times_of_a_product(tmp_path, name, rows) for rows in (1, 4096))
+    assert one["fp16"] == pytest.approx(4096 * 4096 * 2 / A10.bytes_per_second * 1e6, rel=0.01)
+    block = {"ort-cuda": 32, "tensorrt": 64}[name]
+    assert one["fp16"] / one["w4"] == pytest.approx(16 / (4 + (16 + 4) / block), rel=0.01)
+    assert one["fp16"] / one["w4-128"] > one["fp16"] / one["w4"] > 3.4
+    assert many["w4"] == many["fp16"] == pytest.approx(2 * 4096**3 / A10.operations_per_second["fp16"] * 1e6, rel=0.01)
+    if name == "ort-cuda":
+        assert one["w4"] < one["w8"] < one["fp16"] and many["w8"] == many["fp16"]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Joined:
+    folder = write_language(tmp_path_factory.mktemp("language"))
+    shapes = {"embedding:before": (1, 2), "embedding:image_features": (1, 4, WIDTH), "embedding:after": (1, 4)}
+    cache = {f"decoder:past.{i}.{k}": (1, HEADS, 0, WIDTH // HEADS) for i in range(2) for k in ("key", "value")}
+    shapes |= {"decoder:attention_mask": (1, 10), "decoder:position_ids": (1, 10), **cache}
+    return join(load_program(folder, shapes=shapes))
+
+
+def test_steps_have_their_own_sizes(language: Joined) -> None:
+    """The head sees every position of a prompt and one of a token; a token's scores reach over the cache and itself."""
+    workload = workload_of(language, Workload(prompt=PROMPT, new=NEW))
+    prefill, token = sized_steps(language, workload)
+    assert (prefill.times, token.times) == (1, NEW)
+    head = next(n for n in language.node if "lm_head" in n)
+    softmax = next(n for n in language.node if "Softmax" in n)
+    vocabulary = static_shape(language.node[head].outputs[0])[-1]
+    assert static_shape(prefill.nodes[head].outputs[0]) == (1, PROMPT, vocabulary)
+    assert static_shape(token.nodes[head].outputs[0]) == (1, 1, vocabulary)
+    assert static_shape(prefill.nodes[softmax].outputs[0]) == (1, HEADS, PROMPT, PROMPT)
+    assert static_shape(token.nodes[softmax].outputs[0]) == (1, HEADS, 1, PROMPT + NEW // 2 + 1)
+    assert {n.partition("/")[0] for n in token.nodes} == {"decoder"}
+    assert {n.partition("/")[0] for n in prefill.nodes} == {"vision", "embedding", "decoder"}
+    usual = sized_steps(language, workload_of(language, Workload(prompt=10, new=0)))
+    assert len(usual) == 1 and usual[0].nodes is language.node
+
+
+@pytest.mark.parametrize("name", ["ort-cuda", "tensorrt"])
+def test_a_unit_takes_the_sum_over_the_steps(language: Joined, name: str) -> None:
+    """With endless bandwidth that of the arithmetic of all tokens, with endless arithmetic that of all reads."""
+    device = target(name)
+    units = split(language, device, find_heads(language), schemes=("fp16", "w4"))
+    answer = workload_of(language, Workload(prompt=PROMPT, new=NEW))
+    head = next(u for u in units.units if "lm_head" in u.id)
+    vocabulary = static_shape(language.value[head.root])[-1]
+    rates = A10.operations_per_second
+    fast = msgspec.structs.replace(
+        A10, bytes_per_second=ENDLESS, start_us=0.0, operations_per_second=dict.fromkeys(rates, 1e6)
+    )
+    (row,) = (u for u in estimate_costs(language, units, fast, answer).units if u.unit == head.id)
+    assert row.us["fp16"] == pytest.approx(2 * WIDTH * vocabulary * (PROMPT + NEW), rel=1e-6)
+    wide = msgspec.structs.replace(
+        A10, bytes_per_second=1e6, start_us=0.0, operations_per_second=dict.fromkeys(rates, ENDLESS)
+    )
+    (row,) = (u for u in estimate_costs(language, units, wide, answer).units if u.unit == head.id)
+    moved = [2 * (rows * WIDTH + WIDTH * vocabulary + rows * vocabulary) for rows in (PROMPT, 1)]
+    assert row.us["fp16"] == pytest.approx(moved[0] + NEW * moved[1], rel=1e-6)
+    vision = next(u.id for u in units.units if u.id.startswith("vision/") and u.kind == "Conv")
+    start = msgspec.structs.replace(A10, bytes_per_second=ENDLESS, operations_per_second=dict.fromkeys(rates, ENDLESS))
+    found = {u.unit: u.us["fp16"] for u in estimate_costs(language, units, start, answer).units if "fp16" in u.us}
+    assert found[vision] == start.start_us and found[head.id] == start.start_us * (1 + NEW)
+
+
+def test_borders_are_crossed_in_every_step(language: Joined) -> None:
+    units = split(language, target("ort-cuda"), find_heads(language), schemes=("fp16",))
+    once, again = (
+        estimate_costs(language, units, A10, workload_of(language, Workload(prompt=10, new=new))) for new in (0, NEW)
+    )
+    plain = estimate_costs(language, units, A10)
+    assert [b.us for b in once.borders] == [b.us for b in plain.borders] == [A10.start_us] * len(once.borders)
+    for few, many in zip(once.borders, again.borders, strict=True):
+        assert A10.start_us < many.us <= A10.start_us * (1 + NEW) and many.us_per_element > few.us_per_element
