@@ -183,8 +183,8 @@ def test_brain_floats_hold_what_halves_do_not(tmp_path: Path) -> None:
         for n in graph.nodes
         if n.op_type == "MatMul"
         for v in n.inputs
-        if v.const_value is not None
-    ]  # type: ignore[union-attr]
+        if v is not None and v.const_value is not None
+    ]
 
     def brain(a: np.ndarray) -> np.ndarray:
         return a.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
@@ -218,8 +218,8 @@ def test_a_program_ships_stored_weights_with_open_sizes(tmp_path: Path) -> None:
     assert {v.dtype for n in decoder.graph if n.op_type == "MatMulNBits" for v in n.outputs} == {ir.DataType.FLOAT16}
     onnx.checker.check_model(ir.to_proto(decoder), full_check=True)
     random = np.random.default_rng(2)
-    feeds = {
-        v.name: np.zeros(static_shape(v), np.int64)
+    feeds: dict[str, np.ndarray] = {
+        str(v.name): np.zeros(static_shape(v), np.int64)
         if v.dtype == ir.DataType.INT64
         else random.standard_normal(static_shape(v)).astype(np.float32)
         for v in graph.model.graph.inputs
