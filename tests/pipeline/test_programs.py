@@ -313,6 +313,8 @@ def test_a_summary_prices_the_answer(spoken: Any) -> None:
         parts = [getattr(step.latency_ms, kind).median_ms * step.times for step in summary.steps]
         assert getattr(summary.latency_ms, kind) == pytest.approx(sum(parts), rel=0.5)
         assert getattr(summary.latency_spread_ms, kind).count == getattr(token.latency_ms, kind).count
+    memory = summary.peak_memory_mb
+    assert memory.process > 20 and min(memory.reference, memory.lowest, memory.mixed) > memory.process
     assert {"w4", "w8", "int8-dynamic", "int8"} <= {s.name for s in verified.analysis.units.schemes}
     stored = json.loads((out / "summary.json").read_text())
     assert [step["name"] for step in stored["steps"]] == ["prefill", "token"]

@@ -26,7 +26,7 @@ SUMMARY = {
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
-    "versions", "notes", "parts",
+    "versions", "notes", "parts", "peak_memory_mb",
 }  # fmt: skip
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
@@ -135,6 +135,8 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["samples"] == 8 and summary["calibration"]["count"] == 8
     notes = [n for n in summary["notes"] if not n.startswith("The machine was busy")]
     assert notes == ["Intervals rest on 8 images only and are rough."]
+    memory = summary["peak_memory_mb"]
+    assert 20 < memory["process"] < min(memory["float"], memory["int8"], memory["mixed"])
     assert set(summary["seconds"]) >= {"calibration", "probe", "cost", "plan", "verify", "evaluate", "kernels"}
     assert summary["kernel_effects"] == []
 

@@ -19,8 +19,10 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import ImageSpec
 from bitalloy.tasks.base import Interface, TaskResult
-from bitalloy.tasks.captions import QUESTION, CaptionData
+from bitalloy.tasks.bootstrap import resampled_weights
+from bitalloy.tasks.captions import QUESTION, WRITTEN, CaptionData
 from bitalloy.tasks.chat import IMAGE_TOKEN, Chat, SentencePieces, join_chat, log_probabilities, open_chat
+from bitalloy.tasks.greedy import compare_answers, joined_answers
 from bitalloy.tasks.language import LANGUAGE
 from bitalloy.tasks.questions import LETTER, SHORT, Question, QuestionData, read_answer
 
@@ -274,10 +276,12 @@ def test_perplexity_and_agreement_equal_a_count_by_hand(tmp_path: Path, rng: np.
             same.append(tables["float"][last].argmax() == tables["int8"][last].argmax())
             divergence.append(entropy(np.exp(tables["float"][last]), np.exp(tables["int8"][last])))
     assert len(same) == 14 and result.notes[0] == "14 tokens of captions on 2 images." and sum(told) == 4
-    assert by_name(result) == pytest.approx(
+    known = {name: value for name, value in by_name(result).items() if "caption" not in name}
+    assert known == pytest.approx(
         {"perplexity": math.exp(np.mean(losses["float"])), "top-1 agreement": 1, "KL divergence": 0}
     )
-    assert by_name(result, "int8") == pytest.approx(
+    known = {name: value for name, value in by_name(result, "int8").items() if "caption" not in name}
+    assert known == pytest.approx(
         {
             "perplexity": math.exp(np.mean(losses["int8"])),
             "top-1 agreement": np.mean(same),
@@ -287,6 +291,48 @@ def test_perplexity_and_agreement_equal_a_count_by_hand(tmp_path: Path, rng: np.
     assert not result.metrics[0].higher_is_better
     worse = result.metrics[2].drops["int8"]
     assert worse.value == pytest.approx(np.mean(divergence)) and worse.low > 0
+
+
+@pytest.mark.parametrize("changed", [0, 1, 3, 4, None])
+def test_the_first_divergent_token_is_where_the_logits_were_changed(tmp_path: Path, changed: int | None) -> None:
+    """A chain of tokens, one after the other; the second model leaves it at a known place, the end included."""
+    words = Words()
+    data = LANGUAGE.open(caption_folder(tmp_path, {"a.png": ["one star"], "b.png": ["a ring"]}), interface(words))
+    start, *chain, end = *words.encode("ASSISTANT: four words are written"), words.eos
+    assert len(chain) == 4
+    table = np.zeros((64, 64))
+    for last, following in itertools.pairwise((start, *chain, end)):
+        table[last, following] = 5
+    other = table.copy()
+    if changed is not None:
+        other[(start, *chain)[changed]] = np.eye(64)[words.encode("elsewhere")[0]] * 9
+    result = LANGUAGE.evaluate({"float": bigram(table), "int8": bigram(other)}, data)
+    same, token = result.metrics[3:]
+    assert (same.name, token.name) == ("greedy caption agreement", "first divergent caption token")
+    assert (same.values["float"].value, token.values["float"].value) == (1, 5)
+    assert same.values["int8"].value == float(changed is None) and same.values["int8"].n == 2
+    assert token.values["int8"].value == (5 if changed is None else changed)
+    assert token.drops["int8"].value == 5 - token.values["int8"].value
+
+
+def test_intervals_of_divergent_tokens_draw_images(tmp_path: Path) -> None:
+    """One of two answers differs at once: resamples lie between none and all."""
+    answers = {"float": [(5, 2), (7, 8, 2)], "int8": [(5, 2), (9, 8, 2)]}
+    seen = {name: [joined_answers([one]) for one in some] for name, some in answers.items()}
+    same, token = compare_answers(seen, "caption", resampled_weights(2, 200, 0))
+    assert same.values["int8"].value == 0.5 and (same.values["int8"].low, same.values["int8"].high) == (0, 1)
+    assert token.values["int8"].value == 1 and token.values["float"].value == 2.5
+    assert (token.values["int8"].low, token.values["int8"].high) == (0, 2)
+    assert token.drops["int8"].value == 1.5
+
+
+def test_a_written_caption_is_cut_at_its_limit(tmp_path: Path, rng: np.random.Generator) -> None:
+    graphs = ThreeGraphs(rng)
+    graphs.head[:, Words.eos] = -1e9  # it never ends
+    data = LANGUAGE.open(caption_folder(tmp_path, {"a.png": ["one star"]}), interface())
+    found = LANGUAGE.alone(graphs.run(), data, 0)
+    assert found["greedy"].shape == (WRITTEN,) and found["lengths"].tolist() == [WRITTEN]
+    assert [count for graph, count in graphs.seen if graph == "decode"][1:] == [1] * (WRITTEN - 1)
 
 
 def test_captions_in_cocos_own_layout(tmp_path: Path) -> None:
@@ -419,10 +465,12 @@ def test_answers_are_generated_read_and_counted(tmp_path: Path) -> None:
     models = {"float": Scripted(words, good), "int8": Scripted(words, bad)}
     result = LANGUAGE.evaluate(models, data, progress=told.append)
     names = ["yes/no accuracy", "yes/no F1", "choice accuracy", "exact match", "answer agreement"]
-    assert by_name(result) == dict.fromkeys(names, 1.0) and sum(told) == 4
-    assert by_name(result, "int8") == pytest.approx(
-        dict(zip(names, [1 / 3, 2 * 1 / (2 * 1 + 2 + 0), 2 / 3, 0, 3 / 7], strict=True))
-    )
+    names += ["greedy answer agreement", "first divergent answer token"]
+    # tokens are words and the end; of four answers that differ one shares "It is", the others share nothing
+    length = (6 + 2 + 6 + 2 + 3 + 2 + 5) / 7
+    assert by_name(result) == pytest.approx({**dict.fromkeys(names, 1.0), names[-1]: length}) and sum(told) == 4
+    expected = [1 / 3, 2 * 1 / (2 * 1 + 2 + 0), 2 / 3, 0, 3 / 7, 3 / 7, (6 + 0 + 2 + 0 + 3 + 2 + 0) / 7]
+    assert by_name(result, "int8") == pytest.approx(dict(zip(names, expected, strict=True)))
     assert result.notes[0] == "7 questions on 2 images." and result.metrics[0].values["float"].n == 2
     assert models["float"].calls == sum(len(answer.split()) + 1 for answer in good.values())
 
@@ -524,7 +572,9 @@ def test_the_embedded_sample_has_captions_and_questions(shapes: Path) -> None:
         return {"logits": logits}
 
     result = LANGUAGE.evaluate({"float": knowing}, questions)
-    assert set(by_name(result).values()) == {1.0} and len(result.metrics) == 5
+    found = by_name(result)
+    assert found.pop("first divergent answer token") == 2  # a word and the end
+    assert set(found.values()) == {1.0} and len(result.metrics) == 7
     captions = LANGUAGE.open(shapes / "captions.json", interface(words))
     assert isinstance(captions, CaptionData) and len(captions.captions) == 6
 

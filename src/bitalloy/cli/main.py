@@ -158,6 +158,9 @@ def _show(verified: Verified, folder: Path) -> None:
         often = f" (x {step.times})" if step.times > 1 else ""
         table.add_row(f"{step.name}, ms{often}", *(f"{p.median_ms:.2f}" for p in parts))
     table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.lowest, bytes_.mixed)))
+    if (memory := summary.peak_memory_mb) is not None:
+        cells = (formats.megabytes(v) for v in (memory.reference, memory.lowest, memory.mixed))
+        table.add_row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", *cells)
     for head, pair in summary.sqnr_db.items():
         cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.lowest, pair.mixed))
         table.add_row(f"SQNR {head}, dB", "", *cells)

@@ -58,6 +58,19 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     mixed: Latency
 
 
+class PeakMemory(Record, frozen=True, kw_only=True):
+    """Peak resident memory in MB, each of a process that opens one model and makes each step of its workload once.
+
+    None where it could not be measured.
+    """
+
+    reference: float | None = msgspec.field(name=REFERENCE)
+    lowest: float | None = msgspec.field(name=LOWEST)
+    mixed: float | None
+    process: float | None
+    """Of the process before it opens a model, with numpy and the runtime imported: it is part of the others."""
+
+
 class StepLatency(Record, frozen=True, kw_only=True):
     """What one step of a workload takes."""
 
@@ -236,6 +249,8 @@ class Summary(Record, frozen=True, kw_only=True):
     """What one latency pays for."""
     steps: tuple[StepLatency, ...] = ()
     """The steps of a language model's answer: the prompt, and each new token."""
+    peak_memory_mb: PeakMemory | None = None
+    """Peak resident memory of running each model; None where the target cannot run on this machine."""
     ranges: RangeChoice | None = None
     """What choosing the range of every tensor by predicted damage brought; None where one method was asked for."""
     latency_estimated: bool = False

@@ -19,6 +19,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
@@ -101,6 +102,7 @@ def verify(
         metrics=metrics,
         rounds=course.rounds(),
         evaluations=evaluations,
+        memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work),
         kernel_effects=None if unmeasured else course.kernel_effects(),
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)

@@ -143,6 +143,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
                 _latency(summary),
                 *_steps(summary),
                 _ratio(summary, predicted_lowest_ratio(units, cost)),
+                *_memory(summary),
                 *_sizes(summary),
             ),
         ),
@@ -302,6 +303,24 @@ def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
     interval = summary.predicted_latency_ratio_interval
     mixed = cell(summary.latency_ratio, summary.latency_ratio_interval, summary.predicted_latency_ratio, interval)
     return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
+
+
+def _memory(summary: Summary) -> Iterable[FigureRow]:
+    """Yield the row of peak resident memory, where it was measured."""
+    memory = summary.peak_memory_mb
+    if memory is None:
+        return
+
+    def cell(value: float | None, reference: float | None = None) -> Cell:
+        if value is None:
+            return Cell(formats.NONE)
+        notes = (Note(f"{formats.ratio(value / reference)} of float"),) if reference is not None else ()
+        return Cell(f"{formats.megabytes(value)} MB", notes)
+
+    first = memory.reference
+    cells = (cell(first), cell(memory.lowest, first), cell(memory.mixed, first))
+    alone = "" if memory.process is None else f", {formats.megabytes(memory.process)} MB of it without any model"
+    yield FigureRow("Peak resident memory", f"of a process that opens the model and runs each step once{alone}", cells)
 
 
 def _sizes(summary: Summary) -> Iterable[FigureRow]:

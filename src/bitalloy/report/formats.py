@@ -73,6 +73,15 @@ def byte_size(value: float) -> str:
     return f"{value / 1e6:,.{2 if value < 1e8 else 0}f} MB"
 
 
+def megabytes(value: float | None) -> str:
+    """Format a number of MB without its unit; `unknown` where it could not be measured.
+
+    >>> megabytes(59.63), megabytes(4321.0), megabytes(None)
+    ('59.6', '4,321', 'unknown')
+    """
+    return "unknown" if value is None else f"{value:,.{1 if value < 1e3 else 0}f}"
+
+
 def seconds(value: float) -> str:
     """Format the wall time of a stage, given in seconds.
 

@@ -109,3 +109,6 @@ class Runtime:
     """
     keep: Callable[[ir.Model | Path], Reopener] | None = None
     """Function that compiles a model once for many sessions, each with its own memory; None if `open` is quick."""
+    library: str = ""
+    """Package with which a bare process opens the file of a model, see `runtime.resident`; empty where the memory of a
+    process says nothing, such as on a GPU."""

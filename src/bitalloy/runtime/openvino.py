@@ -169,5 +169,5 @@ def _keep(model: ir.Model | Path) -> Reopener:
     return partial(OpenVinoSession, exported)
 
 
-OPENVINO = Runtime("OpenVINO", OpenVinoSession, _version, keep=_keep)
+OPENVINO = Runtime("OpenVINO", OpenVinoSession, _version, keep=_keep, library="openvino")
 """The runtime of the extra `openvino`."""

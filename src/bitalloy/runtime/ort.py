@@ -231,7 +231,7 @@ def _version() -> str:
     return str(ort.__version__)
 
 
-ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite)
+ORT = Runtime("ONNX Runtime", OrtSession, _version, rewrite, library="onnxruntime")
 """ONNX Runtime on the CPU, which comes with bitalloy."""
 ORT_GPU = Runtime(
     "ONNX Runtime on CUDA",

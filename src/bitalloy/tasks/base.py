@@ -27,6 +27,7 @@ __all__ = [
     "Judge",
     "Measure",
     "Observe",
+    "ObserveAlone",
     "ProgressStep",
     "RunModel",
     "Seen",
@@ -165,6 +166,14 @@ class Observe(Protocol[DataIn]):
         ...
 
 
+class ObserveAlone(Protocol[DataIn]):
+    """Function that runs one model on one sample for what does not depend on another model."""
+
+    def __call__(self, model: RunModel, data: DataIn, sample: int, /) -> Seen:
+        """Run a model on a sample, one of `data.choose`, and return what was observed."""
+        ...
+
+
 class Judge(Protocol[DataIn]):
     """Function that judges one model without the others."""
 
@@ -203,6 +212,11 @@ def as_seen(seen: Sequence[Seen], _: TaskData, __: Sequence[int], /) -> Sequence
     return seen
 
 
+def nothing_alone(_: RunModel, __: TaskData, ___: int, /) -> Seen:
+    """Return no observation, for tasks whose `observe` says all."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(Generic[DataT]):
     """A task as the pipeline sees it."""
@@ -218,6 +232,8 @@ class Task(Generic[DataT]):
     measure: Measure[DataT]
     judge: Judge[DataT] = as_seen
     """Function that judges one model; by default it returns the observations themselves."""
+    alone: ObserveAlone[DataT] = nothing_alone
+    """Function whose observations are added to those of `observe`; not for one that only runs beside another model."""
 
     def evaluate(
         self,
@@ -246,7 +262,7 @@ class Task(Generic[DataT]):
         seen: dict[str, list[Seen]] = {name: [] for name in models}
         for sample in samples:
             for name, one in self.observe(models, data, sample).items():
-                seen[name].append(one)
+                seen[name].append({**one, **self.alone(models[name], data, sample)})
                 if progress is not None:
                     progress(1)
         judged = {name: self.judge(one, data, samples) for name, one in seen.items()}

@@ -20,10 +20,13 @@ from bitalloy.tasks.base import RunModel, Seen, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.chat import Chat, ChatInputs, log_probabilities
 from bitalloy.tasks.coco import LabelledImage, find_images
+from bitalloy.tasks.greedy import compare_answers, joined_answers
 
-__all__ = ["QUESTION", "CaptionData", "measure_captions", "observe_captions", "read_captions"]
+__all__ = ["QUESTION", "CaptionData", "measure_captions", "observe_captions", "read_captions", "write_caption"]
 
 QUESTION = "Provide a one-sentence caption for the provided image."
+WRITTEN = 32
+"""Largest number of tokens of a caption that a model writes by itself."""
 _WORST = 100.0
 """Nats per token at which the loss of a broken model is cut, so that its perplexity is still a number."""
 
@@ -46,6 +49,8 @@ class CaptionInputs(StageInputs, frozen=True, kw_only=True):
     captions: tuple[tuple[str, ...], ...]
     """Captions of each image."""
     chat: ChatInputs
+    written: int
+    """Largest number of tokens of a caption that a model writes by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class CaptionData:
         captions = tuple(self.captions[i][1] for i in samples)
         turns = [self.chat.turn(QUESTION, caption) for some in captions for caption in some]
         ids = [(*turn.prompt, *turn.answer) for turn in turns]
-        return CaptionInputs(images=tuple(images), captions=captions, chat=self.chat.inputs(ids))
+        return CaptionInputs(images=tuple(images), captions=captions, chat=self.chat.inputs(ids), written=WRITTEN)
 
 
 def read_captions(path: Path, chat: Chat) -> CaptionData:
@@ -135,6 +140,16 @@ def observe_captions(models: Mapping[str, RunModel], data: CaptionData, sample: 
     return {name: {"sums": total, "tokens": np.array(tokens)} for name, total in sums.items()}
 
 
+def write_caption(model: RunModel, data: CaptionData, sample: int, /) -> Seen:
+    """Let a model write a caption of its own, greedily.
+
+    Raises:
+        DataError: the image is damaged, or the model's outputs are not logits.
+    """
+    image = data.chat.feed(open_image(data.folder / data.captions[sample][0]))
+    return joined_answers([data.chat.generate(model, image, QUESTION, WRITTEN)])
+
+
 def measure_captions(
     seen: Mapping[str, Sequence[Seen]],
     data: CaptionData,
@@ -148,6 +163,8 @@ def measure_captions(
 
     Perplexity is the exponential of the mean loss per token. `top-1 agreement` is the part of positions at which a
     model's best token is the first model's. `KL divergence` is the mean over positions of KL(first || model), in nats.
+    The caption that a model writes by itself, greedily and up to `WRITTEN` tokens, is compared with the first model's:
+    see `tasks.greedy`.
     """
     sums = {name: np.array([one["sums"] for one in part]) for name, part in seen.items()}
     tokens = np.array([float(one["tokens"]) for one in next(iter(seen.values()))])
@@ -163,6 +180,7 @@ def measure_captions(
             compare_models("perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf"))),
             compare_models("top-1 agreement", agreed, n),
             compare_models("KL divergence", divergence, n, higher_is_better=False, bounds=endless),
+            *compare_answers(seen, "caption", weights),
         ),
         notes=(f"{int(tokens.sum())} tokens of captions on {n} images.", *few_images(n)),
     )

@@ -152,14 +152,20 @@ class Chat:
 
     def answer(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> str:
         """Answer a question greedily, one most probable token after the other, until `eos` or `limit` tokens."""
+        return self.text(self.generate(run, image, question, limit))
+
+    def generate(self, run: RunModel, image: np.ndarray, question: str, limit: int = NEW_TOKENS) -> tuple[int, ...]:
+        """Return the token ids of the greedy answer, the last of which is `eos` unless it was cut at `limit` tokens."""
         prompt = self.prompt(question)
         new: list[int] = []
-        while len(new) < limit:
-            token = int(log_probabilities(run(self.feeds(image, (*prompt, *new))), 1)[0].argmax())
-            if token == self.tokenizer.eos:
-                break
-            new.append(token)
-        return self.tokenizer.decode(new).strip()
+        while len(new) < limit and new[-1:] != [self.tokenizer.eos]:
+            new.append(int(log_probabilities(run(self.feeds(image, (*prompt, *new))), 1)[0].argmax()))
+        return tuple(new)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without the `eos` at its end."""
+        ends = list(ids[-1:]) == [self.tokenizer.eos]
+        return self.tokenizer.decode(ids[:-1] if ends else ids).strip()
 
 
 def open_chat(model: Interface) -> Chat:

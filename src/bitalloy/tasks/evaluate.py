@@ -378,8 +378,12 @@ class Observer:
     def observe(self, samples: Sequence[int]) -> list[Seen]:
         """Run the model on samples, and return what was observed of it on each."""
         models = {name: _for_each_thread(self._graph, session) for name, session in self._sessions.items()}
-        found = self._pool.map(lambda i: self._task.observe(models, self._data, i)["model"], samples)
-        return list(found)
+
+        def observe(sample: int) -> Seen:
+            found = self._task.observe(models, self._data, sample)["model"]
+            return {**found, **self._task.alone(models["model"], self._data, sample)}
+
+        return list(self._pool.map(observe, samples))
 
     def close(self) -> None:
         """Release the sessions' memory and files."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES
-from bitalloy.tasks.captions import CaptionData, measure_captions, observe_captions, read_captions
+from bitalloy.tasks.captions import CaptionData, measure_captions, observe_captions, read_captions, write_caption
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.questions import QuestionData, is_lines, measure_questions, observe_questions, read_questions
 
@@ -30,6 +30,10 @@ def _observe(models: Mapping[str, RunModel], data: LanguageData, sample: int, /)
     if isinstance(data, QuestionData):
         return observe_questions(models, data, sample)
     return observe_captions(models, data, sample)
+
+
+def _alone(model: RunModel, data: LanguageData, sample: int, /) -> Seen:
+    return {} if isinstance(data, QuestionData) else write_caption(model, data, sample)
 
 
 def _measure(
@@ -58,4 +62,5 @@ LANGUAGE: Task[LanguageData] = Task(
     open=open_language,
     observe=_observe,
     measure=_measure,
+    alone=_alone,
 )

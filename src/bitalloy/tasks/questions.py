@@ -24,8 +24,9 @@ from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import open_image
 from bitalloy.tasks.base import RunModel, Seen, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
-from bitalloy.tasks.chat import Chat, ChatInputs
+from bitalloy.tasks.chat import NEW_TOKENS, Chat, ChatInputs
 from bitalloy.tasks.coco import find_images
+from bitalloy.tasks.greedy import compare_answers, joined_answers
 
 __all__ = [
     "Kind",
@@ -82,6 +83,8 @@ class QuestionInputs(StageInputs, frozen=True, kw_only=True):
     questions: tuple[tuple[Question, ...], ...]
     """Questions about each image."""
     chat: ChatInputs
+    new_tokens: int
+    """Largest number of tokens of an answer."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class QuestionData:
         names = list(self.by_image)
         asked = tuple(tuple(self.by_image[names[i]]) for i in samples)
         ids = [self.chat.prompt(question.prompt()) for some in asked for question in some]
-        return QuestionInputs(images=tuple(images), questions=asked, chat=self.chat.inputs(ids))
+        return QuestionInputs(images=tuple(images), questions=asked, chat=self.chat.inputs(ids), new_tokens=NEW_TOKENS)
 
 
 def is_lines(path: Path) -> bool:
@@ -225,8 +228,9 @@ def observe_questions(models: Mapping[str, RunModel], data: QuestionData, sample
     image = data.chat.feed(open_image(data.folder / file))
     found: dict[str, Seen] = {}
     for name, run in models.items():
-        answers = [read_answer(data.chat.answer(run, image, q.prompt()), q) for q in questions]
-        found[name] = {"answers": np.frombuffer(to_json(answers), np.uint8)}
+        tokens = [data.chat.generate(run, image, q.prompt()) for q in questions]
+        answers = [read_answer(data.chat.text(one), q) for one, q in zip(tokens, questions, strict=True)]
+        found[name] = {"answers": np.frombuffer(to_json(answers), np.uint8), **joined_answers(tokens)}
     return found
 
 
@@ -241,6 +245,7 @@ def measure_questions(
 ) -> TaskResult:
     """Measure the part of right answers by kind of question, and the agreement with the first model's answers.
 
+    `answer agreement` compares answers as they are read (`read_answer`), `tasks.greedy` their tokens.
     `yes/no F1` counts yes as positive. Intervals draw images with all their questions.
     """
     answers = {
@@ -253,7 +258,7 @@ def measure_questions(
     total = sum(map(len, asked))
     return TaskResult(
         task="language",
-        metrics=_metrics(asked, answers, weights),
+        metrics=(*_metrics(asked, answers, weights), *compare_answers(seen, "answer", weights)),
         notes=(f"{total} questions on {n} images.", *few_images(n)),
     )
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.outcome import LatencySpread, StepLatency
+from bitalloy.core.outcome import LatencySpread, PeakMemory, StepLatency
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import CostTable
 from bitalloy.core.records import Estimate, Latency, Workload
@@ -18,6 +18,7 @@ from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Progress, Workspace
 from bitalloy.measure import bench
+from bitalloy.measure.memory import plan_memory
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.sqnr import FLOAT32, artefact_sqnr, output_sqnr
 from bitalloy.measure.workload import priced, workload_of
@@ -86,6 +87,23 @@ def measure_plan(
         cost=planned.cost if planned.cost.estimated else None,
     )
     return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
+
+
+def peak_memory(analysis: Analysis, plan: Plan, work: Workspace) -> PeakMemory:
+    """Measure the peak resident memory of running the float model, the lowest one and that of a plan.
+
+    Args:
+        analysis: what is known about the model.
+        plan: the plan.
+        work: where to keep and show results.
+    """
+    found = plan_memory(analysis, {"float": None, "lowest": analysis.units.lowest(), "mixed": plan}, work)
+    return PeakMemory(
+        reference=found["float"].peak_mb,
+        lowest=found["lowest"].peak_mb,
+        mixed=found["mixed"].peak_mb,
+        process=found["float"].process_mb,
+    )
 
 
 def _different(analysis: Analysis, plan: Plan, mixed: Artefact, folder: Path) -> dict[str, Artefact]:

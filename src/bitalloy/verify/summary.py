@@ -15,6 +15,7 @@ from bitalloy.core.outcome import (
     HeadComparison,
     KernelEffect,
     LatencySpread,
+    PeakMemory,
     Round,
     Summary,
     Triple,
@@ -50,6 +51,8 @@ class MeasuredPlan:
     metrics: Metrics
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    memory: PeakMemory | None = None
+    """None where the target cannot run here."""
     kernel_effects: tuple[KernelEffect, ...] | None = None
     """What optimization changes; None where that was not examined."""
 
@@ -166,6 +169,7 @@ def summarize_run(
         kl_nats={name.removesuffix(KL): _nats(pair) for name, pair in divergences.items()},
         workload=_workload(analysis),
         steps=measured.steps,
+        peak_memory_mb=shipped.memory,
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
