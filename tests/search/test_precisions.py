@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from tests.micro import build
@@ -18,6 +20,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.search.choice import search
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
+from bitalloy.search.single import single_plans
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets.base import split
@@ -141,3 +144,53 @@ def test_estimated_cost_is_the_arithmetic_that_it_says(problem: Problem) -> None
     alone = problem.latency_us(Plan.of("fp16", "e")) - problem.latency_us(Plan())
     casts = (read + made) * 6 / 1e3  # one on each side, 4 + 2 bytes an element
     assert alone == pytest.approx(cost["e"].us["fp16"] - cost["e"].us[BASELINE] + casts)
+
+
+def by_scheme(problem: Problem) -> dict[str, Plan]:
+    """The two plans of one scheme, written out."""
+    convolutions = ("c1", "r1", "c2", "sum", "c3", "y")
+    units = [u.id for u in problem.units.units]
+    assert set(units) <= {*convolutions, "e"}
+    return {
+        "fp16": Plan.of("fp16", *units),
+        "int8": Plan.of("int8", *(u for u in units if u != "e")),
+    }
+
+
+def test_plans_of_one_scheme_are_predicted_by_the_tables(problem: Problem) -> None:
+    expected = by_scheme(problem)
+    found = {s.format.scheme: s for s in single_plans(problem, Budget(min_sqnr_db=-100))}
+    assert {name: s.plan for name, s in found.items()} == expected
+    whole = problem.latency_us(Plan())
+    for name, plan in expected.items():
+        told = found[name].format
+        assert told.units == len(plan) and told.within
+        assert told.predicted_ratio == pytest.approx(problem.latency_us(plan) / whole, abs=1e-4)
+        assert told.predicted_size_bytes == problem.size_bytes(plan)
+        assert list(told.predicted_db.values()) == pytest.approx(list(-10 * np.log10(problem.damage(plan))), abs=1e-3)
+
+
+def test_the_best_plan_of_one_scheme_follows_the_budget(problem: Problem) -> None:
+    """INT8 is the faster one here, FP16 the more exact one."""
+    plans = by_scheme(problem)
+    whole, slower = problem.latency_us(Plan()), max(problem.latency_us(p) for p in plans.values())
+    loud, quiet = (float(-10 * np.log10(problem.damage(plans[name])).min()) for name in ("int8", "fp16"))
+    assert problem.latency_us(plans["int8"]) < problem.latency_us(plans["fp16"]) and loud + 5 < quiet
+    for budget, best, within in (
+        (Budget(min_sqnr_db=loud - 1), "int8", {"int8", "fp16"}),  # the fastest
+        (Budget(min_sqnr_db=loud + 1), "fp16", {"fp16"}),  # the only one
+        (Budget(min_sqnr_db=quiet + 1), "int8", set()),  # none keeps it: the fastest
+        (Budget(latency_ratio=slower / whole + 0.01), "fp16", {"int8", "fp16"}),  # the most exact
+        (Budget(latency_ratio=slower / whole - 0.01), "int8", {"int8"}),
+        (Budget(size_bytes=max(map(problem.size_bytes, plans.values()))), "fp16", {"int8", "fp16"}),
+        (Budget(max_drop={"any": 0.1}), "int8", {"int8", "fp16"}),
+    ):
+        found = [s.format for s in single_plans(problem, budget)]
+        assert {s.scheme for s in found if s.best} == {best}, budget
+        assert {s.scheme for s in found if s.within} == within, budget
+
+
+def test_one_scheme_alone_is_no_choice(problem: Problem) -> None:
+    units = tuple(u.without("fp16", "no reason") for u in problem.units.units)
+    less = replace(problem, units=msgspec.structs.replace(problem.units, units=units))
+    assert single_plans(less, Budget(latency_ratio=0.9)) == ()

@@ -18,6 +18,10 @@ from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
     from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
@@ -129,51 +133,62 @@ def _ends(interval: Estimate | None) -> str:
     return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
 
 
-def _show(verified: Verified, folder: Path) -> None:
-    """The result of a run on one target."""
+def _figures(verified: Verified) -> Table:
+    """The table of key figures of a result."""
     from rich.table import Table
 
+    from bitalloy.report import figures, formats
+
+    summary, units = verified.summary, verified.analysis.units
+    table = Table("", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
+    latency_ms, ratios = summary.latency_ms, [summary.lowest_latency_ratio]
+
+    def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
+        """Show what models have, the float model where it has it too."""
+        single = [models.single] if latency_ms.single is not None else []
+        shown = [text(v) for v in (models.lowest, *single, models.mixed)]
+        table.add_row(name, text(models.reference) if hasattr(models, "reference") else "", *shown)
+
+    row("latency, ms" + " (estimated)" * summary.latency_estimated, latency_ms, "{:.2f}".format)
+    lowered = [latency_ms.lowest]
+    if latency_ms.single is not None:
+        lowered.append(latency_ms.single)
+        ratios.append(summary.single_latency_ratio)
+    expected = f"{summary.predicted_latency_ratio:.2f}{_ends(summary.predicted_latency_ratio_interval)}"
+    table.add_row(
+        "latency over float",
+        "1",
+        *(
+            f"{found.value if found else ms / latency_ms.reference:.2f}{_ends(found)}"
+            for found, ms in zip(ratios, lowered, strict=True)
+        ),
+        f"{summary.latency_ratio:.2f}{_ends(summary.latency_ratio_interval)} (predicted {expected})",
+    )
+    for step in summary.steps:
+        often = f" (x {step.times})" if step.times > 1 else ""
+        row(f"{step.name}, ms{often}", step.latency_ms, lambda one: f"{one.median_ms:.2f}")
+    row("size, MB", summary.size_bytes, lambda v: f"{v / 1e6:.2f}")
+    if (memory := summary.peak_memory_mb) is not None:
+        row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", memory, formats.megabytes)
+    for head, pair in summary.sqnr_db.items():
+        row(f"SQNR {head}, dB", pair, lambda c: f"{c.measured:.1f} (predicted {c.predicted:.1f})")
+    for head, pair in summary.kl_nats.items():
+        row(f"KL {head}, nats", pair, lambda c: f"{c.measured:.3g} (predicted {c.predicted:.3g})")
+    for name, metric in summary.metrics.items():
+        row(f"{name} (n={metric.reference.n})", metric, lambda m: f"{m.value:.4f}")
+    for name, part in summary.graphs.items():
+        row(f"size of {name}, MB", part, lambda v: f"{v / 1e6:.2f}")
+    return table
+
+
+def _show(verified: Verified, folder: Path) -> None:
+    """The result of a run on one target."""
     from bitalloy.report import formats
     from bitalloy.report.text import counted
 
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
-    table = Table("", "float", "all INT8", "mixed")
-    latency_ms, bytes_ = summary.latency_ms, summary.size_bytes
-    table.add_row(
-        "latency, ms" + " (estimated)" * summary.latency_estimated,
-        *(f"{v:.2f}" for v in (latency_ms.reference, latency_ms.lowest, latency_ms.mixed)),
-    )
-    found = _ends(summary.latency_ratio_interval)
-    expected = f"{summary.predicted_latency_ratio:.2f}{_ends(summary.predicted_latency_ratio_interval)}"
-    lowest = summary.lowest_latency_ratio
-    table.add_row(
-        "latency over float",
-        "1",
-        f"{lowest.value if lowest else latency_ms.lowest / latency_ms.reference:.2f}{_ends(lowest)}",
-        f"{summary.latency_ratio:.2f}{found} (predicted {expected})",
-    )
-    for step in summary.steps:
-        parts = (step.latency_ms.reference, step.latency_ms.lowest, step.latency_ms.mixed)
-        often = f" (x {step.times})" if step.times > 1 else ""
-        table.add_row(f"{step.name}, ms{often}", *(f"{p.median_ms:.2f}" for p in parts))
-    table.add_row("size, MB", *(f"{v / 1e6:.2f}" for v in (bytes_.reference, bytes_.lowest, bytes_.mixed)))
-    if (memory := summary.peak_memory_mb) is not None:
-        cells = (formats.megabytes(v) for v in (memory.reference, memory.lowest, memory.mixed))
-        table.add_row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", *cells)
-    for head, pair in summary.sqnr_db.items():
-        cells = (f"{c.measured:.1f} (predicted {c.predicted:.1f})" for c in (pair.lowest, pair.mixed))
-        table.add_row(f"SQNR {head}, dB", "", *cells)
-    for head, pair in summary.kl_nats.items():
-        cells = (f"{c.measured:.3g} (predicted {c.predicted:.3g})" for c in (pair.lowest, pair.mixed))
-        table.add_row(f"KL {head}, nats", "", *cells)
-    for name, metric in summary.metrics.items():
-        values = (metric.reference, metric.lowest, metric.mixed)
-        table.add_row(f"{name} (n={metric.reference.n})", *(f"{m.value:.4f}" for m in values))
-    for name, part in summary.graphs.items():
-        cells = (f"{v / 1e6:.2f}" for v in (part.reference, part.lowest, part.mixed))
-        table.add_row(f"size of {name}, MB", *cells)
-    out_console.print(table)
+    out_console.print(_figures(verified))
     for correction in (c for c in summary.corrections if c.places):
         verdict = "kept" if correction.kept else "not kept"
         out_console.print(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from bitalloy.core.plans import Budget
+from bitalloy.core.plans import Budget, SingleFormat
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
 
-REFERENCE, LOWEST, MIXED = "float", "int8", "mixed"
-"""Names of the three columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, and
-the mixed one. They are stable, whatever the schemes of the target."""
+REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
+"""Names of the columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, the mixed
+one, and the best of those with all that they can in one scheme. They are stable, whatever the schemes of the target.
+The last one is absent where units have no choice between schemes, and where it is one of the others."""
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -19,9 +20,11 @@ class MetricComparison(Record, frozen=True, kw_only=True):
     lowest: MetricValue = msgspec.field(name=LOWEST)
     """The metric of the model with all that it can in its lowest scheme."""
     mixed: MetricValue
+    single: MetricValue | None = None
     drop_lowest: Estimate | None = msgspec.field(name=f"drop_{LOWEST}", default=None)
     """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
     drop_mixed: Estimate | None = None
+    drop_single: Estimate | None = None
 
 
 class Comparison(Record, frozen=True, kw_only=True):
@@ -40,6 +43,7 @@ class HeadComparison(Record, frozen=True, kw_only=True):
 
     lowest: Comparison = msgspec.field(name=LOWEST)
     mixed: Comparison
+    single: Comparison | None = None
 
 
 class Triple(Record, frozen=True, kw_only=True):
@@ -48,6 +52,7 @@ class Triple(Record, frozen=True, kw_only=True):
     reference: float = msgspec.field(name=REFERENCE)
     lowest: float = msgspec.field(name=LOWEST)
     mixed: float
+    single: float | None = None
 
 
 class LatencySpread(Record, frozen=True, kw_only=True):
@@ -56,6 +61,7 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     reference: Latency = msgspec.field(name=REFERENCE)
     lowest: Latency = msgspec.field(name=LOWEST)
     mixed: Latency
+    single: Latency | None = None
 
 
 class PeakMemory(Record, frozen=True, kw_only=True):
@@ -67,6 +73,7 @@ class PeakMemory(Record, frozen=True, kw_only=True):
     reference: float | None = msgspec.field(name=REFERENCE)
     lowest: float | None = msgspec.field(name=LOWEST)
     mixed: float | None
+    single: float | None = None
     process: float | None
     """Of the process before it opens a model, with numpy and the runtime imported: it is part of the others."""
 
@@ -117,8 +124,8 @@ class Round(Record, frozen=True, kw_only=True):
     head_sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
     """Floors on single heads."""
     source: str = "search"
-    """Where the plan comes from: `search`; `front`, a neighbour that measured better; or `metric`, the fastest plan of
-    the front that keeps the task metric."""
+    """Where the plan comes from: `search`; `front`, a neighbour that measured better; `metric`, the fastest plan of the
+    front that keeps the task metric; or `single`, the best plan of one scheme."""
     repair: Repair | None = None
     """What was corrected after the measurement; None where prediction and measurement agree."""
     shipped: bool = False
@@ -245,6 +252,10 @@ class Summary(Record, frozen=True, kw_only=True):
     """95 % interval of the measured `latency_ratio`; None where latency is estimated."""
     lowest_latency_ratio: Estimate | None = msgspec.field(name=f"{LOWEST}_latency_ratio", default=None)
     """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
+    single_latency_ratio: Estimate | None = None
+    """The same ratio, with its interval, of the model with all that it can in one scheme."""
+    single_formats: tuple[SingleFormat, ...] = ()
+    """Predictions of the plans of one scheme, fastest first; empty where plans have no choice between several."""
     workload: str = "one inference"
     """What one latency pays for."""
     steps: tuple[StepLatency, ...] = ()

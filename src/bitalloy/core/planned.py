@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import LatencySpread, MetricComparison, StepLatency
+import msgspec
+
+from bitalloy.core.outcome import LOWEST, LatencySpread, MetricComparison, StepLatency
 from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Record
 
@@ -47,11 +49,36 @@ class Measured(Record, frozen=True, kw_only=True):
     """The highest SQNR per head that can be told from the rounding of the outputs themselves."""
     steps: tuple[StepLatency, ...] = ()
     """What each step of the workload takes by itself, where there are several."""
+    ratio_single: Estimate | None = None
+    """Latency over float of the best model of one scheme; None where it is one of the others, or there is none."""
+    sqnr_single: tuple[Estimate, ...] | None = None
 
     @property
     def ratio(self) -> float:
         """Latency of the mixed model over float."""
         return self.ratio_mixed.value
+
+
+def as_mixed(found: Measured, column: str) -> Measured:
+    """Return a measurement with `LOWEST` or `ONE_SCHEME`, another column of it, in place of the mixed model."""
+    ratio, sqnr = (
+        (found.ratio_lowest, found.sqnr_lowest) if column == LOWEST else (found.ratio_single, found.sqnr_single)
+    )
+    assert ratio is not None and sqnr is not None, "the model was measured"
+    name = "lowest" if column == LOWEST else "single"
+
+    def moved(spread: LatencySpread) -> LatencySpread:
+        return msgspec.structs.replace(spread, mixed=getattr(spread, name), single=None)
+
+    return msgspec.structs.replace(
+        found,
+        latency=moved(found.latency),
+        ratio_mixed=ratio,
+        sqnr_mixed=sqnr,
+        steps=tuple(msgspec.structs.replace(s, latency_ms=moved(s.latency_ms)) for s in found.steps),
+        ratio_single=None,
+        sqnr_single=None,
+    )
 
 
 class Metrics(Record, frozen=True, kw_only=True):

@@ -192,6 +192,23 @@ class ParetoPoint(Record, frozen=True, kw_only=True):
         return Plan(self.schemes)
 
 
+class SingleFormat(Record, frozen=True, kw_only=True):
+    """What is predicted of the plan that puts all units that can into one scheme, and leaves the others."""
+
+    scheme: str
+    units: int
+    """Number of units in it."""
+    predicted_ratio: float
+    """Latency over float."""
+    predicted_size_bytes: int
+    predicted_db: dict[str, float]
+    """Head -> SQNR in dB, of heads named `... KL` dB below 1 nat."""
+    within: bool
+    """Whether it keeps the limits of the budget by prediction; limits on task metrics are not predicted."""
+    best: bool = False
+    """Whether it is the best one for the budget, which is measured beside the mixed model."""
+
+
 class PlanReport(Record, frozen=True, kw_only=True, dict=True):
     """`plan.json`: a plan for one target and budget, with reasons, predictions and the front around it."""
 

@@ -12,6 +12,7 @@ from bitalloy.core.audited import Audit
 from bitalloy.core.outcome import Evaluation, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.plans import Budget
+from bitalloy.core.schemes import Plan
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.measure.sizes import float_sizes
@@ -21,7 +22,7 @@ from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
-from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics
+from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics, single_that_keeps
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 
@@ -88,21 +89,27 @@ def verify(
     evaluations: tuple[Evaluation, ...] = ()
     if course.budget.max_drop:
         point, evaluations = fastest_that_keeps(evaluator, course.completed(), course.everything)
-        course.decide(point, "metric")
+        assert evaluator is not None, "a limit on a task metric without labels is refused"
+        single, more = single_that_keeps(evaluator, course.budget, course.singles)
+        evaluations += more
+        course.decide(point, "metric", single=single)
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
     mixed, measured = best.mixed, best.measured
-    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen)
+    beside = course.single if measured.sqnr_single is not None else None
+    metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
     final = _with_measured(analysis, course.known(), final, measured)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
-        sizes=sizes_of(analysis, mixed),
+        sizes=sizes_of(analysis, mixed, beside),
+        single=beside,
+        singles=tuple(single.format for single in course.singles),
         metrics=metrics,
         rounds=course.rounds(),
         evaluations=evaluations,
-        memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work),
+        memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work, single=beside),
         kernel_effects=None if unmeasured else course.kernel_effects(),
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
@@ -120,7 +127,11 @@ def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measu
     return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))
 
 
-def sizes_of(analysis: Analysis, mixed: Artefact) -> dict[str, Triple]:
-    """Return the file sizes in bytes of each graph of a program, by its name."""
+def sizes_of(analysis: Analysis, mixed: Artefact, single: Plan | None = None) -> dict[str, Triple]:
+    """Return the file sizes in bytes of each graph of a program, by its name; perhaps of a plan of one scheme too."""
     reference, lowest, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
-    return {name: Triple(reference=reference[name], lowest=lowest[name], mixed=own[name]) for name in own}
+    beside = analysis.artefact(single).sizes if single is not None else {}
+    return {
+        name: Triple(reference=reference[name], lowest=lowest[name], mixed=own[name], single=beside.get(name))
+        for name in own
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import LOWEST, Comparison, Round, Summary, Triple
+from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Round, Summary, Triple
 from bitalloy.core.plans import FIRST, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
 from bitalloy.core.units import UnitGraph
@@ -48,11 +48,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """A quantity of the float, the all-INT8 and the mixed model, which is one row of the table."""
+    """A quantity of the models, which is one row of the table."""
 
     name: str
     note: str
-    cells: tuple[Cell, Cell, Cell]
+    cells: tuple[Cell, ...]
+    """One for each of `model_columns`."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,39 @@ def cautions(summary: Summary) -> tuple[str, ...]:
     return tuple(found)
 
 
+def model_columns(summary: Summary, units: UnitGraph) -> tuple[str, ...]:
+    """Name the models: float, all in the lowest schemes, perhaps the best one of one scheme, and mixed."""
+    single = (f"all-{best_single(summary)}",) if summary.latency_ms.single is not None else ()
+    return ("float", f"all-{units.lowest_name}", *single, "mixed")
+
+
+def best_single(summary: Summary) -> str:
+    """Return the scheme of the best plan of one scheme, as people write it; empty where there is none."""
+    return next((s.scheme.upper() for s in summary.single_formats if s.best), "")
+
+
+def single_formats(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and lines of the table of plans that have one scheme."""
+    heads = [head for head in (summary.single_formats[0].predicted_db if summary.single_formats else ())]
+    heads = [head for head in heads if not is_divergence(head)]
+    header = ("Scheme", "Units", "Predicted latency", "Predicted size", *heads, "Limits kept", "Measured")
+    lines = [
+        (
+            s.scheme.upper(),
+            str(s.units),
+            formats.ratio(s.predicted_ratio),
+            formats.byte_size(s.predicted_size_bytes),
+            *(formats.decibel_text(s.predicted_db[head]) for head in heads),
+            "yes" if s.within else "no",
+            "yes" if s.best else "no",
+        )
+        for s in summary.single_formats
+    ]
+    return header, lines
+
+
 def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[FigureGroup, ...]:
-    """Compare the float, all-INT8 and mixed model, with predictions beside measurements."""
+    """Compare the models, see `model_columns`, with predictions beside measurements."""
     groups = [
         FigureGroup(
             "Cost",
@@ -274,7 +306,7 @@ def _latency(summary: Summary) -> FigureRow:
         return Cell(formats.milliseconds(one.median_ms), (Note(f"p10–p90 {spread}"), Note(f"{one.count} runs")))
 
     spread = summary.latency_spread_ms
-    cells = (cell(spread.reference), cell(spread.lowest), cell(spread.mixed))
+    cells = tuple(cell(one) for one in (spread.reference, spread.lowest, spread.single, spread.mixed) if one)
     if summary.latency_estimated:
         return FigureRow("Latency, estimated", "from peak rates", cells)
     return FigureRow("Latency, median", "interleaved runs", cells)
@@ -284,11 +316,10 @@ def _steps(summary: Summary) -> Iterable[FigureRow]:
     """The parts of a language model's answer."""
     for step in summary.steps:
         spread = step.latency_ms
-        reference, lowest, mixed = (
-            Cell(formats.milliseconds(s.median_ms)) for s in (spread.reference, spread.lowest, spread.mixed)
-        )
+        shown = (spread.reference, spread.lowest, spread.single, spread.mixed)
+        cells = tuple(Cell(formats.milliseconds(s.median_ms)) for s in shown if s is not None)
         often = f"{step.times} in an answer" if step.times > 1 else "one in an answer"
-        yield FigureRow(f"Latency of one {step.name}", often, (reference, lowest, mixed))
+        yield FigureRow(f"Latency of one {step.name}", often, cells)
 
 
 def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
@@ -302,7 +333,12 @@ def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
     lowest = cell(found.value if found else latency.lowest / latency.reference, found, predicted_lowest)
     interval = summary.predicted_latency_ratio_interval
     mixed = cell(summary.latency_ratio, summary.latency_ratio_interval, summary.predicted_latency_ratio, interval)
-    return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, mixed))
+    single: tuple[Cell, ...] = ()
+    if latency.single is not None:
+        found = summary.single_latency_ratio
+        predicted = next(s.predicted_ratio for s in summary.single_formats if s.best)
+        single = (cell(found.value if found else latency.single / latency.reference, found, predicted),)
+    return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, *single, mixed))
 
 
 def _memory(summary: Summary) -> Iterable[FigureRow]:
@@ -318,7 +354,8 @@ def _memory(summary: Summary) -> Iterable[FigureRow]:
         return Cell(f"{formats.megabytes(value)} MB", notes)
 
     first = memory.reference
-    cells = (cell(first), cell(memory.lowest, first), cell(memory.mixed, first))
+    single = (cell(memory.single, first),) if summary.latency_ms.single is not None else ()
+    cells = (cell(first), cell(memory.lowest, first), *single, cell(memory.mixed, first))
     alone = "" if memory.process is None else f", {formats.megabytes(memory.process)} MB of it without any model"
     yield FigureRow("Peak resident memory", f"of a process that opens the model and runs each step once{alone}", cells)
 
@@ -334,7 +371,8 @@ def _size(label: str, note: str, size: Triple) -> FigureRow:
     def cell(value: float) -> Cell:
         return Cell(formats.byte_size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
 
-    return FigureRow(label, note, (Cell(formats.byte_size(size.reference)), cell(size.lowest), cell(size.mixed)))
+    shown = (cell(value) for value in (size.lowest, size.single, size.mixed) if value is not None)
+    return FigureRow(label, note, (Cell(formats.byte_size(size.reference)), *shown))
 
 
 def _sqnr(summary: Summary) -> Iterable[FigureRow]:
@@ -349,7 +387,8 @@ def _sqnr(summary: Summary) -> Iterable[FigureRow]:
     for head, pair in summary.sqnr_db.items():
         lowest = cell(pair.lowest.predicted, pair.lowest.measured, None)
         mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
-        yield FigureRow(head, "higher is better", (Cell("reference"), lowest, mixed))
+        single = (cell(pair.single.predicted, pair.single.measured, None),) if pair.single is not None else ()
+        yield FigureRow(head, "higher is better", (Cell("reference"), lowest, *single, mixed))
 
 
 def _divergences(summary: Summary) -> Iterable[FigureRow]:
@@ -358,7 +397,8 @@ def _divergences(summary: Summary) -> Iterable[FigureRow]:
         return Cell(f"{one.measured:.3g}", notes)
 
     for head, pair in summary.kl_nats.items():
-        yield FigureRow(head, "lower is better", (Cell("reference"), cell(pair.lowest), cell(pair.mixed)))
+        shown = (cell(one) for one in (pair.lowest, pair.single, pair.mixed) if one is not None)
+        yield FigureRow(head, "lower is better", (Cell("reference"), *shown))
 
 
 def _accuracy(summary: Summary) -> Iterable[FigureRow]:
@@ -366,12 +406,15 @@ def _accuracy(summary: Summary) -> Iterable[FigureRow]:
         return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.interval_text(one, 4)}"), Note(f"n = {one.n}")))
 
     for name, metric in summary.metrics.items():
-        yield FigureRow(name, "", (value(metric.reference), value(metric.lowest), value(metric.mixed)))
+        shown = (metric.reference, metric.lowest, metric.single, metric.mixed)
+        yield FigureRow(name, "", tuple(value(one) for one in shown if one is not None))
         if metric.drop_lowest is not None or metric.drop_mixed is not None:
-            drops = (_drop(metric.drop_lowest), _drop(metric.drop_mixed))
+            single = (_drop(metric.drop_single),) if metric.single is not None else ()
+            drops = (_drop(metric.drop_lowest), *single, _drop(metric.drop_mixed))
             yield FigureRow(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
     if summary.confidence_shift:
-        shifts = (_shift(summary.confidence_shift.get(LOWEST)), _shift(summary.confidence_shift.get("mixed")))
+        names = (LOWEST, *([ONE_SCHEME] if summary.latency_ms.single is not None else []), MIXED)
+        shifts = (_shift(summary.confidence_shift.get(name)) for name in names)
         yield FigureRow("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
 
 

@@ -59,6 +59,7 @@ def render_report(
     round_header, round_lines = figures.rounds(summary, heads)
     repair_header, repair_lines = figures.repairs(summary, heads)
     evaluation_header, evaluation_lines = figures.evaluations(summary)
+    single_header, single_lines = figures.single_formats(summary)
     correction_header, correction_lines = figures.corrections(summary, heads)
     return environment.get_template("template.html").render(
         policy=_policy(style, script),
@@ -74,9 +75,12 @@ def render_report(
         tone=figures.tone(summary),
         limits=figures.limits(summary),
         cautions=figures.cautions(summary),
+        columns=figures.model_columns(summary, units),
         groups=figures.key_figures(summary, units, cost),
         pareto_chart=_pareto_chart(summary, plan, units, cost, heads),
         latency_chart=_latency_chart(summary),
+        single_header=single_header,
+        single_lines=single_lines,
         round_header=round_header,
         round_lines=round_lines,
         repair_header=repair_header,
@@ -223,7 +227,9 @@ def _latency_chart(summary: Summary) -> Markup:
         for name, style, one in (
             ("float", "b-float", spread.reference),
             ("all lowered", "b-lowest", spread.lowest),
+            (f"all {figures.best_single(summary)}", "b-lowest", spread.single),
             ("mixed", "b-mixed", spread.mixed),
         )
+        if one is not None
     ]
     return charts.latency_chart(bars, limit_ms=min(limits) if limits else None)

@@ -65,7 +65,7 @@ OPENERS: dict[str, Callable[[str], Run]] = {"onnxruntime": open_with_onnxruntime
 """Package of a runtime -> function that opens the file of a model with it."""
 
 
-def main(path: str) -> None:
+def make_steps(path: str) -> None:
     """Do what a file says, and print the peaks before a model was opened and behind the last run, in bytes."""
     import numpy
 
@@ -84,4 +84,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    make_steps(sys.argv[1])

@@ -46,7 +46,7 @@ def search(
     Raises:
         BudgetError: no plan meets the budget; the message names what can be reached.
     """
-    limits = _limits(problem, budget)
+    limits = search_limits(problem, budget)
     fastest = budget.has_floor and limits.latency_us == np.inf and limits.size_bytes == np.inf
     program = Program(problem)
     if budget.max_drop and limits == Limits():
@@ -122,7 +122,7 @@ def _middle(problem: Problem, program: Program) -> float:
     return (problem.latency_us(fastest.plan) + start) / 2 if fastest is not None else start
 
 
-def _limits(problem: Problem, budget: Budget) -> Limits:
+def search_limits(problem: Problem, budget: Budget) -> Limits:
     """Turn a budget into the search's units.
 
     Raises:

@@ -27,6 +27,7 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.front import FRONT_BUDGETS
 from bitalloy.search.problem import Problem
 from bitalloy.search.protection import FamilyAdvice, protect, read_advice
+from bitalloy.search.single import SinglePlan, single_plans
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.placement import WHOLE
@@ -134,6 +135,11 @@ def plan_around(
 def plan_damage(tables: PlanTables, budget: Budget, plan: Plan) -> float:
     """Predict the damage of any plan, as the points of a front have it."""
     return _narrowed(tables, budget).problem.total(plan)
+
+
+def plan_singles(tables: PlanTables, budget: Budget) -> tuple[SinglePlan, ...]:
+    """Predict the plans of one scheme, see `search.single.single_plans`."""
+    return single_plans(_narrowed(tables, budget).problem, budget)
 
 
 @dataclass(frozen=True)

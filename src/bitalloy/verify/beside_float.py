@@ -31,8 +31,6 @@ from bitalloy.sensitivity.analysis import Analysis
 OUTCOME_SITTINGS, REPEATS = 5, 8
 """Times that sessions are made anew, and timed rounds with each of them."""
 
-OUTCOMES = ("float", "lowest", "mixed")
-
 
 class VerificationInputs(StageInputs, frozen=True, kw_only=True):
     """All that decides what is measured of a plan."""
@@ -43,12 +41,20 @@ class VerificationInputs(StageInputs, frozen=True, kw_only=True):
     samples: tuple[int, ...]
     seed: int
     workload: Workload | None
+    single: tuple[tuple[str, str], ...] | None
+    """A plan of one scheme that is measured beside it, likewise; None without one."""
     cost: CostTable | None
     """The table from which latencies are taken; None where they are measured."""
 
 
 def measure_plan(
-    analysis: Analysis, planned: Planned, mixed: Artefact, samples: Sequence[int], work: Workspace
+    analysis: Analysis,
+    planned: Planned,
+    mixed: Artefact,
+    samples: Sequence[int],
+    work: Workspace,
+    *,
+    single: Plan | None = None,
 ) -> Measured:
     """Execute a plan on the target's runtime; where the target is not here, its latency is that of the cost table.
 
@@ -58,23 +64,33 @@ def measure_plan(
         mixed: the model of the plan.
         samples: indices of the samples on which outputs are compared.
         work: where to keep and show results.
+        single: a plan of one scheme to be measured beside it.
     """
+    if single in (planned.plan.chosen, analysis.units.lowest()):
+        single = None
 
     def make() -> bytes:
         timed = 0 if planned.cost.estimated else OUTCOME_SITTINGS * REPEATS
         with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
-            models = _different(analysis, planned.plan.chosen, mixed, folder)
-            found = (_estimated if planned.cost.estimated else _timed)(analysis, planned, models, samples, progress)
-        latency, ratio, sqnr = found.latency, found.ratio, found.sqnr
+            plans = {"lowest": analysis.units.lowest(), "mixed": planned.plan.chosen}
+            plans |= {"single": single} if single is not None else {}
+            models = _different(analysis, plans, mixed, folder)
+            if planned.cost.estimated:
+                found = _estimated(analysis, planned.cost, plans, models, samples, progress)
+            else:
+                found = _timed(analysis, plans, models, samples, progress)
+        ratio, sqnr = found.ratio, found.sqnr
         return to_json(
             Measured(
-                latency=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
+                latency=_spread(found.latency),
                 ratio_lowest=ratio["lowest"],
                 ratio_mixed=ratio["mixed"],
                 sqnr_lowest=sqnr.get("lowest", sqnr["mixed"]),
                 sqnr_mixed=sqnr["mixed"],
                 float32=sqnr[FLOAT32],
                 steps=found.steps,
+                ratio_single=ratio.get("single"),
+                sqnr_single=sqnr.get("single"),
             )
         )
 
@@ -84,42 +100,56 @@ def measure_plan(
         samples=tuple(samples),
         seed=analysis.settings.seed,
         workload=workload_of(analysis.graph, analysis.settings.workload),
+        single=None if single is None else tuple(single.listed),
         cost=planned.cost if planned.cost.estimated else None,
     )
     return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
 
 
-def peak_memory(analysis: Analysis, plan: Plan, work: Workspace) -> PeakMemory:
+def peak_memory(analysis: Analysis, plan: Plan, work: Workspace, *, single: Plan | None = None) -> PeakMemory:
     """Measure the peak resident memory of running the float model, the lowest one and that of a plan.
 
     Args:
         analysis: what is known about the model.
         plan: the plan.
         work: where to keep and show results.
+        single: a plan of one scheme to be measured beside it.
     """
-    found = plan_memory(analysis, {"float": None, "lowest": analysis.units.lowest(), "mixed": plan}, work)
+    plans = {"float": None, "lowest": analysis.units.lowest(), "mixed": plan}
+    found = plan_memory(analysis, plans | ({"single": single} if single is not None else {}), work)
     return PeakMemory(
         reference=found["float"].peak_mb,
         lowest=found["lowest"].peak_mb,
         mixed=found["mixed"].peak_mb,
+        single=found["single"].peak_mb if single is not None else None,
         process=found["float"].process_mb,
     )
 
 
-def _different(analysis: Analysis, plan: Plan, mixed: Artefact, folder: Path) -> dict[str, Artefact]:
+def _different(analysis: Analysis, plans: Mapping[str, Plan], mixed: Artefact, folder: Path) -> dict[str, Artefact]:
     """Return the models as they run here; what is large lies in files of a folder.
 
     The one in its lowest schemes is left out where the plan is just that.
     """
     models = {"float": analysis.original(), "mixed": analysis.executable(mixed).placed(folder / "mixed")}
-    if (lowest := analysis.units.lowest()) != plan:
-        models["lowest"] = analysis.executable(analysis.artefact(lowest)).placed(folder / "lowest")
+    for name, plan in plans.items():
+        if name not in models and plan != plans["mixed"]:
+            models[name] = analysis.executable(analysis.artefact(plan)).placed(folder / name)
     return models
+
+
+def _spread(latency: Mapping[str, Latency]) -> LatencySpread:
+    return LatencySpread(
+        reference=latency["float"],
+        lowest=latency["lowest"],
+        mixed=latency["mixed"],
+        single=latency.get("single"),
+    )
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What was found of the models: latencies and ratios by `OUTCOMES`, the SQNR of the heads by model."""
+    """What was found of the models: latencies, ratios and the SQNR of the heads, by model."""
 
     latency: Mapping[str, Latency]
     ratio: Mapping[str, Estimate]
@@ -129,7 +159,12 @@ class _Outcome:
 
 
 def _estimated(
-    analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], samples: Sequence[int], progress: Progress
+    analysis: Analysis,
+    cost: CostTable,
+    plans: Mapping[str, Plan],
+    models: Mapping[str, Artefact],
+    samples: Sequence[int],
+    progress: Progress,
 ) -> _Outcome:
     """Take latencies from the cost table, and execute the models for their outputs alone."""
     sqnr = artefact_sqnr(
@@ -140,8 +175,7 @@ def _estimated(
         seed=analysis.settings.seed,
         progress=progress.advance,
     )
-    plans = (Plan(), analysis.units.lowest(), planned.plan.chosen)
-    us = {n: latency_us(planned.cost, analysis.units, p) for n, p in zip(OUTCOMES, plans, strict=True)}
+    us = {name: latency_us(cost, analysis.units, plan) for name, plan in {"float": Plan(), **plans}.items()}
     ratio = {name: round(value / us["float"], 4) for name, value in us.items()}
     return _Outcome(
         {n: Latency(median_ms=v / 1e3, p10_ms=v / 1e3, p90_ms=v / 1e3, count=0) for n, v in us.items()},
@@ -151,7 +185,11 @@ def _estimated(
 
 
 def _timed(
-    analysis: Analysis, planned: Planned, models: Mapping[str, Artefact], samples: Sequence[int], progress: Progress
+    analysis: Analysis,
+    plans: Mapping[str, Plan],
+    models: Mapping[str, Artefact],
+    samples: Sequence[int],
+    progress: Progress,
 ) -> _Outcome:
     """Time the models in turns, and compare their outputs in the same sessions.
 
@@ -183,8 +221,9 @@ def _timed(
         progress=progress.advance,
         then=compare,
     )
-    mixed = found["mixed" if planned.plan.chosen else "float"]
-    parts: dict[str, np.ndarray] = {"float": found["float"], "lowest": found.get("lowest", mixed), "mixed": mixed}
+    mixed = found["mixed" if plans["mixed"] else "float"]
+    parts: dict[str, np.ndarray] = {"float": found["float"], "mixed": mixed}
+    parts |= {name: found.get(name, mixed) for name in plans if name != "mixed"}
     times = {name: total(part, steps) for name, part in parts.items()}
     return _Outcome(
         {name: bench.latency_of(series) for name, series in times.items()},
@@ -196,8 +235,4 @@ def _timed(
 
 def _step(step: Step, index: int, parts: Mapping[str, np.ndarray]) -> StepLatency:
     latency = {name: bench.latency_of(series[..., index]) for name, series in parts.items()}
-    return StepLatency(
-        name=step.name,
-        times=step.times,
-        latency_ms=LatencySpread(reference=latency["float"], lowest=latency["lowest"], mixed=latency["mixed"]),
-    )
+    return StepLatency(name=step.name, times=step.times, latency_ms=_spread(latency))

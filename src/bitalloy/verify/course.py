@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import msgspec
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import KernelEffect, Round
-from bitalloy.core.planned import Measured, Planned
+from bitalloy.core.outcome import LOWEST, ONE_SCHEME, KernelEffect, Repair, Round
+from bitalloy.core.planned import Measured, Planned, as_mixed
 from bitalloy.core.plans import Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
@@ -20,7 +21,8 @@ from bitalloy.model.heads import is_divergence
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.choice import ProvenPlan
-from bitalloy.search.planning import plan_around, plan_damage, plan_tables, tables_of
+from bitalloy.search.planning import plan_around, plan_damage, plan_singles, plan_tables, tables_of
+from bitalloy.search.single import SinglePlan, marked
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import MeasuredDamage
 from bitalloy.verify.beside_float import measure_plan
@@ -56,17 +58,28 @@ class TriedPlan:
     """A plan that was made and measured."""
 
     planned: Planned
-    mixed: Artefact
     measured: Measured
     round: Round
+    size_bytes: int
+    write: Callable[[], Artefact]
+    """Function that makes its model."""
+    rival: TriedPlan | None = None
+    """The best plan of one scheme as measured beside it; None where that is the plan itself, or there is none."""
 
     @property
     def standing(self) -> MeasuredStanding:
         """What was measured of the plan and counts for the budget."""
-        size = self.mixed.size_bytes
         return MeasuredStanding(
-            self.measured.ratio, self.measured.latency.mixed.median_ms, size, plain_sqnr(self.planned, self.measured)
+            self.measured.ratio,
+            self.measured.latency.mixed.median_ms,
+            self.size_bytes,
+            plain_sqnr(self.planned, self.measured),
         )
+
+    @cached_property
+    def mixed(self) -> Artefact:
+        """The model of the plan."""
+        return self.write()
 
 
 class VerificationCourse:
@@ -85,8 +98,11 @@ class VerificationCourse:
         self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
         self.samples = list(analysis.parts.verification)
         """Samples on which plans are measured."""
+        self.singles = plan_singles(self.tables, planned.plan.budget)
+        """The plans of one scheme, the best one marked; it is measured beside every plan, and ships where it wins."""
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None
+        self._single_keeps = False
         self.budget = planned.plan.budget
         """The budget as the user gave it."""
 
@@ -118,9 +134,19 @@ class VerificationCourse:
             if any(planned.plan.chosen == t.planned.plan.chosen for t in self._tried):
                 return
 
-    def decide(self, point: ParetoPoint, source: str) -> None:
-        """Take a plan of the front, whatever the others measured."""
-        self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, source)
+    def decide(self, point: ParetoPoint, source: str, *, single: SinglePlan | None = None) -> None:
+        """Take a plan of the front, whatever the others measured, but for a plan of one scheme that is faster.
+
+        Args:
+            point: the plan of the front.
+            source: where it comes from.
+            single: the fastest plan of one scheme that keeps the limits on task metrics; None where none does.
+        """
+        before = self.single
+        if single is not None:
+            self.singles, self._single_keeps = marked(self.singles, single), True
+        tried = self._tried_before(point) if before == self.single else None
+        self._decided = tried or self._try(self._from_front(point), self.budget, source)
 
     def completed(self) -> Planned:
         """Return the best plan, or the first before any was tried, as the tables see it now, with its front."""
@@ -173,37 +199,54 @@ class VerificationCourse:
     def _try(self, planned: Planned, asked: Budget, source: str) -> TriedPlan:
         """Make and measure a plan, and repair the tables where its prediction is off."""
         mixed = self._analysis.artefact(planned.plan.chosen)
-        measured = measure_plan(self._analysis, planned, mixed, self.samples, self._work)
+        single = self.single
+        measured = measure_plan(self._analysis, planned, mixed, self.samples, self._work, single=single)
         fix = None
         if not self._analysis.graph.large:
             fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
-        pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
+        record = fix.record if fix is not None else None
         trial = TriedPlan(
             planned,
-            mixed,
             measured,
-            Round(
-                latency_ratio_limit=asked.latency_ratio,
-                min_sqnr_db=asked.min_sqnr_db,
-                head_sqnr_db=asked.head_sqnr_db,
-                predicted_ratio=round(planned.predicted_ratio, 4),
-                measured_ratio=round(measured.ratio, 4),
-                sqnr_db=tuple(plain_sqnr(planned, measured).values()),
-                predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
-                schemes=planned.plan.chosen.counts(),
-                source=source,
-                repair=fix.record if fix is not None else None,
-            ),
+            _round(asked, planned, measured, source, record),
+            mixed.size_bytes,
+            lambda: mixed,
+            self._rival(planned, measured),
         )
         self._tried.append(trial)
         return trial
 
     @property
+    def single(self) -> Plan | None:
+        """The best plan of one scheme; None where there is no choice between schemes."""
+        return next((single.plan for single in self.singles if single.format.best), None)
+
+    def _rival(self, beside: Planned, measured: Measured) -> TriedPlan | None:
+        """Make of the columns that were measured beside a plan the best plan of one scheme."""
+        plan = self.single
+        if plan is None or plan == beside.plan.chosen:
+            return None
+        column = LOWEST if plan == self._analysis.units.lowest() else ONE_SCHEME
+        decided = ProvenPlan(plan, beside.plan.optimality_gap, beside.plan.solved)
+        planned = plan_around(self.tables, self.budget, decided, front=False, work=self._work)
+        found = as_mixed(measured, column)
+        told = _round(self.budget, planned, found, ONE_SCHEME, None)
+        write = partial(self._analysis.artefact, plan)
+        return TriedPlan(planned, found, told, write().size_bytes, write)  # not kept: it may be large
+
+    @property
     def best(self) -> TriedPlan:
-        """The plan that fits the budget best, as measured."""
-        return self._decided or self._tried[fits_best(self.budget, [t.standing for t in self._tried])]
+        """The plan that fits the budget best, as measured, or the plan of one scheme beside it where that is better."""
+        mixed = self._decided or self._tried[fits_best(self.budget, [t.standing for t in self._tried])]
+        rival = mixed.rival
+        if rival is None or (self.budget.max_drop and not self._single_keeps):
+            return mixed
+        if self.budget.max_drop:
+            found = [(budget_misfit(self.budget, t.standing)[0], t.standing.ratio) for t in (mixed, rival)]
+            return rival if found[1] < found[0] else mixed
+        return (mixed, rival)[fits_best(self.budget, [mixed.standing, rival.standing])]
 
     def kernel_effects(self) -> tuple[KernelEffect, ...]:
         """Compare the best plan as the runtime optimizes it with its graph as it is written, on the same samples."""
@@ -228,9 +271,27 @@ class VerificationCourse:
     def rounds(self) -> tuple[Round, ...]:
         """List what was done, with the mark of the plan that is kept."""
         best = self.best
-        return tuple(msgspec.structs.replace(t.round, shipped=t is best) for t in self._tried)
+        last = next((t for t in self._tried if best is t or best is t.rival), None)
+        tried = [*self._tried, *([last.rival] if last is not None and last.rival is not None else [])]
+        return tuple(msgspec.structs.replace(t.round, shipped=t is best) for t in tried)
 
     def known(self) -> Analysis:
         """Return the analysis with the matrix as corrected."""
         facts = self.tables.facts
         return replace(self._analysis, matrix=self.tables.matrix, secant=facts.secant)
+
+
+def _round(asked: Budget, planned: Planned, measured: Measured, source: str, repair: Repair | None) -> Round:
+    pairs = [(h.head, h.predicted_db.value) for h in planned.plan.heads]
+    return Round(
+        latency_ratio_limit=asked.latency_ratio,
+        min_sqnr_db=asked.min_sqnr_db,
+        head_sqnr_db=asked.head_sqnr_db,
+        predicted_ratio=round(planned.predicted_ratio, 4),
+        measured_ratio=round(measured.ratio, 4),
+        sqnr_db=tuple(plain_sqnr(planned, measured).values()),
+        predicted_db=tuple(value for head, value in pairs if not is_divergence(head)),
+        schemes=planned.plan.chosen.counts(),
+        source=source,
+        repair=repair,
+    )

@@ -6,26 +6,30 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import LOWEST, MIXED, REFERENCE, Evaluation, MetricComparison
+from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, REFERENCE, Evaluation, MetricComparison
 from bitalloy.core.planned import Metrics, Planned
 from bitalloy.core.plans import FIRST, Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
 from bitalloy.model.heads import is_divergence
+from bitalloy.search.single import SinglePlan
 from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.tasks.evaluate import Evaluator
 
 
-def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan) -> Metrics:
+def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan, single: Plan | None = None) -> Metrics:
     """Measure the task metrics of the float, the lowest and the mixed model on the same samples; none without labels.
 
     Args:
         evaluator: measures the task metrics of the model.
         lowest: the plan with all that it can in its lowest scheme.
         mixed: the plan.
+        single: a plan of one scheme to be measured beside it.
     """
     if evaluator is None:
         return Metrics(metrics={}, confidence_shift={})
     subjects = {REFERENCE: evaluator.reference, LOWEST: evaluator.subject(lowest), MIXED: evaluator.subject(mixed)}
+    if single is not None:
+        subjects[ONE_SCHEME] = evaluator.subject(single)
     found = [_metrics_of(result) for result in evaluator.results(subjects, "evaluate")]
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},
@@ -64,27 +68,14 @@ def fastest_that_keeps(
     candidates = _candidates(planned, budget)
     evaluations: list[Evaluation] = []
 
-    def drops(plan: Plan) -> dict[str, float]:
-        subjects = {"float": evaluator.reference, "candidate": evaluator.subject(plan)}
-        found = evaluator.results(subjects, "candidate", resamples=0)
-        return {metric.name: metric.drops["candidate"].value for result in found for metric in result.metrics}
-
     def keeps(index: int) -> bool:
         point = candidates[index]
-        found = drops(point.chosen)
-        kept = all(found[name] <= most for name, most in limits.items())
-        evaluations.append(
-            Evaluation(
-                schemes=point.chosen.counts(),
-                predicted_ratio=round(point.predicted_latency_us / planned.cost.all_float_us, 4),
-                drops={name: round(found[name], 6) for name in limits},
-                kept=kept,
-            )
-        )
-        return kept
+        ratio = point.predicted_latency_us / planned.cost.all_float_us
+        evaluations.append(_evaluation(point.chosen, ratio, _drops(evaluator, point.chosen), limits))
+        return evaluations[-1].kept
 
     plan, damage = lowest
-    found = drops(plan)
+    found = _drops(evaluator, plan)
     limits = _limits(budget, list(found))
     allowed = _allowed_damage(limits, found, damage)
     guess = next((i for i, point in enumerate(candidates) if point.damage <= allowed), len(candidates) - 1)
@@ -92,6 +83,46 @@ def fastest_that_keeps(
     if not evaluations:
         keeps(chosen)
     return candidates[chosen], tuple(evaluations)
+
+
+def single_that_keeps(
+    evaluator: Evaluator, budget: Budget, singles: Sequence[SinglePlan]
+) -> tuple[SinglePlan | None, tuple[Evaluation, ...]]:
+    """Find the fastest plan of one scheme whose task metrics drop by no more than the budget allows.
+
+    Args:
+        evaluator: with labels for the task.
+        budget: the budget.
+        singles: plans of one scheme, fastest first; those that miss its other limits by prediction are left out.
+
+    Returns:
+        The plan, None where none keeps the limits, and all that were evaluated, in order.
+    """
+    evaluations: list[Evaluation] = []
+    for single in singles:
+        if single.format.within:
+            found = _drops(evaluator, single.plan)
+            limits = _limits(budget, list(found))
+            evaluations.append(_evaluation(single.plan, single.format.predicted_ratio, found, limits))
+            if evaluations[-1].kept:
+                return single, tuple(evaluations)
+    return None, tuple(evaluations)
+
+
+def _drops(evaluator: Evaluator, plan: Plan) -> dict[str, float]:
+    """Measure how much worse a plan is than float, by task metric."""
+    subjects = {"float": evaluator.reference, "candidate": evaluator.subject(plan)}
+    found = evaluator.results(subjects, "candidate", resamples=0)
+    return {metric.name: metric.drops["candidate"].value for result in found for metric in result.metrics}
+
+
+def _evaluation(plan: Plan, ratio: float, drops: Mapping[str, float], limits: Mapping[str, float]) -> Evaluation:
+    return Evaluation(
+        schemes=plan.counts(),
+        predicted_ratio=round(ratio, 4),
+        drops={name: round(drops[name], 6) for name in limits},
+        kept=all(drops[name] <= most for name, most in limits.items()),
+    )
 
 
 def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> int:
@@ -183,4 +214,6 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
         mixed=metric.values[MIXED],
         drop_lowest=metric.drops[LOWEST],
         drop_mixed=metric.drops[MIXED],
+        single=metric.values.get(ONE_SCHEME),
+        drop_single=metric.drops.get(ONE_SCHEME),
     )

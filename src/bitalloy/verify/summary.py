@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.outcome import (
+    ONE_SCHEME,
     Comparison,
     Evaluation,
     HeadComparison,
@@ -22,6 +23,7 @@ from bitalloy.core.outcome import (
     UsedSamples,
 )
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
+from bitalloy.core.plans import SingleFormat
 from bitalloy.core.records import Estimate, part_of
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import versions
@@ -51,6 +53,10 @@ class MeasuredPlan:
     metrics: Metrics
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    single: Plan | None = None
+    """The best plan of one scheme, measured beside it; None where it is one of the others, or there is none."""
+    singles: tuple[SingleFormat, ...] = ()
+    """Predictions of all plans of one scheme."""
     memory: PeakMemory | None = None
     """None where the target cannot run here."""
     kernel_effects: tuple[KernelEffect, ...] | None = None
@@ -86,19 +92,22 @@ def expected(corrected: Analysis, plan: Plan, measured: Sequence[Estimate]) -> t
     return tuple(Estimate(value=v, low=low, high=high) for v, low, high in np.round(ends, 3).T.tolist())
 
 
-def _compared(
-    analysis: Analysis, corrected: Analysis, planned: Planned, measured: Measured
-) -> dict[str, HeadComparison]:
+def _compared(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan) -> dict[str, HeadComparison]:
     """Put the predictions of every head beside what was measured."""
-    lowest = analysis.units.lowest()
-    before, after = predicted_sqnr(analysis, lowest), expected(corrected, lowest, measured.sqnr_lowest)
+    planned, measured = shipped.planned, shipped.measured
+
+    def column(plan: Plan, found: Sequence[Estimate]) -> list[Comparison]:
+        rows = zip(predicted_sqnr(analysis, plan), found, expected(corrected, plan, found), strict=True)
+        return [Comparison(predicted=p.value, measured=m.value, corrected=c.value) for p, m, c in rows]
+
+    lowest = column(analysis.units.lowest(), measured.sqnr_lowest)
+    single = None
+    if shipped.single is not None and measured.sqnr_single is not None:
+        single = column(shipped.single, measured.sqnr_single)
     return {
         head.head: HeadComparison(
-            lowest=Comparison(
-                predicted=before[i].value,
-                measured=measured.sqnr_lowest[i].value,
-                corrected=after[i].value,
-            ),
+            lowest=lowest[i],
+            single=single[i] if single is not None else None,
             mixed=Comparison(
                 predicted=head.predicted_db.value,
                 measured=measured.sqnr_mixed[i].value,
@@ -122,9 +131,8 @@ def summarize_run(
     """
     matrix, units = analysis.matrix, analysis.units
     planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
-    sqnr = _compared(analysis, corrected, planned, measured)
+    sqnr = _compared(analysis, corrected, shipped)
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
-    latency = measured.latency
     return Summary(
         headline=_headline(planned, measured, sqnr, metrics, _total(sizes).mixed),
         model=analysis.graph.info.name,
@@ -133,12 +141,12 @@ def summarize_run(
         device=planned.cost.device,
         threads=planned.cost.threads,
         budget=planned.plan.budget,
-        latency_ms=Triple(
-            reference=latency.reference.median_ms, lowest=latency.lowest.median_ms, mixed=latency.mixed.median_ms
-        ),
+        latency_ms=_medians(measured.latency),
         latency_ratio=measured.ratio,
         latency_ratio_interval=None if planned.cost.estimated else measured.ratio_mixed,
         lowest_latency_ratio=None if planned.cost.estimated else measured.ratio_lowest,
+        single_latency_ratio=None if planned.cost.estimated else measured.ratio_single,
+        single_formats=shipped.singles,
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
         predicted_latency_ratio_interval=planned.predicted_ratio_interval,
         latency_spread_ms=measured.latency,
@@ -178,6 +186,15 @@ def summarize_run(
     )
 
 
+def _medians(latency: LatencySpread) -> Triple:
+    return Triple(
+        reference=latency.reference.median_ms,
+        lowest=latency.lowest.median_ms,
+        mixed=latency.mixed.median_ms,
+        single=latency.single.median_ms if latency.single is not None else None,
+    )
+
+
 def _used(analysis: Analysis) -> UsedSamples:
     parts = analysis.parts
     parts = msgspec.structs.replace(parts, probe=parts.probe[: analysis.matrix.samples])
@@ -202,6 +219,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
         *_converted(analysis),
         *_unfit(analysis),
         *_special(analysis),
+        *_single(shipped),
         *_busy(measured.latency),
         *_estimated(planned),
         *_unresolved(planned, measured),
@@ -256,15 +274,18 @@ def _nats(pair: HeadComparison) -> HeadComparison:
         predicted, corrected = (None if v is None else nats(v) for v in (one.predicted, one.corrected))
         return Comparison(predicted=predicted, measured=nats(one.measured), corrected=corrected)
 
-    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed))
+    single = convert(pair.single) if pair.single is not None else None
+    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed), single=single)
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:
     """Sum the bytes of all graphs."""
+    single = [s.single for s in sizes.values() if s.single is not None]
     return Triple(
         reference=sum(s.reference for s in sizes.values()),
         lowest=sum(s.lowest for s in sizes.values()),
         mixed=sum(s.mixed for s in sizes.values()),
+        single=sum(single) if single else None,
     )
 
 
@@ -340,6 +361,14 @@ def _unfit(analysis: Analysis) -> list[str]:
         for file in _files(analysis)
         if file.unfit
     ]
+
+
+def _single(shipped: MeasuredPlan) -> list[str]:
+    """Say where the plan that is shipped has one scheme because no mixed one did better."""
+    if not any(r.shipped and r.source == ONE_SCHEME for r in shipped.rounds):
+        return []
+    name = next(s.scheme for s in shipped.singles if s.best).upper()
+    return [f"The plan that is shipped puts all that can into {name}: it measured better than every mixed plan tried."]
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:
