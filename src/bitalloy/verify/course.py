@@ -234,7 +234,8 @@ class VerificationCourse:
         found = as_mixed(measured, column)
         told = _round(self.budget, planned, found, ONE_SCHEME, None)
         write = partial(self._analysis.artefact, plan)
-        return TriedPlan(planned, found, told, write().size_bytes, write)  # not kept: it may be large
+        size = planned.plan.predicted_size_bytes if self._analysis.graph.large else write().size_bytes
+        return TriedPlan(planned, found, told, size, write)
 
     @property
     def best(self) -> TriedPlan:
