@@ -316,6 +316,15 @@ def test_a_summary_prices_the_answer(spoken: Any) -> None:
     memory = summary.peak_memory_mb
     assert memory.process > 20 and min(memory.reference, memory.lowest, memory.mixed) > memory.process
     assert {"w4", "w8", "int8-dynamic", "int8"} <= {s.name for s in verified.analysis.units.schemes}
+    offered = [s.scheme for s in summary.single_formats]
+    assert {"w4", "w8", "int8-dynamic", "int8"} <= set(offered) and sum(s.best for s in summary.single_formats) == 1
+    single = summary.latency_ms.single is not None
+    assert all((step.latency_ms.single is not None) == single for step in summary.steps)
+    assert all((m.single is not None) == (m.drop_single is not None) == single for m in summary.metrics.values())
+    assert (memory.single is not None) == single == (summary.size_bytes.single is not None)
+    assert sum(r.shipped for r in summary.rounds) == 1
+    assert summary.metrics["greedy caption agreement"].reference.value == 1
+    assert 1 <= summary.metrics["first divergent caption token"].reference.value <= 32
     stored = json.loads((out / "summary.json").read_text())
     assert [step["name"] for step in stored["steps"]] == ["prefill", "token"]
     page = (out / "report.html").read_text()
