@@ -32,7 +32,7 @@ OLDEST = 7
 """Oldest version that is converted: ONNX Runtime executes none below."""
 _MEANS_ELSE = frozenset({"Attention"})
 """Operators above the last opset that compute something else than their earlier version of the same form."""
-_CLOSE, _CLOSE_HALF = 1e-3, 0.1
+_CLOSE, _CLOSE_NARROW = 1e-3, 0.1
 """Largest difference between a file and its conversion, over the largest magnitude of an output; and of a file that
 computes in half precision, whose own roundings are in it."""
 
@@ -111,7 +111,7 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             float(np.abs(old.astype(np.float64) - new).max(initial=0.0)) / scale if old.shape == new.shape else math.inf
         )
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
-    if worst > (_CLOSE if widened(before) is None else _CLOSE_HALF):
+    if worst > (_CLOSE if widened(before) is None else _CLOSE_NARROW):
         raise ModelError(
             f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "
             f"{worst:.1e} of the largest). Export it with opset 17."
