@@ -230,7 +230,7 @@ def test_the_shipped_integers_are_those_of_the_recipe(kept: Any) -> None:
         unpacked = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(numbers), -1)[:, : numbers.shape[1]]
         np.testing.assert_array_equal(unpacked, numbers)
         scale = own.scale if across else own.scale.T
-        np.testing.assert_array_equal(stored[node.input[2]], scale.reshape(-1))
+        np.testing.assert_array_equal(stored[node.input[2]], scale)
 
 
 def test_predicted_and_switched_are_what_is_executed(kept: Any) -> None:

@@ -252,8 +252,9 @@ def test_kernels_that_round_take_open_sizes(spoken: Any, tmp_path: Path) -> None
     """Of two schemes in turns: the shipped graphs compute what the joined one does, and take other lengths."""
     analysis = spoken[0].analysis
     units = split(analysis.graph, ORT_CPU, analysis.heads, schemes=("w4", "int8-dynamic"))
-    able = [u.id for u in units.units if u.choices]
-    plan = Plan({unit: ("w4", "int8-dynamic")[i % 2] for i, unit in enumerate(able)})
+    able = [u for u in units.units if u.choices]
+    plan = Plan({u.id: u.choices[i % len(u.choices)] for i, u in enumerate(able)})
+    assert plan.scheme_of("embedding///Gather_0") == "w4" and {"w4", "int8-dynamic"} <= set(plan.values())
     recipe = Recipe(units, ORT_CPU, {})
     joined = OrtSession(write_plan(analysis.graph, recipe, plan).to_bytes())
     shipped = plan_artefact(analysis.graph, recipe, plan)

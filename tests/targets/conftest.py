@@ -62,6 +62,9 @@ CASES: dict[str, dict[str, str]] = {
             => (float[4,16] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  y = MatMul(g, w4) }""",
         "case8-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             c = Conv(x, w1)  e = Exp(c)  d = Conv(e, w2)  y = Neg(d) }""",
+        "case9-tables": """(int64[2,3] i, float[128,40] w1, float[256,40] w2, float[256,40] w3, float[16,40] w4)
+            => (float[2,3,40] y) { a = Gather(w1, i)  b = Gather(w2, i)  c = Gather(w3, i)  d = Gather(w4, i)
+            e = Add(a, b)  f = Add(c, d)  y = Add(e, f) }""",
     },
     "openvino-cpu": {
         "case1-conv": """(float[1,8,16,16] x, float[8,1,3,3] w1, float[8] w2, float[8,8,3,3] w3)
@@ -88,6 +91,9 @@ CASES: dict[str, dict[str, str]] = {
             y = Neg(m) }""",
         "case10-brain-float": """(float[1,8,8,8] x, float[8,8,1,1] w1) => (float[1,8,8,8] y) { c = Conv(x, w1)
             y = Exp(c) }""",
+        "case11-tables": """(int64[2,3] i, float[128,64] w1, float[256,64] w2, float[256,64] w3, float[256,40] w4)
+            => (float[2,3,64] y, float[2,3,40] d) { a = Gather(w1, i)  b = Gather(w2, i)  c = Gather(w3, i)
+            d = Gather(w4, i)  e = Add(a, b)  y = Add(e, c) }""",
     },
     "tensorrt": {
         "case1-conv": """(float[1,3,8,8] x, float[4,3,3,3] w1, float[4] w2, float[4,4,3,3] w3) => (float[1,4,8,8] y) {
@@ -125,6 +131,8 @@ CASES: dict[str, dict[str, str]] = {
         "case9-brain-float": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2, float[8] w3)
             => (float[1,8,8,8] y) { c = Conv(x, w1)  e = Exp(c)
             p = AveragePool<kernel_shape=[2,2], strides=[2,2]>(e)  y = Conv(p, w2, w3) }""",
+        "case10-tables": """(int64[2,3] i, float[128,64] w1, float[256,64] w2) => (float[2,3,64] y) {
+            a = Gather(w1, i)  b = Gather(w2, i)  y = Add(a, b) }""",
     },
     "ort-cuda": {
         "case1-half": CONCAT,
@@ -137,6 +145,8 @@ CASES: dict[str, dict[str, str]] = {
             y = MatMul(g, w4) }""",
         "case5-columns": """(float[4,64] x, float[64,12] w1, float[12,8] w2) => (float[4,8] y) {
             m = MatMul(x, w1)  y = MatMul(m, w2) }""",
+        "case6-tables": """(int64[2,3] i, float[128,64] w1, float[256,64] w2) => (float[2,3,64] y) {
+            a = Gather(w1, i)  b = Gather(w2, i)  y = Add(a, b) }""",
     },
 }
 SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -147,6 +157,10 @@ SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ort-cuda", "case4-stored-products"): ("fp16", "w8", "w4"),
     ("ort-cuda", "case5-columns"): ("fp16", "w4"),
     ("openvino-cpu", "case9-run-time-ranges"): ("w8", "int8"),
+    ("ort-cpu", "case9-tables"): ("w16", "w8", "w4", "int8"),
+    ("openvino-cpu", "case11-tables"): ("w16", "w8", "w4", "int8"),
+    ("tensorrt", "case10-tables"): ("fp16", "w8-row", "int8"),
+    ("ort-cuda", "case6-tables"): ("fp16", "w8-row"),
 }
 """Schemes that plans may use, where these are not the usual ones of the target."""
 PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
@@ -165,6 +179,10 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
     ("ort-cuda", "case4-stored-products"): lambda units: Plan(
         {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}
     ),
+    ("ort-cpu", "case9-tables"): lambda units: Plan({"/a/Gather": "w4", "/b/Gather": "w8", "/c/Gather": "w16"}),
+    ("openvino-cpu", "case11-tables"): lambda units: Plan({"/a/Gather": "w4", "/b/Gather": "w8", "/c/Gather": "w16"}),
+    ("tensorrt", "case10-tables"): lambda units: Plan({"/a/Gather": "w8-row", "/b/Gather": "fp16"}),
+    ("ort-cuda", "case6-tables"): lambda units: Plan({"/a/Gather": "w8-row", "/b/Gather": "fp16"}),
     ("tensorrt", "case1-conv"): UnitGraph.lowest_gated,
     ("tensorrt", "case1-transposed-gemm"): UnitGraph.lowest_gated,
     ("tensorrt", "case2-residual"): UnitGraph.lowest_gated,
@@ -220,7 +238,11 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
         device = with_pair_limit(device, pair_limit)
     units = split(graph, device, find_heads(graph), schemes=SCHEMES.get((name, case), ()))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
-    feeds = {v: generator.standard_normal(shape).astype(np.float32) for v, shape in shapes.items()}
+    whole = {v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.INT64}
+    feeds = {
+        v: generator.integers(-16, 16, shape) if v in whole else generator.standard_normal(shape).astype(np.float32)
+        for v, shape in shapes.items()
+    }
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     found = collect(graph.model, [t for t in graph.value if t in tensors], [feeds]).ranges("minmax")
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}

@@ -44,8 +44,17 @@ def test_rates_are_those_of_a_device(name: str) -> None:
 
 def test_a_target_is_on_the_device_that_it_has_unless_another_is_asked_for() -> None:
     assert target("tensorrt") is TENSORRT and TENSORRT.device is A10 and target("tensorrt", "a10") == TENSORRT
-    assert [s.name for s in TENSORRT.schemes] == ["fp32", "fp16", "bf16", "w4", "w4-128", "int8"]
-    assert [s.name for s in target("tensorrt", "L4").schemes] == ["fp32", "fp16", "bf16", "fp8", "w4", "w4-128", "int8"]
+    assert [s.name for s in TENSORRT.schemes] == ["fp32", "fp16", "bf16", "w8-row", "w4", "w4-128", "int8"]
+    assert [s.name for s in target("tensorrt", "L4").schemes] == [
+        "fp32",
+        "fp16",
+        "bf16",
+        "w8-row",
+        "fp8",
+        "w4",
+        "w4-128",
+        "int8",
+    ]
     assert "SM86" in TENSORRT.lacking_schemes["fp8"] and "SM89" in TENSORRT.lacking_schemes["fp8"]
     assert "SM87" in target("tensorrt", "orin").lacking_schemes["fp8"]
     assert not target("tensorrt", "l4").lacking_schemes

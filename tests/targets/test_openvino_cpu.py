@@ -39,6 +39,7 @@ KERNELS = {
     "case5-followers": {"/c/Conv": ("Convolution", "int8"), "/y/Conv": ("Convolution", "int8")},
     "case6-activations": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
     "case7-stored-products": {"/m/MatMul": ("FullyConnected", "u4"), "/g/Gemm": ("FullyConnected", "int8")},
+    "case11-tables": {"/a/Gather": ("Gather", "fp32"), "/b/Gather": ("Gather", "int8")},
     "case8-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
 }
 """case -> unit -> (kernel that does its work, what it reads)."""

@@ -24,7 +24,7 @@ class UnitCost(Record, frozen=True, kw_only=True):
     us: dict[str, float]
     """Scheme -> time in microseconds."""
     bytes: dict[str, int]
-    """Scheme -> size of all that stands for it in the file: nodes, weights, scales and metadata."""
+    """Scheme -> size of all that stands for it alone in the file: nodes, weights, scales and metadata."""
 
     def saved_us(self, scheme: str) -> float:
         """Return the time that a scheme saves against `BASELINE`; it is negative where the scheme is slower."""
@@ -53,6 +53,22 @@ class BorderCost(Record, frozen=True, kw_only=True):
         return elements * self.us_per_element + count * self.us
 
 
+class SharedWeight(Record, frozen=True, kw_only=True):
+    """A constant that several units read, which the file holds once in each form that any of them needs."""
+
+    tensors: tuple[str, ...]
+    """Its name; several where the file has it, or its transpose, under several names."""
+    forms: dict[str, dict[str, tuple[str, ...]]]
+    """Unit -> scheme -> the forms that it reads then."""
+    bytes: dict[str, int] = msgspec.field(default_factory=dict)
+    """Form -> size in the file."""
+
+    def size(self, plan: Plan) -> int:
+        """Return the bytes of all forms that the units of a plan need together."""
+        read = {form for unit, known in self.forms.items() for form in known.get(plan.scheme_of(unit), ())}
+        return sum(self.bytes.get(form, 0) for form in read)
+
+
 class CostTable(Record, frozen=True, kw_only=True):
     """Cost on one machine, measured; or on a device that is not here, estimated. `measure.prices` sums it up."""
 
@@ -70,6 +86,8 @@ class CostTable(Record, frozen=True, kw_only=True):
     float_bytes: int = 0
     """Size of the float model as it is written, from which predicted sizes start; 0 where no model was written for this
     table, and they start from the size of the given file."""
+    shared: tuple[SharedWeight, ...] = ()
+    """Constants that several units read; they are no part of the bytes of `units`."""
     estimated: bool = False
     """True where nothing was measured: times follow from peak rates of `device`."""
     left_out_percent: tuple[float, ...] = ()

@@ -40,6 +40,9 @@ class Scheme(Record, frozen=True, kw_only=True):
     kernel: str = ""
     """Operator of the runtime that computes the product and rounds inside; empty where the graph says it all in pairs
     of QuantizeLinear and DequantizeLinear."""
+    gather: str = ""
+    """Operator that looks rows up in a stored table and reads them as floats, see `rewrite.kernels`; empty where a
+    DequantizeLinear of the table stands before the Gather."""
     cast: bool = False
     """Whether the nodes of a unit compute in the format of `activation`, with a Cast where tensors enter and leave it.
     Otherwise they are given numbers that were rounded to it. Weights may be stored in another format and be widened to
@@ -67,6 +70,10 @@ class Scheme(Record, frozen=True, kw_only=True):
     def hands_on(self) -> bool:
         """Whether a unit may write what it makes in rounded numbers, for others to read."""
         return self.rounds and not self.dynamic
+
+    def operator(self, op_type: str) -> str:
+        """Return the operator of the runtime that takes the place of a node with a stored weight; empty without one."""
+        return self.gather if op_type == "Gather" else self.kernel
 
     @property
     def gated(self) -> bool:

@@ -37,6 +37,7 @@ from bitalloy.formats import find_format
 from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, static_shape
+from bitalloy.model.twins import twins
 from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork
 from bitalloy.sensitivity.importance import RowWeights
 from bitalloy.targets.placement import weight_site
@@ -183,8 +184,8 @@ def check_rounding(way: str) -> None:
 def block_layers(graph: Graph, units: UnitGraph) -> tuple[BlockLayer, ...]:
     """Find the products whose constant matrix may be stored in blocks, in the order of the units.
 
-    A matrix that others than products may store in blocks, too, is left out: one copy serves all while its numbers are
-    the nearest.
+    A matrix that others than products may store in blocks, too, perhaps transposed, is left out: one copy serves all
+    while its numbers are the nearest.
     """
     blocks, found, others = _block_schemes(units), [], set[str]()
     for unit in units.units:
@@ -197,7 +198,8 @@ def block_layers(graph: Graph, units: UnitGraph) -> tuple[BlockLayer, ...]:
                 found.append(BlockLayer(node, site, schemes))
             else:
                 others.add(site.tensor)
-    return tuple(layer for layer in found if layer.site.tensor not in others)
+    same = twins(graph.model.graph)
+    return tuple(layer for layer in found if same.get(layer.site.tensor, layer.site.tensor) not in others)
 
 
 def lowest_blocks(units: UnitGraph) -> Plan:

@@ -171,7 +171,7 @@ def _named_by_plan(timed: TimedKernel, planned: Sequence[Scheme], floats: Collec
     """
     for scheme in planned:
         stored = scheme.weights_only and timed.kernel.precision not in floats
-        if stored or (scheme.kernel and timed.kernel.op == scheme.kernel):
+        if stored or timed.kernel.op in {scheme.kernel, scheme.gather} - {"", "Gather"}:
             return replace(timed, kernel=replace(timed.kernel, precision=scheme.name))
     return timed
 
@@ -198,6 +198,8 @@ def _cause(planned: Scheme, executed: str, runtime: str, known: Mapping[str, Sch
         return ""
     if planned.rounds:
         return "the runtime made no integer kernel of it: a pattern that it does not fuse, or an integer one is missing"
+    if planned.weights_only and executed == BASELINE:
+        return f"{runtime} turns what is stored into floats when it loads the model: the file is smaller, and no more"
     if executed in known and known[executed].weights_only:
         return (
             f"it runs in the kernel of a neighbour whose weights are stored in {executed.upper()}; tensors stay float"

@@ -28,7 +28,7 @@ from bitalloy.formats import weight_bits
 from bitalloy.measure import bench
 from bitalloy.measure.fit import fit_prices
 from bitalloy.measure.roofline import estimate_costs
-from bitalloy.measure.sizes import with_sizes
+from bitalloy.measure.sizes import shared_weights, with_sizes
 from bitalloy.measure.tracing import TracedModel, profile, trace
 from bitalloy.measure.workload import priced, workload_of
 from bitalloy.rewrite.calibrated import Environment
@@ -231,7 +231,8 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
 
     def make() -> bytes:
         table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device, workload)
-        return to_json(with_sizes(table, analysis.units, analysis.artefact, seed=analysis.settings.seed))
+        shared = shared_weights(analysis.graph, analysis.recipe())
+        return to_json(with_sizes(table, analysis.units, analysis.artefact, shared=shared, seed=analysis.settings.seed))
 
     inputs = CostInputs(
         model=analysis.graph.info.sha256,

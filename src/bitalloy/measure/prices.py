@@ -42,7 +42,13 @@ def latency_interval_us(table: CostTable, units: UnitGraph, plan: Plan) -> Estim
 
 def saved_bytes(table: CostTable, plan: Plan) -> int:
     """Return the bytes of weights that a plan saves in the file against the float model, borders left out."""
-    return sum(cost.saved_bytes(plan[cost.unit]) for cost in table.units if cost.unit in plan)
+    own = sum(cost.saved_bytes(plan[cost.unit]) for cost in table.units if cost.unit in plan)
+    return own + shared_bytes(table, Plan()) - shared_bytes(table, plan)
+
+
+def shared_bytes(table: CostTable, plan: Plan) -> int:
+    """Return the bytes of the weights that several units read, each once in every form that a plan needs."""
+    return sum(shared.size(plan) for shared in table.shared)
 
 
 def border_bytes(table: CostTable, units: UnitGraph, plan: Plan) -> float:

@@ -134,20 +134,21 @@ def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device, steps: Seq
 
     def weight_bytes(scheme: Scheme, weights: int) -> float:
         """Return the size of the constants; those without sites, such as a bias, are what nodes compute in."""
-        others = number_bytes(scheme) if scheme.cast else FLOAT_BYTES
-        return (weights - rounded) * others + rounded * weight_bits(scheme) / 8
+        others, sited = number_bytes(scheme) if scheme.cast else FLOAT_BYTES, min(rounded, weights)
+        return (weights - sited) * others + sited * weight_bits(scheme) / 8
 
     def us(scheme: Scheme) -> float:
         # a layer that reads rounded numbers hands on floats, which the next one rounds
         size, total = number_bytes(scheme), 0.0
         for times, one in passes:
             moved = one.entering * size + weight_bytes(scheme, one.weights) + one.leaving * max(size, LEAST_WRITTEN)
-            arithmetic = 2 * one.macs / device.operations_per_second[scheme.name]
+            rates = device.operations_per_second  # tables in fewer bits have no rate: nothing is computed
+            arithmetic = 2 * one.macs / rates.get(scheme.name, rates[BASELINE])
             total += times * (max(arithmetic, moved / device.bytes_per_second) * 1e6 + device.start_us)
         return round(total, 3)
 
     known = [units.scheme(name) for name in (BASELINE, *unit.choices)]
-    kept = _Traffic.of([graph.node[name] for name in unit.core]).weights
+    kept = max(_Traffic.of([graph.node[name] for name in unit.core]).weights, rounded)  # of a table all rows
     return UnitCost(
         unit=unit.id,
         us={scheme.name: us(scheme) for scheme in known},

@@ -36,6 +36,9 @@ BORDER = "bitalloy.border"
 KERNEL = "bitalloy.kernel"
 """On a node while a model is rewritten: operator of the runtime that is to compute it, and how that rounds."""
 
+SOURCE = "bitalloy.source"
+"""In memory, on a stored constant: the constant of the float graph that it stands for, and in which form."""
+
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 """A size of an axis."""
 Fact = TypeVar("Fact")

@@ -29,7 +29,7 @@ from bitalloy.model.read import is_float
 from bitalloy.model.regions import ancestors, path_of, region_id
 from bitalloy.rewrite.calibrated import Calibrated, environment_of
 from bitalloy.sensitivity.probing import MAX_SAMPLES
-from bitalloy.targets import chosen_targets
+from bitalloy.targets import TARGETS, chosen_targets
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
 
@@ -146,9 +146,11 @@ def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             why = "; ".join(f"{d.name}: {lacks[name]}" for d in devices if name in (lacks := d.lacking_schemes))
+            others = [t.name for t in TARGETS.values() if any(o.scheme.name == name for o in t.offers)]
+            elsewhere = f", or --target {' or '.join(others)} for {name}" if others and not why else ""
             raise BitalloyError(
                 f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
-                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}."
+                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}{elsewhere}."
             )
 
 

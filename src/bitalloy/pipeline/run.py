@@ -8,15 +8,20 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import msgspec
+
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import BitalloyError, BudgetError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, Keep
 from bitalloy.core.records import Settings
+from bitalloy.core.schemes import BASELINE
 from bitalloy.core.store import RunDirectory
 from bitalloy.core.summaries import write_summary
+from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.cost import measure_cost
+from bitalloy.model.load import Graph
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit_plan
 from bitalloy.pipeline.calibrate import units_of
@@ -29,6 +34,7 @@ from bitalloy.search.constraints import constrain
 from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
+from bitalloy.targets.base import UNASKED
 from bitalloy.tasks.base import image_hashes
 from bitalloy.tasks.evaluate import open_labelled
 
@@ -115,10 +121,24 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
             "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task, "
             "or limit --max-drop-db, which needs none."
         )
-    if budget.keep:
-        model = prepared.model
-        for units in units_of(model, settings):
-            constrain(units, budget.keep, operators_of(model))
+    model = prepared.model
+    for units in units_of(model, settings) if budget.keep else ():
+        unasked = {keep.scheme: "" for keep in budget.keep if units.lacks.get(keep.scheme) == UNASKED}
+        if unasked:
+            _name_schemes(model, units, budget, settings, list(unasked))
+        constrain(units, budget.keep, operators_of(model))
+
+
+def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Settings, unasked: Sequence[str]) -> None:
+    """Refuse patterns for schemes that plans do not use by themselves; what is never possible is said first."""
+    offered = (*(scheme.name for scheme in units.schemes if scheme.name != BASELINE), *unasked)
+    for known in units_of(model, msgspec.structs.replace(settings, schemes=offered)):
+        if known.target == units.target:
+            constrain(known, budget.keep, operators_of(model))
+    raise BitalloyError(
+        f"--keep asks for {' and '.join(name.upper() for name in unasked)}, which plans of {units.target} do not use "
+        f"unless --schemes names it. Add --schemes {','.join(offered)}."
+    )
 
 
 def _plan_by_default(analysis: Analysis, keep: tuple[Keep, ...], work: Workspace) -> tuple[Analysis, Planned]:

@@ -27,13 +27,13 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.errors import BitalloyError, ModelError
-from bitalloy.core.schemes import Plan, Scheme
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.formats import find_format, required_opset
 from bitalloy.formats.affine import bias_int32
 from bitalloy.formats.base import Format, QuantParams, Rounding, cast_type
 from bitalloy.model.load import Graph
-from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.metadata import BORDER, SOURCE, TAG
 from bitalloy.model.opset import raise_opset
 from bitalloy.model.read import attribute, bias_slot, constant, consumers, name_of
 from bitalloy.model.weights import save, to_bytes
@@ -41,7 +41,7 @@ from bitalloy.model.write import add_initializer, check_model, drop_unread, inse
 from bitalloy.rewrite.cast import lower
 from bitalloy.rewrite.kernels import lower_kernels, mark_kernel
 from bitalloy.targets.placement import roundings, touched, weight_site
-from bitalloy.targets.recipe import Recipe
+from bitalloy.targets.recipe import Recipe, stored_form
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan, *, kernels: bool = True
     _check(recipe, plan)
     known = {scheme.name: scheme for scheme in units.schemes}
     model = graph.clone()
+    for name, value in model.graph.initializers.items():
+        value.meta[SOURCE] = (name, BASELINE)
     raise_opset(model, max((required_opset(known[name]) for name in set(plan.values())), default=0))
     writer = _GraphWriter(model, recipe)
     by_id = {u.id: u for u in units.units}
@@ -145,6 +147,8 @@ class _GraphWriter:
         self._recipe = recipe
         self._values = {str(v.name): v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]}
         self._entries: dict[tuple[str, str], ir.Value] = {}
+        self._stored: dict[tuple[str, str], ir.Value] = {}
+        """A constant and the form in which it is stored -> what is read of it."""
 
     def unit(self, unit: Unit, scheme: Scheme, inputs: Mapping[str, str], *, end: bool) -> None:
         """Write the roundings inside one unit: cases 1, 2 and 4.
@@ -160,8 +164,7 @@ class _GraphWriter:
             if scheme.bias is not None:
                 _, entry = self._recipe.tensor_params(scheme.name, inputs[site.node])
             self._weight(self.nodes[site.node], site, scheme, entry, unit.id)
-            if scheme.kernel:
-                mark_kernel(self.nodes[site.node], scheme)
+            mark_kernel(self.nodes[site.node], scheme)
         for edge in unit.inner if scheme.rounds else ():
             self._pair(edge.tensor, self._recipe.tensor_params(scheme.name, edge.tensor), unit.id)
         if not end:
@@ -220,8 +223,13 @@ class _GraphWriter:
             grid = QuantParams(scale=steps, zero_point=zeros, qmin=-(2**31), qmax=2**31 - 1, axis=0)
             kept = self.constant(f"{node.name}/bias_{scheme.bias}", integers)
             node.replace_input_with(2, self._read(kept, find_format(scheme.bias), grid, unit))
-        kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.numbers)
-        node.replace_input_with(site.slot, self._read(kept, stored.format, params, unit))
+        form = stored_form(scheme, stored, node, site)
+        if (site.tensor, form) not in self._stored:  # or else another node reads the same numbers in the same form
+            kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.numbers)
+            self._stored[site.tensor, form] = read = self._read(kept, stored.format, params, unit)
+            for value in read.producer().inputs:  # type: ignore[union-attr]
+                value.meta[SOURCE] = (site.tensor, form)  # type: ignore[union-attr]
+        node.replace_input_with(site.slot, self._stored[site.tensor, form])
 
     def _pair(self, tensor: str, rounding: tuple[Rounding, QuantParams | None], unit: str) -> None:
         """Round a tensor for all its consumers; a graph output keeps its name on the rounded value."""

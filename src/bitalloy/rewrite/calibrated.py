@@ -14,12 +14,14 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import Contexts, Opening
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, DataInfo, Head, Record, SampleParts, Settings, TensorSpec
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Offset, UnitGraph
 from bitalloy.data.datasets import Dataset
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
+from bitalloy.model.metadata import SOURCE
 from bitalloy.model.opset import raise_opset
+from bitalloy.model.twins import join_twins
 from bitalloy.rewrite.apply import MixedModel, write_plan
 from bitalloy.rewrite.cast import as_specified
 from bitalloy.rewrite.divide import divide
@@ -188,6 +190,8 @@ def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
             lower_kernels(part)
     for part in parts.values() if recipe.target.rounds_floats else ():
         keep_floats(part)
+    for part in parts.values():
+        join_twins(part)
     return Artefact(parts, program, recipe.target.runtime)
 
 
@@ -197,6 +201,8 @@ def _divided(graph: Joined, model: ir.Model) -> dict[str, ir.Model]:
     for name, opened in graph.opened.items():
         try:
             opened = opened.clone()
+            for value in opened.graph.initializers.values():
+                value.meta[SOURCE] = (f"{name}/{value.name}", BASELINE)
             raise_opset(opened, int(parts[name].opset_imports[""]))
             parts[name] = reopen(parts[name], opened, graph.program.graphs[name].model)
         except ModelError:

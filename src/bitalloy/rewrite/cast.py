@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from bitalloy import ops
-from bitalloy.model.metadata import BORDER, TAG
+from bitalloy.model.metadata import BORDER, SOURCE, TAG
 from bitalloy.model.read import constant, consumers, is_float, name_of
 from bitalloy.model.write import Fresh, add_initializer, insert_behind, namer
 
@@ -48,6 +48,7 @@ def lower(model: ir.Model, names: Collection[str], kind: ir.DataType, fresh: Fre
                 array = constant(value)
                 if array is not None:
                     lowered[value] = add_initializer(graph, fresh(f"{value.name}/half"), array.astype(kind.numpy()))
+                    lowered[value].meta[SOURCE] = (str(value.name), kind.name)
                 else:
                     lowered[value] = cast(graph, value, kind, fresh(f"{value.name}/half"))
             node.replace_input_with(slot, lowered[value])

@@ -1,4 +1,4 @@
-"""Products whose kernel rounds what it reads: ONNX Runtime's operators in place of a stored weight and a product.
+"""Nodes whose kernel reads a stored weight itself: operators of a runtime in place of a weight, its reading and a node.
 
 `rewrite.apply` stores the weight of such a unit behind a DequantizeLinear, leaves what enters it as it is, and marks
 the node with the operator that is to compute it (`metadata.KERNEL`). That form has the names and operands of the float
@@ -10,10 +10,19 @@ Case 1. MatMulNBits (com.microsoft): weights of 4 or 8 bits in blocks along the 
 Case 2. DynamicQuantizeMatMul (com.microsoft): written as DynamicQuantizeLinear, MatMulInteger, Cast and Mul, and Add
         for a bias, which ONNX Runtime fuses (MatMulIntegerToFloatFusion, DynamicQuantizeMatMulFusion) and which other
         runtimes know.
+Case 3. GatherBlockQuantized (com.microsoft): rows of a table in blocks of 4 or 8 bits, packed along the row. It
+        computes what a DequantizeLinear of the rows would, bit by bit. An index out of range gives zeros, where Gather
+        fails.
+Case 4. Gather: rows are looked up as they are stored, with their scales, and become floats behind. Standard ONNX, of
+        formats that its Gather takes (not of 4 bits), with blocks that divide the row.
+
+A constant that several of them read in the same form is stored once: also where one reads the transpose of the other,
+as an embedding and the head of a language model do. A table in blocks is then what the product packs, reshaped.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +31,7 @@ import onnx_ir as ir
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Scheme
-from bitalloy.model.metadata import KERNEL, TAG
+from bitalloy.model.metadata import KERNEL, SOURCE, TAG
 from bitalloy.model.read import attribute, constant, name_of
 from bitalloy.model.write import add_initializer, drop_unread, namer, node_namer
 
@@ -41,49 +50,62 @@ def lower_kernels(model: ir.Model) -> None:
     if not marked:
         return
     writer = _Lowering(model)
-    for node in marked:
+    for node in sorted(marked, key=lambda n: n.op_type == "Gather"):  # a table may be what a product packs
         name, _, rounding = str(node.metadata_props[KERNEL]).partition(" ")
-        KERNELS[name](writer, _stored_product(node, rounds=bool(rounding)))
+        operand = _stored_operand(node, rounds=bool(rounding))
+        writer.source = operand.reader.inputs[0].meta.get(SOURCE)  # type: ignore[union-attr]
+        KERNELS[name](writer, operand)
     drop_unread(model.graph)
 
 
 @dataclass(frozen=True)
-class _StoredProduct:
-    """A product with a stored weight, in the orientation of a matrix product: the reduction first, channels last."""
+class _StoredOperand:
+    """A node with a stored weight, in the orientation of a matrix product: the reduction first, channels last.
+
+    Of a table the rows are the channels.
+    """
 
     node: ir.Node
     reader: ir.Node
-    """The DequantizeLinear of the weight."""
-    integers: np.ndarray
-    """(K, N)."""
-    scale: np.ndarray
-    """(blocks, N), or (N,) without blocks."""
-    zero_point: np.ndarray
+    """What makes floats of the weight: a DequantizeLinear, or a Cast."""
+    numbers: np.ndarray
+    """(K, N), as they are stored."""
+    scale: np.ndarray | None
+    """(blocks, N), or (N,) without blocks; None of a floating-point format."""
+    zero_point: np.ndarray | None
     """Of the shape of the scale."""
     block: int
     bias: ir.Value | None
     rounds: bool
     """Whether the kernel rounds what it reads."""
 
+    @property
+    def bits(self) -> int:
+        """Of one number."""
+        return int(self.reader.inputs[0].dtype.bitwidth)  # type: ignore[union-attr]
 
-def _stored_product(node: ir.Node, *, rounds: bool) -> _StoredProduct:
-    value = node.inputs[1]
+
+def _stored_operand(node: ir.Node, *, rounds: bool) -> _StoredOperand:
+    looked_up = node.op_type == "Gather"
+    value = node.inputs[0 if looked_up else 1]
     reader = value.producer() if value is not None else None
     operands = [constant(v) for v in reader.inputs] if reader is not None else []
-    if reader is None or reader.op_type != "DequantizeLinear" or any(array is None for array in operands):
+    if reader is None or not operands or any(array is None for array in operands):
         raise ModelError(f"'{node.name}' reads no stored weight, which its kernel needs.")
-    integers, scale, zero_point = operands
-    assert integers is not None and scale is not None and zero_point is not None
-    if node.op_type == "Gemm" and attribute(node, "transB", 0):
-        integers, scale, zero_point = integers.T, scale.T, zero_point.T
+    numbers, scale, zero_point = (*operands, None, None)[:3]
+    assert numbers is not None
+    if looked_up or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        numbers = numbers.T
+        scale, zero_point = (None if array is None else array.T for array in (scale, zero_point))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     block = int(attribute(reader, "block_size", 0))  # type: ignore[call-overload]
-    return _StoredProduct(node, reader, integers, scale, zero_point, block, bias, rounds)
+    return _StoredOperand(node, reader, numbers, scale, zero_point, block, bias, rounds)
 
 
 def mark_kernel(node: ir.Node, scheme: Scheme) -> None:
-    """Say by which kernel a product with a stored weight is to be computed."""
-    node.metadata_props[KERNEL] = f"{scheme.kernel} {scheme.activation if scheme.rounds else ''}".strip()
+    """Say by which kernel a node with a stored weight is to be computed, where its scheme names one."""
+    if kernel := scheme.operator(node.op_type):
+        node.metadata_props[KERNEL] = f"{kernel} {scheme.activation if scheme.rounds else ''}".strip()
 
 
 class _Lowering:
@@ -92,10 +114,36 @@ class _Lowering:
     def __init__(self, model: ir.Model) -> None:
         self._model, self._graph = model, model.graph
         self._fresh, self._fresh_node = namer(model), node_namer(model)
+        self.source: tuple[str, str] | None = None
+        """What the constants that are stored stand for, see `metadata.SOURCE`."""
+        self._kept: dict[tuple[object, ...], ir.Value] = {}
+        """Type, shape and hash of a constant -> where it is stored."""
+        self._packed: dict[bytes, ir.Value] = {}
+        """Hash of what a product packed -> where it is stored."""
 
     def constant(self, node: ir.Node, role: str, array: np.ndarray) -> ir.Value:
-        """Store a constant of a node."""
-        return add_initializer(self._graph, self._fresh(f"{node.name}/{role}"), np.ascontiguousarray(array))
+        """Store a constant of a node, or find it where another node has stored it."""
+        array = np.ascontiguousarray(array)
+        key = (str(array.dtype), array.shape, _digest(array))
+        if key not in self._kept:
+            self._kept[key] = add_initializer(self._graph, self._fresh(f"{node.name}/{role}"), array)
+            if self.source is not None:
+                self._kept[key].meta[SOURCE] = self.source
+        return self._kept[key]
+
+    def packed(self, node: ir.Node, array: np.ndarray) -> ir.Value:
+        """Store the packed numbers of a product, so that a table of the same numbers can be found there."""
+        kept = self.constant(node, "packed", array)
+        self._packed[_digest(array)] = kept
+        return kept
+
+    def table(self, node: ir.Node, array: np.ndarray) -> ir.Value:
+        """Store the packed numbers of a table, or reshape those of a product that has the same."""
+        found = self._packed.get(_digest(array))
+        if found is None:
+            return self.constant(node, "table", array)
+        shape = self.constant(node, "table_shape", np.array(array.shape, np.int64))
+        return self.node(node, "Reshape", [found, shape])[0]
 
     def node(
         self,
@@ -119,7 +167,12 @@ class _Lowering:
             self._model.opset_imports.setdefault(domain, 1)
         return made.outputs
 
-    def finish(self, product: _StoredProduct, result: ir.Value) -> None:
+    def reshaped(self, node: ir.Node, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Give a tensor another shape; 0 keeps a size."""
+        (found,) = self.node(node, "Reshape", [value, self.constant(node, "shape", np.array(shape, np.int64))])
+        return found
+
+    def finish(self, product: _StoredOperand, result: ir.Value) -> None:
         """Put a value in the place of what the product made, under its name, and remove the product."""
         node = product.node
         old, maker = node.outputs[0], result.producer()
@@ -134,20 +187,17 @@ class _Lowering:
         maker.name = node_name
 
 
-def _write_nbits(writer: _Lowering, product: _StoredProduct) -> None:
+def _write_nbits(writer: _Lowering, product: _StoredOperand) -> None:
     node, block = product.node, product.block
-    bits = product.reader.inputs[0].dtype.bitwidth  # type: ignore[union-attr]
-    depth, channels = product.integers.shape
-    middle = 2 ** (bits - 1)
-    signed = product.reader.inputs[0].dtype.is_signed()  # type: ignore[union-attr]
-    shift = middle if signed else 0
-    rows = (product.integers.T.astype(np.int16) + shift).astype(np.uint8)
+    bits = product.bits
+    depth, channels = product.numbers.shape
+    rows, zeros, middle = _unsigned(product)
     rows = np.pad(rows, ((0, 0), (0, -depth % block)), constant_values=middle).reshape(channels, -1, block)
-    zeros = (product.zero_point.T.astype(np.int16) + shift).astype(np.uint8)
+    assert product.scale is not None
     inputs = [
         node.inputs[0],
-        writer.constant(node, "packed", _nibbles(rows) if bits == 4 else rows),
-        writer.constant(node, "scales", product.scale.T.reshape(-1)),
+        writer.packed(node, _nibbles(rows) if bits == 4 else rows),
+        writer.constant(node, "scales", product.scale.T),
         None if (zeros == middle).all() else writer.constant(node, "zero_points", _packed_zeros(zeros, bits)),
         None,
         product.bias,
@@ -160,11 +210,21 @@ def _write_nbits(writer: _Lowering, product: _StoredProduct) -> None:
     writer.finish(product, result)
 
 
+def _unsigned(operand: _StoredOperand) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return numbers and zero points as unsigned rows, one for each channel, and the middle of their range."""
+    assert operand.zero_point is not None
+    middle = 2 ** (operand.bits - 1)
+    signed = operand.reader.inputs[0].dtype.is_signed()  # type: ignore[union-attr]
+    shift = middle if signed else 0
+    rows, zeros = (
+        (array.T.astype(np.int16) + shift).astype(np.uint8) for array in (operand.numbers, operand.zero_point)
+    )
+    return rows, zeros, middle
+
+
 def _packed_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
     """Pack zero points (N, blocks) row by row, two of 4 bits in a byte."""
-    if bits == 8:
-        return zeros.reshape(-1)
-    return _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))).reshape(-1)
+    return zeros if bits == 8 else _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))
 
 
 def _nibbles(numbers: np.ndarray) -> np.ndarray:
@@ -172,10 +232,11 @@ def _nibbles(numbers: np.ndarray) -> np.ndarray:
     return np.asarray(numbers[..., 0::2] | (numbers[..., 1::2] << 4))
 
 
-def _write_dynamic(writer: _Lowering, product: _StoredProduct) -> None:
+def _write_dynamic(writer: _Lowering, product: _StoredOperand) -> None:
     node = product.node
+    assert product.scale is not None and product.zero_point is not None, "integers have a scale"
     rounded, scale, zero = writer.node(node, "DynamicQuantizeLinear", [node.inputs[0]], outputs=3)
-    weight = writer.constant(node, "integers", product.integers)
+    weight = writer.constant(node, "integers", product.numbers)
     zeros = writer.constant(node, "zero_points", product.zero_point)
     (sums,) = writer.node(node, "MatMulInteger", [rounded, weight, zero, zeros])
     (floats,) = writer.node(node, "Cast", [sums], attributes={"to": int(ir.DataType.FLOAT)})
@@ -186,8 +247,50 @@ def _write_dynamic(writer: _Lowering, product: _StoredProduct) -> None:
     writer.finish(product, result)
 
 
-KERNELS: Mapping[str, Callable[[_Lowering, _StoredProduct], None]] = {
+def _write_blocks(writer: _Lowering, table: _StoredOperand) -> None:
+    node, bits, block = table.node, table.bits, table.block
+    rows, zeros, middle = _unsigned(table)
+    assert table.scale is not None
+    inputs = [
+        writer.table(node, _nibbles(rows) if bits == 4 else rows),
+        node.inputs[1],
+        writer.constant(node, "scales", table.scale.T),
+    ]
+    if not (zeros == middle).all():
+        inputs.append(writer.constant(node, "zero_points", _packed_zeros(zeros, bits)))
+    sizes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    (result,) = writer.node(node, "GatherBlockQuantized", inputs, domain=DOMAIN, attributes=sizes)
+    writer.finish(table, result)
+
+
+def _write_rows(writer: _Lowering, table: _StoredOperand) -> None:
+    node, indices = table.node, table.node.inputs[1]
+    kept = table.reader.inputs[0]
+    (stored,) = writer.node(node, "Gather", [kept, indices])
+    (result,) = writer.node(node, "Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)})
+    if table.scale is not None:
+        assert table.zero_point is not None and not table.zero_point.any(), "such tables lie around 0"
+        steps = table.scale.T.reshape(table.numbers.shape[1], -1)
+        kept_scale = table.reader.inputs[1] if table.block else writer.constant(node, "scales", steps)
+        (scale,) = writer.node(node, "Gather", [kept_scale, indices])
+        ahead = [0] * len(node.inputs[1].shape or ())  # type: ignore[union-attr]
+        if steps.shape[1] > 1:
+            result = writer.reshaped(node, result, [*ahead, steps.shape[1], table.block])
+            scale = writer.reshaped(node, scale, [*ahead, steps.shape[1], 1])
+        (result,) = writer.node(node, "Mul", [result, scale])
+        if steps.shape[1] > 1:
+            result = writer.reshaped(node, result, [*ahead, table.numbers.shape[0]])
+    writer.finish(table, result)
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+
+
+KERNELS: Mapping[str, Callable[[_Lowering, _StoredOperand], None]] = {
     "MatMulNBits": _write_nbits,
     "DynamicQuantizeMatMul": _write_dynamic,
+    "GatherBlockQuantized": _write_blocks,
+    "Gather": _write_rows,
 }
 """Operator of the runtime -> what writes it."""

@@ -128,10 +128,10 @@ class _Carrier:
         node.replace_input_with(slot, add_initializer(self._model.graph, namer(self._model)(name), array))
 
     def _store(self, pair: ir.Node) -> ir.Value:
-        """Store INT8 or INT32 integers of the mixed model, with their scale."""
+        """Store numbers of the mixed model, with their scale."""
         name = name_of(pair)
         if name not in self._stored:
-            node = ir.node("DequantizeLinear", self._constants(pair), dict(pair.attributes), name=name)
+            node = ir.node(pair.op_type, self._constants(pair), dict(pair.attributes), name=name)
             self._finish(node, pair)
             insert_behind(self._model.graph, None, [node])
             self._stored[name] = node.outputs[0]
@@ -175,7 +175,8 @@ class _Carrier:
                 continue
             name = str(value.name)
             if name not in self._model.graph.initializers:
-                add_initializer(self._model.graph, name, value.const_value)
+                kept = add_initializer(self._model.graph, name, value.const_value)
+                kept.meta.update(value.meta)
             found.append(self._model.graph.initializers[name])
         return found
 
@@ -186,11 +187,13 @@ class _Carrier:
 
 
 def _rounding(value: ir.Value | None) -> ir.Node | None:
-    """Find the DequantizeLinear that makes a value, where one does, perhaps with a Cast to FP16 behind."""
+    """Find the DequantizeLinear that makes a value, or the Cast of a stored one; perhaps with a Cast to FP16 behind."""
     node = value.producer() if value is not None else None
     if node is not None and is_border(node) and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    if node is None or node.op_type == "DequantizeLinear":
+        return node
+    return node if node.op_type == "Cast" and not is_border(node) and _is_stored(node) else None
 
 
 def _operand(node: ir.Node, slot: int) -> ir.Value | None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitCost, UnitDamage
+from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitDamage
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Evidence, Unit
 from bitalloy.measure.bench import TOLERANCE
-from bitalloy.measure.prices import latency_interval_us
+from bitalloy.measure.prices import latency_interval_us, saved_bytes
 from bitalloy.search import front as around
 from bitalloy.search.problem import Problem
 from bitalloy.search.program import Limits, Program
@@ -193,17 +193,17 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
 
 def _choices(problem: Problem, plan: Plan) -> list[Choice]:
     """List the schemes of a plan with a reason per unit, from the tables that decided it."""
-    times = {c.unit: c for c in problem.cost.units}
     change = _changes_us(problem, plan)
     found = []
     for unit in problem.units.units:
         if not unit.choices:
             found.append(Choice(unit=unit.id, scheme=BASELINE, reason=unit.why))
             continue
-        scheme = plan.scheme_of(unit.id)
-        reason = _reason(problem, unit, times[unit.id], scheme, change)
+        reason = _reason(problem, unit, plan, change)
         said = "; ".join(_evidence(name, known) for name, known in unit.evidence.items())
-        found.append(Choice(unit=unit.id, scheme=scheme, reason=f"{reason}; {said}" if said else reason))
+        found.append(
+            Choice(unit=unit.id, scheme=plan.scheme_of(unit.id), reason=f"{reason}; {said}" if said else reason)
+        )
     return found
 
 
@@ -215,8 +215,9 @@ def _changes_us(problem: Problem, plan: Plan) -> dict[tuple[str, str], float]:
     return dict(zip(problem.moves, latency - problem.latency_us(plan), strict=True))
 
 
-def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str, change: Mapping[tuple[str, str], float]) -> str:
-    """Say why a unit runs in the scheme that it was given."""
+def _reason(problem: Problem, unit: Unit, plan: Plan, change: Mapping[tuple[str, str], float]) -> str:
+    """Say why a unit runs in the scheme that a plan gives it."""
+    scheme, cost = plan.scheme_of(unit.id), next(c for c in problem.cost.units if c.unit == unit.id)
     considered = unit.choices[0] if scheme == BASELINE else scheme
     known = problem.alone.get(unit.id, {}).get(considered) or _predicted_alone(problem, unit, considered)
     source = "measured" if known.exact else "predicted"
@@ -226,6 +227,9 @@ def _reason(problem: Problem, unit: Unit, cost: UnitCost, scheme: str, change: M
         return f"{unit.why}; alone it leaves {leaves}"
     if scheme != BASELINE:
         why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
+        if gain <= 0 and not problem.units.scheme(scheme).hands_on:  # such units have no borders
+            without = saved_bytes(problem.cost, plan.moved(unit.id, BASELINE))
+            why = f"takes {(saved_bytes(problem.cost, plan) - without) / 1e3:.1f} kB from the file"
         return f"{why}; alone it leaves {leaves}"
     added = change[unit.id, considered]
     if gain <= 0 and added >= 0:

@@ -14,7 +14,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 
@@ -110,15 +110,25 @@ def _names(unit: Unit, operators: Mapping[str, str]) -> set[str]:
 
 
 def _impossible(keep: Keep, named: Sequence[Unit], units: UnitGraph) -> str:
-    unit = named[0]
-    absent = keep.scheme not in {scheme.name for scheme in units.schemes}
+    unit, scheme = named[0], keep.scheme.upper()
+    absent = keep.scheme not in {known.name for known in units.schemes}
     why = (units.lacks.get(keep.scheme) or _absent(keep.scheme, units.target)) if absent else ""
     why = why or unit.refused.get(keep.scheme) or unit.reason
     others = f" Nor can the {len(named) - 1} other units that it names." if len(named) > 1 else ""
     return (
-        f"--keep '{keep}' asks for {keep.scheme.upper()} where it is not possible: '{unit.id}' cannot, because "
-        f"{why}.{others} Leave it out, or name other units; {', '.join(named[0].allowed)} is what this one has."
+        f"--keep '{keep}' asks for {scheme} where it is not possible: '{unit.id}' cannot, because {why}.{others} "
+        f"It can run in {' or '.join(name.upper() for name in unit.allowed)}. {_able(scheme, units.able(keep.scheme))}"
+        "Leave the pattern out, or change it."
     )
+
+
+def _able(scheme: str, able: Collection[str]) -> str:
+    """Say which units of the model can run in a scheme."""
+    if not able:
+        return f"No unit of the model can run in {scheme} as things are. "
+    some = ", ".join(f"'{name}'" for name in sorted(able)[:3])
+    more = f" and {len(able) - 3} more" if len(able) > 3 else ""
+    return f"In {scheme} can run: {some}{more}. "
 
 
 def _absent(scheme: str, target: str) -> str:

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from bitalloy.core.plans import CostTable
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import UnitEdge, UnitGraph
-from bitalloy.measure.prices import border_bytes, conversion_prices, latency_us, saved_bytes
+from bitalloy.measure.prices import border_bytes, conversion_prices, latency_us, saved_bytes, shared_bytes
 from bitalloy.sensitivity.matrix import LEAST_ENERGY, ProbeMatrix, shrink
 from bitalloy.targets.placement import all_conversions, conversions, own_sites, rounded, roundings
 
@@ -67,6 +67,9 @@ class Moves:
         self._of: dict[int, list[int]] = {}
         for move, unit in enumerate(self._unit):
             self._of.setdefault(int(unit), []).append(move)
+        self._names, self._schemes = list(self._place), list(self._number)
+        sharing = {unit for weight in cost.shared for unit in weight.forms}
+        self._sharing = [move for move, (unit, _) in enumerate(moves) if unit in sharing]
         self._own = self._own_sites()
         self._read_edges()
         times = {c.unit: c for c in cost.units}
@@ -169,6 +172,9 @@ class Moves:
         latency = latency + longer
         saved = saved_bytes(self._cost, plan) - border_bytes(self._cost, self._units, plan)
         saved = saved + self._bytes[self._unit, was] - self._bytes[self._unit, now] - larger
+        for move in self._sharing:  # few units read a weight that others read too
+            moved = plan.moved(self._names[int(self._unit[move])], self._schemes[int(now[move])])
+            saved[move] += shared_bytes(self._cost, plan) - shared_bytes(self._cost, moved)
         samples, together = self._matrix.samples, []
         for rows, squares, energy in zip(self._rows, self._squares, self._energy, strict=True):
             total, own = ((chosen @ part + change @ part).T for part in (rows, squares))

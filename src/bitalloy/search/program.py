@@ -7,6 +7,7 @@ each conversion on a tensor. Solved for the least damage or the least latency, i
     sum_s x_us <= 1                        a unit has one scheme
     y_e >= x_us, y_e >= x_vt               a site is rounded where the scheme at either end asks for it
     z_c >= x_us - x_vt                     a conversion is paid where the schemes at both ends differ so
+    w_f >= x_us                            a form of a weight that several units read is paid once
     damage_h = sum D_hx x + sum D_hy y     relative error energy of head h, with sites taken as independent
     latency  = fixed + units + borders     from the cost table
 
@@ -24,6 +25,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
+from bitalloy.core.plans import SharedWeight
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitEdge
 from bitalloy.measure.prices import conversion_prices
@@ -107,6 +109,8 @@ class Program:
             for scheme in problem.choices.get(entry.unit, ()):
                 latency[self._index[entry.unit, scheme]] = -entry.saved_us(scheme)
                 saved[self._index[entry.unit, scheme]] = entry.saved_bytes(scheme)
+        for weight in problem.cost.shared:
+            self._add_shared(weight, saved)
         for unit in problem.units.units:
             for scheme in unit.choices:
                 self._add_damage(self._index[unit.id, scheme], own_sites(unit, problem.units.scheme(scheme)))
@@ -128,6 +132,27 @@ class Program:
         self._least[[self._index[c] for c in problem.fixed.items()]] = 1.0
         self._rows = self._matrix(self._conditions)
         self._lower = np.array([bound for _, bound in self._conditions])
+
+    def _add_shared(self, weight: SharedWeight, saved: dict[int, float]) -> None:
+        """Add the bytes of a constant that several units read: of each form, where any of them reads it.
+
+        Case 1. The float model holds the form: a variable that it is gone, at most the choices that leave it.
+        Case 2. It does not: a variable that it is there, at least each choice that reads it.
+        """
+        before = {form for known in weight.forms.values() for form in known.get(BASELINE, ())}
+        for form, size in weight.bytes.items():
+            variable = self._new()
+            saved[variable] = size if form in before else -size
+            for unit, known in weight.forms.items():
+                choices = {s: self._index[unit, s] for s in self._problem.choices.get(unit, ())}
+                if form in before and form in known.get(BASELINE, ()):
+                    left = {i: 1.0 for s, i in choices.items() if form not in known.get(s, ())}
+                    self._conditions.append(({**left, variable: -1.0}, 0.0))
+                reading = [i for s, i in choices.items() if form in known.get(s, ())]
+                if form in before and form not in known.get(BASELINE, ()):
+                    self._conditions += [({i: -1.0, variable: -1.0}, -1.0) for i in reading]
+                if form not in before:
+                    self._conditions += [({variable: 1.0, i: -1.0}, 0.0) for i in reading]
 
     def _add_damage(self, variable: int, sites: Iterable[Site]) -> None:
         column = self._problem.matrix.column

@@ -207,14 +207,15 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
         encoded = stored.numbers if graph.large else None
 
         def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
-            x = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
             if delta is not None:
                 change = p.const(delta)
             else:
                 assert encoded is not None
                 original = values[weight_site.tensor]
                 change = p.like("Sub", stored.format.write_stored(_Probe(p), p.const(encoded), stored.params), original)
-            made = p.op(node.op_type, x, change, shape=static_shape(output), **kept)  # type: ignore[arg-type]
+            read = [values[str(v.name)] for v in node.inputs[:2]]  # type: ignore[union-attr]
+            read[weight_site.slot] = change
+            made = p.op(node.op_type, *read, shape=static_shape(output), **kept)  # type: ignore[arg-type]
             if offset is None:
                 return made
             return p.like("Add", made, p.const(beside_output(node, np.array(offset.values, np.float32))))

@@ -59,7 +59,9 @@ class Gatekeeper:
             shift = self.constant(f"gate/{self._count}/offset", values)
 
         def error() -> list[ir.Node]:
-            made = ir.node(node.op_type, [node.inputs[0], delta], attributes=kept)  # type: ignore[arg-type]
+            read = list(node.inputs[:2])
+            read[site.slot] = delta
+            made = ir.node(node.op_type, read, attributes=kept)  # type: ignore[arg-type]
             moved = [] if shift is None else [ir.node("Add", [made.outputs[0], shift])]
             return [*before, made, *moved]
 

@@ -109,7 +109,11 @@ class Target:
     @property
     def runnable(self) -> tuple[Offer, ...]:
         """Its offers that its device can run."""
-        return tuple(o for o in self.offers if self.device is None or not lacking(self.device, o.scheme.name))
+        able = (
+            o.scheme.activation is None or self.device is None or not lacking(self.device, o.scheme.name)
+            for o in self.offers
+        )
+        return tuple(offer for offer, runs in zip(self.offers, able, strict=True) if runs)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:

@@ -35,6 +35,10 @@ Case 9. Ranges taken at run time are not offered. DynamicQuantizeLinear and MatM
 Case 10. BF16 is not offered. On a processor without native bfloat16 (avx512_bf16, amx_bf16) the plugin drops a Cast to
         bfloat16 and the one back, and computes what is between in float32 with the numbers of the float model, whatever
         INFERENCE_PRECISION_HINT says. What becomes of it on others has not been tried.
+Case 11. A Gather that looks rows up in a constant table (an embedding): in `w8` the INT8 numbers of the rows are
+         gathered, and their scales, and multiplied behind, which keeps the table in INT8 in memory. In `w4` and
+         `w4-128` a DequantizeLinear stands before the Gather, since ONNX has no Gather of 4 bits: the file is small,
+         and the plugin unpacks a table in blocks when it loads it. The same holds for FP16 (`w16`).
 
 On x86 CPUs without VNNI the uint8 x int8 kernels (oneDNN) saturate as those of ONNX Runtime do; see `pairs`.
 """
@@ -53,16 +57,19 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
+from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.patterns import (
-    divided_depth,
+    TABLES_IN_HALF,
     has_vnni,
     match_gemm,
     match_matmul,
+    match_table,
     match_weighted,
     moves,
     only_reader,
     silu_of,
-    stored_matrix,
+    stored_sizes,
+    stored_weights,
 )
 
 INTEGER_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -75,6 +82,8 @@ NO_KERNEL = "OpenVINO has no integer kernel for it here"
 def _match(node: ir.Node, graph: Graph) -> Core:
     if node.op_type in INTEGER_PRODUCTS:
         return _fused(_product(node))
+    if (table := match_table(node)) is not None:
+        return table
     if node.op_type == "Concat":
         reader = only_reader(node.outputs[0])
         if reader is not None and reader.op_type in INTEGER_PRODUCTS and not (core := _product(reader)).unfit:
@@ -137,21 +146,35 @@ def _joined(concat: ir.Node, core: Core) -> Core:
     return replace(core, nodes=(concat, *core.nodes), inner=(inner,), reader=reader)
 
 
-def _blocks(name: str, weight: str, block: int) -> Offer:
-    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
-        return stored_matrix(core, nodes) or divided_depth(core, block, OPENVINO.name)
+def _whole_blocks(core: Core, block: int) -> str:
+    """Say why weights cannot be cut into blocks of a size, where one would be left over, and what can be done."""
+    depth, _ = stored_sizes(core)
+    if depth % block == 0:
+        return ""
+    whole = "the row" if core.kind == "Gather" else "the reduction"
+    fitting = [s for s in OPENVINO_CPU.schemes if s.block and depth % s.block == 0]
+    instead = ", ".join(f"{s.name.upper()} has blocks of {s.block}, which do" for s in fitting) or (
+        f"nor does any other size here; the target {ORT_CPU.name} takes a shorter last block"
+    )
+    return f"OpenVINO takes blocks that divide {whole}, and {block} does not divide {depth}: {instead}"
 
-    scheme = Scheme(name=name, weight=weight, granularity=Granularity.BLOCK, block=block)
+
+def _blocks(name: str, weight: str, block: int, *, gather: str = "") -> Offer:
+    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
+        return stored_weights(core, nodes) or _whole_blocks(core, block)
+
+    scheme = Scheme(name=name, weight=weight, granularity=Granularity.BLOCK, block=block, gather=gather)
     return Offer(scheme=scheme, refuse=refuse, usual=False)
 
 
 OPENVINO_CPU = Target(
     name="openvino-cpu",
     describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; with --schemes products also "
-    "in w8, w4, w4-128 (weights alone); needs the extra [openvino]",
+    "in w8, w4, w4-128 (weights alone), tables of a Gather in these and w16; needs the extra [openvino]",
     runtime=OPENVINO,
     offers=(
-        _blocks("w8", "int8", 32),
+        TABLES_IN_HALF,
+        _blocks("w8", "int8", 32, gather="Gather"),
         _blocks("w4", "uint4", 32),
         _blocks("w4-128", "uint4", 128),
         Offer(

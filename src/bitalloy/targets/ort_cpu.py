@@ -17,6 +17,9 @@ Case 7. MatMul and Gemm with a constant matrix also run with weights in blocks o
         time (`int8-dynamic`: DynamicQuantizeMatMul). They write floats, so that a last product may run so, too. Few
         rows, as in a decoder that makes one token after another, gain from the former; many rows from the latter.
 Case 8. Everything else stays in float. What the optimizer would round or fuse of it all the same: `rewrite.floats`.
+Case 9. A Gather that looks rows up in a constant table (an embedding) runs with the table in blocks of 4 or 8 bits
+        along the row (GatherBlockQuantized, which computes what a DequantizeLinear of its rows would), or in FP16
+        (`w16`: rows in FP16, and a Cast behind). That saves bytes, and hardly any time.
 
 On x86 CPUs without VNNI the uint8 x int8 kernels of `pairs` add pairs of products in 16 bits and saturate (ORT
 documentation, "Quantize ONNX models"). The documented remedy, 7-bit weights, doubles the rounding error of every
@@ -25,24 +28,29 @@ weight; here the scale of a channel grows only as far as its own neighbouring we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Edge
+from bitalloy.formats import find_format
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, constant, consumers, name_of
+from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
 from bitalloy.targets.patterns import (
+    TABLES_IN_HALF,
     has_vnni,
     match_gemm,
     match_matmul,
+    match_table,
     match_weighted,
     moves,
     only_reader,
     stored_matrix,
+    stored_weights,
 )
 
 SINGLE = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"})
@@ -61,6 +69,8 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return _silu(node) or Core("Sigmoid", (node,))
         case "Add" | "Mul":
             return _binary(node)
+        case "Gather" if table := match_table(node):
+            return table
         case "Concat":
             fixed = any(constant(v) is not None for v in node.inputs)
             return Core("Concat", (node,), unfit="one operand is constant" if fixed else "")
@@ -106,6 +116,14 @@ def _binary(node: ir.Node) -> Core:
 
 
 def _blocks(name: str, weight: str, block: int) -> Offer:
+    def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
+        if reason := stored_weights(core, nodes):
+            return reason
+        columns = static_shape(core.nodes[0].inputs[0])[-1] if core.kind == "Gather" else 0  # type: ignore[arg-type]
+        if columns % 2 and find_format(weight).bits == 4:
+            return f"GatherBlockQuantized packs two numbers of 4 bits in a byte, and a row of the table has {columns}"
+        return ""
+
     scheme = Scheme(
         name=name,
         activation=f"int8-block{block}",
@@ -114,8 +132,9 @@ def _blocks(name: str, weight: str, block: int) -> Offer:
         block=block,
         dynamic=True,
         kernel="MatMulNBits",
+        gather="GatherBlockQuantized",
     )
-    return Offer(scheme=scheme, refuse=stored_matrix, usual=False)
+    return Offer(scheme=scheme, refuse=refuse, usual=False)
 
 
 LARGEST_PAIR = None if has_vnni() else 128
@@ -123,9 +142,11 @@ LARGEST_PAIR = None if has_vnni() else 128
 ORT_CPU = Target(
     name="ort-cpu",
     describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; with "
-    "--schemes products also in w4, w4-128, w8 (MatMulNBits) and int8-dynamic",
+    "--schemes products also in w4, w4-128, w8 (MatMulNBits) and int8-dynamic, tables of a Gather in w4, w4-128, w8 "
+    "and w16",
     runtime=ORT,
     offers=(
+        TABLES_IN_HALF,
         _blocks("w8", "int8", 32),
         Offer(
             scheme=Scheme(

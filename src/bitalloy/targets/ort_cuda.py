@@ -18,6 +18,8 @@ Case 4. MatMul and Gemm with a constant matrix also run in FP16 with weights in 
         then its gain is the size of the file, and time is lost.
 Case 5. Products that the kernel for one row does not take stay as they are: every token would widen all of their
         weights.
+Case 6. A Gather that looks rows up in a constant table (an embedding) also runs with the table in INT8, one scale for
+        each row (`w8-row`): the numbers of the rows are gathered, and their scales, and multiplied behind.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bitalloy.model.load import Graph
 from bitalloy.runtime.ort import ORT, ORT_GPU, cuda_missing
 from bitalloy.targets.base import Core, Offer, Target
 from bitalloy.targets.devices import A10
-from bitalloy.targets.patterns import divided_depth, match_gemm, match_matmul, stored_sizes
+from bitalloy.targets.patterns import divided_depth, match_gemm, match_matmul, match_table, stored_sizes, table_by_row
 from bitalloy.targets.safety import HALF_PRECISION, stored_beside_half
 
 KERNEL_COLUMNS = 8
@@ -45,6 +47,8 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return match_matmul(node)
         case "Gemm":
             return match_gemm(node, ORT_GPU.name)
+        case "Gather" if table := match_table(node):
+            return table
         case op:
             return Core(op, (node,))
 
@@ -66,9 +70,15 @@ def _blocks(name: str, weight: str, block: int) -> Offer:
 ORT_CUDA = Target(
     name="ort-cuda",
     describe="ONNX Runtime, CUDA provider: FP16; with --schemes products also in w8, w4, w4-128 (MatMulNBits, weights "
-    "alone); no INT8, for which the provider has no kernels",
+    "alone), tables of a Gather in w8-row; no INT8, for which the provider has no kernels",
     runtime=ORT,
-    offers=(HALF_PRECISION, _blocks("w8", "int8", 32), _blocks("w4", "uint4", 32), _blocks("w4-128", "uint4", 128)),
+    offers=(
+        HALF_PRECISION,
+        table_by_row("Gather"),
+        _blocks("w8", "int8", 32),
+        _blocks("w4", "uint4", 32),
+        _blocks("w4-128", "uint4", 128),
+    ),
     lacks={
         "int8": "ONNX Runtime has no INT8 kernels for Q/DQ models on CUDA; choose --target tensorrt",
         "int8-dynamic": "ONNX Runtime has no DynamicQuantizeMatMul on CUDA; choose --target ort-cpu",

@@ -7,12 +7,22 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from bitalloy import ops
+from bitalloy.core.schemes import Scheme
 from bitalloy.core.units import WeightSite
-from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
-from bitalloy.targets.base import Core
+from bitalloy.formats.float16 import HALF_LARGEST
+from bitalloy.model.read import attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.targets.base import Core, Offer
+
+LEAST_TABLE = 4096
+"""Numbers from which on it is worth to store a table in fewer bits."""
+NO_WEIGHTS = (
+    "only products with a constant matrix, and Gathers from a constant table of "
+    f"{LEAST_TABLE} numbers or more, have kernels for weights in blocks, and not {{kind}}"
+)
 
 
 def moves(node: ir.Node) -> bool:
@@ -62,11 +72,57 @@ def match_gemm(node: ir.Node, runtime: str) -> Core:
 
 def stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
     """Refuse all but products with a constant matrix."""
-    if core.unfit:
-        return core.unfit
-    if core.kind in ("Gemm", "MatMul") and core.weights:
+    if core.kind in ("Gemm", "MatMul"):
+        return core.unfit or ("" if core.weights else NO_WEIGHTS.format(kind=f"this {core.kind} of two tensors"))
+    return NO_WEIGHTS.format(kind=core.kind)
+
+
+def match_table(node: ir.Node) -> Core | None:
+    """Match a Gather that looks rows up in a constant matrix, such as an embedding of tokens or positions.
+
+    Of a small table nothing would be saved: there, and where the indices are constant, it is no such pattern.
+    """
+    table = node.inputs[0]
+    if node.op_type != "Gather" or table is None or constant(table) is None or constant(node.inputs[1]) is not None:
+        return None
+    shape = static_shape(table)
+    if not is_float(table) or len(shape) != 2 or math.prod(shape) < LEAST_TABLE or attribute(node, "axis", 0) != 0:
+        return None
+    site = WeightSite(tensor=str(table.name), node=name_of(node), slot=0, axis=0, elements=math.prod(shape))
+    return Core("Gather", (node,), weights=(site,), unfit="a table is looked up, not computed with")
+
+
+def stored_table(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """Refuse all but tables of rows that a Gather looks up."""
+    if core.kind == "Gather" and core.weights:
         return ""
-    return f"there is such a kernel only for products with a constant matrix, and not for {core.kind}"
+    if core.kind in ("Gemm", "MatMul") and core.weights:
+        return f"it is for tables that a Gather looks up alone, and {core.kind} multiplies"
+    return NO_WEIGHTS.format(kind=core.kind)
+
+
+def stored_weights(core: Core, nodes: Sequence[ir.Node]) -> str:
+    """Refuse all but products with a constant matrix, and tables of rows that a Gather looks up."""
+    return stored_matrix(core, nodes) if stored_table(core, nodes) else ""
+
+
+def table_by_row(gather: str) -> Offer:
+    """Offer tables in INT8 with one scale for each row, in standard ONNX."""
+    scheme = Scheme(name="w8-row", weight="int8", gather=gather)
+    return Offer(scheme=scheme, refuse=stored_table, usual=False)
+
+
+def _in_half(core: Core, nodes: Sequence[ir.Node]) -> str:
+    if reason := stored_table(core, nodes):
+        return reason
+    magnitude = float(np.abs(constant(core.nodes[0].inputs[0])).max(initial=0.0))  # type: ignore[arg-type]
+    if magnitude > HALF_LARGEST:
+        return f"FP16 would overflow: the table has values up to {magnitude:.3g}, and it ends at {HALF_LARGEST:.0f}"
+    return ""
+
+
+TABLES_IN_HALF = Offer(scheme=Scheme(name="w16", weight="float16", gather="Gather"), refuse=_in_half, usual=False)
+"""The offer of targets that compute in float: tables in FP16, of which rows become float as they are looked up."""
 
 
 def divided_depth(core: Core, block: int, runtime: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -17,7 +18,7 @@ from bitalloy.core.store import key_of
 from bitalloy.core.units import Offset, UnitGraph, WeightSite
 from bitalloy.formats import find_format, find_rounding, required_opset
 from bitalloy.formats.base import ComputedFloat, Format, QuantParams, Rounding
-from bitalloy.model.read import constant
+from bitalloy.model.read import constant, static_shape
 from bitalloy.targets import TARGETS, on_devices, target
 from bitalloy.targets.base import Target
 from bitalloy.targets.pairs import largest_pairs
@@ -26,6 +27,8 @@ from bitalloy.targets.stored import ChosenRoundings, RoundingFile, StoredWeight,
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 """Tensor -> calibrated (low, high)."""
+PACKED = ", packed"
+"""Ending of the name of a form in which equal numbers are stored once, whatever constant they come from."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,24 @@ def _representable(params: QuantParams | None, kind: Format) -> QuantParams | No
         return None
     assert isinstance(kind, ComputedFloat), "nodes compute in floating-point formats"
     return replace(params, scale=np.maximum(kind.reference(params.scale), np.float32(kind.least)))
+
+
+def stored_form(scheme: Scheme, stored: StoredWeight, node: ir.Node, site: WeightSite) -> str:
+    """Name the form in which a node stores a weight: those that read a constant in the same form share one copy.
+
+    Kernels pack a matrix and its transpose alike, with equal scales; the name of such a form ends with `PACKED`.
+    Products fill up the last block, tables do not. Numbers that were chosen are those of one orientation.
+    """
+    params, name = stored.params, scheme.name
+    if params is None:
+        return name
+    scale = params.scale
+    if scheme.kernel and params.block and site.axis is not None:
+        scale = np.moveaxis(scale, site.axis, 0)
+        if node.op_type == "Gather" and static_shape(node.inputs[site.slot])[-1] % params.block:  # type: ignore[arg-type]
+            name = f"{name} of rows"
+    digest = hashlib.sha256(np.ascontiguousarray(scale).tobytes() + stored.digest.encode()).hexdigest()[:12]
+    return f"{name} {digest}{PACKED}" if scheme.kernel else f"{name} {digest} along {site.axis}"
 
 
 def reduction_axis(node: ir.Node, channels: int, rank: int) -> int:

@@ -20,7 +20,6 @@ Case 7. FP8 (E4M3) is rounded where INT8 is: Conv, Gemm, MatMul and residual Add
         convolutions with 16 channels or fewer on a side or with a window of more than 32 elements, products of a matrix
         and a vector or with fewer than 16 rows or columns on the right. All but groups are NVIDIA's own choice in
         ModelOpt 0.47 (modelopt/onnx/quantization). Devices have FP8 from SM89 on (`targets.devices`).
-
 Case 8. INT4 is for weights alone ("Working with Quantized Types": "INT4 (signed 4-bit integer, weight-only
         quantization)"): a DequantizeLinear in blocks along the reduction (opset 21, zero point 0; IDequantizeLayer:
         only symmetric, blocks in one of the last two dimensions) in front of a MatMul or Gemm with a constant matrix.
@@ -33,6 +32,9 @@ Case 9. BF16 (`bf16`) is a Cast, as FP16: for units whose values FP16 does not h
         later (data sheets) with three bits less. TensorRT for RTX 1.7.1 accepts 58 of 60 operators in it, each alone,
         for SM89; it refuses HardSwish ("Only FLOAT, HALF or INT8 input is supported") and builds no ConvTranspose.
         Models rise to opset 22, the first that defines all of them for it.
+Case 10. A Gather that looks rows up in a constant table (an embedding) also runs with the table in INT8, one scale for
+         each row (`w8-row`): a DequantizeLinear stands before the Gather, because TensorRT refuses a quantized constant
+         anywhere else (tried with TensorRT for RTX 1.7: "Quantized constant is only allowed before DQ").
 
 INT8 and FP8 are symmetric with zero point 0, per tensor for activations and per channel for weights. Q and DQ compute
 in float32, because QuantizeLinear takes nothing else below opset 19; next to a unit in FP16 stands a Cast.
@@ -55,7 +57,16 @@ from bitalloy.runtime import tensorrt
 from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Offer, Target, all_operators, whole_kernel
 from bitalloy.targets.devices import A10
-from bitalloy.targets.patterns import divided_depth, match_matmul, moves, only_reader, second_operand, silu_of
+from bitalloy.targets.patterns import (
+    divided_depth,
+    match_matmul,
+    match_table,
+    moves,
+    only_reader,
+    second_operand,
+    silu_of,
+    table_by_row,
+)
 from bitalloy.targets.safety import HALF_PRECISION, stored_beside_half
 
 TENSORRT_FUSED_ACTIVATIONS = frozenset({"Clip", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
@@ -78,6 +89,8 @@ def _match(node: ir.Node, graph: Graph) -> Core:
             return _matmul(node)
         case "Add":
             return _residual(node, graph)
+        case "Gather" if table := match_table(node):
+            return table
         case op if op in ops.MOVERS or op == "Concat":
             return _plain(node, "only moves data; the layer that reads it rounds")
         case op:
@@ -215,6 +228,7 @@ TENSORRT = Target(
             refuse=all_operators(ops.LOWERABLE - NO_BRAIN_FLOAT, "BF16"),
             usual=False,
         ),
+        table_by_row(""),
         Offer(scheme=Scheme(name="fp8", activation="float8e4m3fn", weight="float8e4m3fn"), refuse=_without_fp8),
         _blocks("w4", 64),
         _blocks("w4-128", 128),
