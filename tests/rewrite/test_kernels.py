@@ -24,7 +24,7 @@ from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.placement import conversions, rounded
 from bitalloy.targets.recipe import Recipe
 
-BLOCKS = {"w8": (8, 32), "w4": (4, 32), "w4-128": (4, 128)}
+BLOCKS = {"w8": (8, 32), "w8-128": (8, 128), "w4-16": (4, 16), "w4": (4, 32), "w4-64": (4, 64), "w4-128": (4, 128)}
 SCHEMES = (*BLOCKS, "int8-dynamic")
 
 

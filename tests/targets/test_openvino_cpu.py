@@ -18,6 +18,8 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import Plan
 from bitalloy.measure.audit import audit_kernels
 from bitalloy.measure.tracing import profile, trace
+from bitalloy.model.heads import find_heads
+from bitalloy.model.load import load_graph
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.artefact import Artefact
@@ -26,6 +28,8 @@ from bitalloy.runtime.machine import this_machine
 from bitalloy.runtime.openvino import OPENVINO, OpenVinoSession
 from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.runtime.steps import once
+from bitalloy.targets.base import split
+from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.recipe import Recipe
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'bitalloy[openvino]'")
@@ -105,6 +109,36 @@ def test_blocks_divide_the_reduction_and_kernels_go_by_the_plan(rewrite, tmp_pat
     found = audit_kernels(made.units, made.plan, profile(traced, once(made.feeds), tmp_path), "OpenVINO", "")
     executed = {u.unit: (u.executed, u.cause) for u in found.units}
     assert executed == {"/m/MatMul": ("w4", ""), "/g/Gemm": ("w8", ""), "/y/MatMul": ("fp32", "")}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block", "stored"), [("w8-channel", 128, "i8"), ("w4-16", 16, "u4"), ("w4-64", 64, "u4")]
+)
+def test_weights_alone_in_fewer_bits(tmp_path: Path, scheme: str, block: int, stored: str) -> None:
+    """The kernel keeps the integers, and multiplies what numpy makes of them; what it reads is not rounded."""
+    random = np.random.default_rng(5)
+    weight = (random.standard_normal((128, 24)) * random.uniform(0.2, 2.0, (128, 24))).astype(np.float32)
+    feeds = {"x": random.standard_normal((3, 128)).astype(np.float32)}
+    text = '<ir_version: 9, opset_import: ["" : 20]> tiny (float[3,128] x) => (float[3,24] y) { y = MatMul(x, w) }'
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    model.graph.node[0].name = "/y/MatMul"
+    onnx.save(model, tmp_path / "net.onnx")
+    graph = load_graph(tmp_path / "net.onnx")
+    units = split(graph, OPENVINO_CPU, find_heads(graph), schemes=(scheme,))
+    session = OpenVinoSession(write_plan(graph, Recipe(units, OPENVINO_CPU, {}), Plan.of(scheme, "/y/MatMul")).model)
+
+    parts = weight.astype(np.float64).reshape(-1, block, 24)
+    low, high = np.minimum(parts.min(axis=1, keepdims=True), 0), np.maximum(parts.max(axis=1, keepdims=True), 0)
+    step = np.maximum(-low, high) / 127 if stored == "i8" else (high - low) / 15
+    zero = 0 if stored == "i8" else np.rint(-low / step)
+    levels = np.rint(parts / step) if stored == "i8" else np.clip(np.rint(parts / step) + zero, 0, 15) - zero
+    wanted = feeds["x"] @ (levels * step).reshape(128, 24)
+    assert np.abs(session.run(feeds)["y"] - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    nodes = session._compiled.get_runtime_model().get_ordered_ops()
+    facts = [node.get_rt_info() for node in nodes]
+    kinds = [(f["layerType"].astype(str), f["runtimePrecision"].astype(str)) for f in facts if "runtimePrecision" in f]
+    assert ("FullyConnected", stored) in kinds
 
 
 def test_a_concat_over_rows_would_be_refused(rewrite, tmp_path: Path) -> None:

@@ -189,10 +189,10 @@ def units_of(model: Graph, settings: Settings) -> tuple[UnitGraph, ...]:
 
 
 def _offered(model: Graph, device: Target, settings: Settings) -> tuple[str, ...]:
-    """Names of the schemes that plans may use: those asked for, all for a language model, else the usual ones."""
+    """Names of the schemes plans may use: those asked for, else the usual ones, for language models all but rare."""
     if settings.schemes or not is_language(model):
         return settings.schemes
-    return tuple(offer.scheme.name for offer in device.runnable)
+    return tuple(offer.scheme.name for offer in device.runnable if not offer.rare)
 
 
 def _excluded(model: Graph, patterns: Sequence[str]) -> frozenset[str]:

@@ -49,6 +49,8 @@ class Offer:
     """Why a pattern, with all nodes of its unit, may not run in it; empty where it may."""
     usual: bool = True
     """Whether plans may use it without being asked to; otherwise `--schemes` must name it."""
+    rare: bool = False
+    """Whether `--schemes` must name it for language models as well, which may use all others without being asked to."""
 
 
 def whole_kernel(core: Core, nodes: Sequence[ir.Node]) -> str:

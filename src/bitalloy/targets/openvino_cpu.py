@@ -21,11 +21,12 @@ Case 5. Other Concats, nodes that only move data, Add, Mul, pools and the like f
         precision of their own, nothing is rounded for them. Elementwise ones fuse with the next rounding (Subgraph).
 Case 6. MatMul of two activations stays in float: MatMulTransformation wants its second operand in int8 with zero point
         0, and the formats here are uint8.
-Case 7. A product with a constant matrix also runs with its weights compressed, in blocks of 8 or 4 bits (`w8`, `w4`,
-        `w4-128`): a DequantizeLinear with a block size on the weight stays as it is (ConvertedWeights, decompression in
-        FullyConnected). Blocks must divide the reduction: the importer refuses others. What it reads is not rounded on
-        CPUs without VNNI; with VNNI the plugin rounds it to INT8 in groups of 32 (DYNAMIC_QUANTIZATION_GROUP_SIZE)
-        unless that is switched off, as it is here, so that the numbers are the same everywhere.
+Case 7. A product with a constant matrix also runs with its weights compressed, in blocks of 8 or 4 bits (`w8`,
+        `w4-16`, `w4`, `w4-64`, `w4-128`) or in 8 bits per column (`w8-channel`): a DequantizeLinear on the weight stays
+        as it is (ConvertedWeights, decompression in FullyConnected). Blocks must divide the reduction: the importer
+        refuses others. What it reads is not rounded on CPUs without VNNI; with VNNI the plugin rounds it to INT8 in
+        groups of 32 (DYNAMIC_QUANTIZATION_GROUP_SIZE) unless that is switched off, as it is here, so that the numbers
+        are the same everywhere.
 Case 8. ConvTranspose and everything else stay in float.
 Case 9. Ranges taken at run time are not offered. DynamicQuantizeLinear and MatMulInteger are imported as elementwise
         nodes and a product of the integers converted to float: the execution graph has Convert, Reduce and a
@@ -68,6 +69,7 @@ from bitalloy.targets.patterns import (
     moves,
     only_reader,
     silu_of,
+    stored_matrix,
     stored_sizes,
     stored_weights,
 )
@@ -159,23 +161,27 @@ def _whole_blocks(core: Core, block: int) -> str:
     return f"OpenVINO takes blocks that divide {whole}, and {block} does not divide {depth}: {instead}"
 
 
-def _blocks(name: str, weight: str, block: int, *, gather: str = "") -> Offer:
+def _blocks(name: str, weight: str, block: int, *, gather: str = "", rare: bool = False) -> Offer:
     def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
         return stored_weights(core, nodes) or _whole_blocks(core, block)
 
     scheme = Scheme(name=name, weight=weight, granularity=Granularity.BLOCK, block=block, gather=gather)
-    return Offer(scheme=scheme, refuse=refuse, usual=False)
+    return Offer(scheme=scheme, refuse=refuse, usual=False, rare=rare)
 
 
 OPENVINO_CPU = Target(
     name="openvino-cpu",
     describe="OpenVINO, CPU: uint8 activations, int8 weights per channel, float between; with --schemes products also "
-    "in w8, w4, w4-128 (weights alone), tables of a Gather in these and w16; needs the extra [openvino]",
+    "in w8, w8-channel, w4-16, w4, w4-64, w4-128 (weights alone), tables of a Gather in most of these and w16; "
+    "needs the extra [openvino]",
     runtime=OPENVINO,
     offers=(
         TABLES_IN_HALF,
         _blocks("w8", "int8", 32, gather="Gather"),
+        Offer(scheme=Scheme(name="w8-channel", weight="int8"), refuse=stored_matrix, usual=False, rare=True),
+        _blocks("w4-16", "uint4", 16, rare=True),
         _blocks("w4", "uint4", 32),
+        _blocks("w4-64", "uint4", 64, rare=True),
         _blocks("w4-128", "uint4", 128),
         Offer(
             scheme=Scheme(name="int8", activation="uint8", weight="int8", pair_limit=None if has_vnni() else 128),

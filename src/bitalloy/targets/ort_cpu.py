@@ -12,10 +12,11 @@ Case 5. MaxPool, Reshape, Transpose, Slice, Split and the like run on the intege
         their input: they follow the unit that feeds them.
 Case 6. AveragePool whose INT8 kernel is wrong stays in float: with ceil_mode and count_include_pad it divides the
         windows at the edge by another count than in float, and with dilations the fused node is refused.
-Case 7. MatMul and Gemm with a constant matrix also run with weights in blocks of 4 or 8 bits (`w4`, `w4-128`, `w8`:
-        MatMulNBits, which rounds what it reads to INT8 block by block), or with INT8 weights and ranges taken at run
-        time (`int8-dynamic`: DynamicQuantizeMatMul). They write floats, so that a last product may run so, too. Few
-        rows, as in a decoder that makes one token after another, gain from the former; many rows from the latter.
+Case 7. MatMul and Gemm with a constant matrix also run with weights in blocks of 4 or 8 bits (`w4` and `w8` of 32,
+        others of as many as they say, as `w4-128`: MatMulNBits, which rounds what it reads to INT8 block by block), or
+        with INT8 weights and ranges taken at run time (`int8-dynamic`: DynamicQuantizeMatMul). They write floats, so
+        that a last product may run so, too. Few rows, as in a decoder that makes one token after another, gain from the
+        former; many rows from the latter.
 Case 8. Everything else stays in float. What the optimizer would round or fuse of it all the same: `rewrite.floats`.
 Case 9. A Gather that looks rows up in a constant table (an embedding) runs with the table in blocks of 4 or 8 bits
         along the row (GatherBlockQuantized, which computes what a DequantizeLinear of its rows would), or in FP16
@@ -115,7 +116,7 @@ def _binary(node: ir.Node) -> Core:
     return Core(node.op_type, (node,))
 
 
-def _blocks(name: str, weight: str, block: int) -> Offer:
+def _blocks(name: str, weight: str, block: int, *, rare: bool = False) -> Offer:
     def refuse(core: Core, nodes: Sequence[ir.Node]) -> str:
         if reason := stored_weights(core, nodes):
             return reason
@@ -134,7 +135,7 @@ def _blocks(name: str, weight: str, block: int) -> Offer:
         kernel="MatMulNBits",
         gather="GatherBlockQuantized",
     )
-    return Offer(scheme=scheme, refuse=refuse, usual=False)
+    return Offer(scheme=scheme, refuse=refuse, usual=False, rare=rare)
 
 
 LARGEST_PAIR = None if has_vnni() else 128
@@ -142,12 +143,13 @@ LARGEST_PAIR = None if has_vnni() else 128
 ORT_CPU = Target(
     name="ort-cpu",
     describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; with "
-    "--schemes products also in w4, w4-128, w8 (MatMulNBits) and int8-dynamic, tables of a Gather in w4, w4-128, w8 "
-    "and w16",
+    "--schemes products also in w8, w8-128, w4-16, w4, w4-64, w4-128 (MatMulNBits) and int8-dynamic, tables of a "
+    "Gather in blocks and w16",
     runtime=ORT,
     offers=(
         TABLES_IN_HALF,
         _blocks("w8", "int8", 32),
+        _blocks("w8-128", "int8", 128, rare=True),
         Offer(
             scheme=Scheme(
                 name="int8-dynamic",
@@ -160,7 +162,9 @@ ORT_CPU = Target(
             refuse=stored_matrix,
             usual=False,
         ),
+        _blocks("w4-16", "uint4", 16, rare=True),
         _blocks("w4", "uint4", 32),
+        _blocks("w4-64", "uint4", 64, rare=True),
         _blocks("w4-128", "uint4", 128),
         Offer(
             scheme=Scheme(name="int8", activation="uint8", weight="int8", bias="int32", pair_limit=LARGEST_PAIR),

@@ -227,6 +227,7 @@ TENSORRT = Target(
             scheme=Scheme(name="bf16", activation="bfloat16", weight="bfloat16", cast=True),
             refuse=all_operators(ops.LOWERABLE - NO_BRAIN_FLOAT, "BF16"),
             usual=False,
+            rare=True,
         ),
         table_by_row(""),
         Offer(scheme=Scheme(name="fp8", activation="float8e4m3fn", weight="float8e4m3fn"), refuse=_without_fp8),
