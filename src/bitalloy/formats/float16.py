@@ -33,6 +33,7 @@ LARGEST_ERROR = 1 / 16
 class Float16(ComputedFloat):
     """The format, see `bitalloy.formats.base.Format`: 11 bits, infinite from 65520 on.
 
+    >>> import numpy as np
     >>> Float16().reference(np.float32([0.1, 65519.0, 65520.0, 2e-8]))
     array([9.9975586e-02, 6.5504000e+04,           inf, 0.0000000e+00],
           dtype=float32)
