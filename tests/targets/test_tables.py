@@ -280,6 +280,7 @@ def test_the_search_knows_that_floats_stay(tmp_path: Path) -> None:
         expected = [problem.size_bytes(problem.moved(plan, move)) for move in problem.moves]
         np.testing.assert_allclose(sizes, expected, atol=1)
     assert Program(problem).solve(Limits(size_bytes=0.2 * priced.float_bytes), minimize="damage") is None
+    assert problem.smallest == solved.plan, "static INT8 keeps the floats of the table beside it"
 
 
 def test_both_damages_of_a_shared_table_count(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
     start = problem.latency_us(Plan())
     together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
     fastest = together or program.solve(Limits(damage=limits.damage), minimize="latency")
-    smallest = problem.size_bytes(problem.units.lowest())
+    smallest = problem.size_bytes(problem.smallest)
     parts, ratio = [], None
     if fastest is not None:
         least = problem.latency_us(fastest.plan)

@@ -106,6 +106,18 @@ class Problem:
         """Return what is minimized: the damage of a plan, summed over the heads by `aims`."""
         return float(self.aims @ self.damage(plan))
 
+    @cached_property
+    def smallest(self) -> Plan:
+        """The plan of which every unit takes the fewest bytes, with those that it shares with others."""
+        taken: dict[str, dict[str, int]] = {}
+        for cost in self.cost.units:
+            known = taken[cost.unit] = dict(cost.bytes)
+            for weight in self.cost.shared:
+                for scheme, forms in weight.forms.get(cost.unit, {}).items():
+                    known[scheme] += sum(weight.bytes.get(form, 0) for form in forms)
+        found = Plan((u.id, min(reversed(u.allowed), key=taken[u.id].__getitem__)) for u in self.units.units)
+        return min(found, self.units.lowest(), self.fixed, key=self.size_bytes)
+
     def latency_us(self, plan: Plan) -> float:
         """Predict the latency of a plan."""
         return latency_us(self.cost, self.units, plan)
