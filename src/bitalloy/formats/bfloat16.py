@@ -34,9 +34,8 @@ class Bfloat16(ComputedFloat):
     """The format, see `bitalloy.formats.base.Format`.
 
     >>> import numpy as np
-    >>> Bfloat16().reference(np.float32([0.1, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40]))
-    array([1.0009766e-01, 1.0000000e+00, 1.0156250e+00, 1.0009492e-40],
-          dtype=float32)
+    >>> Bfloat16().reference(np.float32([0.1, 1 + 2**-8, 1 + 3 * 2**-8, -3.0]))
+    array([ 0.10009766,  1.        ,  1.015625  , -3.        ], dtype=float32)
     """
 
     name: str = "bfloat16"
