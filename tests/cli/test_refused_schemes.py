@@ -34,7 +34,7 @@ def arguments(inside: Inside) -> Sequence[str | Path]:
 
 OPENVINO = ("--target", "openvino-cpu")
 CASES = {
-    "no scheme of any target": (("--schemes", "int3"), ["'int3'", "ort-cpu", "Choose among", "w4, w4-128"]),
+    "no scheme of any target": (("--schemes", "int3"), ["'int3'", "ort-cpu", "Choose among", "w16", "int8-dynamic"]),
     "a scheme of other targets": (
         ("--schemes", "fp16"),
         ["'fp16'", "no scheme of ort-cpu", "--target ort-cuda or tensorrt for fp16"],
