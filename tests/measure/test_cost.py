@@ -248,6 +248,7 @@ def analysis_of(units: UnitGraph, *, device: object = None, environment: Environ
         settings=SimpleNamespace(seed=given["seed"], workload=None),
         data=SimpleNamespace(feeds=lambda index: {"sample": index}),
         artefact=lambda plan: None,
+        recipe=lambda: None,
         units=units,
         environment=environment,
     )
@@ -320,8 +321,11 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
     monkeypatch.setattr(cost, "measure", measure)
     monkeypatch.setattr(cost, "estimate_costs", estimate)
     monkeypatch.setattr(
-        cost, "with_sizes", lambda table, _, __, seed: msgspec.structs.replace(table, float_bytes=1000 + seed)
+        cost,
+        "with_sizes",
+        lambda table, _, __, shared, seed: msgspec.structs.replace(table, float_bytes=1000 + seed + len(shared)),
     )
+    monkeypatch.setattr(cost, "shared_weights", lambda graph, recipe: ())
     table = cost.measure_cost(analysis_of(units, device=device, seed=5))
     assert made == [("measured", units, {"sample": 0}, 5) if device is None else ("estimated", units, device)]
     assert table == msgspec.structs.replace(plain, estimated=device is not None, float_bytes=1005)

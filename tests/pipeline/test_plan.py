@@ -82,7 +82,7 @@ def test_the_front_as_table_and_as_json(inside: Any, finished: Any) -> None:
     [
         (["--keep", "fp32:nowhere"], ["--keep 'fp32:nowhere'", "matches no"]),
         (["--keep", "neck*"], ["--keep", "'neck*'", "fp32:"]),
-        (["--keep", "int4:neck*"], ["--keep", "expected a scheme (fp32, w8, "]),
+        (["--keep", "int4:neck*"], ["--keep", "expected a scheme (fp32, w16, w8, "]),
         (["--keep", "int8:Concat"], ["asks for INT8", "because"]),
         (["--max-drop-db", "nose=20"], ["'nose'", "scores"]),
         (["--max-drop-db", "boxes=loud"], ["--max-drop-db", "finite"]),

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.core.encoding import to_json
+from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.records import Record, Workload
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
@@ -73,7 +74,13 @@ def plan_memory(
         def make() -> bytes:
             written = analysis.original() if plan is None else analysis.executable(analysis.artefact(plan))
             with work.scratch() as folder:
-                return to_json(resident_memory(written, steps, folder))
+                try:
+                    return to_json(resident_memory(written, steps, folder))
+                except OSError as error:
+                    raise RunDirectoryError(
+                        f"The copy of a model in '{folder}', whose memory is measured, cannot be written: {error}. "
+                        "Free space or give another --out."
+                    ) from error
 
         return msgspec.json.decode(work.cached("memory", inputs, make), type=ResidentMemory)
 
