@@ -2,7 +2,7 @@
 
 The decoder is MobileVLM V2's with random weights, exported once. All models are run in turns in one process: one token
 behind a past of `--past` tokens (decode), as many tokens at once (prefill), and both as an answer of `--new` tokens has
-them. Resident memory is the peak of a process of its own that opens a model, reads the prompt and makes one token.
+them. Resident memory is the peak of a process of its own that opens a model and makes one token.
 
     python benchmarks/decoder_formats.py --layers 4 --out /tmp/decoder
 
@@ -38,7 +38,7 @@ import onnx
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from bitalloy.core.plans import Budget, CostTable
+from bitalloy.core.plans import Budget, CostTable, UnitCost
 from bitalloy.core.records import Head, Secant
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import UnitGraph
@@ -109,11 +109,13 @@ class Decoder:
         found = cost.measure(small.units, small.artefact, [once(small.feeds())], repeats=3)
         known = {c.unit: c for c in found.units}
         layers = 1 + max(int(at[1]) for name in known if (at := LAYER.search(name)))
+        nothing = UnitCost(unit="", us={}, bytes={})
         rows = []
         for unit in self.units.units:
             name = LAYER.sub(lambda at: f"layers.{int(at[1]) % layers}", unit.id)
-            if name in known:  # otherwise what is made once, such as a mask of another size
-                rows.append(msgspec.structs.replace(known[name], unit=unit.id))
+            row = known.get(name, nothing)  # what is made at other sizes alone, such as a Concat with a cache
+            us, sizes = ({scheme: part.get(scheme, 0) for scheme in unit.allowed} for part in (row.us, row.bytes))
+            rows.append(msgspec.structs.replace(row, unit=unit.id, us=us, bytes=sizes))
         return msgspec.structs.replace(found, units=tuple(rows), borders=(), pure_us={})
 
 
@@ -167,7 +169,7 @@ def timed(models: Mapping[str, Path], feeds: Mapping[str, np.ndarray], rounds: i
 
 
 def memory_of(path: Path, source: Path, past: int) -> float:
-    """Peak resident memory in MB of a process that reads a prompt and makes one token."""
+    """Peak resident memory in MB of a process that makes one token."""
     command = [sys.executable, __file__, "--resident", str(path), "--source", str(source), "--past", str(past)]
     made = subprocess.run([*command, "--out", str(path.parent)], check=True, capture_output=True, text=True)
     return float(made.stdout.split()[-1])
@@ -337,8 +339,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.resident is not None:
         session = OrtSession(options.resident)
-        for new, past in ((options.past, 0), (1, options.past)):
-            session.run(feeds_of(options.source, new, past))
+        session.run(feeds_of(options.source, 1, options.past))
         print(1e3 * status_gb("VmHWM"))
         return
     print(json.dumps(figures(options)))
