@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.unpriced import empty_table
 
 import bitalloy
-from bitalloy.core.plans import BorderCost, CostTable, UnitCost
-from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.prices import border_bytes, saved_bytes
 from bitalloy.measure.sizes import with_sizes
 from bitalloy.model.heads import find_heads
@@ -18,7 +18,6 @@ from bitalloy.model.load import load_graph
 from bitalloy.rewrite.calibrated import plan_artefact
 from bitalloy.targets.base import split
 from bitalloy.targets.ort_cpu import ORT_CPU
-from bitalloy.targets.placement import all_conversions
 from bitalloy.targets.recipe import Recipe
 
 SAMPLES = Path(bitalloy.__file__).parent / "samples"
@@ -31,20 +30,7 @@ def test_predicted_sizes_are_those_of_the_files(name: str, schemes: Sequence[str
     graph = load_graph(SAMPLES / f"{name}.onnx")
     units = split(graph, ORT_CPU, find_heads(graph), schemes=schemes)
     recipe = Recipe(units, ORT_CPU, {tensor: (-4.0, 4.0) for tensor in graph.value})
-    zeros = [{n: 0 for n in u.allowed} for u in units.units]
-    empty = CostTable(
-        target=units.target,
-        device="",
-        threads=1,
-        units=tuple(UnitCost(unit=u.id, us=z, bytes=z) for u, z in zip(units.units, zeros, strict=True)),  # type: ignore[arg-type]
-        borders=tuple(
-            BorderCost(source=c.source, sink=c.sink, us_per_element=0.0, us=0.0) for c in all_conversions(units.schemes)
-        ),
-        fixed_us=0.0,
-        pure_us={BASELINE: 0.0},
-        residual_percent=0.0,
-    )
-    table = with_sizes(empty, units, lambda plan: plan_artefact(graph, recipe, plan))
+    table = with_sizes(empty_table(units), units, lambda plan: plan_artefact(graph, recipe, plan))
     random = np.random.default_rng(77)
     for share in (0.3, 0.9):
         chosen = {u.id: str(random.choice(u.choices)) for u in units.units if u.choices and random.random() < share}

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tests.unpriced import empty_table
 
-from bitalloy.core.plans import BorderCost, CostTable, UnitCost
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import UnitGraph
@@ -31,7 +31,7 @@ from bitalloy.sensitivity.exact import Switchboard
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.targets import TARGETS
 from bitalloy.targets.base import split
-from bitalloy.targets.placement import all_conversions, rounded
+from bitalloy.targets.placement import rounded
 from bitalloy.targets.recipe import Recipe
 
 INDICES = np.array([[0, 5, -1], [63, 5, 17]])
@@ -194,22 +194,6 @@ def tied(path: Path, kind: str) -> Graph:
 
 PRICED = ("w16", "w8-row", "w8", "int8-dynamic", "fp16", "w4", "w4-128", "int8")
 """Schemes whose rows of 64 numbers differ: with blocks of 64 and of 128 they would be the same."""
-
-
-def empty_table(units: UnitGraph) -> CostTable:
-    zeros = [dict.fromkeys(u.allowed, 0) for u in units.units]
-    return CostTable(
-        target=units.target,
-        device="",
-        threads=1,
-        units=tuple(UnitCost(unit=u.id, us=z, bytes=z) for u, z in zip(units.units, zeros, strict=True)),  # type: ignore[arg-type]
-        borders=tuple(
-            BorderCost(source=c.source, sink=c.sink, us_per_element=0.0, us=0.0) for c in all_conversions(units.schemes)
-        ),
-        fixed_us=0.0,
-        pure_us={BASELINE: 0.0},
-        residual_percent=0.0,
-    )
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino-cpu", "ort-cuda"])

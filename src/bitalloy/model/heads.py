@@ -35,6 +35,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.metadata import FAMILY, HEADS, read_fact
 from bitalloy.model.read import attribute, constant, is_float, static_shape
 from bitalloy.model.relevance import MEANINGS, Meaning
+from bitalloy.model.widen import WIDENED
 
 MAX_PARTS = 8
 YOLO_PARTS = ("boxes", "scores", "coefficients")
@@ -43,8 +44,6 @@ MOVES = ops.RESHAPERS - ops.IDENTITIES
 """Operators that move the elements of a Sigmoid's result and change none of them."""
 KL = " KL"
 """Suffix of the names of heads that measure a divergence."""
-NARROWED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-"""Types of outputs whose head is the float32 tensor before their Cast."""
 LEAST_TOLD = 1e-36
 """Smallest probability whose logarithm a Softmax in float32 tells; ONNX Runtime's flushes what is below e^-88."""
 LEAST_SIZE = 1.0
@@ -81,7 +80,7 @@ def _source(output: ir.Value) -> ir.Value:
     """Return the float32 tensor that an output is a Cast of; the output itself where it is none."""
     node = output.producer()
     operand = node.inputs[0] if node is not None and node.op_type == "Cast" else None
-    return operand if operand is not None and is_float(operand) and output.dtype in NARROWED else output
+    return operand if operand is not None and is_float(operand) and output.dtype in WIDENED else output
 
 
 def _named_apart(parts: Sequence[Head], taken: set[str]) -> list[Head]:

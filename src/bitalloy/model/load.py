@@ -22,7 +22,7 @@ from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.file import parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.model.standard import OLDEST, OPSETS, agrees, standardized
+from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "static_shape",
 ]
 
-DEFAULT_DOMAINS = ("", "ai.onnx")
 WHOLE_BYTES = frozenset(int(t) for t in ir.DataType if t.name not in ("UNDEFINED", "STRING") and t.bitwidth >= 8)
 """Types whose numbers fill whole bytes."""
 CHUNK = 1 << 22
@@ -351,7 +350,7 @@ def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 def _refuse(proto: onnx.ModelProto, source: Path) -> None:
     for item in [*proto.opset_import, *proto.graph.node]:
         item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
-    opset = next((o.version for o in proto.opset_import if not o.domain), None)
+    opset = opset_of_model(proto)
     if opset not in OPSETS:
         raise ModelError(
             f"'{source}' uses opset {opset}; supported are {OLDEST} to {OPSETS[-1]}, and later ones whose operators "

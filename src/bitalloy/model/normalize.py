@@ -33,6 +33,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.products import plain_products
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
+from bitalloy.model.widen import WIDENED
 from bitalloy.model.write import add_initializer, namer
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
@@ -451,7 +452,7 @@ def _refuse_numbers(model: ir.Model) -> None:
             )
     for node in model.graph:
         for result in node.outputs:
-            narrow = result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+            narrow = result.dtype in WIDENED
             if (
                 result.dtype is not None
                 and narrow

@@ -24,8 +24,10 @@ from onnx import helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
-from bitalloy.model.widen import widened
+from bitalloy.model.widen import computes_narrow, widened
 
+DEFAULT_DOMAINS = ("", "ai.onnx")
+"""Both names of the standard operators."""
 OPSETS = range(13, 24)
 """Versions of the standard operators that are read as they are."""
 OLDEST = 7
@@ -35,6 +37,11 @@ _MEANS_ELSE = frozenset({"Attention"})
 _CLOSE, _CLOSE_NARROW = 1e-3, 0.1
 """Largest difference between a file and its conversion, over the largest magnitude of an output; and of a file that
 computes in half precision, whose own roundings are in it."""
+
+
+def opset_of_model(proto: onnx.ModelProto) -> int | None:
+    """Return the version of the standard operators that a file asks for; None where it names none."""
+    return next((int(o.version) for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), None)
 
 
 def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -56,7 +63,7 @@ def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tu
     if kinds:
         proto = expanded
         notes.append(f"Operators of '{name}' were written in standard ones: {', '.join(sorted(kinds))}.")
-    opset = next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    opset = opset_of_model(proto)
     if opset is not None and OLDEST <= opset < OPSETS[0]:
         proto = _raised(proto, name)
         notes.append(f"'{name}' was converted from opset {opset} to {OPSETS[0]}.")
@@ -111,7 +118,7 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             float(np.abs(old.astype(np.float64) - new).max(initial=0.0)) / scale if old.shape == new.shape else math.inf
         )
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
-    if worst > (_CLOSE if widened(before) is None else _CLOSE_NARROW):
+    if worst > (_CLOSE_NARROW if computes_narrow(before.graph) else _CLOSE):
         raise ModelError(
             f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "
             f"{worst:.1e} of the largest). Export it with opset 17."
@@ -141,7 +148,7 @@ def _raised(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 def _lowered(proto: onnx.ModelProto, name: str, opset: int) -> onnx.ModelProto:
     for node in proto.graph.node:
-        if node.domain in ("", "ai.onnx") and (why := _newer(node, opset)):
+        if node.domain in DEFAULT_DOMAINS and (why := _newer(node, opset)):
             raise ModelError(
                 f"'{name}' uses opset {opset}, and its node '{node.name or node.output[0]}' ({node.op_type}) {why} in "
                 f"opset {OPSETS[-1]}, the last that is known. Export it with opset {OPSETS[-1]} or earlier."
@@ -149,7 +156,7 @@ def _lowered(proto: onnx.ModelProto, name: str, opset: int) -> onnx.ModelProto:
     lower = onnx.ModelProto()
     lower.CopyFrom(proto)
     for item in lower.opset_import:
-        if item.domain in ("", "ai.onnx"):
+        if item.domain in DEFAULT_DOMAINS:
             item.version = OPSETS[-1]
     return lower
 
@@ -173,7 +180,7 @@ def _newer(node: onnx.NodeProto, opset: int) -> str:
 
 def _expanded(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, set[str]]:
     """Write the operators of `EXPANSIONS` in standard ones; returns the model and which there were."""
-    opset = next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), OPSETS[0])
+    opset = opset_of_model(proto) or OPSETS[0]
     kinds = {n.op_type for n in proto.graph.node if _key(n, opset) in EXPANSIONS}
     if not kinds:
         return proto, set()
@@ -206,7 +213,7 @@ def _expanded(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, set[str]]:
 
 def _key(node: onnx.NodeProto, opset: int) -> tuple[str, str]:
     """Return (domain, operator); of what ONNX defines itself by now, another key, which has no expansion."""
-    domain = "" if node.domain in ("", "ai.onnx") else node.domain
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     return (
         ("onnx", node.op_type)
         if not domain and node.op_type == "LayerNormalization" and opset >= 17

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-WIDENED = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+WIDENED = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 """Types of floating-point numbers that are analysed as float32."""
 _ASKED = frozenset({"to", "dtype", "output_dtype", "stash_type"})
 """Attributes that name a type."""
@@ -27,7 +28,7 @@ def widened(proto: onnx.ModelProto) -> onnx.ModelProto | None:
     Args:
         proto: the model with its weights; not changed.
     """
-    if not _narrow(proto.graph):
+    if not computes_narrow(proto.graph):
         return None
     made = onnx.ModelProto()
     made.CopyFrom(proto)
@@ -66,8 +67,8 @@ def widened(proto: onnx.ModelProto) -> onnx.ModelProto | None:
     return made
 
 
-def _narrow(graph: onnx.GraphProto) -> bool:
-    """Tell whether anything is computed in these types."""
+def computes_narrow(graph: onnx.GraphProto) -> bool:
+    """Tell whether a graph computes anything in the types of `WIDENED`."""
     if any(v.type.tensor_type.elem_type in WIDENED for v in (*graph.input, *graph.output)):
         return True
     stored = {t.name for t in graph.initializer if t.data_type in WIDENED}
