@@ -8,7 +8,7 @@ from functools import cached_property
 import msgspec
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.records import Estimate, Record
+from bitalloy.core.records import Estimate, Given, Record
 from bitalloy.core.schemes import BASELINE, Plan
 
 MOST_DB = 1000.0
@@ -99,7 +99,7 @@ class CostTable(Record, frozen=True, kw_only=True):
         return self.fixed_us + sum(c.us[BASELINE] for c in self.units)
 
 
-class Keep(Record, frozen=True, kw_only=True):
+class Keep(Given, frozen=True, kw_only=True):
     """A pattern of units that run in one scheme, whatever measurement says.
 
     It matches unit ids, node names, regions and operator types as a shell glob; `{4..20}` is any number of a range.
@@ -112,7 +112,7 @@ class Keep(Record, frozen=True, kw_only=True):
         return f"{self.scheme}:{self.pattern}"
 
 
-class Budget(Record, frozen=True, kw_only=True):
+class Budget(Given, frozen=True, kw_only=True):
     """What a plan must respect. All given limits hold together."""
 
     latency_ratio: float | None = None
@@ -131,6 +131,7 @@ class Budget(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse limits that no arithmetic can carry."""
+        super().__post_init__()
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
         said = {name: value for name, value in msgspec.structs.asdict(self).items() if value and name != "keep"}

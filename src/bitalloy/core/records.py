@@ -6,13 +6,54 @@ file written by another version fails loudly instead of being half understood. U
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
+from typing import Any, get_type_hints
 
 import msgspec
+import numpy as np
+
+from bitalloy.core.errors import BitalloyError
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records: immutable, keyword-only, strict on decoding."""
+
+
+class Given(Record, frozen=True, kw_only=True):
+    """Base of the records that users fill in: numbers of numpy become Python's, lists tuples.
+
+    Raises:
+        BitalloyError: a field is of another type than it is declared with.
+    """
+
+    def __post_init__(self) -> None:
+        """Bring every field to its type, so that equal settings are stored and found as equal."""
+        for name, kind in _types(type(self)).items():
+            value = getattr(self, name)
+            try:
+                known = msgspec.convert(_plain(value), kind)
+            except msgspec.ValidationError as error:
+                record, declared = type(self).__name__, type(self).__annotations__[name]
+                raise BitalloyError(f"{record}({name}={value!r}): {name} is of type {declared}. {error}.") from error
+            msgspec.structs.force_setattr(self, name, known)
+
+
+@cache
+def _types(record: type[Record]) -> dict[str, Any]:
+    return get_type_hints(record)
+
+
+def _plain(value: object) -> object:
+    match value:
+        case np.generic() | np.ndarray():
+            return value.tolist()
+        case dict():
+            return {_plain(k): _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case _:
+            return value
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
@@ -194,7 +235,7 @@ class MetricValue(Record, frozen=True, kw_only=True):
     n: int
 
 
-class Workload(Record, frozen=True, kw_only=True):
+class Workload(Given, frozen=True, kw_only=True):
     """What an answer of a language model is made of; None where what is usual is meant."""
 
     prompt: int | None = None
@@ -203,7 +244,7 @@ class Workload(Record, frozen=True, kw_only=True):
     """Tokens of the answer, each a run of the decoder."""
 
 
-class Settings(Record, frozen=True, kw_only=True):
+class Settings(Given, frozen=True, kw_only=True):
     """What an analysis depends on beside model and data."""
 
     targets: tuple[str, ...] = ("ort-cpu",)

@@ -142,8 +142,8 @@ LARGEST_PAIR = None if has_vnni() else 128
 
 ORT_CPU = Target(
     name="ort-cpu",
-    describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; with "
-    "--schemes products also in w8, w8-128, w4-16, w4, w4-64, w4-128 (MatMulNBits) and int8-dynamic, tables of a "
+    describe="ONNX Runtime, CPU: uint8 activations, int8 weights per channel, QDQ fused to QLinear kernels; products "
+    "also in int8-dynamic; with --schemes also in w8, w8-128, w4-16, w4, w4-64, w4-128 (MatMulNBits), tables of a "
     "Gather in blocks and w16",
     runtime=ORT,
     offers=(
@@ -160,7 +160,6 @@ ORT_CPU = Target(
                 pair_limit=LARGEST_PAIR,
             ),
             refuse=stored_matrix,
-            usual=False,
         ),
         _blocks("w4-16", "uint4", 16, rare=True),
         _blocks("w4", "uint4", 32),
