@@ -329,3 +329,18 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
     table = cost.measure_cost(analysis_of(units, device=device, seed=5))
     assert made == [("measured", units, {"sample": 0}, 5) if device is None else ("estimated", units, device)]
     assert table == msgspec.structs.replace(plain, estimated=device is not None, float_bytes=1005)
+
+
+def test_one_disturbed_sitting_of_a_large_model_does_not_count() -> None:
+    quiet = np.full((2, 3, 4), [[[10.0]], [[5.0]]])
+    disturbed = quiet.copy()
+    disturbed[1, 1] *= 3
+    disturbed[1, 2] *= 2
+    assert cost._wall(disturbed, together=False).tolist() == cost._wall(quiet, together=False).tolist() == [10.0, 5.0]
+
+
+def test_what_disturbs_a_round_of_all_models_does_not_count() -> None:
+    quiet = np.full((2, 3, 4), [[[10.0]], [[5.0]]])
+    disturbed = quiet * np.linspace(1, 3, 12).reshape(1, 3, 4)
+    found = cost._wall(disturbed, together=True)
+    assert found[1] / found[0] == pytest.approx(0.5)

@@ -226,14 +226,6 @@ def test_control_flow(save: Save) -> None:
         graph.load_graph(save(model))
 
 
-@pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "DynamicQuantizeLinear"])
-def test_quantized_models(save: Save, op: str) -> None:
-    with pytest.raises(ModelError, match=f"quantized already.*{op}.*float model"):
-        graph.load_graph(
-            save(build([node(op, ["x", "s"], ["y"])], {"x": [1, 3]}, constants={"s": np.array(1, np.float32)}))
-        )
-
-
 def test_random_numbers_and_training_mode(save: Save) -> None:
     with pytest.raises(ModelError, match=r"random numbers.*evaluation mode"):
         graph.load_graph(save(build([node("RandomNormalLike", ["x"], ["y"])], {"x": [1, 3]})))

@@ -19,10 +19,12 @@ from bitalloy.data.datasets import Dataset, data_opening
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
 from bitalloy.model.masked import masked_tensors
+from bitalloy.targets.given import given_ranges
 from bitalloy.targets.safety import tensors_to_judge
 
 CALIBRATION_SHARD = 16
-
+GIVEN = "given"
+"""Method of a range that a quantized file has."""
 LEAST_TO_CUT = 16
 """Calibration samples from which ranges may be cut: the rare sample that loses by it is hardly among fewer."""
 COMPARED, ALIKE = ("extended", "percentile", "entropy", "mse"), 0.1
@@ -98,6 +100,7 @@ def _chosen_ranges(
     sparse = dict(zip(order, statistics.margins.max(axis=1) > 0, strict=True))
     largest, subnormal = dict(zip(order, statistics.magnitude, strict=True)), statistics.half_subnormal
     infinite = dict(zip(order, statistics.infinite, strict=True))
+    given = given_ranges(model) if automatic else {}
     return Calibration(
         model_sha256=model.info.sha256,
         data=part_of(inputs.data, len(inputs.samples)),
@@ -105,13 +108,15 @@ def _chosen_ranges(
         ranges=tuple(
             TensorRange(
                 tensor=t,
-                low=float(found[t][0]),
-                high=float(found[t][1]),
-                method=first if sparse[t] or first != COMPARED[0] else "minmax",
+                low=float(given.get(t, found[t])[0]),
+                high=float(given.get(t, found[t])[1]),
+                method=GIVEN if t in given else first if sparse[t] or first != COMPARED[0] else "minmax",
                 magnitude=float(largest[t]),
                 subnormal=round(subnormal[t], 6),
                 infinite=bool(infinite[t]),
-                others={} if sparse[t] else _distinct(found[t], {m: ranges[t] for m, ranges in more.items()}),
+                others={}
+                if sparse[t] or t in given
+                else _distinct(found[t], {m: ranges[t] for m, ranges in more.items()}),
             )
             for t in order
         ),

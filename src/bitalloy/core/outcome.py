@@ -78,6 +78,39 @@ class PeakMemory(Record, frozen=True, kw_only=True):
     """Of the process before it opens a model, with numpy and the runtime imported: it is part of the others."""
 
 
+class GivenRounding(Record, frozen=True, kw_only=True):
+    """What one rounding of a quantized file does alone."""
+
+    tensor: str
+    node: str
+    """The node that makes the tensor; empty for an input of the model."""
+    head: str
+    """The head that suffers most."""
+    sqnr_db: float
+    """Predicted by the probe matrix."""
+    share: float
+    """Its part of the predicted damage of all roundings, on that head."""
+
+
+class GivenModel(Record, frozen=True, kw_only=True):
+    """A quantized file beside the float model that it rounds: how much its roundings lose, and where."""
+
+    tensors: int
+    """Number of tensors that it rounds."""
+    weights: int
+    """Number of weights that it stores as integers."""
+    predicted_db: dict[str, float]
+    """Head -> predicted SQNR of all its roundings together."""
+    measured_db: dict[str, Estimate] | None
+    """Head -> measured SQNR of the file, on the samples of the verification; None where it cannot run here."""
+    written_db: dict[str, Estimate] | None
+    """The same of the file executed node by node, without ONNX Runtime's optimizations; None for other runtimes."""
+    latency_ratio: Estimate | None
+    """Its measured latency over that of the float model; None where it cannot run here."""
+    worst: tuple[GivenRounding, ...]
+    """Its roundings, worst first."""
+
+
 class StepLatency(Record, frozen=True, kw_only=True):
     """What one step of a workload takes."""
 
@@ -256,6 +289,8 @@ class Summary(Record, frozen=True, kw_only=True):
     """The same ratio, with its interval, of the model with all that it can in one scheme."""
     single_formats: tuple[SingleFormat, ...] = ()
     """Predictions of the plans of one scheme, fastest first; empty where plans have no choice between several."""
+    given: GivenModel | None = None
+    """The file itself, where it is quantized: then float stands for the model without its roundings."""
     workload: str = "one inference"
     """What one latency pays for."""
     steps: tuple[StepLatency, ...] = ()

@@ -68,9 +68,10 @@ def measure(
     """
     schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
     pure = [Plan.of(name, *units.able(name)) for name in schemes]
-    plans, profiles, rounds = _execute(units, pure, variant, steps, seed=seed, repeats=repeats, progress=progress)
-    # what disturbs a round disturbs all models in it
-    wall = np.median(rounds / rounds[0], axis=1) * np.median(rounds[0])
+    plans, profiles, rounds, together = _execute(
+        units, pure, variant, steps, seed=seed, repeats=repeats, progress=progress
+    )
+    wall = _wall(rounds, together=together)
     kernel = _unit_times(units, plans, profiles)
     fit = fit_prices(units, schemes, plans, kernel, wall)
     scale = dict(zip(fit.schemes, fit.scales, strict=True))
@@ -112,12 +113,12 @@ def _execute(
     seed: int,
     repeats: int,
     progress: Callable[[int], None] | None,
-) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray]:
+) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray, bool]:
     """Profile and time the pure plans and random mixtures of them side by side.
 
     Returns:
-        The plans, the pure ones first; of each, number of a unit -> microseconds of its kernels; and (plans, rounds):
-        times in microseconds, all sittings in one row.
+        The plans, the pure ones first; of each, number of a unit -> microseconds of its kernels; (plans, sittings,
+        rounds): times in microseconds; and whether the plans took turns in every round.
     """
     generator = np.random.default_rng([seed, 23])
     plans = list(pure)
@@ -145,7 +146,19 @@ def _execute(
             together=not large,
             progress=progress,
         )
-    return plans, profiles, np.stack([total(times[str(i)], steps).ravel() for i in range(len(plans))]) * 1e3
+    return plans, profiles, np.stack([total(times[str(i)], steps) for i in range(len(plans))]) * 1e3, not large
+
+
+def _wall(rounds: np.ndarray, *, together: bool) -> np.ndarray:
+    """Return the time of each plan from (plans, sittings, rounds).
+
+    What disturbs a round disturbs all models that take turns in it. Where a sitting has one model alone, it disturbs
+    that one, perhaps in all its rounds: then the quietest sitting counts.
+    """
+    if not together:
+        return np.asarray(np.median(rounds, axis=2).min(axis=1))
+    flat = rounds.reshape(len(rounds), -1)
+    return np.asarray(np.median(flat / flat[0], axis=1) * np.median(flat[0]))
 
 
 def _mixture(units: UnitGraph, generator: np.random.Generator, switch: float) -> Plan:

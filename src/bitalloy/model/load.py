@@ -19,10 +19,11 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
+from bitalloy.model.dequantizer import GivenRoundings
 from bitalloy.model.file import parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
-from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, agrees, opset_of_model, standardized
+from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, Standard, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
 __all__ = [
@@ -57,6 +58,8 @@ class Graph:
     """Why the file as it is cannot stand for the float model; empty where it can."""
     changes: tuple[str, ...] = ()
     """What was converted when the file was read, in sentences, see `model.standard`."""
+    quantization: GivenRoundings = field(default_factory=GivenRoundings)
+    """What the file rounds, where it is quantized: then this is the float model behind it."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
@@ -144,7 +147,7 @@ def load_open(path: str | Path) -> ir.Model:
     """
     source = Path(path)
     proto, _, size = _read(source)
-    proto, _ = _standard(proto, source, size)
+    proto = _standard(proto, source, size).proto
     _refuse(proto, source)
     del proto.graph.value_info[:]
     parsed = _parsed(proto, source)
@@ -162,12 +165,13 @@ def load_open(path: str | Path) -> ir.Model:
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     given, digest, size = _read(source)
-    proto, changes = _standard(given, source, size)
+    standard = _standard(given, source, size)
+    proto, changes = standard.proto, standard.changes
     _refuse(proto, source)
     _bind(proto, shapes)
     if changes:
         _bind(given, shapes)
-        changes = (*changes, agrees(given, proto, source.name))
+        changes = (*changes, agrees(given, standard, source.name))
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
     _check(proto, source)
@@ -177,8 +181,9 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in _inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    unfit = _unfit(given, source)
-    del given, proto
+    unfit = "it is quantized" if standard.given else _unfit(given, source)
+    roundings = standard.given
+    del given, proto, standard
     model = normalize(parsed)
     if size >= LARGE_BYTES:
         release(model)
@@ -196,13 +201,13 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit, changes)
+    return Graph(info, model, source, metadata, unfit, changes, roundings)
 
 
-def _standard(proto: onnx.ModelProto, source: Path, size: int) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+def _standard(proto: onnx.ModelProto, source: Path, size: int) -> Standard:
     """Bring a file to standard operators; weights of a large one lie outside the message, so it stays as it is."""
     if size >= LARGE_BYTES:
-        return proto, ()
+        return Standard(proto)
     try:
         return standardized(proto, source.name)
     except ModelError:

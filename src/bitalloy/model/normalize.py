@@ -3,7 +3,8 @@
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
 2. Shapes are static, shape arithmetic is folded away.
 3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
-   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, a Concat has no
+   would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, an Add of a
+   constant per channel into its bias, a Concat has no
    empty operands (an empty cache), and a Gemm with constant weights has no factors, and a bias of one number per column
    where it had but one row. A constant matrix of a MatMul has two dimensions, where leading ones of size 1 say nothing.
 4. Every node has a unique name (the file's own where it has one), nodes are in topological order.
@@ -30,7 +31,7 @@ from onnx_ir.passes.common import (
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
-from bitalloy.model.products import plain_products
+from bitalloy.model.products import fold_bias, plain_products
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import LENT_BYTES, pack
 from bitalloy.model.widen import WIDENED
@@ -55,6 +56,7 @@ def normalize(model: ir.Model) -> ir.Model:
     _settle(model)
     _fill_missing_shapes(model)
     _drop_empty_operands(model)
+    fold_bias(model)
     _fold_batch_norm(model)
     plain_products(model)
     RemoveUnusedNodesPass()(model)
@@ -65,6 +67,7 @@ def normalize(model: ir.Model) -> ir.Model:
 def tidy(model: ir.Model) -> ir.Model:
     """Do the part of `normalize` that needs no static shapes, in place; nodes get their names of the normal form."""
     _settle(model)
+    fold_bias(model)
     _fold_batch_norm(model)
     RemoveUnusedNodesPass()(model)
     return model

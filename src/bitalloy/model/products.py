@@ -33,6 +33,45 @@ def plain_products(model: ir.Model) -> None:
         node.replace_input_with(1, add_initializer(model.graph, fresh(f"{node.name}/matrix"), matrix))
 
 
+def fold_bias(model: ir.Model) -> None:
+    """Put what an Add adds to all positions of a channel behind a convolution into its bias."""
+    fresh = namer(model)
+    for node in list(model.graph):
+        if node.op_type != "Add":
+            continue
+        for slot in (0, 1):
+            source, added = node.inputs[slot], constant(node.inputs[1 - slot])
+            conv = source.producer() if source is not None else None
+            if conv is None or added is None or conv.op_type not in ("Conv", "ConvTranspose"):
+                continue
+            weight = constant(conv.inputs[1])
+            own = constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else np.float32(0)
+            alone = source is not None and len(source.uses()) == 1 and not source.is_graph_output()
+            if not alone or weight is None or own is None:
+                continue
+            channels = weight.shape[0] if conv.op_type == "Conv" else weight.shape[1] * int(attribute(conv, "group", 1))  # type: ignore[call-overload]
+            behind = (1,) * (weight.ndim - 2)
+            if added.ndim > weight.ndim or (added.size > 1 and added.shape[-len(behind) - 1 :] != (channels, *behind)):
+                continue
+            if added.size not in (1, channels):
+                continue
+            total = np.broadcast_to(added.reshape(-1) + own, (channels,)).astype(np.float32)
+            bias = add_initializer(model.graph, fresh(f"{conv.name}/bias"), np.ascontiguousarray(total))
+            fused = ir.Node(
+                "",
+                conv.op_type,
+                [*conv.inputs[:2], bias],
+                attributes=list(conv.attributes.values()),
+                name=conv.name,
+                metadata_props=dict(conv.metadata_props),
+            )
+            ir.convenience.replace_nodes_and_values(
+                model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
+            )
+            model.graph.remove(conv, safe=True)
+            break
+
+
 def _fold_factors(node: ir.Node, model: ir.Model, fresh: Callable[[str], str]) -> None:
     alpha, beta = (float(attribute(node, name, 1.0)) for name in ("alpha", "beta"))  # type: ignore[arg-type]
     bias = node.inputs[2] if len(node.inputs) > 2 else None

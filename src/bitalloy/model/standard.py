@@ -6,6 +6,7 @@ Case 2. Operators of `com.microsoft` that ONNX Runtime's optimizers and exporter
 Case 3. Opset 7 to 12: `onnx.version_converter` raises it to 13.
 Case 4. Opsets above the last one: lowered, where all nodes of the file mean the same there.
 Case 5. Half precision and double become float32 inside (`model.widen`); inputs and outputs keep their types.
+Case 6. A quantized file becomes the float model that it rounds (`model.quantized`); its roundings are kept beside it.
 
 What was done is told as a note; `agrees` then runs the file as it was and as it became on random numbers.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -24,6 +26,8 @@ from onnx import helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
+from bitalloy.model.dequantizer import GivenRoundings
+from bitalloy.model.quantized import dequantized, is_quantized
 from bitalloy.model.widen import computes_narrow, widened
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -44,8 +48,19 @@ def opset_of_model(proto: onnx.ModelProto) -> int | None:
     return next((int(o.version) for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), None)
 
 
-def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Return a model of standard operators in a supported version, and sentences that tell what was changed.
+@dataclass(frozen=True)
+class Standard:
+    """A file in standard operators."""
+
+    proto: onnx.ModelProto
+    changes: tuple[str, ...] = ()
+    """Sentences that tell what was changed."""
+    given: GivenRoundings = field(default_factory=GivenRoundings)
+    """What the file rounds, where it is quantized."""
+
+
+def standardized(proto: onnx.ModelProto, name: str) -> Standard:
+    """Return a model of standard operators in a supported version.
 
     Args:
         proto: the model with its weights; not changed.
@@ -54,11 +69,18 @@ def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tu
     Raises:
         ModelError: something cannot be written in such operators; the message says what.
     """
-    notes = []
+    notes, given = [], GivenRoundings()
     if proto.functions:
         called = len(proto.functions)
         proto = onnx.inliner.inline_local_functions(proto)
         notes.append(f"{called} local functions of '{name}' were put in place of their calls.")
+    if is_quantized(proto):
+        proto, given = dequantized(proto)
+        notes.append(
+            f"'{name}' is quantized: {len(given.tensors) + len(given.at_run_time)} tensors and {len(given.weights)} "
+            "weights are rounded. Float stands for the same model without these roundings. Ranges and stored numbers "
+            "are kept where a unit stays in INT8."
+        )
     expanded, kinds = _expanded(proto)
     if kinds:
         proto = expanded
@@ -77,10 +99,10 @@ def standardized(proto: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, tu
             f"'{name}' computes in another precision than float32. It is analysed in float32, and shipped in it where "
             "the plan says nothing else, with its own inputs and outputs. What is compared with is the file as it is."
         )
-    return proto, tuple(notes)
+    return Standard(proto, tuple(notes), given)
 
 
-def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
+def agrees(before: onnx.ModelProto, standard: Standard, name: str) -> str:
     """Execute a file and its conversion on random numbers, with all sizes known.
 
     Returns:
@@ -96,14 +118,19 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             continue
         shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
         kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        floating = kind.kind not in "iub"
-        feeds[value.name] = (generator.standard_normal(shape) if floating else np.ones(shape)).astype(kind)
+        if kind.kind in "iub":
+            drawn = np.ones(shape)
+        elif value.name in standard.given.tensors:
+            drawn = generator.uniform(*standard.given.tensors[value.name].limits, shape)
+        else:
+            drawn = generator.standard_normal(shape)
+        feeds[value.name] = drawn.astype(kind)
     try:
         reference = _run(before, feeds)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types
         return f"ONNX Runtime does not execute '{name}' as it is ({_first_line(error)}), so the conversion is unproven."
     try:
-        found = _run(after, feeds)
+        found = _run(standard.proto, feeds)
     except Exception as error:
         raise ModelError(
             f"'{name}' cannot be executed any more after its conversion: {_first_line(error)}. Export it with opset 17."
@@ -118,6 +145,8 @@ def agrees(before: onnx.ModelProto, after: onnx.ModelProto, name: str) -> str:
             float(np.abs(old.astype(np.float64) - new).max(initial=0.0)) / scale if old.shape == new.shape else math.inf
         )
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
+    if standard.given:
+        return f"On random inputs the roundings of '{name}' make up to {worst:.1e} of the largest output."
     if worst > (_CLOSE_NARROW if computes_narrow(before.graph) else _CLOSE):
         raise ModelError(
             f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "

@@ -18,6 +18,7 @@ from bitalloy.core.records import Calibration, Head, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.corrections.debiasing import debias
+from bitalloy.corrections.kept import keep_weights
 from bitalloy.corrections.rounding import check_rounding, round_blocks
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
@@ -70,7 +71,7 @@ def calibrate(
         verification=VERIFY_SAMPLES,
     )
     drawn = draw_parts(data, wanted, seed=settings.seed, avoid=avoid)
-    if settings.equalize:
+    if settings.equalize and not model.quantization:
 
         def trial(graph: Graph, few: Settings) -> Calibrated:
             first, *others = _on_each(devices, graph, drawn, few, work)
@@ -85,6 +86,7 @@ def calibrate(
     if correction is not None:
         corrections = (*corrections, correction)
         parts = [replace(p.stored(r), corrections=corrections) for p, r in zip(parts, roundings, strict=True)]
+    parts = [p.stored(keep_weights(p, work)) for p in parts]
     if settings.bias_correction:
         debiased = debias(parts, drawn[0], drawn[1].calibration, work)
         corrections = (*corrections, debiased.correction)

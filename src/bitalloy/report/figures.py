@@ -166,6 +166,15 @@ def single_formats(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, .
     return header, lines
 
 
+def given_roundings(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and lines of the table of what a quantized file rounds."""
+    lines: list[tuple[str, ...]] = [
+        (r.tensor, r.node, r.head, formats.decibel_text(r.sqnr_db), f"{r.share:.1%}")
+        for r in (summary.given.worst if summary.given is not None else ())
+    ]
+    return ("Tensor", "Made by", "Head", "SQNR alone", "Share of the damage"), lines
+
+
 def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[FigureGroup, ...]:
     """Compare the models, see `model_columns`, with predictions beside measurements."""
     groups = [

@@ -115,7 +115,7 @@ def names(targets: Sequence[Sequence[Column]]) -> list[dict[str, str]]:
     return result
 
 
-class _Probe:
+class ProbeWriter:
     """A `bitalloy.formats.base.Writer` for the graph of a probe."""
 
     def __init__(self, builder: Builder) -> None:
@@ -145,8 +145,8 @@ def _edge(site: Site, uses: tuple[Edge, ...], root: str, recipe: Recipe, *, leav
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         x = values[uses[0].tensor]
         if before is not None:
-            x = before[0].write(_Probe(p), x, before[1])
-        return p.like("Sub", stored.write(_Probe(p), x, params), x)
+            x = before[0].write(ProbeWriter(p), x, before[1])
+        return p.like("Sub", stored.write(ProbeWriter(p), x, params), x)
 
     first = _identity(*before) if before is not None else ()
     key = ("edge", *(use.id for use in uses), leaving, *_identity(stored, params), *first)
@@ -176,7 +176,7 @@ def _again(graph: Graph, edge: UnitEdge, site: Site, roots: Mapping[tuple[str, i
     entries = [recipe.tensor_params(site.scheme, roots[str(node.name), slot])[1] for slot in slots]
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
-        writer = _Probe(p)
+        writer = ProbeWriter(p)
         operands = [
             stored.write(writer, values[str(operand.name)], params)  # type: ignore[union-attr]
             for operand, params in zip(node.inputs, entries, strict=True)
@@ -212,7 +212,9 @@ def _weight(graph: Graph, site: Site, weight_site: WeightSite, recipe: Recipe) -
             else:
                 assert encoded is not None
                 original = values[weight_site.tensor]
-                change = p.like("Sub", stored.format.write_stored(_Probe(p), p.const(encoded), stored.params), original)
+                change = p.like(
+                    "Sub", stored.format.write_stored(ProbeWriter(p), p.const(encoded), stored.params), original
+                )
             read = [values[str(v.name)] for v in node.inputs[:2]]  # type: ignore[union-attr]
             read[weight_site.slot] = change
             made = p.op(node.op_type, *read, shape=static_shape(output), **kept)  # type: ignore[arg-type]
@@ -233,7 +235,7 @@ def _computed(graph: Graph, unit: Unit, scheme: Scheme, recipe: Recipe, *, maske
     kept = {w.tensor: _Kept(graph, w, scheme, recipe) for w in unit.weights if scheme.weights_only}
 
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
-        writer = _Probe(p)
+        writer = ProbeWriter(p)
         known: dict[str, ir.Value] = {}
 
         def read(value: ir.Value | None) -> ir.Value | None:
@@ -283,7 +285,7 @@ class _Kept:
         """What tells it from the same weight stored otherwise."""
         return self._stored.digest, *_identity(self._stored.format, self._stored.params)
 
-    def write(self, writer: _Probe, value: ir.Value) -> ir.Value:
+    def write(self, writer: ProbeWriter, value: ir.Value) -> ir.Value:
         """Write the weight as the unit multiplies by it; of a large model from the stored numbers, at every run."""
         kept = self._stored
         if self._large:

@@ -25,7 +25,7 @@ from bitalloy.model.heads import Reference, needs_values
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.sensitivity.columns import columns, merge
+from bitalloy.sensitivity.columns import Column, columns, merge
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.recipe import Recipe
 
@@ -42,6 +42,7 @@ class Prober:
         schemes: recipes of one target or several. Every site that an INT8 plan could round gets a column; what two
             recipes round alike is measured once. The passes through the network are the same.
         stops: nodes that hand on no gradient; see `bitalloy.sensitivity.blind` for what lies before them.
+        beside: roundings that no recipe has.
 
     Raises:
         UnsupportedOpError: an operator between a site and a head has no adjoint rule.
@@ -54,10 +55,11 @@ class Prober:
         schemes: Sequence[Recipe],
         *,
         stops: frozenset[str] = frozenset(),
+        beside: Sequence[Column] = (),
     ) -> None:
         self._heads = tuple(heads)
         graph = raised_graph(graph, max((scheme.opset for scheme in schemes), default=0))
-        wanted = [columns(graph, scheme) for scheme in schemes]
+        wanted = [*(columns(graph, scheme) for scheme in schemes), beside]
         taps = [c.tap(name) for name, c in merge(wanted).items()]
         tensors = tuple(dict.fromkeys(h.tensor for h in heads))
         self.sites = tuple(t.id for t in taps)

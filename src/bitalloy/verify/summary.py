@@ -13,6 +13,7 @@ from bitalloy.core.outcome import (
     ONE_SCHEME,
     Comparison,
     Evaluation,
+    GivenModel,
     HeadComparison,
     KernelEffect,
     LatencySpread,
@@ -39,6 +40,8 @@ from bitalloy.targets.placement import rounded
 from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import missed_size, shortfall
 
+KERNEL_EFFECT_DB = 3.0
+"""What a quantized file must lose beyond its roundings to be told."""
 MOSTLY_NOISE_DB = 3.01
 
 
@@ -61,6 +64,8 @@ class MeasuredPlan:
     """None where the target cannot run here."""
     kernel_effects: tuple[KernelEffect, ...] | None = None
     """What optimization changes; None where that was not examined."""
+    given: GivenModel | None = None
+    """The file itself, where it is quantized."""
 
 
 def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
@@ -181,6 +186,7 @@ def summarize_run(
         ranges=analysis.choice,
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
+        given=shipped.given,
         corrections=analysis.corrections,
         parts=_used(analysis),
     )
@@ -217,6 +223,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
     return (
         *analysis.notes,
         *_converted(analysis),
+        *_given(shipped.given),
         *_unfit(analysis),
         *_special(analysis),
         *_single(shipped),
@@ -231,6 +238,33 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
 def _runtime(analysis: Analysis) -> dict[str, str]:
     runtime = analysis.target.runtime
     return {} if runtime is ORT else {runtime.name: runtime.version()}
+
+
+def _given(given: GivenModel | None) -> list[str]:
+    """Say what a quantized file loses, and where most of it."""
+    if given is None:
+        return []
+    measured, written = given.measured_db or {}, given.written_db or {}
+    heads = [
+        f"{head} {measured[head].value:.1f} dB (predicted {value:.1f})"
+        if head in measured
+        else f"{head} {value:.1f} dB"
+        for head, value in given.predicted_db.items()
+    ]
+    took = f", in {given.latency_ratio.value:.2f}x of float's time" if given.latency_ratio is not None else ""
+    worst = "; ".join(f"'{r.tensor}' ({r.head} {r.sqnr_db:.1f} dB, {r.share:.0%})" for r in given.worst[:3])
+    notes = [f"The given file rounds {given.tensors} tensors: {', '.join(heads)}{took}. Most is lost at {worst}."]
+    best = {
+        h: max(given.predicted_db[h], written[h].value) if h in written else given.predicted_db[h] for h in measured
+    }
+    head = max(measured, key=lambda h: best[h] - measured[h].value, default="")
+    if head and best[head] - measured[head].value > KERNEL_EFFECT_DB:
+        notes.append(
+            f"{head}: a kernel effect. Roundings of the given file leave {best[head]:.1f} dB, but it reaches "
+            f"{measured[head].value:.1f} dB. Without VNNI, integer kernels add pairs of products in 16 bits, which "
+            "saturate; models of plans keep clear of that."
+        )
+    return notes
 
 
 def _unresolved(planned: Planned, measured: Measured) -> list[str]:

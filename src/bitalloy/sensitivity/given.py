@@ -1,0 +1,63 @@
+"""Columns of the probe matrix for what a quantized file rounds: `round(x) - x` at every tensor that it rounds.
+
+Its weights lie on their grids in the float form too: what their rounding once lost is not in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from bitalloy import ops
+from bitalloy.adjoint.builder import Builder
+from bitalloy.adjoint.engine import Tap
+from bitalloy.core.units import Edge
+from bitalloy.formats import find_rounding
+from bitalloy.model.dequantizer import GivenTensor
+from bitalloy.model.load import Graph
+from bitalloy.model.read import is_float
+from bitalloy.sensitivity.columns import Column, ProbeWriter
+
+AT_RUN_TIME = "uint8-dynamic"
+KEEPS_GRIDS = ops.MOVERS | {"Relu"}
+"""Operators that give numbers of the grid on which their operand lies."""
+
+
+def given_columns(graph: Graph) -> list[Column]:
+    """Return a column for every tensor that a quantized file rounds and its float form has, called like the tensor."""
+    quantization = graph.quantization
+    grids: dict[str, GivenTensor | None] = dict.fromkeys(sorted(quantization.at_run_time))
+    grids |= quantization.tensors
+    return [
+        Column(name, "given", ("given", name), partial(_tap, tensor=name, grid=grid))
+        for name, grid in grids.items()
+        if name in graph.value and is_float(graph.value[name]) and not _lies_on(grid, graph.value[name], grids)
+    ]
+
+
+def _lies_on(grid: GivenTensor | None, value: ir.Value, grids: Mapping[str, GivenTensor | None]) -> bool:
+    """Tell whether a tensor holds numbers of its grid already, because it is moved from one that is rounded to it."""
+    source: ir.Value | None = value
+    while source is not None and (node := source.producer()) is not None and node.op_type in KEEPS_GRIDS:
+        source = node.inputs[0]
+        if source is not None and grid is not None and grids.get(str(source.name)) == grid:
+            return True
+    return False
+
+
+def _tap(name: str, *, tensor: str, grid: GivenTensor | None) -> Tap:
+    def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
+        x = values[tensor]
+        if grid is None:
+            return p.like("Sub", find_rounding(AT_RUN_TIME).write(ProbeWriter(p), x, None), x)
+        scale, least, most = (
+            p.const(np.array(v, np.float32))
+            for v in (grid.scale, grid.least - grid.zero_point, grid.most - grid.zero_point)
+        )
+        steps = p.like("Clip", p.like("Round", p.like("Div", x, scale)), least, most)
+        return p.like("Sub", p.like("Mul", steps, scale), x)
+
+    return Tap(name, (Edge(tensor=tensor, node="", slot=0),), error)
