@@ -111,7 +111,7 @@ def inputs(count: int = 2) -> list[dict[str, Array]]:
 
 
 def ranges_of(graph: Graph) -> dict[str, tuple[float, float]]:
-    units = split(graph, ORT_CPU, find_heads(graph))
+    units = split(graph, ORT_CPU, find_heads(graph), schemes=["int8"])
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     return collect(graph.model, [t for t in graph.value if t in tensors], inputs()).ranges("minmax")
 
@@ -161,7 +161,7 @@ def test_sessions_borrow_them(large: Graph) -> None:
 
 def test_the_reverse_pass_borrows_them_too(large: Graph) -> None:
     """No transposed copy of a matrix, whichever way round it is stored."""
-    heads, units = find_heads(large), split(large, ORT_CPU, find_heads(large))
+    heads, units = find_heads(large), split(large, ORT_CPU, find_heads(large), schemes=["int8"])
     taps = [c.tap(c.site) for c in columns(large, Recipe(units, ORT_CPU, ranges_of(large)))]
     adjoint = build(large, {h.name: h.tensor for h in heads}, taps, RULES)
     own = [constant(large.value[name]) for name in ("w0", "w1", "w2", "w3", "k")]
@@ -177,7 +177,7 @@ def test_same_measurement_as_with_copies(large: Graph, small: Graph, monkeypatch
     for graph, limit in ((large, 1), (small, 1 << 40)):
         monkeypatch.setattr(weights, "LARGE_BYTES", limit)
         assert Graph(graph.info, graph.model, graph.source).large == (limit == 1)
-        units = split(graph, ORT_CPU, find_heads(graph))
+        units = split(graph, ORT_CPU, find_heads(graph), schemes=["int8"])
         prober = Prober(graph, find_heads(graph), [Recipe(units, ORT_CPU, ranges_of(graph))])
         board = Switchboard(graph, Recipe(units, ORT_CPU, ranges_of(graph)))
         gates = board.gates(rounded(units, units.lowest()))
@@ -203,7 +203,7 @@ def test_rounded_weights_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
     model = load_graph(tmp_path / "m.onnx")
-    units = split(model, ORT_CPU, find_heads(model))
+    units = split(model, ORT_CPU, find_heads(model), schemes=["int8"])
     (site,) = (s for u in units.units for s in u.weights)
     recipe = Recipe(units, ORT_CPU, {"x": (0.0, 1.0), "h": (-5.0, 5.0)})
     delta = recipe.weight("int8", model.node["MatMul"], site).rounded - w
@@ -266,7 +266,7 @@ def test_programs_share_them(large: Graph) -> None:
 
 def test_saved_with_its_weights_beside_it(large: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "MESSAGE_BYTES", 100_000)
-    units = split(large, ORT_CPU, find_heads(large))
+    units = split(large, ORT_CPU, find_heads(large), schemes=["int8"])
     mixed = write_plan(large, Recipe(units, ORT_CPU, ranges_of(large)), Plan.of("int8", "a/MatMul"))
     with pytest.raises(ModelError, match=r"does not fit one ONNX message of 2 GB. Write it with `save`"):
         mixed.to_bytes()
@@ -454,7 +454,7 @@ def test_a_probe_keeps_one_copy_and_the_integers(tmp_path: Path) -> None:
     from bitalloy.targets.recipe import Recipe
     graphs.LARGE_BYTES = weights.LARGE_BYTES = 1 << 20
     graph = load(PATH)
-    units = split(graph, ORT_CPU, find_heads(graph))
+    units = split(graph, ORT_CPU, find_heads(graph), schemes=["int8"])
     ranges = {str(v): (-4.0, 4.0) for v in graph.value}
     before = anonymous()
     prober = Prober(graph, find_heads(graph), [Recipe(units, ORT_CPU, ranges)])
@@ -583,7 +583,7 @@ def test_the_decoder_is_analysed_with_an_empty_cache(llama: ModuleType, decoder:
     exact = dict(zip(net.output_names, reference(decoder, feeds), strict=True))
     np.testing.assert_allclose(OrtSession(net.model).run(feeds)["logits"], exact["logits"], rtol=1e-4, atol=1e-5)
     heads = find_heads(net)[:1]
-    units = split(net, ORT_CPU, heads)
+    units = split(net, ORT_CPU, heads, schemes=["int8"])
     tensors = {e.root for e in units.edges} | {e.tensor for u in units.units for e in u.inner}
     ranges = collect(net.model, [t for t in net.value if t in tensors], [feeds]).ranges("minmax")
     matrix = Prober(net, heads, [Recipe(units, ORT_CPU, ranges)]).measure(feeds, sample=0, probes=64, seed=0)
