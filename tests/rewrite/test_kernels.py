@@ -222,6 +222,6 @@ def case_units(tmp_path_factory: pytest.TempPathFactory) -> UnitGraph:
 
 def test_without_being_asked_plans_do_not_use_them(graph: Graph) -> None:
     units = split(graph, ORT_CPU, find_heads(graph))
-    assert [s.name for s in units.schemes] == ["fp32", "int8"]
+    assert [s.name for s in units.schemes] == ["fp32", "int8-dynamic", "int8"]
     with pytest.raises(BitalloyError, match="do not use it unless --schemes names it"):
         write_plan(graph, Recipe(units, ORT_CPU, {}), Plan.of("w4", products(units)[0]))

@@ -121,8 +121,8 @@ class Unit(Record, frozen=True, kw_only=True):
 
     @property
     def why(self) -> str:
-        """Why the unit does not run in some scheme, in words; empty where it may run in all."""
-        return self.reason or "; ".join(dict.fromkeys(self.refused.values()))
+        """Why the unit does not run in the lowest scheme that it may not run in; empty where it may run in all."""
+        return self.reason or next(reversed(self.refused.values()), "")
 
 
 class UnitEdge(Record, frozen=True, kw_only=True):

@@ -139,6 +139,7 @@ class Target:
 
 
 UNASKED = "plans do not use it unless --schemes names it"
+NO_UNIT = "no unit of the model can run in it"
 
 
 def split(
@@ -159,10 +160,10 @@ def split(
         exclude: node names that stay in the baseline.
         schemes: names of those that plans may use beside the baseline; without them, the target's usual ones.
     """
-    offers = target.offered(schemes)
     found = _group(graph, target)
     joined = {h.output for h in heads if h.axis is not None}
     final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
+    offers = target.offered(schemes) if schemes else _serving(target, found)
     units = []
     for name, core in found.cores.items():
         members = found.members(name)
@@ -196,7 +197,7 @@ def split(
         units=tuple(units),
         edges=tuple(edges),
         schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
-        lacks=_lacks(target, offers),
+        lacks=_lacks(target, offers, asked=bool(schemes)),
     )
 
 
@@ -240,6 +241,16 @@ def _group(graph: Graph, target: Target) -> _Grouped:
     return _Grouped(cores, tails, owner)
 
 
+def _serving(target: Target, found: _Grouped) -> tuple[Offer, ...]:
+    """The usual offers: static ones, and of those with ranges of their own the ones that some unit can run in."""
+    members = {name: found.members(name) for name in found.cores}
+
+    def serves(offer: Offer) -> bool:
+        return any(not offer.refuse(core, members[name]) for name, core in found.cores.items())
+
+    return tuple(offer for offer in target.offered() if not offer.scheme.dynamic or serves(offer))
+
+
 def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
     """Say why what a unit makes may not be rounded where it is made; empty where it may."""
     if root in joined:
@@ -249,9 +260,10 @@ def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:
     return ""
 
 
-def _lacks(target: Target, offers: Sequence[Offer]) -> dict[str, str]:
+def _lacks(target: Target, offers: Sequence[Offer], *, asked: bool) -> dict[str, str]:
     """Map each scheme that plans may not use, though people may ask for it, to the reason."""
-    unasked = {offer.scheme.name: UNASKED for offer in target.runnable if offer not in offers}
+    missing = (o for o in target.runnable if o not in offers)
+    unasked = {o.scheme.name: NO_UNIT if o.usual and not asked else UNASKED for o in missing}
     return {**unasked, **target.lacking_schemes}
 
 
