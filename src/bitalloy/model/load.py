@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
-from bitalloy.model.file import parse
+from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.shown import float_origins, told_origins
 from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
@@ -57,8 +58,15 @@ class Graph:
     """Why the file as it is cannot stand for the float model; empty where it can."""
     changes: tuple[str, ...] = ()
     """What was converted when the file was read, in sentences, see `model.standard`."""
+    shown: tuple[str, ...] = ()
+    """Outputs, last in order, that the file does not have: what is compared where it gives integers alone, see
+    `model.shown`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
+    declared: tuple[TensorSpec, ...] = ()
+    """The inputs as the file declares them: sizes that it leaves open are names, or `?`."""
+    base: ir.Model | None = None
+    """The model before `rewrite.equalize` changed its weights; None where it did not."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
     """Arguments of each call of `rewrite.equalize.scale` on the file's graph: tensors and powers of two per channel."""
 
@@ -104,6 +112,26 @@ class Graph:
         """Whether the weights are so large that all sessions share them, because copies would not fit into memory."""
         return is_large(self.model)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the file leaves sizes of its inputs open."""
+        bound = {i.name: i.shape for i in self.info.inputs}
+        return any(i.shape != bound[i.name] for i in self.declared)
+
+    @cached_property
+    def open_model(self) -> ir.Model:
+        """The model with the sizes open that its file leaves open, its weights as they are there. Clone it to rewrite.
+
+        Raises:
+            ModelError: what is compared has another name there.
+        """
+        model = load_open(self.source)
+        made = {v.name: v for n in model.graph for v in n.outputs}
+        if missing := [name for name in self.shown if name not in made]:
+            raise ModelError(f"'{missing[0]}' is made otherwise where sizes are open.")
+        model.graph.outputs.extend(made[name] for name in self.shown)
+        return model
+
     def to_bytes(self) -> bytes:
         """Return the normal form as a serialized `ModelProto`.
 
@@ -113,7 +141,7 @@ class Graph:
         return to_bytes(self.model)
 
 
-def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None, part: bool = False) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:
@@ -121,6 +149,7 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
             mapped, not read: the file must stay as it is while the model is in use.
         shapes: input name -> static shape, for inputs with symbolic dimensions. A leading symbolic
             dimension (the batch) is bound to 1 without being asked. A size may be 0, as of an empty cache.
+        part: whether it is one graph of a program; its outputs are those of the file, also where all are integers.
 
     Raises:
         ModelError: the file is missing, not ONNX, fails the checker, has unsafe or missing external
@@ -129,11 +158,23 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
     """
     source = Path(path)
     try:
-        return _load(source, shapes or {})
+        graph = _load(source, shapes or {})
     except UnicodeDecodeError as error:  # names are decoded where they are first read
         raise ModelError(
             f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
         ) from error
+    return graph if part else _shown(graph)
+
+
+def _shown(graph: Graph) -> Graph:
+    """Let a model that gives integers alone give the floats behind them too."""
+    values = float_origins(graph.model)
+    if not values:
+        return graph
+    names = tuple(str(v.name) for v in values)
+    note = told_origins(graph.source.name, graph.output_names, names)
+    graph.model.graph.outputs.extend(values)
+    return replace(graph, shown=names, changes=(*graph.changes, note))
 
 
 def load_open(path: str | Path) -> ir.Model:
@@ -154,7 +195,7 @@ def load_open(path: str | Path) -> ir.Model:
     shapes = {value.name: value.shape for value in parsed.graph.outputs}
     model = tidy(parsed)
     for value in model.graph.outputs:
-        value.shape = shapes[value.name]  # inference forgets the names of open sizes
+        value.shape = shapes[value.name] or value.shape  # inference forgets the names of open sizes
     if size >= LARGE_BYTES:
         release(model)
     return model
@@ -162,6 +203,7 @@ def load_open(path: str | Path) -> ir.Model:
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     given, digest, size = _read(source)
+    declared = tuple(map(declared_spec, _inputs(given)))
     proto, changes = _standard(given, source, size)
     _refuse(proto, source)
     _bind(proto, shapes)
@@ -196,7 +238,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit, changes)
+    return Graph(info, model, source, metadata, unfit, changes, declared=declared)
 
 
 def _standard(proto: onnx.ModelProto, source: Path, size: int) -> tuple[onnx.ModelProto, tuple[str, ...]]:

@@ -66,6 +66,7 @@ def tidy(model: ir.Model) -> ir.Model:
     """Do the part of `normalize` that needs no static shapes, in place; nodes get their names of the normal form."""
     _settle(model)
     _fold_batch_norm(model)
+    plain_products(model)
     RemoveUnusedNodesPass()(model)
     return model
 

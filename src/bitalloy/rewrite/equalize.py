@@ -168,12 +168,13 @@ def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> So
             _scale(model, fresh, nodes[operand.node], operand, np.exp2(-np.where(exponent == -NEVER, 0, exponent)))
         for operand in place.multiplied:
             _scale(model, fresh, nodes[operand.node], operand, np.exp2(np.where(exponent == NEVER, 0, exponent)))
+    base = graph.base or graph.model
     if not factors:
-        return replace(graph, model=model)
+        return replace(graph, model=model, base=base)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
     digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest()
     step = tuple((p.tensor, tuple(map(int, powers))) for p, powers in factors.items())
-    return replace(graph, model=model, rewritten=digest, factors=(*graph.factors, step))
+    return replace(graph, model=model, base=base, rewritten=digest, factors=(*graph.factors, step))
 
 
 def open_graph(spec: GraphFile, _: Contexts) -> Graph:
