@@ -45,8 +45,8 @@ def float_origins(model: ir.Model) -> tuple[ir.Value, ...]:
 def told_origins(name: str, outputs: Sequence[str], shown: Sequence[str]) -> str:
     """Say what is compared in place of the outputs of a file."""
     return (
-        f"'{name}' gives no floats ({_listed(outputs)}). What is compared are those behind, {_listed(shown)}, on models "
-        "that give these too; the shipped model has the outputs of the file."
+        f"'{name}' gives no floats ({_listed(outputs)}). What is compared are those behind, {_listed(shown)}, on "
+        "models that give these too; the shipped model has the outputs of the file."
     )
 
 

@@ -186,9 +186,11 @@ def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
     model = write_plan(graph, recipe, plan, kernels=False).model
     program = graph.program if isinstance(graph, Joined) else None
     parts = {ONLY: model} if program is None else divide(model, program)
-    bound = {}
+    bound: dict[str, str] = {}
     for form in _open_forms(graph):
         try:
+            if not recipe.target.runtime.open_sizes:
+                raise ModelError(f"{recipe.target.runtime.name} builds an engine for one size of each input.")
             parts[form.name] = form.take(parts[form.name])
         except ModelError as error:
             bound[form.name] = str(error)
@@ -245,12 +247,13 @@ def _executable(artefact: Artefact, target: Target) -> Artefact:
 
 def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
     if not isinstance(graph, Joined):
-        return Artefact({ONLY: _given(given)}, runtime=target.runtime)
+        return Artefact({ONLY: as_given(given)}, runtime=target.runtime)
     program = graph.program
-    return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, target.runtime)
+    return Artefact({name: as_given(p) for name, p in program.graphs.items()}, program, target.runtime)
 
 
-def _given(graph: Graph) -> Path | ir.Model:
+def as_given(graph: Graph) -> Path | ir.Model:
+    """Return the file of a float model, or its normal form where the file cannot stand for it."""
     return graph.model if graph.unfit or graph.shown else graph.source
 
 

@@ -282,8 +282,8 @@ def open_labelled(
     picture = image_input(known)
     if picture is not None and isinstance(picture.shape[0], int) and picture.shape[0] > 1:
         raise DataError(
-            f"Labels are evaluated one image at a time, but '{picture.name}' takes {picture.shape[0]}. Leave out --eval, "
-            "or export the model with a batch of 1."
+            f"Labels are evaluated one image at a time, but '{picture.name}' takes {picture.shape[0]}. Leave out "
+            "--eval, or export the model with a batch of 1."
         )
     task: Task[Any] | None = find_task(known)
     if task is None:
