@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
+from bitalloy.model.bind import bind, fed_inputs
 from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
@@ -203,12 +204,12 @@ def load_open(path: str | Path) -> ir.Model:
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     given, digest, size = _read(source)
-    declared = tuple(map(declared_spec, _inputs(given)))
+    declared = tuple(map(declared_spec, fed_inputs(given)))
     proto, changes = _standard(given, source, size)
     _refuse(proto, source)
-    _bind(proto, shapes)
+    bind(proto, shapes)
     if changes:
-        _bind(given, shapes)
+        bind(given, shapes)
         changes = (*changes, agrees(given, proto, source.name))
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
@@ -217,7 +218,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     parsed = _parsed(proto, source)
     if size >= LARGE_BYTES:
         hold(parsed, source.parent)
-    inputs = tuple(_spec(v) for v in _inputs(proto))
+    inputs = tuple(_spec(v) for v in fed_inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
     unfit = _unfit(given, source)
     del given, proto
@@ -383,12 +384,6 @@ def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     return tensors
 
 
-def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The inputs that must be fed: old files list their weights as inputs too."""
-    names = {i.name for i in proto.graph.initializer}
-    return [v for v in proto.graph.input if v.name not in names]
-
-
 def _refuse(proto: onnx.ModelProto, source: Path) -> None:
     for item in [*proto.opset_import, *proto.graph.node]:
         item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
@@ -416,76 +411,12 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
             raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
         if any(a.name == "training_mode" and a.i for a in node.attribute):
             raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")
-    for value in [*_inputs(proto), *proto.graph.output]:
+    for value in [*fed_inputs(proto), *proto.graph.output]:
         if value.type.WhichOneof("value") not in (None, "tensor_type"):
             raise ModelError(f"'{value.name}' is not a tensor; sequences, maps and optionals are not supported.")
         kind = value.type.tensor_type.elem_type
         if kind not in onnx.TensorProto.DataType.values():
             raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
-
-
-def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give every input a static shape: its own, the one asked for, or 1 for a leading symbolic dimension."""
-    values = _inputs(proto)
-    unknown = sorted(set(shapes) - {v.name for v in values})
-    if unknown:
-        raise ModelError(f"No input called {unknown}; the model's inputs are {[v.name for v in values]}.")
-    for name, sizes in shapes.items():
-        if any(size < 0 for size in sizes):
-            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: no size may be negative.")
-    for value in values:
-        kind = value.type.tensor_type
-        if not kind.HasField("shape"):
-            for _ in shapes.get(value.name, ()):
-                kind.shape.dim.add()
-            if value.name not in shapes:
-                raise ModelError(
-                    f"Input '{value.name}' has no shape. Add --shape {value.name}=1x3x640x640 (with your sizes)."
-                )
-        dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
-        if len(shapes.get(value.name, dims)) != len(dims):
-            raise ModelError(
-                f"Input '{value.name}' has {len(dims)} dimensions, but the shape {list(shapes[value.name])} was given."
-            )
-    symbols = _symbols(values, shapes)
-    for value in values:
-        dims = value.type.tensor_type.shape.dim
-        given: Sequence[int | None] = shapes.get(value.name, [None] * len(dims))
-        text = "x".join(str(d.dim_value or d.dim_param or "?") for d in dims)
-        for axis, (dim, wanted) in enumerate(zip(dims, given, strict=True)):
-            if dim.dim_value > 0 and wanted not in (None, dim.dim_value):
-                raise ModelError(
-                    f"Input '{value.name}' is fixed to {dim.dim_value} on axis {axis}, but {wanted} was given."
-                )
-            found = (dim.dim_value or None, wanted, symbols.get(dim.dim_param), 1 if axis == 0 else None)
-            size = next((s for s in found if s is not None), None)
-            if size is None:
-                raise ModelError(
-                    f"Input '{value.name}' has symbolic shape {text} and no size was given. "
-                    f"Add --shape {value.name}={text} with numbers in place of the names."
-                )
-            dim.dim_value = size
-
-
-def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of named dimensions: those given, then 1 for names that lead a shape."""
-    sizes: dict[str, int] = {}
-    leading: dict[str, int] = {}
-    for value in values:
-        dims = value.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if not dim.dim_param:
-                continue
-            if axis == 0:
-                leading[dim.dim_param] = 1
-            if value.name in shapes:
-                size = shapes[value.name][axis]
-                if sizes.setdefault(dim.dim_param, size) != size:
-                    raise ModelError(
-                        f"Dimension '{dim.dim_param}' was given as {sizes[dim.dim_param]} and as {size} (input "
-                        f"'{value.name}'). Give it the same size everywhere."
-                    )
-    return {**leading, **sizes}
 
 
 def _check(proto: onnx.ModelProto, source: Path) -> None:
