@@ -15,10 +15,9 @@ from bitalloy.measure.sqnr import artefact_sqnr
 from bitalloy.model.heads import find_heads, is_divergence
 from bitalloy.model.load import load_graph
 from bitalloy.model.sizes import OpenSizes, Shapes
-from bitalloy.rewrite.calibrated import ExecutedNetwork, as_given
+from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, as_given
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
-from bitalloy.sensitivity.analysis import Analysis
 
 SIZES, SAMPLES = 3, 4
 """Least number of sizes at which a model is verified, those of the analysis among them, and samples at each other."""
@@ -33,7 +32,7 @@ class SizeInputs(StageInputs, frozen=True, kw_only=True):
     sizes: tuple[Shapes, ...]
 
 
-def verify_sizes(analysis: Analysis, mixed: Artefact, plan: Plan, work: Workspace) -> tuple[VerifiedSize, ...]:
+def verify_sizes(analysis: Calibrated, mixed: Artefact, plan: Plan, work: Workspace) -> tuple[VerifiedSize, ...]:
     """Compare the shipped model with the float one at the other sizes that are asked for, and at one more at least.
 
     Samples are cut or repeated to each size. Sizes that are not asked for, and that the float model does not take, are
@@ -72,7 +71,7 @@ def verify_sizes(analysis: Analysis, mixed: Artefact, plan: Plan, work: Workspac
     return msgspec.json.decode(work.cached("sizes", inputs, make), type=tuple[VerifiedSize, ...])
 
 
-def _verified(analysis: Analysis, mixed: Artefact, shapes: Shapes, samples: tuple[int, ...]) -> VerifiedSize:
+def _verified(analysis: Calibrated, mixed: Artefact, shapes: Shapes, samples: tuple[int, ...]) -> VerifiedSize:
     """Measure the model at one size.
 
     Raises:
