@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,7 +54,7 @@ class _Body:
 
     def weight(self, name: str, *shape: int) -> str:
         """Store random numbers whose products keep the size of what they read."""
-        spread = 1 / np.sqrt(max(np.prod(shape[1:] if len(shape) == 4 else shape[:-1]), 1))
+        spread = 1 / np.sqrt(math.prod(shape[1:] if len(shape) == 4 else shape[:-1]))
         self.constants[name] = (self._random.standard_normal(shape) * spread).astype(np.float32)
         return name
 
@@ -61,7 +63,7 @@ class _Body:
         self.constants[name] = np.array(numbers, np.int64)
         return name
 
-    def op(self, kind: str, inputs: str, output: str, **attributes: object) -> str:
+    def op(self, kind: str, inputs: str, output: str, **attributes: Any) -> str:
         """Add a node; names are separated by blanks, and the first output names the node."""
         made = output.split()
         self.nodes.append(helper.make_node(kind, inputs.split(), made, name=f"{made[0]}_node", **attributes))
@@ -185,11 +187,11 @@ def state() -> SmallModel:
     return SmallModel(model, {"x": (2, 16), "state": (2, 1, 5, 6)})
 
 
-def _integers(kind: int, shape: Shape, shown: str, *nodes: tuple[str, str, str, dict[str, object]]) -> SmallModel:
+def _integers(kind: int, shape: Shape, shown: str, *nodes: tuple[str, str, str, dict[str, Any]]) -> SmallModel:
     body = _Body()
     body.convolved()
     body.op("Conv", f"map {body.weight('w2', 6, 8, 1, 1)}", "scores")
-    body.constants |= {"half": np.float32(0.5), "zero": np.float32(0), "four": np.float32(4)}
+    body.constants |= {n: np.array(v, np.float32) for n, v in (("half", 0.5), ("zero", 0), ("four", 4))}
     body.whole("five", 5)
     body.whole("last", -1)
     for operator, inputs, output, attributes in nodes:

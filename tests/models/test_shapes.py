@@ -48,7 +48,7 @@ def ship(small: SmallModel, folder: Path, settings: Settings = QUICK) -> Shipped
     onnx.save(small.model, given)
     (folder / "feeds").mkdir()
     for seed in range(6):
-        np.savez(folder / "feeds" / f"{seed}.npz", **small.feeds(seed))
+        np.savez(folder / "feeds" / f"{seed}.npz", **small.feeds(seed))  # type: ignore[arg-type]
     prepared = prepare(given, out=folder / "run", data=folder / "feeds")
     ready = calibrate(prepared.model, prepared.data, settings)
     plan = Plan({u.id: "int8" for u in ready.units.units if "int8" in u.choices})
