@@ -232,7 +232,6 @@ def test_open_sizes_name_the_options() -> None:
     [
         ((1, 3, 8, 8), {"size": 16}, "Size 16 does not fit"),
         ((1, 3, "h", "w"), {"size": 0}, "Size 0 does not fit"),
-        ((4, 3, 8, 8), {}, "fixed batch 4"),
         ((1, 3, 8, 8), {"mean": [1.0, 2.0]}, "expected 3 finite numbers"),
         ((1, 3, 8, 8), {"std": [0.0]}, "std above 0"),
         ((1, 3, 8, 8), {"mean": [math.nan]}, "finite"),

@@ -38,6 +38,8 @@ def gather(
     samples: Sequence[int],
     method: str,
     work: Workspace,
+    *,
+    others: Sequence[tuple[Graph, Dataset]] = (),
 ) -> Calibration:
     """Calibrate all tensors that a target may round, or judges.
 
@@ -48,6 +50,7 @@ def gather(
         samples: indices of those to calibrate on.
         method: range method, see `Settings.range_method`.
         work: where results are stored and progress is shown.
+        others: the same model at other sizes, each with the same samples at these.
     """
     wanted: set[str] = set()
     for units in targets:
@@ -62,19 +65,23 @@ def gather(
         data=info,
         samples=tuple(samples),
         method=method,
+        sizes=tuple((other.info.inputs, more.info) for other, more in others),
     )
 
     def make() -> bytes:
         statistics: Statistics | None = None
-        graph, opened = graph_opening(model), data_opening(data, info)
         masked = tuple(sorted(masked_tensors(model)))
-        jobs, key = [], key_of(inputs)
-        for start in range(0, count, CALIBRATION_SHARD):
-            some = tuple(samples[start : start + CALIBRATION_SHARD])
-            spec = CalibrationShard(graph=graph, data=opened, tensors=tuple(order), masked=masked, samples=some)
-            jobs.append(Job(kind="calibrate", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
-        held = work.executor.contexts.holding((graph, model), (opened, data))
-        with work.stage("calibrate", count) as progress, held:
+        jobs, key, resident = [], key_of(inputs), list[tuple[Opening, object]]()
+        for number, (sized, fed) in enumerate([(model, data), *others]):
+            graph, opened = graph_opening(sized), data_opening(fed, fed.info)
+            resident += [(graph, sized), (opened, fed)]
+            for start in range(0, count, CALIBRATION_SHARD):
+                some = tuple(samples[start : start + CALIBRATION_SHARD])
+                spec = CalibrationShard(graph=graph, data=opened, tensors=tuple(order), masked=masked, samples=some)
+                shard = f"{start:06d}" + (f"-{number}" if number else "")
+                jobs.append(Job(kind="calibrate", key=key, shard=shard, spec=spec, steps=len(some)))
+        held = work.executor.contexts.holding(*resident)
+        with work.stage("calibrate", count * (1 + len(others))) as progress, held:
             for raw in work.map(jobs, progress):
                 part = Statistics.from_bytes(raw)
                 statistics = part if statistics is None else statistics.merge(part)
@@ -134,6 +141,8 @@ class CalibrationInputs(StageInputs, frozen=True, kw_only=True):
     data: DataInfo
     samples: tuple[int, ...]
     method: str
+    sizes: tuple[tuple[tuple[TensorSpec, ...], DataInfo], ...] = ()
+    """Inputs and data of the same model at other sizes."""
 
 
 class CalibrationShard(Record, frozen=True, kw_only=True):

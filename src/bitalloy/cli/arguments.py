@@ -45,7 +45,11 @@ class OpeningArguments:
     """Options that say how the model and its images are opened."""
 
     shape: Annotated[
-        list[str] | None, typer.Option(help="Shape of an input with open dimensions: `images=1x3x640x640`.")
+        list[str] | None,
+        typer.Option(
+            help="Shape of an input with open dimensions: `images=1x3x640x640`. Given again for the same input, ranges "
+            "are taken, and the shipped model is verified, at that shape too."
+        ),
     ] = None
     scale: Annotated[float | None, typer.Option(help="Factor by which pixels are multiplied. Default: 1/255.")] = None
     mean: Annotated[str | None, typer.Option(help="Per-channel mean after scaling: `0.485,0.456,0.406`.")] = None
@@ -73,14 +77,18 @@ class OpeningArguments:
 
         shapes, image = self._values()
         return RunOptions(
-            shapes=shapes,
+            shapes=shapes[0],
             image=image,
             checkpoint=self.checkpoint,
             trust_checkpoint=self.trust_checkpoint,
             limit=limit,
         )
 
-    def _values(self) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
+    def sizes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """Return the further shapes that were given, see `Settings.sizes`."""
+        return tuple(self._values()[0][1:])
+
+    def _values(self) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, object]]:
         from bitalloy.cli import options
 
         image = options.image(self.scale, self.mean, self.std, self.layout, self.fit)
@@ -171,8 +179,12 @@ class AnalysisArguments:
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all random choices.")] = 0
 
-    def settings(self, *, protect: bool = True) -> Settings:
-        """Return the settings as a record; `protect` says whether advice of the model's family is followed.
+    def settings(self, *, protect: bool = True, sizes: tuple[dict[str, tuple[int, ...]], ...] = ()) -> Settings:
+        """Return the settings as a record.
+
+        Args:
+            protect: whether advice of the model's family is followed.
+            sizes: further shapes of inputs.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
@@ -189,6 +201,7 @@ class AnalysisArguments:
             samples=options.samples(self.samples),
             probes=self.probes,
             seed=self.seed,
+            sizes=sizes,
             exclude=tuple(self.exclude or ()),
             schemes=options.schemes(self.schemes),
             workload=options.workload(self.workload),

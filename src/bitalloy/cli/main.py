@@ -99,7 +99,7 @@ def run_command(asked: RunArguments) -> None:
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
     """
     asked.budget(1)  # refuses what is wrong before the model is read
-    settings = asked.analysis.settings(protect=asked.protect)
+    settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes())
     asked.opening.check()
     _refuse_broken(asked.model.model)
 
@@ -266,7 +266,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
       bitalloy sensitivity yolo11n.onnx --data images/ --metric --eval instances.json --units '/model.23/*/Sigmoid'
     """
     asked.check()
-    settings = asked.analysis.settings()
+    settings = asked.analysis.settings(sizes=asked.opening.sizes())
     _refuse_broken(asked.model.model)
 
     from rich.table import Table

@@ -184,18 +184,21 @@ def samples(text: str) -> int | None:
     return int(text)
 
 
-def shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Read input shapes: name of the input -> sizes.
+def shapes(texts: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
+    """Read input shapes: name of the input -> sizes. The second shapes of inputs make the second entry, and so on.
 
-    >>> shapes(["images=1x3x640x640"])
-    {'images': (1, 3, 640, 640)}
+    >>> shapes(["x=1x3x64x64", "mask=1x64", "x=1x3x32x32"])
+    [{'x': (1, 3, 64, 64), 'mask': (1, 64)}, {'x': (1, 3, 32, 32)}]
     """
-    found = {}
+    found: list[dict[str, tuple[int, ...]]] = [{}]
     for text in texts:
         name, _, dims = text.rpartition("=")
         if not name or not re.fullmatch(r"[1-9][0-9]{0,8}([x,][1-9][0-9]{0,8})*", dims):
             raise BitalloyError(f"--shape is '{text}'; expected an input and its sizes, such as images=1x3x640x640.")
-        found[name] = tuple(int(d) for d in re.split("[x,]", dims))
+        free = next((one for one in found if name not in one), None)
+        if free is None:
+            found.append(free := {})
+        free[name] = tuple(int(d) for d in re.split("[x,]", dims))
     return found
 
 

@@ -210,6 +210,17 @@ class KernelEffect(Record, frozen=True, kw_only=True):
     """What makes the difference, as executions without it prove, or that it is not known."""
 
 
+class VerifiedSize(Record, frozen=True, kw_only=True):
+    """The shipped model beside the float one at another size than that of the analysis."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Input -> shape, of inputs with open sizes."""
+    sqnr_db: dict[str, float] = msgspec.field(default_factory=dict)
+    """Head -> measured SQNR; divergences are left out."""
+    failed: str = ""
+    """Why the shipped model does not run at that size, where the float model does; empty where it runs."""
+
+
 class UsedSamples(Record, frozen=True, kw_only=True):
     """Which samples served what; see `bitalloy.data.parts` for how they are drawn."""
 
@@ -308,3 +319,5 @@ class Summary(Record, frozen=True, kw_only=True):
     """Light corrections that were tried, in order; those that were switched off are left out."""
     parts: UsedSamples | None = None
     """Which samples served calibration, probing and verification; None in summaries of older versions."""
+    sizes: tuple[VerifiedSize, ...] = ()
+    """Other sizes at which the shipped model was verified; empty where it leaves none open."""

@@ -263,6 +263,9 @@ class Settings(Given, frozen=True, kw_only=True):
     """Reverse passes per sample, shared out evenly among the heads, at least two for each; half as many more, at least
     two, for every head that is also measured as a KL divergence."""
     seed: int = 0
+    sizes: tuple[dict[str, tuple[int, ...]], ...] = ()
+    """Further shapes of inputs with open sizes, each input -> shape, at which ranges are taken too and the shipped
+    model is verified; inputs that one does not name keep the sizes of the samples."""
     exclude: tuple[str, ...] = ()
     """Glob patterns over node names and regions that stay in float."""
     schemes: tuple[str, ...] = ()

@@ -195,28 +195,34 @@ class _Files(Samples):
 
     def fingerprint(self, index: int) -> str:
         digest = _digest(self.name(index))
-        for file in self._parts(self._files[index]):
+        for file in self._parts(index):
             digest.update(file_hash(file).encode())
         return digest.hexdigest()
 
     def files(self, index: int) -> tuple[Path, ...]:
         return (self._files[index],)
 
-    def _parts(self, file: Path) -> tuple[Path, ...]:
-        return (file,)
+    def _parts(self, index: int) -> tuple[Path, ...]:
+        """List all files of a sample."""
+        return self.files(index)
 
 
 class ImageFolder(_Files):
     """A folder of images (subfolders included, in the order of their names), or a single image.
 
-    Where the model has more inputs than the image, `name.npz` beside `name.jpg` holds them by name.
+    Where the model has more inputs than the image, `name.npz` beside `name.jpg` holds them by name. A model with a
+    batch of n gets n images at a time, the last of them filled up with the first images; a sample has the name, and the
+    other inputs, of the first of its images.
 
     Raises:
         DataError: the folder has no images, or images lack the .npz file that the model needs.
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
-        super().__init__(path, _listing(path, _IMAGES), inputs, spec.describe())
+        batch = next((i.shape[0] for i in inputs if i.name == spec.input), 1)
+        self._batch = batch if isinstance(batch, int) else 1
+        self._images = _listing(path, _IMAGES)
+        super().__init__(path, self._images[:: self._batch], inputs, spec.describe())
         self._spec, self.decisive = spec, key_of(spec)
         self._others = [i.name for i in inputs if i.name != spec.input]
         if not self._files:
@@ -230,12 +236,18 @@ class ImageFolder(_Files):
 
     def feeds(self, index: int) -> Feeds:
         file = self._files[index]
-        image, _ = image_feed(open_image(file, self._spec.channels), self._spec)
+        images = [image_feed(open_image(f, self._spec.channels), self._spec)[0] for f in self.files(index)]
+        image = np.concatenate(images)
         others = read_arrays(file.with_suffix(".npz"), self._others) if self._others else {}
         return check_feeds({self._spec.input: image, **others}, self._inputs, f"'{file}'")
 
-    def _parts(self, file: Path) -> tuple[Path, ...]:
-        return (file, file.with_suffix(".npz")) if self._others else (file,)
+    def files(self, index: int) -> tuple[Path, ...]:
+        first = index * self._batch
+        return tuple(self._images[i % len(self._images)] for i in range(first, first + self._batch))
+
+    def _parts(self, index: int) -> tuple[Path, ...]:
+        others = (self._files[index].with_suffix(".npz"),) if self._others else ()
+        return (*self.files(index), *others)
 
 
 class FeedFolder(_Files):

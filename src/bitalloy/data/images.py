@@ -142,11 +142,6 @@ def infer_image_spec(
             return None
         raise DataError(no_image_input(inputs))
     spec, place = min(found, key=lambda f: _channels(*f) != 3)  # 1xLxL masks come after an RGB input
-    batch = spec.shape[0]
-    if isinstance(batch, int) and batch > 1:
-        raise DataError(
-            f"Input '{spec.name}' has the fixed batch {batch}; images are fed one at a time. Export with 1."
-        )
     height, width = _size(spec, place, options.size)
     channels, dtype, yolo = _channels(spec, place), _PIXELS[spec.dtype], task in _YOLO_TASKS
     scale, mean, std = options.scale, options.mean, options.std

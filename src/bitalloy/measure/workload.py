@@ -137,7 +137,7 @@ def _sized(graph: Joined, names: Sequence[str], sizes: Mapping[str, int]) -> dic
         if name in shapes:
             shapes[name][tensor] = tuple(int(d) if d.isdigit() else sizes[d] for d in dims)
     for name in names:
-        part = load_graph(graph.program.graphs[name].source, shapes=shapes[name])
+        part = load_graph(graph.program.graphs[name].source, shapes=shapes[name], part=True)
         found.update({f"{name}/{name_of(node)}": node for node in part.nodes})
     return found
 

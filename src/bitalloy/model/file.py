@@ -13,13 +13,18 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.files import is_text
+from bitalloy.core.records import TensorSpec
 
 PROGRAM_FILE = "program.json"
 """Name of the file that describes a program of several graphs."""
+NAMELESS = frozenset({"?", "-1", "None"})
+"""Names that exporters give to every open dimension: they do not say that two dimensions have one size."""
 
 
 def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
     """Read an ONNX file as a `ModelProto` without its external data; return that and the bytes of the file.
+
+    An open dimension of an input or output that the file writes as -1, or by a name of `NAMELESS`, has no name.
 
     Raises:
         ModelError: the file is missing, is no ONNX file, or is truncated.
@@ -43,6 +48,10 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
         ) from error
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"'{source}' holds no ONNX graph: it is empty, truncated, or another kind of file.")
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0 or dim.dim_param in NAMELESS:
+                dim.Clear()
     return proto, data
 
 
@@ -63,3 +72,16 @@ def refuse_broken(model: str | Path) -> None:
     path = Path(model)
     if path.name != PROGRAM_FILE and (path.suffix == ".onnx" or is_file(path)) and not path.is_dir():
         parse(path)
+
+
+def declared_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    """Describe an input or output as a file declares it; open sizes are names, or `?` without one.
+
+    Raises:
+        ModelError: its type is unknown.
+    """
+    kind = value.type.tensor_type
+    if kind.elem_type not in onnx.TensorProto.DataType.values():
+        raise ModelError(f"'{value.name}' has the unknown data type {kind.elem_type}. The file is damaged or too new.")
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
+    return TensorSpec(name=value.name, dtype=onnx.TensorProto.DataType.Name(kind.elem_type), shape=shape)

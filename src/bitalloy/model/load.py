@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,10 +19,12 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
+from bitalloy.model.bind import bind, fed_inputs
 from bitalloy.model.dequantizer import GivenRoundings
-from bitalloy.model.file import parse
+from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.shown import float_origins, told_origins
 from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, Standard, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
 
@@ -60,8 +62,15 @@ class Graph:
     """What was converted when the file was read, in sentences, see `model.standard`."""
     quantization: GivenRoundings = field(default_factory=GivenRoundings)
     """What the file rounds, where it is quantized: then this is the float model behind it."""
+    shown: tuple[str, ...] = ()
+    """Outputs, last in order, that the file does not have: what is compared where it gives integers alone, see
+    `model.shown`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
+    declared: tuple[TensorSpec, ...] = ()
+    """The inputs as the file declares them: sizes that it leaves open are names, or `?`."""
+    base: ir.Model | None = None
+    """The model before `rewrite.equalize` changed its weights; None where it did not."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
     """Arguments of each call of `rewrite.equalize.scale` on the file's graph: tensors and powers of two per channel."""
 
@@ -107,6 +116,26 @@ class Graph:
         """Whether the weights are so large that all sessions share them, because copies would not fit into memory."""
         return is_large(self.model)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the file leaves sizes of its inputs open."""
+        bound = {i.name: i.shape for i in self.info.inputs}
+        return any(i.shape != bound[i.name] for i in self.declared)
+
+    @cached_property
+    def open_model(self) -> ir.Model:
+        """The model with the sizes open that its file leaves open, its weights as they are there. Clone it to rewrite.
+
+        Raises:
+            ModelError: what is compared has another name there.
+        """
+        model = load_open(self.source)
+        made = {v.name: v for n in model.graph for v in n.outputs}
+        if missing := [name for name in self.shown if name not in made]:
+            raise ModelError(f"'{missing[0]}' is made otherwise where sizes are open.")
+        model.graph.outputs.extend(made[name] for name in self.shown)
+        return model
+
     def to_bytes(self) -> bytes:
         """Return the normal form as a serialized `ModelProto`.
 
@@ -116,7 +145,7 @@ class Graph:
         return to_bytes(self.model)
 
 
-def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None, part: bool = False) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:
@@ -124,6 +153,7 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
             mapped, not read: the file must stay as it is while the model is in use.
         shapes: input name -> static shape, for inputs with symbolic dimensions. A leading symbolic
             dimension (the batch) is bound to 1 without being asked. A size may be 0, as of an empty cache.
+        part: whether it is one graph of a program; its outputs are those of the file, also where all are integers.
 
     Raises:
         ModelError: the file is missing, not ONNX, fails the checker, has unsafe or missing external
@@ -132,11 +162,23 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
     """
     source = Path(path)
     try:
-        return _load(source, shapes or {})
+        graph = _load(source, shapes or {})
     except UnicodeDecodeError as error:  # names are decoded where they are first read
         raise ModelError(
             f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
         ) from error
+    return graph if part else _shown(graph)
+
+
+def _shown(graph: Graph) -> Graph:
+    """Let a model that gives integers alone give the floats behind them too."""
+    values = float_origins(graph.model)
+    if not values:
+        return graph
+    names = tuple(str(v.name) for v in values)
+    note = told_origins(graph.source.name, graph.output_names, names)
+    graph.model.graph.outputs.extend(values)
+    return replace(graph, shown=names, changes=(*graph.changes, note))
 
 
 def load_open(path: str | Path) -> ir.Model:
@@ -157,7 +199,7 @@ def load_open(path: str | Path) -> ir.Model:
     shapes = {value.name: value.shape for value in parsed.graph.outputs}
     model = tidy(parsed)
     for value in model.graph.outputs:
-        value.shape = shapes[value.name]  # inference forgets the names of open sizes
+        value.shape = shapes[value.name] or value.shape  # inference forgets the names of open sizes
     if size >= LARGE_BYTES:
         release(model)
     return model
@@ -165,12 +207,13 @@ def load_open(path: str | Path) -> ir.Model:
 
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     given, digest, size = _read(source)
+    declared = tuple(map(declared_spec, fed_inputs(given)))
     standard = _standard(given, source, size)
     proto, changes = standard.proto, standard.changes
     _refuse(proto, source)
-    _bind(proto, shapes)
+    bind(proto, shapes)
     if changes:
-        _bind(given, shapes)
+        bind(given, shapes)
         changes = (*changes, agrees(given, standard, source.name))
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
@@ -179,7 +222,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     parsed = _parsed(proto, source)
     if size >= LARGE_BYTES:
         hold(parsed, source.parent)
-    inputs = tuple(_spec(v) for v in _inputs(proto))
+    inputs = tuple(_spec(v) for v in fed_inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
     unfit = "it is quantized" if standard.given else _unfit(given, source)
     roundings = standard.given
@@ -201,7 +244,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit, changes, roundings)
+    return Graph(info, model, source, metadata, unfit, changes, roundings, declared=declared)
 
 
 def _standard(proto: onnx.ModelProto, source: Path, size: int) -> Standard:
@@ -346,12 +389,6 @@ def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     return tensors
 
 
-def _inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The inputs that must be fed: old files list their weights as inputs too."""
-    names = {i.name for i in proto.graph.initializer}
-    return [v for v in proto.graph.input if v.name not in names]
-
-
 def _refuse(proto: onnx.ModelProto, source: Path) -> None:
     for item in [*proto.opset_import, *proto.graph.node]:
         item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
@@ -379,76 +416,12 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
             raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
         if any(a.name == "training_mode" and a.i for a in node.attribute):
             raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")
-    for value in [*_inputs(proto), *proto.graph.output]:
+    for value in [*fed_inputs(proto), *proto.graph.output]:
         if value.type.WhichOneof("value") not in (None, "tensor_type"):
             raise ModelError(f"'{value.name}' is not a tensor; sequences, maps and optionals are not supported.")
         kind = value.type.tensor_type.elem_type
         if kind not in onnx.TensorProto.DataType.values():
             raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
-
-
-def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give every input a static shape: its own, the one asked for, or 1 for a leading symbolic dimension."""
-    values = _inputs(proto)
-    unknown = sorted(set(shapes) - {v.name for v in values})
-    if unknown:
-        raise ModelError(f"No input called {unknown}; the model's inputs are {[v.name for v in values]}.")
-    for name, sizes in shapes.items():
-        if any(size < 0 for size in sizes):
-            raise ModelError(f"Input '{name}' cannot have the shape {list(sizes)}: no size may be negative.")
-    for value in values:
-        kind = value.type.tensor_type
-        if not kind.HasField("shape"):
-            for _ in shapes.get(value.name, ()):
-                kind.shape.dim.add()
-            if value.name not in shapes:
-                raise ModelError(
-                    f"Input '{value.name}' has no shape. Add --shape {value.name}=1x3x640x640 (with your sizes)."
-                )
-        dims = [d.dim_value or d.dim_param or "?" for d in kind.shape.dim]
-        if len(shapes.get(value.name, dims)) != len(dims):
-            raise ModelError(
-                f"Input '{value.name}' has {len(dims)} dimensions, but the shape {list(shapes[value.name])} was given."
-            )
-    symbols = _symbols(values, shapes)
-    for value in values:
-        dims = value.type.tensor_type.shape.dim
-        given: Sequence[int | None] = shapes.get(value.name, [None] * len(dims))
-        text = "x".join(str(d.dim_value or d.dim_param or "?") for d in dims)
-        for axis, (dim, wanted) in enumerate(zip(dims, given, strict=True)):
-            if dim.dim_value > 0 and wanted not in (None, dim.dim_value):
-                raise ModelError(
-                    f"Input '{value.name}' is fixed to {dim.dim_value} on axis {axis}, but {wanted} was given."
-                )
-            found = (dim.dim_value or None, wanted, symbols.get(dim.dim_param), 1 if axis == 0 else None)
-            size = next((s for s in found if s is not None), None)
-            if size is None:
-                raise ModelError(
-                    f"Input '{value.name}' has symbolic shape {text} and no size was given. "
-                    f"Add --shape {value.name}={text} with numbers in place of the names."
-                )
-            dim.dim_value = size
-
-
-def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of named dimensions: those given, then 1 for names that lead a shape."""
-    sizes: dict[str, int] = {}
-    leading: dict[str, int] = {}
-    for value in values:
-        dims = value.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if not dim.dim_param:
-                continue
-            if axis == 0:
-                leading[dim.dim_param] = 1
-            if value.name in shapes:
-                size = shapes[value.name][axis]
-                if sizes.setdefault(dim.dim_param, size) != size:
-                    raise ModelError(
-                        f"Dimension '{dim.dim_param}' was given as {sizes[dim.dim_param]} and as {size} (input "
-                        f"'{value.name}'). Give it the same size everywhere."
-                    )
-    return {**leading, **sizes}
 
 
 def _check(proto: onnx.ModelProto, source: Path) -> None:

@@ -69,6 +69,7 @@ def tidy(model: ir.Model) -> ir.Model:
     _settle(model)
     fold_bias(model)
     _fold_batch_norm(model)
+    plain_products(model)
     RemoveUnusedNodesPass()(model)
     return model
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.model.read import attribute, constant, static_shape
+from bitalloy.model.read import attribute, constant
 from bitalloy.model.write import add_initializer, namer
 
 
@@ -25,11 +25,11 @@ def plain_products(model: ir.Model) -> None:
             _spread_bias(node, model, fresh)
         if node.op_type != "MatMul":
             continue
-        left, right = (static_shape(v) for v in node.inputs)  # type: ignore[arg-type]
-        weight = constant(node.inputs[1])
-        if weight is None or not 2 < len(right) <= len(left) or any(d != 1 for d in right[:-2]):
+        weight, left = constant(node.inputs[1]), node.inputs[0]
+        rank = len(left.shape) if left is not None and left.shape is not None else 0
+        if weight is None or not 2 < weight.ndim <= rank or any(d != 1 for d in weight.shape[:-2]):
             continue
-        matrix = np.ascontiguousarray(weight.reshape(right[-2:]))
+        matrix = np.ascontiguousarray(weight.reshape(weight.shape[-2:]))
         node.replace_input_with(1, add_initializer(model.graph, fresh(f"{node.name}/matrix"), matrix))
 
 
@@ -90,9 +90,14 @@ def _fold_factors(node: ir.Node, model: ir.Model, fresh: Callable[[str], str]) -
 
 
 def _spread_bias(node: ir.Node, model: ir.Model, fresh: Callable[[str], str]) -> None:
-    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    columns = static_shape(node.outputs[0])[-1] if bias is not None else 0
-    if bias is None or bias.shape == (columns,) or bias.size != max(bias.shape[-1:], default=1):
+    bias, result = constant(node.inputs[2]) if len(node.inputs) > 2 else None, node.outputs[0].shape
+    columns = result[-1] if result is not None else None
+    if (
+        bias is None
+        or not isinstance(columns, int)
+        or bias.shape == (columns,)
+        or bias.size != max(bias.shape[-1:], default=1)
+    ):
         return
     row = np.broadcast_to(bias.reshape(-1), (columns,)).copy()
     node.replace_input_with(2, add_initializer(model.graph, fresh(f"{node.name}/bias"), row))

@@ -22,13 +22,17 @@ from bitalloy.corrections.kept import keep_weights
 from bitalloy.corrections.rounding import check_rounding, round_blocks
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
+from bitalloy.data.fitted import Fitted
 from bitalloy.data.parts import WantedSamples, draw_parts
 from bitalloy.measure.workload import is_language, workload_of
+from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.read import is_float
 from bitalloy.model.regions import ancestors, path_of, region_id
+from bitalloy.model.sizes import OpenSizes, Shapes
 from bitalloy.rewrite.calibrated import Calibrated, environment_of
+from bitalloy.rewrite.equalize import at_sizes
 from bitalloy.sensitivity.probing import MAX_SAMPLES
 from bitalloy.targets import TARGETS, chosen_targets
 from bitalloy.targets.base import Target, split
@@ -117,7 +121,8 @@ def _on_each(
     hidden = _hidden(model, units, heads, excluded)
     data, parts = drawn
     samples = parts.calibration[: settings.calibration_samples]
-    calibration = gather(model, units, data, samples, settings.range_method, work)
+    others = [(at_sizes(model, shapes), Fitted(data, shapes)) for shapes in _further_sizes(model, settings)]
+    calibration = gather(model, units, data, samples, settings.range_method, work, others=others)
     ranges = {r.tensor: r for r in calibration.ranges}
     return [
         Calibrated(
@@ -136,6 +141,13 @@ def _on_each(
         )
         for device, found in zip(devices, units, strict=True)
     ]
+
+
+def _further_sizes(model: Graph, settings: Settings) -> list[Shapes]:
+    """Return the further shapes that the settings ask for, of all inputs with open sizes."""
+    if settings.sizes and isinstance(model, Joined):
+        raise BitalloyError("Further shapes are for models of one graph; give one --shape for each input of a program.")
+    return [OpenSizes(model).completed(shapes) for shapes in settings.sizes]
 
 
 def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics, single_that_keeps
+from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 
@@ -113,6 +114,8 @@ def verify(
         memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work, single=beside),
         kernel_effects=None if unmeasured else course.kernel_effects(),
         given=examine_given(analysis, work, timed=not planned.cost.estimated),
+        bound=mixed.bound,
+        sizes_tried=verify_sizes(analysis, mixed, final.plan.chosen, work),
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)

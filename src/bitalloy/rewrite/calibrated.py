@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -146,7 +147,7 @@ class Calibrated:
         return write_plan(self.graph, self.recipe(), plan)
 
     def artefact(self, plan: Plan) -> Artefact:
-        """Make the model of a plan as it is shipped: of a program one model for every graph, with open sizes left open.
+        """Make the model of a plan as it is shipped, of a program one for every graph; open sizes are left open.
 
         A graph whose rounded nodes are not found again with open sizes keeps those of the samples.
         """
@@ -182,50 +183,78 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
 
 def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
     """Make the model of a plan as it is shipped: see `Calibrated.artefact`."""
-    model = write_plan(graph, recipe, plan, kernels=not isinstance(graph, Joined)).model
-    parts, program = {ONLY: model}, None
-    if isinstance(graph, Joined):
-        parts, program = _divided(graph, model), graph.program
-        for part in parts.values():
-            lower_kernels(part)
+    model = write_plan(graph, recipe, plan, kernels=False).model
+    program = graph.program if isinstance(graph, Joined) else None
+    parts = {ONLY: model} if program is None else divide(model, program)
+    bound: dict[str, str] = {}
+    for form in _open_forms(graph):
+        try:
+            if not recipe.target.runtime.open_sizes:
+                raise ModelError(f"{recipe.target.runtime.name} builds an engine for one size of each input.")
+            parts[form.name] = form.take(parts[form.name])
+        except ModelError as error:
+            bound[form.name] = str(error)
+    for part in parts.values():
+        lower_kernels(part)
     for part in parts.values() if recipe.target.rounds_floats else ():
         keep_floats(part)
     for part in parts.values():
         join_twins(part)
-    return Artefact(parts, program, recipe.target.runtime)
+    return Artefact(parts, program, recipe.target.runtime, graph.shown, bound)
 
 
-def _divided(graph: Joined, model: ir.Model) -> dict[str, ir.Model]:
-    """Take a program apart into its graphs, with open sizes where they can be left open."""
-    parts = divide(model, graph.program)
-    for name, opened in graph.opened.items():
-        try:
-            opened = opened.clone()
-            for value in opened.graph.initializers.values():
-                value.meta[SOURCE] = (f"{name}/{value.name}", BASELINE)
-            raise_opset(opened, int(parts[name].opset_imports[""]))
-            parts[name] = reopen(parts[name], opened, graph.program.graphs[name].model)
-        except ModelError:
-            continue
-    return parts
+@dataclass(frozen=True)
+class _OpenForm:
+    """A graph as its file leaves sizes open."""
+
+    name: str
+    fixed: ir.Model
+    """The float graph with the sizes of the samples, as it was loaded."""
+    load: Callable[[], ir.Model]
+    prefix: str = ""
+    """What the names of its weights have in front in the whole."""
+
+    def take(self, mixed: ir.Model) -> ir.Model:
+        """Write the roundings of the graph with fixed sizes into a copy.
+
+        Raises:
+            ModelError: the forms differ where something is rounded.
+        """
+        model = self.load().clone()
+        for value in model.graph.initializers.values():
+            value.meta[SOURCE] = (f"{self.prefix}{value.name}", BASELINE)
+        raise_opset(model, int(mixed.opset_imports[""]))
+        return reopen(mixed, model, self.fixed)
+
+
+def _open_forms(graph: Graph) -> list[_OpenForm]:
+    """List the graphs whose files leave sizes open."""
+    if not isinstance(graph, Joined):
+        whole = _OpenForm(ONLY, graph.base or graph.model, lambda: graph.open_model)
+        return [whole] if graph.is_open else []
+    parts = graph.program.graphs
+    return [
+        _OpenForm(name, parts[name].model, partial(graph.opened.__getitem__, name), f"{name}/") for name in graph.opened
+    ]
 
 
 def _executable(artefact: Artefact, target: Target) -> Artefact:
     if not target.casts:
         return artefact
     models = {name: as_specified(m) if isinstance(m, ir.Model) else m for name, m in artefact.models.items()}
-    return Artefact(models, artefact.program, AS_WRITTEN)
+    return replace(artefact, models=models, runtime=AS_WRITTEN)
 
 
 def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
     if not isinstance(graph, Joined):
-        return Artefact({ONLY: _given(given)}, runtime=target.runtime)
+        return Artefact({ONLY: as_given(given)}, runtime=target.runtime)
     program = graph.program
-    return Artefact({name: _given(p) for name, p in program.graphs.items()}, program, target.runtime)
+    return Artefact({name: as_given(p) for name, p in program.graphs.items()}, program, target.runtime)
 
 
-def _given(graph: Graph) -> Path | ir.Model:
-    return graph.model if graph.unfit else graph.source
+def as_given(graph: Graph) -> Path | ir.Model:
+    """Return the file of a float model, or its normal form where the file cannot stand for it."""
+    return graph.model if graph.unfit or graph.shown else graph.source
 
 
 def environment_of(target: Target) -> Environment:

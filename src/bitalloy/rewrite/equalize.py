@@ -39,7 +39,7 @@ from bitalloy.calibrate.channels import channel_maxima
 from bitalloy.core.jobs import Contexts
 from bitalloy.model.graphs.again import GraphFile, open_file
 from bitalloy.model.graphs.joining import Joined
-from bitalloy.model.load import Graph
+from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import attribute, constant, consumers, name_of, node_weight_axes, static_shape
 from bitalloy.model.write import Fresh, add_initializer, namer
 
@@ -168,12 +168,13 @@ def scale(graph: SomeGraph, factors: Mapping[ScalingPlace, Sequence[int]]) -> So
             _scale(model, fresh, nodes[operand.node], operand, np.exp2(-np.where(exponent == -NEVER, 0, exponent)))
         for operand in place.multiplied:
             _scale(model, fresh, nodes[operand.node], operand, np.exp2(np.where(exponent == NEVER, 0, exponent)))
+    base = graph.base or graph.model
     if not factors:
-        return replace(graph, model=model)
+        return replace(graph, model=model, base=base)
     said = [(p.tensor, list(powers)) for p, powers in factors.items()]
     digest = hashlib.sha256(f"{graph.rewritten}{said}".encode()).hexdigest()
     step = tuple((p.tensor, tuple(map(int, powers))) for p, powers in factors.items())
-    return replace(graph, model=model, rewritten=digest, factors=(*graph.factors, step))
+    return replace(graph, model=model, base=base, rewritten=digest, factors=(*graph.factors, step))
 
 
 def open_graph(spec: GraphFile, _: Contexts) -> Graph:
@@ -182,9 +183,22 @@ def open_graph(spec: GraphFile, _: Contexts) -> Graph:
     Raises:
         ModelError: the file is missing, or has changed.
     """
-    graph = open_file(spec)
-    places = {place.tensor: place for place in find_places(graph)} if spec.factors else {}
-    for step in spec.factors:
+    return _rescaled(open_file(spec), spec.factors)
+
+
+def at_sizes(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+    """Load a model of one graph again, with other shapes of some inputs and the same factors.
+
+    Raises:
+        ModelError: the model does not take these shapes.
+    """
+    bound = {spec.name: tuple(int(d) for d in spec.shape) for spec in graph.info.inputs}
+    return _rescaled(load_graph(graph.source, shapes={**bound, **shapes}), graph.factors)
+
+
+def _rescaled(graph: Graph, factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]) -> Graph:
+    places = {place.tensor: place for place in find_places(graph)} if factors else {}
+    for step in factors:
         graph = scale(graph, {places[tensor]: powers for tensor, powers in step})
     return graph
 

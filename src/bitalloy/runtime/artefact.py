@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from bitalloy.model.file import PROGRAM_FILE
 from bitalloy.model.graphs.wiring import GraphProgram, write_wiring
@@ -74,6 +75,10 @@ class Artefact:
     program: GraphProgram | None = None
     runtime: Runtime = ORT
     """Runtime that executes the artefact: that of the target for which it was made."""
+    shown: tuple[str, ...] = ()
+    """Outputs that are compared and not shipped, see `Graph.shown`."""
+    bound: Mapping[str, str] = field(default_factory=dict)
+    """Graph whose file leaves sizes open, and which has those of the samples -> why."""
 
     @property
     def large(self) -> bool:
@@ -139,11 +144,21 @@ class Artefact:
         models = {name: model for name, model in self.models.items() if isinstance(model, ir.Model)}
         assert len(models) == len(self.models), "what lies in files already is not written again"
         if self.program is None:
-            return save(models[ONLY], path)
+            return save(self._without_shown(models[ONLY]), path)
         path.mkdir(parents=True, exist_ok=True)
         (path / PROGRAM_FILE).unlink(missing_ok=True)
         files = [f for name, model in models.items() for f in save(model, path / f"{name}.onnx")]
         return (*files, write_wiring(path, {name: f"{name}.onnx" for name in self.models}, self.program.wires))
+
+    def _without_shown(self, model: ir.Model) -> ir.Model:
+        if not self.shown:
+            return model
+        model = model.clone()
+        kept = [v for v in model.graph.outputs if v.name not in self.shown]
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(kept)
+        RemoveUnusedNodesPass()(model)
+        return model
 
 
 def reopeners(artefacts: Sequence[Artefact]) -> list[Reopener]:

@@ -112,3 +112,5 @@ class Runtime:
     library: str = ""
     """Package with which a bare process opens the file of a model, see `runtime.resident`; empty where the memory of a
     process says nothing, such as on a GPU."""
+    open_sizes: bool = True
+    """Whether a session takes inputs of any size where the model leaves it open."""

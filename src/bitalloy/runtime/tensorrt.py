@@ -252,5 +252,5 @@ def _version() -> str:
         raise MissingExtraError("tensorrt", "tensorrt", "The target tensorrt") from error
 
 
-TENSORRT_RUNTIME = Runtime("TensorRT", TensorRtSession, _version)
+TENSORRT_RUNTIME = Runtime("TensorRT", TensorRtSession, _version, open_sizes=False)
 """The runtime of the extra `tensorrt`."""

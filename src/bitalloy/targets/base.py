@@ -94,6 +94,9 @@ class Target:
     single_reader: bool = False
     """Whether one node of a unit alone reads rounded tensors: `Core.reader`, or else its first. Nothing is rounded on
     the way to the others, and every tensor is rounded on its own scale."""
+    writes_floats: frozenset[str] = frozenset()
+    """Operators whose kernel for rounded numbers writes floats where nothing rounds its result: a unit of such a node
+    alone that makes an output does not round that."""
     slow_softmax: bool = True
     """Whether the runtime's Softmax is slow on other axes than the last, so that a Transpose on both sides pays."""
     rounds_floats: bool = False
@@ -165,9 +168,11 @@ def split(
     final = {h.output if h.given and h.axis is None else h.tensor for h in heads}
     offers = target.offered(schemes) if schemes else _serving(target, found)
     units = []
+    floating = frozenset(name for name in found.cores if _writes_floats(target, found, name))
     for name, core in found.cores.items():
         members = found.members(name)
-        refused = _refused(target, offers, core, members, _unfit_output(core.root, joined, final))
+        unfit_output = "" if name in floating else _unfit_output(core.root, joined, final)
+        refused = _refused(target, offers, core, members, unfit_output)
         allowed = (BASELINE, *(o.scheme.name for o in offers if o.scheme.name not in refused))
         excluded = bool(exclude & {name_of(n) for n in members})
         sited = any(o.scheme.sited and o.scheme.name in allowed for o in offers) and not excluded
@@ -189,6 +194,7 @@ def split(
         )
     unrounded = frozenset(e for core in found.cores.values() for e in core.joined)
     edges = _edges(graph, found.owner, {u.id: u for u in units}, target.placement, unrounded)
+    edges = [msgspec.structs.replace(e, rooted=False) if e.producer in floating else e for e in edges]
     if target.single_reader:
         edges = _entering(edges, {name: name_of(c.reader or c.nodes[0]) for name, c in found.cores.items()})
     return UnitGraph(
@@ -215,6 +221,11 @@ class _Grouped:
     def members(self, unit: str) -> tuple[ir.Node, ...]:
         """Return all nodes of a unit."""
         return (*self.cores[unit].nodes, *self.tails[unit])
+
+    def readers(self, unit: str) -> set[str]:
+        """Return the other units that read what a unit makes."""
+        made = [value for node in self.members(unit) for value in node.outputs]
+        return {self.owner[name_of(use.node)] for value in made for use in consumers(value)} - {unit}
 
 
 def _group(graph: Graph, target: Target) -> _Grouped:
@@ -249,6 +260,14 @@ def _serving(target: Target, found: _Grouped) -> tuple[Offer, ...]:
         return any(not offer.refuse(core, members[name]) for name, core in found.cores.items())
 
     return tuple(offer for offer in target.offered() if not offer.scheme.dynamic or serves(offer))
+
+
+def _writes_floats(target: Target, found: _Grouped, name: str) -> bool:
+    """Tell whether a unit makes outputs alone, by a kernel that writes floats."""
+    core = found.cores[name]
+    if core.unfit or len(core.nodes) > 1 or core.kind not in target.writes_floats:
+        return False
+    return not found.readers(name)
 
 
 def _unfit_output(root: str, joined: set[str], final: set[str]) -> str:

@@ -4,7 +4,9 @@ Facts from ONNX Runtime 1.32 (core/optimizer/qdq_transformer/selectors_actions) 
 
 Case 1. Conv with constant weights, optionally followed by Relu or Clip: QLinearConv. uint8 activations, int8
         weights per output channel, int32 bias; the output must be quantized too.
-Case 2. MatMul and Gemm: QLinearMatMul, QGemm; constant weights per column.
+Case 2. MatMul and Gemm: QLinearMatMul, QGemm; constant weights per column. Where nothing rounds what they make, they
+        write floats (MatMulIntegerToFloat, and QGemm without a scale of its result): so run those that make an output.
+        Before the Add of a bias a MatMul does not: with it, MatMulAddFusion would make a Gemm in float.
 Case 3. x * Sigmoid(x): QLinearSigmoid and QLinearMul; both take the unit's precision.
 Case 4. Add and Mul of two activations, Concat, AveragePool, GlobalAveragePool, Sigmoid, LeakyRelu, Softmax:
         their QLinear kernels.
@@ -172,5 +174,6 @@ ORT_CPU = Target(
     ),
     match=_match,
     follows=moves,
+    writes_floats=frozenset({"MatMul", "Gemm"}),
     rounds_floats=True,
 )

@@ -36,7 +36,17 @@ from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.recipe import recipe_opening
 from bitalloy.tasks import TASKS, find_task
-from bitalloy.tasks.base import RunModel, Seen, Task, TaskData, TaskResult, image_hashes, pack_seen, unpack_seen
+from bitalloy.tasks.base import (
+    RunModel,
+    Seen,
+    Task,
+    TaskData,
+    TaskResult,
+    image_hashes,
+    image_input,
+    pack_seen,
+    unpack_seen,
+)
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
 
@@ -269,6 +279,12 @@ def open_labelled(
         DataError: the labels are broken, no task fits the model, or two files measure the same metrics.
     """
     known = interface_of(graph, image)
+    picture = image_input(known)
+    if picture is not None and isinstance(picture.shape[0], int) and picture.shape[0] > 1:
+        raise DataError(
+            f"Labels are evaluated one image at a time, but '{picture.name}' takes {picture.shape[0]}. Leave out "
+            "--eval, or export the model with a batch of 1."
+        )
     task: Task[Any] | None = find_task(known)
     if task is None:
         outputs = [list(o.shape) for o in graph.info.outputs]

@@ -54,14 +54,14 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
     Args:
         analysis: analysis of its float form.
         work: where to keep and show results.
-        timed: whether the file can be executed by the target here.
+        timed: whether the file can be executed by the target here. One that gives integers alone is not compared.
     """
     quantization = analysis.graph.quantization
     if not quantization:
         return None
     matrix = _probe(analysis, work)
     every = matrix.damage(np.ones(len(matrix.sites))).mean(axis=0)
-    found = _execute(analysis, work) if timed else None
+    found = _execute(analysis, work) if timed and not analysis.graph.shown else None
     return GivenModel(
         tensors=len(quantization.tensors) + len(quantization.at_run_time),
         weights=len(quantization.weights),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from bitalloy.core.outcome import (
     Summary,
     Triple,
     UsedSamples,
+    VerifiedSize,
 )
 from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
 from bitalloy.core.plans import SingleFormat
@@ -33,6 +34,8 @@ from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
 from bitalloy.model.load import Graph
+from bitalloy.model.sizes import OpenSizes, told_shapes
+from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
@@ -43,6 +46,8 @@ from bitalloy.verify.rounds import missed_size, shortfall
 KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose beyond its roundings to be told."""
 MOSTLY_NOISE_DB = 3.01
+MUCH_DB = 6.0
+"""Loss of SQNR at another size that is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,10 @@ class MeasuredPlan:
     """What optimization changes; None where that was not examined."""
     given: GivenModel | None = None
     """The file itself, where it is quantized."""
+    bound: Mapping[str, str] = field(default_factory=dict)
+    """Graph whose file leaves sizes open, and which has those of the samples -> why."""
+    sizes_tried: tuple[VerifiedSize, ...] = ()
+    """Other sizes at which the plan was verified."""
 
 
 def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
@@ -187,6 +196,7 @@ def summarize_run(
         latency_estimated=planned.cost.estimated,
         kernel_effects=shipped.kernel_effects,
         given=shipped.given,
+        sizes=shipped.sizes_tried,
         corrections=analysis.corrections,
         parts=_used(analysis),
     )
@@ -227,6 +237,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
         *_unfit(analysis),
         *_special(analysis),
         *_single(shipped),
+        *_open_sizes(analysis, shipped),
         *_busy(measured.latency),
         *_estimated(planned),
         *_unresolved(planned, measured),
@@ -403,6 +414,40 @@ def _single(shipped: MeasuredPlan) -> list[str]:
         return []
     name = next(s.scheme for s in shipped.singles if s.best).upper()
     return [f"The plan that is shipped puts all that can into {name}: it measured better than every mixed plan tried."]
+
+
+def _open_sizes(analysis: Analysis, shipped: MeasuredPlan) -> list[str]:
+    """Say which sizes stay open in the shipped model, and at which it was verified; or why they do not."""
+    name = analysis.given.info.name
+    notes = [
+        f"The file of '{name if graph == ONLY else graph}' leaves sizes open; the shipped model has those of the "
+        f"samples: {why}"
+        for graph, why in shipped.bound.items()
+    ]
+    if not analysis.given.is_open or shipped.bound:
+        return notes
+    heads = [h.head for h in shipped.planned.plan.heads if not is_divergence(h.head)]
+    own = {h: e.value for h, e in zip(heads, shipped.measured.sqnr_mixed, strict=False)}
+    tried = [VerifiedSize(shapes=OpenSizes(analysis.given).bound(), sqnr_db=own), *shipped.sizes_tried]
+    told = [f"{told_shapes(t.shapes)} ({_told_sqnr(t)})" for t in tried]
+    few = " The float model itself runs at none of the other sizes that were tried." if len(tried) == 1 else ""
+    notes.append(f"Open sizes stay open in the shipped model. Verified at {'; '.join(told)}.{few}")
+    worse = [t for t in shipped.sizes_tried if t.failed or _loses(t, own)]
+    if worse:
+        notes.append(
+            f"The shipped model does much worse at {'; '.join(told_shapes(t.shapes) for t in worse)} than at the sizes "
+            "of the samples. Give these shapes too, each with a --shape of its own, so that ranges are taken there."
+        )
+    return notes
+
+
+def _told_sqnr(tried: VerifiedSize) -> str:
+    return f"fails: {tried.failed}" if tried.failed else ", ".join(f"{h} {v:.1f} dB" for h, v in tried.sqnr_db.items())
+
+
+def _loses(tried: VerifiedSize, own: Mapping[str, float]) -> bool:
+    """Tell whether a head lost more than `MUCH_DB` at another size, where parts of an output may have other names."""
+    return any(value < own.get(head, min(own.values())) - MUCH_DB for head, value in tried.sqnr_db.items())
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:

@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import TensorSpec
-from bitalloy.model.file import PROGRAM_FILE, parse
+from bitalloy.model.file import PROGRAM_FILE, declared_spec, parse
 from bitalloy.model.graphs.wiring import Wire, free_names, read_wiring
 from bitalloy.model.metadata import SHAPES, Size, read_fact
 
@@ -114,8 +113,8 @@ def read_outline(path: str | Path) -> Outline:
             raise ModelError(f"Graph '{name}' of '{file}': No model file at '{location}'.")
         proto, _ = parse(location)
         weights = {i.name for i in proto.graph.initializer}
-        inputs[name] = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
-        outputs[name] = tuple(_spec(v) for v in proto.graph.output)
+        inputs[name] = tuple(declared_spec(v) for v in proto.graph.input if v.name not in weights)
+        outputs[name] = tuple(declared_spec(v) for v in proto.graph.output)
         metadata[name] = {p.key: p.value for p in proto.metadata_props}
     return Outline(file.parent, files, wires, inputs, outputs, metadata)
 
@@ -128,7 +127,7 @@ def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[
     """
     proto, _ = parse(path)
     weights = {i.name for i in proto.graph.initializer}
-    inputs = tuple(_spec(v) for v in proto.graph.input if v.name not in weights)
+    inputs = tuple(declared_spec(v) for v in proto.graph.input if v.name not in weights)
     return inputs, usual_shapes({p.key: p.value for p in proto.metadata_props})
 
 
@@ -136,11 +135,3 @@ def is_program(path: str | Path) -> bool:
     """Return whether a path is a `program.json` or a folder that holds one."""
     path = Path(path)
     return path.name == PROGRAM_FILE or (path / PROGRAM_FILE).is_file()
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    kind = value.type.tensor_type
-    if kind.elem_type not in onnx.TensorProto.DataType.values():
-        raise ModelError(f"'{value.name}' has the unknown data type {kind.elem_type}. The file is damaged or too new.")
-    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in kind.shape.dim)
-    return TensorSpec(name=value.name, dtype=onnx.TensorProto.DataType.Name(kind.elem_type), shape=shape)

@@ -134,7 +134,7 @@ def load_program(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | No
             if sizes.setdefault(entry, given[key]) != given[key]:
                 raise ModelError(f"'{key}' was given as {list(given[key])}, but its wire brings {list(sizes[entry])}.")
         try:
-            loaded[name] = graphs.load_graph(files[name], shapes=sizes)
+            loaded[name] = graphs.load_graph(files[name], shapes=sizes, part=True)
         except ModelError as error:
             raise ModelError(f"Graph '{name}' of '{file}': {error}") from error
         given = {key: size for key, size in given.items() if key not in own}
