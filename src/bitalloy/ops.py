@@ -58,6 +58,8 @@ class Operator:
     """Whether it needs the shape of its input alone, not the numbers."""
     several_outputs: bool = False
     """Whether all of its outputs are parts of its first input, and none is secondary."""
+    recurrent: bool = False
+    """Whether it hands states on along the first axis of its first input, and gives these states in all outputs."""
     carries_nan: bool = False
     """Whether NaN anywhere in an input reaches its result. Of Conv that depends on its attributes."""
     takes_infinity: bool = False
@@ -158,6 +160,10 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("Tile", lowerable=True, moves=True),
         Operator("Transpose", lowerable=True, moves=True, reshapes=True),
         Operator("Unsqueeze", lowerable=True, moves=True, reshapes=True),
+        # over time
+        Operator("GRU", recurrent=True),
+        Operator("LSTM", recurrent=True),
+        Operator("RNN", recurrent=True),
         # the identity
         Operator("Identity", identity=True, reshapes=True),
         Operator("Dropout", identity=True, training=True),
@@ -237,6 +243,7 @@ STEPWISE = where(lambda o: o.stepwise)
 BOOLEAN = where(lambda o: o.boolean)
 SHAPE_READERS = where(lambda o: o.reads_shape)
 SEVERAL_OUTPUTS = where(lambda o: o.several_outputs)
+RECURRENT = where(lambda o: o.recurrent)
 CARRIES_NAN = where(lambda o: o.carries_nan)
 TAKES_INFINITY = where(lambda o: o.takes_infinity)
 ENDS_INFINITY = where(lambda o: o.ends_infinity)

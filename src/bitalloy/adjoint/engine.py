@@ -16,7 +16,7 @@ Every value of the reverse graph has a leading axis of probes, so several cotang
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -378,7 +378,7 @@ def _gradients(
     for value in slots.values():
         if not is_float(value):
             raise unsupported(node, f"reads '{value.name}', which is {value.dtype} and not FLOAT")
-    if node.op_type not in ops.SEVERAL_OUTPUTS and any(outputs[1:]):
+    if node.op_type not in ops.SEVERAL_OUTPUTS | ops.RECURRENT and any(outputs[1:]):
         raise unsupported(node, "has an adjoint rule for its first output only")
     gradients = dict(enumerate(rule(context, node, outputs)))
     found = {s: cot for s in slots if (cot := gradients.get(s)) is not None}
@@ -467,9 +467,18 @@ def _drop_unused(model: ir.Model) -> None:
     used = set(model.graph.outputs)
     for node in reversed(list(model.graph)):
         if any(v in used for v in node.outputs):
-            used.update(v for v in node.inputs if v is not None)
+            used.update(_read(node))
         else:
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):
         if value not in used:
             model.graph.initializers.pop(name)
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads, and what the graphs that it runs read of the graph around them."""
+    yield from (v for v in node.inputs if v is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from _read(inner)

@@ -1,6 +1,16 @@
 """Adjoint rules, one per operator, in one file per group. `RULES` maps an operator to its rule."""
 
-from bitalloy.adjoint.rules import activations, elementwise, indexing, linear, normalize, pool, reductions, shape
+from bitalloy.adjoint.rules import (
+    activations,
+    elementwise,
+    indexing,
+    linear,
+    normalize,
+    pool,
+    recurrent,
+    reductions,
+    shape,
+)
 
 RULES = {
     **activations.ACTIVATION_RULES,
@@ -9,6 +19,7 @@ RULES = {
     **linear.LINEAR_RULES,
     **normalize.NORMALIZATION_RULES,
     **pool.POOL_RULES,
+    **recurrent.RECURRENT_RULES,
     **reductions.REDUCTION_RULES,
     **shape.SHAPE_RULES,
 }
