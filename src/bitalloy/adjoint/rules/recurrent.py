@@ -34,7 +34,7 @@ Activation = Callable[[Builder, ir.Value], tuple[ir.Value, ir.Value]]
 
 
 @dataclass(frozen=True)
-class Layer:
+class RecurrentLayer:
     """What tells one recurrent layer from another."""
 
     activations: tuple[str, ...]
@@ -225,9 +225,9 @@ def _rnn_back(
 
 
 LAYERS = {
-    "GRU": Layer(("Sigmoid", "Tanh"), 1, _gru_step, _gru_back),
-    "LSTM": Layer(("Sigmoid", "Tanh", "Tanh"), 2, _lstm_step, _lstm_back),
-    "RNN": Layer(("Tanh",), 1, _rnn_step, _rnn_back),
+    "GRU": RecurrentLayer(("Sigmoid", "Tanh"), 1, _gru_step, _gru_back),
+    "LSTM": RecurrentLayer(("Sigmoid", "Tanh", "Tanh"), 2, _lstm_step, _lstm_back),
+    "RNN": RecurrentLayer(("Tanh",), 1, _rnn_step, _rnn_back),
 }
 
 
@@ -257,7 +257,7 @@ def _recurrent(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-def _back(way: _Direction, layer: Layer, cots: Cots) -> tuple[tuple[ir.Value, ...], ir.Value]:
+def _back(way: _Direction, layer: RecurrentLayer, cots: Cots) -> tuple[tuple[ir.Value, ...], ir.Value]:
     """Run back through one direction: gradients of the first states, and of the gates at all times."""
     ctx, node = way.ctx, way.node
     time, batch, _ = static_shape(data(node))
@@ -292,7 +292,7 @@ def _back(way: _Direction, layer: Layer, cots: Cots) -> tuple[tuple[ir.Value, ..
     return first, gates
 
 
-def _forward(way: _Direction, layer: Layer, mask: ir.Value | None) -> tuple[ir.Value, ...]:
+def _forward(way: _Direction, layer: RecurrentLayer, mask: ir.Value | None) -> tuple[ir.Value, ...]:
     """Run the layer again in the primal graph; returns the local derivatives of all steps, (time, batch, ...).
 
     Where sequences differ in length, a step behind the end of one leaves its states as they are. All derivatives are
