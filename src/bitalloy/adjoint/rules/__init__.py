@@ -9,6 +9,7 @@ from bitalloy.adjoint.rules import (
     pool,
     recurrent,
     reductions,
+    sampling,
     shape,
 )
 
@@ -21,6 +22,7 @@ RULES = {
     **pool.POOL_RULES,
     **recurrent.RECURRENT_RULES,
     **reductions.REDUCTION_RULES,
+    **sampling.SAMPLING_RULES,
     **shape.SHAPE_RULES,
 }
 

@@ -1,0 +1,57 @@
+"""Operators that read between pixels, against finite differences in ONNX Runtime and torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+Array = np.ndarray[Any, Any]
+
+
+def normal(*shape: int, seed: int = 1) -> Array:
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
+
+
+def places(sizes: tuple[int, ...], out: tuple[int, ...], *, align: bool, spread: float) -> Array:
+    """Random places, not near a pixel's centre or edge, where interpolation has corners; x first."""
+    rng = np.random.default_rng(3)
+    found = []
+    for size in reversed(sizes):
+        reach = int(spread * size) + 2
+        cells = rng.integers(-reach, size + reach, (2, *out))
+        pixels = cells + rng.choice([0.2, 0.35, 0.65, 0.8], cells.shape)
+        found.append(2 * pixels / (size - 1) - 1 if align else (2 * pixels + 1) / size - 1)
+    return np.stack(found, -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_grid_sample(rig: Any, mode: str, padding: str, align: int) -> None:
+    """Bicubic with padding differs between ONNX Runtime and torch; what runs counts."""
+
+    def run(torch: Any, x: Any, grid: Any) -> Any:
+        return torch.nn.functional.grid_sample(x, grid, mode=mode, padding_mode=padding, align_corners=bool(align))
+
+    grid = places((4, 5), (3, 2), align=bool(align), spread=0.0 if mode == "bicubic" else 1.0)
+    same = mode != "bicubic" and not (mode == "bilinear" and padding != "zeros")
+    rig.check(
+        "GridSample", normal(2, 3, 4, 5), grid, wanted=[0, 1], mode=mode, padding_mode=padding, align_corners=align,
+        torch=run if same else None, tolerance=2e-3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_grid_sample_of_volumes(rig: Any, mode: str, padding: str) -> None:
+    grid = places((4, 5, 3), (2, 3, 2), align=False, spread=0.5)
+    rig.check(
+        "GridSample", normal(2, 2, 4, 5, 3), grid, wanted=[0, 1], opset=20, mode=mode, padding_mode=padding,
+        tolerance=2e-3,
+    )  # fmt: skip
+
+
+def test_grid_sample_at_constant_places(rig: Any) -> None:
+    rig.check("GridSample", normal(2, 3, 4, 5), places((4, 5), (3, 2), align=False, spread=0.2), linear=True)
