@@ -217,7 +217,9 @@ def _grid_sample(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     by_image, by_place = sampled(ctx, image, axes, grad, places=ctx.wants(grid))
     result: list[Cotangent | None] = [Cotangent(ctx.reshape(by_image, static_shape(image))), None]
     if by_place:
-        lined = [ctx.r.op("Mul", ctx.reshape(g, (n, *out, 1)), ctx.r.const(s)) for g, s in zip(by_place, scales)]
+        lined = [
+            ctx.r.op("Mul", ctx.reshape(g, (n, *out, 1)), ctx.r.const(s)) for g, s in zip(by_place, scales, strict=True)
+        ]
         result[1] = Cotangent(ctx.r.op("Concat", *reversed(lined), axis=-1))
     return result
 
