@@ -76,6 +76,8 @@ class Operator:
     """Whether analysis takes apart what ONNX defines it by, because products are inside."""
     control_flow: bool = False
     """Whether it runs graphs of its own."""
+    sequence: bool = False
+    """Whether it reads or makes a sequence of tensors."""
     random: bool = False
     """Whether it draws random numbers."""
     training: bool = False
@@ -207,7 +209,15 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("If", control_flow=True),
         Operator("Loop", control_flow=True),
         Operator("Scan", control_flow=True),
-        Operator("SequenceMap", control_flow=True),
+        Operator("SequenceMap", control_flow=True, sequence=True),
+        Operator("ConcatFromSequence", sequence=True),
+        Operator("SequenceAt", sequence=True),
+        Operator("SequenceConstruct", sequence=True),
+        Operator("SequenceEmpty", sequence=True),
+        Operator("SequenceErase", sequence=True),
+        Operator("SequenceInsert", sequence=True),
+        Operator("SequenceLength", sequence=True),
+        Operator("SplitToSequence", sequence=True),
         Operator("Bernoulli", random=True),
         Operator("Multinomial", random=True),
         Operator("RandomNormal", random=True, training=True),
@@ -250,6 +260,7 @@ ENDS_INFINITY = where(lambda o: o.ends_infinity)
 LOWERABLE = where(lambda o: o.lowerable)
 EXPANDED = where(lambda o: o.expanded)
 CONTROL_FLOW = where(lambda o: o.control_flow)
+SEQUENCE = where(lambda o: o.sequence)
 RANDOM = where(lambda o: o.random)
 TRAINING_ONLY = where(lambda o: o.training)
 QUANTIZED = where(lambda o: o.quantized)

@@ -16,7 +16,7 @@ Every value of the reverse graph has a leading axis of probes, so several cotang
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.core.errors import UnsupportedOpError
 from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph
-from bitalloy.model.read import constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.read import constant, consumers, is_float, name_of, read_values, static_shape
 from bitalloy.model.weights import Packed, pack
 
 REVERSE_OPSET = 17
@@ -467,18 +467,9 @@ def _drop_unused(model: ir.Model) -> None:
     used = set(model.graph.outputs)
     for node in reversed(list(model.graph)):
         if any(v in used for v in node.outputs):
-            used.update(_read(node))
+            used.update(read_values(node))
         else:
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):
         if value not in used:
             model.graph.initializers.pop(name)
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, and what the graphs that it runs read of the graph around them."""
-    yield from (v for v in node.inputs if v is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _read(inner)
