@@ -73,7 +73,7 @@ class Operator:
     """Inputs that stay float32 where the others are FP16."""
 
     expanded: bool = False
-    """Whether analysis takes apart what ONNX defines it by, because products are inside."""
+    """Whether analysis takes apart what ONNX defines it by, because products are inside, or for want of a rule."""
     control_flow: bool = False
     """Whether it runs graphs of its own."""
     sequence: bool = False
@@ -205,7 +205,10 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("QLinearMatMul", quantized=True),
         # what no float model in normal form has
         Operator("Attention", expanded=True),
+        Operator("CenterCropPad", expanded=True),
+        Operator("NegativeLogLikelihoodLoss", expanded=True),
         Operator("RotaryEmbedding", expanded=True),
+        Operator("SoftmaxCrossEntropyLoss", expanded=True),
         Operator("If", control_flow=True),
         Operator("Loop", control_flow=True),
         Operator("Scan", control_flow=True),

@@ -55,3 +55,11 @@ def test_grid_sample_of_volumes(rig: Any, mode: str, padding: str) -> None:
 
 def test_grid_sample_at_constant_places(rig: Any) -> None:
     rig.check("GridSample", normal(2, 3, 4, 5), places((4, 5), (3, 2), align=False, spread=0.2), linear=True)
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("size", [(2, 3, 4, 5), (2, 1, 3, 4, 2), (2, 1, 1, 3)], ids=str)
+def test_affine_grid(rig: Any, size: tuple[int, ...], align: int) -> None:
+    rows = len(size) - 2
+    theta = normal(2, rows, rows + 1)
+    rig.check("AffineGrid", theta, np.array(size), align_corners=align, opset=20, linear=True)

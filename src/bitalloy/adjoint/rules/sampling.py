@@ -17,8 +17,9 @@ import onnx_ir as ir
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.adjoint.rules.elementwise import between, one_minus, scalar, select
-from bitalloy.adjoint.rules.shape import data, dense
+from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.model.read import attribute, static_shape
+from bitalloy.runtime.ort import evaluate_node
 
 CUBIC = -0.75
 """Parameter of cubic interpolation in ONNX."""
@@ -224,4 +225,19 @@ def _grid_sample(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-SAMPLING_RULES: dict[str, Rule] = {"GridSample": _grid_sample}
+def _affine_grid(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Every place is the product of a matrix and the place without it, which the operator gives for unit matrices."""
+    theta, size = data(node), integers(node, 1)
+    assert size is not None, "the operator asks for it"
+    rows = len(size) - 2
+    unit = np.eye(rows, rows + 1, dtype=np.float32)[None]
+    shape = np.array([1, *size[1:]], np.int64)
+    attributes = {"align_corners": attribute(node, "align_corners", 0)}
+    flat = evaluate_node("AffineGrid", [unit, shape], attributes, opset=ctx.opset)[0].reshape(-1, rows)
+    places = np.concatenate([flat, np.ones((len(flat), 1), np.float32)], axis=1)
+    grad = ctx.reshape(dense(ctx, cots), (static_shape(theta)[0], len(flat), rows))
+    turned = ctx.r.op("Transpose", grad, perm=[0, 1, 3, 2])
+    return [Cotangent(ctx.r.op("MatMul", turned, ctx.r.const(places))), None]
+
+
+SAMPLING_RULES: dict[str, Rule] = {"AffineGrid": _affine_grid, "GridSample": _grid_sample}
