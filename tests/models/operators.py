@@ -56,7 +56,6 @@ def over_time(parts: Parts, channels: int) -> bytes:
             **constants,
         },
         (1, 4, LENGTH),
-        opset,
     )  # fmt: skip
 
 
@@ -80,7 +79,6 @@ def on_images(parts: Parts) -> bytes:
             **constants,
         },
         (1, 3, SIZE, SIZE),
-        opset,
     )  # fmt: skip
 
 
