@@ -11,6 +11,7 @@ from bitalloy.adjoint.rules import (
     reductions,
     sampling,
     shape,
+    spectral,
 )
 
 RULES = {
@@ -24,6 +25,7 @@ RULES = {
     **reductions.REDUCTION_RULES,
     **sampling.SAMPLING_RULES,
     **shape.SHAPE_RULES,
+    **spectral.SPECTRAL_RULES,
 }
 
 __all__ = ["RULES"]
