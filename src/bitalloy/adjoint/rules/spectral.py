@@ -30,7 +30,7 @@ def _dft(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     kept = {k: attribute(node, k, 0) for k in ("inverse", "onesided")}
     units = np.eye(length * parts, dtype=np.float32).reshape(length * parts, length, parts)
     size = integers(node, 1)
-    inputs = [units, np.array(size[0] if size else length, np.int64)]
+    inputs: list[np.ndarray] = [units, np.array(size[0] if size else length, np.int64)]
     if ctx.opset >= 20:
         inputs.append(np.array(1, np.int64))
     else:
@@ -58,7 +58,7 @@ def _stft(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     length = given[0] if given else len(window) if window is not None else shape[1]
     if length > LONGEST or (len(shape) > 2 and shape[2] != 1):
         raise unsupported(node, f"is complex or longer than {LONGEST}, which the adjoint rule does not cover")
-    inputs = [
+    inputs: list[np.ndarray] = [
         np.eye(length, dtype=np.float32)[:, :, None],
         np.array(length, np.int64),
         np.zeros(0, np.float32) if window is None else window,
