@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitalloy.core.errors import UnsupportedOpError
+
 Array = np.ndarray[Any, Any]
 
 
@@ -63,3 +65,25 @@ def test_affine_grid(rig: Any, size: tuple[int, ...], align: int) -> None:
     rows = len(size) - 2
     theta = normal(2, rows, rows + 1)
     rig.check("AffineGrid", theta, np.array(size), align_corners=align, opset=20, linear=True)
+
+
+REGIONS = np.array([[0.5, 1, 12, 9], [-3, -2, 5, 6], [4, 4, 4.4, 4.3], [2, 1, 30, 20]], np.float32)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("opset", "mode"), [(14, None), (16, None), (16, "output_half_pixel"), (20, "half_pixel")], ids=str
+)
+def test_roi_align(rig: Any, opset: int, mode: str | None, ratio: int) -> None:
+    attributes = {} if mode is None else {"coordinate_transformation_mode": mode}
+    for live in ((), (1, 2)) if ratio else ((), (2,)):
+        rig.check(
+            "RoiAlign", normal(2, 2, 7, 9), REGIONS, np.array([0, 1, 1, 0]), live=live, opset=opset, linear=True,
+            output_height=3, output_width=2, sampling_ratio=ratio, spatial_scale=0.5, **attributes,
+        )  # fmt: skip
+
+
+def test_what_roi_align_chooses_at_run_time_is_refused(rig: Any) -> None:
+    for attributes in ({"mode": "max", "sampling_ratio": 2}, {}):
+        with pytest.raises(UnsupportedOpError, match=r"largest sample|computed regions"):
+            rig.check("RoiAlign", normal(2, 2, 7, 9), REGIONS, np.array([0, 1, 1, 0]), live=[1], **attributes)

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
-from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
-from bitalloy.adjoint.rules.elementwise import between, one_minus, scalar, select
+from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
+from bitalloy.adjoint.rules.elementwise import between, number, one_minus, scalar, select
 from bitalloy.adjoint.rules.shape import data, dense, integers
-from bitalloy.model.read import attribute, static_shape
+from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
 
 CUBIC = -0.75
@@ -96,8 +96,8 @@ def _cubic(p: Builder, x: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
 def _polynomial(p: Builder, numbers: np.ndarray, x: ir.Value) -> ir.Value:
     """Value of a polynomial whose factors are given from the highest power on."""
     total = p.like("Mul", x, scalar(p, float(numbers[0])))
-    for number in numbers[1:-1]:
-        total = p.mul(p.like("Add", total, scalar(p, float(number))), x)
+    for factor in numbers[1:-1]:
+        total = p.mul(p.like("Add", total, scalar(p, float(factor))), x)
     return p.like("Add", total, scalar(p, float(numbers[-1])))
 
 
@@ -240,4 +240,64 @@ def _affine_grid(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [Cotangent(ctx.r.op("MatMul", turned, ctx.r.const(places))), None]
 
 
-SAMPLING_RULES: dict[str, Rule] = {"AffineGrid": _affine_grid, "GridSample": _grid_sample}
+def _roi_align(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Every result is a row of weights times the image times a column of weights, which follow from the region."""
+    p, batches = ctx.p, data(node, 2)
+    if attribute(node, "mode", "avg") != "avg":
+        raise unsupported(node, "takes the largest sample, and the adjoint rule covers mode 'avg'")
+    n, c, height, width = static_shape(data(node))
+    count, _, rows, columns = static_shape(node.outputs[0])
+    by_row = _bins(ctx, node, 1, rows, height)
+    by_column = _bins(ctx, node, 0, columns, width)
+    lined = p.op("Reshape", by_column, p.const([count, 1, columns, width]), shape=(count, 1, columns, width))
+    wide = ctx.r.op("MatMul", dense(ctx, cots), ctx.residual(lined))  # (P, regions, C, rows, width)
+    side = ctx.reshape(ctx.r.op("Transpose", wide, perm=[0, 2, 1, 3, 4]), (1, c, count * rows, width))
+    tall = p.op("Reshape", by_row, p.const([count * rows, height]), shape=(count * rows, height))
+    tall = p.op("Transpose", tall, perm=[1, 0], shape=(height, count * rows))
+    own = p.op("Reshape", batches, p.const([1, 1, 1, count, 1]), shape=(1, 1, 1, count, 1))
+    own = p.op("Equal", own, p.const(np.arange(n).reshape(n, 1, 1, 1, 1)), shape=(n, 1, 1, count, 1))
+    own = p.op("Cast", own, to=int(ir.DataType.FLOAT), shape=(n, 1, 1, count, 1))
+    own = p.op("Expand", own, p.const([n, 1, 1, count, rows]), shape=(n, 1, 1, count, rows))
+    own = p.op("Reshape", own, p.const([n, 1, 1, count * rows]), shape=(n, 1, 1, count * rows))
+    result = ctx.r.op("MatMul", ctx.residual(p.mul(tall, own)), side)
+    return [Cotangent(ctx.reshape(result, (n, c, height, width))), None, None]
+
+
+def _bins(ctx: Context, node: ir.Node, axis: int, count: int, size: int) -> ir.Value:
+    """Weights (regions, bins, pixels) along one axis: the mean of samples, each of which lies between two pixels."""
+    p, regions, given = ctx.p, data(node, 1), int(attribute(node, "sampling_ratio", 0))  # type: ignore[call-overload]
+    scale = number(node, "spatial_scale", 1.0)
+    half = ctx.opset >= 16 and attribute(node, "coordinate_transformation_mode", "half_pixel") == "half_pixel"
+    shape = (static_shape(regions)[0], 1, 1)
+    ends = []
+    for column in (axis, axis + 2):
+        side = p.op("Gather", regions, p.const(np.array(column)), axis=1, shape=shape[:1])
+        side = p.op("Reshape", side, p.const(list(shape)), shape=shape)
+        shifted = p.like("Sub", p.like("Mul", side, scalar(p, scale)), scalar(p, 0.5 if half else 0.0))
+        ends.append(shifted)
+    length = p.like("Sub", ends[1], ends[0])
+    length = length if half else p.like("Max", length, scalar(p, 1.0))
+    samples: ir.Value = scalar(p, float(given))
+    if not given:
+        known = constant(regions)
+        if known is None:
+            raise unsupported(node, "chooses by computed regions how many samples it takes")
+        sides = np.maximum((known[:, axis + 2] - known[:, axis]) * scale, 0.0 if half else 1.0) / count
+        given = max(1, int(np.ceil(sides).max()))
+        samples = p.like("Max", p.like("Ceil", p.like("Div", length, scalar(p, float(count)))), scalar(p, 1.0))
+    step = p.like("Div", length, scalar(p, float(count)))
+    bins, each = np.arange(count, dtype=np.float32).reshape(1, -1, 1), np.arange(given, dtype=np.float32) + 0.5
+    inside = p.op("Div", p.const(each.reshape(1, 1, -1)), samples, shape=(shape[0], 1, given))
+    at = p.add(ends[0], p.mul(p.add(p.const(bins), inside), step))  # (regions, bins, samples)
+    taken = p.mul(between(p, at, scalar(p, -1.0), scalar(p, float(size))), between(p, inside, None, scalar(p, 1.0)))
+    weight = p.op("Div", taken, samples, shape=static_shape(at))
+    full = (*static_shape(at), 1)
+    clipped = p.like("Clip", at, scalar(p, 0.0), scalar(p, float(size - 1)))
+    lined, weights = (p.op("Reshape", v, p.const(list(full)), shape=full) for v in (clipped, weight))
+    pixels = p.const(np.arange(size, dtype=np.float32))
+    away = p.op("Abs", p.op("Sub", lined, pixels, shape=(*full[:3], size)), shape=(*full[:3], size))
+    near = p.like("Max", one_minus(p, away), scalar(p, 0.0))
+    return p.op("ReduceSum", p.mul(near, weights), p.const([2]), keepdims=0, shape=(shape[0], count, size))
+
+
+SAMPLING_RULES: dict[str, Rule] = {"AffineGrid": _affine_grid, "GridSample": _grid_sample, "RoiAlign": _roi_align}
