@@ -130,7 +130,7 @@ def test_damage_that_gradients_miss_is_executed(name: str, tmp_path: Path) -> No
     rows = {r.id: r for r in analysis.table.rows if (r.scope, r.part) == ("unit", "all")}
     assert rows["a"].exact
     confirmed = confirm(analysis, 0)
-    row = next(r for r in confirmed.table.rows if (r.scope, r.part, r.id) == ("unit", "all", "a"))
+    row = next(r for r in confirmed.table.rows if (r.scope, r.part, r.id, r.scheme) == ("unit", "all", "a", "int8"))
     assert row.exact and abs(row.sqnr_db.value - true) < 0.1
 
 
