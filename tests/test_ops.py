@@ -205,6 +205,19 @@ def test_several_outputs_are_parts_of_one_kind() -> None:
     assert all(NEWEST[op].outputs[0].option == variadic for op in ops.SEVERAL_OUTPUTS)
 
 
+@pytest.mark.parametrize("op", sorted(ops.RECURRENT))
+def test_states_are_handed_on(op: str) -> None:
+    """What comes later changes no state before it, and the last state is the last of all states."""
+    gates = {"GRU": 3, "LSTM": 4, "RNN": 1}[op]
+    x, w, r = numbers(3, 2, 4), numbers(1, gates * 5, 4), numbers(1, gates * 5, 5)
+    every, last = execute(op, [x, w, r], outputs=2, hidden_size=5)
+    later = np.concatenate([x[:2], numbers(1, 2, 4) + 1])
+    changed = execute(op, [later, w, r], outputs=2, hidden_size=5)[0]
+    np.testing.assert_array_equal(every[-1], last)
+    np.testing.assert_array_equal(every[:2], changed[:2])
+    assert (every[2] != changed[2]).any()
+
+
 # --- products ----------------------------------------------------------------------------------------------------
 
 LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Mapping[str, Any]]] = {

@@ -58,6 +58,8 @@ class Operator:
     """Whether it needs the shape of its input alone, not the numbers."""
     several_outputs: bool = False
     """Whether all of its outputs are parts of its first input, and none is secondary."""
+    recurrent: bool = False
+    """Whether it hands states on along the first axis of its first input, and gives these states in all outputs."""
     carries_nan: bool = False
     """Whether NaN anywhere in an input reaches its result. Of Conv that depends on its attributes."""
     takes_infinity: bool = False
@@ -71,9 +73,11 @@ class Operator:
     """Inputs that stay float32 where the others are FP16."""
 
     expanded: bool = False
-    """Whether analysis takes apart what ONNX defines it by, because products are inside."""
+    """Whether analysis takes apart what ONNX defines it by, because products are inside, or for want of a rule."""
     control_flow: bool = False
     """Whether it runs graphs of its own."""
+    sequence: bool = False
+    """Whether it reads or makes a sequence of tensors."""
     random: bool = False
     """Whether it draws random numbers."""
     training: bool = False
@@ -158,6 +162,10 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("Tile", lowerable=True, moves=True),
         Operator("Transpose", lowerable=True, moves=True, reshapes=True),
         Operator("Unsqueeze", lowerable=True, moves=True, reshapes=True),
+        # over time
+        Operator("GRU", recurrent=True),
+        Operator("LSTM", recurrent=True),
+        Operator("RNN", recurrent=True),
         # the identity
         Operator("Identity", identity=True, reshapes=True),
         Operator("Dropout", identity=True, training=True),
@@ -197,11 +205,22 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("QLinearMatMul", quantized=True),
         # what no float model in normal form has
         Operator("Attention", expanded=True),
+        Operator("CenterCropPad", expanded=True),
+        Operator("NegativeLogLikelihoodLoss", expanded=True),
         Operator("RotaryEmbedding", expanded=True),
+        Operator("SoftmaxCrossEntropyLoss", expanded=True),
         Operator("If", control_flow=True),
         Operator("Loop", control_flow=True),
         Operator("Scan", control_flow=True),
-        Operator("SequenceMap", control_flow=True),
+        Operator("SequenceMap", control_flow=True, sequence=True),
+        Operator("ConcatFromSequence", sequence=True),
+        Operator("SequenceAt", sequence=True),
+        Operator("SequenceConstruct", sequence=True),
+        Operator("SequenceEmpty", sequence=True),
+        Operator("SequenceErase", sequence=True),
+        Operator("SequenceInsert", sequence=True),
+        Operator("SequenceLength", sequence=True),
+        Operator("SplitToSequence", sequence=True),
         Operator("Bernoulli", random=True),
         Operator("Multinomial", random=True),
         Operator("RandomNormal", random=True, training=True),
@@ -237,12 +256,14 @@ STEPWISE = where(lambda o: o.stepwise)
 BOOLEAN = where(lambda o: o.boolean)
 SHAPE_READERS = where(lambda o: o.reads_shape)
 SEVERAL_OUTPUTS = where(lambda o: o.several_outputs)
+RECURRENT = where(lambda o: o.recurrent)
 CARRIES_NAN = where(lambda o: o.carries_nan)
 TAKES_INFINITY = where(lambda o: o.takes_infinity)
 ENDS_INFINITY = where(lambda o: o.ends_infinity)
 LOWERABLE = where(lambda o: o.lowerable)
 EXPANDED = where(lambda o: o.expanded)
 CONTROL_FLOW = where(lambda o: o.control_flow)
+SEQUENCE = where(lambda o: o.sequence)
 RANDOM = where(lambda o: o.random)
 TRAINING_ONLY = where(lambda o: o.training)
 QUANTIZED = where(lambda o: o.quantized)

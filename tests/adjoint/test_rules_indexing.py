@@ -156,3 +156,58 @@ def test_top_k(rig: Any, axis: int | None, largest: int, k: int) -> None:
 
     # in float32 alone: the second output holds integers
     rig.check("TopK", x, np.array([k]), outputs=2, largest=largest, torch=run, integers=(1,), **given)
+
+
+@pytest.mark.parametrize("op", ["ScatterElements", "ScatterND"])
+@pytest.mark.parametrize("reduction", ["mul", "max", "min"])
+@LIVE
+def test_scatter_with_other_reductions(rig: Any, op: str, reduction: str, live: tuple[int, ...]) -> None:
+    """Numbers far apart, so that the largest stays the largest."""
+    values = np.random.default_rng(2).permutation(22).astype(np.float32) * 0.5 - 5.2
+    x, updates = values[:12].reshape(4, 3), values[12:18]
+    index, given = (
+        (np.array([[0, 2, 1], [3, 2, 0]]), updates.reshape(2, 3))
+        if op == "ScatterElements"
+        else (np.array([[1, 2], [0, 0], [1, 2], [3, 1], [-1, 0], [2, 2]]), updates)
+    )
+    rig.check(op, x, index, given, wanted=[0, 2], live=live, opset=18, reduction=reduction)
+
+
+def test_multiplication_by_zero(rig: Any) -> None:
+    """What is multiplied by zero has no gradient; that of the zero itself is told as none."""
+    updates = np.array([0.0, 2.0, 3.0], np.float32)
+    rig.check("ScatterND", normal(4), np.array([[1], [2], [2]]), updates, opset=18, reduction="mul", linear=True)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_compress(rig: Any, axis: int | None) -> None:
+    kept = np.array([False, True, True]) if axis is not None else np.arange(9) % 2 == 0
+    rig.check("Compress", normal(3, 3), kept, linear=True, **({} if axis is None else {"axis": axis}))
+
+
+def test_compress_of_computed_positions_is_refused(rig: Any) -> None:
+    with pytest.raises(UnsupportedOpError, match="computes at run time"):
+        rig.check("Compress", normal(3, 3), np.array([False, True, True]), live=[1], axis=0, linear=True)
+
+
+@pytest.mark.parametrize("time", [0, 1])
+@LIVE
+def test_reverse_sequence(rig: Any, time: int, live: tuple[int, ...]) -> None:
+    lengths = np.array([1, 4, 2, 3])
+    rig.check("ReverseSequence", normal(4, 4, 2), lengths, live=live, time_axis=time, batch_axis=1 - time, linear=True)
+
+
+@LIVE
+def test_max_unpool(rig: Any, live: tuple[int, ...]) -> None:
+    index = np.array([[[[0, 3], [9, 14]], [[17, 18], [28, 27]]]])
+    rig.check(
+        "MaxUnpool", normal(1, 2, 2, 2), index, live=live, linear=True, kernel_shape=[2, 2], strides=[2, 2]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_one_hot(rig: Any, axis: int) -> None:
+    rig.check(
+        "OneHot", np.array([[1, 0], [3, -1]]), np.array(4), np.array([0.3, 1.2], np.float32), wanted=[2], axis=axis,
+        linear=True,
+    )  # fmt: skip

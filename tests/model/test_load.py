@@ -217,11 +217,12 @@ def test_control_flow(save: Save) -> None:
     branch = helper.make_graph(
         [node("Relu", ["x"], ["b"])], "branch", [], [helper.make_tensor_value_info("b", 1, [1, 3])]
     )
-    model = build(
-        [node("If", ["c"], ["y"], then_branch=branch, else_branch=branch, name="choice")],
-        {"x": [1, 3]},
-        constants={"c": np.array(True)},
-    )
+    nodes = [
+        node("ReduceMax", ["x"], ["m"], keepdims=0),
+        node("Cast", ["m"], ["c"], to=onnx.TensorProto.BOOL),
+        node("If", ["c"], ["y"], then_branch=branch, else_branch=branch, name="choice"),
+    ]
+    model = build(nodes, {"x": [1, 3]})
     with pytest.raises(ModelError, match=r"Control flow.*node 'choice' \(If\)"):
         graph.load_graph(save(model))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,9 @@ from bitalloy.model.write import add_initializer
 
 SHARED_ELEMENTS = 4096
 AttributeValue = int | float | str | Sequence[int] | Sequence[float]
+Made = TypeVar("Made")
+ScanStep = Callable[["Builder", Sequence[ir.Value], Sequence[ir.Value]], tuple[Sequence[ir.Value], Sequence[ir.Value]]]
+"""Writes one step of a `Builder.scan`: from the states and a slice of every stream to the next states and results."""
 
 
 class Builder:
@@ -29,6 +33,7 @@ class Builder:
         self._count = 0
         self._expressions: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._once: dict[Hashable, object] = {}
 
     def op(
         self,
@@ -73,6 +78,68 @@ class Builder:
             self.graph.append(node)
             self._expressions[key] = tuple(node.outputs)
         return self._expressions[key]
+
+    def scan(
+        self,
+        step: ScanStep,
+        states: Sequence[ir.Value],
+        streams: Sequence[tuple[ir.Value, int]],
+        *,
+        backwards: bool,
+        axis: int,
+    ) -> tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]:
+        """Append a Scan: a loop over the slices of some tensors, which hands on states.
+
+        Args:
+            step: writes one step of the loop; what it reads of this graph, the loop reads as well.
+            states: the first states.
+            streams: tensors with the axis along which each is cut into slices.
+            backwards: whether the loop begins at the last slice. Results lie as the slices do all the same.
+            axis: along which the results of all steps are put together.
+
+        Returns:
+            The last states, and the results.
+        """
+        names = [self._name("step") for _ in (*states, *streams)]
+        inputs = [ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT)) for n in names]
+        for value, state in zip(inputs, states, strict=False):
+            value.shape = state.shape
+        for value, (stream, along) in zip(inputs[len(states) :], streams, strict=True):
+            if stream.shape is not None:
+                value.shape = ir.Shape([d for i, d in enumerate(stream.shape) if i != along])
+        body = ir.Graph(inputs, [], nodes=[], opset_imports=self.graph.opset_imports, name=self._name("body"))
+        builder = Builder(body, f"{body.name}/")
+        after, results = step(builder, inputs[: len(states)], inputs[len(states) :])
+        body.outputs.extend([*after, *results])
+        directions = {"scan_input_directions": len(streams), "scan_output_directions": len(results)}
+        node = ir.Node(
+            "",
+            "Scan",
+            [*states, *(stream for stream, _ in streams)],
+            [
+                ir.AttrGraph("body", body),
+                ir.AttrInt64("num_scan_inputs", len(streams)),
+                ir.AttrInt64s("scan_input_axes", [along for _, along in streams]),
+                ir.AttrInt64s("scan_output_axes", [axis] * len(results)),
+                *(ir.AttrInt64s(name, [int(backwards)] * count) for name, count in directions.items()),
+            ],
+            num_outputs=len(after) + len(results),
+            name=self._name("Scan"),
+        )
+        for value in node.outputs:
+            value.name, value.type = self._name("Scan"), ir.TensorType(ir.DataType.FLOAT)
+        first, along = streams[0]
+        for value, result in zip(node.outputs[len(after) :], results, strict=True):
+            if first.shape is not None and result.shape is not None:
+                value.shape = ir.Shape([*result.shape[:axis], first.shape[along], *result.shape[axis:]])
+        self.graph.append(node)
+        return tuple(node.outputs[: len(after)]), tuple(node.outputs[len(after) :])
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what `make` returned when it was called first with this key."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]  # type: ignore[return-value]
 
     def const(self, array: np.ndarray | Sequence[int] | float) -> ir.Value:
         """Store an initializer; lists become int64, floats float32. Small equal arrays share one initializer."""

@@ -27,7 +27,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.core.errors import UnsupportedOpError
 from bitalloy.core.units import Edge
 from bitalloy.model.load import Graph
-from bitalloy.model.read import constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.read import constant, consumers, is_float, name_of, read_values, static_shape
 from bitalloy.model.weights import Packed, pack
 
 REVERSE_OPSET = 17
@@ -378,7 +378,7 @@ def _gradients(
     for value in slots.values():
         if not is_float(value):
             raise unsupported(node, f"reads '{value.name}', which is {value.dtype} and not FLOAT")
-    if node.op_type not in ops.SEVERAL_OUTPUTS and any(outputs[1:]):
+    if node.op_type not in ops.SEVERAL_OUTPUTS | ops.RECURRENT and any(outputs[1:]):
         raise unsupported(node, "has an adjoint rule for its first output only")
     gradients = dict(enumerate(rule(context, node, outputs)))
     found = {s: cot for s in slots if (cot := gradients.get(s)) is not None}
@@ -467,7 +467,7 @@ def _drop_unused(model: ir.Model) -> None:
     used = set(model.graph.outputs)
     for node in reversed(list(model.graph)):
         if any(v in used for v in node.outputs):
-            used.update(v for v in node.inputs if v is not None)
+            used.update(read_values(node))
         else:
             model.graph.remove(node, safe=True)
     for name, value in list(model.graph.initializers.items()):

@@ -20,6 +20,7 @@ from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.bind import bind, fed_inputs
+from bitalloy.model.decide import has_undecided
 from bitalloy.model.dequantizer import GivenRoundings
 from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
@@ -208,6 +209,9 @@ def load_open(path: str | Path) -> ir.Model:
 def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     given, digest, size = _read(source)
     declared = tuple(map(declared_spec, fed_inputs(given)))
+    if has_undecided(given):
+        _refuse_types(given)
+        bind(given, shapes)  # what is chosen may follow from shapes
     standard = _standard(given, source, size)
     proto, changes = standard.proto, standard.changes
     _refuse(proto, source)
@@ -402,10 +406,6 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
         raise ModelError(f"'{source}' has sparse weights, which are not supported. Export it with dense weights.")
     for node in proto.graph.node:
         label = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
-        if node.op_type in ops.CONTROL_FLOW:
-            raise ModelError(
-                f"Control flow is not supported: {label}. Export with fixed shapes so that it is traced away."
-            )
         if node.domain:
             raise ModelError(
                 f"Operator domain '{node.domain}' is not supported: {label}. Export with standard ONNX operators."
@@ -416,6 +416,10 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
             raise ModelError(f"The model draws random numbers: {label}. Export it in evaluation mode.")
         if any(a.name == "training_mode" and a.i for a in node.attribute):
             raise ModelError(f"The model is in training mode: {label}. Export it in evaluation mode.")
+    _refuse_types(proto)
+
+
+def _refuse_types(proto: onnx.ModelProto) -> None:
     for value in [*fed_inputs(proto), *proto.graph.output]:
         if value.type.WhichOneof("value") not in (None, "tensor_type"):
             raise ModelError(f"'{value.name}' is not a tensor; sequences, maps and optionals are not supported.")

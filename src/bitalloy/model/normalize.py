@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
     RemoveInitializersFromInputsPass,
@@ -31,15 +30,16 @@ from onnx_ir.passes.common import (
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
+from bitalloy.model.decide import decide, refuse_undecided
+from bitalloy.model.fold import first_input, fold_constants, session
 from bitalloy.model.products import fold_bias, plain_products
 from bitalloy.model.read import attribute, constant, consumers, static_shape
-from bitalloy.model.weights import LENT_BYTES, pack
+from bitalloy.model.weights import pack
 from bitalloy.model.widen import WIDENED
 from bitalloy.model.write import add_initializer, namer
 
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 """A failed inference is logged with its traceback; whether it matters is known, and said, later."""
-MAX_FOLDED_ELEMENTS = 1 << 24
 DEFAULTS: Mapping[str, Mapping[str, int]] = {"STFT": {"onesided": 1}}
 """Operator -> attributes whose default shape inference takes for another than the standard and the runtime do."""
 IR_VERSIONS = range(8, 12)
@@ -90,9 +90,23 @@ def _settle(model: ir.Model) -> None:
     while True:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
         if not (
-            _expand_functions(model) or _resolve_cast_like(model) or _fold_constants(model) or _resolve_ceil_mode(model)
+            _decided(model)
+            or _expand_functions(model)
+            or _resolve_cast_like(model)
+            or fold_constants(model)
+            or _resolve_ceil_mode(model)
         ):
             break
+    refuse_undecided(model)
+
+
+def _decided(model: ir.Model) -> bool:
+    if not decide(model):
+        return False
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _drop_identities(model)
+    _name_nodes(model)
+    return True
 
 
 def _write_defaults(model: ir.Model) -> None:
@@ -118,7 +132,7 @@ def _drop_identities(model: ir.Model) -> None:
             continue
         if node.op_type == "Dropout":
             _refuse_training(node)
-        source, result = _first_input(node), node.outputs[0]
+        source, result = first_input(node), node.outputs[0]
         is_output = result in graph.outputs
         if is_output and (source.producer() is None or source in graph.outputs):
             node.op_type = "Identity"
@@ -158,97 +172,6 @@ def _name_nodes(model: ir.Model) -> None:
             name = f"{base}_{suffix}"
         node.name = name
         seen.add(name)
-
-
-def _fold_constants(model: ir.Model) -> bool:
-    """Evaluate, in ONNX Runtime, every node whose inputs are all known; True where anything changed."""
-    graph = model.graph
-    known: set[ir.Value] = set(graph.initializers.values())
-    folded: list[ir.Node] = []
-    for node in graph:
-        if (_asks_shape(node) or all(v is None or v in known for v in node.inputs)) and _small(node):
-            folded.append(node)
-            known.update(node.outputs)
-    if not folded:
-        return False
-    inside = set(folded)
-    wanted = [
-        v for n in folded for v in n.outputs if v in graph.outputs or any(c.node not in inside for c in consumers(v))
-    ]
-    arrays = _evaluate(model, folded)
-    for value in wanted:
-        if value in graph.outputs:
-            raise ModelError(
-                f"Output '{value.name}' does not depend on any input: there is nothing to analyse in it. "
-                "Export the model without this output."
-            )
-        name, array = str(value.name), arrays[str(value.name)]
-        new = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        new.shape, new.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        ir.convenience.replace_all_uses_with(value, new)
-        value.name = f"{name}/folded"
-        graph.register_initializer(new)
-    for node in reversed(folded):
-        graph.remove(node, safe=True)
-    RemoveUnusedNodesPass()(model)
-    return True
-
-
-def _asks_shape(node: ir.Node) -> bool:
-    """Whether a node only reads the shape of a tensor whose shape is known."""
-    if node.op_type not in ops.SHAPE_READERS:
-        return False
-    shape = _first_input(node).shape
-    return shape is not None and shape.is_static()
-
-
-def _small(node: ir.Node) -> bool:
-    sizes = [int(np.prod(v.shape.numpy())) for v in node.outputs if v.shape is not None and v.shape.is_static()]
-    return node.op_type == "Cast" or all(s <= MAX_FOLDED_ELEMENTS for s in sizes)
-
-
-def _evaluate(model: ir.Model, nodes: list[ir.Node]) -> Mapping[str, np.ndarray]:
-    """Results of a closed set of nodes by tensor name; Shape and Size need no data, only static shapes."""
-    known: dict[str, np.ndarray] = {}
-    proto = onnx.ModelProto(ir_version=model.ir_version)
-    for domain, version in model.opset_imports.items():
-        proto.opset_import.add(domain=domain, version=version)
-    proto.graph.name = "constants"
-    for node in nodes:
-        if _asks_shape(node):
-            shape = np.array(static_shape(_first_input(node)), np.int64)
-            start, end = attribute(node, "start", 0), attribute(node, "end", None)
-            asked = shape[start:end] if node.op_type == "Shape" else np.prod(shape, dtype=np.int64)
-            known[str(node.outputs[0].name)] = np.asarray(asked, np.int64)
-            continue
-        proto.graph.node.append(ir.serde.serialize_node(node))
-        known.update({str(v.name): a for v in node.inputs if (a := constant(v)) is not None and v is not None})
-        proto.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name)
-    if not proto.graph.node:
-        return known
-    used = {name for node in proto.graph.node for name in node.input}
-    fed = {name: array for name, array in known.items() if name in used and array.nbytes >= LENT_BYTES}
-    proto.graph.initializer.extend(
-        ir.serde.serialize_tensor(ir.tensor(array, name=name))
-        for name, array in known.items()
-        if name in used and name not in fed
-    )
-    proto.graph.input.extend(
-        onnx.helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), array.shape)
-        for name, array in fed.items()
-    )
-    names = [o.name for o in proto.graph.output]
-    try:
-        results = _session(proto).run(names, fed)
-    except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
-        raise ModelError(f"The constant part of the model cannot be evaluated: {error}") from error
-    return {**known, **dict(zip(names, (np.asarray(r) for r in results), strict=True))}
-
-
-def _session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _expand_functions(model: ir.Model) -> bool:
@@ -339,7 +262,7 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
     for node in model.graph:
         if node.op_type not in ops.POOLS or not attribute(node, "ceil_mode", 0):
             continue
-        shape = _first_input(node).shape
+        shape = first_input(node).shape
         if shape is None or not shape.is_static() or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
             continue
         size = [int(d) for d in shape.numpy()[2:]]
@@ -391,8 +314,7 @@ def _fill_missing_shapes(model: ir.Model) -> None:
         del proto.graph.output[:]
         proto.graph.output.extend(onnx.ValueInfoProto(name=str(v.name)) for v in missing)
         feeds = {str(v.name): np.zeros(static_shape(v), _numpy_type(v)) for v in model.graph.inputs}
-        session = _session(proto)
-        arrays = session.run(None, {**feeds, **packed.weights})
+        arrays = session(proto).run(None, {**feeds, **packed.weights})
     except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
         raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
     for value, array in zip(missing, arrays, strict=True):
@@ -410,7 +332,7 @@ def _fold_batch_norm(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type != "BatchNormalization" or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             continue
-        source = _first_input(node)
+        source = first_input(node)
         conv = source.producer()
         if conv is None or conv.op_type != "Conv" or len(source.uses()) != 1 or source in model.graph.outputs:
             continue
@@ -466,10 +388,3 @@ def _refuse_numbers(model: ir.Model) -> None:
                     f"Node '{node.name}' ({node.op_type}) computes in {result.dtype.name}; bitalloy analyses the "
                     "float32 model. Export in float32."
                 )
-
-
-def _first_input(node: ir.Node) -> ir.Value:
-    value = node.inputs[0] if node.inputs else None
-    if value is None:
-        raise ModelError(f"Node '{node.name}' ({node.op_type}) has no first input. The file is damaged.")
-    return value

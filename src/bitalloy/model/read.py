@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,17 @@ def is_float(value: ir.Value) -> bool:
 def consumers(value: ir.Value) -> tuple[Consumer, ...]:
     """Return all uses of a tensor by nodes, in the order in which the graph registered them."""
     return tuple(Consumer(node, slot) for node, slot in value.uses())
+
+
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Return what a node reads, and what the graphs that it runs read of the graph around them."""
+    yield from (v for v in node.inputs if v is not None)
+    for item in node.attributes.values():
+        if item.type == ir.AttributeType.GRAPH:
+            inner = item.as_graph()
+            own = {*inner.inputs, *inner.initializers.values(), *(v for part in inner for v in part.outputs)}
+            read = (v for part in inner for v in read_values(part))
+            yield from (v for v in (*read, *inner.outputs) if v not in own)
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:

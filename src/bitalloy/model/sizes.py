@@ -10,7 +10,7 @@ from bitalloy.model.load import Graph
 
 Shapes = dict[str, tuple[int, ...]]
 """Input -> shape."""
-STEP = 32
+SIZE_STEP = 32
 """Strides of image networks divide it: larger sizes stay multiples of it where they are."""
 
 
@@ -100,11 +100,11 @@ def _key(declared: TensorSpec, axis: int, size: int) -> str:
 
 
 def _larger(size: int) -> int:
-    return size + STEP if size >= 2 * STEP else 2 * size
+    return size + SIZE_STEP if size >= 2 * SIZE_STEP else 2 * size
 
 
 def _smaller(size: int) -> int:
-    return size // 2 // STEP * STEP if size >= 2 * STEP else max(size // 2, 1)
+    return size // 2 // SIZE_STEP * SIZE_STEP if size >= 2 * SIZE_STEP else max(size // 2, 1)
 
 
 def told_shapes(shapes: Mapping[str, Sequence[int]]) -> str:

@@ -1,6 +1,7 @@
 """Bring a file to the operators that the rest reads: standard ones, of the versions in `OPSETS`.
 
 Case 1. Local functions are put in place of their calls (`onnx.inliner`).
+        Branches, loops and sequences that are known already become plain nodes (`model.decide`).
 Case 2. Operators of `com.microsoft` that ONNX Runtime's optimizers and exporters write, and that standard operators
         define: `model.contrib`. Also the normalizations that it accepts in the standard domain below opset 17.
 Case 3. Opset 7 to 12: `onnx.version_converter` raises it to 13.
@@ -26,6 +27,7 @@ from onnx import helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
+from bitalloy.model.decide import decided, has_undecided
 from bitalloy.model.dequantizer import GivenRoundings
 from bitalloy.model.quantized import dequantized, is_quantized
 from bitalloy.model.widen import computes_narrow, widened
@@ -74,6 +76,9 @@ def standardized(proto: onnx.ModelProto, name: str) -> Standard:
         called = len(proto.functions)
         proto = onnx.inliner.inline_local_functions(proto)
         notes.append(f"{called} local functions of '{name}' were put in place of their calls.")
+    if has_undecided(proto):
+        proto = decided(proto)
+        notes.append(f"Branches, loops and sequences of '{name}' were written as plain nodes where they are known.")
     if is_quantized(proto):
         proto, given = dequantized(proto)
         notes.append(

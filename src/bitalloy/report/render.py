@@ -60,7 +60,6 @@ def render_report(
     repair_header, repair_lines = figures.repairs(summary, heads)
     evaluation_header, evaluation_lines = figures.evaluations(summary)
     single_header, single_lines = figures.single_formats(summary)
-    given_header, given_lines = figures.given_roundings(summary)
     correction_header, correction_lines = figures.corrections(summary, heads)
     return environment.get_template("template.html").render(
         policy=_policy(style, script),
@@ -80,8 +79,7 @@ def render_report(
         groups=figures.key_figures(summary, units, cost),
         pareto_chart=_pareto_chart(summary, plan, units, cost, heads),
         latency_chart=_latency_chart(summary),
-        given_header=given_header,
-        given_lines=given_lines,
+        given=figures.given_roundings(summary),
         single_header=single_header,
         single_lines=single_lines,
         round_header=round_header,

@@ -170,28 +170,9 @@ def split(
     units = []
     floating = frozenset(name for name in found.cores if _writes_floats(target, found, name))
     for name, core in found.cores.items():
-        members = found.members(name)
         unfit_output = "" if name in floating else _unfit_output(core.root, joined, final)
-        refused = _refused(target, offers, core, members, unfit_output)
-        allowed = (BASELINE, *(o.scheme.name for o in offers if o.scheme.name not in refused))
-        excluded = bool(exclude & {name_of(n) for n in members})
-        sited = any(o.scheme.sited and o.scheme.name in allowed for o in offers) and not excluded
-        units.append(
-            Unit(
-                id=name,
-                kind=core.kind,
-                region=region_id(path_of(core.nodes[0])),
-                core=tuple(name_of(n) for n in core.nodes),
-                tail=tuple(name_of(n) for n in found.tails[name]),
-                root=core.root,
-                inner=core.inner if sited else (),
-                weights=core.weights if sited else (),
-                allowed=(BASELINE,) if excluded else allowed,
-                macs=sum(macs(n) for n in core.nodes),
-                refused=refused,
-                reason="excluded by the user" if excluded else "",
-            )
-        )
+        refused = _refused(target, offers, core, found.members(name), unfit_output)
+        units.append(_unit(name, found, offers, refused, exclude))
     unrounded = frozenset(e for core in found.cores.values() for e in core.joined)
     edges = _edges(graph, found.owner, {u.id: u for u in units}, target.placement, unrounded)
     edges = [msgspec.structs.replace(e, rooted=False) if e.producer in floating else e for e in edges]
@@ -250,6 +231,30 @@ def _group(graph: Graph, target: Target) -> _Grouped:
         owner.update({name_of(n): name for n in core.nodes})
         root_unit[core.root] = name
     return _Grouped(cores, tails, owner)
+
+
+def _unit(
+    name: str, found: _Grouped, offers: Sequence[Offer], refused: dict[str, str], exclude: frozenset[str]
+) -> Unit:
+    """Make the unit of a pattern, which may run in what was offered and not refused."""
+    core = found.cores[name]
+    excluded = bool(exclude & {name_of(n) for n in found.members(name)})
+    allowed = (BASELINE, *(o.scheme.name for o in offers if o.scheme.name not in refused))
+    sited = any(o.scheme.sited and o.scheme.name in allowed for o in offers) and not excluded
+    return Unit(
+        id=name,
+        kind=core.kind,
+        region=region_id(path_of(core.nodes[0])),
+        core=tuple(name_of(n) for n in core.nodes),
+        tail=tuple(name_of(n) for n in found.tails[name]),
+        root=core.root,
+        inner=core.inner if sited else (),
+        weights=core.weights if sited else (),
+        allowed=(BASELINE,) if excluded else allowed,
+        macs=sum(macs(n) for n in core.nodes),
+        refused=refused,
+        reason="excluded by the user" if excluded else "",
+    )
 
 
 def _serving(target: Target, found: _Grouped) -> tuple[Offer, ...]:

@@ -29,7 +29,7 @@ from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.verify.beside_float import OUTCOME_SITTINGS, REPEATS
 
-SAMPLES = 8
+GIVEN_SAMPLES = 8
 """Samples on which its roundings are probed."""
 
 
@@ -79,7 +79,7 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
 
 def _probe(analysis: Analysis, work: Workspace) -> ProbeMatrix:
     """The probe matrix of the file's own roundings, on the first samples of the analysis."""
-    samples, settings = analysis.parts.probe[:SAMPLES], analysis.settings
+    samples, settings = analysis.parts.probe[:GIVEN_SAMPLES], analysis.settings
 
     def make() -> bytes:
         prober = Prober(

@@ -19,7 +19,7 @@ from bitalloy.rewrite.calibrated import Calibrated, ExecutedNetwork, as_given
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 
-SIZES, SAMPLES = 3, 4
+SIZES, SIZE_SAMPLES = 3, 4
 """Least number of sizes at which a model is verified, those of the analysis among them, and samples at each other."""
 
 
@@ -49,7 +49,7 @@ def verify_sizes(analysis: Calibrated, mixed: Artefact, plan: Plan, work: Worksp
         return ()
     sizes = OpenSizes(graph)
     asked = [sizes.completed(shapes) for shapes in analysis.settings.sizes]
-    samples = analysis.parts.verification[:SAMPLES]
+    samples = analysis.parts.verification[:SIZE_SAMPLES]
 
     def make() -> bytes:
         found: list[VerifiedSize] = []

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule
 from bitalloy.adjoint.rules.elementwise import (
+    Derivative,
     between,
     broadcasting,
     mask,
@@ -129,15 +130,13 @@ def _prelu(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
-ACTIVATION_RULES: dict[str, Rule] = {
-    **{
-        op: unary(derivative)
-        for op, derivative in {
-            "Celu": _celu, "Elu": _elu, "Gelu": _gelu, "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish,
-            "LeakyRelu": _leaky_relu, "Mish": _mish, "Relu": _relu, "Selu": _selu, "Shrink": _shrink,
-            "Sigmoid": _sigmoid, "Softplus": _softplus, "Softsign": _softsign, "Tanh": _tanh,
-            "ThresholdedRelu": _thresholded_relu,
-        }.items()
-    },
-    "PRelu": _prelu,
+DERIVATIVES: dict[str, Derivative] = {
+    "Celu": _celu, "Elu": _elu, "Gelu": _gelu, "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish,
+    "LeakyRelu": _leaky_relu, "Mish": _mish, "Relu": _relu, "Selu": _selu, "Shrink": _shrink, "Sigmoid": _sigmoid,
+    "Softplus": _softplus, "Softsign": _softsign, "Tanh": _tanh, "ThresholdedRelu": _thresholded_relu,
 }  # fmt: skip
+"""Activation function -> its derivative."""
+ACTIVATION_RULES: dict[str, Rule] = {
+    **{op: unary(derivative) for op, derivative in DERIVATIVES.items()},
+    "PRelu": _prelu,
+}

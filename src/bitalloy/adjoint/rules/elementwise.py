@@ -67,11 +67,6 @@ def select(p: Builder, condition: ir.Value, a: ir.Value, b: ir.Value, like: ir.V
     return p.op("Where", condition, a, b, shape=static_shape(like))
 
 
-def _clip(p: Builder, x: ir.Value, y: ir.Value, node: ir.Node) -> ir.Value:
-    bounds = [*node.inputs[1:], None, None]
-    return between(p, x, bounds[0], bounds[1])
-
-
 def _exp(p: Builder, x: ir.Value, y: ir.Value, node: ir.Node) -> ir.Value:
     return y
 
@@ -245,6 +240,18 @@ def _extremum(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     ]
 
 
+def _clip(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """A bound that is computed gets the gradients of the elements that it holds."""
+    cot, p, x = single(cots), ctx.p, node.inputs[0]
+    assert x is not None
+    low, high = [*node.inputs[1:], None, None][:2]
+    result: list[Cotangent | None] = [ctx.scaled(cot, between(p, x, low, high)), None, None]
+    for slot, op, bound in ((1, "Less", low), (2, "Greater", high)):
+        if bound is not None and ctx.wants(bound):
+            result[slot] = broadcasting(ctx, node, slot, ctx.scaled(cot, mask(p, p.op(op, x, bound), x)))
+    return result
+
+
 def _cast(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return [single(cots), None]
 
@@ -255,11 +262,11 @@ ELEMENTWISE_RULES: dict[str, Rule] = {
         for op, derivative in {
             "Abs": _abs, "Acos": _inverse(-1, 1, -0.5, -1), "Acosh": _inverse(1, -1, -0.5),
             "Asin": _inverse(-1, 1, -0.5), "Asinh": _inverse(1, 1, -0.5), "Atan": _inverse(1, 1, -1),
-            "Atanh": _inverse(-1, 1, -1), "Clip": _clip, "Cos": _cos, "Cosh": _cosh, "Erf": _erf, "Exp": _exp,
+            "Atanh": _inverse(-1, 1, -1), "Cos": _cos, "Cosh": _cosh, "Erf": _erf, "Exp": _exp,
             "Log": _log, "Neg": _neg, "Reciprocal": _reciprocal, "Sin": _sin, "Sinh": _sinh, "Sqrt": _sqrt,
             "Tan": _tan,
         }.items()
     },
-    "Add": _add, "Cast": _cast, "Div": _div, "Identity": _cast, "Max": _extremum, "Mean": _mean,
+    "Add": _add, "Cast": _cast, "Clip": _clip, "Div": _div, "Identity": _cast, "Max": _extremum, "Mean": _mean,
     "Min": _extremum, "Mod": _mod, "Mul": _mul, "Pow": _pow, "Sub": _sub, "Sum": _add, "Where": _where,
 }  # fmt: skip

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
-from bitalloy.adjoint.rules.elementwise import scalar, single
+from bitalloy.adjoint.rules.elementwise import mask, one_minus, scalar, select, single
 from bitalloy.adjoint.rules.shape import data, dense, scatter_add
 from bitalloy.model.read import attribute, constant, static_shape
 
@@ -95,18 +95,35 @@ def _gather_nd(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
 
 
 def _written(ctx: Context, node: ir.Node, cots: Cots, **attributes: int) -> Cotangent:
-    """The gradient of the tensor that is written to: zero where it is overwritten, everywhere where it is added to."""
+    """The gradient of the tensor that is written to.
+
+    Zero where it is overwritten, everywhere where it is added to, times what it is multiplied by, and where it is the
+    largest or smallest.
+    """
     reduction = attribute(node, "reduction", "none")
     if reduction == "add":
         return single(cots)
-    if reduction != "none":
-        raise unsupported(node, f"has no adjoint rule for reduction '{reduction}'")
-    x, updates = data(node), data(node, 2)
-    ones, zeros = (
-        ctx.p.op("Expand", scalar(ctx.p, fill), ctx.p.const(list(static_shape(v))), shape=static_shape(v))
-        for fill, v in ((1.0, x), (0.0, updates))
-    )
+    x, y, updates = data(node), node.outputs[0], data(node, 2)
+    if reduction in ("max", "min"):
+        return ctx.scaled(single(cots), mask(ctx.p, ctx.p.op("Equal", x, y), y))
+    ones = ctx.p.op("Expand", scalar(ctx.p, 1.0), ctx.p.const(list(static_shape(x))), shape=static_shape(x))
+    if reduction == "mul":
+        product = ctx.p.like(node.op_type, ones, data(node, 1), updates, reduction="mul", **attributes)
+        return ctx.scaled(single(cots), product)
+    shape = static_shape(updates)
+    zeros = ctx.p.op("Expand", scalar(ctx.p, 0.0), ctx.p.const(list(shape)), shape=shape)
     return ctx.scaled(single(cots), ctx.p.like(node.op_type, ones, data(node, 1), zeros, **attributes))
+
+
+def _by_update(ctx: Context, node: ir.Node, taken: ir.Value, read: ir.Value) -> Cotangent:
+    """The gradient of what is written, from the result's gradient and the result itself at the same places."""
+    reduction, updates = attribute(node, "reduction", "none"), data(node, 2)
+    if reduction in ("none", "add"):
+        return Cotangent(taken)
+    if reduction == "mul":  # the product of all others, which division does not tell where a factor is zero
+        none = ctx.p.op("Equal", updates, scalar(ctx.p, 0.0))
+        return Cotangent(taken, select(ctx.p, none, scalar(ctx.p, 0.0), ctx.p.like("Div", read, updates), updates))
+    return Cotangent(taken, mask(ctx.p, ctx.p.op("Equal", updates, read), updates))
 
 
 def _scatter_elements(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
@@ -115,7 +132,9 @@ def _scatter_elements(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     if ctx.wants(node.inputs[2]):
         full = ctx.r.op("Concat", ctx.probes, ctx.r.const(list(static_shape(index))), axis=0)
         places = ctx.r.op("Expand", ctx.residual(index), full)
-        result[2] = Cotangent(ctx.r.op("GatherElements", dense(ctx, cots), places, axis=axis + 1))
+        read = ctx.p.op("GatherElements", node.outputs[0], index, axis=axis, shape=static_shape(index))
+        taken = ctx.r.op("GatherElements", dense(ctx, cots), places, axis=axis + 1)
+        result[2] = _by_update(ctx, node, taken, read)
     return result
 
 
@@ -123,17 +142,75 @@ def _scatter_nd(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     written = _written(ctx, node, cots)
     result: list[Cotangent | None] = [written if ctx.wants(node.inputs[0]) else None, None, None]
     if ctx.wants(node.inputs[2]):
+        shape = static_shape(data(node, 2))
         line, rows, columns = _lines(ctx.p, static_shape(data(node)), data(node, 1))
         lined = ctx.reshape(dense(ctx, cots), (rows, columns))
-        taken = ctx.r.op("Gather", lined, ctx.residual(line), axis=1)
-        result[2] = Cotangent(ctx.reshape(taken, static_shape(data(node, 2))))
+        taken = ctx.reshape(ctx.r.op("Gather", lined, ctx.residual(line), axis=1), shape)
+        result[2] = _by_update(ctx, node, taken, ctx.p.op("GatherND", node.outputs[0], data(node, 1), shape=shape))
     return result
 
 
+def _compress(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Case 1: along an axis. Case 2: of all elements in a row. Only for positions that are constant."""
+    chosen = constant(data(node, 1))
+    if chosen is None:
+        raise unsupported(node, "computes at run time what it keeps")
+    (index,), shape = np.nonzero(chosen), static_shape(data(node))
+    grad = dense(ctx, cots)
+    if "axis" in node.attributes:
+        return [Cotangent(scatter_add(ctx, grad, shape, _axis(node), index)), None]
+    return [Cotangent(ctx.reshape(scatter_add(ctx, grad, (int(np.prod(shape)),), 0, index), shape)), None]
+
+
+def _reverse_sequence(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The same again: what is turned twice is as it was."""
+    p, x = ctx.p, data(node)
+    shape, rank = static_shape(x), len(static_shape(x))
+    time, batch = (int(attribute(node, f"{k}_axis", d)) for k, d in (("time", 0), ("batch", 1)))  # type: ignore[call-overload]
+    at = p.const(np.arange(shape[time]).reshape([-1 if i == time else 1 for i in range(rank)]))
+    lined = [shape[batch] if i == batch else 1 for i in range(rank)]
+    lengths = p.op("Reshape", data(node, 1), p.const(lined), shape=lined)
+    full = p.op("Expand", lengths, p.const(list(shape)), shape=shape)
+    turned = p.op("Sub", p.op("Sub", full, p.const([1]), shape=shape), at, shape=shape)
+    places = p.op("Where", p.op("Less", at, full, shape=shape), turned, at, shape=shape)
+    every = ctx.r.op("Expand", ctx.residual(places), ctx.r.op("Concat", ctx.probes, ctx.r.const(list(shape)), axis=0))
+    return [Cotangent(ctx.r.op("GatherElements", dense(ctx, cots), every, axis=time + 1)), None]
+
+
+def _max_unpool(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """Every element lies where the second input says, in the whole tensor read as one row."""
+    shape = static_shape(data(node))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        raise unsupported(node, "has a shape of its own, which the adjoint rule does not cover")
+    flat = ctx.reshape(dense(ctx, cots), (int(np.prod(static_shape(node.outputs[0]))),))
+    index = ctx.p.op("Reshape", data(node, 1), ctx.p.const([-1]), shape=(int(np.prod(shape)),))
+    return [Cotangent(ctx.reshape(ctx.r.op("Gather", flat, ctx.residual(index), axis=1), shape)), None]
+
+
+def _one_hot(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """The two numbers of which a result consists: sums of the gradient where each of them stands."""
+    p, y = ctx.p, node.outputs[0]
+    numbers = p.const(np.array([0, 1], np.float32))
+    attributes = {"axis": int(attribute(node, "axis", -1))}  # type: ignore[call-overload]
+    hot = p.op("OneHot", data(node, 0), data(node, 1), numbers, shape=static_shape(y), **attributes)
+    hot.type = ir.TensorType(ir.DataType.FLOAT)
+    count, grad = int(np.prod(static_shape(y))), ctx.reshape(dense(ctx, cots), (int(np.prod(static_shape(y))),))
+    both = [p.op("Reshape", v, p.const([count, 1]), shape=(count, 1)) for v in (one_minus(p, hot), hot)]
+    return [
+        None,
+        None,
+        Cotangent(ctx.r.op("MatMul", grad, ctx.residual(p.op("Concat", *both, axis=1, shape=(count, 2))))),
+    ]
+
+
 INDEXING_RULES: dict[str, Rule] = {
+    "Compress": _compress,
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
+    "MaxUnpool": _max_unpool,
+    "OneHot": _one_hot,
+    "ReverseSequence": _reverse_sequence,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "TopK": _top_k,
