@@ -136,14 +136,6 @@ def test_adding_twice_at_one_place(rig: Any) -> None:
     rig.check("ScatterElements", x, wide, updates, wanted=(0, 2), reduction="add", opset=18, linear=True)
 
 
-@pytest.mark.parametrize("op", ["ScatterND", "ScatterElements"])
-@pytest.mark.parametrize("reduction", ["mul", "max", "min"])
-def test_other_ways_to_write_are_refused(rig: Any, op: str, reduction: str) -> None:
-    with pytest.raises(UnsupportedOpError, match=f"'node'.*reduction '{reduction}'"):
-        rig.check(op, normal(4), np.array([[1], [3]]) if op == "ScatterND" else np.array([1, 3]), normal(2),
-                  reduction=reduction, opset=18)  # fmt: skip
-
-
 @pytest.mark.parametrize("axis", [0, 1, -1, None])
 @pytest.mark.parametrize("largest", [0, 1])
 @pytest.mark.parametrize("k", [1, 3])

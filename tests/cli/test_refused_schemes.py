@@ -40,7 +40,7 @@ CASES = {
         ["'fp16'", "no scheme of ort-cpu", "--target ort-cuda or tensorrt for fp16"],
     ),
     "the same by pattern": (("--keep", "fp16:/c"), ["'/c' cannot", "ort-cpu has no FP16", "FP32 or INT8", "--target"]),
-    "not asked for": (("--keep", "w4:/a"), ["do not use unless --schemes names it", "Add --schemes int8,w4"]),
+    "not asked for": (("--keep", "w4:/a"), ["do not use unless --schemes names it", "--schemes int8-dynamic,int8,w4"]),
     "not for a convolution": (
         ("--keep", "w4:/c"),
         ["'/c' cannot", "products with a constant matrix", "not Conv", "FP32 or INT8", "can run: '/a', '/d', '/g'"],

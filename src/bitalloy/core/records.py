@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Any, get_type_hints
 
 import msgspec
-import numpy as np
 
 from bitalloy.core.errors import BitalloyError
 
@@ -45,9 +44,9 @@ def _types(record: type[Record]) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
+    if callable(numbers := getattr(value, "tolist", None)):  # of numpy, which need not be imported for this
+        return _plain(numbers())
     match value:
-        case np.generic() | np.ndarray():
-            return value.tolist()
         case dict():
             return {_plain(k): _plain(v) for k, v in value.items()}
         case list() | tuple():

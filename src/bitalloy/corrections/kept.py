@@ -15,6 +15,7 @@ from bitalloy.core.store import StageInputs
 from bitalloy.core.units import WeightSite
 from bitalloy.core.work import Workspace
 from bitalloy.formats import find_format
+from bitalloy.formats.affine import Affine
 from bitalloy.formats.base import QuantParams
 from bitalloy.model.dequantizer import GivenWeight
 from bitalloy.model.load import Graph
@@ -67,7 +68,8 @@ def _rounding(graph: Graph, site: WeightSite, scheme: Scheme, given: GivenWeight
     channels = weight.shape[site.axis]
     scale = np.ascontiguousarray(np.broadcast_to(given.scale.astype(np.float32), (channels,)))
     middle = 128 if given.numbers.dtype == np.uint8 else 0
-    if stored.name != "int8" or given.numbers.shape != weight.shape or np.any(given.zero_point != middle):
+    bytes_around_0 = isinstance(stored, Affine) and stored.bits == 8 and stored.signed and stored.symmetric
+    if not bytes_around_0 or given.numbers.shape != weight.shape or np.any(given.zero_point != middle):
         return None
     numbers = (given.numbers.astype(np.int16) - middle).astype(np.int8)
     zeros = np.zeros(channels, np.int8)

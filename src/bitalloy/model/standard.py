@@ -84,7 +84,7 @@ def standardized(proto: onnx.ModelProto, name: str) -> Standard:
         notes.append(
             f"'{name}' is quantized: {len(given.tensors) + len(given.at_run_time)} tensors and {len(given.weights)} "
             "weights are rounded. Float stands for the same model without these roundings. Ranges and stored numbers "
-            "are kept where a unit stays in INT8."
+            "are kept where a unit stays in such integers."
         )
     expanded, kinds = _expanded(proto)
     if kinds:
