@@ -50,7 +50,7 @@ def test_a_large_model_runs_end_to_end(inside: Any, lowered: None) -> None:
     feeds.mkdir()
     for i in range(8):
         np.savez(feeds / f"{i}.npz", x=np.random.default_rng(i).standard_normal((4, SIDE)).astype(np.float32))
-    inside.run("model.onnx", "--data", "feeds", "--size", "0.7x").succeeded()
+    inside.run("model.onnx", "--data", "feeds", "--size", "0.7x", "--schemes", "int8").succeeded()
     mixed = inside.folder / "run" / "mixed.onnx"
     assert (inside.folder / "run" / "mixed.onnx.data").is_file() and mixed.stat().st_size < 1 << 17
     summary = inside.summary()

@@ -186,7 +186,7 @@ def test_mixed_detector_keeps_its_interface(finished: Any, inputs: Any) -> None:
 
 
 def test_two_inputs_fed_from_arrays(inside: Any, inputs: Any) -> None:
-    inside.run(inputs.two_inputs, "--data", inputs.feeds, *inside.REACHABLE).succeeded()
+    inside.run(inputs.two_inputs, "--data", inputs.feeds, "--schemes", "int8", *inside.REACHABLE).succeeded()
     assert inside.results() == RESULTS
     random = np.random.default_rng(6)
     feeds = {name: random.standard_normal((1, 16)).astype(np.float32) for name in ("left", "right")}

@@ -253,7 +253,7 @@ def test_floats_of_a_transpose_are_stored_once(tmp_path: Path) -> None:
 def test_the_search_knows_that_floats_stay(tmp_path: Path) -> None:
     """A size that only both readers together reach, and one that the table alone reaches beside another's floats."""
     graph = tied(tmp_path / "net.onnx", "Gemm")
-    units = units_on(graph, "ort-cpu", ["w8", "int8"])
+    units = units_on(graph, "ort-cpu", ["w8"])
     recipe = Recipe(units, TARGETS["ort-cpu"], {tensor: (-4.0, 4.0) for tensor in graph.value})
     priced = with_sizes(
         empty_table(units), units, lambda plan: plan_artefact(graph, recipe, plan), shared=shared_weights(graph, recipe)
@@ -270,7 +270,7 @@ def test_the_search_knows_that_floats_stay(tmp_path: Path) -> None:
         expected = [problem.size_bytes(problem.moved(plan, move)) for move in problem.moves]
         np.testing.assert_allclose(sizes, expected, atol=1)
     assert Program(problem).solve(Limits(size_bytes=0.2 * priced.float_bytes), minimize="damage") is None
-    assert problem.smallest == solved.plan, "static INT8 keeps the floats of the table beside it"
+    assert problem.smallest == solved.plan
 
 
 def test_both_damages_of_a_shared_table_count(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def measured(analysis: Any, ratio: float, *, p10_ms: float | None = None, spread
 def analysis(inputs: Any) -> Any:
     model = bitalloy.load(inputs.classifier)
     data = bitalloy.open_data(model, inputs.images)
-    return bitalloy.analyze(model, data, bitalloy.Settings(samples=2, probes=2, calibration_samples=2))
+    return bitalloy.analyze(
+        model, data, bitalloy.Settings(samples=2, probes=2, calibration_samples=2, schemes=("int8",))
+    )
 
 
 @pytest.fixture(scope="module")
