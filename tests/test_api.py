@@ -89,7 +89,13 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bitalloy.search.front.FRONT_BUDGETS", 4)  # the front is not shown, and takes most of the time
+    # the front is not shown, and timing takes most of the time
+    for name, fewer in (
+        ("search.front.FRONT_BUDGETS", 4),
+        ("verify.beside_float.REPEATS", 2),
+        ("measure.cost.MIXTURES", 2),
+    ):
+        monkeypatch.setattr(f"bitalloy.{name}", fewer)
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     assert "dB on" in shown and "float" in shown

@@ -235,7 +235,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return program, cases
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_divided_after_rewriting(rounded: Any, data: st.DataObject) -> None:
     """Whatever units are in INT8 or FP16, the parts in turn give what the rewritten whole gives, bit by bit."""

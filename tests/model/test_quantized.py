@@ -275,6 +275,33 @@ def test_rows_of_a_stored_table_are_looked_up_as_floats(tmp_path: Path) -> None:
     assert outputs(load_graph(path).to_bytes(), [x])[0].tolist() == ((table[x].astype(np.float32) - 7) * 0.25).tolist()
 
 
+def test_weights_that_are_made_of_other_constants_are_rounded_when_the_file_is_read(tmp_path: Path) -> None:
+    """A weight in half precision behind a Cast, rounded by a pair of its own."""
+    weight = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float16)
+    constants: dict[str, np.ndarray] = {"w": weight, "s": np.array(0.02, np.float32), "z": np.array(0, np.int8)}
+    graph = helper.make_graph(
+        [
+            node("Cast", "w", "c", to=TensorProto.FLOAT),
+            node("Transpose", "c", "t", perm=[1, 0]),
+            node("QuantizeLinear", "t s z", "q"),
+            node("DequantizeLinear", "q s z", "d"),
+            node("MatMul", "x d", "y"),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    found = load_graph(path)
+    assert [n.op_type for n in found.nodes] == ["MatMul"]
+    assert not found.quantization.tensors
+    x = np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
+    expected = outputs(path, [x], optimize=False)
+    np.testing.assert_allclose(outputs(found.to_bytes(), [x]), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -185,12 +185,25 @@ class Dequantizer:
             return
         if node.op_type == "Mul" and self._scales(node):
             return
+        self._follow(node)
         kept = onnx.NodeProto()
         kept.CopyFrom(node)
         for index, name in enumerate(kept.input):
             kept.input[index] = self.of(name)
         self._made.append(kept)
         self._by.update(dict.fromkeys(kept.output, kept))
+
+    def _follow(self, node: onnx.NodeProto) -> None:
+        """Know the constant that a node makes of another one, such as a weight that is stored in half precision."""
+        numbers = self.constant(node.input[0]) if node.op_type in ("Cast", "Identity", "Transpose") else None
+        if numbers is None:
+            return
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Cast":
+            numbers = numbers.astype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
+        elif node.op_type == "Transpose":
+            numbers = numbers.transpose(attributes.get("perm"))
+        self.store(node.output[0], np.ascontiguousarray(numbers))
 
     def _scales(self, node: onnx.NodeProto) -> bool:
         """Take a Mul by scales of integers into the weight that they belong to (case 3)."""

@@ -157,7 +157,7 @@ class OrtSession:
 
 def _options(execution: Execution) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if execution.wide_sums else 3  # a form that is only tried
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever a file is called
     if not execution.integers:
