@@ -150,3 +150,70 @@ def test_scales_of_the_file_are_kept(folder: Path) -> None:
     }
     assert stored["all/mixed.onnx"]
     assert stored["all/mixed.onnx"] <= stored["given.onnx"]
+
+
+def detector() -> onnx.ModelProto:
+    """Boxes in pixels and small scores in one output, as detectors give them."""
+    r = np.random.default_rng(3)
+    weights = {
+        "w1": r.normal(size=(8, 4, 3, 3)) * 0.2,
+        "w2": r.normal(size=(4, 8, 1, 1)) * 0.3,
+        "w3": r.normal(size=(3, 8, 1, 1)) * 0.5,
+        "b3": np.full(3, -5.0),
+        "pixels": np.full((), 600.0),
+        "four": np.array([1, 4, 576]),
+        "three": np.array([1, 3, 576]),
+    }
+
+    def node(op_type: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op_type, inputs.split(), [output], name=f"{output}_node", **attributes)
+
+    nodes = [
+        node("Conv", "x w1", "c1", pads=[1] * 4),
+        node("Relu", "c1", "r1"),
+        node("Conv", "r1 w2", "c2"),
+        node("Mul", "c2 pixels", "m2"),
+        node("Reshape", "m2 four", "boxes"),
+        node("Conv", "r1 w3 b3", "c3"),
+        node("Reshape", "c3 three", "logits"),
+        node("Sigmoid", "logits", "scores"),
+        node("Concat", "boxes scores", "output0", axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 24, 24])],
+        [helper.make_tensor_value_info("output0", TensorProto.FLOAT, [1, 7, 576])],
+        [
+            numpy_helper.from_array(np.asarray(v, np.int64 if k in ("four", "three") else np.float32), k)
+            for k, v in weights.items()
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_one_scale_for_boxes_and_scores_is_named(folder: Path) -> None:
+    """What rounds behind the place where a head is taken has no gradient to it, and collapses the scores."""
+    onnx.save(detector(), folder / "detector.onnx")
+    quantize_static(
+        folder / "detector.onnx",
+        folder / "collapsed.onnx",
+        Reader(),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    summary = bitalloy.run(
+        folder / "collapsed.onnx",
+        data=folder / "feeds",
+        out=folder / "detector",
+        budget=bitalloy.Budget(min_sqnr_db=10),
+        settings=bitalloy.Settings(samples=4, probes=8),
+    ).summary
+    given = summary.given
+    assert given is not None and given.written_db is not None
+    assert given.written_db["scores"].value < 1
+    assert given.predicted_db["scores"] == pytest.approx(given.written_db["scores"].value, abs=1)
+    assert given.worst[0].head == "scores" and given.worst[0].executed and given.worst[0].share > 0.3
+    exact, found = (outputs(folder / n, 24)[:, 0, 4:] for n in ("detector.onnx", "detector/mixed.onnx"))
+    assert 10 * np.log10(np.mean(exact**2) / np.mean((found - exact) ** 2)) > 8

@@ -87,7 +87,10 @@ class GivenRounding(Record, frozen=True, kw_only=True):
     head: str
     """The head that suffers most."""
     sqnr_db: float
-    """Predicted by the probe matrix."""
+    """Predicted by the probe matrix, or measured."""
+    executed: bool = False
+    """Whether it was measured: so are roundings behind the place where a head is taken, such as one that puts boxes and
+    scores on one scale."""
     share: float
     """Its part of the predicted damage of all roundings, on that head."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 import numpy as np
+import onnx_ir as ir
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import GivenModel, GivenRounding
@@ -15,9 +16,11 @@ from bitalloy.core.work import Workspace
 from bitalloy.measure import bench
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.measure.workload import priced
-from bitalloy.model.heads import is_divergence
+from bitalloy.model.dequantizer import GivenTensor
+from bitalloy.model.heads import Reference, is_divergence
 from bitalloy.model.load import Graph
-from bitalloy.model.read import name_of
+from bitalloy.model.read import consumers, name_of
+from bitalloy.model.write import add_initializer
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import ONLY, Session
@@ -25,7 +28,7 @@ from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.runtime.steps import total
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.given import given_columns
-from bitalloy.sensitivity.matrix import ProbeMatrix, decibel
+from bitalloy.sensitivity.matrix import ProbeMatrix, decibel, relative
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.verify.beside_float import OUTCOME_SITTINGS, REPEATS
 
@@ -60,7 +63,9 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
     if not quantization:
         return None
     matrix = _probe(analysis, work)
+    behind = _behind(analysis, work)
     every = matrix.damage(np.ones(len(matrix.sites))).mean(axis=0)
+    every += [sum(found.get(head, 0.0) for found in behind.values()) for head in matrix.heads]
     found = _execute(analysis, work) if timed and not analysis.graph.shown else None
     return GivenModel(
         tensors=len(quantization.tensors) + len(quantization.at_run_time),
@@ -73,7 +78,7 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
         measured_db=None if found is None else found.measured_db,
         written_db=None if found is None else found.written_db,
         latency_ratio=None if found is None else found.latency_ratio,
-        worst=_worst(analysis.graph, matrix),
+        worst=_worst(analysis.graph, matrix, behind),
     )
 
 
@@ -148,22 +153,102 @@ def _execute(analysis: Analysis, work: Workspace) -> _Executed:
     return msgspec.json.decode(work.cached("given", inputs, make), type=_Executed)
 
 
-def _worst(graph: Graph, matrix: ProbeMatrix) -> tuple[GivenRounding, ...]:
+def _behind(analysis: Analysis, work: Workspace) -> dict[str, dict[str, float]]:
+    """Damage of roundings behind the places where heads are taken, executed: tensor -> head -> damage.
+
+    No gradient leads back from a head to what is made of it, such as a Concat of boxes and scores.
+    """
+    graph, samples = analysis.graph, analysis.parts.probe[:GIVEN_SAMPLES]
+    follows = {head.name: _descendants(graph, head.tensor) for head in analysis.heads if not is_divergence(head.name)}
+    grids = graph.quantization.tensors
+    sites = [c.site for c in given_columns(graph) if c.site in grids and any(c.site in f for f in follows.values())]
+    if not sites:
+        return {}
+
+    def make() -> bytes:
+        exact = OrtSession(graph.model)
+        references = [Reference(exact.run(analysis.data.feeds(i)), analysis.heads) for i in samples]
+        exact.close()
+        energy = np.sum([one.energy for one in references], axis=0)
+        found: dict[str, dict[str, float]] = {}
+        with work.stage("roundings behind heads", len(sites)) as progress:
+            for site in sites:
+                session = OrtSession(_with_rounding(graph, site, grids[site]))
+                runs = (session.run(analysis.data.feeds(i)) for i in samples)
+                error = np.sum([one.error(run) for one, run in zip(references, runs, strict=True)], axis=0)
+                session.close()
+                damage = relative(error, energy)
+                found[site] = {
+                    head.name: float(damage[i])
+                    for i, head in enumerate(analysis.heads)
+                    if site in follows.get(head.name, frozenset())
+                }
+                progress.advance()
+        return to_json(found)
+
+    inputs = GivenInputs(network=analysis.executed, samples=tuple(samples), seed=0)
+    return msgspec.json.decode(work.cached("given-behind", inputs, make), type=dict[str, dict[str, float]])
+
+
+def _descendants(graph: Graph, tensor: str) -> frozenset[str]:
+    """Names of all tensors that are made of one."""
+    found: set[str] = set()
+    waiting = [tensor]
+    while waiting:
+        for use in consumers(graph.value[waiting.pop()]):
+            new = [str(v.name) for v in use.node.outputs if v.name and v.name not in found]
+            found.update(new)
+            waiting += new
+    return frozenset(found)
+
+
+def _with_rounding(graph: Graph, tensor: str, grid: GivenTensor) -> ir.Model:
+    """The float form with one tensor rounded."""
+    model = graph.clone()
+    value = next(v for node in model.graph for v in node.outputs if v.name == tensor)
+    at = value.producer()
+    assert at is not None, "a tensor behind a head is made by a node"
+    numbers = (grid.scale, grid.least - grid.zero_point, grid.most - grid.zero_point)
+    scale, least, most = (
+        add_initializer(model.graph, f"{tensor}/{name}", np.array(number, np.float32))
+        for name, number in zip(("scale", "least", "most"), numbers, strict=True)
+    )
+    whole = ir.node("Div", [value, scale], name=f"{tensor}/Div")
+    steps = ir.node("Round", [whole.outputs[0]], name=f"{tensor}/Round")
+    kept = ir.node("Clip", [steps.outputs[0], least, most], name=f"{tensor}/Clip")
+    made = ir.node("Mul", [kept.outputs[0], scale], name=f"{tensor}/Mul")
+    rounded = made.outputs[0]
+    rounded.type, rounded.shape = value.type, value.shape
+    left = value.is_graph_output()
+    ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=True)
+    whole.replace_input_with(0, value)
+    model.graph.insert_after(at, [whole, steps, kept, made])
+    if left:
+        value.name, rounded.name = f"{tensor}/exact", tensor
+    return model
+
+
+def _worst(graph: Graph, matrix: ProbeMatrix, behind: Mapping[str, Mapping[str, float]]) -> tuple[GivenRounding, ...]:
     """All roundings by the damage of each alone, worst first."""
     told = [i for i, head in enumerate(matrix.heads) if not is_divergence(head)]
-    alone = {site: matrix.damage(matrix.select([site])).mean(axis=0) for site in matrix.sites}
+    alone = {
+        site: matrix.damage(matrix.select([site])).mean(axis=0) for site in dict.fromkeys([*matrix.sites, *behind])
+    }
+    for site, found in behind.items():
+        alone[site] += [found.get(head, 0.0) for head in matrix.heads]
     every = np.sum(list(alone.values()), axis=0)
-    found = []
+    rows = []
     for site, damage in alone.items():
-        head = max(told, key=lambda i: damage[i])
+        head = max(told, key=damage.__getitem__)
         producer = graph.value[site].producer()
-        found.append(
+        rows.append(
             GivenRounding(
                 tensor=site,
                 node="" if producer is None else name_of(producer),
                 head=matrix.heads[head],
                 sqnr_db=round(float(decibel(damage[head])), 3),
+                executed=matrix.heads[head] in behind.get(site, {}),
                 share=round(float(damage[head] / every[head]), 4) if every[head] > 0 else 0.0,
             )
         )
-    return tuple(sorted(found, key=lambda rounding: rounding.sqnr_db))
+    return tuple(sorted(rows, key=lambda rounding: rounding.sqnr_db))

@@ -44,7 +44,7 @@ from bitalloy.verify.keeping import missed_drops
 from bitalloy.verify.rounds import missed_size, shortfall
 
 KERNEL_EFFECT_DB = 3.0
-"""What a quantized file must lose beyond its roundings to be told."""
+"""What a quantized file must lose by optimization to be told."""
 MOSTLY_NOISE_DB = 3.01
 MUCH_DB = 6.0
 """Loss of SQNR at another size that is worth a warning."""
@@ -265,15 +265,13 @@ def _given(given: GivenModel | None) -> list[str]:
     took = f", in {given.latency_ratio.value:.2f}x of float's time" if given.latency_ratio is not None else ""
     worst = "; ".join(f"'{r.tensor}' ({r.head} {r.sqnr_db:.1f} dB, {r.share:.0%})" for r in given.worst[:3])
     notes = [f"The given file rounds {given.tensors} tensors: {', '.join(heads)}{took}. Most is lost at {worst}."]
-    best = {
-        h: max(given.predicted_db[h], written[h].value) if h in written else given.predicted_db[h] for h in measured
-    }
-    head = max(measured, key=lambda h: best[h] - measured[h].value, default="")
-    if head and best[head] - measured[head].value > KERNEL_EFFECT_DB:
+    lost = {h: written[h].value - measured[h].value for h in measured if h in written}
+    head = max(lost, key=lambda h: lost[h], default="")
+    if head and lost[head] > KERNEL_EFFECT_DB:
         notes.append(
-            f"{head}: a kernel effect. Roundings of the given file leave {best[head]:.1f} dB, but it reaches "
-            f"{measured[head].value:.1f} dB. Without VNNI, integer kernels add pairs of products in 16 bits, which "
-            "saturate; models of plans keep clear of that."
+            f"{head}: a kernel effect. Node by node the given file leaves {written[head].value:.1f} dB, but as it is "
+            f"optimized {measured[head].value:.1f} dB. Without VNNI, integer kernels add pairs of products in 16 bits, "
+            "which saturate; models of plans keep clear of that."
         )
     return notes
 
