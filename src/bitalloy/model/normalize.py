@@ -32,7 +32,7 @@ from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.decide import decide, refuse_undecided
 from bitalloy.model.fold import first_input, fold_constants, session
-from bitalloy.model.products import fold_bias, plain_products
+from bitalloy.model.products import absorb, fold_bias, plain_products
 from bitalloy.model.read import attribute, constant, consumers, static_shape
 from bitalloy.model.weights import pack
 from bitalloy.model.widen import WIDENED
@@ -352,18 +352,7 @@ def _fold_batch_norm(model: ir.Model) -> None:
             add_initializer(model.graph, fresh(f"{conv.name}/{kind}"), array)
             for kind, array in (("weight", new_weight), ("bias", new_bias))
         ]
-        fused = ir.Node(
-            "",
-            "Conv",
-            [conv.inputs[0], *values],
-            attributes=list(conv.attributes.values()),
-            name=conv.name,
-            metadata_props=dict(conv.metadata_props),
-        )
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
-        )
-        model.graph.remove(conv, safe=True)
+        absorb(model, conv, node, [conv.inputs[0], *values])
 
 
 def _refuse_numbers(model: ir.Model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -57,19 +57,22 @@ def fold_bias(model: ir.Model) -> None:
                 continue
             total = np.broadcast_to(added.reshape(-1) + own, (channels,)).astype(np.float32)
             bias = add_initializer(model.graph, fresh(f"{conv.name}/bias"), np.ascontiguousarray(total))
-            fused = ir.Node(
-                "",
-                conv.op_type,
-                [*conv.inputs[:2], bias],
-                attributes=list(conv.attributes.values()),
-                name=conv.name,
-                metadata_props=dict(conv.metadata_props),
-            )
-            ir.convenience.replace_nodes_and_values(
-                model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]]
-            )
-            model.graph.remove(conv, safe=True)
+            absorb(model, conv, node, [*conv.inputs[:2], bias])
             break
+
+
+def absorb(model: ir.Model, conv: ir.Node, node: ir.Node, operands: Sequence[ir.Value | None]) -> None:
+    """Put a convolution with other operands in place of itself and of the only node that reads it."""
+    fused = ir.Node(
+        "",
+        conv.op_type,
+        operands,
+        attributes=list(conv.attributes.values()),
+        name=conv.name,
+        metadata_props=dict(conv.metadata_props),
+    )
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [fused], [node.outputs[0]], [fused.outputs[0]])
+    model.graph.remove(conv, safe=True)
 
 
 def _fold_factors(node: ir.Node, model: ir.Model, fresh: Callable[[str], str]) -> None:

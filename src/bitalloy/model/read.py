@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,3 +88,12 @@ def node_weight_axes(node: ir.Node) -> tuple[int, int]:
     return ops.weight_axes(
         node.op_type, len(static_shape(weight)), {name: attribute(node, name, 0) for name in node.attributes}
     )
+
+
+def moved_from(value: ir.Value, operators: Collection[str]) -> Iterator[ir.Value]:
+    """Yield the tensors that one comes from by operators of these types, each the first operand, the nearest first."""
+    source: ir.Value | None = value
+    while source is not None and (node := source.producer()) is not None and node.op_type in operators:
+        source = node.inputs[0]
+        if source is not None:
+            yield source

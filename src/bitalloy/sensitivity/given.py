@@ -18,7 +18,7 @@ from bitalloy.core.units import Edge
 from bitalloy.formats import find_rounding
 from bitalloy.model.dequantizer import GivenTensor
 from bitalloy.model.load import Graph
-from bitalloy.model.read import is_float
+from bitalloy.model.read import is_float, moved_from
 from bitalloy.sensitivity.columns import Column, ProbeWriter
 
 AT_RUN_TIME = "uint8-dynamic"
@@ -40,12 +40,9 @@ def given_columns(graph: Graph) -> list[Column]:
 
 def _lies_on(grid: GivenTensor | None, value: ir.Value, grids: Mapping[str, GivenTensor | None]) -> bool:
     """Tell whether a tensor holds numbers of its grid already, because it is moved from one that is rounded to it."""
-    source: ir.Value | None = value
-    while source is not None and (node := source.producer()) is not None and node.op_type in KEEPS_GRIDS:
-        source = node.inputs[0]
-        if source is not None and grid is not None and grids.get(str(source.name)) == grid:
-            return True
-    return False
+    if grid is None:
+        return False
+    return any(grids.get(str(source.name)) == grid for source in moved_from(value, KEEPS_GRIDS))
 
 
 def _tap(name: str, *, tensor: str, grid: GivenTensor | None) -> Tap:

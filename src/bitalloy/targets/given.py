@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bitalloy import ops
 from bitalloy.model.load import Graph
+from bitalloy.model.read import moved_from
 
 
 def given_ranges(graph: Graph) -> dict[str, tuple[float, float]]:
@@ -11,9 +12,7 @@ def given_ranges(graph: Graph) -> dict[str, tuple[float, float]]:
     tensors = graph.quantization.tensors
     found = {name: grid.limits for name, grid in tensors.items()}
     for name, grid in tensors.items():
-        value = graph.value.get(name)
-        while value is not None and (node := value.producer()) is not None and node.op_type in ops.MOVERS:
-            value = node.inputs[0]
-            if value is not None:
-                found.setdefault(str(value.name), grid.limits)
+        if name in graph.value:
+            for source in moved_from(graph.value[name], ops.MOVERS):
+                found.setdefault(str(source.name), grid.limits)
     return found
