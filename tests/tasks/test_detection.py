@@ -19,6 +19,7 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.records import MetricValue, TensorSpec
 from bitalloy.data.images import ImageSpec, infer_image_spec, letterbox, open_image
 from bitalloy.runtime.ort import OrtSession
+from bitalloy.tasks.base import Interface
 from bitalloy.tasks.bootstrap import resampled_weights
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import (
@@ -34,6 +35,7 @@ from bitalloy.tasks.precision import (
     Matches,
     average_precision,
     match_boxes,
+    match_shown,
 )
 from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
@@ -437,7 +439,7 @@ def test_counterparts_need_class_and_overlap_and_are_used_once() -> None:
             ap50=value,
             images=("a",),
             detections=(found,),
-            seed=0,
+            weights=np.ones((9, 1), int),
             resampled=np.zeros(9),
             resampled50=np.zeros(9),
         )
@@ -472,14 +474,61 @@ def test_several_models_side_by_side(tmp_path: Path) -> None:
     result = DETECTION.evaluate(models, data, seed=4, progress=told.append)
     assert order == ["float", "int8", "mixed"] * 9 and sum(told) == 27
     alone = {name: evaluate_detection(Oracle(content, f), data, seed=4) for name, f in kinds.items()}
-    first, second = result.metrics
-    assert (first.name, second.name) == ("AP50-95", "AP50")
+    first, second, agreement = result.metrics
+    assert (first.name, second.name, agreement.name) == ("AP50-95", "AP50", "agreement")
+    assert first.witness == second.witness == "agreement" and agreement.agreement
+    assert agreement.drops["int8"].value == pytest.approx(first.drops["int8"].value)  # float finds every label
+    assert result.box_overlap["mixed"].value == pytest.approx(1) and result.box_overlap["int8"].value < 0.95
     for name, one in alone.items():
         assert first.values[name] == one.ap and second.values[name] == one.ap50
     assert first.drops == {name: paired_difference(alone["float"], alone[name]) for name in ("int8", "mixed")}
     assert first.drops["int8"].value > 0.05 and second.drops["mixed"].value == 0
     assert result.confidence_shift["mixed"].value == pytest.approx(-0.45)
     assert result.notes == ("Intervals rest on 9 images only and are rough.",)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_is_the_ap_against_what_the_first_model_shows(tmp_path: Path, seed: int) -> None:
+    content = make_content(7, seed)
+    first, other = (make_detections(content, s, ties=False) for s in (seed, seed + 100))
+    truth = {**content, "categories": [{"id": i, "name": str(i)} for i in IDS], "annotations": []}
+    shown = [row for row in results_of(content, first) if row["score"] >= 0.25]
+    for number, row in enumerate(shown, start=1):
+        area = row["bbox"][2] * row["bbox"][3]
+        truth["annotations"].append({**row, "id": number, "area": area, "iscrowd": 0})
+    expected = pycocotools_stats(truth, results_of(content, other))
+    found = match_shown(first, other, [(100, 80)] * 7)
+    assert (found.ap, found.ap50) == pytest.approx((expected[0], expected[1]), abs=1e-12)
+    assert match_shown(first, first, [(100, 80)] * 7).ap == pytest.approx(1)
+    resampled = average_precision(found, np.ones((1, 7), int)).mean()
+    assert resampled == pytest.approx(found.ap)
+
+
+def test_images_without_labels_give_agreement(tmp_path: Path) -> None:
+    content = separate_content(9)
+    folder = save(tmp_path, content).parent / "images"
+    data = DETECTION.open(folder, detector(64, 3))
+    assert data.choose(None, 0) == list(range(9))
+    result = DETECTION.evaluate({"float": Oracle(content), "int8": Oracle(content, shifted)}, data)
+    (agreement,) = result.metrics
+    labelled = DETECTION.evaluate(
+        {"float": Oracle(content), "int8": Oracle(content, shifted)},
+        DetectionData(read_coco(folder.parent / "instances.json"), SPEC),
+    )
+    assert agreement.values == labelled.metrics[2].values and 0 < agreement.values["int8"].value < 0.95
+    nothing = DETECTION.evaluate({"float": Oracle(content, np.zeros_like), "int8": Oracle(content)}, data)
+    assert nothing.metrics == () and "shows nothing" in nothing.notes[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="No images"):
+        DETECTION.open(tmp_path / "empty", detector(64, 3))
+
+
+def detector(side: int, classes: int) -> Interface:
+    cells = sum((side // stride) ** 2 for stride in (8, 16, 32))
+    return Interface(
+        inputs=(TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, side, side)),),
+        outputs=(TensorSpec(name="output0", dtype="FLOAT", shape=(1, 4 + classes, cells)),),
+    )
 
 
 def test_collapsed_model_is_measured(tmp_path: Path) -> None:

@@ -272,10 +272,14 @@ def test_perfect_masks_reach_one_and_worse_ones_are_seen(shapes: Path) -> None:
     }
     told: list[int] = []
     result = INSTANCE.evaluate(models, data, progress=told.append)
-    assert sum(told) == 18 and [m.name for m in result.metrics][2:] == ["mask AP50-95", "mask AP50"]
+    assert sum(told) == 18 and [m.name for m in result.metrics][2:4] == ["mask AP50-95", "mask AP50"]
     assert by_name(result) == pytest.approx(
-        {"box AP50-95": 1, "box AP50": 1, "mask AP50-95": 1, "mask AP50": 1}, abs=1e-6
+        {"box AP50-95": 1, "box AP50": 1, "mask AP50-95": 1, "mask AP50": 1, "box agreement": 1, "mask agreement": 1},
+        abs=1e-6,
     )
+    float_is_right = by_name(result, "int8")
+    assert float_is_right["mask agreement"] == pytest.approx(float_is_right["mask AP50-95"])
+    assert float_is_right["box agreement"] == pytest.approx(1)
     assert by_name(result, "int8")["box AP50-95"] == pytest.approx(1)
     assert 0.2 < by_name(result, "int8")["mask AP50-95"] < 0.9
     assert 0.7 < by_name(result, "mixed")["mask AP50-95"] < 1

@@ -73,6 +73,20 @@ def test_layouts(tmp_path: Path, rng: np.random.Generator) -> None:
     assert [(p.name, p.label.name) for p in find_pairs(flat)] == [("a", "a.png"), ("b", "b.png")]
 
 
+def test_images_without_label_maps_give_agreement(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for file in (shapes / "images").iterdir():
+        (tmp_path / "images" / file.name).with_suffix(".jpg").write_bytes(b"")
+        Image.open(file).convert("RGB").save((tmp_path / "images" / file.name).with_suffix(".jpg"))
+    data, labelled = SEMANTIC.open(tmp_path / "images", interface(160)), SEMANTIC.open(shapes, interface(160))
+    moved = Oracle(labelled, change=lambda label: np.roll(label, 3, axis=0))
+    result = SEMANTIC.evaluate({"float": Oracle(labelled), "int8": moved}, data)
+    (agreement,) = result.metrics
+    same = [np.mean(a == b) for a, b in zip(moved.predictions, Oracle(labelled).predictions, strict=True)]
+    assert agreement.name == "pixel agreement" and agreement.agreement
+    assert agreement.values["int8"].value == pytest.approx(np.mean(same)) and np.mean(same) < 0.99
+
+
 def test_missing_files(tmp_path: Path, rng: np.random.Generator) -> None:
     with pytest.raises(DataError, match="is no folder"):
         find_pairs(tmp_path / "absent")

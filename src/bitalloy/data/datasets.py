@@ -17,9 +17,8 @@ from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.core.store import key_of
 from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
-from bitalloy.data.images import ImageSpec, file_hash, image_feed, no_image_input, open_image
+from bitalloy.data.images import IMAGE_SUFFIXES, ImageSpec, file_hash, image_feed, no_image_input, open_image
 
-_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _ARRAYS = frozenset({".npz", ".npy"})
 
 
@@ -221,12 +220,12 @@ class ImageFolder(_Files):
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
         batch = next((i.shape[0] for i in inputs if i.name == spec.input), 1)
         self._batch = batch if isinstance(batch, int) else 1
-        self._images = _listing(path, _IMAGES)
+        self._images = _listing(path, IMAGE_SUFFIXES)
         super().__init__(path, self._images[:: self._batch], inputs, spec.describe())
         self._spec, self.decisive = spec, key_of(spec)
         self._others = [i.name for i in inputs if i.name != spec.input]
         if not self._files:
-            raise DataError(f"No images in '{path}'; expected {_kinds(_IMAGES)}, also in subfolders.")
+            raise DataError(f"No images in '{path}'; expected {_kinds(IMAGE_SUFFIXES)}, also in subfolders.")
         alone = [f for f in self._files if self._others and not f.with_suffix(".npz").is_file()]
         if alone:
             raise DataError(
@@ -292,16 +291,16 @@ def open_dataset(
     data: Samples
     if path.is_file() and path.suffix.lower() in _ARRAYS:
         data = _stacked(path, inputs)
-    elif path.is_file() and path.suffix.lower() not in _IMAGES:
-        raise DataError(f"'{path}' is neither an image nor an array; expected {_kinds(_IMAGES | _ARRAYS)}.")
-    elif _listing(path, _IMAGES) and image is not None:
+    elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise DataError(f"'{path}' is neither an image nor an array; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}.")
+    elif _listing(path, IMAGE_SUFFIXES) and image is not None:
         data = ImageFolder(path, inputs, image)
     elif _listing(path, _ARRAYS):
         data = FeedFolder(path, inputs)
-    elif _listing(path, _IMAGES):
+    elif _listing(path, IMAGE_SUFFIXES):
         raise DataError(f"'{path}' holds images. {no_image_input(inputs)}")
     else:
-        raise DataError(f"'{path}' holds no samples; expected {_kinds(_IMAGES | _ARRAYS)}, also in subfolders.")
+        raise DataError(f"'{path}' holds no samples; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}, also in subfolders.")
     names = [data.name(i) for i in range(len(data))]
     chosen = choose_samples(names, limit=limit, seed=seed)
     found = data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)

@@ -23,6 +23,8 @@ _PIXELS: dict[str, Literal["float32", "float16", "uint8"]] = {
     "FLOAT16": "float16",
     "UINT8": "uint8",
 }
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+"""Suffixes of image files, in lower case."""
 _YOLO_TASKS = frozenset({"detection", "instance"})
 _IMAGE_TASKS = _YOLO_TASKS | {"semantic"}
 _EXAMPLE: dict[Layout, str] = {"NCHW": "1 3 640 640", "NHWC": "1 640 640 3"}

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.data.images import IMAGE_SUFFIXES
 
 __all__ = ["IGNORED", "LabelledFile", "find_pairs", "read_label"]
 
 IGNORED = 255
 """Class number that marks pixels that do not count."""
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFile:
-    """An image and its label map."""
+    """An image, perhaps with its label map."""
 
     name: str
     """Path of the image below its folder, without suffix."""
     image: Path
     label: Path
+    labelled: bool = True
+    """Whether the label map is there."""
 
 
 def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
@@ -33,6 +35,7 @@ def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
     1. `images/` and `annotations/` as in ADEChallengeData2016, where `validation/` in both is taken if it is there.
        Inside, subfolders must be the same on both sides.
     2. Else the folder itself: `name.jpg` with `name.png` beside it.
+    3. A folder without any label map is one of images only.
 
     Raises:
         DataError: the folder has no images, or images without a label map.
@@ -53,6 +56,8 @@ def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
             "name.png."
         )
     alone = [pair for pair in pairs if not pair.label.is_file()]
+    if len(alone) == len(pairs) and not apart:
+        return tuple(replace(pair, labelled=False) for pair in pairs)
     if alone:
         raise DataError(
             f"{len(alone)} of {len(pairs)} images in '{images}' have no label map, the first is '{alone[0].name}': "
@@ -63,7 +68,7 @@ def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
 
 def _is_image(file: Path, apart: bool) -> bool:
     """Beside the images, a PNG is a label map."""
-    kinds = _IMAGES if apart else tuple(kind for kind in _IMAGES if kind != ".png")
+    kinds = IMAGE_SUFFIXES if apart else IMAGE_SUFFIXES - {".png"}
     return file.suffix.lower() in kinds and not file.name.startswith(".")
 
 
@@ -74,6 +79,8 @@ def _name(file: Path, root: Path) -> str:
 def read_label(file: LabelledFile, size: tuple[int, int], classes: int, *, reduce_zero_label: bool) -> np.ndarray:
     """Read a label map as class numbers: (height, width) uint8, `IGNORED` where a pixel does not count.
 
+    Without a label map no pixel counts.
+
     Args:
         file: image and label map.
         size: (width, height) of the image in pixels.
@@ -83,6 +90,8 @@ def read_label(file: LabelledFile, size: tuple[int, int], classes: int, *, reduc
     Raises:
         DataError: the map is unreadable, coloured, of another size, or has labels out of range.
     """
+    if not file.labelled:
+        return np.full(size[::-1], IGNORED, np.uint8)
     try:
         with Image.open(file.label) as opened:
             opened.load()

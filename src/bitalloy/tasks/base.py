@@ -100,6 +100,16 @@ class TaskMetric(Record, frozen=True, kw_only=True):
     """Model other than the reference -> how much worse it is, with a paired 95 % interval. Above 0 is worse also
     where lower values are better."""
     higher_is_better: bool = True
+    witness: str = ""
+    """Name of the metric of agreement with the reference that tells most about this one; empty where there is none."""
+    agreement: bool = False
+    """Whether it is a part in 0..1 of what the reference says that a model says too, which needs no labels."""
+    draws: dict[str, bytes] = msgspec.field(default_factory=dict)
+    """Model other than the reference -> its drop on resamples of the images, (B,) float64; see `drop_draws`."""
+
+    def drop_draws(self, model: str) -> np.ndarray:
+        """Return how much worse a model is on B resamples of the images, (B,); NaN where the metric is undefined."""
+        return np.frombuffer(self.draws[model], np.float64)
 
 
 class TaskResult(Record, frozen=True, kw_only=True):
@@ -109,6 +119,8 @@ class TaskResult(Record, frozen=True, kw_only=True):
     metrics: tuple[TaskMetric, ...]
     confidence_shift: dict[str, Estimate] = msgspec.field(default_factory=dict)
     """Model other than the reference -> mean score of matched detections minus the reference's, of detectors only."""
+    box_overlap: dict[str, Estimate] = msgspec.field(default_factory=dict)
+    """Model other than the reference -> mean IoU of its boxes with the matched ones of the reference, of detectors."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the result must know."""
 

@@ -84,6 +84,8 @@ def compare_models(
     *,
     higher_is_better: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
+    witness: str = "",
+    agreement: bool = False,
 ) -> TaskMetric:
     """Compare one metric of all models; the first model is the reference of the paired drops.
 
@@ -93,20 +95,21 @@ def compare_models(
         n: number of images.
         higher_is_better: decides the sign of the drops.
         bounds: least and largest value of the metric; (0, inf) for one without an upper end.
+        witness: see `TaskMetric`.
+        agreement: see `TaskMetric`.
     """
     reference, *others = measured
     sign = 1.0 if higher_is_better else -1.0
     first = measured[reference]
-    drops = {
-        model: bootstrap_estimate(
-            sign * (first.value - measured[model].value), sign * (first.resampled - measured[model].resampled)
-        )
-        for model in others
-    }
+    draws = {model: sign * (first.resampled - measured[model].resampled) for model in others}
+    drops = {model: bootstrap_estimate(sign * (first.value - measured[model].value), draws[model]) for model in others}
     assert all(math.isfinite(m.value) for m in measured.values()), f"{name} is not a number"
     return TaskMetric(
         name=name,
         values={model: metric_value(m.value, m.resampled, n, bounds=bounds) for model, m in measured.items()},
         drops=drops,
         higher_is_better=higher_is_better,
+        witness=witness,
+        agreement=agreement,
+        draws={model: np.asarray(drawn, np.float64).tobytes() for model, drawn in draws.items()},
     )

@@ -177,8 +177,10 @@ def measure_captions(
     return TaskResult(
         task="language",
         metrics=(
-            compare_models("perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf"))),
-            compare_models("top-1 agreement", agreed, n),
+            compare_models(
+                "perplexity", perplexity, n, higher_is_better=False, bounds=(1.0, float("inf")), witness="KL divergence"
+            ),
+            compare_models("top-1 agreement", agreed, n, agreement=True),
             compare_models("KL divergence", divergence, n, higher_is_better=False, bounds=endless),
             *compare_answers(seen, "caption", weights),
         ),

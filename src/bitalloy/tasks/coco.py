@@ -12,9 +12,9 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
-from bitalloy.data.images import file_hash, open_image
+from bitalloy.data.images import IMAGE_SUFFIXES, file_hash, open_image
 
-__all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco"]
+__all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco", "without_labels"]
 
 
 class LabelledImage(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,9 +106,14 @@ class CocoLabels:
                 "Repair `segmentation`, or take the annotation out."
             ) from error
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels at all, and not images only."""
+        return bool(self.categories)
+
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the annotation file."""
-        return file_hash(self.path)
+        """Return the SHA-256 of the annotation file; empty where there are images only."""
+        return file_hash(self.path) if self.labelled else ""
 
     def file_of(self, entry: LabelledImage) -> Path:
         """Return the path of an image."""
@@ -120,9 +125,13 @@ class CocoLabels:
         1. By name, where the model's class names are known and hold every category.
         2. By order of id, where there are as many categories as classes (80 in COCO, whose ids run to 90).
 
+        Images without labels know no class.
+
         Raises:
             DataError: neither rule applies.
         """
+        if not self.labelled:
+            return np.full(classes, -1)
         known = {category.name: category.id for category in self.categories}
         if names is not None and len(names) == classes and known.keys() <= set(names):
             return np.array([known.get(name, -1) for name in names])
@@ -163,6 +172,19 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
         boxes=content.annotations,
         categories=tuple(sorted(content.categories, key=lambda c: c.id)),
     )
+
+
+def without_labels(folder: Path) -> CocoLabels:
+    """List the images of a folder as if in an annotation file without annotations or categories.
+
+    Raises:
+        DataError: the folder has no images.
+    """
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    if not files:
+        raise DataError(f"No images in '{folder}'. Give a folder of images, or a COCO annotation file.")
+    images = tuple(LabelledImage(id=i, file_name=f.relative_to(folder).as_posix()) for i, f in enumerate(files))
+    return CocoLabels(path=folder, folder=folder, images=images, boxes=(), categories=())
 
 
 def _check_references(path: Path, content: _File) -> None:

@@ -1,6 +1,9 @@
 """Object detection with YOLO-style outputs: boxes x, y, width, height in input pixels beside class scores.
 
 image -> canvas -> output (1, 4 + nc, n) -> class-wise suppression -> boxes in image pixels -> average precision
+
+Agreement with the float model is the average precision against what that shows, as if it were true: it needs no labels,
+and has a fraction of their noise.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from bitalloy.core.records import Estimate, MetricValue, Record
 from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import Geometry, ImageSpec, image_feed, infer_image_spec
+from bitalloy.data.masks import Rle
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import (
     RESAMPLES,
@@ -26,11 +30,14 @@ from bitalloy.tasks.bootstrap import (
     metric_value,
     resampled_weights,
 )
-from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco
-from bitalloy.tasks.precision import Detections, Matches, average_precision, match_boxes
+from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco, without_labels
+from bitalloy.tasks.precision import SHOWN, Detections, Matches, average_precision, match_boxes, match_shown
 from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
+AGREEMENT = "agreement"
+"""Name of the AP against what the reference shows."""
 __all__ = [
+    "AGREEMENT",
     "DETECTION",
     "ConfidenceShift",
     "DetectionData",
@@ -48,9 +55,6 @@ __all__ = [
     "split_predictions",
     "suppress",
 ]
-
-SHOWN_CONFIDENCE = 0.25
-"""Score above which a detection is usually shown."""
 
 
 class DetectionInputs(StageInputs, frozen=True, kw_only=True):
@@ -122,9 +126,10 @@ class DetectionResult:
     images: tuple[str, ...]
     detections: tuple[Detections, ...]
     """Detections of each image, in its pixels."""
-    seed: int
+    weights: np.ndarray
+    """How often each of B resamples draws each image, (B, I)."""
     resampled: np.ndarray
-    """`ap` on B resamples, (B,); b draws the same images in every result on these images with this seed."""
+    """`ap` on the resamples, (B,)."""
     resampled50: np.ndarray
     """`ap50` on the same B resamples, (B,)."""
 
@@ -136,20 +141,23 @@ class ConfidenceShift(Record, frozen=True, kw_only=True):
     mean_b: float
     shift: Estimate
     """Mean score in b minus mean score in a, with its interval."""
+    overlap: Estimate
+    """Mean IoU of their boxes in a and b."""
     matched: int
     lost: int
     """Number of detections of a without a counterpart in b."""
 
 
 def open_detection(annotations: Path, model: Interface) -> DetectionData:
-    """Read COCO labels for a detector.
+    """Read COCO labels for a detector, or take a folder of images without labels.
 
     Raises:
         DataError: labels or images are broken or missing. Whether classes fit is checked with the first output.
     """
     image = model.image or infer_image_spec(model.inputs, task="detection")
     assert image is not None, "a detection model without an image input is refused"
-    return DetectionData(read_coco(annotations), image, class_names(model.metadata))
+    labels = without_labels(annotations) if annotations.is_dir() else read_coco(annotations)
+    return DetectionData(labels, image, class_names(model.metadata))
 
 
 def evaluate_detection(
@@ -169,7 +177,8 @@ def evaluate_detection(
     """
     samples = data.choose(limit, seed)
     seen = [observe_detectors({"model": run}, data, i)["model"] for i in samples]
-    return _results({"model": judge_detector(seen, data, samples)}, data, samples, seed, resamples)["model"]
+    weights = resampled_weights(len(samples), resamples, seed)
+    return _results({"model": judge_detector(seen, data, samples)}, data, samples, weights)["model"]
 
 
 def observe_detectors(models: Mapping[str, RunModel], data: DetectionData, sample: int, /) -> dict[str, Seen]:
@@ -193,9 +202,14 @@ class Matched:
 
     detections: tuple[Detections, ...]
     """Detections of each image, in its pixels."""
-    boxes: Matches
+    boxes: Matches | None
+    """Matches of boxes with the labels; None for images without labels."""
     masks: Matches | None = None
     """Matches of masks, for instance segmentation with labels that have masks; else None."""
+    drawn: tuple[Sequence[Rle], ...] = ()
+    """Masks of all detections of each image, for instance segmentation."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) of each image, for instance segmentation."""
 
 
 def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[int], /) -> Matched:
@@ -205,6 +219,8 @@ def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[
         DataError: the images have no labels that count.
     """
     found = detections_of(seen)
+    if not data.labels.labelled:
+        return Matched(tuple(found), None)
     return Matched(tuple(found), match_boxes(data.labels, data.entries(samples), found, ids_of(seen, data)))
 
 
@@ -217,13 +233,17 @@ def measure_detectors(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Measure the box AP and confidence shift of several models on the same images, side by side."""
-    results = _results(judged, data, samples, seed, resamples)
+    """Measure the box AP, agreement and shifts of several models on the same images, side by side."""
+    weights = resampled_weights(len(samples), resamples, seed)
+    agreed, notes = compare_shown("", judged, weights)
+    metrics = compare_precision("", _results(judged, data, samples, weights)) if data.labels.labelled else ()
+    shift, overlap = shifts(judged, weights)
     return TaskResult(
         task="detection",
-        metrics=compare_precision("", results),
-        confidence_shift=shifts(results),
-        notes=few_images(len(samples)),
+        metrics=metrics + agreed,
+        confidence_shift=shift,
+        box_overlap=overlap,
+        notes=(*notes, *few_images(len(samples))),
     )
 
 
@@ -243,16 +263,20 @@ def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
 
 
 def _results(
-    judged: Mapping[str, Matched], data: DetectionData, samples: Sequence[int], seed: int, resamples: int
+    judged: Mapping[str, Matched], data: DetectionData, samples: Sequence[int], weights: np.ndarray
 ) -> dict[str, DetectionResult]:
-    entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
-    return {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
+    entries = data.entries(samples)
+    return {
+        name: precision_of(one.boxes, entries, one.detections, weights)
+        for name, one in judged.items()
+        if one.boxes is not None
+    }
 
 
 def precision_of(
-    matches: Matches, images: Sequence[LabelledImage], found: Sequence[Detections], weights: np.ndarray, seed: int
+    matches: Matches, images: Sequence[LabelledImage], found: Sequence[Detections], weights: np.ndarray
 ) -> DetectionResult:
-    """Return the result of one model from its matches; `weights` (B, I) come from `resampled_weights` with `seed`."""
+    """Return the result of one model from its matches; `weights` (B, I) come from `resampled_weights`."""
     resampled = average_precision(matches, weights)
     mean, half = resampled.mean(axis=1), resampled[:, 0]
     return DetectionResult(
@@ -260,7 +284,7 @@ def precision_of(
         ap50=metric_value(matches.ap50, half, len(images)),
         images=tuple(entry.file_name for entry in images),
         detections=tuple(found),
-        seed=seed,
+        weights=weights,
         resampled=mean,
         resampled50=half,
     )
@@ -268,20 +292,60 @@ def precision_of(
 
 def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tuple[TaskMetric, ...]:
     """Compare AP50-95 and AP50 of several models; `kind` is the prefix of the names, e.g. `mask `."""
-    n = next(iter(results.values())).ap.n
+    n, witness = next(iter(results.values())).ap.n, f"{kind}{AGREEMENT}"
     mean = {name: ResampledMetric(r.ap.value, r.resampled) for name, r in results.items()}
     half = {name: ResampledMetric(r.ap50.value, r.resampled50) for name, r in results.items()}
-    return compare_models(f"{kind}AP50-95", mean, n), compare_models(f"{kind}AP50", half, n)
+    return (
+        compare_models(f"{kind}AP50-95", mean, n, witness=witness),
+        compare_models(f"{kind}AP50", half, n, witness=witness),
+    )
 
 
-def shifts(results: Mapping[str, DetectionResult]) -> dict[str, Estimate]:
-    """Return model -> confidence shift against the first model; models without shared detections are left out."""
-    reference, *others = results
+def compare_shown(
+    kind: str,
+    judged: Mapping[str, Matched],
+    weights: np.ndarray,
+    *,
+    masks: bool = False,
+) -> tuple[tuple[TaskMetric, ...], tuple[str, ...]]:
+    """Measure AP50-95 of several models against what the first one shows; nothing, with a note, where that is nothing.
+
+    Args:
+        kind: prefix of the name.
+        judged: model -> its detections, the reference first.
+        weights: (B, I) from `resampled_weights`.
+        masks: whether masks are compared instead of boxes.
+    """
+    reference, *others = judged
+    if not others:
+        return (), ()
+    first, count = judged[reference], weights.shape[1]
+    whole = ResampledMetric(1.0, np.ones(len(weights)))
+    found = {reference: whole}
+    try:
+        for name in others:
+            drawn = (first.drawn, judged[name].drawn) if masks else None
+            sizes = first.sizes if masks else [(0, 0)] * count
+            matches = match_shown(first.detections, judged[name].detections, sizes, drawn)
+            found[name] = ResampledMetric(matches.ap, average_precision(matches, weights).mean(axis=1))
+    except DataError as error:
+        return (), (f"No agreement of detections: {error}",)
+    return (compare_models(f"{kind}{AGREEMENT}", found, count, agreement=True),), ()
+
+
+def shifts(judged: Mapping[str, Matched], weights: np.ndarray) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Compare the matched detections of models with those of the first one.
+
+    Returns:
+        Model -> shift of the confidence, and model -> overlap of the boxes; models without shared detections are left
+        out.
+    """
+    reference, *others = judged
     found = {}
     for name in others:
         with contextlib.suppress(DataError):  # nothing matches: a collapsed model has no scores to compare
-            found[name] = confidence_shift(results[reference], results[name]).shift
-    return found
+            found[name] = _shift(judged[reference].detections, judged[name].detections, weights, SHOWN)
+    return {n: one.shift for n, one in found.items()}, {n: one.overlap for n, one in found.items()}
 
 
 def on_image(found: Detections, geometry: Geometry, size: tuple[int, int]) -> Detections:
@@ -300,9 +364,7 @@ def paired_difference(a: DetectionResult, b: DetectionResult) -> Estimate:
     return bootstrap_estimate(a.ap.value - b.ap.value, a.resampled - b.resampled)
 
 
-def confidence_shift(
-    a: DetectionResult, b: DetectionResult, *, confidence: float = SHOWN_CONFIDENCE
-) -> ConfidenceShift:
+def confidence_shift(a: DetectionResult, b: DetectionResult, *, confidence: float = SHOWN) -> ConfidenceShift:
     """Compare the scores of the detections of a above `confidence` with those of their counterparts in b.
 
     The counterpart is the free detection of b, of any score, with the same class and the greatest IoU, at least 0.5;
@@ -312,42 +374,47 @@ def confidence_shift(
         DataError: the results rest on different images, seeds or numbers of resamples, or nothing matches.
     """
     _check_pair(a, b)
-    pairs = [_counterparts(x, y, confidence) for x, y in zip(a.detections, b.detections, strict=True)]
+    return _shift(a.detections, b.detections, a.weights, confidence)
+
+
+def _shift(a: Sequence[Detections], b: Sequence[Detections], weights: np.ndarray, confidence: float) -> ConfidenceShift:
+    pairs = [_counterparts(x, y, confidence) for x, y in zip(a, b, strict=True)]
     sums = np.array([[len(p), *p.sum(axis=0)] for p, _ in pairs])
-    matched, total_a, total_b = sums.sum(axis=0)
+    matched, total_a, total_b, overlap = sums.sum(axis=0)
     if matched == 0:
         raise DataError(f"No detection above {confidence} occurs in both results; there are no scores to compare.")
-    drawn = resampled_weights(len(a.images), len(a.resampled), a.seed) @ sums
+    drawn = weights @ sums
     with np.errstate(invalid="ignore"):
-        resampled = (drawn[:, 2] - drawn[:, 1]) / drawn[:, 0]
+        moved, overlaps = (drawn[:, 2] - drawn[:, 1]) / drawn[:, 0], drawn[:, 3] / drawn[:, 0]
     return ConfidenceShift(
         mean_a=float(total_a / matched),
         mean_b=float(total_b / matched),
-        shift=bootstrap_estimate(float((total_b - total_a) / matched), resampled),
+        shift=bootstrap_estimate(float((total_b - total_a) / matched), moved),
+        overlap=bootstrap_estimate(float(overlap / matched), overlaps),
         matched=int(matched),
         lost=sum(lost for _, lost in pairs),
     )
 
 
 def _check_pair(a: DetectionResult, b: DetectionResult) -> None:
-    if a.images != b.images or a.seed != b.seed or len(a.resampled) != len(b.resampled):
+    if a.images != b.images or not np.array_equal(a.weights, b.weights):
         raise DataError(
-            f"The results rest on {len(a.images)} and {len(b.images)} images with seeds {a.seed} and {b.seed}; "
-            "a comparison needs the same images, seed and number of resamples. Evaluate both models alike."
+            f"The results rest on {len(a.images)} and {len(b.images)} images, or on other resamples; a comparison "
+            "needs the same images, seed and number of resamples. Evaluate both models alike."
         )
 
 
 def _counterparts(a: Detections, b: Detections, confidence: float) -> tuple[np.ndarray, int]:
-    """(m, 2) scores in a and b of the matched detections, and the number of unmatched ones of a."""
+    """(m, 3) scores in a and b of the matched detections and their overlap, and the number of unmatched ones of a."""
     shown = np.flatnonzero(a.scores >= confidence)
     overlap = np.where(a.classes[shown, None] == b.classes[None], _iou(a.boxes[shown], b.boxes), 0)
-    scores = []
+    found = []
     for row, index in enumerate(shown):
         best = int(overlap[row].argmax()) if len(b.scores) else -1
         if best >= 0 and overlap[row, best] >= 0.5:
-            scores.append((a.scores[index], b.scores[best]))
+            found.append((a.scores[index], b.scores[best], overlap[row, best]))
             overlap[:, best] = 0
-    return np.array(scores, dtype=np.float64).reshape(-1, 2), len(shown) - len(scores)
+    return np.array(found, dtype=np.float64).reshape(-1, 3), len(shown) - len(found)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -360,7 +427,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 DETECTION: Task[DetectionData] = Task(
     name="detection",
-    labels="a COCO annotation file with boxes",
+    labels="a COCO annotation file with boxes, or a folder of images",
     matches=lambda model: looks_like_yolo(model.inputs, model.outputs),
     open=open_detection,
     observe=observe_detectors,

@@ -15,12 +15,13 @@ import numpy as np
 
 from bitalloy.data.images import Geometry, ImageSpec
 from bitalloy.data.masks import Rle, encode, packed, unpacked
-from bitalloy.tasks.base import RunModel, Seen, Task, TaskResult, few_images
+from bitalloy.tasks.base import RunModel, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     DetectionData,
     Matched,
     compare_precision,
+    compare_shown,
     ids_of,
     judge_detector,
     on_image,
@@ -119,11 +120,11 @@ def judge_instances(seen: Sequence[Seen], data: DetectionData, samples: Sequence
     Raises:
         DataError: the images have no labels that count, or a label has no mask or a broken one.
     """
-    boxes = judge_detector(seen, data, samples)
+    sizes = tuple((int(one["size"][0]), int(one["size"][1])) for one in seen)
+    drawn = tuple(unpacked(one, size) for one, size in zip(seen, sizes, strict=True))
+    boxes = replace(judge_detector(seen, data, samples), drawn=drawn, sizes=sizes)
     if not data.labels.has_masks():
         return boxes
-    sizes = [(int(one["size"][0]), int(one["size"][1])) for one in seen]
-    drawn = [unpacked(one, size) for one, size in zip(seen, sizes, strict=True)]
     entries, ids = data.entries(samples), ids_of(seen, data)
     return replace(boxes, masks=match_masks(data.labels, entries, sizes, boxes.detections, drawn, ids))
 
@@ -137,29 +138,39 @@ def measure_instances(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> TaskResult:
-    """Measure the box AP, mask AP and confidence shift of several models on the same images, side by side.
+    """Measure the box AP, mask AP, agreement and shifts of several models on the same images, side by side.
 
-    Labels without any mask still give box AP, with a note.
+    Labels without any mask still give box AP, with a note; images without labels give agreement.
     """
     entries, weights = data.entries(samples), resampled_weights(len(samples), resamples, seed)
-    by_box = {name: precision_of(one.boxes, entries, one.detections, weights, seed) for name, one in judged.items()}
-    metrics = compare_precision("box ", by_box)
-    notes = few_images(len(entries))
-    by_mask = {
-        name: precision_of(one.masks, entries, one.detections, weights, seed)
-        for name, one in judged.items()
-        if one.masks is not None
-    }
-    if by_mask:
-        metrics += compare_precision("mask ", by_mask)
-    else:
+    metrics: tuple[TaskMetric, ...] = ()
+    agreements: tuple[TaskMetric, ...] = ()
+    notes: tuple[str, ...] = ()
+    for kind, masks in (("box ", False), ("mask ", True)):
+        matched = {name: one.masks if masks else one.boxes for name, one in judged.items()}
+        results = {
+            name: precision_of(matches, entries, judged[name].detections, weights)
+            for name, matches in matched.items()
+            if matches is not None
+        }
+        metrics += compare_precision(kind, results) if results else ()
+        agreed, told = compare_shown(kind, judged, weights, masks=masks)
+        agreements, notes = agreements + agreed, notes + told
+    if data.labels.labelled and not data.labels.has_masks():
         notes += (f"No mask AP: '{data.labels.path.name}' has no masks.",)
-    return TaskResult(task="instance", metrics=metrics, confidence_shift=shifts(by_box), notes=notes)
+    shift, overlap = shifts(judged, weights)
+    return TaskResult(
+        task="instance",
+        metrics=metrics + agreements,
+        confidence_shift=shift,
+        box_overlap=overlap,
+        notes=(*dict.fromkeys(notes), *few_images(len(entries))),
+    )
 
 
 INSTANCE: Task[DetectionData] = Task(
     name="instance",
-    labels="a COCO annotation file with boxes and masks",
+    labels="a COCO annotation file with boxes and masks, or a folder of images",
     matches=lambda model: has_masks(model.inputs, model.outputs),
     open=open_detection,
     observe=observe_instances,

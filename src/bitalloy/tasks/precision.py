@@ -18,10 +18,21 @@ from bitalloy.core.errors import DataError
 from bitalloy.data.masks import Rle
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage
 
-__all__ = ["CategoryMatches", "Detections", "Matches", "average_precision", "match_boxes", "match_masks"]
+__all__ = [
+    "CategoryMatches",
+    "Detections",
+    "Matches",
+    "SHOWN",
+    "average_precision",
+    "match_boxes",
+    "match_masks",
+    "match_shown",
+]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
+SHOWN = 0.25
+"""Score above which a detection is usually shown."""
 MAX_DETECTIONS = 100
 """Largest number of detections per image and class that COCO's evaluation counts."""
 
@@ -89,7 +100,7 @@ def match_boxes(
         for image, one in zip(images, detections, strict=True)
         for row in _results(image.id, one, category_ids, [{}] * len(one.scores))
     ]
-    return _match("bbox", labels, [{"id": image.id} for image in images], truth, found)
+    return _match("bbox", _ids(labels), [{"id": image.id} for image in images], truth, found, _none_in(labels, images))
 
 
 def match_masks(
@@ -125,20 +136,62 @@ def match_masks(
         for row in _results(image.id, one, category_ids, [{"segmentation": mask} for mask in drawn])
     ]
     entries = [{"id": i, "width": width, "height": height} for i, (width, height) in size_of.items()]
-    return _match("segm", labels, entries, truth, found)
+    return _match("segm", _ids(labels), entries, truth, found, _none_in(labels, images))
+
+
+def match_shown(
+    reference: Sequence[Detections],
+    found: Sequence[Detections],
+    sizes: Sequence[tuple[int, int]],
+    masks: tuple[Sequence[Sequence[Rle]], Sequence[Sequence[Rle]]] | None = None,
+) -> Matches:
+    """Match the detections of a model to those that a reference shows, with scores of at least `SHOWN`, as the truth.
+
+    Args:
+        reference: detections of the reference in each image.
+        found: detections of the model in each image.
+        sizes: (width, height) of each image.
+        masks: masks of all detections of reference and model, which are matched then; None matches boxes.
+
+    Raises:
+        DataError: the reference shows nothing.
+    """
+    classes = 1 + max((int(one.classes.max()) for one in (*reference, *found) if len(one.classes)), default=0)
+    ids, rows = np.arange(1, classes + 1), []
+    for side, detections in enumerate((reference, found)):
+        drawn = masks[side] if masks is not None else [[None] * len(one.scores) for one in detections]
+        made = []
+        for image, (one, own) in enumerate(zip(detections, drawn, strict=True)):
+            more = [{} if mask is None else {"segmentation": mask} for mask in own]
+            made += [row for row in _results(image, one, ids, more) if side or row["score"] >= SHOWN]
+        rows.append(made)
+    images = [{"id": i, "width": width, "height": height} for i, (width, height) in enumerate(sizes)]
+    nothing = (
+        f"The float model shows nothing (score {SHOWN:g}) on the {len(images)} evaluated images. Take more images."
+    )
+    return _match("bbox" if masks is None else "segm", ids.tolist(), images, rows[0], rows[1], nothing)
+
+
+def _ids(labels: CocoLabels) -> list[int]:
+    return [category.id for category in labels.categories]
+
+
+def _none_in(labels: CocoLabels, images: Sequence[LabelledImage]) -> str:
+    return f"The {len(images)} evaluated images have no labels in '{labels.path}'. Take more images."
 
 
 def _match(
     kind: str,
-    labels: CocoLabels,
+    categories: Sequence[int],
     images: list[dict[str, int]],
     truth: list[dict[str, Any]],
     found: list[dict[str, Any]],
+    nothing: str,
 ) -> Matches:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    common = {"images": images, "categories": [{"id": category.id} for category in labels.categories]}
+    common = {"images": images, "categories": [{"id": category} for category in categories]}
     with contextlib.redirect_stdout(io.StringIO()):
         sides = []
         for rows in (truth, found):
@@ -154,8 +207,8 @@ def _match(
     precision = run.eval["precision"][..., 0, 0]  # (thresholds, recalls, categories), -1 where nothing counts
     counted = precision[0, 0] > -1
     if not counted.any():
-        raise DataError(f"The {len(images)} evaluated images have no labels in '{labels.path}'. Take more images.")
-    per_image = np.array(run.evalImgs, dtype=object).reshape(len(labels.categories), len(images))
+        raise DataError(nothing)
+    per_image = np.array(run.evalImgs, dtype=object).reshape(len(categories), len(images))
     return Matches(
         ap=float(precision[precision > -1].mean()),
         ap50=float(precision[0][precision[0] > -1].mean()),

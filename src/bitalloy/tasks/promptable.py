@@ -322,6 +322,8 @@ def measure_prompts(
             f"{what}, {kind} prompts",
             {name: ratio_of_sums(totals[name, kind][used, column], objects, weights) for name in seen},
             n,
+            witness=f"agreement, {kind} prompts" if what != "agreement" else "",
+            agreement=what == "agreement",
         )
         for what, column in columns.items()
         for kind in PROMPT_KINDS

@@ -28,7 +28,17 @@ from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import ImageOptions, ImageSpec, file_hash, image_feed, infer_image_spec, open_image
 from bitalloy.tasks.ade import IGNORED, LabelledFile, find_pairs, read_label
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input, refuse_fit
+from bitalloy.tasks.base import (
+    Interface,
+    RunModel,
+    Seen,
+    Task,
+    TaskMetric,
+    TaskResult,
+    few_images,
+    image_input,
+    refuse_fit,
+)
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.resample import resize
 
@@ -45,6 +55,7 @@ __all__ = [
 ]
 
 Protocol = Literal["squash", "official"]
+AGREEMENT = "pixel agreement"
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
 """Sizes of the official protocol in pixels: largest sides, and the multiple to which sides are rounded up."""
 
@@ -92,7 +103,7 @@ class SemanticData:
         """Return all that decides metrics on some samples, whose images have the given hashes."""
         return SemanticInputs(
             images=tuple(images),
-            maps=tuple(file_hash(self.files[i].label) for i in samples),
+            maps=tuple(file_hash(self.files[i].label) for i in samples if self.files[i].labelled),
             image=self.image,
             classes=self.classes,
             reduce_zero_label=self.reduce_zero_label,
@@ -239,14 +250,16 @@ def measure_semantic(
     """Measure mIoU, pixel accuracy, and agreement with the first model, on the same images side by side.
 
     mIoU and accuracy come from one confusion matrix over the set. `pixel agreement` is the part of all pixels,
-    labelled or not, to which a model gives the class that the first model gives.
+    labelled or not, to which a model gives the class that the first model gives; of images without label maps it is
+    all.
 
     Raises:
         DataError: no pixel is labelled.
     """
     n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     counts = {name: np.array([one["counts"] for one in part], np.float64) for name, part in seen.items()}
-    if not any(c[:, 1].any() for c in counts.values()):
+    labelled = any(data.files[i].labelled for i in samples)
+    if labelled and not any(c[:, 1].any() for c in counts.values()):
         raise DataError(f"The {n} evaluated label maps have no labelled pixel. Take more images.")
     pixels, agreed = np.zeros(n), {name: np.zeros(n) for name in seen}
     for i in range(n):
@@ -256,17 +269,24 @@ def measure_semantic(
             reference = predicted if reference is None else reference
             agreed[name][i] = np.count_nonzero(predicted == reference)
             pixels[i] = predicted.size
-    quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
-    accuracy = {name: ratio_of_sums(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
     agreement = {name: ratio_of_sums(a, pixels, weights) for name, a in agreed.items()}
     return TaskResult(
         task="semantic",
         metrics=(
-            compare_models("mIoU", quality, n),
-            compare_models("pixel accuracy", accuracy, n),
-            compare_models("pixel agreement", agreement, n),
+            *(_against_labels(counts, weights) if labelled else ()),
+            compare_models(AGREEMENT, agreement, n, agreement=True),
         ),
         notes=(f"Protocol: {data.protocol}.", *few_images(n)),
+    )
+
+
+def _against_labels(counts: Mapping[str, np.ndarray], weights: np.ndarray) -> tuple[TaskMetric, TaskMetric]:
+    n = weights.shape[1]
+    quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
+    accuracy = {name: ratio_of_sums(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
+    return (
+        compare_models("mIoU", quality, n, witness=AGREEMENT),
+        compare_models("pixel accuracy", accuracy, n, witness=AGREEMENT),
     )
 
 
@@ -293,7 +313,7 @@ def _matches(model: Interface) -> bool:
 
 SEMANTIC: Task[SemanticData] = Task(
     name="semantic",
-    labels="a folder of images and label maps",
+    labels="a folder of images, perhaps with label maps",
     matches=_matches,
     open=open_semantic,
     observe=observe_semantic,
