@@ -20,7 +20,7 @@ from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
 from bitalloy.runtime.ort import OrtSession
-from bitalloy.search.planning import read_tables
+from bitalloy.search.planning import plan_peers, read_tables, tables_of
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.measuring import measured_damages
 from bitalloy.targets.placement import rounded
@@ -141,12 +141,25 @@ def test_the_fastest_plan_that_keeps_a_task_metric(analysis: Any, table: Any, in
         planned = bitalloy.plan(analysis, Budget(max_drop={"AP50-95": most}), table=table)
         assert len(planned.plan.pareto) > 3
         evaluator = Evaluator(analysis, [inputs.labels], 4, bitalloy.Workspace())
-        point, tried = fastest_that_keeps(evaluator, planned, (analysis.units.lowest(), 1.0))
-        assert 1 <= len(tried) <= np.ceil(np.log2(len(planned.plan.pareto)))
+        peers = plan_peers(tables_of(analysis, table), planned.plan.budget)
+        kept = fastest_that_keeps(evaluator, planned, peers)
+        tried = kept.judge.evaluations()
+        assert 1 <= len(tried) <= len(peers) + 2 * np.ceil(np.log2(len(planned.plan.pareto))) + 1
         assert all(e.kept == (most > 0) for e in tried)
-        found[most] = point
+        found[most] = kept.point
+        assert {p.chosen: kept.judge.judged(p.chosen) for p in peers} == dict.fromkeys([p.chosen for p in peers], True)
     assert found[1.0] == min(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
     assert not found[-1.0].chosen
+
+
+def test_a_least_agreement_with_float_needs_no_labels(analysis: Any, table: Any, inputs: Any) -> None:
+    for least in (0.0, 1.0):
+        planned = bitalloy.plan(analysis, Budget(min_agreement=least, confidence=0.9), table=table)
+        evaluator = Evaluator(analysis, [inputs.scenes], 4, bitalloy.Workspace())
+        kept = fastest_that_keeps(evaluator, planned, plan_peers(tables_of(analysis, table), planned.plan.budget))
+        assert dict(kept.judge.limits) == {"agreement": 1 - least}
+        fastest = min(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
+        assert (kept.point == fastest) == (least == 0)
 
 
 @pytest.mark.parametrize("count", range(1, 14))
@@ -188,13 +201,15 @@ def test_a_model_is_executed_once_over_the_labels(
     image = analysis.graph.info.inputs[0].name
     planned = bitalloy.plan(analysis, Budget(max_drop={FIRST: 0.02}), table=table)
     int8, fast = analysis.units.lowest(), planned.plan.chosen
+    peers = plan_peers(tables_of(analysis, table), planned.plan.budget)
     found = []
     for store in (None, RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")):
         with monkeypatch.context() as patch:
             counts = runs_of(patch, image)
             evaluator = Evaluator(analysis, [inputs.labels], 4, bitalloy.Workspace(store))
-            point, tried = fastest_that_keeps(evaluator, planned, (int8, 1.0))
-            found.append((point, tried, measure_metrics(evaluator, int8, fast)))
+            kept = fastest_that_keeps(evaluator, planned, peers)
+            tried = kept.judge.evaluations()
+            found.append((kept.point, tried, measure_metrics(evaluator, int8, fast)))
             again = len(found) == 3
             assert set(counts.values()) == (set() if again else {4})
             plans = {p.chosen for p in planned.plan.pareto if len(p.chosen) in used(tried)}

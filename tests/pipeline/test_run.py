@@ -130,7 +130,7 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert all(len(r["sqnr_db"]) == 3 for r in summary["rounds"])
     table = json.loads((finished.folder / "run" / "sensitivity.json").read_text())
     assert {r["head"] for r in table["rows"]} == {"boxes", "scores", "detections", "scores KL"}
-    assert set(summary["metrics"]) == {"AP50-95", "AP50"}
+    assert set(summary["metrics"]) == {"AP50-95", "AP50", "agreement"}
     assert summary["metrics"]["AP50-95"]["float"]["n"] == 8
     assert 0 < summary["int8_units"] == summary["schemes"]["int8"] <= summary["units"]
     assert summary["samples"] == 8 and summary["calibration"]["count"] == 8

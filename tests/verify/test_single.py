@@ -9,16 +9,14 @@ import pytest
 
 import bitalloy
 from bitalloy.core.plans import Budget, ParetoPoint, SingleFormat
-from bitalloy.core.records import Estimate
 from bitalloy.core.schemes import Plan
 from bitalloy.core.work import Workspace
 from bitalloy.pipeline.run import render
 from bitalloy.search.choice import ProvenPlan
 from bitalloy.search.planning import plan_around
 from bitalloy.search.single import SinglePlan
-from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.verify.course import VerificationCourse
-from bitalloy.verify.keeping import single_that_keeps
+from bitalloy.verify.keeping import Kept
 
 BUDGET = Budget(min_sqnr_db=0.0)
 
@@ -91,23 +89,6 @@ def test_all_columns_speak_of_the_same_model(analysis: Any) -> None:
     assert len(rows) >= 2 and all(row.count("<td") == 4 for row in rows)
 
 
-class Drops:
-    """An evaluator that knows by how much plans drop."""
-
-    reference = Plan()
-
-    def __init__(self, drops: dict[Plan, float]) -> None:
-        self.drops, self.asked = drops, list[Plan]()
-
-    def subject(self, plan: Plan) -> Plan:
-        return plan
-
-    def results(self, subjects: dict[str, Plan], stage: str, *, resamples: int) -> list[TaskResult]:
-        self.asked.append(subjects["candidate"])
-        drop = Estimate(value=self.drops[subjects["candidate"]], low=0, high=0)
-        return [TaskResult(task="t", metrics=(TaskMetric(name="m", values={}, drops={"candidate": drop}),))]
-
-
 def single(name: str, ratio: float, *, within: bool = True) -> SinglePlan:
     told = SingleFormat(
         scheme=name, units=1, predicted_ratio=ratio, predicted_size_bytes=1, predicted_db={}, within=within
@@ -115,26 +96,16 @@ def single(name: str, ratio: float, *, within: bool = True) -> SinglePlan:
     return SinglePlan(Plan.of(name, "u"), told)
 
 
-def test_the_fastest_plan_of_one_scheme_that_keeps_a_metric() -> None:
-    plans = [single("a", 0.2, within=False), single("b", 0.3), single("c", 0.4), single("d", 0.5)]
-    drops = dict(zip((p.plan for p in plans), (0.0, 0.2, 0.05, 0.0), strict=True))
-    evaluator: Any = Drops(drops)
-    found, seen = single_that_keeps(evaluator, Budget(max_drop={"m": 0.1}), plans)
-    assert found is plans[2] and evaluator.asked == [plans[1].plan, plans[2].plan]
-    assert [(e.kept, e.drops, e.predicted_ratio) for e in seen] == [(False, {"m": 0.2}, 0.3), (True, {"m": 0.05}, 0.4)]
-    none, seen = single_that_keeps(evaluator, Budget(max_drop={"m": -1}), plans)
-    assert none is None and len(seen) == 3
-
-
-def test_under_a_limit_on_a_metric_the_faster_of_those_that_keep_it_is_shipped(analysis: Any, poor: Any) -> None:
-    budget = Budget(max_drop={"m": 0.1})
-    planned = bitalloy.plan(analysis, budget)
-    slow = ParetoPoint(
-        schemes=dict(poor.plan.chosen), predicted_latency_us=1.0, size_bytes=1, damage=0.0, sqnr_db=(), optimality_gap=0
-    )
-    for keeps in (True, False):
+def test_under_a_limit_on_a_metric_the_plan_that_was_judged_is_shipped(analysis: Any, poor: Any) -> None:
+    planned = bitalloy.plan(analysis, Budget(max_drop={"m": 0.1}))
+    judge: Any = None
+    for of_one_scheme in (True, False):
         course = VerificationCourse(analysis, planned, Workspace())
         other = next(s for s in course.singles if not s.format.best)
-        course.decide(slow, "metric", single=other if keeps else None)
-        assert course.best.planned.plan.chosen == (other.plan if keeps else poor.plan.chosen)
-        assert (course.single == other.plan) == keeps
+        chosen = other.plan if of_one_scheme else poor.plan.chosen
+        point = ParetoPoint(
+            schemes=dict(chosen), predicted_latency_us=1.0, size_bytes=1, damage=0.0, sqnr_db=(), optimality_gap=0
+        )
+        course.decide(Kept(point, (), judge))
+        assert course.best.planned.plan.chosen == chosen
+        assert (course.single == other.plan) == of_one_scheme

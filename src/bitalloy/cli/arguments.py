@@ -237,14 +237,26 @@ class BudgetArguments:
         ),
     ] = None
 
-    def budget(self, float_bytes: int, drops: Sequence[str] | None = None) -> Budget:
-        """Return the budget as a record, for a float model of `float_bytes` bytes; `drops` limits task metrics.
+    def budget(
+        self,
+        float_bytes: int,
+        drops: Sequence[str] = (),
+        agreement: float | None = None,
+        confidence: float | None = None,
+    ) -> Budget:
+        """Return the budget as a record, for a float model of `float_bytes` bytes.
+
+        Args:
+            float_bytes: size of the float model.
+            drops: limits on task metrics.
+            agreement: least agreement with float on the task.
+            confidence: probability with which these are to hold; None for the default.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
         """
         from bitalloy.cli import options
-        from bitalloy.core.plans import Budget
+        from bitalloy.core.plans import USUAL_CONFIDENCE, Budget
 
         ratio, milliseconds = options.latency(self.latency)
         least, heads = options.floors(self.max_drop_db or ())
@@ -254,7 +266,9 @@ class BudgetArguments:
             size_bytes=options.size(self.size, float_bytes),
             min_sqnr_db=least,
             head_sqnr_db=heads,
-            max_drop=options.drops(drops or ()),
+            max_drop=options.drops(drops),
+            min_agreement=agreement,
+            confidence=USUAL_CONFIDENCE if confidence is None else confidence,
             keep=options.keeps(self.keep or ()),
         )
 
@@ -270,6 +284,20 @@ class RunArguments:
         typer.Option(
             help="Largest drop of a task metric against float, measured on --eval: `AP50-95=0.003`, or `0.3` in points "
             "of the first metric. Finds the fastest plan of the front that keeps it."
+        ),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Least agreement with float on the task, such as 0.98, which needs no labels: AP against what float "
+            "detects, pixels of the same class, IoU with its masks, same answers."
+        ),
+    ] = None
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability, above 0.5 and below 1, with which --max-drop and --min-agreement must hold by all that "
+            "was evaluated. Default: 0.8."
         ),
     ] = None
     evaluate: Annotated[
@@ -294,7 +322,7 @@ class RunArguments:
 
     def budget(self, float_bytes: int) -> Budget:
         """Return the budget with all limits, task metrics included, see `BudgetArguments.budget`."""
-        return self.limits.budget(float_bytes, self.max_drop)
+        return self.limits.budget(float_bytes, self.max_drop or (), self.min_agreement, self.confidence)
 
 
 @dataclass(frozen=True, kw_only=True)

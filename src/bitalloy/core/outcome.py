@@ -168,17 +168,41 @@ class Round(Record, frozen=True, kw_only=True):
     """Whether this plan is the result."""
 
 
+class DropEstimate(Record, frozen=True, kw_only=True):
+    """The drop of a limited metric, from labels and from agreement with float together, see `verify.estimate`."""
+
+    drop: Estimate
+    """The estimate, with the middle 95 % of its distribution."""
+    limit: float
+    probability: float
+    """Probability that the drop is at most the limit."""
+    confidence: float
+    """Probability that was asked for."""
+    plans: int
+    """Number of plans that were evaluated, all of which tell how drop and agreement belong together."""
+    images: int
+    """Number of images on which this plan was evaluated."""
+
+
 class Evaluation(Record, frozen=True, kw_only=True):
-    """One plan of the front on the task, in the search for the fastest that keeps its metric."""
+    """One plan on the task, in the search for the fastest that keeps its limits."""
 
     schemes: dict[str, int]
     """Scheme -> number of units in it, `BASELINE` left out."""
     predicted_ratio: float
     """Latency over float."""
     drops: dict[str, float]
-    """Metric that is limited -> how much worse the plan is than float."""
+    """Metric that is limited -> how much worse the plan is than float, on the images that were evaluated."""
     kept: bool
-    """Whether all limits hold."""
+    """Whether all limits hold with the confidence that was asked for."""
+    images: int = 0
+    """Number of images that it took to decide; 0 in summaries of older versions."""
+    agreements: dict[str, float] = msgspec.field(default_factory=dict)
+    """Metric of agreement with float -> its value."""
+    estimates: dict[str, Estimate] = msgspec.field(default_factory=dict)
+    """Metric that is limited -> its drop by all that was evaluated, with the middle 95 % of its distribution."""
+    probability: float | None = None
+    """Probability that the limit that it keeps least surely holds."""
 
 
 class Correction(Record, frozen=True, kw_only=True):
@@ -292,7 +316,11 @@ class Summary(Record, frozen=True, kw_only=True):
     """KL(float || quantized) of the heads that give distributions: the sum over a sample where each element is its own
     (sigmoid), the mean over positions where classes exclude each other (softmax)."""
     evaluations: tuple[Evaluation, ...] = ()
-    """Plans of the front that were evaluated for a limit on the drop of a task metric, in order."""
+    """Plans that were evaluated for limits on the task, in order."""
+    drop_estimates: dict[str, DropEstimate] = msgspec.field(default_factory=dict)
+    """Metric that is limited -> its drop for the mixed model, by all that was evaluated."""
+    box_overlap: dict[str, Estimate] = msgspec.field(default_factory=dict)
+    """Mean IoU of the boxes of matched detections, model with float; empty without a detection task."""
     predicted_latency_ratio_interval: Estimate | None = None
     """95 % prediction interval of `predicted_latency_ratio`."""
     latency_ratio_interval: Estimate | None = None

@@ -86,6 +86,7 @@ class Metrics(Record, frozen=True, kw_only=True):
 
     metrics: dict[str, MetricComparison]
     confidence_shift: dict[str, Estimate]
+    box_overlap: dict[str, Estimate] = msgspec.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -99,6 +99,10 @@ class CostTable(Record, frozen=True, kw_only=True):
         return self.fixed_us + sum(c.us[BASELINE] for c in self.units)
 
 
+USUAL_CONFIDENCE = 0.8
+"""Usual probability with which limits on the task must hold."""
+
+
 class Keep(Given, frozen=True, kw_only=True):
     """A pattern of units that run in one scheme, whatever measurement says.
 
@@ -126,6 +130,10 @@ class Budget(Given, frozen=True, kw_only=True):
     max_drop: dict[str, float] = msgspec.field(default_factory=dict)
     """Largest drop of task metrics against float, by name, in the metric's own unit: 0.003 of AP50-95 is 0.3 points.
     The name `FIRST` is the first metric of the task."""
+    min_agreement: float | None = None
+    """Least agreement with float on the task, a part in 0..1 that needs no labels, see `TaskMetric.agreement`."""
+    confidence: float = USUAL_CONFIDENCE
+    """Probability with which limits on the task must hold, by all that was evaluated; above 0.5 and below 1."""
     keep: tuple[Keep, ...] = ()
     """Units that run in a given scheme; of several patterns that name a unit the last one holds."""
 
@@ -139,11 +147,26 @@ class Budget(Given, frozen=True, kw_only=True):
             raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
         if not all(abs(f) <= MOST_DB for f in floors):
             raise BudgetError(f"The budget {said} has a floor that is not finite, or beyond {MOST_DB:g} dB.")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise BudgetError(f"The least agreement is {self.min_agreement:g}; expected a part in 0..1, such as 0.98.")
+        if not 0.5 < self.confidence < 1:
+            raise BudgetError(f"The confidence is {self.confidence:g}; expected more than 0.5 and less than 1.")
 
     @property
     def limited(self) -> bool:
         """Whether anything but schemes of units is asked for."""
-        return msgspec.structs.replace(self, keep=()) != Budget()
+        return msgspec.structs.replace(self, keep=(), confidence=USUAL_CONFIDENCE) != Budget()
+
+    @property
+    def on_task(self) -> bool:
+        """Whether the task is limited, which only evaluation tells."""
+        return bool(self.max_drop) or self.min_agreement is not None
+
+    @property
+    def on_task_alone(self) -> bool:
+        """Whether the task is limited and nothing else is."""
+        rest = msgspec.structs.replace(self, max_drop={}, min_agreement=None)
+        return self.on_task and not rest.limited
 
     def floor_db(self, head: str) -> float | None:
         """Return the floor on the SQNR of one head; None without one."""

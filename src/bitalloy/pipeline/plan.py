@@ -47,11 +47,11 @@ def plan_again(
     """
     tables = read_tables(folder)
     asked = budget(tables.facts.float_bytes) if callable(budget) else budget or Budget()
-    if asked.max_drop:
-        raise BudgetError("Tables do not know task metrics: --max-drop needs `bitalloy run` with --eval.")
+    if asked.on_task:
+        raise BudgetError("Tables do not know the task: --max-drop and --min-agreement need `bitalloy run`.")
     if not asked.limited:
         before = read_record(Path(folder) / PLAN_FILE, PlanReport).budget
-        asked = msgspec.structs.replace(before, max_drop={}, keep=asked.keep or before.keep)
+        asked = msgspec.structs.replace(before, max_drop={}, min_agreement=None, keep=asked.keep or before.keep)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))
     store.publish(REPLANNED, plan_json(planned))

@@ -116,10 +116,11 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
     Raises:
         BitalloyError: a pattern matches nothing, a unit lacks its scheme, or a task metric is limited without labels.
     """
-    if budget.max_drop and not prepared.labels:
+    if budget.on_task and not prepared.labels:
+        asked = "--max-drop limits the drop of a task metric" if budget.max_drop else "--min-agreement limits the task"
         raise BudgetError(
-            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task, "
-            "or limit --max-drop-db, which needs none."
+            f"{asked}, which needs labels. Add --eval with the labels of the task; or limit --min-agreement, for which "
+            "--eval takes a folder of images, or --max-drop-db, which needs neither."
         )
     model = prepared.model
     for units in units_of(model, settings) if budget.keep else ():

@@ -9,9 +9,8 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.core.audited import Audit
-from bitalloy.core.outcome import Evaluation, Summary, Triple
+from bitalloy.core.outcome import DropEstimate, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
-from bitalloy.core.plans import Budget
 from bitalloy.core.schemes import Plan
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
@@ -23,7 +22,7 @@ from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
-from bitalloy.verify.keeping import fastest_that_keeps, measure_metrics, single_that_keeps
+from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
 from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
@@ -86,15 +85,12 @@ def verify(
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     evaluator = Evaluator(analysis, files, limit, work, image) if files else None
     course = VerificationCourse(analysis, planned, work)
-    if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
+    if not course.budget.on_task_alone:
         course.search()
-    evaluations: tuple[Evaluation, ...] = ()
-    if course.budget.max_drop:
-        point, evaluations = fastest_that_keeps(evaluator, course.completed(), course.everything)
-        assert evaluator is not None, "a limit on a task metric without labels is refused"
-        single, more = single_that_keeps(evaluator, course.budget, course.singles)
-        evaluations += more
-        course.decide(point, "metric", single=single)
+    kept: Kept | None = None
+    if course.budget.on_task:
+        kept = fastest_that_keeps(evaluator, course.completed(), course.peers, course.singles)
+        course.decide(kept)
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     best = course.best
@@ -110,7 +106,8 @@ def verify(
         singles=tuple(single.format for single in course.singles),
         metrics=metrics,
         rounds=course.rounds(),
-        evaluations=evaluations,
+        evaluations=kept.judge.evaluations() if kept is not None else (),
+        drop_estimates=_drop_estimates(kept, final.plan.chosen),
         memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work, single=beside),
         kernel_effects=None if unmeasured else course.kernel_effects(),
         given=examine_given(analysis, work, timed=not planned.cost.estimated),
@@ -119,6 +116,11 @@ def verify(
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)
+
+
+def _drop_estimates(kept: Kept | None, plan: Plan) -> dict[str, DropEstimate]:
+    """The drops of the shipped plan, where plans were judged by them; the float model has none."""
+    return kept.judge.estimates(plan) if kept is not None and kept.judge.judged(plan) else {}
 
 
 def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measured: Measured) -> Planned:

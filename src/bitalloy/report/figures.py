@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Round, Summary, Triple
+from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Evaluation, Round, Summary, Triple
 from bitalloy.core.plans import FIRST, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
 from bitalloy.core.units import UnitGraph
@@ -259,19 +259,33 @@ def repairs(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], li
 
 
 def evaluations(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and lines of the table of plans that were evaluated for a limit on a task metric."""
+    """Return the header and lines of the table of plans that were evaluated for limits on the task."""
     names = sorted({name for one in summary.evaluations for name in one.drops})
-    header = ("Units", "Predicted latency", *(f"Drop of {name}" for name in names), "Limit kept")
+    witnesses = sorted({name for one in summary.evaluations for name in one.agreements})
+    estimated = (column for name in names for column in (f"Drop of {name}, measured", "by all that was evaluated"))
+    header = ("Units", "Predicted latency", "Images", *witnesses, *estimated, "Limits kept with probability", "Kept")
     lines = [
         (
             counted(one.schemes),
             formats.ratio(one.predicted_ratio),
-            *(formats.signed(one.drops[name], 4) if name in one.drops else formats.NONE for name in names),
+            str(one.images) if one.images else formats.NONE,
+            *(f"{one.agreements[name]:.4f}" if name in one.agreements else formats.NONE for name in witnesses),
+            *(text for name in names for text in _drop_texts(one, name)),
+            f"{one.probability:.2f}" if one.probability is not None else formats.NONE,
             "yes" if one.kept else "no",
         )
         for one in summary.evaluations
     ]
     return header, lines
+
+
+def _drop_texts(one: Evaluation, name: str) -> tuple[str, str]:
+    """A drop as measured, and as estimated from all plans."""
+    estimate = one.estimates.get(name)
+    measured = formats.signed(one.drops[name], 4) if name in one.drops else formats.NONE
+    if estimate is None:
+        return measured, formats.NONE
+    return measured, f"{formats.signed(estimate.value, 4)} {formats.interval_text(estimate, 4)}"
 
 
 def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -425,6 +439,8 @@ def _accuracy(summary: Summary) -> Iterable[FigureRow]:
         names = (LOWEST, *([ONE_SCHEME] if summary.latency_ms.single is not None else []), MIXED)
         shifts = (_shift(summary.confidence_shift.get(name)) for name in names)
         yield FigureRow("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
+        overlaps = (_shift(summary.box_overlap.get(name)) for name in names)
+        yield FigureRow("Overlap of boxes", "matched detections, IoU with float", (Cell(formats.NONE), *overlaps))
 
 
 def _drop(drop: Estimate | None) -> Cell:

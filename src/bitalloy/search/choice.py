@@ -49,7 +49,7 @@ def search(
     limits = search_limits(problem, budget)
     fastest = budget.has_floor and limits.latency_us == np.inf and limits.size_bytes == np.inf
     program = Program(problem)
-    if budget.max_drop and limits == Limits():
+    if budget.on_task and limits == Limits():
         limits = Limits(latency_us=_middle(problem, program))
     goal = "latency" if fastest else "damage"
     found = program.solve(limits, minimize=goal)

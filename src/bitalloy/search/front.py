@@ -89,18 +89,20 @@ def front(
             tried.add(middle)
             add(middle)
     plans[chosen] = gap
-    points = (
-        ParetoPoint(
-            schemes=dict(units.listed),
-            predicted_latency_us=round(latency, 2),
-            size_bytes=problem.size_bytes(units),
-            damage=damage,
-            sqnr_db=tuple(round(float(d), 3) for d in decibel(problem.damage(units))),
-            optimality_gap=plans[units],
-        )
-        for latency, damage, units in _undominated(problem, plans, chosen)
-    )
+    points = (point_of(problem, units, plans[units]) for _, _, units in _undominated(problem, plans, chosen))
     return tuple(points), solved
+
+
+def point_of(problem: Problem, plan: Plan, gap: float = 0.0) -> ParetoPoint:
+    """Return what is predicted of a plan; `gap` is what the solver left open for it."""
+    return ParetoPoint(
+        schemes=dict(plan.listed),
+        predicted_latency_us=round(problem.latency_us(plan), 2),
+        size_bytes=problem.size_bytes(plan),
+        damage=problem.total(plan),
+        sqnr_db=tuple(round(float(d), 3) for d in decibel(problem.damage(plan))),
+        optimality_gap=gap,
+    )
 
 
 def _undominated(problem: Problem, plans: Iterable[Plan], chosen: Plan) -> list[tuple[float, float, Plan]]:

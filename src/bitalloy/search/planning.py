@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import msgspec
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BudgetError, RunDirectoryError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, CostTable, PlanReport, UnitDamage
+from bitalloy.core.plans import Budget, CostTable, ParetoPoint, PlanReport, UnitDamage
 from bitalloy.core.records import Record, Secant, SensitivityTable
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
@@ -24,7 +24,7 @@ from bitalloy.model.load import Graph
 from bitalloy.model.read import name_of
 from bitalloy.search.choice import ProvenPlan, complete_plan, search
 from bitalloy.search.constraints import constrain
-from bitalloy.search.front import FRONT_BUDGETS
+from bitalloy.search.front import FRONT_BUDGETS, point_of
 from bitalloy.search.problem import Problem
 from bitalloy.search.protection import FamilyAdvice, protect, read_advice
 from bitalloy.search.single import SinglePlan, single_plans
@@ -132,9 +132,20 @@ def plan_around(
     return Planned(found, tables.cost, tuple(case.protected))
 
 
-def plan_damage(tables: PlanTables, budget: Budget, plan: Plan) -> float:
-    """Predict the damage of any plan, as the points of a front have it."""
-    return _narrowed(tables, budget).problem.total(plan)
+def plan_peers(tables: PlanTables, budget: Budget) -> tuple[ParetoPoint, ...]:
+    """Predict the plans that other tools make: all units in their lowest scheme, with and without the family's advice.
+
+    Returns:
+        The plan that follows the advice, and the one that does not where that is another; what the budget keeps, both
+        keep.
+    """
+    plain = replace(tables, facts=msgspec.structs.replace(tables.facts, advice=()))
+    found: dict[Plan, ParetoPoint] = {}
+    for known in (tables, plain):
+        problem = _narrowed(known, budget).problem
+        plan = problem.units.lowest()
+        found.setdefault(plan, point_of(problem, plan))
+    return tuple(found.values())
 
 
 def plan_singles(tables: PlanTables, budget: Budget) -> tuple[SinglePlan, ...]:

@@ -66,6 +66,6 @@ def _best(found: list[SinglePlan], problem: Problem, budget: Budget, *, bounded:
     within = [single for single in found if single.format.within]
     if not within:
         return found[0]
-    if budget.max_drop or (budget.has_floor and not bounded):
+    if budget.on_task or (budget.has_floor and not bounded):
         return within[0]
     return min(within, key=lambda single: problem.total(single.plan))

@@ -34,10 +34,10 @@ from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco, without_la
 from bitalloy.tasks.precision import SHOWN, Detections, Matches, average_precision, match_boxes, match_shown
 from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
-AGREEMENT = "agreement"
+SHOWN_AGREEMENT = "agreement"
 """Name of the AP against what the reference shows."""
 __all__ = [
-    "AGREEMENT",
+    "SHOWN_AGREEMENT",
     "DETECTION",
     "ConfidenceShift",
     "DetectionData",
@@ -292,7 +292,7 @@ def precision_of(
 
 def compare_precision(kind: str, results: Mapping[str, DetectionResult]) -> tuple[TaskMetric, ...]:
     """Compare AP50-95 and AP50 of several models; `kind` is the prefix of the names, e.g. `mask `."""
-    n, witness = next(iter(results.values())).ap.n, f"{kind}{AGREEMENT}"
+    n, witness = next(iter(results.values())).ap.n, f"{kind}{SHOWN_AGREEMENT}"
     mean = {name: ResampledMetric(r.ap.value, r.resampled) for name, r in results.items()}
     half = {name: ResampledMetric(r.ap50.value, r.resampled50) for name, r in results.items()}
     return (
@@ -330,7 +330,7 @@ def compare_shown(
             found[name] = ResampledMetric(matches.ap, average_precision(matches, weights).mean(axis=1))
     except DataError as error:
         return (), (f"No agreement of detections: {error}",)
-    return (compare_models(f"{kind}{AGREEMENT}", found, count, agreement=True),), ()
+    return (compare_models(f"{kind}{SHOWN_AGREEMENT}", found, count, agreement=True),), ()
 
 
 def shifts(judged: Mapping[str, Matched], weights: np.ndarray) -> tuple[dict[str, Estimate], dict[str, Estimate]]:

@@ -80,6 +80,11 @@ class _Labelled:
     fingerprint: str
     opening: Opening
 
+    def shards(self) -> list[tuple[int, ...]]:
+        """Return the samples in shards of about `SHARD`, each spread over all of them, so that any few are typical."""
+        count = max(1, -(-len(self.samples) // SHARD))
+        return [tuple(self.samples[start::count]) for start in range(count)]
+
 
 class ObservationInputs(StageInputs, frozen=True, kw_only=True):
     """All that decides what is observed of a model."""
@@ -101,6 +106,8 @@ class ResultInputs(StageInputs, frozen=True, kw_only=True):
 
     seen: tuple[tuple[str, ObservationInputs], ...]
     """Names of the models with what is observed of them; the first is the reference."""
+    shards: int
+    """Number of shards that are evaluated."""
     resamples: int
     seed: int
     """Seed of the bootstrap."""
@@ -131,7 +138,7 @@ class Evaluator:
         self._analysis, self._limit, self._work, self._image = analysis, limit, work, image
         self._task, opened = open_labelled(analysis.graph, labels, image)
         self._kept: dict[tuple[str, str], bytes] = {}
-        self._judged: dict[str, Any] = {}
+        self._judged: dict[tuple[str, int], Any] = {}
         self._recipe = analysis.recipe()
         self._parts = ArtefactParts(
             graph=graph_opening(analysis.graph),
@@ -151,15 +158,24 @@ class Evaluator:
         spec = msgspec.structs.replace(self._parts, schemes=dict(plan.listed))
         return Subject(tuple(plan.listed), Opening(kind="artefact", spec=spec))
 
-    def results(self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES) -> list[TaskResult]:
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Numbers of shards of images, each three times the one before and the last one all, for growing batches."""
+        most = max(len(labels.shards()) for labels in self._labelled)
+        return (*(n for n in (3**i for i in range(9)) if n < most), most)
+
+    def results(
+        self, subjects: Mapping[str, Subject], stage: str, *, resamples: int = RESAMPLES, shards: int | None = None
+    ) -> list[TaskResult]:
         """Return the metrics of models on each file of labels; the first is the reference, the float model.
 
         Args:
             subjects: name -> model to be evaluated.
             stage: name of the stage under which results are stored and shown.
             resamples: number of bootstrap resamples; 0 where only the values count.
+            shards: number of shards of images that are evaluated; None for all.
         """
-        return [self._result(labels, subjects, stage, resamples) for labels in self._labelled]
+        return [self._result(labels, subjects, stage, resamples, shards) for labels in self._labelled]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -196,18 +212,21 @@ class Evaluator:
         )
         return _Labelled(data, samples, images, spec.fingerprint, Opening(kind="labels", spec=spec))
 
-    def _result(self, labels: _Labelled, subjects: Mapping[str, Subject], stage: str, resamples: int) -> TaskResult:
-        seed, data, samples = self._analysis.settings.seed, labels.data, labels.samples
+    def _result(
+        self, labels: _Labelled, subjects: Mapping[str, Subject], stage: str, resamples: int, shards: int | None
+    ) -> TaskResult:
+        seed, used = self._analysis.settings.seed, labels.shards()[:shards]
+        samples = sorted(sample for shard in used for sample in shard)
         seen = {name: self._inputs(labels, subject) for name, subject in subjects.items()}
 
         def make() -> bytes:
             judged = {
-                name: self._judged_of(labels, samples, key_of(seen[name]), subject, stage)
+                name: self._judged_of(labels, used, key_of(seen[name]), subject, stage)
                 for name, subject in subjects.items()
             }
-            return to_json(self._task.measure(judged, data, samples, seed=seed, resamples=resamples))
+            return to_json(self._task.measure(judged, labels.data, samples, seed=seed, resamples=resamples))
 
-        inputs = ResultInputs(seen=tuple(seen.items()), resamples=resamples, seed=seed)
+        inputs = ResultInputs(seen=tuple(seen.items()), shards=len(used), resamples=resamples, seed=seed)
         return msgspec.json.decode(self._work.cached(stage, inputs, make), type=TaskResult)
 
     def _inputs(self, labels: _Labelled, subject: Subject) -> ObservationInputs:
@@ -222,18 +241,25 @@ class Evaluator:
             environment=analysis.environment,
         )
 
-    def _judged_of(self, labels: _Labelled, samples: Sequence[int], key: str, subject: Subject, stage: str) -> Any:
+    def _judged_of(
+        self, labels: _Labelled, shards: Sequence[tuple[int, ...]], key: str, subject: Subject, stage: str
+    ) -> Any:
         """What is known of one model; the last few are kept, and the reference, which is always among them."""
-        if key not in self._judged:
-            seen = self._seen(labels, samples, key, subject, stage)
-            self._judged[key] = self._task.judge(seen, labels.data, samples)
-        self._judged[key] = self._judged.pop(key)
+        known = (key, len(shards))
+        if known not in self._judged:
+            samples = sorted(sample for shard in shards for sample in shard)
+            self._judged[known] = self._task.judge(
+                self._seen(labels, shards, key, subject, stage), labels.data, samples
+            )
+        self._judged[known] = self._judged.pop(known)
         for old in list(self._judged)[:-JUDGED_MODELS]:
             del self._judged[old]
-        return self._judged[key]
+        return self._judged[known]
 
-    def _seen(self, labels: _Labelled, samples: Sequence[int], key: str, subject: Subject, stage: str) -> list[Seen]:
-        """Of one model on all samples, from shards where they exist; the model is made where one is missing.
+    def _seen(
+        self, labels: _Labelled, shards: Sequence[tuple[int, ...]], key: str, subject: Subject, stage: str
+    ) -> list[Seen]:
+        """Of one model on the samples of some shards, in their order; the model is made where a shard is missing.
 
         Of a run without a directory shards are kept in memory.
         """
@@ -243,10 +269,9 @@ class Evaluator:
             models = {"reference": self.reference.model, **models}
         observer = Opening(kind="observer", spec=ObserverParts(graph=parts.graph, labels=labels.opening, models=models))
         jobs = []
-        for start in range(0, len(samples), SHARD):
-            some = tuple(samples[start : start + SHARD])
+        for number, some in enumerate(shards):
             spec = ObservedSamples(observer=observer, samples=some)
-            jobs.append(Job(kind="observed", key=key, shard=f"{start:06d}", spec=spec, steps=len(some)))
+            jobs.append(Job(kind="observed", key=key, shard=f"{number:06d}", spec=spec, steps=len(some)))
         held = self._work.executor.contexts.holding(
             (parts.given, analysis.given),
             (parts.graph, analysis.graph),
@@ -254,11 +279,16 @@ class Evaluator:
             (labels.opening, labels.data),
         )
         kept = self._kept if self._work.store is None else {}
-        with self._work.stage(stage, len(samples)) as progress, held:
+        with self._work.stage(stage, sum(map(len, shards))) as progress, held:
             missing = [job for job in jobs if (key, job.shard) not in kept]
             for job, raw in zip(missing, self._work.map(missing, progress), strict=True):
                 kept[key, job.shard] = raw
-        return [seen for job in jobs for seen in unpack_seen(kept[key, job.shard])]
+        found = {
+            sample: seen
+            for job, some in zip(jobs, shards, strict=True)
+            for sample, seen in zip(some, unpack_seen(kept[key, job.shard]), strict=True)
+        }
+        return [found[sample] for sample in sorted(found)]
 
 
 def _files(data: Dataset, sample: int) -> tuple[Path, ...]:

@@ -44,7 +44,7 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 """Texts that are added to a question, as in LLaVA's and MobileVLM's evaluations."""
 LETTERS = "ABCDEFGHIJ"
-AGREEMENT = "answer agreement"
+ANSWER_AGREEMENT = "answer agreement"
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,14 +289,14 @@ def _metrics(
                 label,
                 {name: ratio_of_sums(np.array(r), count, weights) for name, r in right.items()},
                 n,
-                witness=AGREEMENT,
+                witness=ANSWER_AGREEMENT,
             )
         )
         if kind == "yes/no":
             f1 = {name: _yes(asked, found) for name, found in answers.items()}
             if all(table[:, 1].any() for table in f1.values()):
                 measured = {name: ratio_of_sums(2 * table[:, 0], table[:, 1], weights) for name, table in f1.items()}
-                metrics.append(compare_models("yes/no F1", measured, n, witness=AGREEMENT))
+                metrics.append(compare_models("yes/no F1", measured, n, witness=ANSWER_AGREEMENT))
     reference = next(iter(answers.values()))
     same = {
         name: np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(reference, found, strict=True)])
@@ -305,7 +305,7 @@ def _metrics(
     count = np.array([len(questions) for questions in asked])
     metrics.append(
         compare_models(
-            AGREEMENT, {name: ratio_of_sums(s, count, weights) for name, s in same.items()}, n, agreement=True
+            ANSWER_AGREEMENT, {name: ratio_of_sums(s, count, weights) for name, s in same.items()}, n, agreement=True
         )
     )
     return tuple(metrics)

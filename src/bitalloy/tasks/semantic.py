@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 Protocol = Literal["squash", "official"]
-AGREEMENT = "pixel agreement"
+PIXEL_AGREEMENT = "pixel agreement"
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
 """Sizes of the official protocol in pixels: largest sides, and the multiple to which sides are rounded up."""
 
@@ -274,7 +274,7 @@ def measure_semantic(
         task="semantic",
         metrics=(
             *(_against_labels(counts, weights) if labelled else ()),
-            compare_models(AGREEMENT, agreement, n, agreement=True),
+            compare_models(PIXEL_AGREEMENT, agreement, n, agreement=True),
         ),
         notes=(f"Protocol: {data.protocol}.", *few_images(n)),
     )
@@ -285,8 +285,8 @@ def _against_labels(counts: Mapping[str, np.ndarray], weights: np.ndarray) -> tu
     quality = {name: _mean_iou(c, weights) for name, c in counts.items()}
     accuracy = {name: ratio_of_sums(c[:, 0].sum(axis=1), c[:, 1].sum(axis=1), weights) for name, c in counts.items()}
     return (
-        compare_models("mIoU", quality, n, witness=AGREEMENT),
-        compare_models("pixel accuracy", accuracy, n, witness=AGREEMENT),
+        compare_models("mIoU", quality, n, witness=PIXEL_AGREEMENT),
+        compare_models("pixel accuracy", accuracy, n, witness=PIXEL_AGREEMENT),
     )
 
 

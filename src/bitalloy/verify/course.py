@@ -21,11 +21,12 @@ from bitalloy.model.heads import is_divergence
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.choice import ProvenPlan
-from bitalloy.search.planning import plan_around, plan_damage, plan_singles, plan_tables, tables_of
-from bitalloy.search.single import SinglePlan, marked
+from bitalloy.search.planning import plan_around, plan_peers, plan_singles, plan_tables, tables_of
+from bitalloy.search.single import marked
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.correct import MeasuredDamage
 from bitalloy.verify.beside_float import measure_plan
+from bitalloy.verify.keeping import Kept
 from bitalloy.verify.neighbours import (
     NEIGHBOURS,
     SHOWN_NEIGHBOURS,
@@ -102,7 +103,6 @@ class VerificationCourse:
         """The plans of one scheme, the best one marked; it is measured beside every plan, and ships where it wins."""
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None
-        self._single_keeps = False
         self.budget = planned.plan.budget
         """The budget as the user gave it."""
 
@@ -134,19 +134,16 @@ class VerificationCourse:
             if any(planned.plan.chosen == t.planned.plan.chosen for t in self._tried):
                 return
 
-    def decide(self, point: ParetoPoint, source: str, *, single: SinglePlan | None = None) -> None:
-        """Take a plan of the front, whatever the others measured, but for a plan of one scheme that is faster.
-
-        Args:
-            point: the plan of the front.
-            source: where it comes from.
-            single: the fastest plan of one scheme that keeps the limits on task metrics; None where none does.
-        """
-        before = self.single
+    def decide(self, kept: Kept) -> None:
+        """Take the plan that keeps the limits on the task, or of its rivals the one that is measured to be faster."""
+        point, points = kept.point, (kept.point, *kept.rivals)
+        if len(points) > 1 and not self._first.cost.estimated:
+            ratios = measure_neighbours(self._analysis, points, self.samples, self._work).ratio
+            point = points[ratios.index(min(ratios))]
+        single = next((s for s in self.singles if s.plan == point.chosen), None)
         if single is not None:
-            self.singles, self._single_keeps = marked(self.singles, single), True
-        tried = self._tried_before(point) if before == self.single else None
-        self._decided = tried or self._try(self._from_front(point), self.budget, source)
+            self.singles = marked(self.singles, single)
+        self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, "metric")
 
     def completed(self) -> Planned:
         """Return the best plan, or the first before any was tried, as the tables see it now, with its front."""
@@ -155,15 +152,14 @@ class VerificationCourse:
         return plan_around(self.tables, budget, decided, work=self._work)
 
     @property
-    def everything(self) -> tuple[Plan, float]:
-        """The plan with all that it can in its lowest scheme, and its predicted damage."""
-        plan = self._analysis.units.lowest()
-        return plan, plan_damage(self.tables, self.budget, plan)
+    def peers(self) -> tuple[ParetoPoint, ...]:
+        """The plans that other tools make, see `search.planning.plan_peers`."""
+        return plan_peers(self.tables, self.budget)
 
     def beside_neighbours(self) -> Planned:
         """Measure the neighbours of the `completed` plan on its front; one that does better takes its place."""
         final = self.completed()
-        points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.max_drop else NEIGHBOURS)
+        points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.on_task else NEIGHBOURS)
         if len(points) < 2:
             return final
         sitting = measure_neighbours(self._analysis, points, self.samples, self._work)
@@ -175,7 +171,7 @@ class VerificationCourse:
 
     def _better(self, final: Planned, points: Sequence[ParetoPoint], sitting: MeasuredNeighbours) -> ParetoPoint | None:
         """Find the neighbour that fits the budget better than the chosen plan by more than an accident of timing."""
-        if self.budget.max_drop:
+        if self.budget.on_task:
             return None  # none of them was evaluated
         heads = [h.head for h in final.plan.heads]
         found = []
@@ -242,11 +238,8 @@ class VerificationCourse:
         """The plan that fits the budget best, as measured, or the plan of one scheme beside it where that is better."""
         mixed = self._decided or self._tried[fits_best(self.budget, [t.standing for t in self._tried])]
         rival = mixed.rival
-        if rival is None or (self.budget.max_drop and not self._single_keeps):
+        if rival is None or self._decided is not None:
             return mixed
-        if self.budget.max_drop:
-            found = [(budget_misfit(self.budget, t.standing)[0], t.standing.ratio) for t in (mixed, rival)]
-            return rival if found[1] < found[0] else mixed
         return (mixed, rival)[fits_best(self.budget, [mixed.standing, rival.standing])]
 
     def kernel_effects(self) -> tuple[KernelEffect, ...]:

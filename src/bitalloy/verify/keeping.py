@@ -1,12 +1,13 @@
-"""The fastest plan of a front that keeps the task metrics."""
+"""The fastest plan that keeps the limits on the task."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bitalloy.core.errors import BudgetError
-from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, REFERENCE, Evaluation, MetricComparison
+from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, REFERENCE, MetricComparison
 from bitalloy.core.planned import Metrics, Planned
 from bitalloy.core.plans import FIRST, Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
@@ -14,6 +15,11 @@ from bitalloy.model.heads import is_divergence
 from bitalloy.search.single import SinglePlan
 from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.verify.judging import DropJudge
+
+CLOSE, RIVALS = 1.1, 4
+"""Predicted latency over that of the fastest plan up to which a plan may be as fast, and the largest number of plans
+that are measured to tell."""
 
 
 def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan, single: Plan | None = None) -> Metrics:
@@ -34,95 +40,78 @@ def measure_metrics(evaluator: Evaluator | None, lowest: Plan, mixed: Plan, sing
     return Metrics(
         metrics={name: value for part in found for name, value in part.metrics.items()},
         confidence_shift={name: value for part in found for name, value in part.confidence_shift.items()},
+        box_overlap={name: value for part in found for name, value in part.box_overlap.items()},
         notes=(*(note for part in found for note in part.notes), *evaluator.notes),
     )
 
 
-def fastest_that_keeps(
-    evaluator: Evaluator | None, planned: Planned, lowest: tuple[Plan, float]
-) -> tuple[ParetoPoint, tuple[Evaluation, ...]]:
-    """Find the fastest plan of the front whose task metrics drop by no more than the budget allows.
+@dataclass(frozen=True)
+class Kept:
+    """The outcome of the search for the fastest plan that keeps the limits on the task."""
 
-    Damage falls along the front, so there is a place from which on the limits hold. The search for it starts where the
-    limits would be reached if drops were proportional to damage, as the lowest plan shows; it goes away from there in
-    steps that double, and halves what is left. Plans that miss another limit of the budget are not candidates, where
-    any meets them. The last one, with the least damage, is taken unseen where none before it holds, and the result's
-    own metrics tell. Only values of the metrics count, not their intervals.
+    point: ParetoPoint
+    """The plan: the fastest by prediction of those that keep the limits."""
+    rivals: tuple[ParetoPoint, ...]
+    """Further plans that keep them and may be as fast, by prediction at most `CLOSE` times slower, fastest first."""
+    judge: DropJudge
+
+
+def fastest_that_keeps(
+    evaluator: Evaluator | None,
+    planned: Planned,
+    peers: Sequence[ParetoPoint],
+    singles: Sequence[SinglePlan] = (),
+) -> Kept:
+    """Find the fastest plan that keeps the budget's limits on the task with the confidence asked for.
+
+    Plans are judged by `DropJudge`: by their own drop, by their agreement with float, and by all plans before them.
+    The peers come first, because they are what other tools ship: none of them may be faster and left out. Damage falls
+    along the front, so there is a place on it from which on the limits hold. The search for it starts where they would
+    be reached if drops were proportional to damage, as the peers show; it goes away from there in steps that double,
+    and halves what is left. Plans that miss another limit of the budget are not candidates, where any meets them.
+
+    Where no plan but float keeps the limits surely enough, the fastest whose best estimate keeps them is taken; where
+    there is none of these either, the one with the least damage. `DropEstimate` tells how sure that is.
 
     Args:
-        evaluator: with labels for the task.
+        evaluator: with labels for the task, or images.
         planned: a plan with its front.
-        lowest: the plan with all that it can in its lowest scheme, and its predicted damage.
-
-    Returns:
-        The plan, and all that were evaluated, in order.
+        peers: plans with all that they can in their lowest scheme.
+        singles: plans of one scheme.
 
     Raises:
-        BudgetError: a metric that the task does not have, or no labels.
+        BudgetError: a metric that the task does not have, or nothing to evaluate.
     """
     budget = planned.plan.budget
     if evaluator is None:
         raise BudgetError(
             "A limit on the drop of a task metric needs labels. Give --eval (labels=...) with the task's."
         )
-    candidates = _candidates(planned, budget)
-    evaluations: list[Evaluation] = []
+    whole, judge = planned.cost.all_float_us, DropJudge(evaluator, budget)
+    within = _other_limits(planned, budget)
+    front = sorted(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
+    front = [p for p in front if within(p)] or front
+    beside = [*peers, *(_as_point(single, whole) for single in singles if single.format.within)]
+    candidates = {point.chosen: point for point in (*beside, *front) if point in front or within(point)}
 
-    def keeps(index: int) -> bool:
-        point = candidates[index]
-        ratio = point.predicted_latency_us / planned.cost.all_float_us
-        evaluations.append(_evaluation(point.chosen, ratio, _drops(evaluator, point.chosen), limits))
-        return evaluations[-1].kept
+    def keeps(point: ParetoPoint) -> bool:
+        return judge.keeps(point.chosen, point.predicted_latency_us / whole)
 
-    plan, damage = lowest
-    found = _drops(evaluator, plan)
-    limits = _limits(budget, list(found))
-    allowed = _allowed_damage(limits, found, damage)
-    guess = next((i for i, point in enumerate(candidates) if point.damage <= allowed), len(candidates) - 1)
-    chosen = _first_that_holds(len(candidates), guess, keeps)
-    if not evaluations:
-        keeps(chosen)
-    return candidates[chosen], tuple(evaluations)
-
-
-def single_that_keeps(
-    evaluator: Evaluator, budget: Budget, singles: Sequence[SinglePlan]
-) -> tuple[SinglePlan | None, tuple[Evaluation, ...]]:
-    """Find the fastest plan of one scheme whose task metrics drop by no more than the budget allows.
-
-    Args:
-        evaluator: with labels for the task.
-        budget: the budget.
-        singles: plans of one scheme, fastest first; those that miss its other limits by prediction are left out.
-
-    Returns:
-        The plan, None where none keeps the limits, and all that were evaluated, in order.
-    """
-    evaluations: list[Evaluation] = []
-    for single in singles:
-        if single.format.within:
-            found = _drops(evaluator, single.plan)
-            limits = _limits(budget, list(found))
-            evaluations.append(_evaluation(single.plan, single.format.predicted_ratio, found, limits))
-            if evaluations[-1].kept:
-                return single, tuple(evaluations)
-    return None, tuple(evaluations)
-
-
-def _drops(evaluator: Evaluator, plan: Plan) -> dict[str, float]:
-    """Measure how much worse a plan is than float, by task metric."""
-    subjects = {"float": evaluator.reference, "candidate": evaluator.subject(plan)}
-    found = evaluator.results(subjects, "candidate", resamples=0)
-    return {metric.name: metric.drops["candidate"].value for result in found for metric in result.metrics}
-
-
-def _evaluation(plan: Plan, ratio: float, drops: Mapping[str, float], limits: Mapping[str, float]) -> Evaluation:
-    return Evaluation(
-        schemes=plan.counts(),
-        predicted_ratio=round(ratio, 4),
-        drops={name: round(drops[name], 6) for name in limits},
-        kept=all(drops[name] <= most for name, most in limits.items()),
+    for point in beside:
+        if point.chosen in candidates:
+            keeps(point)
+    allowed = min((_allowed_damage(judge, p) for p in peers if judge.judged(p.chosen)), default=math.inf)
+    guess = next((i for i, point in enumerate(front) if point.damage <= allowed), len(front) - 1)
+    last = front[_first_that_holds(len(front), guess, lambda index: keeps(front[index]))]
+    if last.chosen:
+        keeps(last)
+    judged = sorted(
+        (p for p in candidates.values() if p.chosen and judge.judged(p.chosen)), key=lambda p: p.predicted_latency_us
     )
+    sure = [p for p in judged if judge.probability(p.chosen) >= budget.confidence]
+    found = sure or [p for p in judged if judge.hopeful(p.chosen)][:1] or [last]
+    close = [p for p in found[1:] if p.predicted_latency_us <= CLOSE * found[0].predicted_latency_us]
+    return Kept(found[0], tuple(close[: RIVALS - 1]), judge)
 
 
 def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> int:
@@ -147,42 +136,37 @@ def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> i
     return low
 
 
-def _allowed_damage(limits: Mapping[str, float], drops: Mapping[str, float], damage: float) -> float:
-    """Estimate the damage that reaches the limits from the drops at a known damage; infinite where they hold there."""
-    found = [math.inf]
-    for name, most in limits.items():
-        if drops[name] > most:
-            found.append(damage * max(most, 0.0) / drops[name] if drops[name] > 0 else 0.0)
-    return min(found)
+def _allowed_damage(judge: DropJudge, point: ParetoPoint) -> float:
+    """Estimate the damage that reaches the limits from the drops of a judged plan; infinite where they hold there."""
+    over = [one for one in judge.estimates(point.chosen).values() if one.drop.value > one.limit]
+    parts = (max(one.limit, 0.0) / one.drop.value if one.drop.value > 0 else 0.0 for one in over)
+    return min((point.damage * part for part in parts), default=math.inf)
 
 
-def _limits(budget: Budget, metrics: Sequence[str]) -> dict[str, float]:
-    """Return the limits of a budget by the names of the metrics; of two for the same metric the stricter holds.
-
-    Raises:
-        BudgetError: it limits a metric that the task does not have.
-    """
-    found: dict[str, float] = {}
-    for asked, most in budget.max_drop.items():
-        name = metrics[0] if asked == FIRST else asked
-        if name not in metrics:
-            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(metrics)}.")
-        found[name] = min(most, found.get(name, most))
-    return found
+def _as_point(single: SinglePlan, whole: float) -> ParetoPoint:
+    told = single.format
+    return ParetoPoint(
+        schemes=dict(single.plan.listed),
+        predicted_latency_us=told.predicted_ratio * whole,
+        size_bytes=told.predicted_size_bytes,
+        damage=math.nan,
+        sqnr_db=tuple(told.predicted_db.values()),
+    )
 
 
 def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
     """Map each metric that misses its limit to (drop of the mixed model, limit)."""
     found = {}
-    for name, most in _limits(budget, list(metrics)).items() if metrics else ():
+    for asked, most in budget.max_drop.items() if metrics else ():
+        name = next(iter(metrics)) if asked == FIRST else asked
         drop = metrics[name].drop_mixed
         if drop is not None and drop.value > most:
             found[name] = (drop.value, most)
     return found
 
 
-def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
-    """List the plans of the front within the other limits, fastest first; all of them where none is."""
+def _other_limits(planned: Planned, budget: Budget) -> Callable[[ParetoPoint], bool]:
+    """Return a function that tells whether a plan keeps the limits that are not on the task, by prediction."""
     whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]
     latency = [budget.latency_ratio * whole] if budget.latency_ratio is not None else []
     latency += [budget.latency_ms * 1e3] if budget.latency_ms is not None else []
@@ -195,14 +179,14 @@ def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
             and all(point.sqnr_db[i] >= floor for i, floor in floors.items() if not is_divergence(heads[i]))
         )
 
-    points = sorted(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
-    return [p for p in points if within(p)] or points
+    return within
 
 
 def _metrics_of(result: TaskResult) -> Metrics:
     return Metrics(
         metrics={metric.name: _comparison(metric) for metric in result.metrics},
         confidence_shift=result.confidence_shift,
+        box_overlap=result.box_overlap,
         notes=result.notes,
     )
 

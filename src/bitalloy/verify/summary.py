@@ -12,6 +12,7 @@ import numpy as np
 from bitalloy.core.outcome import (
     ONE_SCHEME,
     Comparison,
+    DropEstimate,
     Evaluation,
     GivenModel,
     HeadComparison,
@@ -61,6 +62,8 @@ class MeasuredPlan:
     metrics: Metrics
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    drop_estimates: Mapping[str, DropEstimate] = field(default_factory=dict)
+    """Metric that is limited -> its drop by all that was evaluated."""
     single: Plan | None = None
     """The best plan of one scheme, measured beside it; None where it is one of the others, or there is none."""
     singles: tuple[SingleFormat, ...] = ()
@@ -183,6 +186,8 @@ def summarize_run(
         seconds=dict(seconds),
         rounds=shipped.rounds,
         evaluations=shipped.evaluations,
+        drop_estimates=dict(shipped.drop_estimates),
+        box_overlap=metrics.box_overlap,
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
         notes=_notes(analysis, shipped),

@@ -1,0 +1,171 @@
+"""Judgement of plans by the task: evaluated on as many images as it takes, with all plans before in mind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitalloy.core.errors import BudgetError
+from bitalloy.core.outcome import REFERENCE, DropEstimate, Evaluation
+from bitalloy.core.plans import FIRST, Budget
+from bitalloy.core.schemes import Plan
+from bitalloy.tasks.base import TaskMetric
+from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.verify.estimate import CombinedDrops, MeasuredDrop, combined_drops
+
+RESAMPLED = 400
+"""Number of bootstrap resamples behind the error of a drop."""
+EARLY = 0.1
+"""Part of the doubt that a budget leaves at which a plan is decided before all images are evaluated."""
+CANDIDATE = "candidate"
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What was measured of one plan, on the images so far."""
+
+    ratio: float
+    """Predicted latency over float."""
+    drops: Mapping[str, MeasuredDrop]
+    """Metric that is limited -> its drop."""
+    agreements: Mapping[str, float]
+    """Metric of agreement that tells about it -> its value."""
+    scales: Mapping[str, float]
+
+
+class DropJudge:
+    """Estimates by how much plans drop on the task, each from all that was evaluated so far.
+
+    Images come in batches, each three times as many as before; a plan that is decided needs no more of them.
+
+    Args:
+        evaluator: runs plans over the images.
+        budget: limits on the task, and the confidence with which they must hold.
+    """
+
+    def __init__(self, evaluator: Evaluator, budget: Budget) -> None:
+        self._evaluator, self._budget = evaluator, budget
+        self._judged: dict[Plan, _Judged] = {}
+        self._limits: dict[str, float] = {}
+        self._combined: dict[str, CombinedDrops] = {}
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """Metric -> largest drop that the budget allows; known once a plan was judged."""
+        return self._limits
+
+    def keeps(self, plan: Plan, ratio: float) -> bool:
+        """Evaluate a plan until it is decided, and tell whether it keeps the limits with the budget's confidence.
+
+        Args:
+            plan: the plan.
+            ratio: its predicted latency over float.
+
+        Raises:
+            BudgetError: a limited metric is none of the task's.
+        """
+        doubt = EARLY * (1 - self._budget.confidence)
+        for shards in self._evaluator.batches if plan not in self._judged else ():
+            self._judged[plan] = self._measured(plan, ratio, shards)
+            self._combined.clear()
+            if not doubt < self.probability(plan) < 1 - doubt:
+                break
+        return self.probability(plan) >= self._budget.confidence
+
+    def judged(self, plan: Plan) -> bool:
+        """Tell whether a plan was evaluated."""
+        return plan in self._judged
+
+    def probability(self, plan: Plan) -> float:
+        """Return the probability that a judged plan keeps every limit, as that of the one it keeps least surely."""
+        index = list(self._judged).index(plan)
+        return min((self._drops(name).probability(index, most) for name, most in self._limits.items()), default=1.0)
+
+    def estimates(self, plan: Plan) -> dict[str, DropEstimate]:
+        """Return the estimated drop of every limited metric of a judged plan."""
+        index = list(self._judged).index(plan)
+        return {
+            name: DropEstimate(
+                drop=self._drops(name).estimate(index),
+                limit=most,
+                probability=round(self._drops(name).probability(index, most), 4),
+                confidence=self._budget.confidence,
+                plans=len(self._judged),
+                images=self._judged[plan].drops[name].images,
+            )
+            for name, most in self._limits.items()
+        }
+
+    def hopeful(self, plan: Plan) -> bool:
+        """Tell whether the best estimate of a judged plan keeps every limit."""
+        return all(one.drop.value <= one.limit for one in self.estimates(plan).values())
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Return all judged plans in order, each by what is known at last."""
+        return tuple(
+            Evaluation(
+                schemes=plan.counts(),
+                predicted_ratio=round(one.ratio, 4),
+                drops={name: round(one.drops[name].drop, 6) for name in self._limits},
+                kept=self.probability(plan) >= self._budget.confidence,
+                images=max(drop.images for drop in one.drops.values()),
+                agreements={name: round(value, 6) for name, value in one.agreements.items()},
+                estimates={name: found.drop for name, found in self.estimates(plan).items()},
+                probability=round(self.probability(plan), 4),
+            )
+            for plan, one in self._judged.items()
+        )
+
+    def _drops(self, name: str) -> CombinedDrops:
+        if name not in self._combined:
+            every = list(self._judged.values())
+            self._combined[name] = combined_drops([one.drops[name] for one in every], scale=every[0].scales[name])
+        return self._combined[name]
+
+    def _measured(self, plan: Plan, ratio: float, shards: int) -> _Judged:
+        subjects = {REFERENCE: self._evaluator.reference, CANDIDATE: self._evaluator.subject(plan)}
+        found = self._evaluator.results(subjects, CANDIDATE, resamples=RESAMPLED, shards=shards)
+        metrics = {metric.name: metric for result in found for metric in result.metrics}
+        self._limits = self._limits or limits_of(self._budget, metrics)
+        witnesses = {name: metrics.get(metrics[name].witness) for name in self._limits}
+        return _Judged(
+            ratio=ratio,
+            drops={name: _drop(metrics[name], witnesses[name]) for name in self._limits},
+            agreements={w.name: w.values[CANDIDATE].value for w in witnesses.values() if w is not None},
+            scales={name: _scale(metrics[name]) for name in self._limits},
+        )
+
+
+def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, float]:
+    """Return the largest drop by metric; of two limits for the same metric the stricter holds.
+
+    Raises:
+        BudgetError: it limits a metric that the task does not have, or agreement where the task has none.
+    """
+    asked = [(next(iter(metrics)) if name == FIRST else name, most) for name, most in budget.max_drop.items()]
+    if budget.min_agreement is not None:
+        agreements = [metric.name for metric in metrics.values() if metric.agreement]
+        if not agreements:
+            raise BudgetError("--min-agreement limits the agreement with float, which this task does not measure.")
+        asked += [(name, 1 - budget.min_agreement) for name in agreements]
+    found: dict[str, float] = {}
+    for name, most in asked:
+        if name not in metrics:
+            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(metrics)}.")
+        found[name] = min(most, found.get(name, most))
+    return found
+
+
+def _drop(metric: TaskMetric, witness: TaskMetric | None) -> MeasuredDrop:
+    return MeasuredDrop(
+        drop=metric.drops[CANDIDATE].value,
+        loss=None if witness is None else witness.drops[CANDIDATE].value,
+        draws=metric.drop_draws(CANDIDATE),
+        images=metric.values[CANDIDATE].n,
+    )
+
+
+def _scale(metric: TaskMetric) -> float:
+    """The metric's scale: 1 where it is a part in 0..1, else its value for float."""
+    value = metric.values[REFERENCE].value
+    return 1.0 if metric.higher_is_better and value <= 1 else max(abs(value), 1e-3)
