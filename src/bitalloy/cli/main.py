@@ -185,6 +185,7 @@ def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
     from bitalloy.report import formats
     from bitalloy.report.text import counted
+    from bitalloy.tasks.resolution import tell_resolution
 
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
@@ -204,6 +205,8 @@ def _show(verified: Verified, folder: Path) -> None:
     if summary.parts is not None:
         style = "" if summary.parts.disjoint else "yellow"
         out_console.print(summary.parts.told, style=style, soft_wrap=True, highlight=False)
+    for one in [r for r in summary.resolution if r.limit is not None] or summary.resolution[:1]:
+        out_console.print(tell_resolution(one), soft_wrap=True, highlight=False, markup=False)
     for note in summary.notes:
         out_console.print(note, style="yellow", soft_wrap=True)
 

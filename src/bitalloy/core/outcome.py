@@ -168,6 +168,21 @@ class Round(Record, frozen=True, kw_only=True):
     """Whether this plan is the result."""
 
 
+class Resolution(Record, frozen=True, kw_only=True):
+    """The smallest drop of a metric that the labelled images tell from noise."""
+
+    metric: str
+    images: int
+    resolved: float
+    """Half-width of the 95 % interval of a drop, in the metric's own unit."""
+    disturbance: str
+    """What was done to the float model's answers to find that."""
+    limit: float | None = None
+    """Limit on the drop; None where it is not limited."""
+    needed: int | None = None
+    """Number of such images that resolve a drop as large as the limit; None without a limit above 0."""
+
+
 class DropEstimate(Record, frozen=True, kw_only=True):
     """The drop of a limited metric, from labels and from agreement with float together, see `verify.estimate`."""
 
@@ -317,6 +332,8 @@ class Summary(Record, frozen=True, kw_only=True):
     (sigmoid), the mean over positions where classes exclude each other (softmax)."""
     evaluations: tuple[Evaluation, ...] = ()
     """Plans that were evaluated for limits on the task, in order."""
+    resolution: tuple[Resolution, ...] = ()
+    """What the labelled images resolve, by metric; empty without labels."""
     drop_estimates: dict[str, DropEstimate] = msgspec.field(default_factory=dict)
     """Metric that is limited -> its drop for the mixed model, by all that was evaluated."""
     box_overlap: dict[str, Estimate] = msgspec.field(default_factory=dict)

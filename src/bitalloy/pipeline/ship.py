@@ -19,6 +19,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.tasks.resolution import with_limit
 from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
@@ -84,6 +85,7 @@ def verify(
     work = work or Workspace()
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     evaluator = Evaluator(analysis, files, limit, work, image) if files else None
+    resolution = evaluator.resolution() if evaluator is not None else ()
     course = VerificationCourse(analysis, planned, work)
     if not course.budget.on_task_alone:
         course.search()
@@ -107,6 +109,7 @@ def verify(
         metrics=metrics,
         rounds=course.rounds(),
         evaluations=kept.judge.evaluations() if kept is not None else (),
+        resolution=with_limit(resolution, kept.judge.limits if kept is not None else {}),
         drop_estimates=_drop_estimates(kept, final.plan.chosen),
         memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work, single=beside),
         kernel_effects=None if unmeasured else course.kernel_effects(),

@@ -14,6 +14,7 @@ from bitalloy.measure.prices import latency_us
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
 from bitalloy.report.text import counted
+from bitalloy.tasks.resolution import tell_resolution
 
 WIDE_GAP_DB = 3.0
 """Difference in dB between prediction and measurement above which the report marks it as a problem."""
@@ -122,6 +123,7 @@ def cautions(summary: Summary) -> tuple[str, ...]:
     for name, metric in summary.metrics.items():
         if metric.drop_mixed is not None and metric.drop_mixed.low > 0:
             found.append(f"{name} drops by more than the noise of its {metric.mixed.n} samples.")
+    found += [tell_resolution(one) for one in summary.resolution if one.needed is not None]
     if not summary.settled:
         found.append(
             f"The ranking of units had not settled after {summary.samples} samples: neighbours in it may swap places "

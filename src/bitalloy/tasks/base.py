@@ -24,6 +24,7 @@ from bitalloy.data.images import ImageSpec, file_hash
 
 __all__ = [
     "Interface",
+    "Disturb",
     "Judge",
     "Measure",
     "Observe",
@@ -194,6 +195,14 @@ class Judge(Protocol[DataIn]):
         ...
 
 
+class Disturb(Protocol):
+    """Function that changes an observation a little, as careful rounding of the model would."""
+
+    def __call__(self, seen: Seen, rng: np.random.Generator, /) -> Seen:
+        """Return another observation of the same sample."""
+        ...
+
+
 class Measure(Protocol[DataIn]):
     """Function that computes the metrics of judged models."""
 
@@ -242,6 +251,9 @@ class Task(Generic[DataT]):
     """Function that reads labels for a matching model; it raises DataError where they are broken or do not fit."""
     observe: Observe[DataT]
     measure: Measure[DataT]
+    disturb: Disturb
+    disturbance: str
+    """What `disturb` does, in words."""
     judge: Judge[DataT] = as_seen
     """Function that judges one model; by default it returns the observations themselves."""
     alone: ObserveAlone[DataT] = nothing_alone

@@ -36,6 +36,8 @@ from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions,
 
 SHOWN_AGREEMENT = "agreement"
 """Name of the AP against what the reference shows."""
+LOGIT_NOISE, BOX_NOISE = 0.2, 0.01
+DISTURBANCE = f"scores disturbed by {LOGIT_NOISE} as logits, boxes by {BOX_NOISE:.0%} of their sides"
 __all__ = [
     "SHOWN_AGREEMENT",
     "DETECTION",
@@ -262,6 +264,19 @@ def ids_of(seen: Sequence[Seen], data: DetectionData) -> np.ndarray:
     return data.labels.category_ids(int(seen[0]["of"]), data.names)
 
 
+def disturb_detections(seen: Seen, rng: np.random.Generator, /) -> dict[str, np.ndarray]:
+    """Add noise to the scores, as logits, and to the edges of the boxes, as parts of their sides.
+
+    The levels are such that a YOLO11n disagrees with itself as much as with a plan that loses little: on 94 COCO images
+    it loses 1.9 points of agreement, and the interval of its drop is as wide as that of such a plan.
+    """
+    scores = np.clip(seen["scores"], 1e-6, 1 - 1e-6)
+    logits = np.log(scores / (1 - scores)) + rng.normal(0, LOGIT_NOISE, scores.shape)
+    sides = np.tile(seen["boxes"][:, 2:] - seen["boxes"][:, :2], 2)
+    boxes = seen["boxes"] + rng.normal(0, BOX_NOISE, sides.shape) * sides
+    return {**seen, "scores": 1 / (1 + np.exp(-logits)), "boxes": boxes}
+
+
 def _results(
     judged: Mapping[str, Matched], data: DetectionData, samples: Sequence[int], weights: np.ndarray
 ) -> dict[str, DetectionResult]:
@@ -433,4 +448,6 @@ DETECTION: Task[DetectionData] = Task(
     observe=observe_detectors,
     measure=measure_detectors,
     judge=judge_detector,
+    disturb=disturb_detections,
+    disturbance=DISTURBANCE,
 )

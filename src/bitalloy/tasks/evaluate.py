@@ -21,6 +21,7 @@ import numpy as np
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
+from bitalloy.core.outcome import Resolution
 from bitalloy.core.records import Record, TensorSpec
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs, key_of
@@ -49,6 +50,7 @@ from bitalloy.tasks.base import (
 )
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
+from bitalloy.tasks.resolution import DISTURBANCES, resolution_of
 
 SHARD = 32
 """Number of samples whose observations are stored together."""
@@ -111,6 +113,16 @@ class ResultInputs(StageInputs, frozen=True, kw_only=True):
     resamples: int
     seed: int
     """Seed of the bootstrap."""
+
+
+class ResolutionInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides what labelled samples can resolve."""
+
+    seen: ObservationInputs
+    disturbance: str
+    """What is done to the answers of the float model."""
+    repeats: int
+    seed: int
 
 
 class Evaluator:
@@ -177,6 +189,10 @@ class Evaluator:
         """
         return [self._result(labels, subjects, stage, resamples, shards) for labels in self._labelled]
 
+    def resolution(self) -> tuple[Resolution, ...]:
+        """Estimate what the images can resolve, from the float model alone; nothing for images without labels."""
+        return tuple(one for labels in self._labelled for one in self._resolved(labels))
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Say which evaluated images the analysis has seen too, by their content."""
@@ -228,6 +244,16 @@ class Evaluator:
 
         inputs = ResultInputs(seen=tuple(seen.items()), shards=len(used), resamples=resamples, seed=seed)
         return msgspec.json.decode(self._work.cached(stage, inputs, make), type=TaskResult)
+
+    def _resolved(self, labels: _Labelled) -> tuple[Resolution, ...]:
+        inputs, seed = self._inputs(labels, self.reference), self._analysis.settings.seed
+
+        def make() -> bytes:
+            seen = self._seen(labels, labels.shards(), key_of(inputs), self.reference, "resolution")
+            return to_json(resolution_of(self._task, seen, labels.data, labels.samples, seed=seed))
+
+        known = ResolutionInputs(seen=inputs, disturbance=self._task.disturbance, repeats=DISTURBANCES, seed=seed)
+        return msgspec.json.decode(self._work.cached("resolution", known, make), type=tuple[Resolution, ...])
 
     def _inputs(self, labels: _Labelled, subject: Subject) -> ObservationInputs:
         """Collect all that decides what is observed of a model."""

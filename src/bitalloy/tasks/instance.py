@@ -14,14 +14,17 @@ from dataclasses import replace
 import numpy as np
 
 from bitalloy.data.images import Geometry, ImageSpec
-from bitalloy.data.masks import Rle, encode, packed, unpacked
+from bitalloy.data.masks import Rle, decode, encode, packed, unpacked
 from bitalloy.tasks.base import RunModel, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
+    BOX_NOISE,
+    DISTURBANCE,
     DetectionData,
     Matched,
     compare_precision,
     compare_shown,
+    disturb_detections,
     ids_of,
     judge_detector,
     on_image,
@@ -168,6 +171,16 @@ def measure_instances(
     )
 
 
+def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
+    """Disturb scores and boxes, and move the masks by as much as the boxes' edges."""
+    size = int(seen["size"][0]), int(seen["size"][1])
+    moved = []
+    for mask, box in zip(unpacked(seen, size), seen["boxes"], strict=True):
+        steps = np.rint(rng.normal(0, BOX_NOISE, 2) * (box[2:] - box[:2])).astype(int)
+        moved.append(encode(np.roll(decode(mask), tuple(steps[::-1]), (0, 1))) if steps.any() else mask)
+    return {**disturb_detections(seen, rng), **packed(moved)}
+
+
 INSTANCE: Task[DetectionData] = Task(
     name="instance",
     labels="a COCO annotation file with boxes and masks, or a folder of images",
@@ -176,4 +189,6 @@ INSTANCE: Task[DetectionData] = Task(
     observe=observe_instances,
     measure=measure_instances,
     judge=judge_instances,
+    disturb=_disturb,
+    disturbance=f"{DISTURBANCE}, and masks moved as far",
 )

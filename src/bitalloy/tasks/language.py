@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES
-from bitalloy.tasks.captions import CaptionData, measure_captions, observe_captions, read_captions, write_caption
+from bitalloy.tasks.captions import (
+    CaptionData,
+    disturb_losses,
+    measure_captions,
+    observe_captions,
+    read_captions,
+    write_caption,
+)
 from bitalloy.tasks.chat import IDS, open_chat
-from bitalloy.tasks.questions import QuestionData, is_lines, measure_questions, observe_questions, read_questions
+from bitalloy.tasks.questions import (
+    QuestionData,
+    disturb_answers,
+    is_lines,
+    measure_questions,
+    observe_questions,
+    read_questions,
+)
 
 __all__ = ["LANGUAGE", "LanguageData", "open_language"]
 
@@ -55,11 +71,17 @@ def _matches(model: Interface) -> bool:
     return image_input(model) is not None and IDS in {i.name for i in model.inputs}
 
 
+def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
+    return disturb_answers(seen, rng) if "answers" in seen else disturb_losses(seen, rng)
+
+
 LANGUAGE: Task[LanguageData] = Task(
     name="language",
     labels="a COCO caption file, or a file of questions as JSON lines",
     matches=_matches,
     open=open_language,
+    disturb=_disturb,
+    disturbance="the loss of every token changed by 0.1 nats, or 3 % of the answers",
     observe=_observe,
     measure=_measure,
     alone=_alone,

@@ -59,6 +59,8 @@ _SLACK = 1.0
 _CELLS = 3
 """Number of cells of the grid along each side."""
 
+IOU_NOISE = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -360,11 +362,19 @@ def _matches(model: Interface) -> bool:
     return image_input(model) is not None and {COORDINATES, LABELS} <= names
 
 
+def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
+    """Change the IoU of every mask with its label."""
+    quality = seen["quality"]
+    return {**seen, "quality": np.clip(quality + rng.normal(0, IOU_NOISE, quality.shape), 0, 1)}
+
+
 PROMPTABLE: Task[PromptData] = Task(
     name="promptable",
     labels="a COCO annotation file with masks, or a folder of images",
     matches=_matches,
     open=open_prompts,
+    disturb=_disturb,
+    disturbance=f"the IoU of every mask changed by {IOU_NOISE}",
     observe=observe_prompts,
     measure=measure_prompts,
 )

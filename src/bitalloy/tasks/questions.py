@@ -264,6 +264,14 @@ def measure_questions(
     )
 
 
+def disturb_answers(seen: Seen, rng: np.random.Generator) -> Seen:
+    """Change 3 % of the answers about one image: yes to no and no to yes, others to another one."""
+    answers = msgspec.json.decode(seen["answers"].tobytes(), type=list[str])
+    other = {"yes": "no", "no": "yes"}
+    changed = [other.get(a, f"not {a}") if rng.random() < 0.03 else a for a in answers]
+    return {**seen, "answers": np.frombuffer(to_json(changed), np.uint8)}
+
+
 def _metrics(
     asked: Sequence[Sequence[Question]], answers: Mapping[str, Sequence[Sequence[str]]], weights: np.ndarray
 ) -> tuple[TaskMetric, ...]:

@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 Protocol = Literal["squash", "official"]
+PIXEL_NOISE = 0.02
 PIXEL_AGREEMENT = "pixel agreement"
 LONG_SIDE, SHORT_SIDE, MULTIPLE = 2048, 512, 32
 """Sizes of the official protocol in pixels: largest sides, and the multiple to which sides are rounded up."""
@@ -311,11 +312,21 @@ def _matches(model: Interface) -> bool:
     return len(shape) == 4 and isinstance(shape[1], int) and shape[1] > 1
 
 
+def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
+    """Take some pixels from each class where it is right, and give it some where it is not."""
+    shared, labelled, predicted = seen["counts"].astype(np.float64)
+    lost = shared * np.minimum(PIXEL_NOISE * rng.exponential(1, shared.shape), 1)
+    won = (labelled - shared) * np.minimum(PIXEL_NOISE * rng.exponential(1, shared.shape), 1)
+    return {**seen, "counts": np.stack([shared - lost + won, labelled, predicted - lost + won])}
+
+
 SEMANTIC: Task[SemanticData] = Task(
     name="semantic",
     labels="a folder of images, perhaps with label maps",
     matches=_matches,
     open=open_semantic,
+    disturb=_disturb,
+    disturbance=f"{PIXEL_NOISE:.0%} of the pixels of each class changed, more or less by image",
     observe=observe_semantic,
     measure=measure_semantic,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from bitalloy.core.outcome import (
     KernelEffect,
     LatencySpread,
     PeakMemory,
+    Resolution,
     Round,
     Summary,
     Triple,
@@ -62,6 +64,8 @@ class MeasuredPlan:
     metrics: Metrics
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    resolution: tuple[Resolution, ...] = ()
+    """What the labelled images resolve."""
     drop_estimates: Mapping[str, DropEstimate] = field(default_factory=dict)
     """Metric that is limited -> its drop by all that was evaluated."""
     single: Plan | None = None
@@ -185,9 +189,7 @@ def summarize_run(
         analysis=part_of(analysis.info, matrix.samples),
         seconds=dict(seconds),
         rounds=shipped.rounds,
-        evaluations=shipped.evaluations,
-        drop_estimates=dict(shipped.drop_estimates),
-        box_overlap=metrics.box_overlap,
+        **_judged(shipped),
         seed=analysis.settings.seed,
         versions=versions() | _runtime(analysis),
         notes=_notes(analysis, shipped),
@@ -205,6 +207,16 @@ def summarize_run(
         corrections=analysis.corrections,
         parts=_used(analysis),
     )
+
+
+def _judged(shipped: MeasuredPlan) -> dict[str, Any]:
+    """Collect what the task says beside the metrics themselves."""
+    return {
+        "evaluations": shipped.evaluations,
+        "resolution": shipped.resolution,
+        "drop_estimates": dict(shipped.drop_estimates),
+        "box_overlap": shipped.metrics.box_overlap,
+    }
 
 
 def _medians(latency: LatencySpread) -> Triple:
