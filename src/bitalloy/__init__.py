@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.calibrate import calibrate
     from bitalloy.pipeline.plan import plan, plan_again
     from bitalloy.pipeline.prepare import RunOptions, load, open_data
+    from bitalloy.pipeline.resolve import resolve_drops
     from bitalloy.pipeline.run import publish, run
     from bitalloy.pipeline.run import render as report
     from bitalloy.pipeline.ship import Verified, apply, verify
@@ -57,6 +58,7 @@ __all__ = [
     "measure_exact",
     "measure_metric",
     "measure_cost",
+    "resolve_drops",
     "plan",
     "plan_again",
     "apply",
@@ -98,6 +100,7 @@ _HOMES = {
     "measure_exact": "sensitivity.measuring",
     "measure_metric": "tasks.metric",
     "measure_cost": "measure.cost",
+    "resolve_drops": "pipeline.resolve",
     "plan": "pipeline.plan",
     "plan_again": "pipeline.plan",
     "apply": "pipeline.ship",

@@ -14,6 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
+import bitalloy
 from bitalloy.cli.doctor import CORE, NOT_SHOWN, extras
 
 
@@ -59,3 +60,23 @@ def test_extras_are_those_of_the_package() -> None:
     assert {name: set(packages) for name, packages in extras().items()} == {
         name: packages for name, packages in expected.items() if name not in NOT_SHOWN
     }
+
+
+def test_doctor_tells_what_labels_resolve(inside: Any, inputs: Any) -> None:
+    asked = ("doctor", inputs.detector, "--eval", inputs.labels, "--max-drop", "AP50-95=1e-5")
+    found = json.loads(inside(*asked, "--json").succeeded().out)
+    assert [(one["metric"], one["limit"]) for one in found] == [("AP50-95", 1e-5), ("AP50", None)]
+    first = found[0]
+    assert first["needed"] == pytest.approx(first["images"] * (first["resolved"] / 1e-5) ** 2, abs=1)
+    assert first["needed"] > 100
+    assert f"{first['images']} images resolve drops of AP50-95" in inside(*asked).succeeded().out
+    assert bitalloy.resolve_drops(inputs.detector, inputs.labels)[0].resolved == first["resolved"]
+    fewer = json.loads(inside(*asked, "--limit", "3", "--json").succeeded().out)
+    assert fewer[0]["images"] == 3
+
+
+def test_doctor_refuses_half_a_question(inside: Any, inputs: Any) -> None:
+    assert "belong together" in inside("doctor", inputs.detector).refused()
+    assert "belong together" in inside("doctor", "--eval", inputs.labels).refused()
+    asked = ("doctor", inputs.detector, "--eval", inputs.labels)
+    assert "'mIoU'" in inside(*asked, "--max-drop", "mIoU=0.1").refused()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bitalloy.cli.console import SHOWN_LINES, out_console
+from bitalloy.core.errors import BitalloyError
 
 
 def models_command(
@@ -114,14 +115,37 @@ def audit_command(
 
 
 def doctor_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model whose labels are to be judged, with --eval; none for the machine alone."),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option("--eval", exists=True, help="Labels of the model's task: tell which drops they resolve."),
+    ] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Drop that is to be limited, as in `bitalloy run`: tell how many images that needs."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of labelled images.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Tell what is available on this machine.
+    """Tell what is available on this machine, or what labelled images can resolve.
 
-    What is not comes with its install line.
+    What is not available comes with its install line. With a model and --eval, the float model is run over the images,
+    and the smallest drop of each metric is told that they tell from noise.
 
-    Example: bitalloy doctor --json
+    For example:
+
+      bitalloy doctor --json
+
+      bitalloy doctor yolo11n.onnx --eval instances.json --max-drop 0.3
     """
+    if (model is None) != (evaluate is None):
+        raise BitalloyError("A model and --eval belong together: `bitalloy doctor model.onnx --eval labels.json`.")
+    if model is not None and evaluate is not None:
+        _tell_resolution(model, evaluate, max_drop or [], limit, json_output=json_output)
+        return
     from bitalloy.cli.doctor import examine_machine
     from bitalloy.core.encoding import to_json
 
@@ -145,3 +169,24 @@ def doctor_command(
     ]
     for line in lines:
         out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _tell_resolution(model: str, labels: Path, drops: list[str], limit: int | None, *, json_output: bool) -> None:
+    from bitalloy.cli import options
+    from bitalloy.cli.console import Bars
+
+    wanted = options.drops(drops)
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.prepare import RunOptions
+    from bitalloy.pipeline.resolve import resolve_drops
+    from bitalloy.tasks.resolution import tell_resolution
+
+    with Bars() as bars:
+        found = resolve_drops(model, labels, max_drop=wanted, options=RunOptions(limit=limit, progress=bars))
+    if json_output:
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
+        return
+    for one in found:
+        out_console.print(tell_resolution(one), soft_wrap=True, highlight=False, markup=False)
+    if not found:
+        out_console.print("Images without labels have no metric to drop; agreement with float needs none.")

@@ -159,7 +159,7 @@ class Calibrated:
 
     def original(self) -> Artefact:
         """Return the float model as it was given, or in normal form where the file cannot stand for it."""
-        return _original(self.graph, self.given, self.target)
+        return original_artefact(self.graph, self.given, self.target)
 
 
 class ArtefactParts(Record, frozen=True, kw_only=True):
@@ -177,7 +177,7 @@ def open_artefact(spec: ArtefactParts, contexts: Contexts) -> Artefact:
     """Make the model of a plan, or the model as loaded, for ONNX Runtime on this machine."""
     graph, recipe = contexts.open(spec.graph), contexts.open(spec.recipe)
     if spec.schemes is None:
-        return _original(graph, contexts.open(spec.given), recipe.target)
+        return original_artefact(graph, contexts.open(spec.given), recipe.target)
     return _executable(plan_artefact(graph, recipe, Plan(spec.schemes)), recipe.target)
 
 
@@ -245,7 +245,8 @@ def _executable(artefact: Artefact, target: Target) -> Artefact:
     return replace(artefact, models=models, runtime=AS_WRITTEN)
 
 
-def _original(graph: Graph, given: Graph, target: Target) -> Artefact:
+def original_artefact(graph: Graph, given: Graph, target: Target) -> Artefact:
+    """Return the float model as it was given, see `Calibrated.original`, for the runtime of a target."""
     if not isinstance(graph, Joined):
         return Artefact({ONLY: as_given(given)}, runtime=target.runtime)
     program = graph.program
