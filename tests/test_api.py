@@ -21,8 +21,8 @@ from bitalloy.cli.main import app
 ROOT = Path(__file__).parents[1]
 NAMES = [
     # stages
-    "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost", "resolve_drops",
-    "plan", "plan_again", "apply", "verify", "report", "publish", "run",
+    "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
+    "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Plan", "RunDirectory", "RunOptions", "Selection",
     "Settings", "Summary", "Verified", "Workload", "Workspace",
