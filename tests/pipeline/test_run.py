@@ -22,7 +22,7 @@ RESULTS = {
     "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
 }  # fmt: skip
 SUMMARY = {
-    "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
+    "schema", "headline", "status", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
@@ -142,12 +142,17 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["kernel_effects"] == []
 
 
-def test_headline_is_honest(finished: Any) -> None:
+def test_headline_and_status_are_honest(finished: Any, inputs: Any) -> None:
     summary = finished.summary()
     assert summary["headline"] in finished.command.out
     same = not summary["schemes"]
     slow = summary["latency_ratio_interval"]["low"] >= 1
     assert ("NOT faster" in summary["headline"]) == (slow or same)
+    assert summary["status"]["verdict"] == "met" and "\nStatus: met\n" in finished.command.out
+    (limit,) = summary["status"]["limits"]
+    assert (limit["kind"], limit["verdict"], limit["got"]) == ("size_bytes", "met", summary["size_bytes"]["mixed"])
+    share = summary["size_bytes"]["mixed"] / inputs.detector.stat().st_size
+    assert f"{share:.2f}x of the given file's size" in summary["headline"]
 
 
 def test_tables_agree_with_the_summary(finished: Any) -> None:

@@ -237,14 +237,19 @@ class BudgetArguments:
         ),
     ] = None
 
-    def budget(self, float_bytes: int, drops: Sequence[str] | None = None) -> Budget:
-        """Return the budget as a record, for a float model of `float_bytes` bytes; `drops` limits task metrics.
+    def budget(self, float_bytes: int, drops: Sequence[str] = (), confidence: float | None = None) -> Budget:
+        """Return the budget as a record, for a float model of `float_bytes` bytes.
+
+        Args:
+            float_bytes: size of the float model.
+            drops: limits on task metrics.
+            confidence: probability with which these are to hold; None for the default.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
         """
         from bitalloy.cli import options
-        from bitalloy.core.plans import Budget
+        from bitalloy.core.plans import DROP_CONFIDENCE, Budget
 
         ratio, milliseconds = options.latency(self.latency)
         least, heads = options.floors(self.max_drop_db or ())
@@ -254,7 +259,8 @@ class BudgetArguments:
             size_bytes=options.size(self.size, float_bytes),
             min_sqnr_db=least,
             head_sqnr_db=heads,
-            max_drop=options.drops(drops or ()),
+            max_drop=options.drops(drops),
+            confidence=DROP_CONFIDENCE if confidence is None else confidence,
             keep=options.keeps(self.keep or ()),
         )
 
@@ -272,6 +278,21 @@ class RunArguments:
             "of the first metric. Finds the fastest plan of the front that keeps it."
         ),
     ] = None
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability, above 0.5 and below 1, with which a drop must be within --max-drop to count as met, or "
+            "beyond it to count as missed; between both it is undecided. Default: 0.8."
+        ),
+    ] = None
+    fail_on_miss: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-miss",
+            help="End with exit code 3, after all results are written, if a limit is missed or undecided: if it is not "
+            "proven that the model keeps it.",
+        ),
+    ] = False
     evaluate: Annotated[
         list[Path] | None,
         typer.Option(
@@ -294,7 +315,7 @@ class RunArguments:
 
     def budget(self, float_bytes: int) -> Budget:
         """Return the budget with all limits, task metrics included, see `BudgetArguments.budget`."""
-        return self.limits.budget(float_bytes, self.max_drop)
+        return self.limits.budget(float_bytes, self.max_drop or (), self.confidence)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from bitalloy import __version__
 from bitalloy.cli import look
 from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
 from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
-INTERRUPTED = 130
-"""Exit code of a command that was interrupted."""
+REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
+"""Exit codes: of a command that the user must correct, of limits that are not proven to be kept where that was asked
+for, of limits that no plan keeps, and of a command that was interrupted."""
+
+
+TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
+"""Tone of a verdict, see `report.figures` -> its colour."""
 
 
 class QuickGroup(TyperGroup):
@@ -84,6 +89,9 @@ def run_command(asked: RunArguments) -> None:
     sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
     again.
 
+    Exit code 0: done; 2: the command must be corrected; 3: done, but with --fail-on-miss a limit is missed or
+    undecided; 4: no plan keeps the limits.
+
     For example:
 
       bitalloy run                                   the embedded sample
@@ -114,11 +122,16 @@ def run_command(asked: RunArguments) -> None:
             model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
         verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
+    results = (verified, *verified.others)
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")
-        return
-    for one in (verified, *verified.others):
-        _show(one, model.out if one is verified else model.out / one.summary.target)
+    else:
+        for one in results:
+            _show(one, model.out if one is verified else model.out / one.summary.target)
+    if asked.fail_on_miss and not all(one.status.proven for one in results):
+        told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
+        error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(MISSED)
 
 
 def _refuse_broken(model: str) -> None:
@@ -183,11 +196,15 @@ def _figures(verified: Verified) -> Table:
 
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
-    from bitalloy.report import formats
+    from bitalloy.report import figures, formats
     from bitalloy.report.text import counted
 
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
+    out_console.print(f"Status: {verified.status.verdict}", highlight=False)
+    for tone, verdict, told in figures.limits(verified.status):
+        line = f"  {verdict}: {told}"
+        out_console.print(line, style=TONE_STYLES[tone], soft_wrap=True, highlight=False, markup=False)
     out_console.print(_figures(verified))
     for correction in (c for c in summary.corrections if c.places):
         verdict = "kept" if correction.kept else "not kept"
@@ -204,7 +221,7 @@ def _show(verified: Verified, folder: Path) -> None:
     if summary.parts is not None:
         style = "" if summary.parts.disjoint else "yellow"
         out_console.print(summary.parts.told, style=style, soft_wrap=True, highlight=False)
-    for note in summary.notes:
+    for note in (*summary.status.warnings, *summary.notes):
         out_console.print(note, style="yellow", soft_wrap=True)
 
 
@@ -356,7 +373,10 @@ for _name, _command in (
 
 
 def main() -> None:
-    """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
+    """Run the command line: an error of the user's ends with one message and exit code 2, never with a traceback.
+
+    Limits that no plan keeps end with exit code 4.
+    """
     try:
         app(standalone_mode=True)
     except SystemExit as stopped:
@@ -374,4 +394,4 @@ def main() -> None:
         if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them
             told = f"A name is not UTF-8 text: {error.object!a}. Rename that file or folder."
         error_console.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)
-        sys.exit(2)
+        sys.exit(UNREACHABLE if isinstance(error, UnreachableError) else REFUSED)

@@ -6,6 +6,7 @@ import msgspec
 
 from bitalloy.core.plans import Budget, SingleFormat
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
+from bitalloy.core.status import Status
 
 REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
 """Names of the columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, the mixed
@@ -246,7 +247,9 @@ class Summary(Record, frozen=True, kw_only=True):
 
     schema: int = 2
     headline: str
-    """One sentence; says first if the mixed model is not faster than float."""
+    """The result in words; says first if the mixed model is not faster than float."""
+    status: Status
+    """Whether the mixed model keeps the budget, see `verify.status.status_of`."""
     model: str
     model_sha256: str
     target: str

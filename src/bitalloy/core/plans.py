@@ -13,6 +13,8 @@ from bitalloy.core.schemes import BASELINE, Plan
 
 MOST_DB = 1000.0
 """Largest floor on an SQNR, and inverse of the lowest: powers of ten of it are finite numbers."""
+DROP_CONFIDENCE = 0.8
+"""Probability with which a drop of a task metric is to be within its limit, where no other is given."""
 FIRST = "(first)"
 """The name in a budget for the first metric of the task, whatever it is called."""
 
@@ -126,6 +128,9 @@ class Budget(Given, frozen=True, kw_only=True):
     max_drop: dict[str, float] = msgspec.field(default_factory=dict)
     """Largest drop of task metrics against float, by name, in the metric's own unit: 0.003 of AP50-95 is 0.3 points.
     The name `FIRST` is the first metric of the task."""
+    confidence: float = DROP_CONFIDENCE
+    """Probability, above 0.5 and below 1, with which a drop must be within its limit to count as met, or beyond it to
+    count as missed; between both it is undecided."""
     keep: tuple[Keep, ...] = ()
     """Units that run in a given scheme; of several patterns that name a unit the last one holds."""
 
@@ -134,16 +139,21 @@ class Budget(Given, frozen=True, kw_only=True):
         super().__post_init__()
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
-        said = {name: value for name, value in msgspec.structs.asdict(self).items() if value and name != "keep"}
+        said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence")}
         if not all(0 <= v < math.inf for v in above) or not all(map(math.isfinite, self.max_drop.values())):
             raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
         if not all(abs(f) <= MOST_DB for f in floors):
             raise BudgetError(f"The budget {said} has a floor that is not finite, or beyond {MOST_DB:g} dB.")
+        if not 0.5 < self.confidence < 1:
+            raise BudgetError(
+                f"The confidence (--confidence) is {self.confidence:g}; expected a probability above 0.5 and below 1, "
+                f"such as {DROP_CONFIDENCE:g}."
+            )
 
     @property
     def limited(self) -> bool:
         """Whether anything but schemes of units is asked for."""
-        return msgspec.structs.replace(self, keep=()) != Budget()
+        return msgspec.structs.replace(self, keep=(), confidence=DROP_CONFIDENCE) != Budget()
 
     def floor_db(self, head: str) -> float | None:
         """Return the floor on the SQNR of one head; None without one."""

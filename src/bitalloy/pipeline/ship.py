@@ -11,8 +11,8 @@ import msgspec
 from bitalloy.core.audited import Audit
 from bitalloy.core.outcome import Evaluation, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
-from bitalloy.core.plans import Budget
 from bitalloy.core.schemes import Plan
+from bitalloy.core.status import Status
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.measure.sizes import float_sizes
@@ -43,6 +43,11 @@ class Verified:
     """Audit of the kernels that the runtime executed for the model; None where it was not made."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
+
+    @property
+    def status(self) -> Status:
+        """Whether the mixed model keeps the budget."""
+        return self.summary.status
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
@@ -86,7 +91,7 @@ def verify(
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     evaluator = Evaluator(analysis, files, limit, work, image) if files else None
     course = VerificationCourse(analysis, planned, work)
-    if course.budget != Budget(max_drop=course.budget.max_drop, keep=course.budget.keep):
+    if msgspec.structs.replace(course.budget, max_drop={}).limited or not course.budget.limited:
         course.search()
     evaluations: tuple[Evaluation, ...] = ()
     if course.budget.max_drop:

@@ -6,27 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Round, Summary, Triple
-from bitalloy.core.plans import FIRST, CostTable, PlanReport
+from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
+from bitalloy.core.status import Status, Verdict
 from bitalloy.core.units import UnitGraph
-from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.prices import latency_us
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
-from bitalloy.report.text import counted
+from bitalloy.report.text import counted, limit_text, verdict_text
 
 WIDE_GAP_DB = 3.0
 """Difference in dB between prediction and measurement above which the report marks it as a problem."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One limit of the budget and whether the shipped model keeps it."""
-
-    name: str
-    asked: str
-    measured: str
-    met: bool
 
 
 @dataclass(frozen=True)
@@ -64,64 +54,38 @@ class FigureGroup:
     rows: tuple[FigureRow, ...]
 
 
-def limits(summary: Summary) -> tuple[Limit, ...]:
-    """Return the limits of the budget, each with the measured value."""
-    budget, found = summary.budget, []
-    if budget.latency_ratio is not None:
-        met = summary.latency_ratio <= budget.latency_ratio * TOLERANCE
-        found.append(
-            Limit("latency", f"≤ {formats.ratio(budget.latency_ratio)}", formats.ratio(summary.latency_ratio), met)
-        )
-    if budget.latency_ms is not None:
-        measured = summary.latency_ms.mixed
-        asked = f"≤ {formats.milliseconds(budget.latency_ms)}"
-        found.append(Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE))
-    if budget.size_bytes is not None:
-        size = summary.size_bytes.mixed
-        asked = f"≤ {formats.byte_size(budget.size_bytes)}"
-        found.append(Limit("size", asked, formats.byte_size(size), size <= budget.size_bytes))
-    if budget.min_sqnr_db is not None and summary.sqnr_db:
-        worst = min(pair.mixed.measured for pair in summary.sqnr_db.values())
-        asked = f"≥ {formats.decibel_text(budget.min_sqnr_db)}"
-        found.append(Limit("SQNR of every head", asked, formats.decibel_text(worst), worst >= budget.min_sqnr_db))
-    for head, floor in budget.head_sqnr_db.items():
-        if head in summary.sqnr_db:
-            value = summary.sqnr_db[head].mixed.measured
-            asked = f"≥ {formats.decibel_text(floor)}"
-            found.append(Limit(f"SQNR of {head}", asked, formats.decibel_text(value), value >= floor))
-    for name, most in budget.max_drop.items():
-        metric = next(iter(summary.metrics), "") if name == FIRST else name
-        drop = summary.metrics[metric].drop_mixed if metric in summary.metrics else None
-        if drop is not None:
-            found.append(Limit(f"drop of {metric}", f"≤ {most:g}", formats.signed(drop.value, 4), drop.value <= most))
-    return tuple(found)
+VERDICT_TONES = {Verdict.MET: "good", Verdict.WITHIN: "good", Verdict.UNDECIDED: "warn", Verdict.MISSED: "bad"}
+"""Verdict on a limit -> its colour."""
+
+
+def limits(status: Status) -> tuple[tuple[str, str, str], ...]:
+    """Return of each limit its tone, the verdict on it, and what was asked for and measured."""
+    return tuple((VERDICT_TONES[one.verdict], verdict_text(one), limit_text(one)) for one in status.limits)
 
 
 def tone(summary: Summary) -> str:
     """Return `bad` if the mixed model equals float or is no faster, else `warn` or `good`.
 
-    It is `warn` if the plan misses a limit, or if the interval of its latency does not tell whether it is faster.
+    It is `warn` if a limit is missed or undecided, if a metric without a limit drops by more than its noise, or if the
+    interval of the latency does not tell whether the mixed model is faster.
     """
-    interval = summary.latency_ratio_interval
+    interval, status = summary.latency_ratio_interval, summary.status
     if (interval.low if interval else summary.latency_ratio) >= 1 or not summary.schemes:
         return "bad"
     if interval is not None and interval.high >= 1:
         return "warn"
-    return "good" if all(limit.met for limit in limits(summary)) else "warn"
+    return "good" if status.proven and not status.warnings else "warn"
 
 
 def cautions(summary: Summary) -> tuple[str, ...]:
     """Return sentences on what a reader must know before relying on the numbers."""
-    found = list(summary.notes)
+    found = [*summary.status.warnings, *summary.notes]
     wide = [h for h, pair in summary.sqnr_db.items() if _wide(pair.mixed.predicted, pair.mixed.measured)]
     if wide:
         found.append(
             f"Predicted and measured SQNR of the mixed model differ by more than {WIDE_GAP_DB:g} dB on "
             f"{', '.join(wide)}: rely on the measured value, and read the sensitivities as a ranking."
         )
-    for name, metric in summary.metrics.items():
-        if metric.drop_mixed is not None and metric.drop_mixed.low > 0:
-            found.append(f"{name} drops by more than the noise of its {metric.mixed.n} samples.")
     if not summary.settled:
         found.append(
             f"The ranking of units had not settled after {summary.samples} samples: neighbours in it may swap places "

@@ -73,7 +73,7 @@ def render_report(
         audit=audit,
         heads=heads,
         tone=figures.tone(summary),
-        limits=figures.limits(summary),
+        limits=figures.limits(summary.status),
         cautions=figures.cautions(summary),
         columns=figures.model_columns(summary, units),
         groups=figures.key_figures(summary, units, cost),

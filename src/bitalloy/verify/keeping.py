@@ -171,16 +171,6 @@ def _limits(budget: Budget, metrics: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
-    """Map each metric that misses its limit to (drop of the mixed model, limit)."""
-    found = {}
-    for name, most in _limits(budget, list(metrics)).items() if metrics else ():
-        drop = metrics[name].drop_mixed
-        if drop is not None and drop.value > most:
-            found[name] = (drop.value, most)
-    return found
-
-
 def _candidates(planned: Planned, budget: Budget) -> list[ParetoPoint]:
     """List the plans of the front within the other limits, fastest first; all of them where none is."""
     whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]

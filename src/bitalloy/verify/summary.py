@@ -1,8 +1,7 @@
-"""What a run says: the summary record and its headline."""
+"""What a run says: the facts of its summary record, with the judgement on them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,12 +23,13 @@ from bitalloy.core.outcome import (
     UsedSamples,
     VerifiedSize,
 )
-from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
+from bitalloy.core.planned import Measured, Metrics, Planned
 from bitalloy.core.plans import SingleFormat
 from bitalloy.core.records import Estimate, part_of
 from bitalloy.core.schemes import Plan
+from bitalloy.core.status import Status, Verdict
 from bitalloy.core.store import versions
-from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
+from bitalloy.measure.bench import UNSTEADY, unsteadiness
 from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
@@ -40,8 +40,8 @@ from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
 from bitalloy.targets.placement import rounded
-from bitalloy.verify.keeping import missed_drops
-from bitalloy.verify.rounds import missed_size, shortfall
+from bitalloy.verify.headline import headline_of
+from bitalloy.verify.status import status_of
 
 KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose by optimization to be told."""
@@ -143,12 +143,20 @@ def summarize_run(
         shipped: the plan that is shipped, with its measurements.
         seconds: wall time per stage.
     """
+    facts = _facts(analysis, corrected, shipped, seconds)
+    judged = msgspec.structs.replace(facts, status=status_of(facts))
+    return msgspec.structs.replace(judged, headline=headline_of(judged))
+
+
+def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
+    """Collect all but the judgement."""
     matrix, units = analysis.matrix, analysis.units
     planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
     sqnr = _compared(analysis, corrected, shipped)
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     return Summary(
-        headline=_headline(planned, measured, sqnr, metrics, _total(sizes).mixed),
+        headline="",
+        status=Status(verdict=Verdict.NO_LIMITS),
         model=analysis.graph.info.name,
         model_sha256=analysis.graph.info.sha256,
         target=analysis.target.name,
@@ -336,44 +344,6 @@ def _workload(analysis: Analysis) -> str:
     return told_workload(analysis.graph, workload_of(analysis.graph, analysis.settings.workload))
 
 
-def _headline(
-    planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics, size_bytes: float
-) -> str:
-    ratio = measured.ratio
-    latency = measured.latency
-    parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
-    parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
-    for name, metric in metrics.metrics.items():
-        parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
-    runs = "is estimated to run" if planned.cost.estimated else "runs"
-    interval = measured.ratio_mixed
-    if not planned.plan.chosen:
-        lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
-    elif interval.low >= 1:
-        lead = f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
-    elif interval.high < 1:
-        lead = f"The mixed model {runs} in {ratio:.2f}x of float's time"
-    else:
-        lead = (
-            f"The mixed model is NOT measurably faster than float ({ratio:.2f}x of its time, 95 % interval "
-            f"{interval.low:.2f} to {interval.high:.2f}): timing on this machine does not tell which to deploy"
-        )
-    limit = ratio_limit(planned.plan.budget, planned)
-    if limit is not None and ratio > limit * TOLERANCE:
-        lead += f", which misses the budget of {limit:.2f}x"
-    asked = planned.plan.budget.size_bytes
-    if asked is not None and missed_size(planned.plan.budget, size_bytes):
-        lead += f", and misses the size of {asked / 1e6:.4g} MB by {100 * (size_bytes / asked - 1):.2g} %"
-    short = shortfall(planned.plan.budget, {name: pair.mixed.measured for name, pair in sqnr.items()})
-    if short:
-        lead += f", and misses the floor on {', '.join(f'{name} by {gap:.1f} dB' for name, gap in short.items())}"
-    over = missed_drops(planned.plan.budget, metrics.metrics)
-    if over:
-        said = ", ".join(f"{name} drops by {drop:.4f}, not {most:g}" for name, (drop, most) in over.items())
-        lead += f", and misses its limit: {said}"
-    return f"{lead}: {'; '.join(parts)}."
-
-
 def _estimated(planned: Planned) -> tuple[str, ...]:
     if not planned.cost.estimated:
         return ()
@@ -457,13 +427,3 @@ def _busy(latency: LatencySpread) -> tuple[str, ...]:
         "All latencies here are worth little; give the same command again on a quiet machine, with another --out."
     )
     return (note,)
-
-
-def _milliseconds(value: float) -> str:
-    """Write a time with three significant digits: small models take microseconds, large ones seconds.
-
-    >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
-    ('0.0482 ms', '73.8 ms', '1234 ms')
-    """
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(digits, 0)}f} ms"
