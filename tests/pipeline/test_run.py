@@ -26,7 +26,7 @@ SUMMARY = {
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
-    "versions", "notes", "parts", "peak_memory_mb",
+    "versions", "notes", "parts", "peak_memory_mb", "rewritten_latency_ratio",
 }  # fmt: skip
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
@@ -116,7 +116,7 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     summary = finished.summary()
     assert summary["model"] == "detector" and summary["target"] == "ort-cpu" and summary["seed"] == 0
     for name in ("latency_ms", "size_bytes"):
-        assert set(summary[name]) == {"float", "int8", "single", "mixed"}
+        assert set(summary[name]) == {"float", "int8", "single", "mixed", "rewritten"}
         assert summary[name].pop("single") is None, "with one scheme the lowest model is it"
         assert min(summary[name].values()) > 0
     assert summary["size_bytes"]["mixed"] == (finished.folder / "run" / "mixed.onnx").stat().st_size
@@ -125,7 +125,11 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert set(summary["sqnr_db"]) == set(summary["sqnr_interval_db"]) == {"boxes", "scores", "detections"}
     assert set(summary["kl_nats"]) == {"scores"}
     for pair in (*summary["sqnr_db"].values(), *summary["kl_nats"].values()):
-        assert set(pair) == {"int8", "single", "mixed"} and set(pair["mixed"]) == {"predicted", "measured", "corrected"}
+        assert set(pair) == {"int8", "single", "mixed", "rewritten"} and set(pair["mixed"]) == {
+            "predicted",
+            "measured",
+            "corrected",
+        }
     assert 0 < summary["kl_nats"]["scores"]["int8"]["measured"] < 100
     assert all(len(r["sqnr_db"]) == 3 for r in summary["rounds"])
     table = json.loads((finished.folder / "run" / "sensitivity.json").read_text())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from bitalloy.core.outcome import Comparison
     from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
@@ -146,6 +147,12 @@ def _ends(interval: Estimate | None) -> str:
     return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
 
 
+def _beside(one: Comparison, form: str) -> str:
+    """Write what was measured, with what was predicted where anything was."""
+    predicted = f" (predicted {one.predicted:{form}})" if one.predicted is not None else ""
+    return f"{one.measured:{form}}{predicted}"
+
+
 def _figures(verified: Verified) -> Table:
     """The table of key figures of a result."""
     from rich.table import Table
@@ -154,27 +161,23 @@ def _figures(verified: Verified) -> Table:
 
     summary, units = verified.summary, verified.analysis.units
     table = Table("", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
-    latency_ms, ratios = summary.latency_ms, [summary.lowest_latency_ratio]
+    latency_ms, columns = summary.latency_ms, figures.shown_columns(summary)
 
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
-        """Show what models have, the float model where it has it too."""
-        single = [models.single] if latency_ms.single is not None else []
-        shown = [text(v) for v in (models.lowest, *single, models.mixed)]
-        table.add_row(name, text(models.reference) if hasattr(models, "reference") else "", *shown)
+        """Show what models have; empty where one does not have it."""
+        values = (getattr(models, column, None) for column in columns)
+        table.add_row(name, *("" if value is None else text(value) for value in values))
+
+    def over_float(column: str) -> str:
+        found = getattr(summary, f"{column}_latency_ratio")
+        return f"{found.value if found else getattr(latency_ms, column) / latency_ms.reference:.2f}{_ends(found)}"
 
     row("latency, ms" + " (estimated)" * summary.latency_estimated, latency_ms, "{:.2f}".format)
-    lowered = [latency_ms.lowest]
-    if latency_ms.single is not None:
-        lowered.append(latency_ms.single)
-        ratios.append(summary.single_latency_ratio)
     expected = f"{summary.predicted_latency_ratio:.2f}{_ends(summary.predicted_latency_ratio_interval)}"
     table.add_row(
         "latency over float",
         "1",
-        *(
-            f"{found.value if found else ms / latency_ms.reference:.2f}{_ends(found)}"
-            for found, ms in zip(ratios, lowered, strict=True)
-        ),
+        *map(over_float, columns[1:-1]),
         f"{summary.latency_ratio:.2f}{_ends(summary.latency_ratio_interval)} (predicted {expected})",
     )
     for step in summary.steps:
@@ -184,9 +187,9 @@ def _figures(verified: Verified) -> Table:
     if (memory := summary.peak_memory_mb) is not None:
         row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", memory, formats.megabytes)
     for head, pair in summary.sqnr_db.items():
-        row(f"SQNR {head}, dB", pair, lambda c: f"{c.measured:.1f} (predicted {c.predicted:.1f})")
+        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, ".1f"))
     for head, pair in summary.kl_nats.items():
-        row(f"KL {head}, nats", pair, lambda c: f"{c.measured:.3g} (predicted {c.predicted:.3g})")
+        row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
     for name, metric in summary.metrics.items():
         row(f"{name} (n={metric.reference.n})", metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():

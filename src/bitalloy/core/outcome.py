@@ -11,7 +11,9 @@ from bitalloy.core.status import Status
 REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
 """Names of the columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, the mixed
 one, and the best of those with all that they can in one scheme. They are stable, whatever the schemes of the target.
-The last one is absent where units have no choice between schemes, and where it is one of the others."""
+The last one is absent where units have no choice between schemes, and where it is one of the others. Beside them stands
+`rewritten`: the float model after the graph rewrites that every plan has, without any rounding. It is absent where the
+target does not run here, and for large models."""
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class HeadComparison(Record, frozen=True, kw_only=True):
     lowest: Comparison = msgspec.field(name=LOWEST)
     mixed: Comparison
     single: Comparison | None = None
+    rewritten: Comparison | None = None
 
 
 class Triple(Record, frozen=True, kw_only=True):
@@ -54,6 +57,7 @@ class Triple(Record, frozen=True, kw_only=True):
     lowest: float = msgspec.field(name=LOWEST)
     mixed: float
     single: float | None = None
+    rewritten: float | None = None
 
 
 class LatencySpread(Record, frozen=True, kw_only=True):
@@ -63,6 +67,7 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     lowest: Latency = msgspec.field(name=LOWEST)
     mixed: Latency
     single: Latency | None = None
+    rewritten: Latency | None = None
 
 
 class PeakMemory(Record, frozen=True, kw_only=True):
@@ -304,6 +309,9 @@ class Summary(Record, frozen=True, kw_only=True):
     """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
     single_latency_ratio: Estimate | None = None
     """The same ratio, with its interval, of the model with all that it can in one scheme."""
+    rewritten_latency_ratio: Estimate | None = None
+    """The same ratio, with its interval, of the float model after the graph rewrites of the mixed one: what is gained
+    without any rounding."""
     single_formats: tuple[SingleFormat, ...] = ()
     """Predictions of the plans of one scheme, fastest first; empty where plans have no choice between several."""
     given: GivenModel | None = None

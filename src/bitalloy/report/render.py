@@ -227,6 +227,7 @@ def _latency_chart(summary: Summary) -> Markup:
         )
         for name, style, one in (
             ("float", "b-float", spread.reference),
+            ("float, rewritten", "b-float", spread.rewritten),
             ("all lowered", "b-lowest", spread.lowest),
             (f"all {figures.best_single(summary)}", "b-lowest", spread.single),
             ("mixed", "b-mixed", spread.mixed),

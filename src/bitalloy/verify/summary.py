@@ -40,11 +40,14 @@ from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
 from bitalloy.targets.placement import rounded
-from bitalloy.verify.headline import headline_of
+from bitalloy.verify.headline import headline_of, unrounded_share
 from bitalloy.verify.status import status_of
 
 KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose by optimization to be told."""
+GOOD_PART = 0.2
+"""Part of the saved time from which on it is told that it comes without any rounding."""
+HOW_TO_GET = "To get that model, which loses nothing, put every unit in float: --keep fp32:'*' --max-drop-db 0."
 MOSTLY_NOISE_DB = 3.01
 MUCH_DB = 6.0
 """Loss of SQNR at another size that is worth a warning."""
@@ -118,8 +121,10 @@ def _compared(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan) ->
     single = None
     if shipped.single is not None and measured.sqnr_single is not None:
         single = column(shipped.single, measured.sqnr_single)
+    rewritten = [Comparison(predicted=None, measured=found.value) for found in measured.sqnr_rewritten or ()]
     return {
         head.head: HeadComparison(
+            rewritten=rewritten[i] if rewritten else None,
             lowest=lowest[i],
             single=single[i] if single is not None else None,
             mixed=Comparison(
@@ -168,6 +173,7 @@ def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, secon
         latency_ratio_interval=None if planned.cost.estimated else measured.ratio_mixed,
         lowest_latency_ratio=None if planned.cost.estimated else measured.ratio_lowest,
         single_latency_ratio=None if planned.cost.estimated else measured.ratio_single,
+        rewritten_latency_ratio=measured.ratio_rewritten,
         single_formats=shipped.singles,
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
         predicted_latency_ratio_interval=planned.predicted_ratio_interval,
@@ -216,6 +222,7 @@ def _medians(latency: LatencySpread) -> Triple:
         lowest=latency.lowest.median_ms,
         mixed=latency.mixed.median_ms,
         single=latency.single.median_ms if latency.single is not None else None,
+        rewritten=latency.rewritten.median_ms if latency.rewritten is not None else None,
     )
 
 
@@ -248,6 +255,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
         *_open_sizes(analysis, shipped),
         *_busy(measured.latency),
         *_estimated(planned),
+        *_rewritten(analysis, shipped),
         *_unresolved(planned, measured),
         *_optimized(analysis, shipped.kernel_effects or ()),
         *shipped.metrics.notes,
@@ -325,18 +333,20 @@ def _nats(pair: HeadComparison) -> HeadComparison:
         predicted, corrected = (None if v is None else nats(v) for v in (one.predicted, one.corrected))
         return Comparison(predicted=predicted, measured=nats(one.measured), corrected=corrected)
 
-    single = convert(pair.single) if pair.single is not None else None
-    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed), single=single)
+    single, rewritten = (None if one is None else convert(one) for one in (pair.single, pair.rewritten))
+    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed), single=single, rewritten=rewritten)
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:
     """Sum the bytes of all graphs."""
     single = [s.single for s in sizes.values() if s.single is not None]
+    rewritten = [s.rewritten for s in sizes.values() if s.rewritten is not None]
     return Triple(
         reference=sum(s.reference for s in sizes.values()),
         lowest=sum(s.lowest for s in sizes.values()),
         mixed=sum(s.mixed for s in sizes.values()),
         single=sum(single) if single else None,
+        rewritten=sum(rewritten) if rewritten else None,
     )
 
 
@@ -353,6 +363,27 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
         "rounding as the model says."
     )
     return (note,)
+
+
+def _rewritten(analysis: Analysis, shipped: MeasuredPlan) -> list[str]:
+    """Say how much of the gain comes without any rounding."""
+    if analysis.graph.large and not shipped.planned.cost.estimated:
+        note = (
+            "The float model with the same graph rewrites was not measured, because the model is large: part of the "
+            "gain may come from these, without any rounding."
+        )
+        return [note]
+    found, ratio = shipped.measured.ratio_rewritten, shipped.measured.ratio
+    share = unrounded_share(found, ratio)
+    if found is None or share < GOOD_PART:
+        return []
+    part = f"{share:.0%} of the time that the mixed model saves" if share < 1 else "All that is saved"
+    how = f" {HOW_TO_GET}" if shipped.planned.plan.chosen else ""
+    note = (
+        f"{part} comes without any rounding: the float model with the same graph rewrites takes {found.value:.2f}x of "
+        f"float's time, the mixed model {ratio:.2f}x.{how}"
+    )
+    return [note]
 
 
 def _files(analysis: Analysis) -> tuple[Graph, ...]:
