@@ -130,6 +130,8 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
             "measured",
             "corrected",
         }
+    assert all(pair["rewritten"]["measured"] > 100 for pair in summary["sqnr_db"].values()), "it rounds nothing"
+    assert 0 < summary["rewritten_latency_ratio"]["value"] < 10
     assert 0 < summary["kl_nats"]["scores"]["int8"]["measured"] < 100
     assert all(len(r["sqnr_db"]) == 3 for r in summary["rounds"])
     table = json.loads((finished.folder / "run" / "sensitivity.json").read_text())
