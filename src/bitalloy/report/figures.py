@@ -18,7 +18,7 @@ from bitalloy.report.text import counted, limit_text, verdict_text
 
 WIDE_GAP_DB = 3.0
 """Difference in dB between prediction and measurement above which the report marks it as a problem."""
-COLUMNS = ("reference", "rewritten", "lowest", "single", "mixed")
+MODEL_FIELDS = ("reference", "rewritten", "lowest", "single", "mixed")
 """Fields of `Triple` and its like in the order of their columns."""
 
 
@@ -106,7 +106,7 @@ def cautions(summary: Summary) -> tuple[str, ...]:
 
 def shown_columns(summary: Summary) -> tuple[str, ...]:
     """Return the fields of `Triple` and its like that have a column, in order."""
-    return tuple(name for name in COLUMNS if getattr(summary.latency_ms, name) is not None)
+    return tuple(name for name in MODEL_FIELDS if getattr(summary.latency_ms, name) is not None)
 
 
 def model_columns(summary: Summary, units: UnitGraph) -> tuple[str, ...]:
@@ -294,7 +294,7 @@ def _row(summary: Summary, name: str, note: str, cells: Mapping[str, Cell]) -> F
 
 def _each(models: object, cell: Callable[[Any], Cell]) -> dict[str, Cell]:
     """Make a cell of every model that has a value."""
-    values = ((column, getattr(models, column, None)) for column in COLUMNS)
+    values = ((column, getattr(models, column, None)) for column in MODEL_FIELDS)
     return {column: cell(value) for column, value in values if value is not None}
 
 
