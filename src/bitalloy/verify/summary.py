@@ -26,7 +26,7 @@ from bitalloy.core.outcome import (
 from bitalloy.core.planned import Measured, Metrics, Planned
 from bitalloy.core.plans import SingleFormat
 from bitalloy.core.records import Estimate, part_of
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.status import Status, Verdict
 from bitalloy.core.store import versions
 from bitalloy.measure.bench import UNSTEADY, unsteadiness
@@ -47,7 +47,7 @@ KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose by optimization to be told."""
 GOOD_PART = 0.2
 """Part of the saved time from which on it is told that it comes without any rounding."""
-HOW_TO_GET = "To get that model, which loses nothing, put every unit in float: --keep fp32:'*' --max-drop-db 0."
+HOW_TO_GET = f"To get that model, which loses nothing, put every unit in float: --keep {BASELINE}:'*' --max-drop-db 0."
 MOSTLY_NOISE_DB = 3.01
 MUCH_DB = 6.0
 """Loss of SQNR at another size that is worth a warning."""
