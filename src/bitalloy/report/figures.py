@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Round, Summary, Triple
@@ -340,7 +340,7 @@ def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
         predicted = next(s.predicted_ratio for s in summary.single_formats if s.best)
         cells["single"] = cell(found.value if found else latency.single / latency.reference, found, predicted)
     if (plain := summary.rewritten_latency_ratio) is not None:
-        cells["rewritten"] = cell(plain.value, plain, None)
+        cells["rewritten"] = replace(cell(plain.value, plain, None), tone="")
     return _row(summary, "Latency over float", "lower is faster", cells)
 
 
