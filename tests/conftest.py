@@ -194,9 +194,12 @@ class Command:
         assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
         return self
 
-    def refused(self) -> str:
-        """The message of a command that the user must correct: exit code 2, one message, no traceback."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+    def refused(self, code: int = 2) -> str:
+        """The message of a command that the user must correct: one message, no traceback.
+
+        Its exit code is 2, or 4 where no plan keeps the limits.
+        """
+        assert self.code == code, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert "Traceback" not in self.out + self.err
         assert self.out == ""
         message = " ".join(line.strip("│ ") for line in self.err.splitlines() if not _is_progress(line))

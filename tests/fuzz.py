@@ -8,7 +8,7 @@ its raw bytes. A line is a command with options drawn from texts that no user sh
 the name of a case (`file-17`, `line-3`) finds it again with `--only`.
 
 Each case runs in a forked child, so that a crash of the runtime or an endless loop is told from a refusal. It passes
-where the exit code is 0 or 2 without a traceback, and where no JSON file that it wrote holds NaN or infinity.
+where the exit code is 0, 2, 3 or 4 without a traceback, and where no JSON file that it wrote holds NaN or infinity.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ OPTIONS = {
     "run": (
         *("--data", "--out", "--shape", "--scale", "--mean", "--std", "--layout", "--fit", "--checkpoint", "--target"),
         *("--exclude", "--samples", "--probes", "--calibration-samples", "--ranges", "--limit", "--seed", "--latency"),
-        *("--size", "--max-drop-db", "--keep", "--max-drop", "--eval"),
+        *("--size", "--max-drop-db", "--keep", "--max-drop", "--eval", "--confidence"),
     ),
     "sensitivity": (
         *("--data", "--out", "--shape", "--exclude", "--samples", "--probes", "--calibration-samples", "--ranges"),
@@ -98,7 +98,7 @@ class Outcome:
             return "hang"
         if "Traceback (most recent call last)" in self.text:
             return "traceback"
-        if self.code not in (0, 2):
+        if self.code not in (0, 2, 3, 4):
             return f"exit code {self.code}"
         return f"spoiled {', '.join(self.spoiled)}" if self.spoiled else ""
 

@@ -45,6 +45,8 @@ from hypothesis import Phase, settings
 ROOT = Path(__file__).parents[1]
 SERVED: Mapping[str, tuple[str, ...]] = {
     "formats/affine": ("formats/test_affine.py", "formats/test_formats.py"),
+    "core/status": ("verify/test_status.py",),
+    "verify/status": ("verify/test_status.py",),
     "targets/placement": ("targets/test_sites.py",),
     "targets/recipe": ("targets/test_stored.py",),
     "targets/pairs": ("targets/test_stored.py",),

@@ -24,11 +24,11 @@ NAMES = [
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
     "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "Planned", "Plan", "RunDirectory", "RunOptions", "Selection",
-    "Settings", "Summary", "Verified", "Workload", "Workspace",
+    "Analysis", "Budget", "Calibrated", "Keep", "LimitStatus", "Planned", "Plan", "RunDirectory", "RunOptions",
+    "Selection", "Settings", "Status", "Summary", "Verified", "Workload", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
-    "UnsupportedOpError",
+    "UnreachableError", "UnsupportedOpError",
 ]  # fmt: skip
 
 

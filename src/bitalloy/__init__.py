@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ModelError,
         RunDirectoryError,
+        UnreachableError,
         UnsupportedOpError,
     )
     from bitalloy.core.outcome import Summary
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bitalloy.core.plans import Budget, Keep
     from bitalloy.core.records import Settings, Workload
     from bitalloy.core.schemes import Plan
+    from bitalloy.core.status import LimitStatus, Status
     from bitalloy.core.store import RunDirectory
     from bitalloy.core.work import Workspace
     from bitalloy.measure.cost import measure_cost
@@ -71,12 +73,14 @@ __all__ = [
     "Budget",
     "Calibrated",
     "Keep",
+    "LimitStatus",
     "Planned",
     "Plan",
     "RunDirectory",
     "RunOptions",
     "Selection",
     "Settings",
+    "Status",
     "Summary",
     "Verified",
     "Workload",
@@ -88,6 +92,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "RunDirectoryError",
+    "UnreachableError",
     "UnsupportedOpError",
 ]
 
@@ -112,12 +117,14 @@ _HOMES = {
     "Budget": "core.plans",
     "Calibrated": "rewrite.calibrated",
     "Keep": "core.plans",
+    "LimitStatus": "core.status",
     "Planned": "core.planned",
     "Plan": "core.schemes",
     "RunDirectory": "core.store",
     "RunOptions": "pipeline.prepare",
     "Selection": "sensitivity.measuring",
     "Settings": "core.records",
+    "Status": "core.status",
     "Summary": "core.outcome",
     "Verified": "pipeline.ship",
     "Workload": "core.records",
@@ -128,6 +135,7 @@ _HOMES = {
     "MissingExtraError": "core.errors",
     "ModelError": "core.errors",
     "RunDirectoryError": "core.errors",
+    "UnreachableError": "core.errors",
     "UnsupportedOpError": "core.errors",
 }
 """Public name -> the module that defines it, followed by `:name` where it has another name there."""

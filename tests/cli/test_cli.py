@@ -95,6 +95,8 @@ def test_no_command_shows_the_help(inside: Any) -> None:
         (["--exclude", "*"], ["--exclude"]),
         (["--eval", "nowhere.json"], ["--eval", "nowhere.json", "not exist"]),
         (["--budget", "5"], ["--budget"]),
+        (["--confidence", "1"], ["--confidence", "above 0.5 and below 1"]),
+        (["--confidence", "nan"], ["--confidence", "above 0.5 and below 1"]),
     ],
     ids=" ".join,
 )
@@ -385,7 +387,7 @@ def test_labels_for_a_model_that_is_no_detector(inside: Any, inputs: Any) -> Non
 def test_impossible_size_names_the_smallest_that_is_in_reach(inside: Any, inputs: Any) -> None:
     """And that one is accepted when it is asked for."""
     data = ("--data", inputs.images)
-    text = inside.run(inputs.classifier, *data, "--size", "1KB").refused()
+    text = inside.run(inputs.classifier, *data, "--size", "1KB").refused(4)
     assert inside.results() == set()
     found = re.search(r"smallest size is ([\d.]+) ?([kKM]?B)", text)
     assert found
@@ -394,7 +396,7 @@ def test_impossible_size_names_the_smallest_that_is_in_reach(inside: Any, inputs
 
 def test_impossible_latency_names_the_lowest_that_is_in_reach(inside: Any, inputs: Any) -> None:
     data = ("--data", inputs.images)
-    text = inside.run(inputs.classifier, *data, "--latency", "0.01x").refused()
+    text = inside.run(inputs.classifier, *data, "--latency", "0.01x").refused(4)
     assert inside.results() == set()
     found = re.search(r"lowest latency in reach is ([\d.]+x)", text)
     assert found
@@ -405,7 +407,7 @@ def test_impossible_budget_leaves_earlier_results_alone(inside: Any, inputs: Any
     data = ("--data", inputs.images)
     inside.run(inputs.classifier, *data, *inside.REACHABLE).succeeded()
     before = inside.contents()
-    inside.run(inputs.classifier, *data, "--size", "1KB").refused()
+    inside.run(inputs.classifier, *data, "--size", "1KB").refused(4)
     assert inside.contents() == before
 
 

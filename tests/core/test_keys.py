@@ -52,7 +52,7 @@ def values(kind: Any) -> tuple[Any, Any]:
     if kind is object or kind is Any:
         return "one", "two"
     simple: dict[Any, tuple[Any, Any]] = {
-        str: ("a", "b"), int: (1, 2), bool: (False, True), float: (0.25, math.nextafter(0.25, 1)),
+        str: ("a", "b"), int: (1, 2), bool: (False, True), float: (0.75, math.nextafter(0.75, 1)),
         type(None): (None, None),
     }  # fmt: skip
     if kind in simple:

@@ -22,11 +22,11 @@ RESULTS = {
     "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
 }  # fmt: skip
 SUMMARY = {
-    "schema", "headline", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
+    "schema", "headline", "status", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
     "metrics", "confidence_shift", "units", "schemes", "int8_units", "samples", "probes", "settled", "flagged_units",
     "fp16_margin", "calibration", "analysis", "seconds", "rounds", "evaluations", "seed",
-    "versions", "notes", "parts", "peak_memory_mb",
+    "versions", "notes", "parts", "peak_memory_mb", "rewritten_latency_ratio",
 }  # fmt: skip
 """Names of summary.json: others read it, so one may be added, none removed or renamed."""
 SEEDED = ("calibration.json", "sensitivity.json", "sensitivity.csv", "probe_matrix.npz", "units.json")
@@ -116,7 +116,7 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     summary = finished.summary()
     assert summary["model"] == "detector" and summary["target"] == "ort-cpu" and summary["seed"] == 0
     for name in ("latency_ms", "size_bytes"):
-        assert set(summary[name]) == {"float", "int8", "single", "mixed"}
+        assert set(summary[name]) == {"float", "int8", "single", "mixed", "rewritten"}
         assert summary[name].pop("single") is None, "with one scheme the lowest model is it"
         assert min(summary[name].values()) > 0
     assert summary["size_bytes"]["mixed"] == (finished.folder / "run" / "mixed.onnx").stat().st_size
@@ -125,7 +125,13 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert set(summary["sqnr_db"]) == set(summary["sqnr_interval_db"]) == {"boxes", "scores", "detections"}
     assert set(summary["kl_nats"]) == {"scores"}
     for pair in (*summary["sqnr_db"].values(), *summary["kl_nats"].values()):
-        assert set(pair) == {"int8", "single", "mixed"} and set(pair["mixed"]) == {"predicted", "measured", "corrected"}
+        assert set(pair) == {"int8", "single", "mixed", "rewritten"} and set(pair["mixed"]) == {
+            "predicted",
+            "measured",
+            "corrected",
+        }
+    assert all(pair["rewritten"]["measured"] > 100 for pair in summary["sqnr_db"].values()), "it rounds nothing"
+    assert 0 < summary["rewritten_latency_ratio"]["value"] < 10
     assert 0 < summary["kl_nats"]["scores"]["int8"]["measured"] < 100
     assert all(len(r["sqnr_db"]) == 3 for r in summary["rounds"])
     table = json.loads((finished.folder / "run" / "sensitivity.json").read_text())
@@ -142,12 +148,17 @@ def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:
     assert summary["kernel_effects"] == []
 
 
-def test_headline_is_honest(finished: Any) -> None:
+def test_headline_and_status_are_honest(finished: Any, inputs: Any) -> None:
     summary = finished.summary()
     assert summary["headline"] in finished.command.out
     same = not summary["schemes"]
     slow = summary["latency_ratio_interval"]["low"] >= 1
     assert ("NOT faster" in summary["headline"]) == (slow or same)
+    assert summary["status"]["verdict"] == "met" and "\nStatus: met\n" in finished.command.out
+    (limit,) = summary["status"]["limits"]
+    assert (limit["kind"], limit["verdict"], limit["got"]) == ("size_bytes", "met", summary["size_bytes"]["mixed"])
+    share = summary["size_bytes"]["mixed"] / inputs.detector.stat().st_size
+    assert f"{share:.2f}x of the given file's size" in summary["headline"]
 
 
 def test_tables_agree_with_the_summary(finished: Any) -> None:

@@ -14,6 +14,7 @@ from bitalloy.core.outcome import Comparison, HeadComparison, LatencySpread, Met
 from bitalloy.core.plans import BorderCost, Budget, Choice, CostTable, HeadDamage, ParetoPoint, PlanReport, UnitCost
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, Sensitivity, SensitivityTable
 from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.status import Status, Verdict
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.measure.prices import latency_us, saved_bytes
 from bitalloy.report.render import render_report
@@ -21,6 +22,7 @@ from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 from bitalloy.targets import target
 from bitalloy.targets.placement import rounded
+from bitalloy.verify.status import status_of
 
 SHA = "5f3c" * 16
 
@@ -39,7 +41,9 @@ class Run:
         return render_report(self.summary, self.plan, self.table, self.units, self.cost)
 
     def with_summary(self, **changes: object) -> Run:
-        return replace(self, summary=msgspec.structs.replace(self.summary, **changes))
+        """The run with other facts, judged again."""
+        facts = msgspec.structs.replace(self.summary, **changes)
+        return replace(self, summary=msgspec.structs.replace(facts, status=status_of(facts)))
 
     def with_plan(self, **changes: object) -> Run:
         return replace(self, plan=msgspec.structs.replace(self.plan, **changes))
@@ -220,7 +224,8 @@ def make_run(
         optimality_gap=0.003,
         pareto=front,
     )
-    return Run(_summary(heads, predicted, predicted_lowest, plan, units, cost, data, metrics), plan, table, units, cost)
+    summary = _summary(heads, predicted, predicted_lowest, plan, units, cost, data, metrics)
+    return Run(summary, plan, table, units, cost).with_summary()
 
 
 def _summary(
@@ -251,6 +256,7 @@ def _summary(
         return MetricValue(value=value, low=value - 0.03, high=value + 0.031, n=94)
 
     return Summary(
+        status=Status(verdict=Verdict.NO_LIMITS),
         headline=f"The mixed model runs in {measured:.2f}x of float's time: {spread.mixed.median_ms:.1f} ms against "
         f"{reference:.1f} ms in float.",
         model="yolo11n.onnx",

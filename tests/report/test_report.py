@@ -20,7 +20,7 @@ import pytest
 
 from bitalloy.core.outcome import Comparison, Correction, HeadComparison
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import SensitivityTable
+from bitalloy.core.records import Estimate, SensitivityTable
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.render import embedded_json
@@ -164,12 +164,33 @@ class TestVerdict:
     def test_warns_when_a_limit_is_missed(self, make_run: Make, budget: Budget) -> None:
         run = make_run().with_summary(budget=budget)
         assert '<header id="result" class="warn">' in run.render()
-        assert [limit.met for limit in figures.limits(run.summary)] == [False]
+        assert [(tone, verdict) for tone, verdict, _ in figures.limits(run.summary.status)] == [("bad", "missed")]
 
-    def test_latency_within_two_percent_counts_as_met(self, make_run: Make) -> None:
+    def test_latency_within_two_percent_counts_as_met_within_tolerance(self, make_run: Make) -> None:
         run = make_run()
         budget = Budget(latency_ratio=run.summary.latency_ratio / 1.015)
-        assert [limit.met for limit in figures.limits(run.with_summary(budget=budget).summary)] == [True]
+        page = run.with_summary(budget=budget).render()
+        assert '<li class="good"><b>met within tolerance (5%)</b> latency over float' in page
+        assert '<header id="result" class="good">' in page
+
+    def test_a_drop_beyond_noise_without_a_limit_makes_the_page_amber(self, make_run: Make) -> None:
+        run = make_run()
+        assert '<header id="result" class="good">' in run.render()
+        metric = run.summary.metrics["AP50-95"]
+        lost = msgspec.structs.replace(metric, drop_mixed=Estimate(value=0.02, low=0.004, high=0.03))
+        metrics = {**run.summary.metrics, "AP50-95": lost}
+        page = run.with_summary(metrics=metrics).render()
+        assert '<header id="result" class="warn">' in page and "AP50-95 drops by 0.0200" in page
+        limited = run.with_summary(metrics=metrics, budget=Budget(max_drop={"AP50-95": 0.1})).render()
+        assert '<header id="result" class="good">' in limited and "drops by" not in limited
+
+    def test_an_undecided_limit_is_amber_with_its_reason(self, make_run: Make) -> None:
+        page = make_run().with_summary(budget=Budget(max_drop={"AP50-95": 0.005})).render()
+        assert '<header id="result" class="warn">' in page
+        assert '<li class="warn"><b>undecided</b> drop of AP50-95' in page and "probability of 61%" in page
+
+    def test_no_limits_are_said(self, make_run: Make) -> None:
+        assert "Status: <b>no limits</b>" in make_run().with_summary(budget=Budget()).render()
 
     def test_wide_gap_between_prediction_and_measurement_is_coloured(self, make_run: Make) -> None:
         run = make_run()

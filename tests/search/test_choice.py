@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import BudgetError, UnreachableError
 from bitalloy.core.plans import Budget, CostTable, PlanReport, UnitCost, UnitDamage
 from bitalloy.core.records import Secant
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
@@ -152,7 +152,7 @@ def test_a_latency_that_the_table_cannot_tell_from_the_least_is_tried(residual: 
     problem = problem_of(*map(unit, UNITS), residual=residual)
     found = search(problem, Budget(latency_ms=reached / 1e3), front=False)
     assert lowered(found) == set(UNITS) and found.predicted_latency_us == 480
-    with pytest.raises(BudgetError):
+    with pytest.raises(UnreachableError):
         search(problem, Budget(latency_ms=(reached - 0.5) / 1e3), front=False)
 
 
@@ -168,7 +168,7 @@ def test_a_limit_just_out_of_reach_leaves_room(problem: Problem) -> None:
 
 
 def refused(problem: Problem, budget: Budget) -> tuple[str, float | None]:
-    with pytest.raises(BudgetError) as error:
+    with pytest.raises(UnreachableError) as error:
         search(problem, budget, front=False)
     return str(error.value), error.value.reachable_ratio
 

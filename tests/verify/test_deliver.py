@@ -12,18 +12,24 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bitalloy
 from bitalloy.core.outcome import KernelEffect, LatencySpread, Triple
 from bitalloy.core.planned import Measured, Metrics
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, Latency
+from bitalloy.core.schemes import Plan
 from bitalloy.measure.bench import unsteadiness
 from bitalloy.model.heads import is_divergence
+from bitalloy.report import figures
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
 from bitalloy.verify import rounds
+from bitalloy.verify.beside_float import measure_plan
+from bitalloy.verify.headline import unrounded_share
 from bitalloy.verify.rounds import MeasuredStanding, fits_best, missed_size
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
@@ -219,3 +225,89 @@ def test_a_plan_that_is_better_but_for_the_size_wins_where_none_keeps_it() -> No
     assert fits_best(budget, [worse, close]) == 0
     assert missed_size(budget, 1010) == pytest.approx(0.01) and missed_size(budget, 1000) == 0.0
     assert missed_size(Budget(), 1e12) == 0.0
+
+
+# -- float, rewritten --------------------------------------------------------------------------------
+
+
+@given(st.floats(0.05, 2), st.floats(0, 0.5), st.floats(0.05, 2))
+def test_the_part_of_the_gain_that_is_no_rounding(value: float, width: float, ratio: float) -> None:
+    share = unrounded_share(Estimate(value=value, low=value - width, high=value + width), ratio)
+    if value + width >= 1:
+        assert share == 0, "timing does not tell that it is faster"
+    elif ratio >= value:
+        assert share == 1, "rounding gained nothing"
+    else:
+        assert 0 < share < 1 and 1 - share * (1 - ratio) == pytest.approx(value)
+
+
+def rewritten(analysis: Any, ratio: float, plain: float) -> Measured:
+    """A mixed model at `ratio`, and the float model after the same rewrites at `plain` of float's time."""
+    found = measured(analysis, ratio)
+    exact = tuple(Estimate(value=140.0, low=139.0, high=141.0) for _ in analysis.heads)
+    return msgspec.structs.replace(
+        found,
+        latency=msgspec.structs.replace(found.latency, rewritten=timed(10.0 * plain)),
+        ratio_rewritten=Estimate(value=plain, low=plain - 0.01, high=plain + 0.01),
+        sqnr_rewritten=exact,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "plain", "said"),
+    [
+        (0.71, 0.77, "79% of the time that the mixed model saves comes without any rounding"),
+        (0.80, 0.77, "All that is saved comes without any rounding"),
+        (0.50, 0.95, ""),
+        (0.71, 0.995, ""),
+    ],
+)
+def test_what_rewriting_gains_is_not_credited_to_precision(
+    analysis: Any, planned: Any, ratio: float, plain: float, said: str
+) -> None:
+    summary = summarize_run(analysis, analysis, shipped(planned, rewritten(analysis, ratio, plain)), {})
+    notes = [n for n in summary.notes if "without any rounding" in n]
+    assert [n.startswith(said) and "--keep fp32:'*'" in n for n in notes] == ([True] if said else [])
+    assert (f"{plain:.2f}x without any rounding)" in summary.headline) == (plain + 0.01 < 1)
+    assert summary.latency_ms.rewritten == pytest.approx(10 * plain)
+    for pair in summary.sqnr_db.values():
+        assert pair.rewritten is not None and pair.rewritten.measured == 140.0
+    columns = figures.model_columns(summary, analysis.units)
+    assert columns == ("float", "float, rewritten", "all-INT8", "mixed")
+    groups = figures.key_figures(summary, analysis.units, planned.cost)
+    rows = {row.name: row for group in groups for row in group.rows}
+    assert all(len(row.cells) == len(columns) for row in rows.values())
+    assert [cell.text for cell in rows["Latency over float"].cells][:2] == ["1.00×", f"{plain:.2f}×"]
+
+
+@pytest.mark.parametrize(("plain", "own"), [(7.0, True), (10.0, False)])
+def test_a_plan_without_int8_has_the_time_of_its_rewriting(
+    analysis: Any, planned: Any, plain: float, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is faster than the given file; otherwise the two count as one model."""
+    times = {"float": 10.0, "mixed": plain, "lowest": 8.0}
+
+    def sittings(models: Any, steps: Any, *, then: Any, **_: Any) -> dict[str, np.ndarray]:
+        sessions = {name: open_() for name, open_ in models.items()}
+        then(sessions)
+        return {name: np.full((2, 3, len(steps)), times[name]) for name in sessions}
+
+    monkeypatch.setattr("bitalloy.measure.bench.time_sittings", sittings)
+    idle = tuple(msgspec.structs.replace(c, scheme="fp32") for c in planned.plan.choices)
+    nothing = bitalloy.Planned(msgspec.structs.replace(planned.plan, choices=idle), planned.cost)
+    found = measure_plan(analysis, nothing, analysis.artefact(Plan()), [0, 1], bitalloy.Workspace())
+    assert found.ratio_rewritten is not None and found.sqnr_rewritten is not None
+    assert (found.ratio_rewritten.value, found.ratio) == (plain / 10, plain / 10)
+    assert all(estimate.value > 100 for estimate in found.sqnr_rewritten)
+    summary = summarize_run(analysis, analysis, shipped(nothing, found), {})
+    assert ("NOT faster" in summary.headline) != own
+    assert ("Nothing is lowered: the mixed model is float, rewritten, and runs in 0.70x" in summary.headline) == own
+    assert figures.tone(summary) == ("good" if own else "bad")
+
+
+def test_of_a_large_model_it_is_not_measured_and_that_is_said(analysis: Any, planned: Any) -> None:
+    graph = replace(analysis.graph)
+    vars(graph)["large"] = True
+    large = replace(analysis, graph=graph)
+    notes = summarize_run(large, large, shipped(planned, measured(large, 0.5)), {}).notes
+    assert any("was not measured, because the model is large" in note for note in notes)

@@ -256,7 +256,7 @@ class BudgetArguments:
             BitalloyError: a text has not the form that its option expects.
         """
         from bitalloy.cli import options
-        from bitalloy.core.plans import USUAL_CONFIDENCE, Budget
+        from bitalloy.core.plans import DROP_CONFIDENCE, Budget
 
         ratio, milliseconds = options.latency(self.latency)
         least, heads = options.floors(self.max_drop_db or ())
@@ -268,7 +268,7 @@ class BudgetArguments:
             head_sqnr_db=heads,
             max_drop=options.drops(drops),
             min_agreement=agreement,
-            confidence=USUAL_CONFIDENCE if confidence is None else confidence,
+            confidence=DROP_CONFIDENCE if confidence is None else confidence,
             keep=options.keeps(self.keep or ()),
         )
 
@@ -296,10 +296,18 @@ class RunArguments:
     confidence: Annotated[
         float | None,
         typer.Option(
-            help="Probability, above 0.5 and below 1, with which --max-drop and --min-agreement must hold by all that "
-            "was evaluated. Default: 0.8."
+            help="Probability, above 0.5 and below 1, with which --max-drop and --min-agreement must hold, by all that "
+            "was evaluated, to count as met, or not hold to count as missed; else it is undecided. Default: 0.8."
         ),
     ] = None
+    fail_on_miss: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-miss",
+            help="End with exit code 3, after all results are written, if a limit is missed or undecided: if it is not "
+            "proven that the model keeps it.",
+        ),
+    ] = False
     evaluate: Annotated[
         list[Path] | None,
         typer.Option(

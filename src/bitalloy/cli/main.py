@@ -15,20 +15,26 @@ from bitalloy import __version__
 from bitalloy.cli import look
 from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
 from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
 
+    from bitalloy.core.outcome import Comparison
     from bitalloy.core.records import Estimate
     from bitalloy.pipeline.ship import Verified
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
-INTERRUPTED = 130
-"""Exit code of a command that was interrupted."""
+REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
+"""Exit codes: of a command that the user must correct, of limits that are not proven to be kept where that was asked
+for, of limits that no plan keeps, and of a command that was interrupted."""
+
+
+TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
+"""Tone of a verdict, see `report.figures` -> its colour."""
 
 
 class QuickGroup(TyperGroup):
@@ -84,6 +90,9 @@ def run_command(asked: RunArguments) -> None:
     sensitivity.json/.csv and the probe matrix. A killed run goes on where it stopped when the same command is given
     again.
 
+    Exit code 0: done; 2: the command must be corrected; 3: done, but with --fail-on-miss a limit is missed or
+    undecided; 4: no plan keeps the limits.
+
     For example:
 
       bitalloy run                                   the embedded sample
@@ -114,11 +123,16 @@ def run_command(asked: RunArguments) -> None:
             model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
         verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
+    results = (verified, *verified.others)
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")
-        return
-    for one in (verified, *verified.others):
-        _show(one, model.out if one is verified else model.out / one.summary.target)
+    else:
+        for one in results:
+            _show(one, model.out if one is verified else model.out / one.summary.target)
+    if asked.fail_on_miss and not all(one.status.proven for one in results):
+        told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
+        error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(MISSED)
 
 
 def _refuse_broken(model: str) -> None:
@@ -133,6 +147,12 @@ def _ends(interval: Estimate | None) -> str:
     return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
 
 
+def _beside(one: Comparison, form: str) -> str:
+    """Write what was measured, with what was predicted where anything was."""
+    predicted = f" (predicted {one.predicted:{form}})" if one.predicted is not None else ""
+    return f"{one.measured:{form}}{predicted}"
+
+
 def _figures(verified: Verified) -> Table:
     """The table of key figures of a result."""
     from rich.table import Table
@@ -141,27 +161,23 @@ def _figures(verified: Verified) -> Table:
 
     summary, units = verified.summary, verified.analysis.units
     table = Table("", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
-    latency_ms, ratios = summary.latency_ms, [summary.lowest_latency_ratio]
+    latency_ms, columns = summary.latency_ms, figures.shown_columns(summary)
 
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
-        """Show what models have, the float model where it has it too."""
-        single = [models.single] if latency_ms.single is not None else []
-        shown = [text(v) for v in (models.lowest, *single, models.mixed)]
-        table.add_row(name, text(models.reference) if hasattr(models, "reference") else "", *shown)
+        """Show what models have; empty where one does not have it."""
+        values = (getattr(models, column, None) for column in columns)
+        table.add_row(name, *("" if value is None else text(value) for value in values))
+
+    def over_float(column: str) -> str:
+        found = getattr(summary, f"{column}_latency_ratio")
+        return f"{found.value if found else getattr(latency_ms, column) / latency_ms.reference:.2f}{_ends(found)}"
 
     row("latency, ms" + " (estimated)" * summary.latency_estimated, latency_ms, "{:.2f}".format)
-    lowered = [latency_ms.lowest]
-    if latency_ms.single is not None:
-        lowered.append(latency_ms.single)
-        ratios.append(summary.single_latency_ratio)
     expected = f"{summary.predicted_latency_ratio:.2f}{_ends(summary.predicted_latency_ratio_interval)}"
     table.add_row(
         "latency over float",
         "1",
-        *(
-            f"{found.value if found else ms / latency_ms.reference:.2f}{_ends(found)}"
-            for found, ms in zip(ratios, lowered, strict=True)
-        ),
+        *map(over_float, columns[1:-1]),
         f"{summary.latency_ratio:.2f}{_ends(summary.latency_ratio_interval)} (predicted {expected})",
     )
     for step in summary.steps:
@@ -171,9 +187,9 @@ def _figures(verified: Verified) -> Table:
     if (memory := summary.peak_memory_mb) is not None:
         row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", memory, formats.megabytes)
     for head, pair in summary.sqnr_db.items():
-        row(f"SQNR {head}, dB", pair, lambda c: f"{c.measured:.1f} (predicted {c.predicted:.1f})")
+        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, ".1f"))
     for head, pair in summary.kl_nats.items():
-        row(f"KL {head}, nats", pair, lambda c: f"{c.measured:.3g} (predicted {c.predicted:.3g})")
+        row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
     for name, metric in summary.metrics.items():
         row(f"{name} (n={metric.reference.n})", metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():
@@ -183,12 +199,16 @@ def _figures(verified: Verified) -> Table:
 
 def _show(verified: Verified, folder: Path) -> None:
     """The result of a run on one target."""
-    from bitalloy.report import formats
+    from bitalloy.report import figures, formats
     from bitalloy.report.text import counted
     from bitalloy.tasks.resolution import tell_resolution
 
     summary = verified.summary
     out_console.print(summary.headline, soft_wrap=True, highlight=False, markup=False)
+    out_console.print(f"Status: {verified.status.verdict}", highlight=False)
+    for tone, verdict, told in figures.limits(verified.status):
+        line = f"  {verdict}: {told}"
+        out_console.print(line, style=TONE_STYLES[tone], soft_wrap=True, highlight=False, markup=False)
     out_console.print(_figures(verified))
     for correction in (c for c in summary.corrections if c.places):
         verdict = "kept" if correction.kept else "not kept"
@@ -207,7 +227,7 @@ def _show(verified: Verified, folder: Path) -> None:
         out_console.print(summary.parts.told, style=style, soft_wrap=True, highlight=False)
     for one in [r for r in summary.resolution if r.limit is not None] or summary.resolution[:1]:
         out_console.print(tell_resolution(one), soft_wrap=True, highlight=False, markup=False)
-    for note in summary.notes:
+    for note in (*summary.status.warnings, *summary.notes):
         out_console.print(note, style="yellow", soft_wrap=True)
 
 
@@ -359,7 +379,10 @@ for _name, _command in (
 
 
 def main() -> None:
-    """Run the command line: a user's error ends with exit code 2 and one message, never with a traceback."""
+    """Run the command line: an error of the user's ends with one message and exit code 2, never with a traceback.
+
+    Limits that no plan keeps end with exit code 4.
+    """
     try:
         app(standalone_mode=True)
     except SystemExit as stopped:
@@ -377,4 +400,4 @@ def main() -> None:
         if isinstance(error, UnicodeEncodeError):  # Python can hold names of files that are not UTF-8, not write them
             told = f"A name is not UTF-8 text: {error.object!a}. Rename that file or folder."
         error_console.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)
-        sys.exit(2)
+        sys.exit(UNREACHABLE if isinstance(error, UnreachableError) else REFUSED)

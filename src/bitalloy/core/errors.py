@@ -4,7 +4,8 @@ BitalloyError                 a problem that the user can act on; the command li
 ├── ModelError                the ONNX file cannot be used: broken, unsafe, or with unbound shapes
 │   └── UnsupportedOpError    an operator without an adjoint rule on a path that needs one
 ├── DataError                 images, feeds or labels do not fit the model
-├── BudgetError               no plan meets the budget; the message names the reachable one
+├── BudgetError               the budget is contradictory, or names what the model or its task does not have
+│   └── UnreachableError      no plan meets the budget; the message names what can be reached; exit code 4
 ├── RunDirectoryError         the run directory cannot be written or belongs to something else
 └── MissingExtraError         an optional dependency is needed; the message gives the install line
 """
@@ -18,6 +19,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "RunDirectoryError",
+    "UnreachableError",
     "UnsupportedOpError",
 ]
 
@@ -43,6 +45,10 @@ class DataError(BitalloyError):
 
 
 class BudgetError(BitalloyError):
+    """The budget cannot be used as it is."""
+
+
+class UnreachableError(BudgetError):
     """No plan satisfies the requested budget; `reachable_ratio` is the lowest latency over float's, where known."""
 
     def __init__(self, message: str, reachable_ratio: float | None = None) -> None:

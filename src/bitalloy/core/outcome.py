@@ -6,11 +6,14 @@ import msgspec
 
 from bitalloy.core.plans import Budget, SingleFormat
 from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
+from bitalloy.core.status import Status
 
 REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
 """Names of the columns of `summary.json`: the float model, the one with all that it can in its lowest scheme, the mixed
 one, and the best of those with all that they can in one scheme. They are stable, whatever the schemes of the target.
-The last one is absent where units have no choice between schemes, and where it is one of the others."""
+The last one is absent where units have no choice between schemes, and where it is one of the others. Beside them stands
+`rewritten`: the float model after the graph rewrites that every plan has, without any rounding. It is absent where the
+target does not run here, and for large models."""
 
 
 class MetricComparison(Record, frozen=True, kw_only=True):
@@ -25,6 +28,10 @@ class MetricComparison(Record, frozen=True, kw_only=True):
     """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
     drop_mixed: Estimate | None = None
     drop_single: Estimate | None = None
+    against_float: bool = False
+    """Whether it compares with the float model, and not with labels."""
+    agreement: bool = False
+    """Whether it is a part in 0..1 of what float says that a model says too."""
 
 
 class Comparison(Record, frozen=True, kw_only=True):
@@ -44,6 +51,7 @@ class HeadComparison(Record, frozen=True, kw_only=True):
     lowest: Comparison = msgspec.field(name=LOWEST)
     mixed: Comparison
     single: Comparison | None = None
+    rewritten: Comparison | None = None
 
 
 class Triple(Record, frozen=True, kw_only=True):
@@ -53,6 +61,7 @@ class Triple(Record, frozen=True, kw_only=True):
     lowest: float = msgspec.field(name=LOWEST)
     mixed: float
     single: float | None = None
+    rewritten: float | None = None
 
 
 class LatencySpread(Record, frozen=True, kw_only=True):
@@ -62,6 +71,7 @@ class LatencySpread(Record, frozen=True, kw_only=True):
     lowest: Latency = msgspec.field(name=LOWEST)
     mixed: Latency
     single: Latency | None = None
+    rewritten: Latency | None = None
 
 
 class PeakMemory(Record, frozen=True, kw_only=True):
@@ -285,7 +295,9 @@ class Summary(Record, frozen=True, kw_only=True):
 
     schema: int = 2
     headline: str
-    """One sentence; says first if the mixed model is not faster than float."""
+    """The result in words; says first if the mixed model is not faster than float."""
+    status: Status
+    """Whether the mixed model keeps the budget, see `verify.status.status_of`."""
     model: str
     model_sha256: str
     target: str
@@ -346,6 +358,9 @@ class Summary(Record, frozen=True, kw_only=True):
     """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
     single_latency_ratio: Estimate | None = None
     """The same ratio, with its interval, of the model with all that it can in one scheme."""
+    rewritten_latency_ratio: Estimate | None = None
+    """The same ratio, with its interval, of the float model after the graph rewrites of the mixed one: what is gained
+    without any rounding."""
     single_formats: tuple[SingleFormat, ...] = ()
     """Predictions of the plans of one scheme, fastest first; empty where plans have no choice between several."""
     given: GivenModel | None = None

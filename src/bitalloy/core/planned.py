@@ -52,6 +52,9 @@ class Measured(Record, frozen=True, kw_only=True):
     ratio_single: Estimate | None = None
     """Latency over float of the best model of one scheme; None where it is one of the others, or there is none."""
     sqnr_single: tuple[Estimate, ...] | None = None
+    ratio_rewritten: Estimate | None = None
+    """Latency over float of the float model after the graph rewrites of the mixed one; None where it was not made."""
+    sqnr_rewritten: tuple[Estimate, ...] | None = None
 
     @property
     def ratio(self) -> float:

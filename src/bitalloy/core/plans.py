@@ -13,6 +13,8 @@ from bitalloy.core.schemes import BASELINE, Plan
 
 MOST_DB = 1000.0
 """Largest floor on an SQNR, and inverse of the lowest: powers of ten of it are finite numbers."""
+DROP_CONFIDENCE = 0.8
+"""Probability with which a drop of a task metric is to be within its limit, where no other is given."""
 FIRST = "(first)"
 """The name in a budget for the first metric of the task, whatever it is called."""
 
@@ -99,10 +101,6 @@ class CostTable(Record, frozen=True, kw_only=True):
         return self.fixed_us + sum(c.us[BASELINE] for c in self.units)
 
 
-USUAL_CONFIDENCE = 0.8
-"""Usual probability with which limits on the task must hold."""
-
-
 class Keep(Given, frozen=True, kw_only=True):
     """A pattern of units that run in one scheme, whatever measurement says.
 
@@ -132,8 +130,9 @@ class Budget(Given, frozen=True, kw_only=True):
     The name `FIRST` is the first metric of the task."""
     min_agreement: float | None = None
     """Least agreement with float on the task, a part in 0..1 that needs no labels, see `TaskMetric.agreement`."""
-    confidence: float = USUAL_CONFIDENCE
-    """Probability with which limits on the task must hold, by all that was evaluated; above 0.5 and below 1."""
+    confidence: float = DROP_CONFIDENCE
+    """Probability, above 0.5 and below 1, with which limits on the task must hold, by all that was evaluated, to count
+    as met, or not hold to count as missed; between both they are undecided."""
     keep: tuple[Keep, ...] = ()
     """Units that run in a given scheme; of several patterns that name a unit the last one holds."""
 
@@ -142,7 +141,7 @@ class Budget(Given, frozen=True, kw_only=True):
         super().__post_init__()
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
-        said = {name: value for name, value in msgspec.structs.asdict(self).items() if value and name != "keep"}
+        said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence")}
         if not all(0 <= v < math.inf for v in above) or not all(map(math.isfinite, self.max_drop.values())):
             raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
         if not all(abs(f) <= MOST_DB for f in floors):
@@ -150,12 +149,15 @@ class Budget(Given, frozen=True, kw_only=True):
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise BudgetError(f"The least agreement is {self.min_agreement:g}; expected a part in 0..1, such as 0.98.")
         if not 0.5 < self.confidence < 1:
-            raise BudgetError(f"The confidence is {self.confidence:g}; expected more than 0.5 and less than 1.")
+            raise BudgetError(
+                f"The confidence (--confidence) is {self.confidence:g}; expected a probability above 0.5 and below 1, "
+                f"such as {DROP_CONFIDENCE:g}."
+            )
 
     @property
     def limited(self) -> bool:
         """Whether anything but schemes of units is asked for."""
-        return msgspec.structs.replace(self, keep=(), confidence=USUAL_CONFIDENCE) != Budget()
+        return msgspec.structs.replace(self, keep=(), confidence=DROP_CONFIDENCE) != Budget()
 
     @property
     def on_task(self) -> bool:

@@ -223,6 +223,8 @@ class Latency(Record, frozen=True, kw_only=True):
     p10_ms: float
     p90_ms: float
     count: int
+    interval_ms: Estimate | None = None
+    """The median with its 95 % interval over sittings with new sessions; None where there were not several."""
 
 
 class MetricValue(Record, frozen=True, kw_only=True):

@@ -91,9 +91,13 @@ def time_sittings(
 
 
 def latency_of(times_ms: np.ndarray) -> Latency:
-    """Sum times of any shape up as their median and spread."""
+    """Sum times (sittings, rounds) up as their median and spread."""
     p10, median, p90 = (float(f"{p:.6g}") for p in np.percentile(times_ms, [10, 50, 90]))
-    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=times_ms.size)
+    interval = None
+    if len(times_ms) > 1:
+        value, low, high = (float(f"{p:.6g}") for p in _over_sittings(np.log(times_ms)))
+        interval = Estimate(value=value, low=low, high=high)
+    return Latency(median_ms=median, p10_ms=p10, p90_ms=p90, count=times_ms.size, interval_ms=interval)
 
 
 def paired_ratio(times_ms: np.ndarray, base_ms: np.ndarray) -> Estimate:
@@ -107,11 +111,17 @@ def paired_ratio(times_ms: np.ndarray, base_ms: np.ndarray) -> Estimate:
         times_ms: (sittings, rounds), times of the model; at least two sittings.
         base_ms: (sittings, rounds), times of the other model in the same rounds.
     """
-    sittings = np.median(np.log(times_ms / base_ms), axis=1)
+    value, low, high = (round(at, 4) for at in _over_sittings(np.log(times_ms / base_ms)))
+    return Estimate(value=value, low=low, high=high)
+
+
+def _over_sittings(logarithms: np.ndarray) -> tuple[float, float, float]:
+    """Return the geometric mean of the medians of the sittings, with its interval, from (sittings, rounds)."""
+    sittings = np.median(logarithms, axis=1)
     mean, count = float(sittings.mean()), len(sittings)
     half = float(stdtrit(count - 1, 0.975)) * float(sittings.std(ddof=1)) / count**0.5
-    value, low, high = (round(float(np.exp(at)), 4) for at in (mean, mean - half, mean + half))
-    return Estimate(value=value, low=low, high=high)
+    value, low, high = (float(np.exp(at)) for at in (mean, mean - half, mean + half))
+    return value, low, high
 
 
 def unsteadiness(latency: Latency) -> float:

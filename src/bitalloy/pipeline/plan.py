@@ -42,7 +42,7 @@ def plan_again(
 
     Raises:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
-        BudgetError: the budget cannot be met; the message says what can.
+        UnreachableError: the budget cannot be met; the message says what can.
         BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
     """
     tables = read_tables(folder)
@@ -69,7 +69,7 @@ def plan(
     """Choose the scheme of every unit for a budget, and the Pareto front; `verify` computes the final front.
 
     Raises:
-        BudgetError: the budget cannot be met; the message says what can.
+        UnreachableError: the budget cannot be met; the message says what can.
         BitalloyError: a pattern of `budget.keep` names nothing, or asks for what cannot be.
     """
     work = work or Workspace()

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BitalloyError, BudgetError
+from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget, Keep
+from bitalloy.core.plans import Budget
 from bitalloy.core.records import Settings
 from bitalloy.core.schemes import BASELINE
 from bitalloy.core.store import RunDirectory
@@ -93,7 +93,7 @@ def deliver(
         if budget.limited:
             planned = plan(part, budget, front=False, work=work)
         else:
-            part, planned = _plan_by_default(part, budget.keep, work)
+            part, planned = _plan_by_default(part, budget, work)
         verified = verify(part, planned, labels=prepared.labels, limit=limit, image=prepared.image, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
@@ -142,19 +142,19 @@ def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Sett
     )
 
 
-def _plan_by_default(analysis: Analysis, keep: tuple[Keep, ...], work: Workspace) -> tuple[Analysis, Planned]:
+def _plan_by_default(analysis: Analysis, budget: Budget, work: Workspace) -> tuple[Analysis, Planned]:
     """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
     table = measure_cost(analysis, work=work)
     try:
-        return analysis, plan(
-            analysis, Budget(latency_ratio=DEFAULT_RATIO, keep=keep), table=table, front=False, work=work
-        )
-    except BudgetError as error:
+        asked = msgspec.structs.replace(budget, latency_ratio=DEFAULT_RATIO)
+        return analysis, plan(analysis, asked, table=table, front=False, work=work)
+    except UnreachableError as error:
         if error.reachable_ratio is None:
             raise
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
         note = f"The default budget of {DEFAULT_RATIO}x is out of reach on this machine; {ratio}x was used instead."
-        planned = plan(analysis, Budget(latency_ratio=ratio, keep=keep), table=table, front=False, work=work)
+        asked = msgspec.structs.replace(budget, latency_ratio=ratio)
+        planned = plan(analysis, asked, table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned
 
 

@@ -12,6 +12,7 @@ from bitalloy.core.audited import Audit
 from bitalloy.core.outcome import DropEstimate, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
+from bitalloy.core.status import Status
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.measure.sizes import float_sizes
@@ -43,6 +44,11 @@ class Verified:
     """Audit of the kernels that the runtime executed for the model; None where it was not made."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
+
+    @property
+    def status(self) -> Status:
+        """Whether the mixed model keeps the budget."""
+        return self.summary.status
 
 
 def apply(analysis: Analysis, planned: Planned) -> Artefact:
@@ -103,7 +109,7 @@ def verify(
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
-        sizes=sizes_of(analysis, mixed, beside),
+        sizes=sizes_of(analysis, mixed, beside, rewritten=measured.ratio_rewritten is not None),
         single=beside,
         singles=tuple(single.format for single in course.singles),
         metrics=metrics,
@@ -137,11 +143,27 @@ def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measu
     return replace(planned, plan=msgspec.structs.replace(planned.plan, heads=heads))
 
 
-def sizes_of(analysis: Analysis, mixed: Artefact, single: Plan | None = None) -> dict[str, Triple]:
-    """Return the file sizes in bytes of each graph of a program, by its name; perhaps of a plan of one scheme too."""
+def sizes_of(
+    analysis: Analysis, mixed: Artefact, single: Plan | None = None, *, rewritten: bool = False
+) -> dict[str, Triple]:
+    """Return the file sizes in bytes of each graph of a program, by its name.
+
+    Args:
+        analysis: what is known about the model.
+        mixed: the model of the plan.
+        single: a plan of one scheme, whose sizes are wanted too.
+        rewritten: whether those of the float model after the graph rewrites are.
+    """
     reference, lowest, own = float_sizes(analysis.graph), analysis.artefact(analysis.units.lowest()).sizes, mixed.sizes
     beside = analysis.artefact(single).sizes if single is not None else {}
+    plain = analysis.artefact(Plan()).sizes if rewritten else {}
     return {
-        name: Triple(reference=reference[name], lowest=lowest[name], mixed=own[name], single=beside.get(name))
+        name: Triple(
+            reference=reference[name],
+            lowest=lowest[name],
+            mixed=own[name],
+            single=beside.get(name),
+            rewritten=plain.get(name),
+        )
         for name in own
     }

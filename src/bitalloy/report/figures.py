@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Evaluation, Round, Summary, Triple
-from bitalloy.core.plans import FIRST, CostTable, PlanReport
+from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
+from bitalloy.core.status import Status, Verdict
 from bitalloy.core.units import UnitGraph
-from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.prices import latency_us
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
-from bitalloy.report.text import counted
+from bitalloy.report.text import counted, limit_text, verdict_text
 from bitalloy.tasks.resolution import tell_resolution
 
 WIDE_GAP_DB = 3.0
 """Difference in dB between prediction and measurement above which the report marks it as a problem."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One limit of the budget and whether the shipped model keeps it."""
-
-    name: str
-    asked: str
-    measured: str
-    met: bool
+MODEL_FIELDS = ("reference", "rewritten", "lowest", "single", "mixed")
+"""Fields of `Triple` and its like in the order of their columns."""
 
 
 @dataclass(frozen=True)
@@ -65,64 +58,40 @@ class FigureGroup:
     rows: tuple[FigureRow, ...]
 
 
-def limits(summary: Summary) -> tuple[Limit, ...]:
-    """Return the limits of the budget, each with the measured value."""
-    budget, found = summary.budget, []
-    if budget.latency_ratio is not None:
-        met = summary.latency_ratio <= budget.latency_ratio * TOLERANCE
-        found.append(
-            Limit("latency", f"≤ {formats.ratio(budget.latency_ratio)}", formats.ratio(summary.latency_ratio), met)
-        )
-    if budget.latency_ms is not None:
-        measured = summary.latency_ms.mixed
-        asked = f"≤ {formats.milliseconds(budget.latency_ms)}"
-        found.append(Limit("latency", asked, formats.milliseconds(measured), measured <= budget.latency_ms * TOLERANCE))
-    if budget.size_bytes is not None:
-        size = summary.size_bytes.mixed
-        asked = f"≤ {formats.byte_size(budget.size_bytes)}"
-        found.append(Limit("size", asked, formats.byte_size(size), size <= budget.size_bytes))
-    if budget.min_sqnr_db is not None and summary.sqnr_db:
-        worst = min(pair.mixed.measured for pair in summary.sqnr_db.values())
-        asked = f"≥ {formats.decibel_text(budget.min_sqnr_db)}"
-        found.append(Limit("SQNR of every head", asked, formats.decibel_text(worst), worst >= budget.min_sqnr_db))
-    for head, floor in budget.head_sqnr_db.items():
-        if head in summary.sqnr_db:
-            value = summary.sqnr_db[head].mixed.measured
-            asked = f"≥ {formats.decibel_text(floor)}"
-            found.append(Limit(f"SQNR of {head}", asked, formats.decibel_text(value), value >= floor))
-    for name, most in budget.max_drop.items():
-        metric = next(iter(summary.metrics), "") if name == FIRST else name
-        drop = summary.metrics[metric].drop_mixed if metric in summary.metrics else None
-        if drop is not None:
-            found.append(Limit(f"drop of {metric}", f"≤ {most:g}", formats.signed(drop.value, 4), drop.value <= most))
-    return tuple(found)
+VERDICT_TONES = {Verdict.MET: "good", Verdict.WITHIN: "good", Verdict.UNDECIDED: "warn", Verdict.MISSED: "bad"}
+"""Verdict on a limit -> its colour."""
+
+
+def limits(status: Status) -> tuple[tuple[str, str, str], ...]:
+    """Return of each limit its tone, the verdict on it, and what was asked for and measured."""
+    return tuple((VERDICT_TONES[one.verdict], verdict_text(one), limit_text(one)) for one in status.limits)
 
 
 def tone(summary: Summary) -> str:
-    """Return `bad` if the mixed model equals float or is no faster, else `warn` or `good`.
+    """Return `bad` if the mixed model is no faster than float, or nothing made it so, else `warn` or `good`.
 
-    It is `warn` if the plan misses a limit, or if the interval of its latency does not tell whether it is faster.
+    It is `warn` if a limit is missed or undecided, if a metric without a limit drops by more than its noise, or if the
+    interval of the latency does not tell whether the mixed model is faster.
     """
-    interval = summary.latency_ratio_interval
-    if (interval.low if interval else summary.latency_ratio) >= 1 or not summary.schemes:
+    interval, status = summary.latency_ratio_interval, summary.status
+    plain = summary.rewritten_latency_ratio
+    changed = summary.schemes or (plain is not None and plain.high < 1)
+    if (interval.low if interval else summary.latency_ratio) >= 1 or not changed:
         return "bad"
     if interval is not None and interval.high >= 1:
         return "warn"
-    return "good" if all(limit.met for limit in limits(summary)) else "warn"
+    return "good" if status.proven and not status.warnings else "warn"
 
 
 def cautions(summary: Summary) -> tuple[str, ...]:
     """Return sentences on what a reader must know before relying on the numbers."""
-    found = list(summary.notes)
+    found = [*summary.status.warnings, *summary.notes]
     wide = [h for h, pair in summary.sqnr_db.items() if _wide(pair.mixed.predicted, pair.mixed.measured)]
     if wide:
         found.append(
             f"Predicted and measured SQNR of the mixed model differ by more than {WIDE_GAP_DB:g} dB on "
             f"{', '.join(wide)}: rely on the measured value, and read the sensitivities as a ranking."
         )
-    for name, metric in summary.metrics.items():
-        if metric.drop_mixed is not None and metric.drop_mixed.low > 0:
-            found.append(f"{name} drops by more than the noise of its {metric.mixed.n} samples.")
     found += [tell_resolution(one) for one in summary.resolution if one.needed is not None]
     if not summary.settled:
         found.append(
@@ -137,10 +106,21 @@ def cautions(summary: Summary) -> tuple[str, ...]:
     return tuple(found)
 
 
+def shown_columns(summary: Summary) -> tuple[str, ...]:
+    """Return the fields of `Triple` and its like that have a column, in order."""
+    return tuple(name for name in MODEL_FIELDS if getattr(summary.latency_ms, name) is not None)
+
+
 def model_columns(summary: Summary, units: UnitGraph) -> tuple[str, ...]:
-    """Name the models: float, all in the lowest schemes, perhaps the best one of one scheme, and mixed."""
-    single = (f"all-{best_single(summary)}",) if summary.latency_ms.single is not None else ()
-    return ("float", f"all-{units.lowest_name}", *single, "mixed")
+    """Name the models that have a column, as people write them."""
+    names = {
+        "reference": "float",
+        "rewritten": "float, rewritten",
+        "lowest": f"all-{units.lowest_name}",
+        "single": f"all-{best_single(summary)}",
+        "mixed": "mixed",
+    }
+    return tuple(names[column] for column in shown_columns(summary))
 
 
 def best_single(summary: Summary) -> str:
@@ -323,6 +303,17 @@ def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
 
 
+def _row(summary: Summary, name: str, note: str, cells: Mapping[str, Cell]) -> FigureRow:
+    """Put cells into the columns that there are."""
+    return FigureRow(name, note, tuple(cells.get(column, Cell(formats.NONE)) for column in shown_columns(summary)))
+
+
+def _each(models: object, cell: Callable[[Any], Cell]) -> dict[str, Cell]:
+    """Make a cell of every model that has a value."""
+    values = ((column, getattr(models, column, None)) for column in MODEL_FIELDS)
+    return {column: cell(value) for column, value in values if value is not None}
+
+
 def _latency(summary: Summary) -> FigureRow:
     def cell(one: Latency) -> Cell:
         if summary.latency_estimated:
@@ -330,40 +321,43 @@ def _latency(summary: Summary) -> FigureRow:
         spread = f"{formats.milliseconds(one.p10_ms).removesuffix(' ms')}–{formats.milliseconds(one.p90_ms)}"
         return Cell(formats.milliseconds(one.median_ms), (Note(f"p10–p90 {spread}"), Note(f"{one.count} runs")))
 
-    spread = summary.latency_spread_ms
-    cells = tuple(cell(one) for one in (spread.reference, spread.lowest, spread.single, spread.mixed) if one)
+    cells = _each(summary.latency_spread_ms, cell)
     if summary.latency_estimated:
-        return FigureRow("Latency, estimated", "from peak rates", cells)
-    return FigureRow("Latency, median", "interleaved runs", cells)
+        return _row(summary, "Latency, estimated", "from peak rates", cells)
+    return _row(summary, "Latency, median", "interleaved runs", cells)
 
 
 def _steps(summary: Summary) -> Iterable[FigureRow]:
     """The parts of a language model's answer."""
     for step in summary.steps:
-        spread = step.latency_ms
-        shown = (spread.reference, spread.lowest, spread.single, spread.mixed)
-        cells = tuple(Cell(formats.milliseconds(s.median_ms)) for s in shown if s is not None)
+        cells = _each(step.latency_ms, lambda one: Cell(formats.milliseconds(one.median_ms)))
         often = f"{step.times} in an answer" if step.times > 1 else "one in an answer"
-        yield FigureRow(f"Latency of one {step.name}", often, cells)
+        yield _row(summary, f"Latency of one {step.name}", often, cells)
 
 
 def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
-    def cell(value: float, measured: Estimate | None, predicted: float, interval: Estimate | None = None) -> Cell:
+    def cell(
+        value: float, measured: Estimate | None, predicted: float | None, interval: Estimate | None = None
+    ) -> Cell:
         ends = f" {formats.interval_text(interval, 2)}" if interval is not None else ""
         notes = [Note(f"95 % {formats.interval_text(measured, 2)}")] if measured is not None else []
-        notes.append(Note(f"predicted {formats.ratio(predicted)}{ends}"))
+        notes += [Note(f"predicted {formats.ratio(predicted)}{ends}")] if predicted is not None else []
         return Cell(formats.ratio(value), tuple(notes), "bad" if value >= 1 else "")
 
     latency, found = summary.latency_ms, summary.lowest_latency_ratio
-    lowest = cell(found.value if found else latency.lowest / latency.reference, found, predicted_lowest)
     interval = summary.predicted_latency_ratio_interval
-    mixed = cell(summary.latency_ratio, summary.latency_ratio_interval, summary.predicted_latency_ratio, interval)
-    single: tuple[Cell, ...] = ()
+    cells = {
+        "reference": Cell(formats.ratio(1.0)),
+        "lowest": cell(found.value if found else latency.lowest / latency.reference, found, predicted_lowest),
+        "mixed": cell(summary.latency_ratio, summary.latency_ratio_interval, summary.predicted_latency_ratio, interval),
+    }
     if latency.single is not None:
         found = summary.single_latency_ratio
         predicted = next(s.predicted_ratio for s in summary.single_formats if s.best)
-        single = (cell(found.value if found else latency.single / latency.reference, found, predicted),)
-    return FigureRow("Latency over float", "lower is faster", (Cell(formats.ratio(1.0)), lowest, *single, mixed))
+        cells["single"] = cell(found.value if found else latency.single / latency.reference, found, predicted)
+    if (plain := summary.rewritten_latency_ratio) is not None:
+        cells["rewritten"] = replace(cell(plain.value, plain, None), tone="")
+    return _row(summary, "Latency over float", "lower is faster", cells)
 
 
 def _memory(summary: Summary) -> Iterable[FigureRow]:
@@ -371,49 +365,49 @@ def _memory(summary: Summary) -> Iterable[FigureRow]:
     memory = summary.peak_memory_mb
     if memory is None:
         return
+    first = memory.reference
 
-    def cell(value: float | None, reference: float | None = None) -> Cell:
-        if value is None:
-            return Cell(formats.NONE)
-        notes = (Note(f"{formats.ratio(value / reference)} of float"),) if reference is not None else ()
+    def cell(value: float) -> Cell:
+        notes = (Note(f"{formats.ratio(value / first)} of float"),) if first is not None else ()
         return Cell(f"{formats.megabytes(value)} MB", notes)
 
-    first = memory.reference
-    single = (cell(memory.single, first),) if summary.latency_ms.single is not None else ()
-    cells = (cell(first), cell(memory.lowest, first), *single, cell(memory.mixed, first))
+    cells = _each(memory, cell)
+    if first is not None:
+        cells["reference"] = Cell(f"{formats.megabytes(first)} MB")
     alone = "" if memory.process is None else f", {formats.megabytes(memory.process)} MB of it without any model"
-    yield FigureRow("Peak resident memory", f"of a process that opens the model and runs each step once{alone}", cells)
+    note = f"of a process that opens the model and runs each step once{alone}"
+    yield _row(summary, "Peak resident memory", note, cells)
 
 
 def _sizes(summary: Summary) -> Iterable[FigureRow]:
     """Yield the row of the size of all files, and one of each graph of a program."""
-    yield _size("File size", "all graphs" if summary.graphs else "", summary.size_bytes)
+    yield _size(summary, "File size", "all graphs" if summary.graphs else "", summary.size_bytes)
     for name, size in summary.graphs.items():
-        yield _size(f"File size, {name}", "", size)
+        yield _size(summary, f"File size, {name}", "", size)
 
 
-def _size(label: str, note: str, size: Triple) -> FigureRow:
+def _size(summary: Summary, label: str, note: str, size: Triple) -> FigureRow:
     def cell(value: float) -> Cell:
-        return Cell(formats.byte_size(value), (Note(f"{formats.ratio(value / size.reference)} of float"),))
+        return Cell(formats.byte_size(value), (Note(f"{formats.ratio(value / size.reference)} of the given file"),))
 
-    shown = (cell(value) for value in (size.lowest, size.single, size.mixed) if value is not None)
-    return FigureRow(label, note, (Cell(formats.byte_size(size.reference)), *shown))
+    given = Cell(formats.byte_size(size.reference), (Note("as given"),))
+    return _row(summary, label, note, {**_each(size, cell), "reference": given})
 
 
 def _sqnr(summary: Summary) -> Iterable[FigureRow]:
-    def cell(predicted: float | None, measured: float, interval: Estimate | None) -> Cell:
-        notes = [Note(f"95 % {formats.interval_text(interval, 1)}")] if interval is not None else []
-        if predicted is not None:
-            difference = formats.signed(measured - predicted, 1)
-            text = f"predicted {formats.decibel_text(predicted)} ({difference})"
-            notes.append(Note(text, "bad" if _wide(predicted, measured) else ""))
-        return Cell(formats.decibel_text(measured), tuple(notes))
-
     for head, pair in summary.sqnr_db.items():
-        lowest = cell(pair.lowest.predicted, pair.lowest.measured, None)
-        mixed = cell(pair.mixed.predicted, pair.mixed.measured, summary.sqnr_interval_db.get(head))
-        single = (cell(pair.single.predicted, pair.single.measured, None),) if pair.single is not None else ()
-        yield FigureRow(head, "higher is better", (Cell("reference"), lowest, *single, mixed))
+
+        def cell(one: Comparison, interval: Estimate | None = None) -> Cell:
+            notes = [Note(f"95 % {formats.interval_text(interval, 1)}")] if interval is not None else []
+            if one.predicted is not None:
+                difference = formats.signed(one.measured - one.predicted, 1)
+                text = f"predicted {formats.decibel_text(one.predicted)} ({difference})"
+                notes.append(Note(text, "bad" if _wide(one.predicted, one.measured) else ""))
+            return Cell(formats.decibel_text(one.measured), tuple(notes))
+
+        mixed = cell(pair.mixed, summary.sqnr_interval_db.get(head))
+        cells = {**_each(pair, cell), "reference": Cell("reference"), "mixed": mixed}
+        yield _row(summary, head, "higher is better", cells)
 
 
 def _divergences(summary: Summary) -> Iterable[FigureRow]:
@@ -422,27 +416,26 @@ def _divergences(summary: Summary) -> Iterable[FigureRow]:
         return Cell(f"{one.measured:.3g}", notes)
 
     for head, pair in summary.kl_nats.items():
-        shown = (cell(one) for one in (pair.lowest, pair.single, pair.mixed) if one is not None)
-        yield FigureRow(head, "lower is better", (Cell("reference"), *shown))
+        yield _row(summary, head, "lower is better", {**_each(pair, cell), "reference": Cell("reference")})
 
 
 def _accuracy(summary: Summary) -> Iterable[FigureRow]:
     def value(one: MetricValue) -> Cell:
         return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.interval_text(one, 4)}"), Note(f"n = {one.n}")))
 
+    unrounded = {"rewritten": Cell(formats.NONE, (Note("not evaluated: no rounding"),))}
     for name, metric in summary.metrics.items():
-        shown = (metric.reference, metric.lowest, metric.single, metric.mixed)
-        yield FigureRow(name, "", tuple(value(one) for one in shown if one is not None))
+        yield _row(summary, name, "", {**unrounded, **_each(metric, value)})
+        drops = {"lowest": metric.drop_lowest, "single": metric.drop_single, "mixed": metric.drop_mixed}
         if metric.drop_lowest is not None or metric.drop_mixed is not None:
-            single = (_drop(metric.drop_single),) if metric.single is not None else ()
-            drops = (_drop(metric.drop_lowest), *single, _drop(metric.drop_mixed))
-            yield FigureRow(f"Drop of {name}", "float − model, paired", (Cell(formats.NONE), *drops))
+            cells = {column: _drop(drop) for column, drop in drops.items()}
+            yield _row(summary, f"Drop of {name}", "float − model, paired", cells)
     if summary.confidence_shift:
-        names = (LOWEST, *([ONE_SCHEME] if summary.latency_ms.single is not None else []), MIXED)
-        shifts = (_shift(summary.confidence_shift.get(name)) for name in names)
-        yield FigureRow("Confidence shift", "matched detections, model − float", (Cell(formats.NONE), *shifts))
-        overlaps = (_shift(summary.box_overlap.get(name)) for name in names)
-        yield FigureRow("Overlap of boxes", "matched detections, IoU with float", (Cell(formats.NONE), *overlaps))
+        names = {"lowest": LOWEST, "single": ONE_SCHEME, "mixed": MIXED}
+        shifts = {column: _shift(summary.confidence_shift.get(name)) for column, name in names.items()}
+        yield _row(summary, "Confidence shift", "matched detections, model − float", shifts)
+        overlaps = {column: _shift(summary.box_overlap.get(name)) for column, name in names.items()}
+        yield _row(summary, "Overlap of boxes", "matched detections, IoU with float", overlaps)
 
 
 def _drop(drop: Estimate | None) -> Cell:

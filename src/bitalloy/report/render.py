@@ -73,7 +73,7 @@ def render_report(
         audit=audit,
         heads=heads,
         tone=figures.tone(summary),
-        limits=figures.limits(summary),
+        limits=figures.limits(summary.status),
         cautions=figures.cautions(summary),
         columns=figures.model_columns(summary, units),
         groups=figures.key_figures(summary, units, cost),
@@ -227,6 +227,7 @@ def _latency_chart(summary: Summary) -> Markup:
         )
         for name, style, one in (
             ("float", "b-float", spread.reference),
+            ("float, rewritten", "b-float", spread.rewritten),
             ("all lowered", "b-lowest", spread.lowest),
             (f"all {figures.best_single(summary)}", "b-lowest", spread.single),
             ("mixed", "b-mixed", spread.mixed),

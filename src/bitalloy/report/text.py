@@ -1,7 +1,8 @@
-"""Results as lines of text: tables of units and fronts."""
+"""Results as lines of text: verdicts on limits, tables of units and fronts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from bitalloy.core.encoding import to_json
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, Sensitivity, SensitivityTable
+from bitalloy.core.status import LimitStatus, Status, Verdict
 from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
 from bitalloy.tasks.metric import MetricTable
@@ -21,6 +23,64 @@ def counted(schemes: Mapping[str, int]) -> str:
     ('12 INT8 and 3 FP16', '0 lowered')
     """
     return " and ".join(f"{count} {name.upper()}" for name, count in schemes.items()) or "0 lowered"
+
+
+def verdict_text(limit: LimitStatus) -> str:
+    """Return the verdict on a limit, with the tolerance where it was needed."""
+    tolerance = f" ({limit.tolerance:.0%})" if limit.verdict == Verdict.WITHIN and limit.tolerance is not None else ""
+    return f"{limit.verdict}{tolerance}"
+
+
+def limit_text(limit: LimitStatus) -> str:
+    """Return what was asked for and what is there, e.g. `size 4,200 bytes, asked at most 5,000 bytes`."""
+    head = f" ({limit.head})" if limit.kind == "min_sqnr_db" and limit.head else ""
+    got = "" if limit.got is None else f" {_amount(limit.kind, limit.got)}"
+    found = limit.interval
+    ends = "" if found is None else f" (95 % interval {_amount(limit.kind, found.low)} to "
+    ends += "" if found is None else f"{_amount(limit.kind, found.high)})"
+    bound = "at least" if limit.kind in ("min_sqnr_db", "head_sqnr_db") else "at most"
+    reason = f": {limit.reason}" if limit.reason else ""
+    return f"{limit.name}{head}{got}{ends}, asked {bound} {_amount(limit.kind, limit.asked)}{reason}"
+
+
+def status_text(status: Status) -> str:
+    """Return what a run's status means for its limits: those that are not proven to be kept, or that all are."""
+    if not status.limits:
+        return "no limits were set"
+    open_ = [limit for limit in status.limits if limit.verdict in (Verdict.MISSED, Verdict.UNDECIDED)]
+    if open_:
+        return "; ".join(f"{verdict_text(limit).upper()}: {limit_text(limit)}" for limit in open_)
+    worst = next(limit for limit in status.limits if limit.verdict == status.verdict)
+    return f"{'its limit is' if len(status.limits) == 1 else 'all its limits are'} {verdict_text(worst)}"
+
+
+def _amount(kind: str, value: float) -> str:
+    """Write a value of a limit, with its unit and as many digits as decide."""
+    match kind:
+        case "latency_ratio":
+            return f"{value:.3f}x"
+        case "latency_ms":
+            return time_text(value)
+        case "size_bytes":
+            return f"{value:,.0f} bytes"
+        case "max_drop":
+            return f"{value:z.4f}"
+    return f"{value:z.2f} dB"
+
+
+def interval_words(estimate: Estimate, digits: int) -> str:
+    """Write an interval, e.g. `95 % interval 0.68 to 0.71`."""
+    return f"95 % interval {estimate.low:z.{digits}f} to {estimate.high:z.{digits}f}"
+
+
+def time_text(milliseconds: float) -> str:
+    """Write a time with three significant digits: small models take microseconds, large ones seconds.
+
+    >>> time_text(0.04817), time_text(73.84), time_text(1234.5)
+    ('0.0482 ms', '73.8 ms', '1234 ms')
+    """
+    digits = 2 - math.floor(math.log10(milliseconds)) if milliseconds > 0 else 0
+    return f"{milliseconds:.{max(digits, 0)}f} ms"
 
 
 def plan_json(planned: Planned) -> str:

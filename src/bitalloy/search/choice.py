@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import BudgetError, UnreachableError
 from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitDamage
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Evidence, Unit
@@ -44,7 +44,8 @@ def search(
         progress: called with 1 for each of `FRONT_BUDGETS` steps, or once without a front.
 
     Raises:
-        BudgetError: no plan meets the budget; the message names what can be reached.
+        UnreachableError: no plan meets the budget; the message names what can be reached.
+        BudgetError: it names a head that the model does not have.
     """
     limits = search_limits(problem, budget)
     fastest = budget.has_floor and limits.latency_us == np.inf and limits.size_bytes == np.inf
@@ -159,7 +160,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
     return replace(limits, latency_us=within) if least * (1 - slack) <= limits.latency_us else limits
 
 
-def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> BudgetError:
+def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> UnreachableError:
     """Say what is asked for and how much is in reach: of each limit alone and, where there are several, together."""
     start = problem.latency_us(Plan())
     together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
@@ -188,7 +189,7 @@ def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Lim
         if value is not None
     )
     message = f"No plan meets the budget ({asked}): {'; '.join(parts)}. Relax the budget to that or beyond."
-    return BudgetError(message, ratio)
+    return UnreachableError(message, ratio)
 
 
 def _choices(problem: Problem, plan: Plan) -> list[Choice]:

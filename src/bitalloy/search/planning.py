@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BudgetError, RunDirectoryError
+from bitalloy.core.errors import RunDirectoryError, UnreachableError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, ParetoPoint, PlanReport, UnitDamage
 from bitalloy.core.records import Record, Secant, SensitivityTable
@@ -92,7 +92,7 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
     """Choose the precision of every unit for a budget, and the Pareto front where it is wanted.
 
     Raises:
-        BudgetError: the budget cannot be met; the message says what can.
+        UnreachableError: the budget cannot be met; the message says what can.
         BitalloyError: a pattern of the budget names nothing, or asks for what cannot be.
     """
     case, work = _narrowed(tables, budget), work or Workspace()
@@ -104,8 +104,8 @@ def plan_tables(tables: PlanTables, budget: Budget, *, front: bool = True, work:
 
     try:
         plan = msgspec.json.decode(work.cached("plan", case.inputs(front=front), make), type=PlanReport)
-    except BudgetError as error:
-        raise BudgetError(f"{error}{_hints(case)}", error.reachable_ratio) from error
+    except UnreachableError as error:
+        raise UnreachableError(f"{error}{_hints(case)}", error.reachable_ratio) from error
     return Planned(plan, tables.cost, tuple(case.protected))
 
 

@@ -1,4 +1,8 @@
-"""One plan beside the float model and the one in its lowest schemes: latency, and outputs on unseen samples."""
+"""One plan beside the float model and the one in its lowest schemes: latency, and outputs on unseen samples.
+
+What a plan gains is not all due to its schemes: the float model with the graph rewrites that every plan has (Softmax
+over the last axis, folded constants) is measured in the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,8 @@ class VerificationInputs(StageInputs, frozen=True, kw_only=True):
     workload: Workload | None
     single: tuple[tuple[str, str], ...] | None
     """A plan of one scheme that is measured beside it, likewise; None without one."""
+    rewritten: bool
+    """Whether the float model after the graph rewrites of the plan is measured beside it."""
     cost: CostTable | None
     """The table from which latencies are taken; None where they are measured."""
 
@@ -68,12 +74,14 @@ def measure_plan(
     """
     if single in (planned.plan.chosen, analysis.units.lowest()):
         single = None
+    rewritten = not (planned.cost.estimated or analysis.graph.large)
 
     def make() -> bytes:
         timed = 0 if planned.cost.estimated else OUTCOME_SITTINGS * REPEATS
         with work.scratch() as folder, work.stage("verify", timed + len(samples)) as progress:
             plans = {"lowest": analysis.units.lowest(), "mixed": planned.plan.chosen}
             plans |= {"single": single} if single is not None else {}
+            plans |= {"rewritten": Plan()} if rewritten else {}
             models = _different(analysis, plans, mixed, folder)
             if planned.cost.estimated:
                 found = _estimated(analysis, planned.cost, plans, models, samples, progress)
@@ -91,6 +99,8 @@ def measure_plan(
                 steps=found.steps,
                 ratio_single=ratio.get("single"),
                 sqnr_single=sqnr.get("single"),
+                ratio_rewritten=ratio.get("rewritten"),
+                sqnr_rewritten=sqnr.get("rewritten", sqnr["mixed"]) if rewritten else None,
             )
         )
 
@@ -101,6 +111,7 @@ def measure_plan(
         seed=analysis.settings.seed,
         workload=workload_of(analysis.graph, analysis.settings.workload),
         single=None if single is None else tuple(single.listed),
+        rewritten=rewritten,
         cost=planned.cost if planned.cost.estimated else None,
     )
     return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
@@ -144,6 +155,7 @@ def _spread(latency: Mapping[str, Latency]) -> LatencySpread:
         lowest=latency["lowest"],
         mixed=latency["mixed"],
         single=latency.get("single"),
+        rewritten=latency.get("rewritten"),
     )
 
 
@@ -193,7 +205,8 @@ def _timed(
 ) -> _Outcome:
     """Time the models in turns, and compare their outputs in the same sessions.
 
-    What is one file is timed once: a plan without any lowered unit has the times of the float model.
+    What is one file is timed once: a plan without any lowered unit has the times of the float model, unless timing
+    tells that its graph rewrites make it faster.
     """
     sqnr: dict[str, tuple[Estimate, ...]] = {}
 
@@ -221,9 +234,11 @@ def _timed(
         progress=progress.advance,
         then=compare,
     )
-    mixed = found["mixed" if plans["mixed"] else "float"]
+    whole = {name: total(found[name], steps) for name in ("float", "mixed")}
+    own = bool(plans["mixed"]) or bench.paired_ratio(whole["mixed"], whole["float"]).high < 1
+    mixed = found["mixed" if own else "float"]
     parts: dict[str, np.ndarray] = {"float": found["float"], "mixed": mixed}
-    parts |= {name: found.get(name, mixed) for name in plans if name != "mixed"}
+    parts |= {name: found.get(name, found["mixed"]) for name in plans if name != "mixed"}
     times = {name: total(part, steps) for name, part in parts.items()}
     return _Outcome(
         {name: bench.latency_of(series) for name, series in times.items()},

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import msgspec
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import UnreachableError
 from bitalloy.core.outcome import LOWEST, ONE_SCHEME, KernelEffect, Repair, Round
 from bitalloy.core.planned import Measured, Planned, as_mixed
 from bitalloy.core.plans import Budget, ParetoPoint
@@ -129,7 +129,7 @@ class VerificationCourse:
                 self.tables = replace(self.tables, cost=next_[1])
             try:
                 planned = plan_tables(self.tables, asked, front=False, work=self._work)
-            except BudgetError:
+            except UnreachableError:
                 return
             if any(planned.plan.chosen == t.planned.plan.chosen for t in self._tried):
                 return

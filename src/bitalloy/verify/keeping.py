@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, REFERENCE, MetricComparison
 from bitalloy.core.planned import Metrics, Planned
-from bitalloy.core.plans import FIRST, Budget, ParetoPoint
+from bitalloy.core.plans import Budget, ParetoPoint
 from bitalloy.core.schemes import Plan
 from bitalloy.model.heads import is_divergence
 from bitalloy.search.single import SinglePlan
@@ -154,17 +154,6 @@ def _as_point(single: SinglePlan, whole: float) -> ParetoPoint:
     )
 
 
-def missed_drops(budget: Budget, metrics: Mapping[str, MetricComparison]) -> dict[str, tuple[float, float]]:
-    """Map each metric that misses its limit to (drop of the mixed model, limit)."""
-    found = {}
-    for asked, most in budget.max_drop.items() if metrics else ():
-        name = next(iter(metrics)) if asked == FIRST else asked
-        drop = metrics[name].drop_mixed
-        if drop is not None and drop.value > most:
-            found[name] = (drop.value, most)
-    return found
-
-
 def _other_limits(planned: Planned, budget: Budget) -> Callable[[ParetoPoint], bool]:
     """Return a function that tells whether a plan keeps the limits that are not on the task, by prediction."""
     whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]
@@ -200,4 +189,6 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
         drop_mixed=metric.drops[MIXED],
         single=metric.values.get(ONE_SCHEME),
         drop_single=metric.drops.get(ONE_SCHEME),
+        against_float=not metric.witness,
+        agreement=metric.agreement,
     )

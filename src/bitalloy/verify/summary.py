@@ -1,8 +1,7 @@
-"""What a run says: the summary record and its headline."""
+"""What a run says: the facts of its summary record, with the judgement on them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +26,13 @@ from bitalloy.core.outcome import (
     UsedSamples,
     VerifiedSize,
 )
-from bitalloy.core.planned import Measured, Metrics, Planned, ratio_limit
+from bitalloy.core.planned import Measured, Metrics, Planned
 from bitalloy.core.plans import SingleFormat
 from bitalloy.core.records import Estimate, part_of
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.status import Status, Verdict
 from bitalloy.core.store import versions
-from bitalloy.measure.bench import TOLERANCE, UNSTEADY, unsteadiness
+from bitalloy.measure.bench import UNSTEADY, unsteadiness
 from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
@@ -43,11 +43,14 @@ from bitalloy.runtime.ort import ORT
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_heads
 from bitalloy.targets.placement import rounded
-from bitalloy.verify.keeping import missed_drops
-from bitalloy.verify.rounds import missed_size, shortfall
+from bitalloy.verify.headline import headline_of, unrounded_share
+from bitalloy.verify.status import status_of
 
 KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose by optimization to be told."""
+GOOD_PART = 0.2
+"""Part of the saved time from which on it is told that it comes without any rounding."""
+HOW_TO_GET = f"To get that model, which loses nothing, put every unit in float: --keep {BASELINE}:'*' --max-drop-db 0."
 MOSTLY_NOISE_DB = 3.01
 MUCH_DB = 6.0
 """Loss of SQNR at another size that is worth a warning."""
@@ -125,8 +128,10 @@ def _compared(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan) ->
     single = None
     if shipped.single is not None and measured.sqnr_single is not None:
         single = column(shipped.single, measured.sqnr_single)
+    rewritten = [Comparison(predicted=None, measured=found.value) for found in measured.sqnr_rewritten or ()]
     return {
         head.head: HeadComparison(
+            rewritten=rewritten[i] if rewritten else None,
             lowest=lowest[i],
             single=single[i] if single is not None else None,
             mixed=Comparison(
@@ -150,12 +155,20 @@ def summarize_run(
         shipped: the plan that is shipped, with its measurements.
         seconds: wall time per stage.
     """
+    facts = _facts(analysis, corrected, shipped, seconds)
+    judged = msgspec.structs.replace(facts, status=status_of(facts))
+    return msgspec.structs.replace(judged, headline=headline_of(judged))
+
+
+def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, seconds: Mapping[str, float]) -> Summary:
+    """Collect all but the judgement."""
     matrix, units = analysis.matrix, analysis.units
     planned, measured, metrics, sizes = shipped.planned, shipped.measured, shipped.metrics, shipped.sizes
     sqnr = _compared(analysis, corrected, shipped)
     divergences = {name: sqnr.pop(name) for name in list(sqnr) if is_divergence(name)}
     return Summary(
-        headline=_headline(planned, measured, sqnr, metrics, _total(sizes).mixed),
+        headline="",
+        status=Status(verdict=Verdict.NO_LIMITS),
         model=analysis.graph.info.name,
         model_sha256=analysis.graph.info.sha256,
         target=analysis.target.name,
@@ -167,6 +180,7 @@ def summarize_run(
         latency_ratio_interval=None if planned.cost.estimated else measured.ratio_mixed,
         lowest_latency_ratio=None if planned.cost.estimated else measured.ratio_lowest,
         single_latency_ratio=None if planned.cost.estimated else measured.ratio_single,
+        rewritten_latency_ratio=measured.ratio_rewritten,
         single_formats=shipped.singles,
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
         predicted_latency_ratio_interval=planned.predicted_ratio_interval,
@@ -225,6 +239,7 @@ def _medians(latency: LatencySpread) -> Triple:
         lowest=latency.lowest.median_ms,
         mixed=latency.mixed.median_ms,
         single=latency.single.median_ms if latency.single is not None else None,
+        rewritten=latency.rewritten.median_ms if latency.rewritten is not None else None,
     )
 
 
@@ -257,6 +272,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
         *_open_sizes(analysis, shipped),
         *_busy(measured.latency),
         *_estimated(planned),
+        *_rewritten(analysis, shipped),
         *_unresolved(planned, measured),
         *_optimized(analysis, shipped.kernel_effects or ()),
         *shipped.metrics.notes,
@@ -334,61 +350,25 @@ def _nats(pair: HeadComparison) -> HeadComparison:
         predicted, corrected = (None if v is None else nats(v) for v in (one.predicted, one.corrected))
         return Comparison(predicted=predicted, measured=nats(one.measured), corrected=corrected)
 
-    single = convert(pair.single) if pair.single is not None else None
-    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed), single=single)
+    single, rewritten = (None if one is None else convert(one) for one in (pair.single, pair.rewritten))
+    return HeadComparison(lowest=convert(pair.lowest), mixed=convert(pair.mixed), single=single, rewritten=rewritten)
 
 
 def _total(sizes: Mapping[str, Triple]) -> Triple:
     """Sum the bytes of all graphs."""
     single = [s.single for s in sizes.values() if s.single is not None]
+    rewritten = [s.rewritten for s in sizes.values() if s.rewritten is not None]
     return Triple(
         reference=sum(s.reference for s in sizes.values()),
         lowest=sum(s.lowest for s in sizes.values()),
         mixed=sum(s.mixed for s in sizes.values()),
         single=sum(single) if single else None,
+        rewritten=sum(rewritten) if rewritten else None,
     )
 
 
 def _workload(analysis: Analysis) -> str:
     return told_workload(analysis.graph, workload_of(analysis.graph, analysis.settings.workload))
-
-
-def _headline(
-    planned: Planned, measured: Measured, sqnr: Mapping[str, HeadComparison], metrics: Metrics, size_bytes: float
-) -> str:
-    ratio = measured.ratio
-    latency = measured.latency
-    parts = [f"{_milliseconds(latency.mixed.median_ms)} against {_milliseconds(latency.reference.median_ms)} in float"]
-    parts += [f"{name} {pair.mixed.measured:.1f} dB" for name, pair in sqnr.items()]
-    for name, metric in metrics.metrics.items():
-        parts.append(f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}")
-    runs = "is estimated to run" if planned.cost.estimated else "runs"
-    interval = measured.ratio_mixed
-    if not planned.plan.chosen:
-        lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
-    elif interval.low >= 1:
-        lead = f"The mixed model is NOT faster than float ({ratio:.2f}x of its time): deploy the float model"
-    elif interval.high < 1:
-        lead = f"The mixed model {runs} in {ratio:.2f}x of float's time"
-    else:
-        lead = (
-            f"The mixed model is NOT measurably faster than float ({ratio:.2f}x of its time, 95 % interval "
-            f"{interval.low:.2f} to {interval.high:.2f}): timing on this machine does not tell which to deploy"
-        )
-    limit = ratio_limit(planned.plan.budget, planned)
-    if limit is not None and ratio > limit * TOLERANCE:
-        lead += f", which misses the budget of {limit:.2f}x"
-    asked = planned.plan.budget.size_bytes
-    if asked is not None and missed_size(planned.plan.budget, size_bytes):
-        lead += f", and misses the size of {asked / 1e6:.4g} MB by {100 * (size_bytes / asked - 1):.2g} %"
-    short = shortfall(planned.plan.budget, {name: pair.mixed.measured for name, pair in sqnr.items()})
-    if short:
-        lead += f", and misses the floor on {', '.join(f'{name} by {gap:.1f} dB' for name, gap in short.items())}"
-    over = missed_drops(planned.plan.budget, metrics.metrics)
-    if over:
-        said = ", ".join(f"{name} drops by {drop:.4f}, not {most:g}" for name, (drop, most) in over.items())
-        lead += f", and misses its limit: {said}"
-    return f"{lead}: {'; '.join(parts)}."
 
 
 def _estimated(planned: Planned) -> tuple[str, ...]:
@@ -400,6 +380,27 @@ def _estimated(planned: Planned) -> tuple[str, ...]:
         "rounding as the model says."
     )
     return (note,)
+
+
+def _rewritten(analysis: Analysis, shipped: MeasuredPlan) -> list[str]:
+    """Say how much of the gain comes without any rounding."""
+    if analysis.graph.large and not shipped.planned.cost.estimated:
+        note = (
+            "The float model with the same graph rewrites was not measured, because the model is large: part of the "
+            "gain may come from these, without any rounding."
+        )
+        return [note]
+    found, ratio = shipped.measured.ratio_rewritten, shipped.measured.ratio
+    share = unrounded_share(found, ratio)
+    if found is None or share < GOOD_PART:
+        return []
+    part = f"{share:.0%} of the time that the mixed model saves" if share < 1 else "All that is saved"
+    how = f" {HOW_TO_GET}" if shipped.planned.plan.chosen else ""
+    note = (
+        f"{part} comes without any rounding: the float model with the same graph rewrites takes {found.value:.2f}x of "
+        f"float's time, the mixed model {ratio:.2f}x.{how}"
+    )
+    return [note]
 
 
 def _files(analysis: Analysis) -> tuple[Graph, ...]:
@@ -474,13 +475,3 @@ def _busy(latency: LatencySpread) -> tuple[str, ...]:
         "All latencies here are worth little; give the same command again on a quiet machine, with another --out."
     )
     return (note,)
-
-
-def _milliseconds(value: float) -> str:
-    """Write a time with three significant digits: small models take microseconds, large ones seconds.
-
-    >>> _milliseconds(0.04817), _milliseconds(73.84), _milliseconds(1234.5)
-    ('0.0482 ms', '73.8 ms', '1234 ms')
-    """
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(digits, 0)}f} ms"

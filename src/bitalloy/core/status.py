@@ -1,0 +1,122 @@
+"""The status of a run: whether what was delivered keeps each limit that was asked for, and all of them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import StrEnum
+
+from bitalloy.core.records import Estimate, Record
+
+NORMAL_95 = 1.959964
+"""Half of a 95 % interval of a normal distribution, in standard errors."""
+
+
+class Verdict(StrEnum):
+    """What is known about a limit, or about all limits together; the best comes first."""
+
+    NO_LIMITS = "no limits"
+    """Nothing was asked for; of a run only."""
+    MET = "met"
+    WITHIN = "met within tolerance"
+    """What was measured is beyond the limit, but by no more than the tolerance that is stated."""
+    UNDECIDED = "undecided"
+    """The measurement does not tell, or there is none."""
+    MISSED = "missed"
+
+
+class LimitStatus(Record, frozen=True, kw_only=True):
+    """One limit of a budget, and whether the delivered model keeps it."""
+
+    name: str
+    """What is limited, for readers: `latency over float`, `latency`, `size`, `SQNR of boxes`, `drop of AP50-95`."""
+    kind: str
+    """The field of `Budget` that has the limit: `latency_ratio`, `latency_ms`, `size_bytes`, `min_sqnr_db`,
+    `head_sqnr_db`, `max_drop` or `min_agreement`, whose `asked` and `got` are what is lost of 1."""
+    head: str = ""
+    """The output head that is judged; of `min_sqnr_db` the worst. Empty for other kinds."""
+    metric: str = ""
+    """The task metric; empty for other kinds."""
+    asked: float
+    """The limit: the least value for an SQNR, otherwise the largest."""
+    got: float | None
+    """The value of the delivered model; None where there is none."""
+    interval: Estimate | None = None
+    """The same with its 95 % interval; None where it has none, as a size."""
+    tolerance: float | None = None
+    """Part of `asked` by which `got` may exceed it and still count as met; None where nothing is allowed."""
+    verdict: Verdict
+    reason: str = ""
+    """Why nothing is decided; empty otherwise."""
+
+
+class Status(Record, frozen=True, kw_only=True):
+    """The status of a run, which the console, the report, `summary.json` and the exit code share."""
+
+    verdict: Verdict
+    """The worst of the limits: missed, undecided, met within tolerance, met; `no limits` without any."""
+    limits: tuple[LimitStatus, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Losses that no limit covers, in sentences."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether no limit is missed or undecided."""
+        return self.verdict not in (Verdict.MISSED, Verdict.UNDECIDED)
+
+
+def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on several limits together.
+
+    >>> str(worst_verdict([Verdict.MET, Verdict.UNDECIDED])), str(worst_verdict([]))
+    ('undecided', 'no limits')
+    """
+    return max(verdicts, key=list(Verdict).index, default=Verdict.NO_LIMITS)
+
+
+def ceiling_verdict(got: float, asked: float, *, tolerance: float = 0.0) -> Verdict:
+    """Judge a value that may be at most `asked`, or beyond it by a part of it.
+
+    >>> str(ceiling_verdict(0.72, 0.7, tolerance=0.05))
+    'met within tolerance'
+    """
+    if got <= asked:
+        return Verdict.MET
+    return Verdict.WITHIN if got <= asked * (1 + tolerance) else Verdict.MISSED
+
+
+def chance_within(drop: Estimate, asked: float) -> float:
+    """Return the probability that the true drop of a metric is at most `asked`.
+
+    The error of the estimate is taken as normal around its value, with the width of its interval; one without any
+    width is taken as exact.
+    """
+    error = (drop.high - drop.low) / (2 * NORMAL_95)
+    if error <= 0:
+        return float(drop.value <= asked)
+    return 0.5 * math.erfc((drop.value - asked) / (error * math.sqrt(2)))
+
+
+def drop_verdict(drop: Estimate, asked: float, confidence: float) -> Verdict:
+    """Judge the measured drop of a metric that may be at most `asked`.
+
+    Case 1. It is within the limit with at least the probability `confidence`: met.
+    Case 2. It is beyond the limit with at least that probability: missed.
+    Case 3. Otherwise there are too few samples to tell: undecided.
+
+    >>> found = Estimate(value=0.002, low=-0.004, high=0.008)
+    >>> [str(drop_verdict(found, asked, 0.8)) for asked in (0.01, 0.003, -0.01)]
+    ['met', 'undecided', 'missed']
+    """
+    return chance_verdict(chance_within(drop, asked), confidence)
+
+
+def chance_verdict(chance: float, confidence: float) -> Verdict:
+    """Judge a limit that holds with the probability `chance`: the cases of `drop_verdict`.
+
+    >>> [str(chance_verdict(chance, 0.8)) for chance in (0.9, 0.5, 0.1)]
+    ['met', 'undecided', 'missed']
+    """
+    if chance >= confidence:
+        return Verdict.MET
+    return Verdict.MISSED if chance <= 1 - confidence else Verdict.UNDECIDED

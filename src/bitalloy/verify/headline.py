@@ -1,0 +1,98 @@
+"""The headline of a run, which leads with what the user pays and gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bitalloy.core.outcome import Summary
+from bitalloy.core.records import Estimate
+from bitalloy.report.text import interval_words, status_text, time_text
+
+
+def headline_of(summary: Summary) -> str:
+    """Say what the mixed model takes and loses, and what that means for the limits; then the details.
+
+    It leads with time, points lost and size against the given file, and says first if the mixed model is not faster.
+
+    Args:
+        summary: its headline is not read; its status is.
+    """
+    paid = [*_loss(summary), _size(summary)]
+    interval = summary.latency_ratio_interval
+    known = [interval_words(interval, 2)] if interval is not None else []
+    plain = summary.rewritten_latency_ratio
+    if plain is not None and unrounded_share(plain, summary.latency_ratio):
+        known.append(f"{plain.value:.2f}x without any rounding")
+    ends = f" ({'; '.join(known)})" if known else ""
+    time = f"{summary.latency_ratio:.2f}x of float's time{ends}"
+    low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
+    if not summary.schemes and plain is not None and plain.high < 1:
+        lead = f"Nothing is lowered: the mixed model is float, rewritten, and runs in {_listed([time, *paid])}"
+    elif not summary.schemes:
+        lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
+    elif low >= 1:
+        lead = f"The mixed model is NOT faster than float: it takes {_listed([time, *paid])}; deploy the float model"
+    elif high < 1:
+        runs = "is estimated to run" if summary.latency_estimated else "runs"
+        lead = f"The mixed model {runs} in {_listed([time, *paid])}"
+    else:
+        lead = (
+            f"The mixed model is NOT measurably faster than float: it takes {_listed([time, *paid])}; timing on this "
+            "machine does not tell which to deploy"
+        )
+    return f"{lead}; {status_text(summary.status)}. {'; '.join(_details(summary))}."
+
+
+def unrounded_share(rewritten: Estimate | None, ratio: float) -> float:
+    """Return the part of the saved time that comes without any rounding, from 0 to 1.
+
+    It is 0 where timing does not tell that the rewritten float model is faster than float.
+
+    Args:
+        rewritten: latency over float of the float model after the graph rewrites of the mixed one, where measured.
+        ratio: latency over float of the mixed model.
+    """
+    if rewritten is None or rewritten.high >= 1:
+        return 0.0
+    return 1.0 if ratio >= rewritten.value else (1 - rewritten.value) / (1 - ratio)
+
+
+def _listed(parts: list[str]) -> str:
+    """Join the parts of a list as people write it."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _loss(summary: Summary) -> Iterator[str]:
+    """Say what the first task metric loses, or without any how close the worst output stays to that of float."""
+    if summary.metrics:
+        name, metric = next(iter(summary.metrics.items()))
+        estimate = summary.drop_estimates.get(name)
+        drop = estimate.drop if estimate is not None else metric.drop_mixed
+        if drop is None:
+            yield f"reaches {metric.mixed.value:.4f} of {name} against {metric.reference.value:.4f} in float"
+        elif drop.value >= 0:
+            yield f"loses {drop.value:.4f} of {name} ({interval_words(drop, 4)})"
+        else:
+            gain = Estimate(value=-drop.value, low=-drop.high, high=-drop.low)
+            yield f"gains {gain.value:.4f} of {name} ({interval_words(gain, 4)})"
+    elif summary.sqnr_db:
+        head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
+        interval = summary.sqnr_interval_db.get(head)
+        ends = f" ({interval_words(interval, 1)})" if interval is not None else ""
+        which = "" if len(summary.sqnr_db) == 1 else "its worst output, "
+        yield f"leaves {pair.mixed.measured:.1f} dB on {which}{head}{ends}"
+
+
+def _size(summary: Summary) -> str:
+    size = summary.size_bytes
+    return f"has {size.mixed / size.reference:.2f}x of the given file's size"
+
+
+def _details(summary: Summary) -> Iterator[str]:
+    time, size = summary.latency_ms, summary.size_bytes
+    yield f"{time_text(time.mixed)} against {time_text(time.reference)} in float"
+    yield f"{size.mixed / 1e6:.4g} MB against {size.reference / 1e6:.4g} MB as given"
+    for name, pair in summary.sqnr_db.items():
+        yield f"{name} {pair.mixed.measured:.1f} dB"
+    for name, metric in summary.metrics.items():
+        yield f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}"

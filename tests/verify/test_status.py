@@ -1,0 +1,251 @@
+"""What a run's status says of its limits, and that the headline and the exit code say the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
+from tests.report.conftest import make_run
+
+from bitalloy.core.outcome import Summary
+from bitalloy.core.plans import FIRST, Budget
+from bitalloy.core.records import Estimate
+from bitalloy.core.status import LimitStatus, Verdict, ceiling_verdict, chance_within, drop_verdict, worst_verdict
+from bitalloy.measure import bench
+from bitalloy.verify.headline import headline_of
+from bitalloy.verify.status import status_of
+
+NUMBERS = st.floats(-1, 1)
+CONFIDENCES = st.floats(0.51, 0.99)
+ORDER = [Verdict.MISSED, Verdict.UNDECIDED, Verdict.MET]
+"""Verdicts on a drop, as its limit grows."""
+
+
+@st.composite
+def drops(draw: Any) -> Estimate:
+    value = draw(NUMBERS)
+    return Estimate(value=value, low=value - draw(st.floats(0, 0.5)), high=value + draw(st.floats(0, 0.5)))
+
+
+# -- rules -------------------------------------------------------------------------------------------
+
+
+@given(drops(), NUMBERS)
+def test_the_chance_is_that_of_a_normal_error(drop: Estimate, asked: float) -> None:
+    error = (drop.high - drop.low) / (2 * norm.ppf(0.975))
+    expected = norm.cdf(asked, drop.value, error) if error > 0 else float(drop.value <= asked)
+    assert chance_within(drop, asked) == pytest.approx(expected, abs=1e-6)
+
+
+@given(drops(), st.lists(NUMBERS, min_size=2, max_size=5), CONFIDENCES)
+def test_a_wider_limit_is_never_judged_worse(drop: Estimate, limits: list[float], confidence: float) -> None:
+    found = [ORDER.index(drop_verdict(drop, asked, confidence)) for asked in sorted(limits)]
+    assert found == sorted(found)
+
+
+@given(drops(), NUMBERS, CONFIDENCES, CONFIDENCES)
+def test_more_confidence_decides_less_and_never_the_other_way(
+    drop: Estimate, asked: float, one: float, other: float
+) -> None:
+    bold, careful = (drop_verdict(drop, asked, c) for c in sorted((one, other)))
+    assert careful in (bold, Verdict.UNDECIDED)
+
+
+@given(drops(), NUMBERS, CONFIDENCES)
+def test_a_decided_drop_lies_on_the_side_that_its_value_says(drop: Estimate, asked: float, confidence: float) -> None:
+    verdict = drop_verdict(drop, asked, confidence)
+    if drop.low == drop.high:
+        assert verdict != Verdict.UNDECIDED, "what has no noise is decided"
+    if verdict != Verdict.UNDECIDED:
+        assert (verdict == Verdict.MET) == (drop.value <= asked)
+
+
+@given(st.floats(0.001, 1000), st.floats(0.5, 2), st.floats(0, 0.3))
+def test_a_ceiling_has_three_verdicts(asked: float, share: float, tolerance: float) -> None:
+    got = asked * share
+    verdict = ceiling_verdict(got, asked, tolerance=tolerance)
+    assert (verdict == Verdict.MET) == (got <= asked)
+    assert (verdict == Verdict.MISSED) == (got > asked * (1 + tolerance))
+
+
+@given(st.lists(st.sampled_from([Verdict.MET, Verdict.WITHIN, Verdict.UNDECIDED, Verdict.MISSED])))
+def test_the_worst_limit_is_the_verdict_on_all(verdicts: list[Verdict]) -> None:
+    for name in ("missed", "undecided", "met within tolerance", "met"):
+        if name in verdicts:
+            assert worst_verdict(verdicts) == name
+            return
+    assert worst_verdict(verdicts) == "no limits"
+
+
+def test_what_is_no_number_is_never_met() -> None:
+    nan = float("nan")
+    assert ceiling_verdict(nan, 1.0) == Verdict.MISSED
+    assert drop_verdict(Estimate(value=nan, low=nan, high=nan), 1.0, 0.8) == Verdict.UNDECIDED
+
+
+# -- facts -------------------------------------------------------------------------------------------
+
+
+def judged(**changes: object) -> Summary:
+    return make_run(blocks=2).with_summary(**changes).summary
+
+
+def only(summary: Summary) -> LimitStatus:
+    (limit,) = summary.status.limits
+    assert summary.status.verdict == limit.verdict
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(1.0, "met"), (0.96, "met within tolerance"), (0.951, "missed")], ids=str
+)
+def test_latency_is_judged_with_its_tolerance(factor: float, verdict: str) -> None:
+    facts = judged()
+    interval = Estimate(value=facts.latency_ratio, low=0.1, high=0.99)
+    limit = only(judged(budget=Budget(latency_ratio=factor * facts.latency_ratio), latency_ratio_interval=interval))
+    assert (limit.verdict, limit.got, limit.interval, limit.tolerance) == (verdict, interval.value, interval, 0.05)
+    limit = only(judged(budget=Budget(latency_ms=factor * facts.latency_ms.mixed)))
+    assert (limit.kind, limit.verdict, limit.got) == ("latency_ms", verdict, facts.latency_ms.mixed)
+
+
+def test_an_estimated_latency_decides_nothing() -> None:
+    limit = only(judged(budget=Budget(latency_ratio=5.0), latency_estimated=True))
+    assert (limit.verdict, limit.reason) == ("undecided", "estimated, not measured")
+
+
+def test_a_size_has_no_tolerance() -> None:
+    size = int(judged().size_bytes.mixed)
+    assert [only(judged(budget=Budget(size_bytes=size - i))).verdict for i in (0, 1)] == ["met", "missed"]
+
+
+def test_floors_are_judged_by_the_worst_head_and_by_each() -> None:
+    facts = judged()
+    found = {head: pair.mixed.measured for head, pair in facts.sqnr_db.items()}
+    low, high = sorted(found, key=found.__getitem__)
+    between = (found[low] + found[high]) / 2
+    limit = only(judged(budget=Budget(min_sqnr_db=between)))
+    assert (limit.verdict, limit.head, limit.got) == ("missed", low, found[low])
+    assert limit.interval == facts.sqnr_interval_db[low]
+    both = judged(budget=Budget(head_sqnr_db={low: between, high: between})).status
+    assert [(one.head, one.verdict) for one in both.limits] == [(low, "missed"), (high, "met")]
+    assert only(judged(budget=Budget(head_sqnr_db={"nowhere": 1.0}))).verdict == "undecided"
+
+
+def test_drops_are_judged_by_their_interval_and_the_first_metric_by_its_place() -> None:
+    """Of 0.004 [-0.003, 0.011], a normal error puts 0.8 of all below 0.0070."""
+    for asked, confidence, verdict in itertools.chain(
+        ((a, 0.8, v) for a, v in ((0.0071, "met"), (0.0069, "undecided"), (0.0011, "undecided"), (0.0009, "missed"))),
+        ((0.0071, 0.9, "undecided"), (0.0069, 0.75, "met")),
+    ):
+        for name in (FIRST, "AP50-95"):
+            limit = only(judged(budget=Budget(max_drop={name: asked}, confidence=confidence)))
+            assert (limit.verdict, limit.metric, limit.got) == (verdict, "AP50-95", 0.004), asked
+            assert bool(limit.reason) == (verdict == "undecided")
+    without = only(judged(budget=Budget(max_drop={"AP50": 0.5})))  # has no paired resamples
+    assert (without.verdict, without.got) == ("undecided", None)
+
+
+def test_only_losses_beyond_noise_that_no_limit_covers_are_warned_of() -> None:
+    facts = judged()
+    lost = msgspec.structs.replace(facts.metrics["AP50-95"], drop_mixed=Estimate(value=0.02, low=0.001, high=0.03))
+    metrics = {"AP50-95": lost, "AP50": facts.metrics["AP50"]}
+    assert judged().status.warnings == ()
+    (warning,) = judged(metrics=metrics).status.warnings
+    assert "AP50-95" in warning and "0.0200" in warning and "0.0010 to 0.0300" in warning
+    assert judged(metrics=metrics, budget=Budget(max_drop={FIRST: 0.5})).status.warnings == ()
+    assert judged(metrics=metrics, budget=Budget(max_drop={"AP50": 0.5})).status.warnings == (warning,)
+
+
+def test_the_headline_leads_with_time_loss_and_size() -> None:
+    facts = judged(latency_ratio=0.7, latency_ratio_interval=Estimate(value=0.7, low=0.68, high=0.72))
+    share = facts.size_bytes.mixed / facts.size_bytes.reference
+    said = headline_of(facts)
+    assert said.startswith(
+        "The mixed model runs in 0.70x of float's time (95 % interval 0.68 to 0.72), loses 0.0040 of AP50-95 "
+        f"(95 % interval -0.0030 to 0.0110) and has {share:.2f}x of the given file's size; its limit is met. "
+    )
+    plain = headline_of(msgspec.structs.replace(facts, metrics={}))
+    head, pair = min(facts.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
+    assert (
+        f"time (95 % interval 0.68 to 0.72), leaves {pair.mixed.measured:.1f} dB on its worst output, {head}" in plain
+    )
+    gained = msgspec.structs.replace(
+        facts.metrics["AP50-95"], drop_mixed=Estimate(value=-0.002, low=-0.003, high=0.001)
+    )
+    said = headline_of(msgspec.structs.replace(facts, metrics={"AP50-95": gained}))
+    assert "gains 0.0020 of AP50-95 (95 % interval -0.0010 to 0.0030)" in said
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget(), "; no limits were set."),
+        (Budget(latency_ratio=0.1), "; MISSED: latency over float 0."),
+        (Budget(max_drop={FIRST: 0.005}), "; UNDECIDED: drop of AP50-95 0.0040"),
+        (Budget(latency_ratio=1.0, min_sqnr_db=1.0), "; all its limits are met."),
+    ],
+    ids=["none", "missed", "undecided", "met"],
+)
+def test_the_headline_says_what_the_status_says(budget: Budget, words: str) -> None:
+    assert words in headline_of(judged(budget=budget))
+
+
+def test_the_status_does_not_depend_on_an_earlier_one() -> None:
+    facts = judged(budget=Budget(latency_ratio=0.1))
+    assert status_of(facts) == facts.status
+    assert status_of(msgspec.structs.replace(facts, status=judged().status, headline="")) == facts.status
+
+
+# -- exit codes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder in which the runs below share one analysis."""
+    return inputs.command_line(tmp_path_factory.mktemp("codes")).folder
+
+
+@pytest.fixture
+def classify(inputs: Any, inside: Any, run_folder: Any) -> Any:
+    """The real command line on the classifier."""
+    inside.folder = run_folder
+    return lambda *options: inside.run(inputs.classifier, "--data", inputs.images, *options)
+
+
+def test_a_limit_that_is_not_kept_fails_where_that_is_asked_for(
+    classify: Any, inside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that measures every model at three times of float's latency, whatever its table says."""
+    options = ("--latency", "1.2x")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "paired_ratio", lambda *times: Estimate(value=3.0, low=2.9, high=3.1))
+        found = classify(*options, "--fail-on-miss")
+    assert found.code == 3 and "MISSED: latency over float 3.000x (95 % interval 2.900x to 3.100x)" in found.out
+    assert "Exit code 3" in found.err and "Traceback" not in found.err
+    assert {"mixed.onnx", "report.html", "summary.json"} <= inside.results()
+    assert inside.summary()["status"]["verdict"] == "missed"
+    shown = json.loads(classify("--size", "0.6x", "--fail-on-miss", "--json").succeeded().out)
+    assert shown["status"]["verdict"] == "met"
+
+
+def test_an_undecided_limit_fails_too(classify: Any, inside: Any) -> None:
+    found = classify("--target", "tensorrt", "--latency", "0.95x", "--fail-on-miss")
+    assert found.code == 3 and "undecided: latency over float" in found.out
+    assert inside.summary()["status"]["limits"][0]["reason"] == "estimated, not measured"
+
+
+def test_limits_out_of_reach_and_mistakes_have_other_codes(classify: Any) -> None:
+    assert "smallest size" in classify("--size", "1KB", "--fail-on-miss").refused(4)
+    assert "--eval" in classify("--max-drop", "AP50=0.1", "--fail-on-miss").refused(2)
+
+
+def test_help_names_the_exit_codes(inside: Any) -> None:
+    text = " ".join(inside("run", "--help").succeeded().out.split())
+    assert "--fail-on-miss" in text and "--confidence" in text
+    assert "Exit code 0: done; 2: the command must be corrected; 3: done, but with --fail-on-miss" in text
