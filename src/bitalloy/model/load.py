@@ -25,6 +25,7 @@ from bitalloy.model.dequantizer import GivenRoundings
 from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.selected import selected_values
 from bitalloy.model.shown import float_origins, told_origins
 from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, Standard, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
@@ -64,7 +65,7 @@ class Graph:
     quantization: GivenRoundings = field(default_factory=GivenRoundings)
     """What the file rounds, where it is quantized: then this is the float model behind it."""
     shown: tuple[str, ...] = ()
-    """Outputs, last in order, that the file does not have: what is compared where it gives integers alone, see
+    """Outputs, last in order, that the file does not have: what is compared in place of some of its own, see
     `model.shown`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
@@ -111,6 +112,11 @@ class Graph:
     def clone(self) -> ir.Model:
         """Make a deep copy that may be rewritten; the tensors' memory is shared."""
         return self.model.clone()
+
+    @cached_property
+    def selected(self) -> frozenset[str]:
+        """Names of the tensors behind a selection, see `model.selected`."""
+        return frozenset(str(v.name) for v in selected_values(self.model.graph))
 
     @cached_property
     def large(self) -> bool:
@@ -172,14 +178,15 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
 
 
 def _shown(graph: Graph) -> Graph:
-    """Let a model that gives integers alone give the floats behind them too."""
-    values = float_origins(graph.model)
-    if not values:
+    """Let a model give the floats behind outputs that cannot be compared, too."""
+    lost, names = float_origins(graph.model)
+    if not lost:
         return graph
-    names = tuple(str(v.name) for v in values)
-    note = told_origins(graph.source.name, graph.output_names, names)
-    graph.model.graph.outputs.extend(values)
-    return replace(graph, shown=names, changes=(*graph.changes, note))
+    counted = not graph.selected.isdisjoint(lost)
+    note = told_origins(graph.source.name, lost, names, counted=counted)
+    shown = tuple(name for name in names if name not in graph.output_names)
+    graph.model.graph.outputs.extend(graph.value[name] for name in shown)
+    return replace(graph, shown=shown, changes=(*graph.changes, note))
 
 
 def load_open(path: str | Path) -> ir.Model:
@@ -244,7 +251,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         parameters=sum(int(np.prod(static_shape(v))) for v in model.graph.initializers.values() if is_float(v)),
         inputs=inputs,
         outputs=tuple(
-            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=static_shape(v))
+            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=_known(v))
             for v in model.graph.outputs
         ),
     )
@@ -460,6 +467,11 @@ def _parsed(proto: onnx.ModelProto, source: Path) -> ir.Model:
         return ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir wraps whatever it stumbles over in its own error type
         raise ModelError(f"'{source}' cannot be read: {error}") from error
+
+
+def _known(value: ir.Value) -> tuple[int | str, ...]:
+    """Sizes of an output; those that the data decides are `?`."""
+    return tuple(d if isinstance(d, int) else "?" for d in value.shape or ())
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
