@@ -127,6 +127,35 @@ def last_state() -> bytes:
     )  # fmt: skip
 
 
+def mixed_tokens() -> bytes:
+    """Products with a constant on the left, over time, and with a matrix of its own for every channel."""
+    nodes = [
+        node("MatMul", ["wl", "a"], ["l"], name="over time"),
+        node("Relu", ["l"], ["m"]),
+        node("MatMul", ["m", "wr"], ["n"], name="of each"),
+        node("Transpose", ["n"], ["b"], name="back", perm=[1, 0, 2]),
+    ]
+    constants = {"wl": random(LENGTH, LENGTH), "wr": random(WIDTH, WIDTH, WIDTH)}
+    return model(
+        [
+            node("Conv", ["x", "w0", "b0"], ["c0"], name="before", pads=[1, 1]),
+            node("Relu", ["c0"], ["r0"], name="relu"),
+            node("Transpose", ["r0"], ["t0"], name="in", perm=[1, 2, 0]),
+            node("Mul", ["t0", "spread"], ["a"]),
+            *nodes,
+            node("Transpose", ["b"], ["t"], name="out", perm=[2, 1, 0]),
+            node("Conv", ["t", "w1"], ["c1"], name="behind", pads=[1, 1]),
+            node("Relu", ["c1"], ["r1"], name="relu behind"),
+            node("Conv", ["r1", "w2"], ["y"], name="last"),
+        ],
+        {
+            "w0": random(WIDTH, 4, 3), "b0": random(WIDTH), "spread": random(1, 1, WIDTH),
+            "w1": random(WIDTH, WIDTH, 3), "w2": random(5, WIDTH, 1), **constants,
+        },
+        (1, 4, LENGTH),
+    )  # fmt: skip
+
+
 def grid_sample(**attributes: Any) -> bytes:
     """Sampled where a Conv of the image itself says."""
     side = np.linspace(-0.9, 0.9, SIZE, dtype=np.float32)
@@ -211,6 +240,7 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "gru of torch": (lambda: recurrent("GRU", "bidirectional", linear_before_reset=1), "GRU"),
     "gru of paddle": (lambda: recurrent("GRU", "reverse", linear_before_reset=0), "GRU"),
     "rnn": (lambda: recurrent("RNN", activations=["Relu"]), "RNN"),
+    "constants of all kinds": (mixed_tokens, "MatMul"),
     "grid sample": (lambda: grid_sample(mode="bilinear", padding_mode="zeros", align_corners=1), "GridSample"),
     "grid sample, border": (lambda: grid_sample(mode="bilinear", padding_mode="border"), "GridSample"),
     "grid sample, nearest": (lambda: grid_sample(mode="nearest", padding_mode="reflection"), "GridSample"),

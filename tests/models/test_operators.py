@@ -53,6 +53,7 @@ def test_from_the_file_to_the_shipped_model(name: str, tmp_path: Path) -> None:
     )
     rounded = {u for u, scheme in planned.plan.chosen.items() if scheme == "int8"}
     products = {n.name for n in net.nodes if n.name in ("before", "behind") and n.op_type == "Conv"}
+    products |= {n.name for n in net.nodes if n.name in ("over time", "of each")}
     assert products <= {n for u in units.units if u.id in rounded for n in u.core}
     bitalloy.apply(analysis, planned).save(tmp_path / "mixed.onnx")
     shipped = (tmp_path / "mixed.onnx").read_bytes()

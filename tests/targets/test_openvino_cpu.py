@@ -38,6 +38,7 @@ KERNELS = {
     "case1-conv": {"/c/Conv": ("Convolution", "int8"), "/d/Conv": ("Convolution", "int8")},
     "case2-products": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("FullyConnected", "int8")},
     "case2-gemm": {"/g/Gemm": ("FullyConnected", "int8"), "/y/Gemm": ("FullyConnected", "int8")},
+    "case2-matrices": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
     "case3-concat": {"/a/Conv": ("Convolution", "int8"), "/k/Concat": ("Convolution", "int8")},
     "case4-concat-rows": {"/a/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("FullyConnected", "fp32")},
     "case5-followers": {"/c/Conv": ("Convolution", "int8"), "/y/Conv": ("Convolution", "int8")},
@@ -78,7 +79,8 @@ def test_activation_and_rounding_run_inside_the_kernel(rewrite, tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", ["case1-conv", "case2-products", "case3-concat", "case4-concat-rows", "case7-stored-products"]
+    "case",
+    ["case1-conv", "case2-products", "case2-matrices", "case3-concat", "case4-concat-rows", "case7-stored-products"],
 )
 def test_numbers_are_those_of_the_rewritten_graph(rewrite, case: str) -> None:
     """ONNX Runtime without fusion is the oracle: it executes every operator of the file by itself.

@@ -9,9 +9,10 @@ Case 1. Conv with constant weights, of any rank, grouped, depthwise, strided or 
         reads uint8 and int8 weights per output channel (ConvolutionTransformation). An activation behind it runs in the
         kernel: x * Sigmoid(x), Relu, Clip, LeakyRelu, Sigmoid, Tanh, HardSwish, Elu, Mish, Gelu. The rounding for the
         next kernel does too, where the result has one reader.
-Case 2. MatMul and Gemm with a constant matrix: one FullyConnected kernel, per column; a bias that is added behind a
-        MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are few rows, several such
-        products after each other may become a single Subgraph kernel, which the plugin calls float.
+Case 2. MatMul and Gemm with a constant matrix, MatMul with several too: one FullyConnected kernel, per column; a bias
+        that is added behind a MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are
+        few rows, several such products after each other may become a single Subgraph kernel, which the plugin calls
+        float.
 Case 3. A Concat over the channels (axis 1 before Conv, the last one before MatMul and Gemm) that a case 1 or 2 alone
         reads joins that unit: the rounding behind it is moved before it, so that it joins integers
         (MoveFakeQuantize, ConcatTransformation). There is one scale for all of its operands and one rounding.
@@ -19,8 +20,8 @@ Case 4. Conv, MatMul or Gemm behind a Concat over another axis stays in float: C
         every index of that axis, with which a Conv runs in float and a MatMul is refused by the compiler.
 Case 5. Other Concats, nodes that only move data, Add, Mul, pools and the like follow what surrounds them: they have no
         precision of their own, nothing is rounded for them. Elementwise ones fuse with the next rounding (Subgraph).
-Case 6. MatMul of two activations stays in float: MatMulTransformation wants its second operand in int8 with zero point
-        0, and the formats here are uint8.
+Case 6. MatMul of two activations stays in float, and so does one with a constant on the left: MatMulTransformation
+        wants its second operand in int8 with zero point 0, and the formats here are uint8.
 Case 7. A product with a constant matrix also runs with its weights compressed, in blocks of 8 or 4 bits (`w8`,
         `w4-16`, `w4`, `w4-64`, `w4-128`) or in 8 bits per column (`w8-channel`): a DequantizeLinear on the weight stays
         as it is (ConvertedWeights, decompression in FullyConnected). Blocks must divide the reduction: the importer
@@ -61,6 +62,7 @@ from bitalloy.targets.base import Core, Offer, Target, whole_kernel
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.patterns import (
     TABLES_IN_HALF,
+    Constants,
     has_vnni,
     match_gemm,
     match_matmul,
@@ -102,7 +104,7 @@ def _product(node: ir.Node) -> Core:
         case "Gemm":
             core = match_gemm(node, OPENVINO.name)
         case _:
-            core = match_matmul(node)
+            core = match_matmul(node, Constants.COLUMNS)
     if not core.unfit and not core.weights:
         return replace(core, unfit="both operands are activations")
     if not core.unfit and not _channels_joined(node):
