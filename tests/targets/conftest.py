@@ -89,6 +89,10 @@ CASES: dict[str, dict[str, str]] = {
             m = MatMul(x, w1)  t = Transpose<perm=[0,2,1]>(x)  y = MatMul(m, t) }""",
         "case7-stored-products": """(float[4,64] x, float[64,32] w1, float[16,32] w2, float[16] w3, float[16,8] w4)
             => (float[4,8] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  r = Relu(g)  y = MatMul(r, w4) }""",
+        "case8-transposed": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8,8,3,3] w2, float[8] w3, float[8,4,2,2] w4)
+            => (float[1,8,32,32] y) { c = Conv(x, w1)  r = Relu(c)  p = MaxPool<kernel_shape=[2,2]>(r)
+            t = ConvTranspose<strides=[2,2]>(p, w2, w3)  s = Sigmoid(t)
+            y = ConvTranspose<strides=[2,2], group=2>(s, w4) }""",
         "case8-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
         "case9-run-time-ranges": """(float[4,64] x, float[64,32] w1) => (float[4,32] y) { m = MatMul(x, w1)

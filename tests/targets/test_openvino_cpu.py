@@ -45,6 +45,7 @@ KERNELS = {
     "case6-activations": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
     "case7-stored-products": {"/m/MatMul": ("FullyConnected", "u4"), "/g/Gemm": ("FullyConnected", "int8")},
     "case11-tables": {"/a/Gather": ("Gather", "fp32"), "/b/Gather": ("Gather", "int8")},
+    "case8-transposed": {"/t/ConvTranspose": ("Deconvolution", "int8"), "/y/ConvTranspose": ("Deconvolution", "fp32")},
     "case8-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
 }
 """case -> unit -> (kernel that does its work, what it reads)."""
@@ -80,7 +81,15 @@ def test_activation_and_rounding_run_inside_the_kernel(rewrite, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     "case",
-    ["case1-conv", "case2-products", "case2-matrices", "case3-concat", "case4-concat-rows", "case7-stored-products"],
+    [
+        "case1-conv",
+        "case2-products",
+        "case2-matrices",
+        "case3-concat",
+        "case4-concat-rows",
+        "case7-stored-products",
+        "case8-transposed",
+    ],
 )
 def test_numbers_are_those_of_the_rewritten_graph(rewrite, case: str) -> None:
     """ONNX Runtime without fusion is the oracle: it executes every operator of the file by itself.

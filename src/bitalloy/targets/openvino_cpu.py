@@ -28,7 +28,10 @@ Case 7. A product with a constant matrix also runs with its weights compressed, 
         refuses others. What it reads is not rounded on CPUs without VNNI; with VNNI the plugin rounds it to INT8 in
         groups of 32 (DYNAMIC_QUANTIZATION_GROUP_SIZE) unless that is switched off, as it is here, so that the numbers
         are the same everywhere.
-Case 8. ConvTranspose and everything else stay in float.
+Case 8. ConvTranspose without groups: one Deconvolution kernel that reads uint8 with zero point 0, so what it reads must
+        never be negative, as behind a Relu, and int8 weights per output channel
+        (ConvolutionBackpropDataTransformation). In groups it is computed in float, whatever it reads. Everything else
+        stays in float as well.
 Case 9. Ranges taken at run time are not offered. DynamicQuantizeLinear and MatMulInteger are imported as elementwise
         nodes and a product of the integers converted to float: the execution graph has Convert, Reduce and a
         FullyConnected in f32, and no integer kernel. On a CPU with AVX2 and without VNNI, three products of 2048 x 5632
@@ -56,7 +59,7 @@ from bitalloy import ops
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.read import attribute, constant, consumers, moved_from, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
 from bitalloy.targets.ort_cpu import ORT_CPU
@@ -81,11 +84,14 @@ OPENVINO_FUSED_ACTIVATIONS = frozenset({
     "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Tanh",
 })  # fmt: skip
 NO_KERNEL = "OpenVINO has no integer kernel for it here"
+NEVER_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
     if node.op_type in INTEGER_PRODUCTS:
         return _fused(_product(node))
+    if node.op_type == "ConvTranspose":
+        return _transposed(node)
     if (table := match_table(node)) is not None:
         return table
     if node.op_type == "Concat":
@@ -110,6 +116,19 @@ def _product(node: ir.Node) -> Core:
     if not core.unfit and not _channels_joined(node):
         return replace(core, unfit="reads a Concat over another axis than the channels")
     return core
+
+
+def _transposed(node: ir.Node) -> Core:
+    """Match a ConvTranspose alone, in float where its kernel does not take what it reads: case 8."""
+    if attribute(node, "group", 1) != 1:
+        return Core(node.op_type, (node,), unfit="OpenVINO has no integer kernel for a ConvTranspose in groups")
+    value = node.inputs[0]
+    assert value is not None
+    producer = [value, *moved_from(value, ops.MOVERS)][-1].producer()
+    if producer is None or producer.op_type not in NEVER_NEGATIVE:
+        reason = "OpenVINO's integer ConvTranspose wants a zero point of 0, and what it reads may be negative"
+        return Core(node.op_type, (node,), unfit=reason)
+    return match_weighted(node, axis=1)
 
 
 def _channels_joined(node: ir.Node) -> bool:
