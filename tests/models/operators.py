@@ -21,7 +21,7 @@ def random(*shape: int, seed: int = 0, scale: float = 0.3) -> np.ndarray:
     return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
 
-def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequence[int]) -> bytes:
+def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequence[int], opset: int = 17) -> bytes:
     """The input x and the output y."""
     graph = helper.make_graph(
         list(nodes),
@@ -30,7 +30,7 @@ def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequ
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     return bytes(made.SerializeToString())
 
 
@@ -59,7 +59,7 @@ def over_time(parts: Parts, channels: int) -> bytes:
     )  # fmt: skip
 
 
-def on_images(parts: Parts) -> bytes:
+def on_images(parts: Parts, opset: int = 17) -> bytes:
     """Conv, Relu, something that keeps the shape of an image, Conv."""
     nodes, constants = parts
     return model(
@@ -79,6 +79,7 @@ def on_images(parts: Parts) -> bytes:
             **constants,
         },
         (1, 3, SIZE, SIZE),
+        opset,
     )  # fmt: skip
 
 
@@ -174,6 +175,21 @@ def grid_sample(**attributes: Any) -> bytes:
     )
 
 
+def deform_conv() -> bytes:
+    """A convolution at places that another one moves, with a mask."""
+    nodes = [
+        node("Conv", ["a", "wo"], ["o"], name="offsets"),
+        node("Conv", ["a", "wm"], ["m0"], name="weights"),
+        node("Sigmoid", ["m0"], ["m"], name="mask"),
+        node("DeformConv", ["a", "wd", "o", "bd", "m"], ["b"], name="deformed", pads=[1] * 4, offset_group=2),
+    ]
+    constants = {
+        "wo": random(36, WIDTH, 1, 1, scale=0.05), "wm": random(18, WIDTH, 1, 1), "bd": random(WIDTH),
+        "wd": random(WIDTH, WIDTH, 3, 3),
+    }  # fmt: skip
+    return on_images((nodes, constants), opset=19)
+
+
 def branch(op: str) -> onnx.GraphProto:
     return helper.make_graph(
         [node(op, ["a"], [f"{op}_y"])], op, [], [helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, None)]
@@ -244,6 +260,7 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "grid sample": (lambda: grid_sample(mode="bilinear", padding_mode="zeros", align_corners=1), "GridSample"),
     "grid sample, border": (lambda: grid_sample(mode="bilinear", padding_mode="border"), "GridSample"),
     "grid sample, nearest": (lambda: grid_sample(mode="nearest", padding_mode="reflection"), "GridSample"),
+    "deform conv": (deform_conv, "DeformConv"),
     "condition": (constant_condition, "Sigmoid"),
     "condition of shapes": (condition_of_shapes, "Tanh"),
     "sequence": (sequence, "Concat"),
