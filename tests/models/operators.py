@@ -109,6 +109,26 @@ def recurrent(op: str, direction: str = "forward", lengths: Sequence[int] | None
     )
 
 
+def batch_first(op: str, direction: str = "forward") -> bytes:
+    """The model of `recurrent`, written with `layout=1`."""
+    made = onnx.load_from_string(recurrent(op, direction))
+    nodes = []
+    for given in made.graph.node:
+        if given.name == "layer":
+            given.input[0] = "turned"
+            given.attribute.append(helper.make_attribute("layout", 1))
+            nodes.append(node("Transpose", ["a"], ["turned"], name="turn", perm=[1, 0, 2]))
+        if given.name == "side by side":
+            continue
+        if given.name == "join":
+            given.input[0] = "l"
+        nodes.append(given)
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return bytes(made.SerializeToString())
+
+
 def last_state() -> bytes:
     """An LSTM of which only the last state is read, between a Conv and a MatMul."""
     return model(
@@ -255,6 +275,8 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "lstm, last state": (last_state, "LSTM"),
     "gru of torch": (lambda: recurrent("GRU", "bidirectional", linear_before_reset=1), "GRU"),
     "gru of paddle": (lambda: recurrent("GRU", "reverse", linear_before_reset=0), "GRU"),
+    "lstm, batch first": (lambda: batch_first("LSTM", "bidirectional"), "LSTM"),
+    "gru, batch first": (lambda: batch_first("GRU"), "GRU"),
     "rnn": (lambda: recurrent("RNN", activations=["Relu"]), "RNN"),
     "constants of all kinds": (mixed_tokens, "MatMul"),
     "grid sample": (lambda: grid_sample(mode="bilinear", padding_mode="zeros", align_corners=1), "GridSample"),
@@ -267,3 +289,9 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "loop": (loop, "MatMul"),
 }
 """Name -> how to make the model, and an operator that the shipped model has between its products."""
+
+SAME: Mapping[str, Callable[[], bytes]] = {
+    "lstm, batch first": lambda: recurrent("LSTM", "bidirectional"),
+    "gru, batch first": lambda: recurrent("GRU"),
+}
+"""Name of a model that ONNX Runtime does not execute -> how to make one of the same numbers that it does."""

@@ -220,12 +220,13 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         _refuse_types(given)
         bind(given, shapes)  # what is chosen may follow from shapes
     standard = _standard(given, source, size)
-    proto, changes = standard.proto, standard.changes
+    proto, changes, runs = standard.proto, standard.changes, True
     _refuse(proto, source)
     bind(proto, shapes)
     if changes:
         bind(given, shapes)
-        changes = (*changes, agrees(given, standard, source.name))
+        told, runs = agrees(given, standard, source.name)
+        changes = (*changes, told)
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
     _check(proto, source)
@@ -235,7 +236,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in fed_inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    unfit = "it is quantized" if standard.given else _unfit(given, source)
+    unfit = "it is quantized" if standard.given else _unfit(given, source, runs=runs)
     roundings = standard.given
     del given, proto, standard
     model = normalize(parsed)
@@ -283,8 +284,10 @@ def _refuse_negative(model: ir.Model) -> None:
                 )
 
 
-def _unfit(proto: onnx.ModelProto, source: Path) -> str:
+def _unfit(proto: onnx.ModelProto, source: Path, *, runs: bool) -> str:
     """Say what keeps ONNX Runtime from taking a valid file as it is, or from running it as fast as it could."""
+    if not runs:
+        return "ONNX Runtime does not execute it"
     names = [n.name for n in proto.graph.node if n.name]
     if len(set(names)) < len(names):
         return "two of its nodes have one name, which ONNX Runtime refuses"
