@@ -271,6 +271,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
 
     from rich.table import Table
 
+    from bitalloy.core.records import SensitivityTable
     from bitalloy.pipeline import sensitivity as stage
     from bitalloy.pipeline.prepare import SAMPLE_NOTE
     from bitalloy.report import text
@@ -290,15 +291,16 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
 
         sys.stdout.write(to_json(table, pretty=True).decode() + "\n")
         return
-    columns, lines = text.readable(table)
-    shown = Table()
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for line in lines[:SHOWN_LINES]:
-        shown.add_row(*line)
-    out_console.print(shown)
-    if len(lines) > SHOWN_LINES:
-        out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
+    given = table.given if isinstance(table, SensitivityTable) else ()
+    for columns, lines in (text.readable(table), *([text.file_roundings(given)] if given else [])):
+        shown = Table()
+        for column in columns:
+            shown.add_column(column, overflow="fold")
+        for line in lines[:SHOWN_LINES]:
+            shown.add_row(*line)
+        out_console.print(shown)
+        if len(lines) > SHOWN_LINES:
+            out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
     if model.data is None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 

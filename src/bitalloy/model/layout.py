@@ -13,9 +13,9 @@ from onnx import helper
 
 from bitalloy import ops
 
-SEQUENCE, FIRST_HIDDEN, FIRST_CELL = 0, 5, 6
+_SEQUENCE, _FIRST_HIDDEN, _FIRST_CELL = 0, 5, 6
 """Inputs that have a batch; the last one of an LSTM alone."""
-STATES = 0
+_STATES = 0
 """Output with the states at all times; the others are last states."""
 
 
@@ -53,7 +53,7 @@ def _turned(node: onnx.NodeProto, taken: Collection[str]) -> Iterator[onnx.NodeP
             name += "'"
         return name
 
-    for slot in (SEQUENCE, FIRST_HIDDEN, FIRST_CELL):
+    for slot in (_SEQUENCE, _FIRST_HIDDEN, _FIRST_CELL):
         if slot < len(node.input) and node.input[slot]:
             turned.input[slot] = fresh(f"{label}/{node.input[slot]}/time_first")
             yield helper.make_node(
@@ -63,7 +63,7 @@ def _turned(node: onnx.NodeProto, taken: Collection[str]) -> Iterator[onnx.NodeP
     for slot, name in enumerate(node.output):
         if name:
             turned.output[slot] = fresh(f"{name}/time_first")
-            perm = [2, 0, 1, 3] if slot == STATES else [1, 0, 2]
+            perm = [2, 0, 1, 3] if slot == _STATES else [1, 0, 2]
             back.append(
                 helper.make_node("Transpose", [turned.output[slot]], [name], f"{label}/batch_first_{slot}", perm=perm)
             )
