@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,14 +34,27 @@ def check_feeds(feeds: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> Fee
             raise DataError(
                 f"'{name}' of {where} is {array.dtype}, expected {dtype}. Store it with .astype('{dtype}')."
             )
-        fits = [have == want for have, want in zip(array.shape, spec.shape, strict=False) if isinstance(want, int)]
-        if array.ndim != len(spec.shape) or not all(fits):
-            raise DataError(f"'{name}' of {where} has shape {list(array.shape)}, expected {describe_spec(spec)}.")
+        check_shape(array.shape, spec, where)
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise DataError(
                 f"'{name}' of {where} holds NaN in {int(np.isnan(array).sum())} places. Repair or remove it."
             )
     return feeds
+
+
+def check_shape(shape: tuple[int, ...], spec: TensorSpec, where: str) -> None:
+    """Refuse an array that does not have the shape of an input.
+
+    Raises:
+        DataError: the message contains `where`.
+    """
+    fits = [have == want for have, want in zip(shape, spec.shape, strict=False) if isinstance(want, int)]
+    if len(shape) != len(spec.shape) or not all(fits):
+        raise DataError(
+            f"'{spec.name}' of {where} has shape {list(shape)}, expected {describe_spec(spec)}. Store all samples in "
+            "one shape; where the model leaves sizes open, that of the first sample or of --shape counts, and further "
+            "--shape are tried as well."
+        )
 
 
 def unstack(arrays: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> list[Feeds]:
@@ -74,6 +88,31 @@ def _pieces(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
         return []
     batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
     return [] if len(array) % batch else [array[i : i + batch] for i in range(0, len(array), batch)]
+
+
+def stored_shapes(path: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays of a .npz or .npy file, from their headers alone.
+
+    Raises:
+        DataError: as `read_arrays`.
+    """
+    try:
+        if path.suffix.lower() != ".npz":
+            return {names[0]: np.load(path, mmap_mode="r", allow_pickle=False).shape} if len(names) == 1 else {}
+        found = {}
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = np.lib.format
+                    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+                    shape, _, kind = read(file)
+                    if kind.hasobject:
+                        raise TypeError("it holds Python objects")
+                    found[member.removesuffix(".npy")] = shape
+    except Exception:  # zip, zlib and header errors of many types, which it tells
+        return {name: array.shape for name, array in read_arrays(path, names).items()}
+    return found
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> Feeds:
