@@ -12,7 +12,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
-from bitalloy.data.arrays import stored_shapes
+from bitalloy.data.arrays import stored_headers
 from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose_samples, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, letterbox, open_image
 
@@ -537,4 +537,4 @@ def test_headers_of_all_versions_are_read(tmp_path: Path) -> None:
     for version in ((1, 0), (2, 0), (3, 0)):
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("x.npy", "w") as file:
             np.lib.format.write_array(file, np.zeros((2, 7), np.float32), version=version)
-        assert stored_shapes(tmp_path / "a.npz", ["x"]) == {"x": (2, 7)}
+        assert stored_headers(tmp_path / "a.npz", ["x"]) == {"x": ((2, 7), np.dtype(np.float32))}

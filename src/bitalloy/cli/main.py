@@ -103,9 +103,7 @@ def run_command(asked: RunArguments) -> None:
     asked.opening.check()
     _refuse_broken(asked.model.model)
 
-    from bitalloy.measure.sizes import float_bytes
     from bitalloy.pipeline.prepare import prepare
-    from bitalloy.pipeline.run import deliver
 
     model, limit = asked.model, asked.analysis.limit
     with Bars() as bars:
@@ -113,6 +111,10 @@ def run_command(asked: RunArguments) -> None:
         prepared = prepare(
             model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
+        # what cannot be taken is refused before the rest is imported, which takes seconds
+        from bitalloy.measure.sizes import float_bytes
+        from bitalloy.pipeline.run import deliver
+
         verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")

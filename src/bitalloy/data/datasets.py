@@ -16,7 +16,7 @@ from bitalloy.core.files import is_text
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.core.store import key_of
-from bitalloy.data.arrays import Feeds, check_feeds, check_shape, read_arrays, stored_shapes, unstack
+from bitalloy.data.arrays import Feeds, check_feeds, check_headers, read_arrays, stored_headers, unstack
 from bitalloy.data.images import ImageSpec, file_hash, image_feed, no_image_input, open_image
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -254,7 +254,7 @@ class FeedFolder(_Files):
     """A folder of .npz files, one per sample, with the input names as keys; .npy for models with one input.
 
     Raises:
-        DataError: the folder has no such files, or the arrays of one do not have the shapes of the inputs.
+        DataError: the folder has no such files, or the arrays of one are not those of the inputs.
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
@@ -262,9 +262,7 @@ class FeedFolder(_Files):
         if not self._files:
             raise DataError(f"No arrays in '{path}'; expected {_kinds(_ARRAYS)}, also in subfolders.")
         for file in self._files:
-            shapes = stored_shapes(file, [i.name for i in inputs])
-            for spec in (i for i in inputs if i.name in shapes):
-                check_shape(shapes[spec.name], spec, f"'{file}'")
+            check_headers(stored_headers(file, [i.name for i in inputs]), inputs, f"'{file}'")
 
     def feeds(self, index: int) -> Feeds:
         file = self._files[index]
