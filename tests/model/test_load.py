@@ -585,6 +585,12 @@ def test_a_selection_from_inputs_alone_is_refused(save: Save) -> None:
         graph.load_graph(save(build(nodes, {"x": [1, 3]}, ranks=2)))
 
 
+def test_text_is_refused(save: Save) -> None:
+    nodes = [node("StringNormalizer", ["x"], ["z"]), node("Cast", ["z"], ["y"], to=TensorProto.FLOAT)]
+    with pytest.raises(ModelError, match=r"input 'x' is text.*expected numbers"):
+        graph.load_graph(save(build(nodes, {"x": [4]}, kind=TensorProto.STRING)))
+
+
 def test_outputs_beside_a_selection_stay_heads(save: Save) -> None:
     """The selected rows are told by the scores; the rows that are an output themselves need no second place."""
     nodes = [

@@ -436,6 +436,12 @@ def _refuse_types(proto: onnx.ModelProto) -> None:
         kind = value.type.tensor_type.elem_type
         if kind not in onnx.TensorProto.DataType.values():
             raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
+    for value in fed_inputs(proto):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            raise ModelError(
+                f"The input '{value.name}' is text, which nothing here reads; expected numbers. Export the model "
+                "without what takes text apart, so that its inputs are numbers, such as those of tokens."
+            )
 
 
 def _check(proto: onnx.ModelProto, source: Path) -> None:
