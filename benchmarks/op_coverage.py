@@ -2,8 +2,10 @@
 
 A test counts where it has a float32 input and a float32 output. Its float32 inputs are varied one at a time, the other
 inputs are constants. The gradient at every float32 output is compared with central differences in float64 through
-`onnx.reference`, or in float32 through ONNX Runtime where the reference cannot run or does not give the test's own
-outputs. Inputs are first moved by a percent or so, off the corners of functions such as Relu.
+`onnx.reference`, or in float32 through ONNX Runtime where the reference cannot run, or does not give the test's own
+outputs or those of ONNX Runtime where the gradient is taken: its LpNormalization sums x for |x|, which the
+specification asks for, and differs where an input is moved below 0. Inputs are first moved by a percent or so, off the
+corners of functions such as Relu; of ONNX Runtime a smaller step is tried as well, which stays on one side of them.
 
 `passed`: at least one input has a gradient that is right, and none has one that is wrong; inputs that are refused by
 name, such as computed weights of a convolution, are counted in `inputs_refused`. `refused`: every input, by name.
@@ -132,7 +134,7 @@ def oracles(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    ways.append((1e-2, lambda x: session.run(list(outputs), {varied: x.astype(np.float32)})))
+    ways += [(s, lambda x: session.run(list(outputs), {varied: x.astype(np.float32)})) for s in (1e-2, 1e-3)]
     found = [w for w in ways if usable(w[1], x, expected)]
     if ways[-1] not in found:
         raise ModelError("The runtime does not reproduce the outputs of the test under a supported opset.")
@@ -209,8 +211,11 @@ def compare(model: onnx.ModelProto, folder: Path, feeds: Feeds, varied: str, exp
         build(net, {o: o for o in heads}, [tap], RULES)
     cotangents = {o: rng.standard_normal((PROBES, *expected[o].shape)).astype(np.float32) for o in heads}
     gaps = []
-    for step, run in oracles(fixed, varied, heads, original, [expected[o] for o in heads]):
+    ways = oracles(fixed, varied, heads, original, [expected[o] for o in heads])
+    for step, run in ways:
         x = moved(run, original, error, rng)
+        if not usable(run, x, ways[-1][1](x)):
+            continue
         found = gradient(net, {varied: x}, tap, cotangents)
         sides = [run(x + s * error) for s in (step, -step, 2 * step, -2 * step)]
         gap = 0.0

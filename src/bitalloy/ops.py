@@ -60,6 +60,10 @@ class Operator:
     """Whether all of its outputs are parts of its first input, and none is secondary."""
     recurrent: bool = False
     """Whether it hands states on along the first axis of its first input, and gives these states in all outputs."""
+    counts: bool = False
+    """Whether numbers of its inputs decide how many results it has."""
+    sized_by: tuple[int, ...] = ()
+    """Inputs whose numbers say the size of its result."""
     carries_nan: bool = False
     """Whether NaN anywhere in an input reaches its result. Of Conv that depends on its attributes."""
     takes_infinity: bool = False
@@ -147,21 +151,27 @@ OPERATORS: Mapping[str, Operator] = {
         # moving data
         Operator("Concat", lowerable=True, carries_nan=True),
         Operator("DepthToSpace", lowerable=True, moves=True),
-        Operator("Expand", lowerable=True, moves=True),
+        Operator("Expand", lowerable=True, moves=True, sized_by=(1,)),
         Operator("Flatten", lowerable=True, moves=True, reshapes=True),
         Operator("Gather", lowerable=True, moves=True),
         Operator("GatherElements", lowerable=True),
         Operator("GatherND", lowerable=True),
-        Operator("Pad", lowerable=True, takes_infinity=True),
-        Operator("Reshape", lowerable=True, moves=True, reshapes=True),
-        Operator("Resize", lowerable=True, full_slots=(1, 2)),
-        Operator("Slice", lowerable=True, moves=True),
+        Operator("Pad", lowerable=True, takes_infinity=True, sized_by=(1,)),
+        Operator("Reshape", lowerable=True, moves=True, reshapes=True, sized_by=(1,)),
+        Operator("Resize", lowerable=True, full_slots=(1, 2), sized_by=(2, 3)),
+        Operator("Slice", lowerable=True, moves=True, sized_by=(1, 2)),
         Operator("SpaceToDepth", lowerable=True, moves=True),
         Operator("Split", lowerable=True, moves=True, several_outputs=True),
         Operator("Squeeze", lowerable=True, moves=True, reshapes=True),
-        Operator("Tile", lowerable=True, moves=True),
+        Operator("Tile", lowerable=True, moves=True, sized_by=(1,)),
         Operator("Transpose", lowerable=True, moves=True, reshapes=True),
         Operator("Unsqueeze", lowerable=True, moves=True, reshapes=True),
+        # selecting
+        Operator("Compress", counts=True),
+        Operator("Unique", counts=True),
+        Operator("TopK", sized_by=(1,)),
+        Operator("Range", sized_by=(0, 1, 2)),
+        Operator("OneHot", sized_by=(1,)),
         # over time
         Operator("GRU", recurrent=True),
         Operator("LSTM", recurrent=True),
@@ -173,12 +183,12 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("ArgMax", stepwise=True),
         Operator("ArgMin", stepwise=True),
         Operator("Ceil", stepwise=True),
-        Operator("ConstantOfShape", stepwise=True),
+        Operator("ConstantOfShape", stepwise=True, sized_by=(0,)),
         Operator("EyeLike", stepwise=True),
         Operator("Floor", stepwise=True),
         Operator("Hardmax", stepwise=True),
-        Operator("NonMaxSuppression", stepwise=True),
-        Operator("NonZero", stepwise=True),
+        Operator("NonMaxSuppression", stepwise=True, counts=True),
+        Operator("NonZero", stepwise=True, counts=True),
         Operator("Round", stepwise=True),
         Operator("Shape", stepwise=True, reads_shape=True),
         Operator("Sign", stepwise=True),
@@ -257,6 +267,8 @@ BOOLEAN = where(lambda o: o.boolean)
 SHAPE_READERS = where(lambda o: o.reads_shape)
 SEVERAL_OUTPUTS = where(lambda o: o.several_outputs)
 RECURRENT = where(lambda o: o.recurrent)
+COUNTING = where(lambda o: o.counts)
+"""Operators whose number of results depends on the numbers that they read."""
 CARRIES_NAN = where(lambda o: o.carries_nan)
 TAKES_INFINITY = where(lambda o: o.takes_infinity)
 ENDS_INFINITY = where(lambda o: o.ends_infinity)
@@ -277,6 +289,11 @@ def domain_of(name: str) -> str:
 def full_slots(name: str) -> tuple[int, ...]:
     """Inputs of an operator that stay float32 where its other ones are FP16."""
     return OPERATORS[name].full_slots if name in OPERATORS else ()
+
+
+def sized_by(name: str) -> tuple[int, ...]:
+    """Inputs of an operator whose numbers say the size of its result."""
+    return OPERATORS[name].sized_by if name in OPERATORS else ()
 
 
 def channel_axis(name: str, rank: int) -> int:

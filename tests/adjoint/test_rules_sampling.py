@@ -87,3 +87,34 @@ def test_what_roi_align_chooses_at_run_time_is_refused(rig: Any) -> None:
     for attributes in ({"mode": "max", "sampling_ratio": 2}, {}):
         with pytest.raises(UnsupportedOpError, match=r"largest sample|computed regions"):
             rig.check("RoiAlign", normal(2, 2, 7, 9), REGIONS, np.array([0, 1, 1, 0]), live=[1], **attributes)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "apart", "attributes"),
+    [
+        (1, 1, {"pads": [1, 1, 1, 1]}),
+        (2, 2, {"pads": [1, 0, 2, 1], "strides": [2, 1], "dilations": [1, 2]}),
+        (4, 1, {}),
+    ],
+    ids=["plain", "strided", "depthwise"],
+)
+def test_deform_conv(rig: Any, groups: int, apart: int, attributes: dict[str, Any], *, masked: bool) -> None:
+    """The places are some way off the centres of pixels, where interpolation has corners."""
+    usual = {"pads": [0] * 4, "strides": [1] * 2, "dilations": [1] * 2}
+    pads, strides, dilations = ({**usual, **attributes}[k] for k in usual)
+    out = [(s + pads[i] + pads[i + 2] - dilations[i] * 2 - 1) // strides[i] + 1 for i, s in enumerate((6, 7))]
+    rng = np.random.default_rng(4)
+    moves = rng.integers(-2, 2, (2, apart * 18, *out)) + rng.choice([0.2, 0.35, 0.65, 0.8], (2, apart * 18, *out))
+    mask = rng.uniform(0.1, 1.0, (2, apart * 9, *out)).astype(np.float32) if masked else None
+    inputs = normal(2, 4, 6, 7), normal(8, 4 // groups, 3, 3), moves.astype(np.float32), normal(8), mask
+    rig.check(
+        "DeformConv", *inputs[: 5 if masked else 4], wanted=[0, 2, 4] if masked else [0, 2], opset=19,
+        group=groups, offset_group=apart, tolerance=2e-3, **attributes,
+    )  # fmt: skip
+
+
+def test_computed_weights_of_deform_conv_are_refused(rig: Any) -> None:
+    inputs = normal(1, 2, 5, 5), normal(2, 2, 3, 3), normal(1, 18, 3, 3)
+    with pytest.raises(UnsupportedOpError, match="weights or its bias at run time"):
+        rig.check("DeformConv", *inputs, wanted=[1], opset=19)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 import bitalloy
@@ -92,3 +94,22 @@ def test_functions_keep_their_names_beside_packages(name: str, first: str) -> No
     code, out, err, _ = started("\n".join(["import sys, bitalloy", *steps, f"from bitalloy import {name}", told]))
     assert code == 0, err
     assert out.split()[0].startswith("bitalloy.pipeline.") and out.split()[1] == f"bitalloy.{name}"
+
+
+@pytest.mark.parametrize(
+    ("domain", "key", "told"), [("my.ops", "x", "Operator domain 'my.ops'"), ("", "z", "expected the model's inputs")]
+)
+def test_what_cannot_be_taken_is_refused_before_measurement_is_imported(
+    domain: str, key: str, told: str, tmp_path: Path
+) -> None:
+    shape = [1, 4]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"], domain=domain)], "g", [x], [y])
+    imports = [onnx.helper.make_opsetid("", 17), *([onnx.helper.make_opsetid(domain, 1)] if domain else [])]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "model.onnx")
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", **{key: np.zeros(shape, np.float32)})  # type: ignore[arg-type]
+    words = str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")
+    code, _, err, packages = command("run", *words)
+    assert code == 2 and told in " ".join(err.split())
+    assert not packages & {"scipy", "jinja2"}

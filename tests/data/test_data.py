@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
+from bitalloy.data.arrays import stored_headers
 from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose_samples, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, letterbox, open_image
 
@@ -455,9 +457,8 @@ def test_stacks_of_different_length(tmp_path: Path) -> None:
 )
 def test_feeds_that_do_not_fit(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "s.npz", **arrays)  # type: ignore[arg-type]
-    data = open_dataset(tmp_path, (RGB,), image=None, limit=None, seed=0)
     with pytest.raises(DataError, match=message) as raised:
-        data.feeds(0)
+        open_dataset(tmp_path, (RGB,), image=None, limit=None, seed=0).feeds(0)
     assert "s.npz" in str(raised.value)
 
 
@@ -517,3 +518,23 @@ def coco_calibration() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_a_folder_of_several_shapes_is_refused_when_it_is_opened(tmp_path: Path, suffix: str) -> None:
+    """From the headers alone; where the model leaves the size open, the folder is fine as long as none is bound."""
+    for name, side in (("a", 4), ("b", 5)):
+        array = np.zeros((1, 3, 4, side), np.float32)
+        np.savez(tmp_path / name, x=array) if suffix == ".npz" else np.save(tmp_path / name, array)
+    fixed = TensorSpec(name="x", dtype="FLOAT", shape=(1, 3, 4, 4))
+    with pytest.raises(DataError, match=rf"'x' of '.*b\{suffix}' has shape \[1, 3, 4, 5\], expected .*in one shape"):
+        FeedFolder(tmp_path, (fixed,))
+    opened = TensorSpec(name="x", dtype="FLOAT", shape=(1, 3, 4, "w"))
+    assert [FeedFolder(tmp_path, (opened,)).feeds(i)["x"].shape[-1] for i in range(2)] == [4, 5]
+
+
+def test_headers_of_all_versions_are_read(tmp_path: Path) -> None:
+    for version in ((1, 0), (2, 0), (3, 0)):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("x.npy", "w") as file:
+            np.lib.format.write_array(file, np.zeros((2, 7), np.float32), version=version)
+        assert stored_headers(tmp_path / "a.npz", ["x"]) == {"x": ((2, 7), np.dtype(np.float32))}

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model import load as graph
+from bitalloy.model.heads import find_heads
 from bitalloy.model.load import Graph
 from bitalloy.model.read import constant, static_shape
 
@@ -565,13 +566,45 @@ def test_long_chains_of_shapes_are_folded(save: Save) -> None:
 
 
 def test_shapes_that_only_the_runtime_knows(save: Save) -> None:
-    """A Reshape to a size that depends on data that is constant in practice but not by inference."""
+    """A window of two columns at a computed place."""
     nodes = [
-        node("NonZero", ["x"], ["where"]),
-        node("Cast", ["where"], ["y"], to=TensorProto.FLOAT),
+        node("ReduceMax", ["x"], ["top"], axes=[0, 1], keepdims=0),
+        node("Cast", ["top"], ["place"], to=TensorProto.INT64),
+        node("Reshape", ["place", "one"], ["start"]),
+        node("Add", ["start", "two"], ["end"]),
+        node("Slice", ["x", "start", "end", "one"], ["y"]),
     ]
-    path = save(build(nodes, {"x": [1, 3]}, ranks=2))
-    assert graph.load_graph(path).info.outputs[0].shape == (2, 0)  # found on zeros
+    constants = {"one": np.array([1]), "two": np.array([2])}
+    path = save(build(nodes, {"x": [1, 3]}, constants=constants, ranks=2))
+    assert graph.load_graph(path).info.outputs[0].shape == (1, 2)  # found on zeros
+
+
+def test_a_selection_from_inputs_alone_is_refused(save: Save) -> None:
+    nodes = [node("NonZero", ["x"], ["where"]), node("Cast", ["where"], ["y"], to=TensorProto.FLOAT)]
+    with pytest.raises(ModelError, match=r"how many rows 'y' has.*ahead of the selection"):
+        graph.load_graph(save(build(nodes, {"x": [1, 3]}, ranks=2)))
+
+
+def test_text_is_refused(save: Save) -> None:
+    nodes = [node("StringNormalizer", ["x"], ["z"]), node("Cast", ["z"], ["y"], to=TensorProto.FLOAT)]
+    with pytest.raises(ModelError, match=r"input 'x' is text.*expected numbers"):
+        graph.load_graph(save(build(nodes, {"x": [4]}, kind=TensorProto.STRING)))
+
+
+def test_outputs_beside_a_selection_stay_heads(save: Save) -> None:
+    """The selected rows are told by the scores; the rows that are an output themselves need no second place."""
+    nodes = [
+        node("Relu", ["x"], ["rows"]),
+        node("ReduceMax", ["rows"], ["scores"], axes=[1], keepdims=0),
+        node("Greater", ["scores", "least"], ["mask"]),
+        node("Compress", ["rows", "mask"], ["chosen"], axis=0),
+        node("Pad", ["chosen", "pads"], ["y"]),
+    ]
+    constants = {"least": np.array(0.5, np.float32), "pads": np.array([0, 0, 1, 0])}
+    net = graph.load_graph(save(build(nodes, {"x": [6, 3]}, ("rows", "y"), constants, ranks=2)))
+    assert net.output_names == ("rows", "y", "scores") and net.shown == ("scores",)
+    assert [h.output for h in find_heads(net)] == ["rows", "scores"]
+    assert "('y')" in net.changes[-1] and "'rows', 'scores'" in net.changes[-1]
 
 
 def norm_model(*, extra: Sequence[onnx.NodeProto] = (), outputs: Sequence[str] = ("y",), bias: bool = True) -> Any:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.heads import find_heads
+from bitalloy.model.layout import time_first
 from bitalloy.model.load import load_graph
 from bitalloy.model.read import static_shape
 from bitalloy.targets.base import split
@@ -286,3 +287,39 @@ def test_what_cannot_be_converted_says_so(made: Callable[[], onnx.ModelProto], t
     onnx.save(made(), path)
     with pytest.raises(ModelError, match=told):
         load_graph(path)
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_batch_first_is_time_first_between_transposes(op: str, gates: int) -> None:
+    """Of both directions, with first and last states; the oracle is ONNX Runtime on arrays that numpy turns."""
+    time, batch, width, hidden, states = 4, 3, 5, 2, ("H", "C") if op == "LSTM" else ("H",)
+    shapes = {"x": (batch, time, width), **{f"first{s}": (batch, 2, hidden) for s in states}}
+    made = ["y", *(f"last{s}" for s in states)]
+    inputs = ["x", "W", "R", "", "", *(f"first{s}" for s in states)]
+    weights = (tensor("W", 2, gates * hidden, width), tensor("R", 2, gates * hidden, hidden))
+
+    def layer(*, turned: bool) -> onnx.ModelProto:
+        node = helper.make_node(op, inputs, made, "layer", hidden_size=hidden, direction="bidirectional", layout=turned)
+        kind = TensorProto.FLOAT
+        given = [helper.make_tensor_value_info(n, kind, None) for n in shapes]
+        given[0] = helper.make_tensor_value_info("x", kind, [None] * 3)
+        results = [helper.make_tensor_value_info(n, kind, None) for n in made]
+        graph = helper.make_graph([node], "layer", given, results, weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    rng = np.random.default_rng(2)
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    found = ort.InferenceSession(time_first(layer(turned=True)).SerializeToString()).run(made, feeds)
+    turned = {name: np.ascontiguousarray(array.swapaxes(0, 1)) for name, array in feeds.items()}
+    y, *last = ort.InferenceSession(layer(turned=False).SerializeToString()).run(made, turned)
+    for one, other in zip(found, [y.transpose(2, 0, 1, 3), *(v.swapaxes(0, 1) for v in last)], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_file_that_onnx_runtime_does_not_execute_is_compared_in_normal_form(tmp_path: Path) -> None:
+    node = helper.make_node("GRU", ["x", "W", "R"], ["y"], "layer", hidden_size=2, layout=1)
+    made = model([node], [tensor("W", 1, 6, 5), tensor("R", 1, 6, 2)], (3, 4, 5), 17)
+    onnx.save(made, tmp_path / "net.onnx")
+    net = load_graph(tmp_path / "net.onnx")
+    assert net.unfit == "ONNX Runtime does not execute it" and "time first" in net.changes[0]
+    assert net.info.outputs[0].shape == (3, 4, 1, 2)

@@ -21,7 +21,7 @@ def random(*shape: int, seed: int = 0, scale: float = 0.3) -> np.ndarray:
     return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
 
-def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequence[int]) -> bytes:
+def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequence[int], opset: int = 17) -> bytes:
     """The input x and the output y."""
     graph = helper.make_graph(
         list(nodes),
@@ -30,7 +30,7 @@ def model(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any], x: Sequ
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     return bytes(made.SerializeToString())
 
 
@@ -59,7 +59,7 @@ def over_time(parts: Parts, channels: int) -> bytes:
     )  # fmt: skip
 
 
-def on_images(parts: Parts) -> bytes:
+def on_images(parts: Parts, opset: int = 17) -> bytes:
     """Conv, Relu, something that keeps the shape of an image, Conv."""
     nodes, constants = parts
     return model(
@@ -79,6 +79,7 @@ def on_images(parts: Parts) -> bytes:
             **constants,
         },
         (1, 3, SIZE, SIZE),
+        opset,
     )  # fmt: skip
 
 
@@ -108,6 +109,26 @@ def recurrent(op: str, direction: str = "forward", lengths: Sequence[int] | None
     )
 
 
+def batch_first(op: str, direction: str = "forward") -> bytes:
+    """The model of `recurrent`, written with `layout=1`."""
+    made = onnx.load_from_string(recurrent(op, direction))
+    nodes = []
+    for given in made.graph.node:
+        if given.name == "layer":
+            given.input[0] = "turned"
+            given.attribute.append(helper.make_attribute("layout", 1))
+            nodes.append(node("Transpose", ["a"], ["turned"], name="turn", perm=[1, 0, 2]))
+        if given.name == "side by side":
+            continue
+        if given.name == "join":
+            given.input[0] = "l"
+        nodes.append(given)
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return bytes(made.SerializeToString())
+
+
 def last_state() -> bytes:
     """An LSTM of which only the last state is read, between a Conv and a MatMul."""
     return model(
@@ -122,6 +143,35 @@ def last_state() -> bytes:
         {
             "w0": random(WIDTH, 4, 3), "b0": random(WIDTH), "w1": random(HIDDEN, 5), "zero": np.array([0]),
             "W": random(1, 4 * HIDDEN, WIDTH, scale=0.5), "R": random(1, 4 * HIDDEN, HIDDEN, scale=0.5),
+        },
+        (1, 4, LENGTH),
+    )  # fmt: skip
+
+
+def mixed_tokens() -> bytes:
+    """Products with a constant on the left, over time, and with a matrix of its own for every channel."""
+    nodes = [
+        node("MatMul", ["wl", "a"], ["l"], name="over time"),
+        node("Relu", ["l"], ["m"]),
+        node("MatMul", ["m", "wr"], ["n"], name="of each"),
+        node("Transpose", ["n"], ["b"], name="back", perm=[1, 0, 2]),
+    ]
+    constants = {"wl": random(LENGTH, LENGTH), "wr": random(WIDTH, WIDTH, WIDTH)}
+    return model(
+        [
+            node("Conv", ["x", "w0", "b0"], ["c0"], name="before", pads=[1, 1]),
+            node("Relu", ["c0"], ["r0"], name="relu"),
+            node("Transpose", ["r0"], ["t0"], name="in", perm=[1, 2, 0]),
+            node("Mul", ["t0", "spread"], ["a"]),
+            *nodes,
+            node("Transpose", ["b"], ["t"], name="out", perm=[2, 1, 0]),
+            node("Conv", ["t", "w1"], ["c1"], name="behind", pads=[1, 1]),
+            node("Relu", ["c1"], ["r1"], name="relu behind"),
+            node("Conv", ["r1", "w2"], ["y"], name="last"),
+        ],
+        {
+            "w0": random(WIDTH, 4, 3), "b0": random(WIDTH), "spread": random(1, 1, WIDTH),
+            "w1": random(WIDTH, WIDTH, 3), "w2": random(5, WIDTH, 1), **constants,
         },
         (1, 4, LENGTH),
     )  # fmt: skip
@@ -143,6 +193,21 @@ def grid_sample(**attributes: Any) -> bytes:
             {"wo": random(2, WIDTH, 1, 1, scale=0.05), "base": base},
         )
     )
+
+
+def deform_conv() -> bytes:
+    """A convolution at places that another one moves, with a mask."""
+    nodes = [
+        node("Conv", ["a", "wo"], ["o"], name="offsets"),
+        node("Conv", ["a", "wm"], ["m0"], name="weights"),
+        node("Sigmoid", ["m0"], ["m"], name="mask"),
+        node("DeformConv", ["a", "wd", "o", "bd", "m"], ["b"], name="deformed", pads=[1] * 4, offset_group=2),
+    ]
+    constants = {
+        "wo": random(36, WIDTH, 1, 1, scale=0.05), "wm": random(18, WIDTH, 1, 1), "bd": random(WIDTH),
+        "wd": random(WIDTH, WIDTH, 3, 3),
+    }  # fmt: skip
+    return on_images((nodes, constants), opset=19)
 
 
 def branch(op: str) -> onnx.GraphProto:
@@ -210,13 +275,23 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "lstm, last state": (last_state, "LSTM"),
     "gru of torch": (lambda: recurrent("GRU", "bidirectional", linear_before_reset=1), "GRU"),
     "gru of paddle": (lambda: recurrent("GRU", "reverse", linear_before_reset=0), "GRU"),
+    "lstm, batch first": (lambda: batch_first("LSTM", "bidirectional"), "LSTM"),
+    "gru, batch first": (lambda: batch_first("GRU"), "GRU"),
     "rnn": (lambda: recurrent("RNN", activations=["Relu"]), "RNN"),
+    "constants of all kinds": (mixed_tokens, "MatMul"),
     "grid sample": (lambda: grid_sample(mode="bilinear", padding_mode="zeros", align_corners=1), "GridSample"),
     "grid sample, border": (lambda: grid_sample(mode="bilinear", padding_mode="border"), "GridSample"),
     "grid sample, nearest": (lambda: grid_sample(mode="nearest", padding_mode="reflection"), "GridSample"),
+    "deform conv": (deform_conv, "DeformConv"),
     "condition": (constant_condition, "Sigmoid"),
     "condition of shapes": (condition_of_shapes, "Tanh"),
     "sequence": (sequence, "Concat"),
     "loop": (loop, "MatMul"),
 }
 """Name -> how to make the model, and an operator that the shipped model has between its products."""
+
+SAME: Mapping[str, Callable[[], bytes]] = {
+    "lstm, batch first": lambda: recurrent("LSTM", "bidirectional"),
+    "gru, batch first": lambda: recurrent("GRU"),
+}
+"""Name of a model that ONNX Runtime does not execute -> how to make one of the same numbers that it does."""

@@ -243,6 +243,62 @@ def boxes() -> SmallModel:
     return SmallModel(body.model({"x": IMAGE["x"]}, {"y": (INT64, ["n", 3])}), IMAGE, shown=("boxes", "scores"))
 
 
+def _selected(shape: Shape, shown: str, *nodes: tuple[str, str, str, dict[str, Any]]) -> SmallModel:
+    """Rows, 4 numbers and a score each, of which some are chosen by their scores."""
+    body = _Body()
+    body.convolved()
+    body.op("Conv", f"map {body.weight('w2', 5, 8, 1, 1)}", "head")
+    body.op("Reshape", f"head {body.whole('rows', 5, -1)}", "flat")
+    body.op("Transpose", "flat", "turned", perm=[1, 0])
+    body.op("Split", f"turned {body.whole('parts', 4, 1)}", "boxes logits", axis=1)
+    body.op("Sigmoid", "logits", "scored")
+    body.op("Squeeze", f"scored {body.whole('one', 1)}", "scores")
+    body.constants |= {"least": np.array(0.5, np.float32), "axis": np.array([0], np.int64)}
+    body.op("Greater", "scores least", "mask")
+    for operator, inputs, output, attributes in nodes:
+        body.op(operator, inputs, output, **attributes)
+    body.weight("w3", 4, 3)
+    used = {name for node in body.nodes for name in node.input}
+    body.constants = {name: array for name, array in body.constants.items() if name in used}
+    model = body.model({"x": [1, 3, "h", "w"]}, {"y": (FLOAT, shape)})
+    return SmallModel(model, IMAGE, [{"x": (1, 3, 12, 24)}], kept_open=True, shown=tuple(shown.split()))
+
+
+def suppressed() -> SmallModel:
+    """The boxes that a suppression keeps, as exports with their post-processing give them."""
+    small = boxes()
+    nodes = [
+        helper.make_node("Gather", ["kept", "two"], ["index"], "index_node", axis=1),
+        helper.make_node("Gather", ["boxes", "index"], ["y"], "y_node", axis=1),
+    ]
+    graph = small.model.graph
+    graph.node[-1].name, graph.node[-1].output[0] = "kept_node", "kept"
+    graph.node.extend(nodes)
+    graph.initializer.append(numpy_helper.from_array(np.array(2), "two"))
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("y", FLOAT, [1, "n", 4]))
+    return small
+
+
+FOUND: Sequence[tuple[str, str, str, dict[str, Any]]] = (
+    ("NonZero", "mask", "found", {}),
+    ("Squeeze", "found axis", "index", {}),
+)
+SELECTED: Mapping[str, Callable[[], SmallModel]] = {
+    "suppressed": suppressed,
+    "found": lambda: _selected(["n", 4], "boxes scores", *FOUND, ("Gather", "boxes index", "y", {"axis": 0})),
+    "compressed": lambda: _selected(["n", 4], "boxes scores", ("Compress", "boxes mask", "y", {"axis": 0})),
+    "first": lambda: _selected(
+        ["n", 4], "boxes scores",
+        ("Cast", "mask", "ones", {"to": INT64}), ("ReduceSum", "ones axis", "count", {}),
+        ("TopK", "scores count", "values index", {}), ("Gather", "boxes index", "y", {"axis": 0}),
+    ),
+    "computed_behind": lambda: _selected(
+        ["n", 3], "boxes scores", *FOUND, ("Gather", "boxes index", "rows_found", {"axis": 0}),
+        ("MatMul", "rows_found w3", "product", {}), ("Relu", "product", "y", {}),
+    ),
+}  # fmt: skip
+
+
 def _last(name: str) -> SmallModel:
     body = _Body()
     body.op("MatMul", f"x {body.weight('w0', 16, 16)}", "a")
@@ -271,6 +327,7 @@ MODELS: Mapping[str, Callable[[], SmallModel]] = {
     "state": state,
     "boxes": boxes,
     **INTEGERS,
+    **SELECTED,
     "last_gemm": lambda: _last("Gemm"),
     "last_matmul": lambda: _last("MatMul"),
     "last_transpose": lambda: _last("Transpose"),

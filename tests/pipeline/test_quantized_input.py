@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from typer.testing import CliRunner
 
 import bitalloy
+from bitalloy.cli.main import app
 from bitalloy.core.outcome import Summary
+from bitalloy.core.records import SensitivityTable
 
 SAMPLES = [np.random.default_rng(i).uniform(0, 1, (1, 4, 24, 24)).astype(np.float32) for i in range(24)]
 
@@ -114,6 +118,15 @@ def test_where_the_file_loses_is_told(folder: Path, repaired: Summary) -> None:
     assert [r.sqnr_db for r in given.worst] == sorted(r.sqnr_db for r in given.worst)
     assert any("rounds" in note and given.worst[0].tensor in note for note in repaired.notes)
     assert "Where the given file loses its accuracy" in (folder / "run" / "report.html").read_text("utf-8")
+
+
+def test_the_table_of_sensitivities_has_the_roundings_of_the_file(folder: Path, repaired: Summary) -> None:
+    command = ["sensitivity", str(folder / "given.onnx"), "--data", str(folder / "feeds"), "--out", str(folder / "run")]
+    runner, few = CliRunner(), ["--samples", "4", "--probes", "8"]
+    found = msgspec.json.decode(runner.invoke(app, [*command, *few, "--json"]).stdout, type=SensitivityTable)
+    assert repaired.given is not None and found.given == repaired.given.worst
+    shown = runner.invoke(app, [*command, *few]).stdout
+    assert "share of damage" in shown and f"{found.given[0].sqnr_db:.1f}" in shown
 
 
 def test_the_repaired_model_is_better_than_the_file(folder: Path, repaired: Summary) -> None:

@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, str]] = {
             d = Conv<pads=[1,1,1,1]>(r, w3)  y = Neg(d) }""",
         "case2-products": """(float[4,32] x, float[32,16] w1, float[8,16] w2, float[8] w3) => (float[4,8] y) {
             m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  y = Neg(g) }""",
+        "case2-constants": """(float[3,32,16] x, float[24,32] w1, float[3,16,8] w2, float[3,5,24] w3)
+            => (float[3,5,8] y) { l = MatMul(w1, x)  r = MatMul(l, w2)  y = MatMul(w3, r) }""",
         "case3-silu": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,8,16,16] y) {
             c = Conv(x, w1)  s = Sigmoid(c)  m = Mul(c, s)  y = Neg(m) }""",
         "case4-kernels": """(float[1,8,16,16] x, float[8,8,1,1] w1) => (float[1,16,8,8] y) {
@@ -74,6 +76,8 @@ CASES: dict[str, dict[str, str]] = {
             m = MatMul(x, w1)  a = Add(m, w2)  g = Gelu(a)  y = MatMul(g, w3) }""",
         "case2-gemm": """(float[1,32] x, float[32,16] w1, float[16] w2, float[8,16] w3) => (float[1,8] y) {
             g = Gemm(x, w1, w2)  r = Relu(g)  y = Gemm<transB=1>(r, w3) }""",
+        "case2-matrices": """(float[3,32,16] x, float[3,16,8] w1, float[2,32] w2) => (float[3,2,8] y) {
+            m = MatMul(x, w1)  y = MatMul(w2, m) }""",
         "case3-concat": """(float[1,8,16,16] x, float[8,8,1,1] w1, float[8,8,1,1] w2, float[4,16,1,1] w3)
             => (float[1,4,16,16] y) { a = Conv(x, w1)  b = Conv(x, w2)  k = Concat<axis=1>(a, b)  y = Conv(k, w3) }""",
         "case4-concat-rows": """(float[1,64,32] x, float[32,16] w1, float[32,16] w2, float[16,8] w3)
@@ -85,6 +89,10 @@ CASES: dict[str, dict[str, str]] = {
             m = MatMul(x, w1)  t = Transpose<perm=[0,2,1]>(x)  y = MatMul(m, t) }""",
         "case7-stored-products": """(float[4,64] x, float[64,32] w1, float[16,32] w2, float[16] w3, float[16,8] w4)
             => (float[4,8] y) { m = MatMul(x, w1)  g = Gemm<transB=1>(m, w2, w3)  r = Relu(g)  y = MatMul(r, w4) }""",
+        "case8-transposed": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8,8,3,3] w2, float[8] w3, float[8,4,2,2] w4)
+            => (float[1,8,32,32] y) { c = Conv(x, w1)  r = Relu(c)  p = MaxPool<kernel_shape=[2,2]>(r)
+            t = ConvTranspose<strides=[2,2]>(p, w2, w3)  s = Sigmoid(t)
+            y = ConvTranspose<strides=[2,2], group=2>(s, w4) }""",
         "case8-float": """(float[1,8,8,8] x, float[8,8,2,2] w1, float[8,8,1,1] w2) => (float[1,8,16,16] y) {
             t = ConvTranspose<strides=[2,2]>(x, w1)  y = Conv(t, w2) }""",
         "case9-run-time-ranges": """(float[4,64] x, float[64,32] w1) => (float[4,32] y) { m = MatMul(x, w1)

@@ -38,12 +38,14 @@ KERNELS = {
     "case1-conv": {"/c/Conv": ("Convolution", "int8"), "/d/Conv": ("Convolution", "int8")},
     "case2-products": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("FullyConnected", "int8")},
     "case2-gemm": {"/g/Gemm": ("FullyConnected", "int8"), "/y/Gemm": ("FullyConnected", "int8")},
+    "case2-matrices": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
     "case3-concat": {"/a/Conv": ("Convolution", "int8"), "/k/Concat": ("Convolution", "int8")},
     "case4-concat-rows": {"/a/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("FullyConnected", "fp32")},
     "case5-followers": {"/c/Conv": ("Convolution", "int8"), "/y/Conv": ("Convolution", "int8")},
     "case6-activations": {"/m/MatMul": ("FullyConnected", "int8"), "/y/MatMul": ("MatMul", "fp32")},
     "case7-stored-products": {"/m/MatMul": ("FullyConnected", "u4"), "/g/Gemm": ("FullyConnected", "int8")},
     "case11-tables": {"/a/Gather": ("Gather", "fp32"), "/b/Gather": ("Gather", "int8")},
+    "case8-transposed": {"/t/ConvTranspose": ("Deconvolution", "int8"), "/y/ConvTranspose": ("Deconvolution", "fp32")},
     "case8-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
 }
 """case -> unit -> (kernel that does its work, what it reads)."""
@@ -78,7 +80,16 @@ def test_activation_and_rounding_run_inside_the_kernel(rewrite, tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", ["case1-conv", "case2-products", "case3-concat", "case4-concat-rows", "case7-stored-products"]
+    "case",
+    [
+        "case1-conv",
+        "case2-products",
+        "case2-matrices",
+        "case3-concat",
+        "case4-concat-rows",
+        "case7-stored-products",
+        "case8-transposed",
+    ],
 )
 def test_numbers_are_those_of_the_rewritten_graph(rewrite, case: str) -> None:
     """ONNX Runtime without fusion is the oracle: it executes every operator of the file by itself.

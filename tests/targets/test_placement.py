@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from tests.cnn import int8
 from tests.definition import asymmetric, eight_bit_float, float8_per_channel, limit_of, per_channel, root, symmetric
@@ -78,15 +80,48 @@ def test_weights_are_those_of_the_definitions(rewrite: Rewrite, name: str, case:
         if "block_size" in stored.attributes:
             continue  # blocks: tests/rewrite/test_kernels.py
         weight = array_of(made.graph.node[str(node.name)].inputs[1])
-        products = {"MatMul": 1, "Gemm": 0 if attribute(node, "transB", 0) else 1, "ConvTranspose": 1}
+        products = {"MatMul": weight.ndim - 1, "Gemm": 0 if attribute(node, "transB", 0) else 1, "ConvTranspose": 1}
         axis = products.get(node.op_type, 0)
         limit = limit_of(ir.serde.serialize_node(node), weight, made.units.scheme("int8").pair_limit)
         found = [array_of(value) for value in stored.inputs]
+        if found[1].ndim == 0:
+            continue  # stored as tensors are: the next test
         eight = found[0].dtype == ml_dtypes.float8_e4m3fn
         expected = float8_per_channel(weight, axis) if eight else per_channel(weight, axis, limit)
         assert attribute(stored, "axis", 1) == axis
         for value, parameter in zip(found, (expected.integers(weight), expected.scale, expected.zero), strict=True):
             np.testing.assert_array_equal(value, parameter, strict=True)
+
+
+def test_constants_without_channels_are_stored_as_tensors_are(rewrite: Rewrite) -> None:
+    made, seen = rewrite("ort-cpu", "case2-constants"), set()
+    for node in (n for n in made.model.graph if n.op_type == "MatMul"):
+        for slot, value in enumerate(node.inputs):
+            stored = value.producer() if value is not None else None
+            if stored is None or stored.op_type != "DequantizeLinear" or constant(stored.inputs[0]) is None:
+                continue
+            weight = array_of(made.graph.node[str(node.name)].inputs[slot])
+            expected = asymmetric(float(weight.min()), float(weight.max()))
+            found = [array_of(v) for v in stored.inputs]
+            for one, parameter in zip(found, (expected.integers(weight), expected.scale, expected.zero), strict=True):
+                np.testing.assert_array_equal(one, parameter, strict=True)
+            seen.add((slot, weight.ndim))
+    assert seen == {(0, 2), (1, 3), (0, 3)}
+
+
+def test_constants_without_channels_run_in_integer_kernels(rewrite: Rewrite, tmp_path: Path) -> None:
+    """Whatever ONNX Runtime makes of the model, its numbers are those of the operators one by one."""
+    made = rewrite("ort-cpu", "case2-constants")
+    path = tmp_path / "optimized.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(path)
+    session = ort.InferenceSession(to_bytes(made.model), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(path).graph.node]
+    assert [k for k in kinds if "MatMul" in k] == ["QLinearMatMul", "QLinearMatMul", "MatMulIntegerToFloat"]
+    for factor in (1.0, 50.0):  # far outside of all ranges as well: products of uint8 never saturate
+        feeds = {"x": made.feeds["x"] * np.float32(factor)}
+        written = OrtSession(made.model, optimize=False).run(feeds)["y"]
+        np.testing.assert_allclose(session.run(["y"], feeds)[0], written, rtol=1e-5, atol=1e-6)
 
 
 def array_of(value: ir.Value | None) -> np.ndarray:

@@ -112,9 +112,7 @@ def run_command(asked: RunArguments) -> None:
     asked.opening.check()
     _refuse_broken(asked.model.model)
 
-    from bitalloy.measure.sizes import float_bytes
     from bitalloy.pipeline.prepare import prepare
-    from bitalloy.pipeline.run import deliver
 
     model, limit = asked.model, asked.analysis.limit
     with Bars() as bars:
@@ -122,6 +120,10 @@ def run_command(asked: RunArguments) -> None:
         prepared = prepare(
             model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
+        # what cannot be taken is refused before the rest is imported, which takes seconds
+        from bitalloy.measure.sizes import float_bytes
+        from bitalloy.pipeline.run import deliver
+
         verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
     results = (verified, *verified.others)
     if asked.json_output:
@@ -294,6 +296,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
 
     from rich.table import Table
 
+    from bitalloy.core.records import SensitivityTable
     from bitalloy.pipeline import sensitivity as stage
     from bitalloy.pipeline.prepare import SAMPLE_NOTE
     from bitalloy.report import text
@@ -313,15 +316,16 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
 
         sys.stdout.write(to_json(table, pretty=True).decode() + "\n")
         return
-    columns, lines = text.readable(table)
-    shown = Table()
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for line in lines[:SHOWN_LINES]:
-        shown.add_row(*line)
-    out_console.print(shown)
-    if len(lines) > SHOWN_LINES:
-        out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
+    given = table.given if isinstance(table, SensitivityTable) else ()
+    for columns, lines in (text.readable(table), *([text.file_roundings(given)] if given else [])):
+        shown = Table()
+        for column in columns:
+            shown.add_column(column, overflow="fold")
+        for line in lines[:SHOWN_LINES]:
+            shown.add_row(*line)
+        out_console.print(shown)
+        if len(lines) > SHOWN_LINES:
+            out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
     if model.data is None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from bitalloy.core.plans import Budget, SingleFormat
-from bitalloy.core.records import DataInfo, Estimate, Latency, MetricValue, RangeChoice, Record
+from bitalloy.core.records import DataInfo, Estimate, GivenRounding, Latency, MetricValue, RangeChoice, Record
 from bitalloy.core.status import Status
 
 REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
@@ -86,23 +86,6 @@ class PeakMemory(Record, frozen=True, kw_only=True):
     single: float | None = None
     process: float | None
     """Of the process before it opens a model, with numpy and the runtime imported: it is part of the others."""
-
-
-class GivenRounding(Record, frozen=True, kw_only=True):
-    """What one rounding of a quantized file does alone."""
-
-    tensor: str
-    node: str
-    """The node that makes the tensor; empty for an input of the model."""
-    head: str
-    """The head that suffers most."""
-    sqnr_db: float
-    """Predicted by the probe matrix, or measured."""
-    executed: bool = False
-    """Whether it was measured: so are roundings behind the place where a head is taken, such as one that puts boxes and
-    scores on one scale."""
-    share: float
-    """Its part of the predicted damage of all roundings, on that head."""
 
 
 class GivenModel(Record, frozen=True, kw_only=True):

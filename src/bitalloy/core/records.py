@@ -185,6 +185,23 @@ class Sensitivity(Record, frozen=True, kw_only=True):
     """True where the number was measured by execution, as a whole or site by site; False where gradients predict it."""
 
 
+class GivenRounding(Record, frozen=True, kw_only=True):
+    """What one rounding of a quantized file does alone."""
+
+    tensor: str
+    node: str
+    """The node that makes the tensor; empty for an input of the model."""
+    head: str
+    """The head that suffers most."""
+    sqnr_db: float
+    """Predicted by the probe matrix, or measured."""
+    executed: bool = False
+    """Whether it was measured: so are roundings behind the place where a head is taken, such as one that puts boxes and
+    scores on one scale."""
+    share: float
+    """Its part of the predicted damage of all roundings, on that head."""
+
+
 class SensitivityTable(Record, frozen=True, kw_only=True):
     """Sensitivities of one probe matrix, or of one series of exact measurements."""
 
@@ -198,6 +215,8 @@ class SensitivityTable(Record, frozen=True, kw_only=True):
     rows: tuple[Sensitivity, ...]
     method: str = "probe"
     """`probe`, `one-at-a-time` or `leave-one-out`; with the last, SQNR is of all that is rounded without `id`."""
+    given: tuple[GivenRounding, ...] = ()
+    """What each rounding of a quantized file does alone, worst first; of `bitalloy sensitivity` by the probe matrix."""
 
 
 class Secant(Record, frozen=True, kw_only=True):

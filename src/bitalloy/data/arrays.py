@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import describe_spec
 
 Feeds = dict[str, np.ndarray]
+Headers = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Name -> shape and type of an array."""
 
 _NUMPY_NAMES = {"FLOAT": "float32", "DOUBLE": "float64"}
 """Where numpy's name is more than the ONNX name in lower case."""
@@ -23,24 +27,36 @@ def check_feeds(feeds: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> Fee
     Raises:
         DataError: they do not; the message contains `where`.
     """
-    expected = {i.name: i for i in inputs}
-    if feeds.keys() != expected.keys():
-        raise DataError(f"The keys of {where} are {sorted(feeds)}; expected the model's inputs {sorted(expected)}.")
-    for name, spec in expected.items():
-        array = feeds[name]
-        dtype = _NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
-        if array.dtype.name != dtype or not array.dtype.isnative:
-            raise DataError(
-                f"'{name}' of {where} is {array.dtype}, expected {dtype}. Store it with .astype('{dtype}')."
-            )
-        fits = [have == want for have, want in zip(array.shape, spec.shape, strict=False) if isinstance(want, int)]
-        if array.ndim != len(spec.shape) or not all(fits):
-            raise DataError(f"'{name}' of {where} has shape {list(array.shape)}, expected {describe_spec(spec)}.")
+    check_headers({name: (array.shape, array.dtype) for name, array in feeds.items()}, inputs, where)
+    for name, array in feeds.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise DataError(
                 f"'{name}' of {where} holds NaN in {int(np.isnan(array).sum())} places. Repair or remove it."
             )
     return feeds
+
+
+def check_headers(headers: Headers, inputs: tuple[TensorSpec, ...], where: str) -> None:
+    """Refuse arrays whose names, dtypes or shapes do not fit `inputs`.
+
+    Raises:
+        DataError: the message contains `where`.
+    """
+    expected = {i.name: i for i in inputs}
+    if headers.keys() != expected.keys():
+        raise DataError(f"The keys of {where} are {sorted(headers)}; expected the model's inputs {sorted(expected)}.")
+    for name, spec in expected.items():
+        shape, kind = headers[name]
+        dtype = _NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
+        if kind.name != dtype or not kind.isnative:
+            raise DataError(f"'{name}' of {where} is {kind}, expected {dtype}. Store it with .astype('{dtype}').")
+        fits = [have == want for have, want in zip(shape, spec.shape, strict=False) if isinstance(want, int)]
+        if len(shape) != len(spec.shape) or not all(fits):
+            raise DataError(
+                f"'{name}' of {where} has shape {list(shape)}, expected {describe_spec(spec)}. Store all samples in "
+                "one shape; where the model leaves sizes open, that of the first sample or of --shape counts, and "
+                "further --shape are tried as well."
+            )
 
 
 def unstack(arrays: Feeds, inputs: tuple[TensorSpec, ...], where: str) -> list[Feeds]:
@@ -74,6 +90,31 @@ def _pieces(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
         return []
     batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
     return [] if len(array) % batch else [array[i : i + batch] for i in range(0, len(array), batch)]
+
+
+def stored_headers(path: Path, names: Sequence[str]) -> Headers:
+    """Return shapes and types of the arrays of a .npz or .npy file, from their headers alone.
+
+    Raises:
+        DataError: as `read_arrays`.
+    """
+    try:
+        if path.suffix.lower() == ".npy" and len(names) == 1:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return {names[0]: (array.shape, array.dtype)}
+        found, known = {}, np.lib.format
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = known.read_magic(file)
+                    read = known.read_array_header_1_0 if version == (1, 0) else known.read_array_header_2_0
+                    shape, _, kind = read(file)
+                if kind.hasobject:
+                    raise TypeError("it holds Python objects")
+                found[member.removesuffix(".npy")] = shape, kind
+    except Exception:  # zip, zlib and header errors of many types, which it tells
+        return {name: (array.shape, array.dtype) for name, array in read_arrays(path, names).items()}
+    return found
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> Feeds:

@@ -16,7 +16,7 @@ from bitalloy.core.files import is_text
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.core.store import key_of
-from bitalloy.data.arrays import Feeds, check_feeds, read_arrays, unstack
+from bitalloy.data.arrays import Feeds, check_feeds, check_headers, read_arrays, stored_headers, unstack
 from bitalloy.data.images import IMAGE_SUFFIXES, ImageSpec, file_hash, image_feed, no_image_input, open_image
 
 _ARRAYS = frozenset({".npz", ".npy"})
@@ -253,13 +253,15 @@ class FeedFolder(_Files):
     """A folder of .npz files, one per sample, with the input names as keys; .npy for models with one input.
 
     Raises:
-        DataError: the folder has no such files.
+        DataError: the folder has no such files, or the arrays of one are not those of the inputs.
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
         super().__init__(path, _listing(path, _ARRAYS), inputs, "as stored")
         if not self._files:
             raise DataError(f"No arrays in '{path}'; expected {_kinds(_ARRAYS)}, also in subfolders.")
+        for file in self._files:
+            check_headers(stored_headers(file, [i.name for i in inputs]), inputs, f"'{file}'")
 
     def feeds(self, index: int) -> Feeds:
         file = self._files[index]

@@ -12,7 +12,6 @@ steps that it runs in. A border has one price for all tensors: the mean over the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from bitalloy.formats import find_format, weight_bits
 from bitalloy.measure.prices import latency_us
 from bitalloy.measure.workload import SizedStep, sized_steps
 from bitalloy.model.load import Graph
-from bitalloy.model.read import constant, is_float, name_of, static_shape
+from bitalloy.model.read import constant, elements, is_float, name_of
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.targets.base import macs
@@ -82,21 +81,17 @@ def number_bytes(scheme: Scheme) -> float:
 
 def _crossings(graph: Graph, units: UnitGraph, steps: Sequence[SizedStep]) -> tuple[float, float]:
     """Return how many elements, and how many tensors, pass between units in all steps, over those in one inference."""
-    elements = count = 0
+    numbers = count = 0
     known = [(e.elements, graph.value[e.tensor].producer(), e.tensor) for e in units.edges]
     for step in steps:
         for _, maker, tensor in known:
             node = step.nodes.get(name_of(maker)) if maker is not None else None
             if node is not None and maker is not None:
                 index = [str(v.name) for v in maker.outputs].index(tensor)
-                elements += step.times * _size(node.outputs[index])
+                numbers += step.times * elements(node.outputs[index])
                 count += step.times
     made = [size for size, maker, _ in known if maker is not None]
-    return (elements / max(sum(made), 1), count / len(made)) if made else (1.0, 1.0)
-
-
-def _size(value: ir.Value) -> int:
-    return math.prod(static_shape(value))
+    return (numbers / max(sum(made), 1), count / len(made)) if made else (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -116,12 +111,12 @@ class _Traffic:
         for node in nodes:
             for value in node.inputs:
                 if value is not None and value not in made and is_float(value):
-                    size = _size(value)
-                    read[value] = min(size, _size(node.outputs[0])) if node.op_type == "Gather" else size
+                    size = elements(value)
+                    read[value] = min(size, elements(node.outputs[0])) if node.op_type == "Gather" else size
         constants = {v for v in read if constant(v) is not None}
         return _Traffic(
             entering=sum(size for v, size in read.items() if v not in constants),
-            leaving=_size(nodes[-1].outputs[0]),
+            leaving=elements(nodes[-1].outputs[0]),
             weights=sum(read[v] for v in constants),
             macs=sum(macs(n) for n in nodes),
         )

@@ -4,7 +4,8 @@ Case 1. An output made by a Concat of a few computed tensors: each operand is a 
         let boxes in pixels (0 to 640) drown scores (0 to 1).
         An output in half precision or double is a Cast of the float32 tensor that carries its head.
 Case 2. Any other float output that the model computes is one head. Outputs that the file's metadata or its family
-        leaves out are none, nor are inputs and stored constants that are outputs as they are.
+        leaves out are none, nor are inputs and stored constants that are outputs as they are, nor what is behind a
+        selection (`bitalloy.model.selected`).
 Case 3. A head that gives a distribution makes a second head, named `... KL`, last in order: how far the predictions
         move (`bitalloy.model.divergence`). It is added where that is certain: a Sigmoid (perhaps reshaped), Softmax or
         LogSoftmax makes the head; the family knows the output as logits; or an output (1, classes) is called `logits`.
@@ -56,7 +57,8 @@ def find_heads(graph: Graph) -> tuple[Head, ...]:
     Raises:
         ModelError: the model has no float output.
     """
-    outputs = [v for v in dict.fromkeys(graph.model.graph.outputs) if is_float(_source(v)) and v.producer() is not None]
+    made = [v for v in dict.fromkeys(graph.model.graph.outputs) if v.producer() is not None]
+    outputs = [v for v in made if is_float(_source(v)) and v.name not in graph.selected]
     if not outputs:
         raise ModelError(f"The model computes no float output to compare; its outputs are {list(graph.output_names)}.")
     family = graph.metadata.get(FAMILY, "")

@@ -25,6 +25,7 @@ from bitalloy.model.dequantizer import GivenRoundings
 from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
+from bitalloy.model.selected import selected_values
 from bitalloy.model.shown import float_origins, told_origins
 from bitalloy.model.standard import DEFAULT_DOMAINS, OLDEST, OPSETS, Standard, agrees, opset_of_model, standardized
 from bitalloy.model.weights import LARGE_BYTES, hold, is_large, is_mapped, release, to_bytes
@@ -64,7 +65,7 @@ class Graph:
     quantization: GivenRoundings = field(default_factory=GivenRoundings)
     """What the file rounds, where it is quantized: then this is the float model behind it."""
     shown: tuple[str, ...] = ()
-    """Outputs, last in order, that the file does not have: what is compared where it gives integers alone, see
+    """Outputs, last in order, that the file does not have: what is compared in place of some of its own, see
     `model.shown`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
@@ -111,6 +112,11 @@ class Graph:
     def clone(self) -> ir.Model:
         """Make a deep copy that may be rewritten; the tensors' memory is shared."""
         return self.model.clone()
+
+    @cached_property
+    def selected(self) -> frozenset[str]:
+        """Names of the tensors behind a selection, see `model.selected`."""
+        return frozenset(str(v.name) for v in selected_values(self.model.graph))
 
     @cached_property
     def large(self) -> bool:
@@ -172,14 +178,15 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
 
 
 def _shown(graph: Graph) -> Graph:
-    """Let a model that gives integers alone give the floats behind them too."""
-    values = float_origins(graph.model)
-    if not values:
+    """Let a model give the floats behind outputs that cannot be compared, too."""
+    lost, names = float_origins(graph.model)
+    if not lost:
         return graph
-    names = tuple(str(v.name) for v in values)
-    note = told_origins(graph.source.name, graph.output_names, names)
-    graph.model.graph.outputs.extend(values)
-    return replace(graph, shown=names, changes=(*graph.changes, note))
+    counted = not graph.selected.isdisjoint(lost)
+    note = told_origins(graph.source.name, lost, names, counted=counted)
+    shown = tuple(name for name in names if name not in graph.output_names)
+    graph.model.graph.outputs.extend(graph.value[name] for name in shown)
+    return replace(graph, shown=shown, changes=(*graph.changes, note))
 
 
 def load_open(path: str | Path) -> ir.Model:
@@ -213,12 +220,13 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         _refuse_types(given)
         bind(given, shapes)  # what is chosen may follow from shapes
     standard = _standard(given, source, size)
-    proto, changes = standard.proto, standard.changes
+    proto, changes, runs = standard.proto, standard.changes, True
     _refuse(proto, source)
     bind(proto, shapes)
     if changes:
         bind(given, shapes)
-        changes = (*changes, agrees(given, standard, source.name))
+        told, runs = agrees(given, standard, source.name)
+        changes = (*changes, told)
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
     _check(proto, source)
@@ -228,7 +236,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         hold(parsed, source.parent)
     inputs = tuple(_spec(v) for v in fed_inputs(proto))
     metadata = {p.key: p.value for p in proto.metadata_props}
-    unfit = "it is quantized" if standard.given else _unfit(given, source)
+    unfit = "it is quantized" if standard.given else _unfit(given, source, runs=runs)
     roundings = standard.given
     del given, proto, standard
     model = normalize(parsed)
@@ -244,7 +252,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         parameters=sum(int(np.prod(static_shape(v))) for v in model.graph.initializers.values() if is_float(v)),
         inputs=inputs,
         outputs=tuple(
-            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=static_shape(v))
+            TensorSpec(name=str(v.name), dtype=v.dtype.name if v.dtype else "UNDEFINED", shape=_known(v))
             for v in model.graph.outputs
         ),
     )
@@ -276,8 +284,10 @@ def _refuse_negative(model: ir.Model) -> None:
                 )
 
 
-def _unfit(proto: onnx.ModelProto, source: Path) -> str:
+def _unfit(proto: onnx.ModelProto, source: Path, *, runs: bool) -> str:
     """Say what keeps ONNX Runtime from taking a valid file as it is, or from running it as fast as it could."""
+    if not runs:
+        return "ONNX Runtime does not execute it"
     names = [n.name for n in proto.graph.node if n.name]
     if len(set(names)) < len(names):
         return "two of its nodes have one name, which ONNX Runtime refuses"
@@ -426,6 +436,12 @@ def _refuse_types(proto: onnx.ModelProto) -> None:
         kind = value.type.tensor_type.elem_type
         if kind not in onnx.TensorProto.DataType.values():
             raise ModelError(f"'{value.name}' has the unknown data type {kind}. The file is damaged or too new.")
+    for value in fed_inputs(proto):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            raise ModelError(
+                f"The input '{value.name}' is text, which nothing here reads; expected numbers. Export the model "
+                "without what takes text apart, so that its inputs are numbers, such as those of tokens."
+            )
 
 
 def _check(proto: onnx.ModelProto, source: Path) -> None:
@@ -460,6 +476,11 @@ def _parsed(proto: onnx.ModelProto, source: Path) -> ir.Model:
         return ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir wraps whatever it stumbles over in its own error type
         raise ModelError(f"'{source}' cannot be read: {error}") from error
+
+
+def _known(value: ir.Value) -> tuple[int | str, ...]:
+    """Sizes of an output; those that the data decides are `?`."""
+    return tuple(d if isinstance(d, int) else "?" for d in value.shape or ())
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -1,7 +1,8 @@
 """The normal form that every later stage relies on, and the passes that bring a model to it.
 
 1. Constants are initializers, weights are float32 (a stored float16 weight with its Cast is widened).
-2. Shapes are static, shape arithmetic is folded away.
+2. Shapes are static, shape arithmetic is folded away; only tensors behind a selection (`model.selected`) may have
+   sizes that nothing says.
 3. No Constant, Dropout or CastLike nodes, none of the operators in `ops.EXPANDED`, and Identity only where an output
    would otherwise have no node of its own; BatchNormalization is folded into the Conv before it, an Add of a
    constant per channel into its bias, a Concat has no
@@ -33,7 +34,8 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.decide import decide, refuse_undecided
 from bitalloy.model.fold import first_input, fold_constants, session
 from bitalloy.model.products import absorb, fold_bias, plain_products
-from bitalloy.model.read import attribute, constant, consumers, static_shape
+from bitalloy.model.read import attribute, constant, consumers, is_static, static_shape
+from bitalloy.model.selected import selected_values
 from bitalloy.model.weights import pack
 from bitalloy.model.widen import WIDENED
 from bitalloy.model.write import add_initializer, namer
@@ -236,7 +238,9 @@ def _drop_empty_operands(model: ir.Model) -> None:
     """Leave operands without elements out of a Concat; one with a single operand left is the identity."""
     single = False
     for node in model.graph:
-        if node.op_type != "Concat" or not np.prod(static_shape(node.outputs[0])):
+        if node.op_type != "Concat" or not all(v is not None and is_static(v) for v in (*node.inputs, *node.outputs)):
+            continue
+        if not np.prod(static_shape(node.outputs[0])):
             continue
         kept = [v for v in node.inputs if v is not None and np.prod(static_shape(v))]
         if len(kept) == len(node.inputs):
@@ -299,13 +303,9 @@ def _resolve_ceil_mode(model: ir.Model) -> bool:
 
 
 def _fill_missing_shapes(model: ir.Model) -> None:
-    """Ask the runtime, on zeros, for shapes that static inference left open."""
-    missing = [
-        v
-        for n in model.graph
-        for v in n.outputs
-        if v.name and (v.shape is None or not v.shape.is_static() or v.dtype is None)
-    ]
+    """Ask the runtime, on zeros, for shapes that static inference left open. Behind a selection they stay open."""
+    selected = selected_values(model.graph)
+    missing = [v for n in model.graph for v in n.outputs if v.name and (not is_static(v) or v.dtype is None)]
     if not missing:
         return
     try:
@@ -318,7 +318,10 @@ def _fill_missing_shapes(model: ir.Model) -> None:
     except Exception as error:  # ORT raises a dozen unrelated types from its C++ border
         raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
     for value, array in zip(missing, arrays, strict=True):
-        value.shape = ir.Shape(array.shape)
+        if value not in selected:
+            value.shape = ir.Shape(array.shape)
+        elif value.shape is None:
+            value.shape = ir.Shape([None] * array.ndim)
         value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -32,9 +33,19 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def is_static(value: ir.Value) -> bool:
+    """Return whether all sizes of a tensor are known."""
+    return value.shape is not None and value.shape.is_static()
+
+
+def elements(value: ir.Value) -> int:
+    """Count the numbers of a tensor; 0 behind a selection, where that depends on the data."""
+    return math.prod(static_shape(value)) if is_static(value) else 0
+
+
 def static_shape(value: ir.Value) -> tuple[int, ...]:
     """Return the shape of a tensor in normal form, as integers."""
-    assert value.shape is not None and value.shape.is_static(), f"{value.name} has no static shape"
+    assert value.shape is not None and is_static(value), f"{value.name} has no static shape"
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 

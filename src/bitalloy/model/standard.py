@@ -8,6 +8,7 @@ Case 3. Opset 7 to 12: `onnx.version_converter` raises it to 13.
 Case 4. Opsets above the last one: lowered, where all nodes of the file mean the same there.
 Case 5. Half precision and double become float32 inside (`model.widen`); inputs and outputs keep their types.
 Case 6. A quantized file becomes the float model that it rounds (`model.quantized`); its roundings are kept beside it.
+Case 7. Recurrent operators with the batch first get the time first (`model.layout`).
 
 What was done is told as a note; `agrees` then runs the file as it was and as it became on random numbers.
 """
@@ -29,6 +30,7 @@ from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import EXPANSIONS, MICROSOFT, ContribCall
 from bitalloy.model.decide import decided, has_undecided
 from bitalloy.model.dequantizer import GivenRoundings
+from bitalloy.model.layout import has_batch_first, time_first
 from bitalloy.model.quantized import dequantized, is_quantized
 from bitalloy.model.widen import computes_narrow, widened
 
@@ -97,6 +99,9 @@ def standardized(proto: onnx.ModelProto, name: str) -> Standard:
     elif opset is not None and OPSETS[-1] < opset <= onnx.defs.onnx_opset_version():
         proto = _lowered(proto, name, opset)
         notes.append(f"'{name}' is of opset {opset}, and its operators mean the same in opset {OPSETS[-1]}.")
+    if has_batch_first(proto):
+        proto = time_first(proto)
+        notes.append(f"Recurrent operators of '{name}' that have the batch first were written with the time first.")
     wide = widened(proto)
     if wide is not None:
         proto = wide
@@ -107,11 +112,11 @@ def standardized(proto: onnx.ModelProto, name: str) -> Standard:
     return Standard(proto, tuple(notes), given)
 
 
-def agrees(before: onnx.ModelProto, standard: Standard, name: str) -> str:
+def agrees(before: onnx.ModelProto, standard: Standard, name: str) -> tuple[str, bool]:
     """Execute a file and its conversion on random numbers, with all sizes known.
 
     Returns:
-        A sentence that tells how far they differ, or why the file itself could not be executed.
+        A sentence that tells how far they differ, or why the file itself could not be executed; and whether it could.
 
     Raises:
         ModelError: they differ.
@@ -133,7 +138,10 @@ def agrees(before: onnx.ModelProto, standard: Standard, name: str) -> str:
     try:
         reference = _run(before, feeds)
     except Exception as error:  # ONNX Runtime raises a dozen unrelated types
-        return f"ONNX Runtime does not execute '{name}' as it is ({_first_line(error)}), so the conversion is unproven."
+        return (
+            f"ONNX Runtime does not execute '{name}' as it is ({_first_line(error)}), so the conversion is unproven.",
+            False,
+        )
     try:
         found = _run(standard.proto, feeds)
     except Exception as error:
@@ -151,13 +159,13 @@ def agrees(before: onnx.ModelProto, standard: Standard, name: str) -> str:
         )
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
     if standard.given:
-        return f"On random inputs the roundings of '{name}' make up to {worst:.1e} of the largest output."
+        return f"On random inputs the roundings of '{name}' make up to {worst:.1e} of the largest output.", True
     if worst > (_CLOSE_NARROW if computes_narrow(before.graph) else _CLOSE):
         raise ModelError(
             f"'{name}' gives other numbers after its conversion to standard operators of opset {OPSETS[0]} (difference "
             f"{worst:.1e} of the largest). Export it with opset 17."
         )
-    return f"On random inputs the conversion of '{name}' differs by {worst:.1e} of the largest output."
+    return f"On random inputs the conversion of '{name}' differs by {worst:.1e} of the largest output.", True
 
 
 def _run(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> Sequence[object]:

@@ -127,6 +127,7 @@ def prepare(
             drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
             task = find_task(interface_of(loaded))
             files = [drawn if task is semantic.SEMANTIC else drawn / "instances.json"]
+        samples.feeds(0)  # what cannot be fed is refused before anything is measured
     return Prepared(
         model=loaded,
         data=samples,

@@ -16,6 +16,7 @@ from bitalloy.pipeline.prepare import RunOptions, prepare
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.sensitivity.measuring import ONE, Selection, chosen_groups, confirm, measure_exact
 from bitalloy.tasks.metric import MetricTable, measure_metric
+from bitalloy.verify.given import examine_given
 
 FILES = {"probe": "sensitivity", "exact": "sensitivity_exact", "metric": "sensitivity_metric"}
 """Kind of table -> name of its files, without suffix."""
@@ -87,9 +88,11 @@ def sensitivity(
     wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
     if asked.confirmed is not None:
         analysis = confirm(analysis, asked.confirmed, work=work)
-    _publish(store, FILES["probe"], analysis.table)
-    rows = tuple(r for r in analysis.table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
-    return msgspec.structs.replace(analysis.table, rows=rows)
+    given = examine_given(analysis, work, timed=False)
+    table = analysis.table if given is None else msgspec.structs.replace(analysis.table, given=given.worst)
+    _publish(store, FILES["probe"], table)
+    rows = tuple(r for r in table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
+    return msgspec.structs.replace(table, rows=rows)
 
 
 def _publish(store: RunDirectory, name: str, table: SensitivityTable) -> None:

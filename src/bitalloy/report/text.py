@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.planned import Planned
-from bitalloy.core.records import Estimate, Sensitivity, SensitivityTable
+from bitalloy.core.records import Estimate, GivenRounding, Sensitivity, SensitivityTable
 from bitalloy.core.status import LimitStatus, Status, Verdict
 from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
@@ -166,6 +166,15 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
     without = " without it" if table.method == ALL_BUT_ONE else ""
     column = ("scheme",) if several else ()
     return ("scope", "name", *column, *(f"{head}, dB{without}" for head in heads), ""), lines
+
+
+def file_roundings(found: Sequence[GivenRounding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headers, and a line for each rounding that a quantized file makes, worst first."""
+    lines: list[tuple[str, ...]] = [
+        (r.tensor, r.node, r.head, f"{r.sqnr_db:.1f}", f"{100 * r.share:.0f} %", "exact" if r.executed else "")
+        for r in found
+    ]
+    return ("rounded in the file", "made by", "worst output", "dB", "share of damage", ""), lines
 
 
 def _interval(value: Estimate, form: str) -> str:

@@ -161,7 +161,7 @@ class _GraphWriter:
         """
         for site in unit.weights if scheme.weight is not None else ():
             entry = None
-            if scheme.bias is not None:
+            if scheme.bias is not None and site.slot == 1:
                 _, entry = self._recipe.tensor_params(scheme.name, inputs[site.node])
             self._weight(self.nodes[site.node], site, scheme, entry, unit.id)
             mark_kernel(self.nodes[site.node], scheme)
@@ -225,7 +225,7 @@ class _GraphWriter:
             node.replace_input_with(2, self._read(kept, find_format(scheme.bias), grid, unit))
         form = stored_form(scheme, stored, node, site)
         if (site.tensor, form) not in self._stored:  # or else another node reads the same numbers in the same form
-            kept = self.constant(f"{node.name}/weight_{scheme.weight}", stored.numbers)
+            kept = self.constant(f"{node.name}/weight_{stored.format.name}", stored.numbers)
             self._stored[site.tensor, form] = read = self._read(kept, stored.format, params, unit)
             for value in read.producer().inputs:  # type: ignore[union-attr]
                 value.meta[SOURCE] = (site.tensor, form)  # type: ignore[union-attr]

@@ -74,11 +74,13 @@ def find_biases(graph: Graph, units: UnitGraph) -> tuple[Bias, ...]:
 
 
 def _plain(layer: ir.Node) -> bool:
-    """Tell whether a layer is a weighted sum of its input and nothing else."""
+    """Tell whether a layer is a weighted sum of its input and nothing else, with the same weights everywhere."""
     if layer.op_type == "Gemm":
         factors = (attribute(layer, name, 1.0) for name in ("alpha", "beta"))
         return not attribute(layer, "transA", 0) and all(f == 1.0 for f in factors)
-    return layer.op_type in ("Conv", "MatMul")
+    if layer.op_type == "MatMul":
+        return len(static_shape(layer.inputs[1])) == 2  # type: ignore[arg-type]
+    return layer.op_type == "Conv"
 
 
 def mean_inputs(

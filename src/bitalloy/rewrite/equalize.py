@@ -40,7 +40,7 @@ from bitalloy.core.jobs import Contexts
 from bitalloy.model.graphs.again import GraphFile, open_file
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph, load_graph
-from bitalloy.model.read import attribute, constant, consumers, name_of, node_weight_axes, static_shape
+from bitalloy.model.read import attribute, constant, consumers, is_static, name_of, node_weight_axes, static_shape
 from bitalloy.model.write import Fresh, add_initializer, namer
 
 SMOOTHING, CROSS_LAYER = "smoothing", "cross-layer"
@@ -95,7 +95,9 @@ def find_places(graph: Graph) -> tuple[ScalingPlace, ...]:
         parts, names = graph.program.graphs, graph.program.names
         outputs |= {names.get((part, t), f"{part}/{t}") for part in parts for t in parts[part].output_names}
     finder = _Finder(outputs)
-    found = (finder.normalized(node) or finder.linear(node) for node in graph.nodes)
+    found = (
+        finder.normalized(node) or finder.linear(node) for node in graph.nodes if all(map(is_static, node.outputs))
+    )
     return tuple(place for place in found if place is not None)
 
 
@@ -300,7 +302,7 @@ class _Finder:
         shape = static_shape(value)
         found = [(s, _vector_axis(v, len(shape), axis, shape[axis])) for s, v in enumerate(node.inputs)]
         slots = [(slot, at) for slot, at in found if at is not None]
-        if len(slots) != 1 or len(static_shape(node.outputs[0])) != len(shape):
+        if len(slots) != 1 or len(node.outputs[0].shape or ()) != len(shape):
             return None
         return node.outputs[0], Operand(name_of(node), *slots[0])
 

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.model.metadata import KERNEL, TAG
-from bitalloy.model.read import constant, name_of, static_shape
+from bitalloy.model.read import constant, name_of
 from bitalloy.model.write import add_initializer, check_model, drop_unread, insert_behind, namer
 from bitalloy.rewrite.cast import computing_nodes, is_border, lower
 
@@ -51,7 +51,7 @@ class _Carrier:
     def __init__(self, mixed: ir.Model, model: ir.Model, fixed: ir.Model) -> None:
         self._mixed, self._model = mixed, model
         self._before = {name_of(n): n for n in fixed.graph}
-        self._sizes = {str(v.name): static_shape(v) for v in fixed.graph.outputs}
+        self._ranks = {str(v.name): len(v.shape or ()) for v in fixed.graph.outputs}
         self._lowered = computing_nodes(mixed)
         self._computing = frozenset[str]().union(*self._lowered.values())
         self._pairs: dict[tuple[ir.Value, str], ir.Value] = {}
@@ -75,7 +75,7 @@ class _Carrier:
         drop_unread(self._model.graph)
         for value in self._model.graph.outputs:
             if value.shape is None:  # the checker wants a rank
-                value.shape = ir.Shape([None] * len(self._sizes[str(value.name)]))
+                value.shape = ir.Shape([None] * self._ranks[str(value.name)])
         check_model(self._model)
         return self._model
 

@@ -16,6 +16,7 @@ from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Tap
 from bitalloy.core.units import Edge
 from bitalloy.formats import find_rounding
+from bitalloy.formats.base import Writer
 from bitalloy.model.dequantizer import GivenTensor
 from bitalloy.model.load import Graph
 from bitalloy.model.read import is_float, moved_from
@@ -45,16 +46,25 @@ def _lies_on(grid: GivenTensor | None, value: ir.Value, grids: Mapping[str, Give
     return any(grids.get(str(source.name)) == grid for source in moved_from(value, KEEPS_GRIDS))
 
 
+def round_given(writer: Writer, x: ir.Value, grid: GivenTensor | None) -> ir.Value:
+    """Round a tensor as a quantized file does: to a grid, or to the range that it has at run time without one."""
+    if grid is None:
+        return find_rounding(AT_RUN_TIME).write(writer, x, None)
+    scale, least, most = (
+        writer.constant(np.array(number, np.float32), role)
+        for number, role in (
+            (grid.scale, "scale"),
+            (grid.least - grid.zero_point, "least"),
+            (grid.most - grid.zero_point, "most"),
+        )
+    )
+    whole = writer.node("Round", [writer.node("Div", [x, scale], "divided")], "steps")
+    return writer.node("Mul", [writer.node("Clip", [whole, least, most], "kept"), scale], "rounded")
+
+
 def _tap(name: str, *, tensor: str, grid: GivenTensor | None) -> Tap:
     def error(p: Builder, values: Mapping[str, ir.Value]) -> ir.Value:
         x = values[tensor]
-        if grid is None:
-            return p.like("Sub", find_rounding(AT_RUN_TIME).write(ProbeWriter(p), x, None), x)
-        scale, least, most = (
-            p.const(np.array(v, np.float32))
-            for v in (grid.scale, grid.least - grid.zero_point, grid.most - grid.zero_point)
-        )
-        steps = p.like("Clip", p.like("Round", p.like("Div", x, scale)), least, most)
-        return p.like("Sub", p.like("Mul", steps, scale), x)
+        return p.like("Sub", round_given(ProbeWriter(p), x, grid), x)
 
     return Tap(name, (Edge(tensor=tensor, node="", slot=0),), error)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitalloy.model.load import Graph
-from bitalloy.model.read import is_float, name_of, static_shape
+from bitalloy.model.read import elements, is_float, name_of
 from bitalloy.targets.base import macs
 
 MOVE_COST = 8
@@ -93,7 +93,7 @@ def _copy(original: ir.Value) -> ir.Value:
 
 
 def _work(node: ir.Node) -> int:
-    written = sum(int(np.prod(static_shape(v))) for v in node.outputs if v.name)
+    written = sum(elements(v) for v in node.outputs if v.name)
     return macs(node) + MOVE_COST * written
 
 
@@ -106,7 +106,7 @@ def _widths(graph: Graph) -> np.ndarray:
         if value.is_initializer() or not is_float(value) or not uses:
             continue
         producer = value.producer()
-        size = float(np.prod(static_shape(value)))
+        size = elements(value)
         change[order[name_of(producer)] if producer is not None else 0] += size
         change[max(uses)] -= size
     return np.cumsum(change[:-1])

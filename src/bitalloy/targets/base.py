@@ -13,8 +13,9 @@ from bitalloy.core.records import Head
 from bitalloy.core.schemes import BASELINE, Scheme
 from bitalloy.core.units import Edge, Placement, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, consumers, is_float, name_of, static_shape
+from bitalloy.model.read import attribute, consumers, elements, is_float, is_static, name_of, static_shape
 from bitalloy.model.regions import path_of, region_id
+from bitalloy.model.selected import SELECTED
 from bitalloy.runtime.base import Runtime
 from bitalloy.targets.devices import Device, lacking
 
@@ -29,6 +30,8 @@ class Core:
     inner: tuple[Edge, ...] = ()
     unfit: str = ""
     """Why the target has no kernel for the pattern that reads rounded tensors; empty where it has one."""
+    kept: str = ""
+    """Why it stays in the baseline, whatever a scheme rounds; empty where it need not."""
     reader: ir.Node | None = None
     """The node that reads rounded tensors, where that is not the first one; of targets with a `single_reader`."""
     joined: tuple[Edge, ...] = ()
@@ -219,6 +222,9 @@ def _group(graph: Graph, target: Target) -> _Grouped:
         name = name_of(node)
         if name in owner:
             continue
+        if graph.selected.intersection(v.name for v in node.outputs):
+            owner[name], cores[name], tails[name] = name, Core(node.op_type, (node,), kept=SELECTED), []
+            continue
         source = node.inputs[0].name if node.inputs and node.inputs[0] is not None else None
         if target.follows(node) and source in root_unit:
             unit = root_unit[str(source)]
@@ -227,6 +233,8 @@ def _group(graph: Graph, target: Target) -> _Grouped:
             root_unit.update({str(v.name): unit for v in node.outputs})
             continue
         core = target.match(node, graph)
+        if graph.selected.intersection(v.name for part in core.nodes for v in part.outputs):
+            core = Core(node.op_type, (node,), kept=SELECTED)
         cores[name], tails[name] = core, []
         owner.update({name_of(n): name for n in core.nodes})
         root_unit[core.root] = name
@@ -262,7 +270,7 @@ def _serving(target: Target, found: _Grouped) -> tuple[Offer, ...]:
     members = {name: found.members(name) for name in found.cores}
 
     def serves(offer: Offer) -> bool:
-        return any(not offer.refuse(core, members[name]) for name, core in found.cores.items())
+        return any(not core.kept and not offer.refuse(core, members[name]) for name, core in found.cores.items())
 
     return tuple(offer for offer in target.offered() if not offer.scheme.dynamic or serves(offer))
 
@@ -270,7 +278,7 @@ def _serving(target: Target, found: _Grouped) -> tuple[Offer, ...]:
 def _writes_floats(target: Target, found: _Grouped, name: str) -> bool:
     """Tell whether a unit makes outputs alone, by a kernel that writes floats."""
     core = found.cores[name]
-    if core.unfit or len(core.nodes) > 1 or core.kind not in target.writes_floats:
+    if core.kept or core.unfit or len(core.nodes) > 1 or core.kind not in target.writes_floats:
         return False
     return not found.readers(name)
 
@@ -297,7 +305,7 @@ def _refused(
     """Map each scheme in which the unit of a core may not run to the reason."""
     found: dict[str, str] = {}
     for offer in offers:
-        reason = offer.refuse(core, members)
+        reason = core.kept or offer.refuse(core, members)
         if not reason and offer.scheme.hands_on and target.placement is Placement.ENDS:
             reason = unfit_output
         if reason:
@@ -313,13 +321,12 @@ def _edges(
     outputs = {name: i for i, name in enumerate(graph.output_names)}
     found = []
     for tensor, value in graph.value.items():
-        if value.is_initializer() or not is_float(value):
+        if value.is_initializer() or not is_float(value) or tensor in graph.selected:
             continue
         producer = value.producer()
         source = owner[name_of(producer)] if producer is not None else None
         inside = source is not None and tensor not in roots and name_of(producer) in units[source].core  # type: ignore[arg-type]
         root = units[source].root if source is not None and not inside else tensor
-        elements = int(np.prod(static_shape(value)))
         entering: dict[str, list[Edge]] = {}
         for use in consumers(value):
             edge = Edge(tensor=tensor, node=name_of(use.node), slot=use.slot)
@@ -338,7 +345,7 @@ def _edges(
                     consumer=consumer or None,
                     root=root,
                     rooted=tensor in roots,
-                    elements=elements,
+                    elements=elements(value),
                     passed_on=placement is Placement.ENDS
                     and tensor in roots
                     and source is not None
@@ -360,8 +367,13 @@ def _entering(edges: Sequence[UnitEdge], readers: Mapping[str, str]) -> list[Uni
 
 
 def macs(node: ir.Node) -> int:
-    """Count the multiply-accumulates of a convolution or matrix product; other operators have none."""
+    """Count the multiply-accumulates of a convolution or matrix product; other operators have none.
+
+    Nor have those behind a selection, whose rows the data decides.
+    """
     out = node.outputs[0]
+    if not all(v is None or is_static(v) for v in (out, *node.inputs)):
+        return 0
     if node.op_type == "Conv":
         weight = static_shape(node.inputs[1])  # type: ignore[arg-type]
         return int(np.prod(static_shape(out)) * np.prod(weight[1:]))

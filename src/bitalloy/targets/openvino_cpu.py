@@ -9,9 +9,10 @@ Case 1. Conv with constant weights, of any rank, grouped, depthwise, strided or 
         reads uint8 and int8 weights per output channel (ConvolutionTransformation). An activation behind it runs in the
         kernel: x * Sigmoid(x), Relu, Clip, LeakyRelu, Sigmoid, Tanh, HardSwish, Elu, Mish, Gelu. The rounding for the
         next kernel does too, where the result has one reader.
-Case 2. MatMul and Gemm with a constant matrix: one FullyConnected kernel, per column; a bias that is added behind a
-        MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are few rows, several such
-        products after each other may become a single Subgraph kernel, which the plugin calls float.
+Case 2. MatMul and Gemm with a constant matrix, MatMul with several too: one FullyConnected kernel, per column; a bias
+        that is added behind a MatMul and an activation as in case 1 run inside (MatMulTransformation). Where there are
+        few rows, several such products after each other may become a single Subgraph kernel, which the plugin calls
+        float.
 Case 3. A Concat over the channels (axis 1 before Conv, the last one before MatMul and Gemm) that a case 1 or 2 alone
         reads joins that unit: the rounding behind it is moved before it, so that it joins integers
         (MoveFakeQuantize, ConcatTransformation). There is one scale for all of its operands and one rounding.
@@ -19,15 +20,18 @@ Case 4. Conv, MatMul or Gemm behind a Concat over another axis stays in float: C
         every index of that axis, with which a Conv runs in float and a MatMul is refused by the compiler.
 Case 5. Other Concats, nodes that only move data, Add, Mul, pools and the like follow what surrounds them: they have no
         precision of their own, nothing is rounded for them. Elementwise ones fuse with the next rounding (Subgraph).
-Case 6. MatMul of two activations stays in float: MatMulTransformation wants its second operand in int8 with zero point
-        0, and the formats here are uint8.
+Case 6. MatMul of two activations stays in float, and so does one with a constant on the left: MatMulTransformation
+        wants its second operand in int8 with zero point 0, and the formats here are uint8.
 Case 7. A product with a constant matrix also runs with its weights compressed, in blocks of 8 or 4 bits (`w8`,
         `w4-16`, `w4`, `w4-64`, `w4-128`) or in 8 bits per column (`w8-channel`): a DequantizeLinear on the weight stays
         as it is (ConvertedWeights, decompression in FullyConnected). Blocks must divide the reduction: the importer
         refuses others. What it reads is not rounded on CPUs without VNNI; with VNNI the plugin rounds it to INT8 in
         groups of 32 (DYNAMIC_QUANTIZATION_GROUP_SIZE) unless that is switched off, as it is here, so that the numbers
         are the same everywhere.
-Case 8. ConvTranspose and everything else stay in float.
+Case 8. ConvTranspose without groups: one Deconvolution kernel that reads uint8 with zero point 0, so what it reads must
+        never be negative, as behind a Relu, and int8 weights per output channel
+        (ConvolutionBackpropDataTransformation). In groups it is computed in float, whatever it reads. Everything else
+        stays in float as well.
 Case 9. Ranges taken at run time are not offered. DynamicQuantizeLinear and MatMulInteger are imported as elementwise
         nodes and a product of the integers converted to float: the execution graph has Convert, Reduce and a
         FullyConnected in f32, and no integer kernel. On a CPU with AVX2 and without VNNI, three products of 2048 x 5632
@@ -55,12 +59,13 @@ from bitalloy import ops
 from bitalloy.core.schemes import Granularity, Scheme
 from bitalloy.core.units import Edge, Placement
 from bitalloy.model.load import Graph
-from bitalloy.model.read import attribute, constant, consumers, name_of, static_shape
+from bitalloy.model.read import attribute, constant, consumers, moved_from, name_of, static_shape
 from bitalloy.runtime.openvino import OPENVINO
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.patterns import (
     TABLES_IN_HALF,
+    Constants,
     has_vnni,
     match_gemm,
     match_matmul,
@@ -79,11 +84,14 @@ OPENVINO_FUSED_ACTIVATIONS = frozenset({
     "Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Tanh",
 })  # fmt: skip
 NO_KERNEL = "OpenVINO has no integer kernel for it here"
+NEVER_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"})
 
 
 def _match(node: ir.Node, graph: Graph) -> Core:
     if node.op_type in INTEGER_PRODUCTS:
         return _fused(_product(node))
+    if node.op_type == "ConvTranspose":
+        return _transposed(node)
     if (table := match_table(node)) is not None:
         return table
     if node.op_type == "Concat":
@@ -102,12 +110,25 @@ def _product(node: ir.Node) -> Core:
         case "Gemm":
             core = match_gemm(node, OPENVINO.name)
         case _:
-            core = match_matmul(node)
+            core = match_matmul(node, Constants.COLUMNS)
     if not core.unfit and not core.weights:
         return replace(core, unfit="both operands are activations")
     if not core.unfit and not _channels_joined(node):
         return replace(core, unfit="reads a Concat over another axis than the channels")
     return core
+
+
+def _transposed(node: ir.Node) -> Core:
+    """Match a ConvTranspose alone, in float where its kernel does not take what it reads: case 8."""
+    if attribute(node, "group", 1) != 1:
+        return Core(node.op_type, (node,), unfit="OpenVINO has no integer kernel for a ConvTranspose in groups")
+    value = node.inputs[0]
+    assert value is not None
+    producer = [value, *moved_from(value, ops.MOVERS)][-1].producer()
+    if producer is None or producer.op_type not in NEVER_NEGATIVE:
+        reason = "OpenVINO's integer ConvTranspose wants a zero point of 0, and what it reads may be negative"
+        return Core(node.op_type, (node,), unfit=reason)
+    return match_weighted(node, axis=1)
 
 
 def _channels_joined(node: ir.Node) -> bool:

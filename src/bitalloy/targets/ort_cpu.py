@@ -6,7 +6,9 @@ Case 1. Conv with constant weights, optionally followed by Relu or Clip: QLinear
         weights per output channel, int32 bias; the output must be quantized too.
 Case 2. MatMul and Gemm: QLinearMatMul, QGemm; constant weights per column. Where nothing rounds what they make, they
         write floats (MatMulIntegerToFloat, and QGemm without a scale of its result): so run those that make an output.
-        Before the Add of a bias a MatMul does not: with it, MatMulAddFusion would make a Gemm in float.
+        Before the Add of a bias a MatMul does not: with it, MatMulAddFusion would make a Gemm in float. A constant on
+        the left of a MatMul, and several matrices on its right, have one scale and uint8 numbers, as tensors do: the
+        kernels refuse vectors of scales there, and int8 on the left, and products of uint8 add no pairs (`pairs`).
 Case 3. x * Sigmoid(x): QLinearSigmoid and QLinearMul; both take the unit's precision.
 Case 4. Add and Mul of two activations, Concat, AveragePool, GlobalAveragePool, Sigmoid, LeakyRelu, Softmax:
         their QLinear kernels.
@@ -45,6 +47,7 @@ from bitalloy.runtime.ort import ORT
 from bitalloy.targets.base import Core, Offer, Target, whole_kernel
 from bitalloy.targets.patterns import (
     TABLES_IN_HALF,
+    Constants,
     has_vnni,
     match_gemm,
     match_matmul,
@@ -65,7 +68,7 @@ def _match(node: ir.Node, graph: Graph) -> Core:
         case "Conv":
             return _activation(match_weighted(node, axis=0))
         case "MatMul":
-            return match_matmul(node)
+            return match_matmul(node, Constants.TENSORS)
         case "Gemm":
             return _activation(match_gemm(node, "ONNX Runtime"))
         case "Sigmoid":

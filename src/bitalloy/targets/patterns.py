@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,35 @@ def match_weighted(node: ir.Node, *, axis: int) -> Core:
         return Core(node.op_type, (node,), unfit="weights or bias are computed at run time")
     if bias is not None and len(static_shape(bias)) != 1:
         return Core(node.op_type, (node,), unfit="the bias is not a vector")
-    return Core(node.op_type, (node,), weights=(second_operand(node, axis),))
+    return Core(node.op_type, (node,), weights=(stored_operand(node, 1, axis),))
 
 
-def match_matmul(node: ir.Node) -> Core:
-    """Match a product with a constant matrix, or of two activations; in float where the left one is constant."""
+class Constants(StrEnum):
+    """Which constant operands of a MatMul a kernel for rounded numbers takes, and with how many scales."""
+
+    MATRICES = "matrices"
+    """One matrix on the right, with a scale for each column."""
+    COLUMNS = "columns"
+    """Several matrices on the right, too, with a scale for each column that they share."""
+    TENSORS = "tensors"
+    """Several matrices on the right and constants on the left, too, stored as tensors are: with one scale."""
+
+
+def match_matmul(node: ir.Node, constants: Constants = Constants.MATRICES) -> Core:
+    """Match a product with a constant, or of two activations; in float where the kernel does not take the constant."""
     left, right = node.inputs
     assert left is not None and right is not None
-    if constant(left) is not None:
-        return Core("MatMul", (node,), unfit="the left operand is constant")
-    if constant(right) is None:
+    slot = 0 if constant(left) is not None else 1
+    operand = left if slot == 0 else right
+    if constant(operand) is None:
         return Core("MatMul", (node,))
-    rank = len(static_shape(right))
-    if rank != 2:
+    rank = len(static_shape(operand))
+    if slot == 0 and constants is not Constants.TENSORS:
+        return Core("MatMul", (node,), unfit="the left operand is constant")
+    if rank < 2 or (rank > 2 and constants is Constants.MATRICES):
         return Core("MatMul", (node,), unfit="the constant operand is not a matrix")
-    return Core("MatMul", (node,), weights=(second_operand(node, 1),))
+    axis = None if slot == 0 or (rank > 2 and constants is Constants.TENSORS) else rank - 1
+    return Core("MatMul", (node,), weights=(stored_operand(node, slot, axis),))
 
 
 def match_gemm(node: ir.Node, runtime: str) -> Core:
@@ -73,8 +88,16 @@ def match_gemm(node: ir.Node, runtime: str) -> Core:
 def stored_matrix(core: Core, nodes: Sequence[ir.Node]) -> str:
     """Refuse all but products with a constant matrix."""
     if core.kind in ("Gemm", "MatMul"):
-        return core.unfit or ("" if core.weights else NO_WEIGHTS.format(kind=f"this {core.kind} of two tensors"))
+        if core.unfit or not core.weights:
+            return core.unfit or NO_WEIGHTS.format(kind=f"this {core.kind} of two tensors")
+        return "" if _is_matrix(core) else NO_WEIGHTS.format(kind="a constant on the left, or several matrices")
     return NO_WEIGHTS.format(kind=core.kind)
+
+
+def _is_matrix(core: Core) -> bool:
+    site = core.weights[0]
+    value = core.nodes[0].inputs[site.slot]
+    return site.slot == 1 and value is not None and len(static_shape(value)) == 2
 
 
 def match_table(node: ir.Node) -> Core | None:
@@ -88,8 +111,9 @@ def match_table(node: ir.Node) -> Core | None:
     shape = static_shape(table)
     if not is_float(table) or len(shape) != 2 or math.prod(shape) < LEAST_TABLE or attribute(node, "axis", 0) != 0:
         return None
-    site = WeightSite(tensor=str(table.name), node=name_of(node), slot=0, axis=0, elements=math.prod(shape))
-    return Core("Gather", (node,), weights=(site,), unfit="a table is looked up, not computed with")
+    return Core(
+        "Gather", (node,), weights=(stored_operand(node, 0, 0),), unfit="a table is looked up, not computed with"
+    )
 
 
 def stored_table(core: Core, nodes: Sequence[ir.Node]) -> str:
@@ -157,12 +181,12 @@ def silu_of(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
     return (sigmoid, product) if only_reader(sigmoid.outputs[0]) is product else None
 
 
-def second_operand(node: ir.Node, axis: int) -> WeightSite:
-    """Return the second operand of a node as a site that is rounded along `axis`."""
-    value = node.inputs[1]
+def stored_operand(node: ir.Node, slot: int, axis: int | None) -> WeightSite:
+    """Return a constant operand of a node as a site that is rounded along `axis`, or as a whole."""
+    value = node.inputs[slot]
     assert value is not None
     elements = math.prod(static_shape(value))
-    return WeightSite(tensor=str(value.name), node=name_of(node), slot=1, axis=axis, elements=elements)
+    return WeightSite(tensor=str(value.name), node=name_of(node), slot=slot, axis=axis, elements=elements)
 
 
 def has_vnni() -> bool:

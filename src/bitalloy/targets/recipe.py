@@ -60,21 +60,25 @@ class Recipe:
         used, weight = self.units.scheme(scheme), constant(node.inputs[site.slot])
         assert weight is not None, "weight sites are constants"
         params = stored_weight(used, node, site)
-        nearest = StoredWeight(format=find_format(used.weight), params=params, values=weight)
+        stored = find_format(used.weight if site.axis is not None else used.activation)
+        nearest = StoredWeight(format=stored, params=params, values=weight)
         return nearest.chosen(self.roundings.sites.get(weight_site(site, scheme).id))
 
 
 def stored_weight(scheme: Scheme, node: ir.Node, site: WeightSite) -> QuantParams | None:
     """Choose how a weight is stored: by tensor, by channel of `site.axis`, or by block along the reduction.
 
+    A constant without such an axis is stored as the tensors of the scheme are: see `patterns.Constants`.
+
     With a `pair_limit` the scale of a channel is raised until no two weights that a kernel may add (`largest_pairs`)
     sum to more than the limit: 128 keeps 255 * (|a| + |b|) below 2^15. Where nodes compute in another format than
     float32, scales are numbers of that format (`_representable`).
     """
-    stored = find_format(scheme.weight)
     axis, weight = site.axis, constant(node.inputs[site.slot])
-    assert axis is not None, "weights are quantized per channel"
     assert weight is not None, "weight sites are constants"
+    if axis is None:
+        return find_format(scheme.activation).of_range(float(weight.min(initial=0.0)), float(weight.max(initial=0.0)))
+    stored = find_format(scheme.weight)
     if scheme.granularity is Granularity.BLOCK:
         along = reduction_axis(node, axis, weight.ndim)
         starts = np.arange(0, weight.shape[along], scheme.block)

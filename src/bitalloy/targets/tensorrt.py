@@ -63,8 +63,8 @@ from bitalloy.targets.patterns import (
     match_table,
     moves,
     only_reader,
-    second_operand,
     silu_of,
+    stored_operand,
     table_by_row,
 )
 from bitalloy.targets.safety import HALF_PRECISION, stored_beside_half
@@ -104,7 +104,7 @@ def _plain(node: ir.Node, reason: str) -> Core:
 def _weighted(node: ir.Node, *, axis: int) -> Core:
     if constant(node.inputs[1]) is None:
         return _plain(node, "the weights are computed at run time")
-    return Core(node.op_type, (node, *_behind(node)), weights=(second_operand(node, axis),))
+    return Core(node.op_type, (node, *_behind(node)), weights=(stored_operand(node, 1, axis),))
 
 
 def _matmul(node: ir.Node) -> Core:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
 
+from bitalloy.adjoint.builder import Builder
 from bitalloy.core.encoding import to_json
-from bitalloy.core.outcome import GivenModel, GivenRounding
-from bitalloy.core.records import Estimate, Record
+from bitalloy.core.outcome import GivenModel
+from bitalloy.core.records import Estimate, GivenRounding, Record
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure import bench
@@ -20,14 +22,14 @@ from bitalloy.model.dequantizer import GivenTensor
 from bitalloy.model.heads import Reference, is_divergence
 from bitalloy.model.load import Graph
 from bitalloy.model.read import consumers, name_of
-from bitalloy.model.write import add_initializer
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact, reopeners
 from bitalloy.runtime.base import ONLY, Session
 from bitalloy.runtime.ort import ORT, OrtSession
 from bitalloy.runtime.steps import total
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.sensitivity.given import given_columns
+from bitalloy.sensitivity.columns import ProbeWriter
+from bitalloy.sensitivity.given import given_columns, round_given
 from bitalloy.sensitivity.matrix import ProbeMatrix, decibel, relative
 from bitalloy.sensitivity.probe import Prober
 from bitalloy.verify.beside_float import OUTCOME_SITTINGS, REPEATS
@@ -206,25 +208,15 @@ def _with_rounding(graph: Graph, tensor: str, grid: GivenTensor) -> ir.Model:
     """The float form with one tensor rounded."""
     model = graph.clone()
     value = next(v for node in model.graph for v in node.outputs if v.name == tensor)
-    at = value.producer()
-    assert at is not None, "a tensor behind a head is made by a node"
-    numbers = (grid.scale, grid.least - grid.zero_point, grid.most - grid.zero_point)
-    scale, least, most = (
-        add_initializer(model.graph, f"{tensor}/{name}", np.array(number, np.float32))
-        for name, number in zip(("scale", "least", "most"), numbers, strict=True)
-    )
-    whole = ir.node("Div", [value, scale], name=f"{tensor}/Div")
-    steps = ir.node("Round", [whole.outputs[0]], name=f"{tensor}/Round")
-    kept = ir.node("Clip", [steps.outputs[0], least, most], name=f"{tensor}/Clip")
-    made = ir.node("Mul", [kept.outputs[0], scale], name=f"{tensor}/Mul")
-    rounded = made.outputs[0]
-    rounded.type, rounded.shape = value.type, value.shape
-    left = value.is_graph_output()
-    ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=True)
-    whole.replace_input_with(0, value)
-    model.graph.insert_after(at, [whole, steps, kept, made])
+    uses, left = list(value.uses()), value.is_graph_output()
+    rounded = round_given(ProbeWriter(Builder(model.graph, "bitalloy.given/")), value, grid)
+    rounded.type = value.type
+    for node, slot in uses:
+        node.replace_input_with(slot, rounded)
     if left:
+        model.graph.outputs[list(model.graph.outputs).index(value)] = rounded
         value.name, rounded.name = f"{tensor}/exact", tensor
+    TopologicalSortPass()(model)
     return model
 
 

@@ -233,8 +233,7 @@ LAYERS = {
 
 def _recurrent(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     layer, x = LAYERS[node.op_type], data(node)
-    if attribute(node, "layout", 0):
-        raise unsupported(node, "has its batch ahead of its time, which the adjoint rule does not cover")
+    assert not attribute(node, "layout", 0), "normal form has the time first"
     count = 2 if attribute(node, "direction", "forward") == "bidirectional" else 1
     hidden, clip = static_shape(data(node, _RECURRENCE))[2], attribute(node, "clip", None)
     activations = _activations(node, layer.activations * count)

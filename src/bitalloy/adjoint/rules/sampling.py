@@ -17,6 +17,7 @@ import onnx_ir as ir
 from bitalloy.adjoint.builder import Builder
 from bitalloy.adjoint.engine import Context, Cotangent, Cots, Rule, unsupported
 from bitalloy.adjoint.rules.elementwise import between, number, one_minus, scalar, select
+from bitalloy.adjoint.rules.linear import geometry
 from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
@@ -225,6 +226,76 @@ def _grid_sample(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     return result
 
 
+def _deform_conv(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
+    """A convolution of what is read at moved places, times a mask: every group of channels has places of its own."""
+    p, image, weight, moves = ctx.p, data(node), data(node, 1), data(node, 2)
+    mask = node.inputs[4] if len(node.inputs) > 4 else None
+    if any(ctx.wants(v) for v in node.inputs[1:4:2]):
+        raise unsupported(node, "computes its weights or its bias at run time")
+    n, c, *sizes = static_shape(image)
+    outputs, _, *kernel = static_shape(weight)
+    out = static_shape(node.outputs[0])[2:]
+    groups, apart = (int(attribute(node, name, 1)) for name in ("group", "offset_group"))  # type: ignore[call-overload]
+    taps, area = int(np.prod(kernel)), int(np.prod(out))
+    rows, each, count = n * apart, c // apart, taps * area
+    shape = (rows, taps, len(sizes), area)
+    moved = p.op("Reshape", moves, p.const(list(shape)), shape=shape)
+    places = []
+    for axis, base in enumerate(_unmoved(node, sizes, out, kernel)):
+        along = p.op("Gather", moved, p.const(np.array(axis)), axis=2, shape=(rows, taps, area))
+        along = p.op("Reshape", along, p.const([rows, count]), shape=(rows, count))
+        places.append(p.like("Add", along, p.const(base.reshape(1, count).astype(np.float32))))
+    shape = (rows, each, *sizes)
+    parts = p.op("Reshape", image, p.const(list(shape)), shape=shape)
+    made, depth = outputs // groups, c // groups * taps
+    matrix = p.op("Reshape", weight, p.const([groups, made, depth]), shape=(groups, made, depth))
+    turned = p.op("Transpose", matrix, perm=[0, 2, 1], shape=(groups, depth, made))
+    grad = ctx.reshape(dense(ctx, cots), (n, groups, made, area))
+    read = ctx.reshape(ctx.r.op("MatMul", ctx.residual(turned), grad), (rows, each, count))
+    result: list[Cotangent | None] = [None] * len(node.inputs)
+    weighed = read
+    if mask is not None:
+        lined = p.op("Reshape", mask, p.const([rows, 1, count]), shape=(rows, 1, count))
+        weighed = ctx.r.op("Mul", read, ctx.residual(lined))
+    axes = [taps_along(p, place, size, "linear", zeros_outside) for place, size in zip(places, sizes, strict=True)]
+    by_image, by_place = sampled(ctx, parts, axes, weighed, places=ctx.wants(moves))
+    result[0] = Cotangent(ctx.reshape(by_image, static_shape(image)))
+    if by_place:
+        split = [ctx.reshape(g, (rows, taps, 1, area)) for g in by_place]
+        result[2] = Cotangent(ctx.reshape(ctx.r.op("Concat", *split, axis=3), static_shape(moves)))
+    if mask is not None and ctx.wants(mask):
+        values = ctx.residual(_read_at(p, parts, places))
+        by_mask = ctx.r.op("ReduceSum", ctx.r.op("Mul", read, values), ctx.r.const([2]), keepdims=0)
+        result[4] = Cotangent(ctx.reshape(by_mask, static_shape(mask)))
+    return result
+
+
+def _unmoved(node: ir.Node, sizes: Sequence[int], out: Sequence[int], kernel: Sequence[int]) -> list[np.ndarray]:
+    """Places (taps, results) that a convolution reads along each axis."""
+    strides, dilations, before, _ = geometry(node, sizes, out, kernel)
+    window = np.indices(kernel).reshape(len(kernel), -1)
+    result = np.indices(out).reshape(len(out), -1)
+    return [
+        (window[axis] * dilations[axis] - before[axis])[:, None] + (result[axis] * strides[axis])[None]
+        for axis in range(len(sizes))
+    ]
+
+
+def _read_at(p: Builder, image: ir.Value, places: Sequence[ir.Value]) -> ir.Value:
+    """What an image (N, C, rows, columns) holds at places (N, places) in pixels, as (N, C, places); zeros outside."""
+    n, c, *sizes = static_shape(image)
+    count = static_shape(places[0])[1]
+    # pixels become numbers from -1 to 1 between the edges of the image
+    scaled = [
+        p.like("Sub", p.like("Mul", place, scalar(p, 2 / size)), scalar(p, 1 - 1 / size))
+        for place, size in zip(places, sizes, strict=True)
+    ]
+    lined = [p.op("Reshape", v, p.const([n, count, 1, 1]), shape=(n, count, 1, 1)) for v in reversed(scaled)]
+    grid = p.op("Concat", *lined, axis=3, shape=(n, count, 1, len(sizes)))
+    read = p.op("GridSample", image, grid, padding_mode="zeros", shape=(n, c, count, 1))
+    return p.op("Reshape", read, p.const([n, c, count]), shape=(n, c, count))
+
+
 def _affine_grid(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
     """Every place is the product of a matrix and the place without it, which the operator gives for unit matrices."""
     theta, size = data(node), integers(node, 1)
@@ -300,4 +371,9 @@ def _bins(ctx: Context, node: ir.Node, axis: int, count: int, size: int) -> ir.V
     return p.op("ReduceSum", p.mul(near, weights), p.const([2]), keepdims=0, shape=(shape[0], count, size))
 
 
-SAMPLING_RULES: dict[str, Rule] = {"AffineGrid": _affine_grid, "GridSample": _grid_sample, "RoiAlign": _roi_align}
+SAMPLING_RULES: dict[str, Rule] = {
+    "AffineGrid": _affine_grid,
+    "DeformConv": _deform_conv,
+    "GridSample": _grid_sample,
+    "RoiAlign": _roi_align,
+}
