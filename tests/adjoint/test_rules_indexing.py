@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitalloy.core.errors import UnsupportedOpError
+from bitalloy.core.errors import ModelError
 
 PROPERTY = settings(max_examples=15)
 Array = np.ndarray[Any, Any]
@@ -178,7 +178,7 @@ def test_compress(rig: Any, axis: int | None) -> None:
 
 
 def test_compress_of_computed_positions_is_refused(rig: Any) -> None:
-    with pytest.raises(UnsupportedOpError, match="computes at run time"):
+    with pytest.raises(ModelError, match="data decides how many rows"):
         rig.check("Compress", normal(3, 3), np.array([False, True, True]), live=[1], axis=0, linear=True)
 
 

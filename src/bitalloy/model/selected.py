@@ -1,6 +1,6 @@
 """Tensors behind a selection: how many numbers they hold, or which, is decided by numbers that the model computes.
 
-Case 1. An operator that counts: NonMaxSuppression, NonZero, Compress, Unique.
+Case 1. An operator that counts what the model computes: NonMaxSuppression, NonZero, Unique, Compress by its condition.
 Case 2. A size that is computed and does not follow from shapes: the target of a Reshape, the k of a TopK, one end of a
         Slice. A Slice of which both ends are computed is taken to move a window of one size.
 Case 3. All that reads such a tensor, also where it has a fixed size again, as rows that are padded to 100: one row more
@@ -23,7 +23,8 @@ SELECTED = "how many rows it has depends on the data, so that nothing behind the
 def selects(node: ir.Node) -> bool:
     """Return whether a node whose sizes do not follow from those of its inputs has sizes that depend on numbers."""
     if node.op_type in ops.COUNTING:
-        return True
+        read = node.inputs[1:2] if node.op_type == "Compress" else node.inputs
+        return any(value is not None and constant(value) is None for value in read)
     sizes = [v for s in ops.sized_by(node.op_type) if s < len(node.inputs) and (v := node.inputs[s]) is not None]
     computed = [v for v in sizes if constant(v) is None]
     return bool(computed) and (node.op_type != "Slice" or len(computed) == 1)

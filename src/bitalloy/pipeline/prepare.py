@@ -13,12 +13,13 @@ from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
-from bitalloy.model.graphs.joining import join
+from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
 from bitalloy.samples.shapes import write_coco
 from bitalloy.tasks import find_task, semantic
+from bitalloy.tasks.evaluate import open_labelled
 from bitalloy.tasks.open import (
     ImageChoice,
     holds_arrays,
@@ -50,6 +51,9 @@ class Prepared:
     """Preparation of images as the user gave it; None where the model's file or its task decides."""
     labels: tuple[Path, ...]
     """Files or folders of labels for the task metric; none where the metric is not measured."""
+    images: Path | None
+    """Folder of the images that the user gave as data, on which agreement with float is measured without labels; None
+    where there is none, or no task that measures it."""
     notes: tuple[str, ...]
     """Sentences that a reader of the results must know."""
     work: Workspace
@@ -133,10 +137,22 @@ def prepare(
         data=samples,
         image=spec if image else None,
         labels=tuple(files),
+        images=_unlabelled(loaded, data, spec) if not files and not loaded.large else None,
         notes=(SAMPLE_NOTE,) if data is None else (),
         work=Workspace(store, progress),
         store=store,
     )
+
+
+def _unlabelled(loaded: Graph, data: str | Path | None, image: ImageSpec | None) -> Path | None:
+    """Find the folder of images on which agreement can be measured without labels; of a program there is none."""
+    if data is None or not Path(data).is_dir() or isinstance(loaded, Joined):
+        return None
+    try:
+        open_labelled(loaded, [Path(data)], image)
+    except DataError:
+        return None
+    return Path(data)
 
 
 def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:

@@ -83,6 +83,7 @@ def deliver(
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
     settings = settings or Settings()
+    labels = prepared.labels or tuple(path for path in (prepared.images,) if path is not None)
     evaluated = _evaluated_images(prepared, limit, settings.seed)
     analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
@@ -94,7 +95,7 @@ def deliver(
             planned = plan(part, budget, front=False, work=work)
         else:
             part, planned = _plan_by_default(part, budget, work)
-        verified = verify(part, planned, labels=prepared.labels, limit=limit, image=prepared.image, work=work)
+        verified = verify(part, planned, labels=labels, limit=limit, image=prepared.image, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
@@ -116,11 +117,15 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
     Raises:
         BitalloyError: a pattern matches nothing, a unit lacks its scheme, or a task metric is limited without labels.
     """
-    if budget.on_task and not prepared.labels:
-        asked = "--max-drop limits the drop of a task metric" if budget.max_drop else "--min-agreement limits the task"
+    if budget.max_drop and not prepared.labels:
         raise BudgetError(
-            f"{asked}, which needs labels. Add --eval with the labels of the task; or limit --min-agreement, for which "
-            "--eval takes a folder of images, or --max-drop-db, which needs neither."
+            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task; "
+            "or limit --min-agreement, which takes images alone, or --max-drop-db, which takes any samples."
+        )
+    if budget.min_agreement is not None and not prepared.labels and prepared.images is None:
+        raise BudgetError(
+            "--min-agreement limits the agreement with float on the task, and there is nothing to measure it on. Add "
+            "--eval with labels or a folder of images for a model with a task, or limit --max-drop-db."
         )
     model = prepared.model
     for units in units_of(model, settings) if budget.keep else ():

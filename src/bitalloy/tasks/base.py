@@ -134,6 +134,11 @@ class TaskData(Protocol):
         """Whether observations of a model depend on the reference, which then runs on the same samples beside it."""
         ...
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels, and not images only."""
+        ...
+
     def images(self, samples: Sequence[int]) -> Sequence[Path]:
         """Return the file of the image of each sample."""
         ...

@@ -65,6 +65,11 @@ class CaptionData:
     chat: Chat
 
     @property
+    def labelled(self) -> bool:
+        """True: without a text there is nothing to ask."""
+        return True
+
+    @property
     def paired(self) -> bool:
         """True: the divergence from the reference needs all of its probabilities, which are too many to be kept."""
         return True

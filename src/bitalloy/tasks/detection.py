@@ -98,6 +98,11 @@ class DetectionData:
         )
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are labels, and not images only."""
+        return self.labels.labelled
+
+    @property
     def paired(self) -> bool:
         """False: every model is observed alone."""
         return False
@@ -221,7 +226,7 @@ def judge_detector(seen: Sequence[Seen], data: DetectionData, samples: Sequence[
         DataError: the images have no labels that count.
     """
     found = detections_of(seen)
-    if not data.labels.labelled:
+    if not data.labelled:
         return Matched(tuple(found), None)
     return Matched(tuple(found), match_boxes(data.labels, data.entries(samples), found, ids_of(seen, data)))
 
@@ -238,7 +243,7 @@ def measure_detectors(
     """Measure the box AP, agreement and shifts of several models on the same images, side by side."""
     weights = resampled_weights(len(samples), resamples, seed)
     agreed, notes = compare_shown("", judged, weights)
-    metrics = compare_precision("", _results(judged, data, samples, weights)) if data.labels.labelled else ()
+    metrics = compare_precision("", _results(judged, data, samples, weights)) if data.labelled else ()
     shift, overlap = shifts(judged, weights)
     return TaskResult(
         task="detection",

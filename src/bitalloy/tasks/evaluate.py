@@ -26,7 +26,7 @@ from bitalloy.core.records import Record, TensorSpec
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.work import Workspace
-from bitalloy.data.datasets import Dataset, Samples
+from bitalloy.data.datasets import Dataset, Samples, drawn_order
 from bitalloy.data.images import ImageSpec, file_hash
 from bitalloy.model.graphs.again import graph_opening
 from bitalloy.model.load import Graph
@@ -56,6 +56,9 @@ SHARD = 32
 """Number of samples whose observations are stored together."""
 STREAMS = 4
 """Largest number of samples that are in memory at the same time."""
+UNLABELLED, LEAST_UNSEEN = 32, 8
+"""Number of images without labels that are evaluated where no limit is given, and the number of them that the analysis
+has not seen below which those that it has seen are taken too."""
 JUDGED_MODELS = 4
 """Largest number of models whose judgements stay in memory: those that were used last."""
 
@@ -217,7 +220,7 @@ class Evaluator:
         return tuple(found)
 
     def _opened(self, path: Path, data: TaskData) -> _Labelled:
-        samples = data.choose(self._limit, self._analysis.settings.seed)
+        samples = self._chosen(data)
         images = image_hashes(data, samples)
         spec = LabelFile(
             graph=self._parts.graph,
@@ -227,6 +230,22 @@ class Evaluator:
             fingerprint=key_of(data.inputs(samples, images)),
         )
         return _Labelled(data, samples, images, spec.fingerprint, Opening(kind="labels", spec=spec))
+
+    def _chosen(self, data: TaskData) -> list[int]:
+        """Choose the samples; without labels some of those that the analysis has not seen, where there are enough."""
+        seed = self._analysis.settings.seed
+        if data.labelled:
+            return list(data.choose(self._limit, seed))
+        every = list(data.choose(None, seed))
+        known, count = self._seen_images(), self._limit or UNLABELLED
+        unseen = [i for i, image in zip(every, image_hashes(data, every), strict=True) if image not in known]
+        usable = unseen if len(unseen) >= LEAST_UNSEEN else every
+        return sorted(usable[i] for i in drawn_order([str(i) for i in usable], seed)[:count])
+
+    def _seen_images(self) -> frozenset[str]:
+        analysis = self._analysis
+        parts = (analysis.parts.calibration, analysis.parts.probe, analysis.parts.verification)
+        return frozenset(file_hash(f) for part in parts for i in part for f in _files(analysis.data, i))
 
     def _result(
         self, labels: _Labelled, subjects: Mapping[str, Subject], stage: str, resamples: int, shards: int | None

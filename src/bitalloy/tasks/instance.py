@@ -159,7 +159,7 @@ def measure_instances(
         metrics += compare_precision(kind, results) if results else ()
         agreed, told = compare_shown(kind, judged, weights, masks=masks)
         agreements, notes = agreements + agreed, notes + told
-    if data.labels.labelled and not data.labels.has_masks():
+    if data.labelled and not data.labels.has_masks():
         notes += (f"No mask AP: '{data.labels.path.name}' has no masks.",)
     shift, overlap = shifts(judged, weights)
     return TaskResult(

@@ -113,6 +113,11 @@ class PromptData:
         return PromptInputs(labels=labels, images=tuple(images), samples=tuple(samples), image=self.image)
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are labels, and not images only."""
+        return self.labels is not None
+
+    @property
     def paired(self) -> bool:
         """False: every model is observed alone."""
         return False

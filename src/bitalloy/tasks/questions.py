@@ -99,6 +99,11 @@ class QuestionData:
     chat: Chat
 
     @property
+    def labelled(self) -> bool:
+        """True: without a text there is nothing to ask."""
+        return True
+
+    @property
     def paired(self) -> bool:
         """False: every model is observed alone."""
         return False

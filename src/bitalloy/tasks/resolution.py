@@ -37,7 +37,7 @@ def resolution_of(
     reference, rng = task.judge(seen, data, samples), np.random.default_rng(seed)
     widths: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
-    for _ in range(DISTURBANCES):
+    for _ in range(DISTURBANCES if data.labelled else 0):
         disturbed = task.judge([task.disturb(one, rng) for one in seen], data, samples)
         result = task.measure({"float": reference, "disturbed": disturbed}, data, samples, seed=seed)
         for metric in result.metrics:

@@ -88,6 +88,11 @@ class SemanticData:
     protocol: Protocol = "squash"
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are label maps, and not images only."""
+        return any(file.labelled for file in self.files)
+
+    @property
     def paired(self) -> bool:
         """False: every model is observed alone."""
         return False
@@ -259,8 +264,7 @@ def measure_semantic(
     """
     n, weights = len(samples), resampled_weights(len(samples), resamples, seed)
     counts = {name: np.array([one["counts"] for one in part], np.float64) for name, part in seen.items()}
-    labelled = any(data.files[i].labelled for i in samples)
-    if labelled and not any(c[:, 1].any() for c in counts.values()):
+    if data.labelled and not any(c[:, 1].any() for c in counts.values()):
         raise DataError(f"The {n} evaluated label maps have no labelled pixel. Take more images.")
     pixels, agreed = np.zeros(n), {name: np.zeros(n) for name in seen}
     for i in range(n):
@@ -274,7 +278,7 @@ def measure_semantic(
     return TaskResult(
         task="semantic",
         metrics=(
-            *(_against_labels(counts, weights) if labelled else ()),
+            *(_against_labels(counts, weights) if data.labelled else ()),
             compare_models(PIXEL_AGREEMENT, agreement, n, agreement=True),
         ),
         notes=(f"Protocol: {data.protocol}.", *few_images(n)),

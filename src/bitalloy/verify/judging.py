@@ -142,6 +142,11 @@ def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, fl
     Raises:
         BudgetError: it limits a metric that the task does not have, or agreement where the task has none.
     """
+    if FIRST in budget.max_drop and not any(metric.witness for metric in metrics.values()):
+        raise BudgetError(
+            "--max-drop limits a metric of the labels, and the images have none. Limit --min-agreement, such as 0.98, "
+            "or give labels."
+        )
     asked = [(next(iter(metrics)) if name == FIRST else name, most) for name, most in budget.max_drop.items()]
     if budget.min_agreement is not None:
         agreements = [metric.name for metric in metrics.values() if metric.agreement]
