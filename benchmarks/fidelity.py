@@ -31,11 +31,12 @@ from scipy.stats import spearmanr
 
 from bitalloy import load, open_data
 from bitalloy.calibrate.streaming import collect
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT
 from bitalloy.core.schemes import Plan
 from bitalloy.measure.bench import interleave
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.model.heads import find_heads
-from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from bitalloy.pipeline.run import CONFIRM_SAMPLES
 from bitalloy.rewrite.apply import write_plan
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.runtime.steps import once
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--probes", type=int, default=8, help="reverse passes per image, shared by the heads")
     parser.add_argument("--scope", choices=("convolutions", "sites"), default="convolutions")
-    parser.add_argument("--confirm", type=int, default=CONFIRMED, help="how many of the worst are measured")
+    parser.add_argument(
+        "--confirm", type=int, default=EFFORTS[USUAL_EFFORT].confirmed, help="how many of the worst are measured"
+    )
     parser.add_argument("--ranges", default="minmax", help="range method of the calibration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

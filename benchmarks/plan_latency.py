@@ -22,9 +22,10 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import Budget, RunDirectory, Settings, Workspace, analyze, confirm, load, measure_cost, open_data, plan
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT
 from bitalloy.measure.bench import interleave
 from bitalloy.measure.prices import latency_us
-from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from bitalloy.pipeline.run import CONFIRM_SAMPLES
 from bitalloy.runtime.steps import once
 from plan_prediction import random_plans
 
@@ -57,7 +58,7 @@ def main() -> None:
     model = load(options.model)
     data = open_data(model, options.images, seed=options.seed)
     analysis = analyze(model, data, Settings(seed=options.seed), work=work)
-    analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
+    analysis = confirm(analysis, EFFORTS[USUAL_EFFORT].confirmed, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     table = measure_cost(analysis, work=work)
     front = plan(analysis, Budget(latency_ratio=1.0), table=table, work=work).plan.pareto
     inner = [p.chosen for p in front if p.schemes]

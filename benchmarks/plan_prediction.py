@@ -29,11 +29,12 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from bitalloy import RunDirectory, Settings, Workspace, analyze, confirm, load, open_data
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT
 from bitalloy.core.records import Calibration, Head
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs, key_of
 from bitalloy.model.heads import Reference
-from bitalloy.pipeline.run import CONFIRM_SAMPLES, CONFIRMED
+from bitalloy.pipeline.run import CONFIRM_SAMPLES
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.problem import Problem
 from bitalloy.sensitivity.analysis import Analysis
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--confirm",
         type=int,
-        default=CONFIRMED,
+        default=EFFORTS[USUAL_EFFORT].confirmed,
         help="first measure so many of the worst units exactly, as `bitalloy run` does; 0 for none",
     )
     parser.add_argument("--eval", type=Path, help="COCO annotation file: also measure AP")

@@ -17,6 +17,7 @@ import typer
 
 import bitalloy
 from bitalloy.cli.main import app
+from bitalloy.core.effort import EFFORTS
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -94,10 +95,11 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for name, fewer in (
         ("search.front.FRONT_BUDGETS", 4),
         ("verify.beside_float.REPEATS", 2),
-        ("measure.cost.MIXTURES", 2),
     ):
         module, _, constant = f"bitalloy.{name}".rpartition(".")  # functions of the package have names of its parts
         monkeypatch.setattr(importlib.import_module(module), constant, fewer)
+    cost = importlib.import_module("bitalloy.measure.cost")
+    monkeypatch.setitem(cost.measure_cost.__kwdefaults__, "effort", EFFORTS["quick"])
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     assert "dB on" in shown and "float" in shown

@@ -308,7 +308,9 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
         target="drawn", device="", threads=1, units=(), borders=(), fixed_us=0.0, pure_us={}, residual_percent=0.0
     )
 
-    def measure(given: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, progress: Any) -> CostTable:
+    def measure(
+        given: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, mixtures: int, progress: Any
+    ) -> CostTable:
         progress(1)
         made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
         return plain

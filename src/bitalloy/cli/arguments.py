@@ -161,8 +161,11 @@ class AnalysisArguments:
         str, typer.Option(help="Number of samples of the probe matrix and of exact measurement, or `auto`.")
     ] = "auto"
     probes: Annotated[
-        int, typer.Option(min=1, max=MOST_PROBES, help="Reverse passes per sample, shared by the heads.")
-    ] = 8
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROBES, help="Reverse passes per sample, shared by the heads. Default: 8, or by --effort."
+        ),
+    ] = None
     calibration_samples: Annotated[
         int, typer.Option(min=1, max=MOST_COUNT, help="Number of samples for calibration.")
     ] = 64
@@ -179,27 +182,35 @@ class AnalysisArguments:
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all random choices.")] = 0
 
-    def settings(self, *, protect: bool = True, sizes: tuple[dict[str, tuple[int, ...]], ...] = ()) -> Settings:
+    def settings(
+        self,
+        *,
+        protect: bool = True,
+        sizes: tuple[dict[str, tuple[int, ...]], ...] = (),
+        effort: str = "default",
+    ) -> Settings:
         """Return the settings as a record.
 
         Args:
             protect: whether advice of the model's family is followed.
             sizes: further shapes of inputs.
+            effort: name of the effort, which decides the number of probes where none is given.
 
         Raises:
             BitalloyError: a text has not the form that its option expects.
         """
         from bitalloy.cli import options
+        from bitalloy.core.effort import effort_named
         from bitalloy.core.records import Settings
 
-        targets = options.targets(self.target)
+        targets, chosen = options.targets(self.target), effort_named(effort)
         return Settings(
             targets=targets,
             device=options.device(self.device, targets),
             calibration_samples=self.calibration_samples,
             range_method=options.choice("--ranges", self.ranges, options.RANGE_METHODS),
             samples=options.samples(self.samples),
-            probes=self.probes,
+            probes=chosen.probes if self.probes is None else self.probes,
             seed=self.seed,
             sizes=sizes,
             exclude=tuple(self.exclude or ()),
@@ -317,6 +328,13 @@ class RunArguments:
             "float, INT8 and mixed on them. May be given more than once.",
         ),
     ] = None
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="How much is measured: `quick` (fewer variants and probes, one verification, no repair, no memory), "
+            "`default`, or `thorough` (more of each, and the neighbours on the front)."
+        ),
+    ] = "default"
     protect: Annotated[
         bool,
         typer.Option(

@@ -108,7 +108,7 @@ def run_command(asked: RunArguments) -> None:
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
     """
     asked.budget(1)  # refuses what is wrong before the model is read
-    settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes())
+    settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
     asked.opening.check()
     _refuse_broken(asked.model.model)
 
@@ -121,10 +121,12 @@ def run_command(asked: RunArguments) -> None:
             model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
         )
         # what cannot be taken is refused before the rest is imported, which takes seconds
+        from bitalloy.core.effort import effort_named
         from bitalloy.measure.sizes import float_bytes
         from bitalloy.pipeline.run import deliver
 
-        verified = deliver(prepared, budget=asked.budget(float_bytes(prepared.model)), settings=settings, limit=limit)
+        budget = asked.budget(float_bytes(prepared.model))
+        verified = deliver(prepared, budget=budget, settings=settings, limit=limit, effort=effort_named(asked.effort))
     results = (verified, *verified.others)
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")

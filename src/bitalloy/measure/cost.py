@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.plans import CostTable, UnitCost
 from bitalloy.core.records import TensorSpec, Workload
@@ -40,8 +41,8 @@ from bitalloy.runtime.steps import Step, total
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.devices import Device
 
-MIXTURES, LARGE_MIXTURES = 6, 2
-"""Random variants beside the pure ones; of a large model each lies on the disk while it is measured."""
+LARGE_MIXTURES = 2
+"""Largest number of random variants of a large model, each of which lies on the disk while it is measured."""
 SWITCH = (0.05, 0.15, 0.4)
 """Chances to change the scheme between two units: from long stretches of one scheme to a border nearly everywhere, so
 that borders get a price of their own."""
@@ -54,6 +55,7 @@ def measure(
     *,
     seed: int = 0,
     repeats: int = 5,
+    mixtures: int = EFFORTS[USUAL_EFFORT].mixtures,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
     """Measure the cost table of a target that runs on this machine.
@@ -64,12 +66,15 @@ def measure(
         steps: what the table prices, each step as often as it is made.
         seed: the seed of the random mixtures.
         repeats: timed rounds in each sitting.
+        mixtures: number of random variants beside those of one scheme.
         progress: called once per variant profiled and once per round.
     """
     schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
     pure = [Plan.of(name, *units.able(name)) for name in schemes]
+    generator = np.random.default_rng([seed, 23])
+    plans = [*pure, *(_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures))]
     plans, profiles, rounds, together = _execute(
-        units, pure, variant, steps, seed=seed, repeats=repeats, progress=progress
+        units, plans, variant, steps, large=len(pure) + LARGE_MIXTURES, repeats=repeats, progress=progress
     )
     wall = _wall(rounds, together=together)
     kernel = _unit_times(units, plans, profiles)
@@ -106,35 +111,32 @@ def stored_bytes(scheme: Scheme, elements: int) -> int:
 
 def _execute(
     units: UnitGraph,
-    pure: Sequence[Plan],
+    plans: list[Plan],
     variant: Callable[[Plan], Artefact],
     steps: Sequence[Step],
     *,
-    seed: int,
+    large: int,
     repeats: int,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray, bool]:
-    """Profile and time the pure plans and random mixtures of them side by side.
+    """Profile and time plans side by side, of a large model the first `large` ones.
 
     Returns:
-        The plans, the pure ones first; of each, number of a unit -> microseconds of its kernels; (plans, sittings,
-        rounds): times in microseconds; and whether the plans took turns in every round.
+        The plans; of each, number of a unit -> microseconds of its kernels; (plans, sittings, rounds): times in
+        microseconds; and whether the plans took turns in every round.
     """
-    generator = np.random.default_rng([seed, 23])
-    plans = list(pure)
     with tempfile.TemporaryDirectory(prefix="bitalloy-cost-") as name:
         folder = Path(name)
         names = [u.id for u in units.units]
         first = trace(variant(plans[0]), names)
-        large = first.artefact.large
-        count = LARGE_MIXTURES if large else MIXTURES
-        plans += [_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(count)]
+        alone = first.artefact.large
+        plans = plans[:large] if alone else plans
         models = [first.placed(folder / "0")]
         models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles: list[Mapping[int, float]] = []
         artefacts = [m.artefact for m in models]
-        openers = [a.session for a in artefacts] if large else reopeners(artefacts)
+        openers = [a.session for a in artefacts] if alone else reopeners(artefacts)
         for model, opener in zip(models, openers, strict=True):
             profiles.append(_profile(model, opener, units, steps, folder))
             if progress is not None:
@@ -143,10 +145,10 @@ def _execute(
             {str(i): opener for i, opener in enumerate(openers)},
             steps,
             repeats=repeats,
-            together=not large,
+            together=not alone,
             progress=progress,
         )
-    return plans, profiles, np.stack([total(times[str(i)], steps) for i in range(len(plans))]) * 1e3, not large
+    return plans, profiles, np.stack([total(times[str(i)], steps) for i in range(len(plans))]) * 1e3, not alone
 
 
 def _wall(rounds: np.ndarray, *, together: bool) -> np.ndarray:
@@ -218,12 +220,16 @@ class CostInputs(StageInputs, frozen=True, kw_only=True):
     """What they mean."""
     workload: Workload | None
     """What is priced; None for one inference."""
+    mixtures: int
+    """Number of random variants beside those of one scheme."""
     seed: int
     """Seed of the random mixtures."""
     environment: Environment
 
 
-def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTable:
+def measure_cost(
+    analysis: Analysis, *, effort: Effort = EFFORTS[USUAL_EFFORT], work: Workspace | None = None
+) -> CostTable:
     """Measure what each unit and border costs on this machine; estimate it where the target cannot run here.
 
     A stored table of the same units, machine and runtime is used again, whatever else the analysis was made of.
@@ -239,6 +245,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
                 analysis.artefact,
                 priced(analysis),
                 seed=analysis.settings.seed,
+                mixtures=effort.mixtures,
                 progress=progress.advance,
             )
 
@@ -256,6 +263,7 @@ def measure_cost(analysis: Analysis, *, work: Workspace | None = None) -> CostTa
         edges=tuple(e.id for e in analysis.units.edges),
         schemes=analysis.units.schemes,
         workload=workload,
+        mixtures=effort.mixtures,
         seed=analysis.settings.seed,
         environment=analysis.environment,
     )

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitalloy import zoo
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
-from bitalloy.data.datasets import Dataset, open_dataset
+from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
 from bitalloy.model.graphs.joining import Joined, join
@@ -19,7 +20,6 @@ from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
 from bitalloy.samples.shapes import write_coco
 from bitalloy.tasks import find_task, semantic
-from bitalloy.tasks.evaluate import open_labelled
 from bitalloy.tasks.open import (
     ImageChoice,
     holds_arrays,
@@ -75,6 +75,8 @@ class RunOptions:
     """Whether a checkpoint with pickled objects may be opened."""
     limit: int | None = None
     """Largest number of labelled images that are evaluated; None for all."""
+    effort: Effort = EFFORTS[USUAL_EFFORT]
+    """How much a run measures beyond what its plan needs; its number of probes is that of the settings."""
     progress: Progress = field(default_factory=Silent)
     """Where the progress of the stages is shown."""
 
@@ -137,17 +139,19 @@ def prepare(
         data=samples,
         image=spec if image else None,
         labels=tuple(files),
-        images=_unlabelled(loaded, data, spec) if not files and not loaded.large else None,
+        images=None if files or loaded.large else _unlabelled(loaded, data, samples, spec),
         notes=(SAMPLE_NOTE,) if data is None else (),
         work=Workspace(store, progress),
         store=store,
     )
 
 
-def _unlabelled(loaded: Graph, data: str | Path | None, image: ImageSpec | None) -> Path | None:
+def _unlabelled(loaded: Graph, data: str | Path | None, samples: Dataset, image: ImageSpec | None) -> Path | None:
     """Find the folder of images on which agreement can be measured without labels; of a program there is none."""
-    if data is None or not Path(data).is_dir() or isinstance(loaded, Joined):
+    if data is None or not isinstance(samples, ImageFolder) or isinstance(loaded, Joined) or not Path(data).is_dir():
         return None
+    from bitalloy.tasks.evaluate import open_labelled  # imports scipy, which refusals do not wait for
+
     try:
         open_labelled(loaded, [Path(data)], image)
     except DataError:

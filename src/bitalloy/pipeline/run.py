@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
 from bitalloy.core.planned import Planned
-from bitalloy.core.plans import Budget
+from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.records import Settings
 from bitalloy.core.schemes import BASELINE
 from bitalloy.core.store import RunDirectory
@@ -39,8 +40,8 @@ from bitalloy.tasks.base import image_hashes
 from bitalloy.tasks.evaluate import open_labelled
 
 DEFAULT_RATIO = 0.7
-CONFIRMED, CONFIRM_SAMPLES = 12, 4
-"""Number of the worst units that are measured by execution before planning, and of the samples for that."""
+CONFIRM_SAMPLES = 4
+"""Number of samples on which the worst units are measured by execution before planning."""
 
 
 def run(
@@ -72,11 +73,16 @@ def run(
     """
     settings, options = settings or Settings(), options or RunOptions()
     prepared = prepare(model, out=out, data=data, labels=labels, seed=settings.seed, options=options)
-    return deliver(prepared, budget=budget, settings=settings, limit=options.limit)
+    return deliver(prepared, budget=budget, settings=settings, limit=options.limit, effort=options.effort)
 
 
 def deliver(
-    prepared: Prepared, *, budget: Budget | None = None, settings: Settings | None = None, limit: int | None = None
+    prepared: Prepared,
+    *,
+    budget: Budget | None = None,
+    settings: Settings | None = None,
+    limit: int | None = None,
+    effort: Effort = EFFORTS[USUAL_EFFORT],
 ) -> Verified:
     """Do everything that `run` does after `prepare`, with the same arguments."""
     work = prepared.work
@@ -87,15 +93,16 @@ def deliver(
     evaluated = _evaluated_images(prepared, limit, settings.seed)
     analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
-        analysis = confirm(analysis, CONFIRMED, flagged=False, samples=CONFIRM_SAMPLES, work=work)
+        analysis = confirm(analysis, effort.confirmed, flagged=False, samples=CONFIRM_SAMPLES, work=work)
     shared, found = prepared.work.seconds, []
     for index, part in enumerate(analysis.targets):
         work = replace(prepared.work, seconds=dict(shared))
+        table = measure_cost(part, effort=effort, work=work)
         if budget.limited:
-            planned = plan(part, budget, front=False, work=work)
+            planned = plan(part, budget, table=table, front=False, work=work)
         else:
-            part, planned = _plan_by_default(part, budget, work)
-        verified = verify(part, planned, labels=labels, limit=limit, image=prepared.image, work=work)
+            part, planned = _plan_by_default(part, budget, table, work)
+        verified = verify(part, planned, labels=labels, limit=limit, image=prepared.image, effort=effort, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
@@ -147,9 +154,8 @@ def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Sett
     )
 
 
-def _plan_by_default(analysis: Analysis, budget: Budget, work: Workspace) -> tuple[Analysis, Planned]:
+def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work: Workspace) -> tuple[Analysis, Planned]:
     """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
-    table = measure_cost(analysis, work=work)
     try:
         asked = msgspec.structs.replace(budget, latency_ratio=DEFAULT_RATIO)
         return analysis, plan(analysis, asked, table=table, front=False, work=work)

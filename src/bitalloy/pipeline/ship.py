@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from bitalloy.core.audited import Audit
-from bitalloy.core.outcome import DropEstimate, Summary, Triple
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
+from bitalloy.core.outcome import Resolution, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
 from bitalloy.core.status import Status
@@ -63,6 +65,7 @@ def verify(
     labels: Path | Sequence[Path] | None = None,
     limit: int | None = None,
     image: ImageSpec | None = None,
+    effort: Effort = EFFORTS[USUAL_EFFORT],
     work: Workspace | None = None,
 ) -> Verified:
     """Run the float, the lowest and the mixed model side by side; correct tables and plan by what is measured.
@@ -82,6 +85,7 @@ def verify(
             measured on the three models where given. Several may be given, such as questions and captions.
         limit: largest number of images that are evaluated; None for all.
         image: how their images are prepared; None takes what the model's file says, or else the task's own.
+        effort: how much is measured beside the plan itself.
         work: where results are stored and progress is shown.
 
     Raises:
@@ -92,7 +96,7 @@ def verify(
     files = [labels] if isinstance(labels, Path) else list(labels or ())
     evaluator = Evaluator(analysis, files, limit, work, image) if files else None
     resolution = evaluator.resolution() if evaluator is not None else ()
-    course = VerificationCourse(analysis, planned, work)
+    course = VerificationCourse(analysis, planned, work, effort)
     if not course.budget.on_task_alone:
         course.search()
     kept: Kept | None = None
@@ -101,7 +105,7 @@ def verify(
         course.decide(kept)
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
-    best = course.best
+    detailed, best = effort.details and not planned.cost.estimated, course.best
     mixed, measured = best.mixed, best.measured
     beside = course.single if measured.sqnr_single is not None else None
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
@@ -114,11 +118,9 @@ def verify(
         singles=tuple(single.format for single in course.singles),
         metrics=metrics,
         rounds=course.rounds(),
-        evaluations=kept.judge.evaluations() if kept is not None else (),
-        resolution=with_limit(resolution, kept.judge.limits if kept is not None else {}),
-        drop_estimates=_drop_estimates(kept, final.plan.chosen),
-        memory=None if planned.cost.estimated else peak_memory(analysis, final.plan.chosen, work, single=beside),
-        kernel_effects=None if unmeasured else course.kernel_effects(),
+        **_judged(kept, resolution, final.plan.chosen),
+        memory=peak_memory(analysis, final.plan.chosen, work, single=beside) if detailed else None,
+        kernel_effects=course.kernel_effects() if effort.details and not unmeasured else None,
         given=examine_given(analysis, work, timed=not planned.cost.estimated),
         bound=mixed.bound,
         sizes_tried=verify_sizes(analysis, mixed, final.plan.chosen, work),
@@ -127,9 +129,16 @@ def verify(
     return Verified(analysis, final, mixed, summary, course.tables)
 
 
-def _drop_estimates(kept: Kept | None, plan: Plan) -> dict[str, DropEstimate]:
-    """The drops of the shipped plan, where plans were judged by them; the float model has none."""
-    return kept.judge.estimates(plan) if kept is not None and kept.judge.judged(plan) else {}
+def _judged(kept: Kept | None, resolution: Sequence[Resolution], plan: Plan) -> dict[str, Any]:
+    """Collect what the task says of a plan: of float, which loses nothing, there is no estimate."""
+    if kept is None:
+        return {"resolution": tuple(resolution)}
+    judge = kept.judge
+    return {
+        "evaluations": judge.evaluations(),
+        "resolution": with_limit(resolution, judge.limits),
+        "drop_estimates": judge.estimates(plan) if judge.judged(plan) else {},
+    }
 
 
 def _with_measured(first: Analysis, corrected: Analysis, planned: Planned, measured: Measured) -> Planned:

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import msgspec
 
+from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import UnreachableError
 from bitalloy.core.outcome import LOWEST, ONE_SCHEME, KernelEffect, Repair, Round
@@ -37,9 +38,6 @@ from bitalloy.verify.neighbours import (
 )
 from bitalloy.verify.repair import repair
 from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, fits_best, next_search, plain_sqnr, seeks_speed
-
-MAX_ROUNDS = 3
-
 
 NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 """What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
@@ -90,10 +88,13 @@ class VerificationCourse:
         analysis: what is known about the model.
         planned: the first plan.
         work: where to keep and show results.
+        effort: how much is measured.
     """
 
-    def __init__(self, analysis: Analysis, planned: Planned, work: Workspace) -> None:
-        self._analysis, self._work, self._first = analysis, work, planned
+    def __init__(
+        self, analysis: Analysis, planned: Planned, work: Workspace, effort: Effort = EFFORTS[USUAL_EFFORT]
+    ) -> None:
+        self._analysis, self._work, self._first, self._effort = analysis, work, planned, effort
         self.tables = tables_of(analysis, planned.cost)
         """The tables as corrected so far."""
         self._base, self._findings = self.tables, tuple[MeasuredDamage, ...]()
@@ -111,7 +112,7 @@ class VerificationCourse:
         planned, asked = self._first, self.budget
         while True:
             repaired = self._try(planned, asked, "search").round.repair is not None
-            if len(self._tried) == MAX_ROUNDS:
+            if len(self._tried) == self._effort.rounds:
                 return
             next_ = next_search(
                 self._analysis.units, asked, self.budget, planned, self._tried[-1].measured, repaired=repaired
@@ -158,7 +159,9 @@ class VerificationCourse:
 
     def beside_neighbours(self) -> Planned:
         """Measure the neighbours of the `completed` plan on its front; one that does better takes its place."""
-        final = self.completed()
+        final, effort = self.completed(), self._effort
+        if not (effort.shown_neighbours if self.budget.on_task else effort.neighbours):
+            return final
         points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.on_task else NEIGHBOURS)
         if len(points) < 2:
             return final
@@ -198,7 +201,7 @@ class VerificationCourse:
         single = self.single
         measured = measure_plan(self._analysis, planned, mixed, self.samples, self._work, single=single)
         fix = None
-        if not self._analysis.graph.large:
+        if self._effort.repairs and not self._analysis.graph.large:
             fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
