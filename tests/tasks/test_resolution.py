@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,10 @@ PLAIN: Task[Any] = Task(
 def test_the_half_width_is_that_of_the_noise(images: int) -> None:
     """The mean of n independent differences has a 95 % interval of 1.96 deviations / sqrt(n) to both sides."""
     seen = [{"score": np.array(v)} for v in np.random.default_rng(1).random(images)]
-    (found,) = resolution_of(PLAIN, seen, Any, range(images), seed=0)  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(labelled=True)
+    (found,) = resolution_of(PLAIN, seen, data, range(images), seed=0)
+    data.labelled = False
+    assert resolution_of(PLAIN, seen, data, range(images), seed=0) == ()
     assert found.resolved == pytest.approx(1.96 * NOISE / np.sqrt(images), rel=0.15)
     assert (found.metric, found.images, found.limit) == ("score", images, None)
 

@@ -50,7 +50,7 @@ from bitalloy.tasks.base import (
 )
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.open import interface_of, runner
-from bitalloy.tasks.resolution import DISTURBANCES, resolution_of
+from bitalloy.tasks.resolution import DISTURBANCES, RESAMPLES_EACH, resolution_of
 
 SHARD = 32
 """Number of samples whose observations are stored together."""
@@ -125,6 +125,7 @@ class ResolutionInputs(StageInputs, frozen=True, kw_only=True):
     disturbance: str
     """What is done to the answers of the float model."""
     repeats: int
+    resamples: int
     seed: int
 
 
@@ -234,9 +235,9 @@ class Evaluator:
     def _chosen(self, data: TaskData) -> list[int]:
         """Choose the samples; without labels some of those that the analysis has not seen, where there are enough."""
         seed = self._analysis.settings.seed
+        every = list(data.choose(self._limit if data.labelled else None, seed))
         if data.labelled:
-            return list(data.choose(self._limit, seed))
-        every = list(data.choose(None, seed))
+            return every
         known, count = self._seen_images(), self._limit or UNLABELLED
         unseen = [i for i, image in zip(every, image_hashes(data, every), strict=True) if image not in known]
         usable = unseen if len(unseen) >= LEAST_UNSEEN else every
@@ -271,7 +272,13 @@ class Evaluator:
             seen = self._seen(labels, labels.shards(), key_of(inputs), self.reference, "resolution")
             return to_json(resolution_of(self._task, seen, labels.data, labels.samples, seed=seed))
 
-        known = ResolutionInputs(seen=inputs, disturbance=self._task.disturbance, repeats=DISTURBANCES, seed=seed)
+        known = ResolutionInputs(
+            seen=inputs,
+            disturbance=self._task.disturbance,
+            repeats=DISTURBANCES,
+            resamples=RESAMPLES_EACH,
+            seed=seed,
+        )
         return msgspec.json.decode(self._work.cached("resolution", known, make), type=tuple[Resolution, ...])
 
     def _inputs(self, labels: _Labelled, subject: Subject) -> ObservationInputs:

@@ -18,8 +18,8 @@ from bitalloy.tasks.base import Seen, Task, TaskData
 
 __all__ = ["resolution_of", "tell_resolution", "with_limit"]
 
-DISTURBANCES = 3
-"""Number of disturbances over which the width of the interval is averaged."""
+DISTURBANCES, RESAMPLES_EACH = 2, 400
+"""Number of disturbances over which the width of the interval is averaged, and of resamples of each."""
 
 
 def resolution_of(
@@ -39,7 +39,9 @@ def resolution_of(
     counts: dict[str, int] = {}
     for _ in range(DISTURBANCES if data.labelled else 0):
         disturbed = task.judge([task.disturb(one, rng) for one in seen], data, samples)
-        result = task.measure({"float": reference, "disturbed": disturbed}, data, samples, seed=seed)
+        result = task.measure(
+            {"float": reference, "disturbed": disturbed}, data, samples, seed=seed, resamples=RESAMPLES_EACH
+        )
         for metric in result.metrics:
             if not metric.agreement and metric.witness:
                 drop = metric.drops["disturbed"]
