@@ -272,12 +272,9 @@ class Evaluator:
             seen = self._seen(labels, labels.shards(), key_of(inputs), self.reference, "resolution")
             return to_json(resolution_of(self._task, seen, labels.data, labels.samples, seed=seed))
 
+        told = self._task.disturbance
         known = ResolutionInputs(
-            seen=inputs,
-            disturbance=self._task.disturbance,
-            repeats=DISTURBANCES,
-            resamples=RESAMPLES_EACH,
-            seed=seed,
+            seen=inputs, disturbance=told, repeats=DISTURBANCES, resamples=RESAMPLES_EACH, seed=seed
         )
         return msgspec.json.decode(self._work.cached("resolution", known, make), type=tuple[Resolution, ...])
 
