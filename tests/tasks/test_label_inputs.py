@@ -132,6 +132,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str,
     part = SimpleNamespace(targets=[SimpleNamespace(target=SimpleNamespace(device=None))])
     monkeypatch.setattr(pipeline, "analyze", lambda *_, **__: part)
     monkeypatch.setattr(pipeline, "confirm", lambda *_, **__: part)
+    monkeypatch.setattr(pipeline, "measure_cost", lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "plan", lambda *_, **__: None)
 
     def until_verification(prepared: Any) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def test_a_plan_is_dropped_as_soon_as_it_is_decided() -> None:
     assert (first.images, second.images) == (30, 120) and not first.kept
     assert second.agreements["same"] == pytest.approx(0.97) and judge.keeps(bad, 0.4) is False
     assert len(evaluator.asked) == 4
+    assert judge.complete(bad) and evaluator.asked[4:] == [(bad, 4)] and judge.evaluations()[0].images == 120
+    assert not judge.complete(bad) and not judge.complete(good)
 
 
 def test_least_agreement_and_drops_hold_together_and_unknown_metrics_are_refused() -> None:

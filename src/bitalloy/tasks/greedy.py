@@ -58,7 +58,7 @@ def compare_answers(
         same[name], together[name] = (ratio_of_sums(total, count, weights) for total in (equal, prefix))
     endless = (0.0, float("inf"))
     return (
-        compare_models(f"greedy {noun} agreement", same, n, agreement=True),
+        compare_models(f"greedy {noun} agreement", same, n),
         compare_models(f"first divergent {noun} token", together, n, bounds=endless),
     )
 

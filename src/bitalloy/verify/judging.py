@@ -31,6 +31,8 @@ class _Judged:
     agreements: Mapping[str, float]
     """Metric of agreement that tells about it -> its value."""
     scales: Mapping[str, float]
+    shards: int
+    """Number of shards of images so far."""
 
 
 class DropJudge:
@@ -71,6 +73,16 @@ class DropJudge:
             if not doubt < self.probability(plan) < 1 - doubt:
                 break
         return self.probability(plan) >= self._budget.confidence
+
+    def complete(self, plan: Plan) -> bool:
+        """Evaluate a judged plan on all images, and tell whether some were missing."""
+        shards = self._evaluator.batches[-1]
+        before = self._judged[plan]
+        if before.shards == shards:
+            return False
+        self._judged[plan] = self._measured(plan, before.ratio, shards)
+        self._combined.clear()
+        return True
 
     def judged(self, plan: Plan) -> bool:
         """Tell whether a plan was evaluated."""
@@ -133,6 +145,7 @@ class DropJudge:
             drops={name: _drop(metrics[name], witnesses[name]) for name in self._limits},
             agreements={w.name: w.values[CANDIDATE].value for w in witnesses.values() if w is not None},
             scales={name: _scale(metrics[name]) for name in self._limits},
+            shards=shards,
         )
 
 

@@ -70,6 +70,8 @@ def fastest_that_keeps(
     be reached if drops were proportional to damage, as the peers show; it goes away from there in steps that double,
     and halves what is left. Plans that miss another limit of the budget are not candidates, where any meets them.
 
+    What is taken was evaluated on all images, also where fewer had decided.
+
     Where no plan but float keeps the limits surely enough, the fastest whose best estimate keeps them is taken; where
     there is none of these either, the one with the least damage. `DropEstimate` tells how sure that is.
 
@@ -108,10 +110,13 @@ def fastest_that_keeps(
     judged = sorted(
         (p for p in candidates.values() if p.chosen and judge.judged(p.chosen)), key=lambda p: p.predicted_latency_us
     )
-    sure = [p for p in judged if judge.probability(p.chosen) >= budget.confidence]
-    found = sure or [p for p in judged if judge.hopeful(p.chosen)][:1] or [last]
-    close = [p for p in found[1:] if p.predicted_latency_us <= CLOSE * found[0].predicted_latency_us]
-    return Kept(found[0], tuple(close[: RIVALS - 1]), judge)
+    while True:
+        sure = [p for p in judged if judge.probability(p.chosen) >= budget.confidence]
+        found = sure or [p for p in judged if judge.hopeful(p.chosen)][:1] or [last]
+        close = [p for p in found[1:] if p.predicted_latency_us <= CLOSE * found[0].predicted_latency_us]
+        taken = (found[0], *close[: RIVALS - 1])
+        if not any([judge.complete(p.chosen) for p in taken if judge.judged(p.chosen)]):
+            return Kept(taken[0], taken[1:], judge)
 
 
 def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> int:
