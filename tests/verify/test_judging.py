@@ -10,6 +10,8 @@ import pytest
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
+from bitalloy.core.status import LimitStatus, Verdict
+from bitalloy.report.text import limit_text
 from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.tasks.bootstrap import compare_models, ratio_of_sums, resampled_weights
 from bitalloy.verify.judging import DropJudge
@@ -108,3 +110,10 @@ def test_least_agreement_and_drops_hold_together_and_unknown_metrics_are_refused
         assert judge.limits == {"m": 0.1, "same": pytest.approx(1 - least)}
     with pytest.raises(BudgetError, match=r"'AP'.*m, same"):
         DropJudge(evaluator, Budget(max_drop={"AP": 0.1})).keeps(plan, 0.5)
+
+
+def test_a_limit_on_agreement_is_told_as_a_part_of_one() -> None:
+    lost = LimitStatus(
+        name="drop of same", kind="min_agreement", metric="same", asked=0.03, got=0.01, verdict=Verdict.MET
+    )
+    assert limit_text(lost) == "drop of same 0.0100, asked at most 0.0300"

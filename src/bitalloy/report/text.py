@@ -63,7 +63,7 @@ def _amount(kind: str, value: float) -> str:
             return time_text(value)
         case "size_bytes":
             return f"{value:,.0f} bytes"
-        case "max_drop":
+        case "max_drop" | "min_agreement":
             return f"{value:z.4f}"
     return f"{value:z.2f} dB"
 
