@@ -60,8 +60,8 @@ class Operator:
     """Whether all of its outputs are parts of its first input, and none is secondary."""
     recurrent: bool = False
     """Whether it hands states on along the first axis of its first input, and gives these states in all outputs."""
-    counts: bool = False
-    """Whether numbers of its inputs decide how many results it has."""
+    counted_by: tuple[int, ...] = ()
+    """Inputs whose numbers decide how many results it has, whatever their shapes."""
     sized_by: tuple[int, ...] = ()
     """Inputs whose numbers say the size of its result."""
     carries_nan: bool = False
@@ -167,8 +167,8 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("Transpose", lowerable=True, moves=True, reshapes=True),
         Operator("Unsqueeze", lowerable=True, moves=True, reshapes=True),
         # selecting
-        Operator("Compress", counts=True),
-        Operator("Unique", counts=True),
+        Operator("Compress", counted_by=(1,)),
+        Operator("Unique", counted_by=(0,)),
         Operator("TopK", sized_by=(1,)),
         Operator("Range", sized_by=(0, 1, 2)),
         Operator("OneHot", sized_by=(1,)),
@@ -187,8 +187,8 @@ OPERATORS: Mapping[str, Operator] = {
         Operator("EyeLike", stepwise=True),
         Operator("Floor", stepwise=True),
         Operator("Hardmax", stepwise=True),
-        Operator("NonMaxSuppression", stepwise=True, counts=True),
-        Operator("NonZero", stepwise=True, counts=True),
+        Operator("NonMaxSuppression", stepwise=True, counted_by=(0, 1, 2, 3, 4)),
+        Operator("NonZero", stepwise=True, counted_by=(0,)),
         Operator("Round", stepwise=True),
         Operator("Shape", stepwise=True, reads_shape=True),
         Operator("Sign", stepwise=True),
@@ -267,8 +267,6 @@ BOOLEAN = where(lambda o: o.boolean)
 SHAPE_READERS = where(lambda o: o.reads_shape)
 SEVERAL_OUTPUTS = where(lambda o: o.several_outputs)
 RECURRENT = where(lambda o: o.recurrent)
-COUNTING = where(lambda o: o.counts)
-"""Operators whose number of results depends on the numbers that they read."""
 CARRIES_NAN = where(lambda o: o.carries_nan)
 TAKES_INFINITY = where(lambda o: o.takes_infinity)
 ENDS_INFINITY = where(lambda o: o.ends_infinity)
@@ -289,6 +287,11 @@ def domain_of(name: str) -> str:
 def full_slots(name: str) -> tuple[int, ...]:
     """Inputs of an operator that stay float32 where its other ones are FP16."""
     return OPERATORS[name].full_slots if name in OPERATORS else ()
+
+
+def counted_by(name: str) -> tuple[int, ...]:
+    """Inputs of an operator whose numbers decide how many results it has."""
+    return OPERATORS[name].counted_by if name in OPERATORS else ()
 
 
 def sized_by(name: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tests.report.conftest import make_run
 from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.records import Estimate
-from bitalloy.core.status import LimitStatus, Verdict, ceiling_verdict, chance_within, drop_verdict, worst_verdict
+from bitalloy.core.status import LimitStatus, Verdict, ceiling_verdict, chance_verdict, chance_within, worst_verdict
 from bitalloy.measure import bench
 from bitalloy.verify.headline import headline_of
 from bitalloy.verify.status import status_of
@@ -45,7 +45,7 @@ def test_the_chance_is_that_of_a_normal_error(drop: Estimate, asked: float) -> N
 
 @given(drops(), st.lists(NUMBERS, min_size=2, max_size=5), CONFIDENCES)
 def test_a_wider_limit_is_never_judged_worse(drop: Estimate, limits: list[float], confidence: float) -> None:
-    found = [ORDER.index(drop_verdict(drop, asked, confidence)) for asked in sorted(limits)]
+    found = [ORDER.index(chance_verdict(chance_within(drop, asked), confidence)) for asked in sorted(limits)]
     assert found == sorted(found)
 
 
@@ -53,13 +53,13 @@ def test_a_wider_limit_is_never_judged_worse(drop: Estimate, limits: list[float]
 def test_more_confidence_decides_less_and_never_the_other_way(
     drop: Estimate, asked: float, one: float, other: float
 ) -> None:
-    bold, careful = (drop_verdict(drop, asked, c) for c in sorted((one, other)))
+    bold, careful = (chance_verdict(chance_within(drop, asked), c) for c in sorted((one, other)))
     assert careful in (bold, Verdict.UNDECIDED)
 
 
 @given(drops(), NUMBERS, CONFIDENCES)
 def test_a_decided_drop_lies_on_the_side_that_its_value_says(drop: Estimate, asked: float, confidence: float) -> None:
-    verdict = drop_verdict(drop, asked, confidence)
+    verdict = chance_verdict(chance_within(drop, asked), confidence)
     if drop.low == drop.high:
         assert verdict != Verdict.UNDECIDED, "what has no noise is decided"
     if verdict != Verdict.UNDECIDED:
@@ -86,7 +86,7 @@ def test_the_worst_limit_is_the_verdict_on_all(verdicts: list[Verdict]) -> None:
 def test_what_is_no_number_is_never_met() -> None:
     nan = float("nan")
     assert ceiling_verdict(nan, 1.0) == Verdict.MISSED
-    assert drop_verdict(Estimate(value=nan, low=nan, high=nan), 1.0, 0.8) == Verdict.UNDECIDED
+    assert chance_verdict(chance_within(Estimate(value=nan, low=nan, high=nan), 1.0), 0.8) == Verdict.UNDECIDED
 
 
 # -- facts -------------------------------------------------------------------------------------------

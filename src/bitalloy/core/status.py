@@ -97,22 +97,12 @@ def chance_within(drop: Estimate, asked: float) -> float:
     return 0.5 * math.erfc((drop.value - asked) / (error * math.sqrt(2)))
 
 
-def drop_verdict(drop: Estimate, asked: float, confidence: float) -> Verdict:
-    """Judge the measured drop of a metric that may be at most `asked`.
-
-    Case 1. It is within the limit with at least the probability `confidence`: met.
-    Case 2. It is beyond the limit with at least that probability: missed.
-    Case 3. Otherwise there are too few samples to tell: undecided.
-
-    >>> found = Estimate(value=0.002, low=-0.004, high=0.008)
-    >>> [str(drop_verdict(found, asked, 0.8)) for asked in (0.01, 0.003, -0.01)]
-    ['met', 'undecided', 'missed']
-    """
-    return chance_verdict(chance_within(drop, asked), confidence)
-
-
 def chance_verdict(chance: float, confidence: float) -> Verdict:
-    """Judge a limit that holds with the probability `chance`: the cases of `drop_verdict`.
+    """Judge a limit that holds with the probability `chance`.
+
+    Case 1. It holds with at least the probability `confidence`: met.
+    Case 2. It does not hold with at least that probability: missed.
+    Case 3. Otherwise there are too few samples to tell: undecided.
 
     >>> [str(chance_verdict(chance, 0.8)) for chance in (0.9, 0.5, 0.1)]
     ['met', 'undecided', 'missed']

@@ -220,7 +220,7 @@ class ImageFolder(_Files):
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...], spec: ImageSpec) -> None:
         batch = next((i.shape[0] for i in inputs if i.name == spec.input), 1)
         self._batch = batch if isinstance(batch, int) else 1
-        self._images = _listing(path, IMAGE_SUFFIXES)
+        self._images = list_files(path, IMAGE_SUFFIXES)
         super().__init__(path, self._images[:: self._batch], inputs, spec.describe())
         self._spec, self.decisive = spec, key_of(spec)
         self._others = [i.name for i in inputs if i.name != spec.input]
@@ -257,7 +257,7 @@ class FeedFolder(_Files):
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
-        super().__init__(path, _listing(path, _ARRAYS), inputs, "as stored")
+        super().__init__(path, list_files(path, _ARRAYS), inputs, "as stored")
         if not self._files:
             raise DataError(f"No arrays in '{path}'; expected {_kinds(_ARRAYS)}, also in subfolders.")
         for file in self._files:
@@ -295,11 +295,11 @@ def open_dataset(
         data = _stacked(path, inputs)
     elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
         raise DataError(f"'{path}' is neither an image nor an array; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}.")
-    elif _listing(path, IMAGE_SUFFIXES) and image is not None:
+    elif list_files(path, IMAGE_SUFFIXES) and image is not None:
         data = ImageFolder(path, inputs, image)
-    elif _listing(path, _ARRAYS):
+    elif list_files(path, _ARRAYS):
         data = FeedFolder(path, inputs)
-    elif _listing(path, IMAGE_SUFFIXES):
+    elif list_files(path, IMAGE_SUFFIXES):
         raise DataError(f"'{path}' holds images. {no_image_input(inputs)}")
     else:
         raise DataError(f"'{path}' holds no samples; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}, also in subfolders.")
@@ -396,8 +396,12 @@ def _stacked(path: Path, inputs: tuple[TensorSpec, ...]) -> ArrayDataset:
     return ArrayDataset(samples, inputs=inputs, names=names, label=path.name, preprocessing="as stored")
 
 
-def _listing(path: Path, suffixes: frozenset[str]) -> list[Path]:
-    """Files of these kinds in a folder and its subfolders, hidden ones left out; a single file is its own listing."""
+def list_files(path: Path, suffixes: frozenset[str]) -> list[Path]:
+    """List files of some kinds in a folder and its subfolders, hidden ones left out; a single file is its own listing.
+
+    Raises:
+        DataError: the name of one is not UTF-8 text.
+    """
     files = [path] if path.is_file() else path.rglob("*")
     found = [
         file

@@ -22,12 +22,16 @@ SELECTED = "how many rows it has depends on the data, so that nothing behind the
 
 def selects(node: ir.Node) -> bool:
     """Return whether a node whose sizes do not follow from those of its inputs has sizes that depend on numbers."""
-    if node.op_type in ops.COUNTING:
-        read = node.inputs[1:2] if node.op_type == "Compress" else node.inputs
-        return any(value is not None and constant(value) is None for value in read)
-    sizes = [v for s in ops.sized_by(node.op_type) if s < len(node.inputs) and (v := node.inputs[s]) is not None]
-    computed = [v for v in sizes if constant(v) is None]
-    return bool(computed) and (node.op_type != "Slice" or len(computed) == 1)
+    if _computed(node, ops.counted_by(node.op_type)):
+        return True
+    ends = _computed(node, ops.sized_by(node.op_type))
+    return bool(ends) and (node.op_type != "Slice" or len(ends) == 1)
+
+
+def _computed(node: ir.Node, slots: Iterable[int]) -> list[ir.Value]:
+    """Return the operands in some slots that are not constant."""
+    there = (node.inputs[slot] for slot in slots if slot < len(node.inputs))
+    return [value for value in there if value is not None and constant(value) is None]
 
 
 def selected_values(nodes: Iterable[ir.Node]) -> frozenset[ir.Value]:

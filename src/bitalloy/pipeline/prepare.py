@@ -51,8 +51,8 @@ class Prepared:
     """Preparation of images as the user gave it; None where the model's file or its task decides."""
     labels: tuple[Path, ...]
     """Files or folders of labels for the task metric; none where the metric is not measured."""
-    images: Path | None
-    """Folder of the images that the user gave as data, on which agreement with float is measured without labels; None
+    images: tuple[Path, ...]
+    """Folder of the images that the user gave as data, on which agreement with float is measured without labels; empty
     where there is none, or no task that measures it."""
     notes: tuple[str, ...]
     """Sentences that a reader of the results must know."""
@@ -139,24 +139,24 @@ def prepare(
         data=samples,
         image=spec if image else None,
         labels=tuple(files),
-        images=None if files or loaded.large else _unlabelled(loaded, data, samples, spec),
+        images=() if files or loaded.large else _unlabelled(loaded, data, samples, spec),
         notes=(SAMPLE_NOTE,) if data is None else (),
         work=Workspace(store, progress),
         store=store,
     )
 
 
-def _unlabelled(loaded: Graph, data: str | Path | None, samples: Dataset, image: ImageSpec | None) -> Path | None:
+def _unlabelled(loaded: Graph, data: str | Path | None, samples: Dataset, image: ImageSpec | None) -> tuple[Path, ...]:
     """Find the folder of images on which agreement can be measured without labels; of a program there is none."""
     if data is None or not isinstance(samples, ImageFolder) or isinstance(loaded, Joined) or not Path(data).is_dir():
-        return None
+        return ()
     from bitalloy.tasks.evaluate import open_labelled  # imports scipy, which refusals do not wait for
 
     try:
         open_labelled(loaded, [Path(data)], image)
     except DataError:
-        return None
-    return Path(data)
+        return ()
+    return (Path(data),)
 
 
 def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:

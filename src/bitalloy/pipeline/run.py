@@ -89,7 +89,7 @@ def deliver(
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
     settings = settings or Settings()
-    labels = prepared.labels or tuple(path for path in (prepared.images,) if path is not None)
+    labels = prepared.labels or prepared.images
     evaluated = _evaluated_images(prepared, limit, settings.seed)
     analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
@@ -129,7 +129,7 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
             "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task; "
             "or limit --min-agreement, which takes images alone, or --max-drop-db, which takes any samples."
         )
-    if budget.min_agreement is not None and not prepared.labels and prepared.images is None:
+    if budget.min_agreement is not None and not prepared.labels and not prepared.images:
         raise BudgetError(
             "--min-agreement limits the agreement with float on the task, and there is nothing to measure it on. Add "
             "--eval with labels or a folder of images for a model with a task, or limit --max-drop-db."

@@ -29,6 +29,8 @@ WRITTEN = 32
 """Largest number of tokens of a caption that a model writes by itself."""
 _WORST = 100.0
 """Nats per token at which the loss of a broken model is cut, so that its perplexity is still a number."""
+LOSS_NOISE = 0.1
+"""Nats by which `disturb_losses` changes the loss of a token, as a standard deviation."""
 
 
 class _Caption(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +198,7 @@ def measure_captions(
 def disturb_losses(seen: Seen, rng: np.random.Generator) -> Seen:
     """Change the loss of every token of one image's captions by 0.1 nats, up or down."""
     loss, *others = seen["sums"]
-    return {**seen, "sums": np.array([loss + rng.normal(0, 0.1 * float(seen["tokens"]) ** 0.5), *others])}
+    return {**seen, "sums": np.array([loss + rng.normal(0, LOSS_NOISE * float(seen["tokens"]) ** 0.5), *others])}
 
 
 def _sums(reference: np.ndarray, found: np.ndarray, answer: np.ndarray) -> np.ndarray:

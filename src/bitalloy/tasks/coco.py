@@ -12,6 +12,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.data import masks
+from bitalloy.data.datasets import list_files
 from bitalloy.data.images import IMAGE_SUFFIXES, file_hash, open_image
 
 __all__ = ["Category", "CocoLabels", "LabelledBox", "LabelledImage", "find_images", "read_coco", "without_labels"]
@@ -180,7 +181,7 @@ def without_labels(folder: Path) -> CocoLabels:
     Raises:
         DataError: the folder has no images.
     """
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    files = list_files(folder, IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"No images in '{folder}'. Give a folder of images, or a COCO annotation file.")
     images = tuple(LabelledImage(id=i, file_name=f.relative_to(folder).as_posix()) for i, f in enumerate(files))

@@ -200,12 +200,11 @@ class Evaluator:
     @property
     def notes(self) -> tuple[str, ...]:
         """Say which evaluated images the analysis has seen too, by their content."""
-        found = []
-        analysis, parts = self._analysis, self._analysis.parts
+        found, parts = [], self._analysis.parts
         for labels in self._labelled:
             evaluated = set(labels.images)
             shared = {
-                name: len(evaluated & {file_hash(f) for i in part for f in _files(analysis.data, i)})
+                name: len(evaluated & _hashes(self._analysis.data, part))
                 for name, part in {
                     "calibration": parts.calibration,
                     "probing": parts.probe,
@@ -238,15 +237,11 @@ class Evaluator:
         every = list(data.choose(self._limit if data.labelled else None, seed))
         if data.labelled:
             return every
-        known, count = self._seen_images(), self._limit or UNLABELLED
+        parts, count = self._analysis.parts, self._limit or UNLABELLED
+        known = _hashes(self._analysis.data, (*parts.calibration, *parts.probe, *parts.verification))
         unseen = [i for i, image in zip(every, image_hashes(data, every), strict=True) if image not in known]
         usable = unseen if len(unseen) >= LEAST_UNSEEN else every
         return sorted(usable[i] for i in drawn_order([str(i) for i in usable], seed)[:count])
-
-    def _seen_images(self) -> frozenset[str]:
-        analysis = self._analysis
-        parts = (analysis.parts.calibration, analysis.parts.probe, analysis.parts.verification)
-        return frozenset(file_hash(f) for part in parts for i in part for f in _files(analysis.data, i))
 
     def _result(
         self, labels: _Labelled, subjects: Mapping[str, Subject], stage: str, resamples: int, shards: int | None
@@ -338,6 +333,11 @@ class Evaluator:
             for sample, seen in zip(some, unpack_seen(kept[key, job.shard]), strict=True)
         }
         return [found[sample] for sample in sorted(found)]
+
+
+def _hashes(data: Dataset, samples: Sequence[int]) -> frozenset[str]:
+    """Hashes of the files of some samples."""
+    return frozenset(file_hash(file) for sample in samples for file in _files(data, sample))
 
 
 def _files(data: Dataset, sample: int) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, image_input
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.captions import (
+    LOSS_NOISE,
     CaptionData,
     disturb_losses,
     measure_captions,
@@ -19,6 +20,7 @@ from bitalloy.tasks.captions import (
 )
 from bitalloy.tasks.chat import IDS, open_chat
 from bitalloy.tasks.questions import (
+    CHANGED_ANSWERS,
     QuestionData,
     disturb_answers,
     is_lines,
@@ -81,7 +83,7 @@ LANGUAGE: Task[LanguageData] = Task(
     matches=_matches,
     open=open_language,
     disturb=_disturb,
-    disturbance="the loss of every token changed by 0.1 nats, or 3 % of the answers",
+    disturbance=f"the loss of every token changed by {LOSS_NOISE} nats, or {CHANGED_ANSWERS * 100:g} % of the answers",
     observe=_observe,
     measure=_measure,
     alone=_alone,

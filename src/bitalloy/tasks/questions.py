@@ -44,6 +44,8 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 """Texts that are added to a question, as in LLaVA's and MobileVLM's evaluations."""
 LETTERS = "ABCDEFGHIJ"
+CHANGED_ANSWERS = 0.03
+"""Part of the answers that `disturb_answers` changes."""
 ANSWER_AGREEMENT = "answer agreement"
 
 
@@ -273,7 +275,7 @@ def disturb_answers(seen: Seen, rng: np.random.Generator) -> Seen:
     """Change 3 % of the answers about one image: yes to no and no to yes, others to another one."""
     answers = msgspec.json.decode(seen["answers"].tobytes(), type=list[str])
     other = {"yes": "no", "no": "yes"}
-    changed = [other.get(a, f"not {a}") if rng.random() < 0.03 else a for a in answers]
+    changed = [other.get(a, f"not {a}") if rng.random() < CHANGED_ANSWERS else a for a in answers]
     return {**seen, "answers": np.frombuffer(to_json(changed), np.uint8)}
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from bitalloy.core.outcome import Resolution
@@ -63,16 +64,7 @@ def with_limit(found: Sequence[Resolution], limits: Mapping[str, float]) -> tupl
         needed = None
         if limit is not None and limit > 0:
             needed = max(2, math.ceil(one.images * (one.resolved / limit) ** 2))
-        told.append(
-            Resolution(
-                metric=one.metric,
-                images=one.images,
-                resolved=one.resolved,
-                disturbance=one.disturbance,
-                limit=limit,
-                needed=needed,
-            )
-        )
+        told.append(msgspec.structs.replace(one, limit=limit, needed=needed))
     return tuple(told)
 
 

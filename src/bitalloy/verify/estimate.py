@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -105,43 +104,34 @@ def combined_drops(plans: Sequence[MeasuredDrop], *, scale: float = 1.0) -> Comb
         plans: what was measured of each of P plans, at least one.
         scale: the metric's scale: 1 for a metric in 0..1, else its value for the float model.
     """
-    return _Evidence(plans, scale).combined
+    errors = _errors(plans, scale)
+    grid = np.array(list(product(np.linspace(-3, 3, STEPS), POWERS, SPREADS, range(len(OUTLIERS)))))
+    steps, powers, spreads, apart = grid.T[:, :, None]
+    drops = np.array([p.drop for p in plans])
+    losses = np.array([math.nan if p.loss is None else max(p.loss, 0.0) for p in plans])
+    known = ~np.isnan(losses)
+    law = np.where(known, scale * SLOPE * np.exp(DOUBT * steps) * (losses / LOSS) ** powers, 0.0)
+    own = (spreads * law) ** 2 + (scale * np.array(OUTLIERS)[apart.astype(int)]) ** 2
+    own = np.where(known, own, (UNWITNESSED * scale) ** 2)
+    far = drops - law
+    whole = own[:, :, None] * np.eye(len(drops)) + errors
+    solved = np.linalg.solve(whole, np.concatenate([far[:, :, None], np.broadcast_to(errors, whole.shape)], 2))
+    pull, share = solved[:, :, 0], solved[:, :, 1:]
+    fit = -0.5 * np.einsum("gp,gp->g", far, pull) - 0.5 * np.linalg.slogdet(whole).logabsdet
+    odds = np.log(np.array(OUTLIER_ODDS)[apart[:, 0].astype(int)]) - 0.5 * steps[:, 0] ** 2
+    logs = fit + odds
+    weights = np.exp(logs - logsumexp(logs))
+    left = own * np.diagonal(share, axis1=1, axis2=2)  # own - own (own + errors)^-1 own, without the cancellation
+    return CombinedDrops(weights / weights.sum(), law + own * pull, np.sqrt(left))
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    plans: Sequence[MeasuredDrop]
-    scale: float
-
-    @cached_property
-    def errors(self) -> np.ndarray:
-        """(P, P) covariance of the errors of measurement; plans on different images have none in common."""
-        found = np.zeros((len(self.plans),) * 2)
-        for count in {p.images for p in self.plans}:
-            same = [i for i, p in enumerate(self.plans) if p.images == count]
-            draws = np.array([self.plans[i].draws for i in same])
-            known = draws[:, ~np.isnan(draws).any(axis=0)]
-            found[np.ix_(same, same)] = np.atleast_2d(np.cov(known)) if known.shape[1] > 1 else 0.0
-        few = np.array([FEW_IMAGES / p.images**2 for p in self.plans])
-        return found + np.diag((few**2 + LEAST**2) * self.scale**2)
-
-    @cached_property
-    def combined(self) -> CombinedDrops:
-        grid = np.array(list(product(np.linspace(-3, 3, STEPS), POWERS, SPREADS, range(len(OUTLIERS)))))
-        steps, powers, spreads, apart = grid.T[:, :, None]
-        drops = np.array([p.drop for p in self.plans])
-        losses = np.array([math.nan if p.loss is None else max(p.loss, 0.0) for p in self.plans])
-        known = ~np.isnan(losses)
-        law = np.where(known, self.scale * SLOPE * np.exp(DOUBT * steps) * (losses / LOSS) ** powers, 0.0)
-        own = (spreads * law) ** 2 + (self.scale * np.array(OUTLIERS)[apart.astype(int)]) ** 2
-        own = np.where(known, own, (UNWITNESSED * self.scale) ** 2)
-        far = drops - law
-        whole = own[:, :, None] * np.eye(len(drops)) + self.errors
-        solved = np.linalg.solve(whole, np.concatenate([far[:, :, None], np.broadcast_to(self.errors, whole.shape)], 2))
-        pull, share = solved[:, :, 0], solved[:, :, 1:]
-        fit = -0.5 * np.einsum("gp,gp->g", far, pull) - 0.5 * np.linalg.slogdet(whole).logabsdet
-        odds = np.log(np.array(OUTLIER_ODDS)[apart[:, 0].astype(int)]) - 0.5 * steps[:, 0] ** 2
-        logs = fit + odds
-        weights = np.exp(logs - logsumexp(logs))
-        left = own * np.diagonal(share, axis1=1, axis2=2)  # own - own (own + errors)^-1 own, without the cancellation
-        return CombinedDrops(weights / weights.sum(), law + own * pull, np.sqrt(left))
+def _errors(plans: Sequence[MeasuredDrop], scale: float) -> np.ndarray:
+    """(P, P) covariance of the errors of measurement; plans on different images have none in common."""
+    found = np.zeros((len(plans),) * 2)
+    for count in {p.images for p in plans}:
+        same = [i for i, p in enumerate(plans) if p.images == count]
+        draws = np.array([plans[i].draws for i in same])
+        known = draws[:, ~np.isnan(draws).any(axis=0)]
+        found[np.ix_(same, same)] = np.atleast_2d(np.cov(known)) if known.shape[1] > 1 else 0.0
+    few = np.array([FEW_IMAGES / p.images**2 for p in plans])
+    return found + np.diag((few**2 + LEAST**2) * scale**2)

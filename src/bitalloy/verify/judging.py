@@ -68,8 +68,7 @@ class DropJudge:
         """
         doubt = EARLY * (1 - self._budget.confidence)
         for shards in self._evaluator.batches if plan not in self._judged else ():
-            self._judged[plan] = self._measured(plan, ratio, shards)
-            self._combined.clear()
+            self._evaluate(plan, ratio, shards)
             if not doubt < self.probability(plan) < 1 - doubt:
                 break
         return self.probability(plan) >= self._budget.confidence
@@ -80,8 +79,7 @@ class DropJudge:
         before = self._judged[plan]
         if before.shards == shards:
             return False
-        self._judged[plan] = self._measured(plan, before.ratio, shards)
-        self._combined.clear()
+        self._evaluate(plan, before.ratio, shards)
         return True
 
     def judged(self, plan: Plan) -> bool:
@@ -90,12 +88,12 @@ class DropJudge:
 
     def probability(self, plan: Plan) -> float:
         """Return the probability that a judged plan keeps every limit, as that of the one it keeps least surely."""
-        index = list(self._judged).index(plan)
+        index = self._place(plan)
         return min((self._drops(name).probability(index, most) for name, most in self._limits.items()), default=1.0)
 
     def estimates(self, plan: Plan) -> dict[str, DropEstimate]:
         """Return the estimated drop of every limited metric of a judged plan."""
-        index = list(self._judged).index(plan)
+        index = self._place(plan)
         return {
             name: DropEstimate(
                 drop=self._drops(name).estimate(index),
@@ -128,25 +126,29 @@ class DropJudge:
             for plan, one in self._judged.items()
         )
 
+    def _place(self, plan: Plan) -> int:
+        return list(self._judged).index(plan)
+
     def _drops(self, name: str) -> CombinedDrops:
         if name not in self._combined:
             every = list(self._judged.values())
             self._combined[name] = combined_drops([one.drops[name] for one in every], scale=every[0].scales[name])
         return self._combined[name]
 
-    def _measured(self, plan: Plan, ratio: float, shards: int) -> _Judged:
+    def _evaluate(self, plan: Plan, ratio: float, shards: int) -> None:
         subjects = {REFERENCE: self._evaluator.reference, CANDIDATE: self._evaluator.subject(plan)}
         found = self._evaluator.results(subjects, CANDIDATE, resamples=RESAMPLED, shards=shards)
         metrics = {metric.name: metric for result in found for metric in result.metrics}
         self._limits = self._limits or limits_of(self._budget, metrics)
         witnesses = {name: metrics.get(metrics[name].witness) for name in self._limits}
-        return _Judged(
+        self._judged[plan] = _Judged(
             ratio=ratio,
             drops={name: _drop(metrics[name], witnesses[name]) for name in self._limits},
             agreements={w.name: w.values[CANDIDATE].value for w in witnesses.values() if w is not None},
             scales={name: _scale(metrics[name]) for name in self._limits},
             shards=shards,
         )
+        self._combined.clear()
 
 
 def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, float]:

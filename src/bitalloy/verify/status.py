@@ -17,6 +17,7 @@ from bitalloy.core.status import (
     worst_verdict,
 )
 from bitalloy.measure.bench import TOLERANCE
+from bitalloy.report.text import interval_words
 
 SHARE = round(TOLERANCE - 1, 4)
 """Part of a latency limit by which a measured latency may exceed it."""
@@ -144,6 +145,6 @@ def _uncovered(summary: Summary, limited: set[str]) -> Iterator[str]:
 
 def _told_drop(name: str, metric: MetricComparison, drop: Estimate) -> str:
     return (
-        f"{name} drops by {drop.value:.4f} (95 % interval {drop.low:.4f} to {drop.high:.4f}), which is more than the "
+        f"{name} drops by {drop.value:.4f} ({interval_words(drop, 4)}), which is more than the "
         f"noise of its {metric.mixed.n} samples, and no limit was set on it. Set one with --max-drop."
     )
