@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 NAMES = [
     # stages
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
-    "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run",
+    "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run", "quantize",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "LimitStatus", "Planned", "Plan", "RunDirectory", "RunOptions",
-    "Selection", "Settings", "Status", "Summary", "Verified", "Workload", "Workspace",
+    "Analysis", "Budget", "Calibrated", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
+    "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "Summary", "Verified", "Workload", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnreachableError", "UnsupportedOpError",

@@ -41,12 +41,14 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.prepare import RunOptions, load, open_data
     from bitalloy.pipeline.resolve import resolve_drops
     from bitalloy.pipeline.run import publish, run
+    from bitalloy.pipeline.run import quantize_model as quantize
     from bitalloy.pipeline.run import render as report
     from bitalloy.pipeline.ship import Verified, apply, verify
     from bitalloy.rewrite.calibrated import Calibrated
     from bitalloy.sensitivity.analysis import Analysis
     from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
     from bitalloy.tasks.metric import measure_metric
+    from bitalloy.tasks.own import Metric, OwnSession
 
 __version__ = "0.1.0"
 
@@ -68,12 +70,15 @@ __all__ = [
     "report",
     "publish",
     "run",
+    "quantize",
     # what they take and give
     "Analysis",
     "Budget",
     "Calibrated",
     "Keep",
     "LimitStatus",
+    "Metric",
+    "OwnSession",
     "Planned",
     "Plan",
     "RunDirectory",
@@ -113,11 +118,14 @@ _HOMES = {
     "report": "pipeline.run:render",
     "publish": "pipeline.run",
     "run": "pipeline.run",
+    "quantize": "pipeline.run:quantize_model",
     "Analysis": "sensitivity.analysis",
     "Budget": "core.plans",
     "Calibrated": "rewrite.calibrated",
     "Keep": "core.plans",
     "LimitStatus": "core.status",
+    "Metric": "tasks.own",
+    "OwnSession": "tasks.own",
     "Planned": "core.planned",
     "Plan": "core.schemes",
     "RunDirectory": "core.store",

@@ -118,7 +118,7 @@ def run_command(asked: RunArguments) -> None:
     with Bars() as bars:
         options = replace(asked.opening.options(limit), progress=bars)
         prepared = prepare(
-            model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
+            model.model, out=model.out, data=model.data, evaluate=asked.evaluate, seed=settings.seed, options=options
         )
         # what cannot be taken is refused before the rest is imported, which takes seconds
         from bitalloy.core.effort import effort_named
@@ -195,7 +195,7 @@ def _figures(verified: Verified) -> Table:
     for head, pair in summary.kl_nats.items():
         row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
     for name, metric in summary.metrics.items():
-        row(f"{name} (n={metric.reference.n})", metric, lambda m: f"{m.value:.4f}")
+        row(f"{name} (n={metric.reference.n})" if metric.reference.n else name, metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():
         row(f"size of {name}, MB", part, lambda v: f"{v / 1e6:.2f}")
     return table

@@ -253,6 +253,7 @@ class MetricValue(Record, frozen=True, kw_only=True):
     low: float
     high: float
     n: int
+    """Number of samples; 0 for a metric without values of single samples, of which no interval is known."""
 
 
 class Workload(Given, frozen=True, kw_only=True):
