@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from bitalloy.core.errors import BitalloyError
+
 if TYPE_CHECKING:
     from bitalloy.core.plans import Budget
     from bitalloy.core.records import Settings
@@ -328,6 +330,25 @@ class RunArguments:
             "float, INT8 and mixed on them. May be given more than once.",
         ),
     ] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A metric of your own in place of --eval: a function of a session, used as an ONNX Runtime session, "
+            "that returns a number or several by name; or a bitalloy.Metric with labels, which gives paired intervals. "
+            "The module is looked up in the current folder too, and its code is executed as it is: only name what you "
+            "trust.",
+        ),
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A function of your own that makes of each image of --data (RGB, as Pillow reads it), or of the "
+            "arrays of each .npz, what the model takes: an array, or a dict by input name. Its code is executed as that "
+            "of --metric.",
+        ),
+    ] = None
     effort: Annotated[
         str,
         typer.Option(
@@ -345,6 +366,33 @@ class RunArguments:
     analysis: AnalysisArguments
     opening: OpeningArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
+
+    def evaluation(self) -> Any:
+        """Return what models are evaluated with: files of labels, or a metric of the user's own.
+
+        Raises:
+            BitalloyError: both are given, or the metric is not found.
+        """
+        from bitalloy.cli import options
+
+        if self.metric is not None and self.evaluate:
+            raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
+        return self.evaluate if self.metric is None else options.named_object("--metric", self.metric)
+
+    def preparation(self) -> Any:
+        """Return the function that prepares samples; None without one.
+
+        Raises:
+            BitalloyError: it is not found, or nothing can be called.
+        """
+        from bitalloy.cli import options
+
+        found = options.named_object("--preprocess", self.preprocess)
+        if found is not None and not callable(found):
+            raise BitalloyError(f"--preprocess is '{self.preprocess}', which is {type(found).__name__}, no function.")
+        if found is not None and self.model.data is None:
+            raise BitalloyError("--preprocess prepares samples of --data. Give both.")
+        return found
 
     def budget(self, float_bytes: int) -> Budget:
         """Return the budget with all limits, task metrics included, see `BudgetArguments.budget`."""

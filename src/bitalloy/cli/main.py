@@ -103,6 +103,8 @@ def run_command(asked: RunArguments) -> None:
 
       bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json   in points of AP50-95
 
+      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01   your own metric
+
       bitalloy run model.onnx --data images/ --latency 0.7x --keep fp32:'neck*' --keep int8:'backbone/model.{4..8}'
 
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
@@ -111,6 +113,7 @@ def run_command(asked: RunArguments) -> None:
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
     asked.opening.check()
     _refuse_broken(asked.model.model)
+    evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.pipeline.prepare import prepare
 
@@ -118,7 +121,13 @@ def run_command(asked: RunArguments) -> None:
     with Bars() as bars:
         options = replace(asked.opening.options(limit), progress=bars)
         prepared = prepare(
-            model.model, out=model.out, data=model.data, evaluate=asked.evaluate, seed=settings.seed, options=options
+            model.model,
+            out=model.out,
+            data=model.data,
+            evaluate=evaluate,
+            preprocess=preprocess,
+            seed=settings.seed,
+            options=options,
         )
         # what cannot be taken is refused before the rest is imported, which takes seconds
         from bitalloy.core.effort import effort_named

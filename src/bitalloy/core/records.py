@@ -30,6 +30,8 @@ class Given(Record, frozen=True, kw_only=True):
         """Bring every field to its type, so that equal settings are stored and found as equal."""
         for name, kind in _types(type(self)).items():
             value = getattr(self, name)
+            if value is msgspec.UNSET:
+                continue
             try:
                 known = msgspec.convert(_plain(value), kind)
             except msgspec.ValidationError as error:

@@ -415,13 +415,14 @@ def _measure_samples(
     weights, ones = resampled_weights(len(samples), resamples, seed), np.ones(len(samples))
     metrics = []
     for name in _names(judged, data):
-        found = {m: ratio_of_sums(np.array([s[name] for s in seen]), ones, weights) for m, seen in judged.items()}
+        values = {model: np.array([one[name] for one in seen], np.float64) for model, seen in judged.items()}
+        is_part = all(((some >= 0) & (some <= 1)).all() for some in values.values())
         metric = compare_models(
             name,
-            found,
+            {model: ratio_of_sums(some, ones, weights) for model, some in values.items()},
             len(samples),
             higher_is_better=data.metric.higher_is_better,
-            bounds=(-math.inf, math.inf),
+            bounds=(0.0, 1.0) if is_part else (-math.inf, math.inf),
         )
         metrics.append(msgspec.structs.replace(metric, own=True))
     return TaskResult(task=SAMPLED.name, metrics=tuple(metrics), notes=few_images(len(samples)))
