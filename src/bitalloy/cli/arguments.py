@@ -345,8 +345,8 @@ class RunArguments:
         typer.Option(
             metavar="MODULE:NAME",
             help="A function of your own that makes of each image of --data (RGB, as Pillow reads it), or of the "
-            "arrays of each .npz, what the model takes: an array, or a dict by input name. Its code is executed as that "
-            "of --metric.",
+            "arrays of each .npz, what the model takes: an array, or a dict by input name. Its code is executed as "
+            "that of --metric.",
         ),
     ] = None
     effort: Annotated[

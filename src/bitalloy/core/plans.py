@@ -144,7 +144,7 @@ class Budget(Given, frozen=True, kw_only=True):
     latency_ratio: float | None = None
     """Largest latency as a part of the float model's, e.g. 0.7."""
     latency_ms: float | None = None
-    latency: str | None | msgspec.UnsetType = msgspec.UNSET
+    latency: str | msgspec.UnsetType | None = msgspec.UNSET
     """Either of them as text, `0.7x` or `12ms`, which is read at once and not kept."""
     size_bytes: int | None = None
     min_sqnr_db: float | None = None

@@ -183,16 +183,17 @@ def _batched(named: Iterable[tuple[Feeds, Any]], inputs: tuple[TensorSpec, ...])
         where = f"sample {number}"
         shared = {i.name for i in inputs if _is_fixed(i.shape, feeds[i.name].shape)}
         if len(shared) == len(inputs):
-            yield HandedSample(check_feeds(feeds, inputs, where), target)
+            yield HandedSample(check_feeds(feeds, inputs, where), _with_axis(target))
             continue
         stacked = [i for i in inputs if i.name not in shared]
         rows = {i.name: _rows(feeds[i.name], i, where) for i in stacked}
         counts, batches = {len(r) for r in rows.values()}, {_batch_of(i) for i in stacked}
         if len(counts) != 1 or len(batches) != 1:
-            yield HandedSample(check_feeds(feeds, inputs, where), target)
+            yield HandedSample(check_feeds(feeds, inputs, where), _with_axis(target))
             continue
         count, batch = counts.pop(), batches.pop()
-        targets = _target_rows(target, count, where)
+        is_row = all(feeds[i.name].ndim < len(i.shape) for i in stacked)
+        targets = [_with_axis(target, always=True)] if is_row else _target_rows(target, count, where)
         whole = {name: feeds[name] for name in shared}
         waiting += [({**whole, **{n: r[i] for n, r in rows.items()}}, targets[i]) for i in range(count)]
         while len(waiting) >= batch:
@@ -215,7 +216,7 @@ def _rows(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
 def _target_rows(target: Any, count: int, where: str) -> Sequence[Any]:
     """The labels of each of the samples that an item holds."""
     if target is None or count == 1:
-        return [target] * count
+        return [_with_axis(target)] * count
     if isinstance(target, dict):
         columns = {name: _target_rows(part, count, where) for name, part in target.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(count)]
@@ -227,6 +228,17 @@ def _target_rows(target: Any, count: int, where: str) -> Sequence[Any]:
         f"The labels of {where} do not belong to its {count} samples: expected an array with that many along the first "
         "axis, or a list with that many entries."
     )
+
+
+def _with_axis(target: Any, *, always: bool = False) -> Any:
+    """Labels of one sample with the axis of the batch first: numbers get it, and `always` whole arrays and lists."""
+    if isinstance(target, dict):
+        return {name: _with_axis(part, always=always) for name, part in target.items()}
+    if isinstance(target, (bool, int, float, np.generic)) or (isinstance(target, np.ndarray) and not target.ndim):
+        return np.asarray(target)[None]
+    if not always or target is None:
+        return target
+    return target[None] if isinstance(target, np.ndarray) else [target]
 
 
 def _join_targets(targets: list[Any]) -> Any:
