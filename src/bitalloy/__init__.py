@@ -1,5 +1,7 @@
 """bitalloy: the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.
 
+verified = bitalloy.quantize("model.onnx", samples)  # the shortest way; in steps:
+
 model = bitalloy.load("model.onnx")
 data = bitalloy.open_data(model, "images/")
 analysis = bitalloy.analyze(model, data)

@@ -66,6 +66,21 @@ def samples(data: object, inputs: tuple[TensorSpec, ...] = ONE, **how: Any) -> l
     return list(handed_samples(data, inputs, **{"most": None, **how}))
 
 
+class IterableDataset:
+    """What torch's class of this name has: a way to get items that raises."""
+
+    def __getitem__(self, index: int) -> object:
+        raise NotImplementedError
+
+
+class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(ROWS)
+
+
 KINDS: dict[str, Callable[[], object]] = {
     "array": lambda: ROWS,
     "doubles": lambda: ROWS.astype(np.float64),
@@ -80,6 +95,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "iterator": lambda: iter([ROWS]),
     "loader": Loader,
     "data set": Items,
+    "iterable data set": Stream,
 }
 
 
@@ -186,7 +202,7 @@ def test_labels_that_do_not_fit_are_refused() -> None:
 
 
 def test_stored_feeds_are_named_by_their_content(tmp_path: Path) -> None:
-    named = {"a/b: c": np.float32([[1]]), "file": np.int64([2])}
+    named = {"a/b: c": np.array([[1]], np.float32), "file": np.array([2])}
     place = store_feeds([named, named], tmp_path)
     assert store_feeds(iter([named, named]), tmp_path) == place
     assert store_feeds([named], tmp_path) != place

@@ -83,7 +83,8 @@ def test_means_and_paired_drops_are_those_of_the_samples(inputs: Any, tmp_path: 
     seen: dict[str, list[Any]] = {name: [] for name in guesses}
     for sample in data.choose(None, 0):
         for name, guess in guesses.items():
-            models[name] = lambda feeds, value=guess[sample]: {data.outputs[0].name: np.array([[value]])}
+            outputs = {data.outputs[0].name: np.array([[guess[sample]]])}
+            models[name] = partial(lambda outputs, _: outputs, outputs)
         for name, one in data.task.observe(models, data, sample).items():
             seen[name].append(one)
     result = data.task.measure(seen, data, data.choose(None, 0), seed=0, resamples=2000)
@@ -192,4 +193,4 @@ def test_files_arguments_and_objects_count(tmp_path: Path) -> None:
             return self.top
 
     assert code_digest(Mine(1)) == code_digest(Mine(1)) != code_digest(Mine(5))
-    assert code_digest(partial(error, labels=1)) != code_digest(partial(error, labels=2))
+    assert code_digest(partial(np.add, 1)) != code_digest(partial(np.add, 2))

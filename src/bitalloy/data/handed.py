@@ -120,13 +120,18 @@ def _items(data: object, most: int | None, seed: int) -> Iterator[object]:
         yield data
     elif isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise DataError(f"The data is of type {type(data).__name__}; expected {ACCEPTED}.")
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not _only_iterates(data):
         for index in _drawn(len(data), most, seed):
             yield data[index]
     elif hasattr(data, "__iter__"):
         yield from data
     else:
         raise DataError(f"The data ({type(data).__name__}) has items but no length; expected {ACCEPTED}.")
+
+
+def _only_iterates(data: object) -> bool:
+    """Whether a data set inherits a way to get items from torch that only raises."""
+    return hasattr(data, "__iter__") and any(kind.__name__ == "IterableDataset" for kind in type(data).mro())
 
 
 def _of_files(path: Path, most: int | None, seed: int) -> Iterator[object]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -30,8 +30,6 @@ from bitalloy.data.images import file_hash
 from bitalloy.model.load import Graph
 from bitalloy.tasks.base import RunModel, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
-
-DataT = TypeVar("DataT", bound="OwnData")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +234,7 @@ class WholeModel(OwnData):
 
     @property
     def task(self) -> Task[Any]:
-        return WHOLE
+        return OF_SESSION
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
         return [0]
@@ -280,7 +278,7 @@ class LabelledFeeds(OwnData):
 
     @property
     def task(self) -> Task[Any]:
-        return SAMPLED
+        return OF_SAMPLES
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
         return range(len(self._files))
@@ -399,7 +397,7 @@ def _measure_whole(
         "it stays undecided. Give bitalloy.Metric(function, labels), a function of (predictions, labels) of one "
         "sample, to have intervals."
     )
-    return TaskResult(task=WHOLE.name, metrics=tuple(metrics), notes=(note,))
+    return TaskResult(task=OF_SESSION.name, metrics=tuple(metrics), notes=(note,))
 
 
 def _measure_samples(
@@ -425,7 +423,7 @@ def _measure_samples(
             bounds=(0.0, 1.0) if is_part else (-math.inf, math.inf),
         )
         metrics.append(msgspec.structs.replace(metric, own=True))
-    return TaskResult(task=SAMPLED.name, metrics=tuple(metrics), notes=few_images(len(samples)))
+    return TaskResult(task=OF_SAMPLES.name, metrics=tuple(metrics), notes=few_images(len(samples)))
 
 
 def _names(judged: Mapping[str, Sequence[Seen]], data: OwnData) -> list[str]:
@@ -444,7 +442,7 @@ def _refuse_files(path: Path, _: object) -> Any:
     raise DataError(f"A metric of your own reads no labels from '{path}'. Give them with bitalloy.Metric.")
 
 
-WHOLE: Task[Any] = Task(
+OF_SESSION: Task[Any] = Task(
     name="own metric",
     labels="none: a function of a session brings its own data",
     matches=lambda _: False,
@@ -456,7 +454,7 @@ WHOLE: Task[Any] = Task(
     plain=True,
 )
 """The task of a function of a session."""
-SAMPLED: Task[Any] = Task(
+OF_SAMPLES: Task[Any] = Task(
     name="own metric of samples",
     labels="pairs of inputs and labels in memory",
     matches=lambda _: False,

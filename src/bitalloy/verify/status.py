@@ -22,7 +22,7 @@ from bitalloy.report.text import interval_words
 SHARE = round(TOLERANCE - 1, 4)
 """Part of a latency limit by which a measured latency may exceed it."""
 ESTIMATED, UNMEASURED = "estimated, not measured", "not measured"
-UNKNOWN = "the metric is one number for a whole model, whose error is unknown"
+UNKNOWN_ERROR = "the metric is one number for a whole model, whose error is unknown"
 
 
 def status_of(summary: Summary) -> Status:
@@ -121,7 +121,7 @@ def _drops(summary: Summary) -> Iterator[LimitStatus]:
         if drop is None and found is not None:
             got, reason = (
                 found.lost,
-                f"{'within' if found.lost <= most else 'beyond'} the limit as measured, but {UNKNOWN}",
+                f"{'within' if found.lost <= most else 'beyond'} the limit as measured, but {UNKNOWN_ERROR}",
             )
         yield LimitStatus(
             name=f"drop of {metric}",
