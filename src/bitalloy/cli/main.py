@@ -12,9 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from bitalloy import __version__
-from bitalloy.cli import look
+from bitalloy.cli import gates, look
 from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
-from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
+from bitalloy.cli.console import (
+    INTERRUPTED,
+    MISSED,
+    REFUSED,
+    SHOWN_LINES,
+    UNREACHABLE,
+    Bars,
+    error_console,
+    out_console,
+)
 from bitalloy.core.errors import BitalloyError, UnreachableError
 
 if TYPE_CHECKING:
@@ -28,10 +37,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
-REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
-"""Exit codes: of a command that the user must correct, of limits that are not proven to be kept where that was asked
-for, of limits that no plan keeps, and of a command that was interrupted."""
-
 
 TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 """Tone of a verdict, see `report.figures` -> its colour."""
@@ -387,6 +392,9 @@ def export_command(
 for _name, _command in (
     ("models", look.models_command),
     ("targets", look.targets_command),
+    ("check", gates.check_command),
+    ("diff", gates.diff_command),
+    ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
     ("doctor", look.doctor_command),
 ):

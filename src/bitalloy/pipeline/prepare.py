@@ -128,7 +128,7 @@ def prepare(
         BitalloyError: the model, data or run directory cannot be used; the message says what to do.
     """
     options = options or RunOptions()
-    metric, files = _evaluation(evaluate, preprocess)
+    metric, files = evaluation_of(evaluate, preprocess)
     source, image = _source(model, out, seed, options), options.image
     notes: tuple[str, ...] = (SAMPLE_NOTE,) if data is None else ()
     if data is not None and not (isinstance(data, (str, Path)) and preprocess is None):
@@ -167,8 +167,16 @@ def prepare(
     )
 
 
-def _evaluation(evaluate: object, preprocess: Preprocess | None) -> tuple[Metric | None, list[Path]]:
-    """Tell a metric of the user's own from files of labels."""
+def evaluation_of(evaluate: object, preprocess: Preprocess | None) -> tuple[Metric | None, list[Path]]:
+    """Tell a metric of the user's own from files of labels.
+
+    Args:
+        evaluate: what the user evaluates with.
+        preprocess: function that prepares samples; labels in files do not go with it.
+
+    Raises:
+        DataError: it is neither of both.
+    """
     if evaluate is None:
         return None, []
     listed = [evaluate] if isinstance(evaluate, (str, Path)) else evaluate

@@ -115,7 +115,9 @@ def _drops(summary: Summary) -> Iterator[LimitStatus]:
         drop = found.drop_mixed if found is not None else None
         if estimate is not None:
             drop = estimate.drop
-        chance = None if drop is None else chance_within(drop, most) if estimate is None else estimate.probability
+        chance = None if drop is None else chance_within(drop, most)
+        if estimate is not None and estimate.limit == most:
+            chance = estimate.probability
         verdict, reason = _judged_drop(chance, summary.budget.confidence)
         got = None if drop is None else drop.value
         if drop is None and found is not None:
