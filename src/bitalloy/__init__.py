@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bitalloy.core.checked import CheckedRun, RunDifference
     from bitalloy.core.errors import (
         BitalloyError,
         BudgetError,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from bitalloy.measure.cost import measure_cost
     from bitalloy.pipeline.analyze import analyze
     from bitalloy.pipeline.calibrate import calibrate
+    from bitalloy.pipeline.check import check_run as check
+    from bitalloy.pipeline.check import diff_runs as diff
+    from bitalloy.pipeline.evaluate import evaluate_models as evaluate
     from bitalloy.pipeline.plan import plan, plan_again
     from bitalloy.pipeline.prepare import RunOptions, load, open_data
     from bitalloy.pipeline.resolve import resolve_drops
@@ -73,16 +77,22 @@ __all__ = [
     "publish",
     "run",
     "quantize",
+    # what comes out of finished runs
+    "check",
+    "diff",
+    "evaluate",
     # what they take and give
     "Analysis",
     "Budget",
     "Calibrated",
+    "CheckedRun",
     "Keep",
     "LimitStatus",
     "Metric",
     "OwnSession",
     "Planned",
     "Plan",
+    "RunDifference",
     "RunDirectory",
     "RunOptions",
     "Selection",
@@ -121,15 +131,20 @@ _HOMES = {
     "publish": "pipeline.run",
     "run": "pipeline.run",
     "quantize": "pipeline.run:quantize_model",
+    "check": "pipeline.check:check_run",
+    "diff": "pipeline.check:diff_runs",
+    "evaluate": "pipeline.evaluate:evaluate_models",
     "Analysis": "sensitivity.analysis",
     "Budget": "core.plans",
     "Calibrated": "rewrite.calibrated",
+    "CheckedRun": "core.checked",
     "Keep": "core.plans",
     "LimitStatus": "core.status",
     "Metric": "tasks.own",
     "OwnSession": "tasks.own",
     "Planned": "core.planned",
     "Plan": "core.schemes",
+    "RunDifference": "core.checked",
     "RunDirectory": "core.store",
     "RunOptions": "pipeline.prepare",
     "Selection": "sensitivity.measuring",
