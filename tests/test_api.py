@@ -31,7 +31,8 @@ NAMES = [
     "check", "diff", "evaluate",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "CheckedRun", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
-    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "Summary", "Verified", "Workload", "Workspace",
+    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "Summary", "Verified", "Workload",
+    "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnreachableError", "UnsupportedOpError",

@@ -15,6 +15,8 @@ from bitalloy.cli.console import MISSED, SHOWN_LINES, Bars, error_console, out_c
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bitalloy.core.checked import CheckedRun
     from bitalloy.core.plans import Budget
 
@@ -85,9 +87,6 @@ def diff_command(
 
     Example: bitalloy diff runs/main runs/new
     """
-    from rich.markup import escape
-    from rich.table import Table
-
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.check import diff_runs
     from bitalloy.report.text import difference_table
@@ -100,11 +99,7 @@ def diff_command(
         out_console.print("The runs are of different models.", style="yellow")
     if not found.same_target:
         out_console.print("The runs are for different targets.", style="yellow")
-    header, lines = difference_table(found)
-    table = Table(*(escape(name) for name in header))
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out_console.print(table)
+    _show_table(*difference_table(found))
     told = [f"{unit.unit}: {unit.first or 'absent'} -> {unit.second or 'absent'}" for unit in found.units]
     told = [f"{len(told)} units are in another scheme.", *told[:SHOWN_LINES]]
     told += [f"{len(found.units) - SHOWN_LINES} more with --json."] * (len(found.units) > SHOWN_LINES)
@@ -131,9 +126,6 @@ def evaluate_command(asked: EvaluateArguments) -> None:
     """
     evaluate, sources = asked.evaluation(), asked.opening
     sources.check()
-    from rich.markup import escape
-    from rich.table import Table
-
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.evaluate import evaluate_models
     from bitalloy.report.text import evaluation_table
@@ -146,12 +138,19 @@ def evaluate_command(asked: EvaluateArguments) -> None:
         return
     for one in found:
         header, lines = evaluation_table(one)
-        table = Table(*(escape(name) for name in header))
-        for line in lines:
-            table.add_row(*map(escape, line))
-        out_console.print(table)
+        _show_table(header, lines)
         for note in one.notes:
             out_console.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
+
+
+def _show_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*map(escape, header))
+    for line in lines:
+        table.add_row(*map(escape, line))
+    out_console.print(table)
 
 
 def _limits(drops: list[str], latency: str | None) -> Budget | None:
@@ -178,10 +177,10 @@ def _show_check(found: CheckedRun) -> None:
 
 def _tell_github(found: CheckedRun) -> None:
     """Annotate failures and add to the summary of the step, where GitHub runs the command."""
-    from bitalloy.report.ci import annotations, check_markdown
+    from bitalloy.report.ci import check_markdown, failure_annotations
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in annotations(found):
+        for line in failure_annotations(found):
             sys.stderr.write(line + "\n")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:

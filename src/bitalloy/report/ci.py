@@ -33,7 +33,8 @@ def junit_xml(checked: CheckedRun) -> bytes:
         "errors": "0",
     }
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    written: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return written
 
 
 def check_markdown(checked: CheckedRun) -> str:
@@ -51,7 +52,7 @@ def check_markdown(checked: CheckedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-def annotations(checked: CheckedRun) -> list[str]:
+def failure_annotations(checked: CheckedRun) -> list[str]:
     """Write a workflow command of GitHub for each failure."""
     if checked.passed:
         return []

@@ -69,7 +69,7 @@ def _difference_words(found: Estimate) -> str:
 
 def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each number of two runs."""
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             one.name,
             f"{one.first:.6g}",
@@ -84,7 +84,7 @@ def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[
 
 def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each metric of each model, with its paired drop from the first model."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for metric in found.metrics:
         for model, value in metric.values.items():
             drop = metric.drops.get(model)
