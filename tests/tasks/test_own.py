@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,12 @@ def test_code_without_a_file_is_told_by_what_it_does() -> None:
         made("def f(s):\n    return [i + 1 for i in s]"),
         made("def outer(n):\n    def f(s):\n        return n\n    return f\nf = outer(3)"),
         made("def outer(n):\n    def f(s):\n        return n\n    return f\nf = outer(4)"),
+        made("def f(s):\n    return X", X=np.zeros(3)),
+        made("def f(s):\n    return X", X=np.ones(3)),
+        made("def f(s):\n    return helper(s)", helper=made("def f(s):\n    return 1.0")),
+        made("def f(s):\n    return helper(s)", helper=made("def f(s):\n    return 2.0")),
+        made("def f(s):\n    return loader(s)", loader=SimpleNamespace(_fingerprint="a")),
+        made("def f(s):\n    return loader(s)", loader=SimpleNamespace(_fingerprint="b")),
     ]
     assert len({first, *map(code_digest, others)}) == 1 + len(others)
 

@@ -279,12 +279,12 @@ def _agree(wanted: Sequence[int | str], shape: Sequence[int]) -> bool:
 
 def _typed(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     """The array in the input's type, where that changes no value but by rounding of floats."""
-    wanted = np.dtype(NUMPY_NAMES.get(spec.dtype, spec.dtype.lower()))
-    if array.dtype == wanted:
+    wanted = NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
+    if array.dtype.name == wanted:
         return array
-    if array.dtype.kind == wanted.kind == "f":
+    if array.dtype.kind == "f" and wanted in ("float16", "float32", "float64"):
         return array.astype(wanted)
-    if array.dtype.kind in "iu" and wanted.kind in "iu":
+    if array.dtype.kind in "iu" and wanted.removeprefix("u") in ("int8", "int16", "int32", "int64"):
         cast = array.astype(wanted)
         if np.array_equal(cast, array):
             return cast

@@ -132,7 +132,7 @@ def prepare(
     source, image = _source(model, out, seed, options), options.image
     notes: tuple[str, ...] = (SAMPLE_NOTE,) if data is None else ()
     if data is not None and not (isinstance(data, (str, Path)) and preprocess is None):
-        data, notes = _stored(data, source.path, out, preprocess, seed)
+        data, notes = _stored(data, source.path, Workspace(RunDirectory(out), options.progress), preprocess, seed)
     assert data is None or isinstance(data, (str, Path)), "data in memory lies in files now"
     given, folder = dict(options.shapes), Path(out) / "sample"
     drawn = source.sample and data is None and not files and metric is None
@@ -215,17 +215,25 @@ def _source(model: object, out: str | Path, seed: int, options: RunOptions) -> z
 
 
 def _stored(
-    data: object, source: Path, out: str | Path, preprocess: Preprocess | None, seed: int
+    data: object, source: Path, work: Workspace, preprocess: Preprocess | None, seed: int
 ) -> tuple[Path, tuple[str, ...]]:
     """Store samples in memory as feeds, with a note where there were more of them."""
+    store = work.store
+    assert store is not None, "samples go into a run directory"
     inputs = read_outline(source).open_inputs if is_program(source) else read_interface(source)[0]
     data = Path(data) if isinstance(data, str) else data
     samples = handed_samples(data, inputs, most=MOST_SAMPLES, seed=seed, preprocess=preprocess)
-    folder = store_feeds((sample.feeds for sample in samples), RunDirectory(out).cache)
+    with work.stage("data", None) as progress:
+        folder = store_feeds((_counted(sample, progress).feeds for sample in samples), store.cache)
     count = sum(1 for _ in folder.iterdir())
     if count < MOST_SAMPLES:
         return folder, ()
     return folder, (f"Of the data at most {MOST_SAMPLES} samples were read, from which all parts of the run draw.",)
+
+
+def _counted(sample: HandedSample, progress: Progress) -> HandedSample:
+    progress.advance()
+    return sample
 
 
 def _drawn_labels(loaded: Graph, folder: Path, seed: int) -> Path:

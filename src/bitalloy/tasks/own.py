@@ -12,10 +12,11 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import msgspec
@@ -25,11 +26,14 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.records import MetricValue, TensorSpec
 from bitalloy.core.store import StageInputs
 from bitalloy.data.arrays import Feeds, read_arrays
-from bitalloy.data.handed import Preprocess, handed_samples, store_feeds
+from bitalloy.data.handed import Preprocess, as_plain, handed_samples, store_feeds
 from bitalloy.data.images import file_hash
 from bitalloy.model.load import Graph
 from bitalloy.tasks.base import RunModel, Seen, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
+
+DEEPEST = 8
+"""Largest number of containers inside each other whose content decides a key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -471,7 +475,8 @@ OF_SAMPLES: Task[Any] = Task(
 def code_digest(function: Callable[..., object]) -> str:
     """Return a SHA-256 that changes with a function: of the file that defines it, or without one of its code.
 
-    Plain data that it holds count as well: defaults, captured variables, arguments of a `partial`, fields of an object.
+    Plain data and tensors that it holds count as well: defaults, captured and global variables, arguments of a
+    `partial`, fields of an object.
     """
     held: list[object] = []
     while isinstance(function, partial):
@@ -485,6 +490,8 @@ def code_digest(function: Callable[..., object]) -> str:
         held.append(getattr(function, "__dict__", {}))
         function = vars(type(function)).get("__call__", function)
     code = getattr(function, "__code__", None)
+    known = getattr(function, "__globals__", {})
+    held.append({name: known[name] for name in (code.co_names if code is not None else ()) if name in known})
     digest = hashlib.sha256(getattr(function, "__qualname__", repr(type(function))).encode())
     held.append(getattr(function, "__defaults__", None))
     held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
@@ -510,21 +517,31 @@ def _filled(cell: Any) -> bool:
         return False
 
 
-def _told(value: object) -> hashlib._Hash:
-    """Hash plain data by its content, anything else by its type."""
+def _told(value: object, depth: int = 0) -> hashlib._Hash:
+    """Hash plain data and tensors by their content, functions by their code, anything else by its type.
+
+    What lies deeper than `DEEPEST` containers is told by its type alone: it may hold itself.
+    """
+    if hasattr(value, "__array__") and not isinstance(value, (np.ndarray, type)):
+        with suppress(DataError):  # it is no array of numbers after all
+            value = as_plain(value)
     digest = hashlib.sha256(type(value).__qualname__.encode())
     match value:
+        case FunctionType():
+            digest.update(_code(value.__code__).encode())
         case np.ndarray():
             digest.update(f"{value.dtype.str}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
-        case Mapping():
+        case Mapping() if depth < DEEPEST:
             for name, part in value.items():
-                digest.update(_told(str(name)).digest() + _told(part).digest())
-        case list() | tuple():
+                digest.update(_told(str(name)).digest() + _told(part, depth + 1).digest())
+        case list() | tuple() if depth < DEEPEST:
             for part in value:
-                digest.update(_told(part).digest())
+                digest.update(_told(part, depth + 1).digest())
         case str() | bytes() | bool() | int() | float() | complex() | np.generic() | None:
             digest.update(repr(value).encode())
         case Path():
             digest.update(str(value).encode())
+        case _:
+            digest.update(str(vars(value).get("_fingerprint")).encode() if hasattr(value, "__dict__") else b"")
     return digest
