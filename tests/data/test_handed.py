@@ -160,6 +160,13 @@ def test_a_limit_draws_from_what_has_a_length_and_stops_what_never_ends() -> Non
     drawn = {seed: [int(s.feeds["x"][0, 0]) for s in samples(Items(), most=3, seed=seed)] for seed in range(6)}
     assert all(len(some) == 3 and some == sorted(some) for some in drawn.values())
     assert len({tuple(some) for some in drawn.values()}) > 3
+    for data in (ROWS, {"x": ROWS}, ROWS[:, None]):  # the same draw as of items, and not the first rows
+        assert [int(s.feeds["x"][0, 0]) for s in samples(data, most=3, seed=2)] == drawn[2]
+    pairs = samples({"x": ROWS, "label": LABELS, "name": [str(i) for i in LABELS]}, most=3, seed=2, labelled=True)
+    assert [4 * int(s.target["label"][0]) for s in pairs] == drawn[2]
+    assert [4 * int(s.target["name"][0]) for s in pairs] == drawn[2]
+    wide = samples(ROWS, (TensorSpec(name="x", dtype="FLOAT", shape=(2, 4)),), most=3, seed=2)
+    assert [one.feeds["x"].shape for one in wide] == [(2, 4)] * 3
 
 
 def test_files_and_items_are_prepared_by_a_function(tmp_path: Path) -> None:
@@ -174,6 +181,8 @@ def test_files_and_items_are_prepared_by_a_function(tmp_path: Path) -> None:
     found = samples(tmp_path, inputs, preprocess=prepare)
     assert [float(one.feeds["x"].max()) for one in found] == [10, 200]
     assert found[0].feeds["x"].shape == (1, 3, 2, 2)
+    doubled = samples(ROWS.astype(np.uint8), preprocess=lambda row: np.float32(2) * row)
+    np.testing.assert_array_equal(np.concatenate([one.feeds["x"] for one in doubled]), 2 * ROWS)
 
 
 @pytest.mark.parametrize(

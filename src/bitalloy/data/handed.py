@@ -64,13 +64,17 @@ def handed_samples(
         most: largest number of samples; None for all. Of what has a length they are drawn at random, of what can only
             be iterated they are the first.
         seed: seed of that draw.
-        preprocess: called with each item before it is read; an item of a folder of images is an RGB image of Pillow,
-            of .npz files a dict of arrays.
+        preprocess: called with each item before it is read; an item of an array is what lies along its first axis, of a
+            folder of images an RGB image of Pillow, of .npz files a dict of arrays.
         labelled: whether items hold labels behind the inputs (of a dict: under other names), which are kept then.
 
     Raises:
         DataError: the data is of a kind that is not known, or an item does not fit the inputs.
     """
+    if preprocess is not None and _is_array(data):
+        data = list(_array(data))
+    elif preprocess is None and most is not None:
+        data = _drawn_rows(data, inputs, most, seed)
     items = (item if preprocess is None else preprocess(item) for item in _items(data, most, seed))
     named = (_named(item, inputs, labelled, f"sample {i}") for i, item in enumerate(items))
     yield from islice(_batched(named, inputs), most)
@@ -146,6 +150,25 @@ def _of_files(path: Path, most: int | None, seed: int) -> Iterator[object]:
         else:
             arrays = read_arrays(file, [""])
             yield arrays.get("", arrays)
+
+
+def _drawn_rows(data: object, inputs: tuple[TensorSpec, ...], most: int, seed: int) -> object:
+    """Of one array, or of arrays by name, that hold more samples than are wanted, those that are drawn."""
+    parts = data if isinstance(data, Mapping) else {inputs[0].name: data} if _is_array(data) else {}
+    columns = {name: _array(part) if _is_array(part) else part for name, part in parts.items()}
+    first = columns.get(inputs[0].name)
+    if not isinstance(first, np.ndarray) or not first.ndim:
+        return data
+    wanted = most * (_batch_of(inputs[0]) if first.ndim == len(inputs[0].shape) else 1)
+    if len(first) <= wanted:
+        return data
+    rows = _drawn(len(first), wanted, seed)
+    return {
+        name: part[rows] if isinstance(part, np.ndarray) and part.ndim and len(part) == len(first)
+        else [part[i] for i in rows] if isinstance(part, (list, tuple)) and len(part) == len(first)
+        else part
+        for name, part in columns.items()
+    }  # fmt: skip
 
 
 def _drawn(count: int, most: int | None, seed: int) -> list[int]:
