@@ -273,6 +273,20 @@ class UsedSamples(Record, frozen=True, kw_only=True):
     """The same in a sentence, with numbers."""
 
 
+class Steadiness(Record, frozen=True, kw_only=True):
+    """Whether the machine stayed as it was while a run measured: what the float model took, time after time."""
+
+    priced_ms: float
+    """When the prices of units and borders were measured."""
+    sittings_ms: tuple[float, ...]
+    """In each sitting that measured the shipped plan, in order; its times were not what it was chosen by."""
+    drift: float
+    """Largest of these times over the smallest, less 1."""
+    chosen_ratio: Estimate | None = None
+    """Latency over float of the shipped plan when it was chosen among several that were measured; None where it was
+    measured once, after it was chosen."""
+
+
 class Summary(Record, frozen=True, kw_only=True):
     """`summary.json`: the result of a run. Names are stable; new ones may be added."""
 
@@ -289,7 +303,7 @@ class Summary(Record, frozen=True, kw_only=True):
     budget: Budget
     latency_ms: Triple
     latency_ratio: float
-    """mixed / float, from pairs of runs in the same rounds."""
+    """mixed / float, from pairs of runs in the same rounds, in a sitting that did not choose the plan."""
     predicted_latency_ratio: float
     latency_spread_ms: LatencySpread
     size_bytes: Triple
@@ -367,3 +381,5 @@ class Summary(Record, frozen=True, kw_only=True):
     """Which samples served calibration, probing and verification; None in summaries of older versions."""
     sizes: tuple[VerifiedSize, ...] = ()
     """Other sizes at which the shipped model was verified; empty where it leaves none open."""
+    steadiness: Steadiness | None = None
+    """Whether the machine stayed as it was; None where latency is estimated."""

@@ -28,6 +28,7 @@ from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
 from bitalloy.verify.sizes import verify_sizes
+from bitalloy.verify.steadiness import steadiness_of
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 
@@ -76,7 +77,8 @@ def verify(
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
     plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
     all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
-    beside it. The plan that is kept is the best measured one.
+    beside it. The plan that is kept is the best measured one; where it was chosen among several by what was measured,
+    it is measured once more, and that is what is told of it.
 
     Args:
         analysis: analysis of the model.
@@ -106,13 +108,14 @@ def verify(
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     detailed, best = effort.details and not planned.cost.estimated, course.best
-    mixed, measured = best.mixed, best.measured
+    mixed, measured = best.mixed, course.measured_at_last()
     beside = course.single if measured.sqnr_single is not None else None
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
     final = _with_measured(analysis, course.known(), final, measured)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
+        steadiness=steadiness_of(final.cost, best.measured, measured),
         sizes=sizes_of(analysis, mixed, beside, rewritten=measured.ratio_rewritten is not None),
         single=beside,
         singles=tuple(single.format for single in course.singles),
