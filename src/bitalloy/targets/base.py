@@ -17,7 +17,7 @@ from bitalloy.model.read import attribute, consumers, elements, is_float, is_sta
 from bitalloy.model.regions import path_of, region_id
 from bitalloy.model.selected import SELECTED
 from bitalloy.runtime.base import Runtime
-from bitalloy.targets.devices import Device, lacking
+from bitalloy.targets.devices import DEVICES, Device, lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,10 @@ class Target:
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
+    compiled: bool = False
+    """Whether TensorRT for RTX compiles its models, which tells what kernels read without the device."""
+    capabilities: frozenset[int] = frozenset()
+    """Compute capabilities of the devices that it runs on; empty for all."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
@@ -118,7 +122,7 @@ class Target:
     def runnable(self) -> tuple[Offer, ...]:
         """Its offers that its device can run."""
         able = (
-            o.scheme.activation is None or self.device is None or not lacking(self.device, o.scheme.name)
+            o.scheme.activation is None or self.device is None or o.scheme.name in self.device.operations_per_second
             for o in self.offers
         )
         return tuple(offer for offer, runs in zip(self.offers, able, strict=True) if runs)
@@ -132,7 +136,16 @@ class Target:
     def lacking_schemes(self) -> dict[str, str]:
         """Scheme that it does not have, or not on its device -> why."""
         missing = [offer.scheme.name for offer in self.offers if offer not in self.runnable]
-        return {**self.lacks, **{name: lacking(self.device, name) for name in missing if self.device is not None}}
+        if self.device is None:
+            return dict(self.lacks)
+        return {**self.lacks, **{name: lacking(self.device, name, self.devices) for name in missing}}
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Devices for which it can be estimated; none where it is measured where it runs."""
+        if self.device is None:
+            return ()
+        return tuple(d for d in DEVICES.values() if not self.capabilities or d.capability in self.capabilities)
 
     def offered(self, schemes: Collection[str] = ()) -> tuple[Offer, ...]:
         """Return the offers of the given names, or the usual ones without names, in the order of the target."""

@@ -1,0 +1,169 @@
+"""What a compiler made of a plan: every planned unit beside the types that its kernel in the engine reads.
+
+Case 1. Of a convolution or a product of matrices both operands have the type of the planned scheme: it agrees.
+Case 2. Weights stored in fewer bits stand beside a float operand: it agrees with the scheme that stores them so.
+Case 3. Other types: it differs. Where the plan rounds, the compiler has widened what was rounded.
+Case 4. The text does not name it: it was folded, or fused under the name of another.
+Case 5. Pointwise operators are fused across units, and one kernel reads the types of many: what it reads is told, and
+        nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bitalloy import ops
+from bitalloy.core.audited import Compilation, CompiledGraph, CompiledUnit
+from bitalloy.core.errors import ModelError
+from bitalloy.core.schemes import BASELINE, Plan, Scheme
+from bitalloy.core.units import Unit, UnitGraph
+from bitalloy.formats.words import KERNEL_SCHEMES
+from bitalloy.measure.tracing import TracedModel
+from bitalloy.runtime.engine_text import EngineKernel, EngineTensor
+from bitalloy.runtime.tensorrt_rtx import (
+    CompiledEngine,
+    Profile,
+    compile_engine,
+    compiler_version,
+    nearest_capability,
+)
+
+COMPILER = "TensorRT for RTX"
+
+
+def compile_traced(
+    traced: TracedModel,
+    units: UnitGraph,
+    plan: Plan,
+    capability: int,
+    folder: Path,
+    profiles: Mapping[str, Profile] | None = None,
+) -> Compilation:
+    """Compile a mixed model, graph by graph, and compare the engines with the plan.
+
+    Args:
+        traced: the mixed model in memory, from `tracing.trace`.
+        units: the units on the plan's target.
+        plan: unit -> scheme.
+        capability: compute capability of the device.
+        folder: an existing one for the files of the model.
+        profiles: graph -> shapes of the inputs that it leaves open.
+
+    Raises:
+        MissingExtraError: the compiler is not installed.
+    """
+    version, nearest = compiler_version(), nearest_capability(capability)
+    traced.artefact.save(folder if traced.artefact.program else folder / "model.onnx")
+    graphs, kernels = [], []
+    for name in traced.artefact.models:
+        try:
+            engine = compile_engine(folder / f"{name}.onnx", nearest, (profiles or {}).get(name))
+        except ModelError as error:
+            graphs.append(CompiledGraph(graph=name, failed=str(error)))
+            continue
+        graphs.append(_graph(name, engine, units, traced))
+        kernels.extend(engine.kernels)
+    note = ""
+    if nearest != capability:
+        note = f"The compiler does not know SM{capability}; SM{nearest} is the nearest that it does."
+    return Compilation(
+        compiler=COMPILER,
+        version=version,
+        capability=nearest,
+        units=compare_engine(units, plan, kernels, traced),
+        graphs=tuple(graphs),
+        note=note,
+    )
+
+
+def compare_engine(
+    units: UnitGraph, plan: Plan, kernels: Sequence[EngineKernel], traced: TracedModel
+) -> tuple[CompiledUnit, ...]:
+    """Compare every unit of a plan with the kernels that work for it.
+
+    Args:
+        units: the units on the plan's target.
+        plan: unit -> scheme.
+        kernels: kernels of all engines of the model, in order.
+        traced: the model that was compiled, which knows what the names in the engines stand for.
+    """
+    named: dict[str, list[EngineKernel]] = {}
+    weighted: dict[str, list[EngineKernel]] = {}
+    for kernel in kernels:
+        for unit in traced.units_of(kernel.nodes):
+            named.setdefault(unit, []).append(kernel)
+        for unit in traced.units_of(n for n in kernel.nodes if traced.operator(n) in ops.WEIGHTED):
+            weighted.setdefault(unit, []).append(kernel)
+    return tuple(
+        _unit(unit, units.scheme(plan.scheme_of(unit.id)), (weighted if _weighs(unit) else named).get(unit.id, []))
+        for unit in units.units
+    )
+
+
+def _weighs(unit: Unit) -> bool:
+    return unit.kind in ops.WEIGHTED
+
+
+def _unit(unit: Unit, planned: Scheme, kernels: Sequence[EngineKernel]) -> CompiledUnit:
+    weighted = _weighs(unit)
+    kernel = next((k for k in kernels if k.contracts), kernels[0] if kernels else None)
+    if kernel is None:
+        cause = "the engine's text does not name it: it was folded, or fused under another name"
+        return CompiledUnit(
+            unit=unit.id, kind=unit.kind, planned=planned.name, compiled="", weighted=weighted, cause=cause
+        )
+    types = [tensor.type for tensor in kernel.reads if not tensor.scalar]
+    compiled = _scheme(types[:2] if kernel.contracts else types, planned)
+    return CompiledUnit(
+        unit=unit.id,
+        kind=unit.kind,
+        planned=planned.name,
+        compiled=compiled,
+        kernel=kernel.kind,
+        reads=tuple(types),
+        weighted=weighted,
+        cause=_cause(planned, compiled) if weighted and compiled else "",
+    )
+
+
+def _scheme(types: Sequence[str], planned: Scheme) -> str:
+    """Name the scheme in which a kernel works that reads these types; empty where one is not known."""
+    if planned.weights_only and planned.weight in types:
+        return planned.name
+    words = list(dict.fromkeys(KERNEL_SCHEMES.get(t, t) for t in types))
+    return "" if "" in words else "/".join(words)
+
+
+def _cause(planned: Scheme, compiled: str) -> str:
+    if compiled == planned.name:
+        return ""
+    if planned.weights_only:
+        return f"its weights are widened in every run, and the product reads {compiled.upper()}"
+    if planned.rounds:
+        return f"the compiler has no kernel for it that reads {planned.name.upper()}, and widens what was rounded"
+    return f"the compiler chose {compiled.upper()}"
+
+
+def _graph(name: str, engine: CompiledEngine, units: UnitGraph, traced: TracedModel) -> CompiledGraph:
+    """Count the kernels of an engine."""
+    rounded = {scheme.name for scheme in units.schemes if scheme.rounds}
+
+    def rounds(tensors: Sequence[EngineTensor]) -> bool:
+        return any(KERNEL_SCHEMES.get(t.type) in rounded for t in tensors)
+
+    others = [k for k in engine.kernels if not k.contracts]
+    return CompiledGraph(
+        graph=name,
+        kernels=len(engine.kernels),
+        requantizing=sum(rounds(k.writes) and not rounds(k.reads) for k in others),
+        casting=sum({traced.operator(node) for node in k.nodes} == {"Cast"} for k in others),
+        reformatting=sum(not k.nodes for k in others),
+        widening=sum(
+            k.contracts and rounds(k.reads[:2]) and any(KERNEL_SCHEMES.get(t.type) == BASELINE for t in k.writes)
+            for k in engine.kernels
+        ),
+        size_bytes=engine.size_bytes,
+        seconds=round(engine.seconds, 3),
+        messages=engine.messages,
+    )
