@@ -184,7 +184,6 @@ SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("tensorrt", "case8-int4"): ("fp16", "w4", "w4-128", "int8"),
     ("tensorrt", "case9-brain-float"): ("bf16", "fp16", "int8"),
     ("tensorrt-rtx", "case5-one-block"): ("fp16", "w4", "w4-128"),
-    ("tensorrt-rtx", "case6-turing"): ("fp16", "int8"),
     ("ort-cuda", "case4-stored-products"): ("fp16", "w8", "w4"),
     ("ort-cuda", "case5-columns"): ("fp16", "w4"),
     ("openvino-cpu", "case9-run-time-ranges"): ("w8", "int8"),
@@ -208,7 +207,6 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
         {"/c/Conv": "fp16", "/e/Exp": "bf16", "/p/AveragePool": "bf16", "/y/Conv": "int8"}
     ),
     ("tensorrt-rtx", "case5-one-block"): lambda units: Plan({"/m/MatMul": "w4", "/y/MatMul": "w4"}),
-    ("tensorrt-rtx", "case6-turing"): lambda units: Plan({"/c/Conv": "int8", "/e/Exp": "fp16", "/y/Conv": "fp16"}),
     ("tensorrt-rtx", "case6-ada"): lambda units: Plan({"/c/Conv": "fp8", "/y/Conv": "int8"}),
     ("ort-cuda", "case4-stored-products"): lambda units: Plan(
         {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}

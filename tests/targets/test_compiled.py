@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
+from onnx import helper, numpy_helper
 from tests.targets.conftest import CASES, Rewrite
 
 from bitalloy.core.audited import Compilation
+from bitalloy.core.errors import ModelError
 from bitalloy.measure.compiled import compile_traced
 from bitalloy.measure.tracing import trace
-from bitalloy.runtime.tensorrt_rtx import has_compiler
+from bitalloy.runtime.tensorrt_rtx import CAPABILITIES, compile_engine, has_compiler
 
 pytestmark = [
     pytest.mark.compiler,
@@ -26,11 +31,11 @@ WIDENED = {
 """What TensorRT 10 is planned for and its relative does otherwise: the reason of cases 3 and 5 of `tensorrt-rtx`."""
 
 
-def compiled(rewrite: Rewrite, name: str, case: str, folder: Path) -> Compilation:
+def compiled(rewrite: Rewrite, name: str, case: str, folder: Path, capability: int | None = None) -> Compilation:
     made = rewrite(name, case)
     assert made.target.device is not None
     traced = trace(made.artefact, (u.id for u in made.units.units))
-    return compile_traced(traced, made.units, made.plan, made.target.device.capability, folder)
+    return compile_traced(traced, made.units, made.plan, capability or made.target.device.capability, folder)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +48,51 @@ def test_golden_graph_is_compiled_as_planned(rewrite: Rewrite, tmp_path: Path, d
         expected = WIDENED.get((device, numbered, unit.unit), unit.planned)
         assert unit.compiled == expected, unit
         assert bool(unit.cause) == (expected != unit.planned)
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c not in (75, 86)])
+@pytest.mark.parametrize("numbered", ["case1-conv", "case1-products"])
+def test_integers_are_read_on_every_gpu_that_is_offered_them(
+    rewrite: Rewrite, tmp_path: Path, numbered: str, capability: int
+) -> None:
+    found = compiled(rewrite, "tensorrt-rtx", numbered, tmp_path, capability)
+    assert found.capability == capability and found.counts.agree == found.counts.planned
+    assert {u.compiled for u in found.units if u.weighted} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("numbered", "capability", "words"),
+    [
+        ("case1-products", 75, "check_turing_op_compatibility"),
+        ("case6-ada", 86, "fp8_e4m3"),
+        ("case5-one-block", 75, "int4"),
+    ],
+)
+def test_what_a_gpu_is_not_offered_the_compiler_refuses(
+    rewrite: Rewrite, tmp_path: Path, numbered: str, capability: int, words: str
+) -> None:
+    (graph,) = compiled(rewrite, "tensorrt-rtx", numbered, tmp_path, capability).graphs
+    assert words in graph.failed and f"SM{capability}" in graph.failed
+
+
+def test_integer_biases_are_refused_and_floats_taken(rewrite: Rewrite, tmp_path: Path) -> None:
+    """Case 2 of `tensorrt-rtx`: the form that other quantizers write, which the same graph with floats is not."""
+    model = rewrite("tensorrt-rtx", "case2-biases").model
+    ir.save(model, tmp_path / "floats.onnx")
+    assert compile_engine(tmp_path / "floats.onnx", 89).kernels
+    made = onnx.load(tmp_path / "floats.onnx")
+    conv = next(n for n in made.graph.node if n.op_type == "Conv")
+    made.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.int32), "whole"))
+    made.graph.initializer.append(numpy_helper.from_array(np.full(8, 1e-3, np.float32), "steps"))
+    made.graph.node.insert(0, helper.make_node("DequantizeLinear", ["whole", "steps"], ["bias"], axis=0))
+    conv.input[2] = "bias"
+    onnx.checker.check_model(made, full_check=True)
+    onnx.save(made, tmp_path / "integers.onnx")
+    with pytest.raises(ModelError, match="Int32"):
+        compile_engine(tmp_path / "integers.onnx", 89)
+
+
+def test_integers_are_widened_on_the_oldest_gpus(rewrite: Rewrite, tmp_path: Path) -> None:
+    found = compiled(rewrite, "tensorrt-rtx", "case1-conv", tmp_path, 75)
+    assert found.counts.differ == found.counts.planned == 3 and found.counts.found == 3
+    assert all("widens" in u.cause for u in found.differences())

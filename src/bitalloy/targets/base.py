@@ -115,17 +115,15 @@ class Target:
     """Whether TensorRT for RTX compiles its models, which tells what kernels read without the device."""
     capabilities: frozenset[int] = frozenset()
     """Compute capabilities of the devices that it runs on; empty for all."""
+    least_capability: Mapping[str, int] = field(default_factory=dict)
+    """Scheme -> least compute capability for which its runtime has kernels, where the hardware alone does not say it."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
     @property
     def runnable(self) -> tuple[Offer, ...]:
         """Its offers that its device can run."""
-        able = (
-            o.scheme.activation is None or self.device is None or o.scheme.name in self.device.operations_per_second
-            for o in self.offers
-        )
-        return tuple(offer for offer, runs in zip(self.offers, able, strict=True) if runs)
+        return tuple(o for o in self.offers if self.device is None or self._runs(o.scheme, self.device))
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -138,7 +136,15 @@ class Target:
         missing = [offer.scheme.name for offer in self.offers if offer not in self.runnable]
         if self.device is None:
             return dict(self.lacks)
-        return {**self.lacks, **{name: lacking(self.device, name, self.devices) for name in missing}}
+        able = {s: [d for d in self.devices if self._runs(s, d)] for o in self.offers if (s := o.scheme).name in missing}
+        return {**self.lacks, **{s.name: lacking(self.device, s.name, devices) for s, devices in able.items()}}
+
+    def _runs(self, scheme: Scheme, device: Device) -> bool:
+        """Tell whether a device has kernels for a scheme; rows of a stored table are only looked up."""
+        if scheme.activation is None:
+            return True
+        known = scheme.name in device.operations_per_second
+        return known and device.capability >= self.least_capability.get(scheme.name, 0)
 
     @property
     def devices(self) -> tuple[Device, ...]:

@@ -26,7 +26,7 @@ No data sheet tells the time between two kernels; 2 us is assumed for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.records import Record
@@ -168,10 +168,10 @@ def find_device(name: str) -> Device:
     )
 
 
-def lacking(device: Device, scheme: str, others: Iterable[Device]) -> str:
-    """Say why a device does not run a scheme, and which of other devices do."""
-    able = [other for other in others if scheme in other.operations_per_second]
-    told = f"{device.name} (SM{device.capability}) has no {scheme.upper()}"
+def lacking(device: Device, scheme: str, able: Sequence[Device]) -> str:
+    """Say why a device does not run a scheme, and which others are able to."""
+    known = scheme in device.operations_per_second
+    told = f"{device.name} (SM{device.capability}) has no {scheme.upper()}{' kernels in this runtime' * known}"
     if not able:
         return told
     least = min(other.capability for other in able)

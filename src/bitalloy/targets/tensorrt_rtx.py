@@ -14,7 +14,8 @@ Case 4. Convolutions in groups of fewer than 4 input channels, such as depthwise
 Case 5. A matrix in INT4 whose reduction is one block as a whole is not stored: a kernel of its own widens it to FP16 in
         every run. From two blocks on the product reads INT4.
 Case 6. Which schemes a GPU runs: FP8 from SM89 on, BF16 and INT4 from SM80 on; otherwise the compiler refuses the model
-        ("contains HW-specific datatypes").
+        ("contains HW-specific datatypes"). INT8 from SM80 on, too: for SM75 the compiler refuses products of INT8
+        ("check_turing_op_compatibility"), and widens the operands of convolutions to floats.
 """
 
 from __future__ import annotations
@@ -86,4 +87,5 @@ TENSORRT_RTX = replace(
     native=None,
     missing=str,
     capabilities=frozenset(CAPABILITIES),
+    least_capability={"int8": 80},
 )
