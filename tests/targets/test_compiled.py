@@ -16,8 +16,8 @@ from tests.targets.conftest import CASES, Rewrite
 
 from bitalloy.core.audited import Compilation
 from bitalloy.core.errors import ModelError
-from bitalloy.measure.compiled import compile_traced
-from bitalloy.measure.tracing import trace
+from bitalloy.measure.compiled import compile_plan
+from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.tensorrt_rtx import CAPABILITIES, compile_engine, has_compiler
 
 pytestmark = [
@@ -31,18 +31,17 @@ WIDENED = {
 """What TensorRT 10 is planned for and its relative does otherwise: the reason of cases 3 and 5 of `tensorrt-rtx`."""
 
 
-def compiled(rewrite: Rewrite, name: str, case: str, folder: Path, capability: int | None = None) -> Compilation:
+def compiled(rewrite: Rewrite, name: str, case: str, capability: int | None = None) -> Compilation:
     made = rewrite(name, case)
     assert made.target.device is not None
-    traced = trace(made.artefact, (u.id for u in made.units.units))
-    return compile_traced(traced, made.units, made.plan, capability or made.target.device.capability, folder)
+    return compile_plan({ONLY: made.model}, made.units, made.plan, capability or made.target.device.capability)
 
 
 @pytest.mark.parametrize(
     ("device", "numbered"), [(name, case) for name in ("tensorrt", "tensorrt-rtx") for case in CASES[name]]
 )
-def test_golden_graph_is_compiled_as_planned(rewrite: Rewrite, tmp_path: Path, device: str, numbered: str) -> None:
-    found = compiled(rewrite, device, numbered, tmp_path)
+def test_golden_graph_is_compiled_as_planned(rewrite: Rewrite, device: str, numbered: str) -> None:
+    found = compiled(rewrite, device, numbered)
     assert [g.failed for g in found.graphs] == [""]
     for unit in (u for u in found.units if u.weighted):
         expected = WIDENED.get((device, numbered, unit.unit), unit.planned)
@@ -53,9 +52,9 @@ def test_golden_graph_is_compiled_as_planned(rewrite: Rewrite, tmp_path: Path, d
 @pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c not in (75, 86)])
 @pytest.mark.parametrize("numbered", ["case1-conv", "case1-products"])
 def test_integers_are_read_on_every_gpu_that_is_offered_them(
-    rewrite: Rewrite, tmp_path: Path, numbered: str, capability: int
+    rewrite: Rewrite, numbered: str, capability: int
 ) -> None:
-    found = compiled(rewrite, "tensorrt-rtx", numbered, tmp_path, capability)
+    found = compiled(rewrite, "tensorrt-rtx", numbered, capability)
     assert found.capability == capability and found.counts.agree == found.counts.planned
     assert {u.compiled for u in found.units if u.weighted} == {"int8"}
 
@@ -69,9 +68,9 @@ def test_integers_are_read_on_every_gpu_that_is_offered_them(
     ],
 )
 def test_what_a_gpu_is_not_offered_the_compiler_refuses(
-    rewrite: Rewrite, tmp_path: Path, numbered: str, capability: int, words: str
+    rewrite: Rewrite, numbered: str, capability: int, words: str
 ) -> None:
-    (graph,) = compiled(rewrite, "tensorrt-rtx", numbered, tmp_path, capability).graphs
+    (graph,) = compiled(rewrite, "tensorrt-rtx", numbered, capability).graphs
     assert words in graph.failed and f"SM{capability}" in graph.failed
 
 
@@ -92,7 +91,7 @@ def test_integer_biases_are_refused_and_floats_taken(rewrite: Rewrite, tmp_path:
         compile_engine(tmp_path / "integers.onnx", 89)
 
 
-def test_integers_are_widened_on_the_oldest_gpus(rewrite: Rewrite, tmp_path: Path) -> None:
-    found = compiled(rewrite, "tensorrt-rtx", "case1-conv", tmp_path, 75)
+def test_integers_are_widened_on_the_oldest_gpus(rewrite: Rewrite) -> None:
+    found = compiled(rewrite, "tensorrt-rtx", "case1-conv", 75)
     assert found.counts.differ == found.counts.planned == 3 and found.counts.found == 3
     assert all("widens" in u.cause for u in found.differences())

@@ -10,8 +10,11 @@ Case 5. Pointwise operators are fused across units, and one kernel reads the typ
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import onnx_ir as ir
 
 from bitalloy import ops
 from bitalloy.core.audited import Compilation, CompiledGraph, CompiledUnit
@@ -19,7 +22,9 @@ from bitalloy.core.errors import ModelError
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.formats.words import KERNEL_SCHEMES
-from bitalloy.measure.tracing import TracedModel
+from bitalloy.measure.tracing import TracedModel, trace
+from bitalloy.model.weights import save
+from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.engine_text import EngineKernel, EngineTensor
 from bitalloy.runtime.tensorrt_rtx import (
     CompiledEngine,
@@ -32,33 +37,35 @@ from bitalloy.runtime.tensorrt_rtx import (
 COMPILER = "TensorRT for RTX"
 
 
-def compile_traced(
-    traced: TracedModel,
+def compile_plan(
+    models: Mapping[str, ir.Model],
     units: UnitGraph,
     plan: Plan,
     capability: int,
-    folder: Path,
     profiles: Mapping[str, Profile] | None = None,
 ) -> Compilation:
     """Compile a mixed model, graph by graph, and compare the engines with the plan.
 
+    A graph that the compiler refuses is told in the result.
+
     Args:
-        traced: the mixed model in memory, from `tracing.trace`.
+        models: graph -> mixed model in memory, whose nodes are renamed.
         units: the units on the plan's target.
         plan: unit -> scheme.
         capability: compute capability of the device.
-        folder: an existing one for the files of the model.
         profiles: graph -> shapes of the inputs that it leaves open.
 
     Raises:
         MissingExtraError: the compiler is not installed.
     """
     version, nearest = compiler_version(), nearest_capability(capability)
-    traced.artefact.save(folder if traced.artefact.program else folder / "model.onnx")
+    traced = trace(Artefact(models), (u.id for u in units.units))
     graphs, kernels = [], []
-    for name in traced.artefact.models:
+    for name, model in models.items():
         try:
-            engine = compile_engine(folder / f"{name}.onnx", nearest, (profiles or {}).get(name))
+            with tempfile.TemporaryDirectory(prefix="bitalloy-compile-") as folder:
+                path, *_ = save(model, Path(folder) / f"{name}.onnx")
+                engine = compile_engine(path, nearest, (profiles or {}).get(name))
         except ModelError as error:
             graphs.append(CompiledGraph(graph=name, failed=str(error)))
             continue
