@@ -389,5 +389,5 @@ class Summary(Record, frozen=True, kw_only=True):
     compiled: CompiledCounts | None = None
     """What NVIDIA's compiler made of the mixed model; None where it is not installed, or the target is not NVIDIA's."""
     profiles: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = msgspec.field(default_factory=dict)
-    """Graph -> input that the shipped model leaves open -> its least, usual and largest shape in the workload; empty for
-    targets that need no such optimization profile."""
+    """Graph -> input that the shipped model leaves open -> its least, usual and largest shape in the workload; empty
+    for targets that need no such optimization profile."""

@@ -25,7 +25,7 @@ from bitalloy.formats.words import KERNEL_SCHEMES
 from bitalloy.measure.tracing import TracedModel, trace
 from bitalloy.model.weights import save
 from bitalloy.runtime.artefact import Artefact
-from bitalloy.runtime.engine_text import EngineKernel, EngineTensor
+from bitalloy.runtime.engine_text import FUSION, EngineKernel, EngineTensor
 from bitalloy.runtime.tensorrt_rtx import (
     CompiledEngine,
     Profile,
@@ -113,15 +113,20 @@ def _weighs(unit: Unit) -> bool:
 
 
 def _unit(unit: Unit, planned: Scheme, kernels: Sequence[EngineKernel]) -> CompiledUnit:
-    weighted = _weighs(unit)
-    kernel = next((k for k in kernels if k.contracts), kernels[0] if kernels else None)
+    weighted, whole = _weighs(unit), [k for k in kernels if not k.inside]
+    kernel = next((k for k in whole if k.contracts), whole[0] if whole else None)
     if kernel is None:
         cause = "the engine's text does not name it: it was folded, or fused under another name"
         return CompiledUnit(
             unit=unit.id, kind=unit.kind, planned=planned.name, compiled="", weighted=weighted, cause=cause
         )
     types = [tensor.type for tensor in kernel.reads if not tensor.scalar]
-    compiled = _scheme(types[:2] if kernel.contracts else types, planned)
+    operands = [tensor.type for tensor in kernel.reads[:2]] if kernel.contracts else types
+    if kernel.kind == FUSION:
+        parts = (k for k in kernels if k.inside and k.contracts)
+        operands = next(([t.type for t in part.reads[:2]] for part in parts), types)
+    stored = planned.weights_only and planned.weight in types
+    compiled = planned.name if stored else _scheme(operands)
     return CompiledUnit(
         unit=unit.id,
         kind=unit.kind,
@@ -134,10 +139,8 @@ def _unit(unit: Unit, planned: Scheme, kernels: Sequence[EngineKernel]) -> Compi
     )
 
 
-def _scheme(types: Sequence[str], planned: Scheme) -> str:
+def _scheme(types: Sequence[str]) -> str:
     """Name the scheme in which a kernel works that reads these types; empty where one is not known."""
-    if planned.weights_only and planned.weight in types:
-        return planned.name
     words = list(dict.fromkeys(KERNEL_SCHEMES.get(t, t) for t in types))
     return "" if "" in words else "/".join(words)
 
@@ -159,16 +162,17 @@ def _graph(name: str, engine: CompiledEngine, units: UnitGraph, traced: TracedMo
     def rounds(tensors: Sequence[EngineTensor]) -> bool:
         return any(KERNEL_SCHEMES.get(t.type) in rounded for t in tensors)
 
-    others = [k for k in engine.kernels if not k.contracts]
+    whole = [k for k in engine.kernels if not k.inside]
+    others = [k for k in whole if not k.contracts]
     return CompiledGraph(
         graph=name,
-        kernels=len(engine.kernels),
+        kernels=len(whole),
         requantizing=sum(rounds(k.writes) and not rounds(k.reads) for k in others),
         casting=sum({traced.operator(node) for node in k.nodes} == {"Cast"} for k in others),
         reformatting=sum(not k.nodes for k in others),
         widening=sum(
             k.contracts and rounds(k.reads[:2]) and any(KERNEL_SCHEMES.get(t.type) == BASELINE for t in k.writes)
-            for k in engine.kernels
+            for k in whole
         ),
         size_bytes=engine.size_bytes,
         seconds=round(engine.seconds, 3),

@@ -1,4 +1,4 @@
-"""Audits of what the runtime executes for a plan, or a compiler makes of it, inside a run or later for its directory."""
+"""Audits of what runs for a plan, or a compiler makes of it: inside a run, or later for its directory."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def compiled_verified(verified: Verified, work: Workspace) -> Verified:
         profiles=profiles,
     )
     found = msgspec.json.decode(work.cached("compiled", inputs, make), type=Compilation)
-    return replace(
-        verified, summary=msgspec.structs.replace(summary, compiled=found.counts), compilation=found
-    )
+    return replace(verified, summary=msgspec.structs.replace(summary, compiled=found.counts), compilation=found)
 
 
 def _saved(artefact: Artefact, folder: Path) -> list[Path]:
@@ -127,8 +125,8 @@ def compile_run(path: str | Path, device: str = "") -> Compilation:
     if not found.compiled:
         able = ", ".join(t.name for t in TARGETS.values() if t.compiled)
         raise BitalloyError(
-            f"'{run}' is planned for {found.name}, which TensorRT for RTX does not compile for. Compile runs for {able}; "
-            "without --compile the model is run and its kernels are told."
+            f"'{run}' is planned for {found.name}, which TensorRT for RTX does not compile for. Compile runs for "
+            f"{able}; without --compile the model is run and its kernels are told."
         )
     compiler_version()  # where it is not installed, that is said first
     try:
@@ -167,8 +165,9 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
         note = f"Executed by {runtime.name} on this CPU. This says nothing about {device.name}."
     elif device.device is not None and not here and device.native is None:
         raise BitalloyError(
-            f"'{run}' is planned for {device.name}, whose engines are not run here. What its compiler makes of the plan "
-            "is told with --compile; what this CPU makes of the model with --here, which says nothing about the target."
+            f"'{run}' is planned for {device.name}, whose engines are not run here. What its compiler makes of the "
+            "plan is told with --compile; what this CPU makes of the model with --here, which says nothing about the "
+            "target."
         )
     elif device.native is not None and (reason := device.missing()):
         raise BitalloyError(

@@ -13,17 +13,19 @@ form is passed over, never guessed. An engine holds programs in the form
       function={ name=__myl_MulCast ... input_args={ "t2" } output_args={ "t3" } ... layers="" }
     }
 
-one record a line. Programs that describe the inside of a fused kernel come behind the program that runs it, and are
-left out.
+one record a line. The inside of a fused kernel (`runtime_fusion`) is described by a program of its own behind the one
+that runs it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-CONTRACTIONS = frozenset({"corrltn", "deconvolution", "fully_connected", "runtime_fusion"})
-"""Kinds of records of convolutions and matrix products, and of those fused with what stands around them."""
+FUSION = "runtime_fusion"
+"""Kind of the record of a convolution or product fused with its neighbours, which may read what comes first."""
+CONTRACTIONS = frozenset({"corrltn", "deconvolution", "fully_connected", FUSION})
+"""Kinds of records of convolutions and matrix products. All but fused ones read their two operands first."""
 INSIDE_FUSION = "region = { name=runtime-fusion"
 LONGEST_LINE = 1 << 20
 """Number of characters of a line that is still read."""
@@ -59,6 +61,8 @@ class EngineKernel:
     """Nodes of the ONNX model that it works for; none for changes of layout."""
     reads: tuple[EngineTensor, ...]
     writes: tuple[EngineTensor, ...]
+    inside: bool = False
+    """Whether it is a part of a fused kernel, which is listed by itself."""
 
     @property
     def contracts(self) -> bool:
@@ -67,17 +71,18 @@ class EngineKernel:
 
 
 def read_engine(engine: bytes) -> tuple[EngineKernel, ...]:
-    """Read the kernels of an engine in their order; none where the text has another form."""
+    """Read the kernels of an engine in their order, and the parts of fused ones; none where the text is another."""
     text = engine.decode("latin-1")
     found: list[EngineKernel] = []
     for program in text.split("header {\n")[1:]:
         header, _, rest = program.partition("\ndescriptors {\n")
-        if not rest or INSIDE_FUSION in header:
+        if not rest:
             continue
+        inside = INSIDE_FUSION in header
         described, _, main = rest.partition("\nmain {\n")
         tensors = dict(filter(None, map(_tensor, described.split("\n"))))
         kernels = (_kernel(line, tensors) for line in main.partition("\n}\n")[0].split("\n"))
-        found.extend(kernel for kernel in kernels if kernel is not None)
+        found.extend(replace(kernel, inside=inside) for kernel in kernels if kernel is not None)
     return tuple(found)
 
 

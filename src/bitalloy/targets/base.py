@@ -116,7 +116,7 @@ class Target:
     capabilities: frozenset[int] = frozenset()
     """Compute capabilities of the devices that it runs on; empty for all."""
     least_capability: Mapping[str, int] = field(default_factory=dict)
-    """Scheme -> least compute capability for which its runtime has kernels, where the hardware alone does not say it."""
+    """Scheme -> least compute capability for which its runtime has kernels, where rates do not tell it."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
@@ -133,11 +133,13 @@ class Target:
     @property
     def lacking_schemes(self) -> dict[str, str]:
         """Scheme that it does not have, or not on its device -> why."""
-        missing = [offer.scheme.name for offer in self.offers if offer not in self.runnable]
         if self.device is None:
             return dict(self.lacks)
-        able = {s: [d for d in self.devices if self._runs(s, d)] for o in self.offers if (s := o.scheme).name in missing}
-        return {**self.lacks, **{s.name: lacking(self.device, s.name, devices) for s, devices in able.items()}}
+        found = dict(self.lacks)
+        for scheme in (offer.scheme for offer in self.offers if offer not in self.runnable):
+            able = [device for device in self.devices if self._runs(scheme, device)]
+            found[scheme.name] = lacking(self.device, scheme.name, able)
+        return found
 
     def _runs(self, scheme: Scheme, device: Device) -> bool:
         """Tell whether a device has kernels for a scheme; rows of a stored table are only looked up."""

@@ -8,9 +8,9 @@ Case 1. What `targets.tensorrt` says of convolutions, products, attention, resid
 Case 2. Biases stay float. An INT32 bias behind a DequantizeLinear is refused in front of a Conv ("input has type Int32
         but must have type FP8, FP4, Int4, Int8, or UInt8"); a float constant is taken.
 Case 3. ConvTranspose is not rounded: the compiler widens rounded operands to floats, and computes in float.
-Case 4. Convolutions in groups of fewer than 4 input channels, such as depthwise ones, are not rounded: a kernel in front
-        of the convolution puts zeros between the channels until every group has 4, so that a depthwise one reads and
-        writes four times as many numbers, where FP16 needs no such kernel.
+Case 4. Convolutions in groups of fewer than 4 input channels, such as depthwise ones, are not rounded: a kernel in
+        front of the convolution puts zeros between the channels until every group has 4, so that a depthwise one reads
+        four times as many numbers, where FP16 needs no such kernel.
 Case 5. A matrix in INT4 whose reduction is one block as a whole is not stored: a kernel of its own widens it to FP16 in
         every run. From two blocks on the product reads INT4.
 Case 6. Which schemes a GPU runs: FP8 from SM89 on, BF16 and INT4 from SM80 on; otherwise the compiler refuses the model
@@ -51,8 +51,8 @@ def _without_integers(node: ir.Node) -> str:
         depth = static_shape(node.inputs[1])[1]  # type: ignore[arg-type]
         if depth < LEAST_GROUP:
             return (
-                f"TensorRT for RTX fills groups of fewer than {LEAST_GROUP} channels with zeros in a kernel of its own, "
-                f"and these have {depth}"
+                f"TensorRT for RTX fills groups of fewer than {LEAST_GROUP} channels with zeros, in a kernel of its "
+                f"own, and these have {depth}"
             )
     return ""
 
