@@ -4,8 +4,8 @@ Case 1. Of a convolution or a product of matrices both operands have the type of
 Case 2. Weights stored in fewer bits stand beside a float operand: it agrees with the scheme that stores them so.
 Case 3. Other types: it differs. Where the plan rounds, the compiler has widened what was rounded.
 Case 4. The text does not name it: it was folded, or fused under the name of another.
-Case 5. Pointwise operators are fused across units, and one kernel reads the types of many: what it reads is told, and
-        nothing is claimed.
+Case 5. Pointwise operators are fused across units, and one kernel reads the types of many; a product of a column or a
+        row may be among them. The planned type is one of those that it reads: it agrees.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from bitalloy.runtime.tensorrt_rtx import (
 )
 
 COMPILER = "TensorRT for RTX"
+BESIDE = "/"
+"""Stands between the schemes of types that one kernel reads."""
 
 
 def compile_plan(
@@ -60,7 +62,8 @@ def compile_plan(
     """
     version, nearest = compiler_version(), nearest_capability(capability)
     traced = trace(Artefact(models), (u.id for u in units.units))
-    graphs, kernels = [], []
+    graphs: list[CompiledGraph] = []
+    kernels: list[EngineKernel] = []
     for name, model in models.items():
         try:
             with tempfile.TemporaryDirectory(prefix="bitalloy-compile-") as folder:
@@ -126,7 +129,8 @@ def _unit(unit: Unit, planned: Scheme, kernels: Sequence[EngineKernel]) -> Compi
         parts = (k for k in kernels if k.inside and k.contracts)
         operands = next(([t.type for t in part.reads[:2]] for part in parts), types)
     stored = planned.weights_only and planned.weight in types
-    compiled = planned.name if stored else _scheme(operands)
+    among = not kernel.contracts and planned.name in _scheme(types).split(BESIDE)
+    compiled = planned.name if stored or among else _scheme(operands)
     return CompiledUnit(
         unit=unit.id,
         kind=unit.kind,
@@ -142,7 +146,7 @@ def _unit(unit: Unit, planned: Scheme, kernels: Sequence[EngineKernel]) -> Compi
 def _scheme(types: Sequence[str]) -> str:
     """Name the scheme in which a kernel works that reads these types; empty where one is not known."""
     words = list(dict.fromkeys(KERNEL_SCHEMES.get(t, t) for t in types))
-    return "" if "" in words else "/".join(words)
+    return "" if "" in words else BESIDE.join(words)
 
 
 def _cause(planned: Scheme, compiled: str) -> str:

@@ -136,8 +136,8 @@ def optimization_profiles(
 ) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
     """Return the least, the usual and the largest shape of every input that a shipped model leaves open.
 
-    Of a language model they are those of the steps of its workload, from the first position to the last token, and the
-    usual shape is that of the mean token. Of other models they are those of the samples and the other sizes asked for.
+    Of a language model the least is one position and an empty cache, the largest a prompt behind a full one, and the
+    usual shape that of the mean token. Of other models they are those of the samples and the other sizes asked for.
 
     Args:
         graph: the model that was planned.
@@ -151,10 +151,9 @@ def optimization_profiles(
     steps: list[tuple[int, dict[str, int]]] = [(1, {})]
     if workload is not None and workload.prompt is not None and workload.new is not None:
         prompt, new = workload.prompt, workload.new
-        past, last = _mean_past(prompt, new), max(prompt + new - 1, prompt)
-        steps = [(1, {**_prompt_sizes(_sizes(graph), prompt), _PAST: 0})]
-        if new:
-            steps += [(new, {_NEW: 1, _PAST: past, _ALL: past + 1}), (0, {_NEW: 1, _PAST: last, _ALL: last + 1})]
+        read, past, last = _prompt_sizes(_sizes(graph), prompt), _mean_past(prompt, new), prompt + new
+        steps = [(0, {**read, _NEW: 1, _PAST: 0, _ALL: 1}), (0, {**read, _PAST: last, _ALL: prompt + last})]
+        steps += [(1, {**read, _PAST: 0}), (new, {**read, _NEW: 1, _PAST: past, _ALL: past + 1})]
     found: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
     for name, model in models.items():
         assert isinstance(model, ir.Model), "shapes are read from models in memory"

@@ -29,7 +29,7 @@ LIMIT_S = 600.0
 MESSAGES, MESSAGE_LENGTH = 20, 400
 """Number of messages of the compiler that are kept, and of characters of each."""
 
-Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+Profile = Mapping[str, tuple[tuple[int, ...], ...]]
 """Input with open sizes -> its least, usual and largest shape."""
 
 

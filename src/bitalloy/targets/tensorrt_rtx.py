@@ -47,7 +47,7 @@ def _without_integers(node: ir.Node) -> str:
     """Cases 3 and 4."""
     if node.op_type == "ConvTranspose":
         return "TensorRT for RTX widens the operands of a ConvTranspose to floats"
-    if node.op_type == "Conv" and attribute(node, "group", 1) > 1 and constant(node.inputs[1]) is not None:
+    if node.op_type == "Conv" and attribute(node, "group", 1) != 1 and constant(node.inputs[1]) is not None:
         depth = static_shape(node.inputs[1])[1]  # type: ignore[arg-type]
         if depth < LEAST_GROUP:
             return (
