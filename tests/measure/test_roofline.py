@@ -133,6 +133,6 @@ def test_profiles_of_images_hold_all_sizes_that_are_asked_for(tmp_path: Path) ->
     text = "(float[n,3,h,32] x, float[1] s) => (float[n,3,h,32] y) { y = Mul(x, s) }"
     onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> g {text}'), tmp_path / "open.onnx")
     graph = load_graph(tmp_path / "open.onnx", shapes={"x": (1, 3, 64, 32)})
-    others = [{"x": (4, 3, 64, 32)}, {"x": (1, 3, 96, 32)}]
+    others: list[dict[str, tuple[int, ...]]] = [{"x": (4, 3, 64, 32)}, {"x": (1, 3, 96, 32)}]
     found = optimization_profiles(graph, {"model": graph.open_model}, None, others)
     assert found == {"model": {"x": ((1, 3, 64, 32), (1, 3, 64, 32), (4, 3, 96, 32))}}
