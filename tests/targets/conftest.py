@@ -28,6 +28,7 @@ from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant
 from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.sums import halve_sums
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.targets import target
@@ -158,9 +159,12 @@ CASES: dict[str, dict[str, str]] = {
             y = Conv<group=2, pads=[1,1,1,1]>(p, w3) }""",
         "case5-one-block": """(float[1,5,128] x, float[128,128] w1, float[128,64] w2) => (float[1,5,64] y) {
             m = MatMul(x, w1)  y = MatMul(m, w2) }""",
-        "case6-turing": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,8,8] y) {
+        "case6-sums": """(float[1,8,8,8] x, float[16,8,3,3] w1, float[16] w2, float[16,16,1,1] w3, float[16,5] w4)
+            => (float[1,5] y) { c = Conv<pads=[1,1,1,1]>(x, w1, w2)  r = Relu(c)  d = Conv(r, w3)  a = Add(d, r)
+            p = GlobalAveragePool(a)  f = Flatten(p)  y = MatMul(f, w4) }""",
+        "case7-turing": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,8,8] y) {
             c = Conv(x, w1)  e = Exp(c)  y = Conv(e, w2) }""",
-        "case6-ada": """(float[1,24,8,8] x, float[24,24,3,3] w1, float[24,24,1,1] w2) => (float[1,24,8,8] y) {
+        "case7-ada": """(float[1,24,8,8] x, float[24,24,3,3] w1, float[24,24,1,1] w2) => (float[1,24,8,8] y) {
             c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  y = Conv(r, w2) }""",
     },
     "ort-cuda": {
@@ -207,7 +211,7 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
         {"/c/Conv": "fp16", "/e/Exp": "bf16", "/p/AveragePool": "bf16", "/y/Conv": "int8"}
     ),
     ("tensorrt-rtx", "case5-one-block"): lambda units: Plan({"/m/MatMul": "w4", "/y/MatMul": "w4"}),
-    ("tensorrt-rtx", "case6-ada"): lambda units: Plan({"/c/Conv": "fp8", "/y/Conv": "int8"}),
+    ("tensorrt-rtx", "case7-ada"): lambda units: Plan({"/c/Conv": "fp8", "/y/Conv": "int8"}),
     ("ort-cuda", "case4-stored-products"): lambda units: Plan(
         {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}
     ),
@@ -227,8 +231,8 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
 }
 ON: Mapping[tuple[str, str], str] = {
     **{("tensorrt", case): "l4" for case in CASES["tensorrt"] if "fp8" in case},
-    ("tensorrt-rtx", "case6-turing"): "sm75",
-    ("tensorrt-rtx", "case6-ada"): "sm89",
+    ("tensorrt-rtx", "case7-turing"): "sm75",
+    ("tensorrt-rtx", "case7-ada"): "sm89",
 }
 """Device of the cases that need another than that of their target."""
 PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
@@ -284,6 +288,8 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
     plan = PLANS.get((name, case), UnitGraph.lowest)(units)
     made = write_plan(graph, Recipe(units, device, ranges), plan)
+    if device.half_sums:
+        halve_sums(made.model)
     return Rewritten(graph, units, plan, made.model, feeds, device, ranges)
 
 

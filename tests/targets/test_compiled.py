@@ -55,29 +55,29 @@ def test_integers_are_read_on_every_gpu_that_is_offered_them(rewrite: Rewrite, n
 
 
 @pytest.mark.parametrize(
-    ("numbered", "capability", "words"),
+    ("device", "numbered", "capability", "words"),
     [
-        ("case1-products", 75, "check_turing_op_compatibility"),
-        ("case6-ada", 86, "fp8_e4m3"),
-        ("case5-one-block", 75, "int4"),
+        ("tensorrt", "case5-matmul-bias-gelu", 75, "check_turing_op_compatibility"),
+        ("tensorrt-rtx", "case7-ada", 86, "fp8_e4m3"),
+        ("tensorrt-rtx", "case5-one-block", 75, "int4"),
     ],
 )
 def test_what_a_gpu_is_not_offered_the_compiler_refuses(
-    rewrite: Rewrite, numbered: str, capability: int, words: str
+    rewrite: Rewrite, device: str, numbered: str, capability: int, words: str
 ) -> None:
-    (graph,) = compiled(rewrite, "tensorrt-rtx", numbered, capability).graphs
+    (graph,) = compiled(rewrite, device, numbered, capability).graphs
     assert words in graph.failed and f"SM{capability}" in graph.failed
 
 
 def test_integer_biases_are_refused_and_floats_taken(rewrite: Rewrite, tmp_path: Path) -> None:
     """Case 2 of `tensorrt-rtx`: the form that other quantizers write, which the same graph with floats is not."""
-    model = rewrite("tensorrt-rtx", "case2-biases").model
+    model = rewrite("tensorrt", "case1-conv").model
     ir.save(model, tmp_path / "floats.onnx")
     assert compile_engine(tmp_path / "floats.onnx", 89).kernels
     made = onnx.load(tmp_path / "floats.onnx")
-    conv = next(n for n in made.graph.node if n.op_type == "Conv")
-    made.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.int32), "whole"))
-    made.graph.initializer.append(numpy_helper.from_array(np.full(8, 1e-3, np.float32), "steps"))
+    conv = next(n for n in made.graph.node if n.op_type == "Conv" and len(n.input) == 3)
+    made.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.int32), "whole"))
+    made.graph.initializer.append(numpy_helper.from_array(np.full(4, 1e-3, np.float32), "steps"))
     made.graph.node.insert(0, helper.make_node("DequantizeLinear", ["whole", "steps"], ["bias"], axis=0))
     conv.input[2] = "bias"
     onnx.checker.check_model(made, full_check=True)
@@ -90,3 +90,12 @@ def test_integers_are_widened_on_the_oldest_gpus(rewrite: Rewrite) -> None:
     found = compiled(rewrite, "tensorrt-rtx", "case1-conv", 75)
     assert found.counts.differ == found.counts.planned == 3 and found.counts.found == 3
     assert all("widens" in u.cause for u in found.differences())
+
+
+def test_sums_are_written_in_half_the_size(rewrite: Rewrite) -> None:
+    """Case 6 of `tensorrt-rtx`: the same graph with scales in float32, as `tensorrt` has it, writes float32."""
+    both = {name: compiled(rewrite, name, "case1-conv", 89).graphs[0] for name in ("tensorrt", "tensorrt-rtx")}
+    assert both["tensorrt"].widening == 2 and both["tensorrt-rtx"].widening == 0
+    sums = compiled(rewrite, "tensorrt-rtx", "case6-sums", 89)
+    assert sums.graphs[0].widening == 0 and sums.counts.agree == 3
+    assert sums.graphs[0].requantizing == 3  # of x, of what leaves the first convolution, and of the pooled sums

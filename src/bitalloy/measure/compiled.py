@@ -166,12 +166,16 @@ def _graph(name: str, engine: CompiledEngine, units: UnitGraph, traced: TracedMo
     def rounds(tensors: Sequence[EngineTensor]) -> bool:
         return any(KERNEL_SCHEMES.get(t.type) in rounded for t in tensors)
 
+    def floats(tensors: Sequence[EngineTensor]) -> bool:
+        known = {KERNEL_SCHEMES[t.type] for t in tensors if t.type in KERNEL_SCHEMES and not t.scalar}
+        return bool(known - rounded)
+
     whole = [k for k in engine.kernels if not k.inside]
     others = [k for k in whole if not k.contracts]
     return CompiledGraph(
         graph=name,
         kernels=len(whole),
-        requantizing=sum(rounds(k.writes) and not rounds(k.reads) for k in others),
+        requantizing=sum(rounds(k.writes) and floats(k.reads) for k in others),
         casting=sum({traced.operator(node) for node in k.nodes} == {"Cast"} for k in others),
         reformatting=sum(not k.nodes for k in others),
         widening=sum(

@@ -13,9 +13,14 @@ Case 4. Convolutions in groups of fewer than 4 input channels, such as depthwise
         four times as many numbers, where FP16 needs no such kernel.
 Case 5. A matrix in INT4 whose reduction is one block as a whole is not stored: a kernel of its own widens it to FP16 in
         every run. From two blocks on the product reads INT4.
-Case 6. Which schemes a GPU runs: FP8 from SM89 on, BF16 and INT4 from SM80 on; otherwise the compiler refuses the model
-        ("contains HW-specific datatypes"). INT8 from SM80 on, too: for SM75 the compiler refuses products of INT8
-        ("check_turing_op_compatibility"), and widens the operands of convolutions to floats.
+Case 6. A kernel that reads rounded numbers never rounds what it writes, but for products of matrices with one scale for
+        all weights: a kernel of its own behind it does. With weights per channel and scales in float32 it writes
+        float32, and the kernel behind it multiplies by the scales of the channels. Where both DequantizeLinear make
+        FP16 on one scale each, it writes FP16, half as much, and the multiplication stays where it was: the form in
+        which plans are written (`rewrite.sums`). FP16 layers have no such kernel; SiLU, bias and Add run inside them.
+Case 7. Which schemes a GPU runs: FP8 from SM89 on, BF16 and INT4 from SM80 on; otherwise the compiler refuses the model
+        ("contains HW-specific datatypes"). INT8 from SM80 on, too: for SM75 the compiler widens the operands of
+        convolutions to floats, and refuses products that write float32 ("check_turing_op_compatibility").
 """
 
 from __future__ import annotations
@@ -84,6 +89,7 @@ TENSORRT_RTX = replace(
     "with --schemes BF16, and products in w4, w4-128 (INT4 weights alone); compiled here where it is installed",
     offers=tuple(map(_offered, TENSORRT.offers)),
     match=_match,
+    half_sums=True,
     native=None,
     missing=str,
     capabilities=frozenset(CAPABILITIES),
