@@ -89,8 +89,9 @@ def _largest(reader: ir.Node) -> float:
     """Return the largest number that the format of a DequantizeLinear holds."""
     zero = constant(reader.inputs[2])
     assert zero is not None, "checked before"
-    kind = zero.dtype
-    return -float(np.iinfo(kind).min) if np.issubdtype(kind, np.integer) else float(ml_dtypes.finfo(kind).max)
+    if np.issubdtype(zero.dtype, np.integer):
+        return -float(np.iinfo(zero.dtype).min)
+    return float(ml_dtypes.finfo(zero.dtype).max)  # type: ignore[no-untyped-call]
 
 
 class _SumWriter:
