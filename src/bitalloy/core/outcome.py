@@ -256,6 +256,25 @@ class VerifiedSize(Record, frozen=True, kw_only=True):
     """Why the shipped model does not run at that size, where the float model does; empty where it runs."""
 
 
+class CompiledCounts(Record, frozen=True, kw_only=True):
+    """How far an engine agrees with its plan, counted over convolutions and products of matrices."""
+
+    planned: int
+    """Number of them in the plan."""
+    found: int
+    """Those that the engine's text names."""
+    agree: int
+    """Those whose kernels read the planned types."""
+    differ: int
+    """Those whose kernels read others."""
+    seconds: float
+    """Time that the compiler took for all graphs."""
+    capability: int
+    """Compute capability that it was compiled for, e.g. 89."""
+    built: bool = True
+    """Whether every graph has an engine."""
+
+
 class UsedSamples(Record, frozen=True, kw_only=True):
     """Which samples served what; see `bitalloy.data.parts` for how they are drawn."""
 
@@ -383,3 +402,8 @@ class Summary(Record, frozen=True, kw_only=True):
     """Other sizes at which the shipped model was verified; empty where it leaves none open."""
     steadiness: Steadiness | None = None
     """Whether the machine stayed as it was; None where latency is estimated."""
+    compiled: CompiledCounts | None = None
+    """What NVIDIA's compiler made of the mixed model; None where it is not installed, or the target is not NVIDIA's."""
+    profiles: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = msgspec.field(default_factory=dict)
+    """Graph -> input that the shipped model leaves open -> its least, usual and largest shape in the workload; empty
+    for targets that need no such optimization profile."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from bitalloy.core.audited import Audit
+from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.outcome import Resolution, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
@@ -45,6 +45,8 @@ class Verified:
     """Tables behind the final plan: the probe matrix is corrected by exact measurements."""
     audit: Audit | None = None
     """Audit of the kernels that the runtime executed for the model; None where it was not made."""
+    compilation: Compilation | None = None
+    """What NVIDIA's compiler made of the model; None where it is not installed, or the target is another."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
 
