@@ -1,16 +1,18 @@
 # make demo    core environment in .venv, complete run on the embedded sample
 # make test    development environment in .venv-dev, all tests
+# make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make clean   remove environments, runs and caches
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
+COMPILER := tensorrt_rtx>=1.7
 PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test compile check clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -21,6 +23,9 @@ demo: .venv/installed
 
 test: .venv-dev/installed
 	$(DEV)/python -m pytest $(PYTEST_OPTIONS)
+
+compile: .venv-dev/installed .venv-rtx/installed
+	PYTHONPATH=.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
 
 check: .venv-dev/installed
 	$(DEV)/ruff check .
@@ -43,6 +48,12 @@ check: .venv-dev/installed
 	$(DEV)/python -m pip install --quiet --editable . --group dev "$(TORCH)"
 	touch $@
 
+# A folder of packages, so that the 300 MB of the compiler stand beside the development environment, and not in it.
+.venv-rtx/installed: pyproject.toml .venv-dev/installed
+	rm -rf .venv-rtx
+	$(DEV)/python -m pip install --quiet --target .venv-rtx "$(COMPILER)"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-dev runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-rtx runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

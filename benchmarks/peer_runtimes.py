@@ -72,7 +72,7 @@ def main() -> None:
     runs = {name: session.run for name, session in opened.items()}
     precision = DETECTION.evaluate(runs, data, limit=job["limit"], seed=job["seed"]).metrics[0]
     result = {
-        "times_ms": {name: [round(float(t), 3) for t in series[..., 0]] for name, series in times.items()},
+        "times_ms": {name: [round(float(t), 3) for t in series[..., 0].ravel()] for name, series in times.items()},
         "ap": msgspec.to_builtins(precision.values),
         "drops": msgspec.to_builtins(precision.drops),
         "load_1_minute": round(os.getloadavg()[0], 2),

@@ -8,9 +8,11 @@ accuracy control. Then one process times all models in turns, and measures AP50-
     python benchmarks/plans_vs_peers.py --model yolo11n.onnx --images coco128-calib/images \
         --eval coco-val-94/instances.json --out /tmp/peers --peers-python PYTHON
 
-What a peer or a run of bitalloy has made is found again in --out; wall seconds are those of the first time. The last
-line is JSON. Per model: `ap`, `drop_points` against the float model, `ms` and `ratio` over float of the same runtime;
-`against` compares bitalloy's plans with each peer of the runtime: ratio of latencies and difference of drops.
+What a peer or a run of bitalloy has made is found again in --out; wall seconds are those of the first time. With
+`--half 0` or `1` bitalloy and NNCF's accuracy control see one half of the labelled images (every other one), and all
+models are judged on the other. The last line is JSON. Per model: `ap`, `drop_points` against the float model with its
+interval, `ms` and `ratio` over float of the same runtime; `against` compares bitalloy's plans with each peer of the
+runtime: ratio of latencies and difference of drops.
 """
 
 from __future__ import annotations
@@ -61,6 +63,22 @@ def peer(kind: str, suffix: str, options: argparse.Namespace, image: dict[str, A
     return json.loads(result.read_text())
 
 
+def halves(labels: Path, half: int, out: Path) -> tuple[Path, Path]:
+    """Write the labels of every other image, and of the others; each beside a link to the folder of images."""
+    content, written = json.loads(labels.read_text()), []
+    for name, first in (("seen", half), ("unseen", 1 - half)):
+        images = sorted(content["images"], key=lambda image: image["id"])[first::2]
+        known = {image["id"] for image in images}
+        objects = [o for o in content["annotations"] if o["image_id"] in known]
+        folder = out / name
+        folder.mkdir(exist_ok=True)
+        if not (folder / "images").exists():
+            (folder / "images").symlink_to(labels.parent / "images")
+        written.append(folder / labels.name)
+        written[-1].write_text(json.dumps({**content, "images": images, "annotations": objects}))
+    return written[0], written[1]
+
+
 def call(python: Path | str, script: str, job: dict[str, Any], path: Path) -> None:
     """Run a script beside this one on a job."""
     path.write_text(json.dumps(job))
@@ -77,7 +95,7 @@ def own(target: str, options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         command = [sys.executable, "-m", "bitalloy", "run", str(options.model), "--data", str(options.images)]
         command += ["--target", target, "--eval", str(options.eval), "--out", str(folder), "--seed", str(options.seed)]
-        command += ["--max-drop", f"AP50-95={LIMIT}"]
+        command += ["--max-drop", f"AP50-95={LIMIT}", "--effort", options.effort]
         subprocess.run(command, check=True, stdout=2)
         seconds = round(time.perf_counter() - start, 2)
         summary = json.loads((folder / "summary.json").read_text())
@@ -85,6 +103,11 @@ def own(target: str, options: argparse.Namespace) -> dict[str, Any]:
         load_ = round(os.getloadavg()[2], 2)
         result.write_text(json.dumps({"wall_seconds": seconds, "load_15_minutes": load_, "summary": kept}))
     return json.loads(result.read_text())
+
+
+def interval(drop: dict[str, float] | None) -> list[float] | None:
+    """The 95 % interval of a drop, in points; None of the model that others are compared with."""
+    return None if drop is None else [round(100 * drop["low"], 2), round(100 * drop["high"], 2)]
 
 
 def main() -> None:
@@ -100,11 +123,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="images for the calibration of peers")
     parser.add_argument("--repeats", type=int, default=60, help="timed rounds")
     parser.add_argument("--limit", type=int, help="evaluate at most so many images")
+    parser.add_argument("--half", type=int, choices=(0, 1), help="search on one half of the images, judge on the other")
+    parser.add_argument("--effort", default="default", help="effort of bitalloy's runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("model", "images", "eval", "out"):
         setattr(options, name, getattr(options, name).resolve())
+    judged = options.eval
+    if options.half is not None:
+        options.eval, judged = halves(options.eval, options.half, options.out)
     model = load(options.model)
     spec = image_spec(model)
     assert spec is not None, "a detector takes images"
@@ -126,7 +154,7 @@ def main() -> None:
     job = {
         "models": models,
         "image": image,
-        "labels": str(options.eval),
+        "labels": str(judged),
         "threads": available_cores(),
         "repeats": options.repeats,
         "limit": options.limit,
@@ -146,6 +174,7 @@ def main() -> None:
             "drop_points": round(
                 100 * (found["ap"][f"{models[0]['runtime']} float"]["value"] - found["ap"][name]["value"]), 2
             ),
+            "drop_interval_points": interval(found["drops"].get(name)),
             "ms": round(float(np.median(times[name])), 2),
             "ratio": round(float(np.median(times[name] / times[reference])), 3),
             "wall_seconds": made.get(name, {}).get("wall_seconds"),
@@ -176,6 +205,8 @@ def main() -> None:
         "threads": job["threads"],
         "seed": options.seed,
         "limit_points": 100 * LIMIT,
+        "half": options.half,
+        "effort": options.effort,
         "versions": {**found["versions"], **{k: v for m in made.values() for k, v in m.get("versions", {}).items()}},
         "load_1_minute": found["load_1_minute"],
         "models": rows,

@@ -13,7 +13,7 @@ from tests.small_programs import HEADS, WIDTH, write_language
 
 from bitalloy.core.records import Workload
 from bitalloy.measure.roofline import estimate_costs
-from bitalloy.measure.workload import sized_steps, workload_of
+from bitalloy.measure.workload import optimization_profiles, sized_steps, workload_of
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.heads import find_heads
@@ -114,3 +114,25 @@ def test_borders_are_crossed_in_every_step(language: Joined) -> None:
     assert [b.us for b in once.borders] == [b.us for b in plain.borders] == [A10.start_us] * len(once.borders)
     for few, many in zip(once.borders, again.borders, strict=True):
         assert A10.start_us < many.us <= A10.start_us * (1 + NEW) and many.us_per_element > few.us_per_element
+
+
+def test_profiles_reach_from_one_position_to_a_prompt_behind_a_full_cache(language: Joined) -> None:
+    """A prompt of `PROMPT` positions and `NEW` tokens; what is usual is the token in the middle of the answer."""
+    workload = workload_of(language, Workload(prompt=PROMPT, new=NEW))
+    found = optimization_profiles(language, language.opened, workload)
+    assert set(found) == {"embedding", "decoder"}
+    decoder, last, mean = found["decoder"], PROMPT + NEW, PROMPT + NEW // 2
+    assert decoder["inputs_embeds"] == ((1, 1, WIDTH), (1, 1, WIDTH), (1, PROMPT, WIDTH))
+    assert decoder["attention_mask"] == ((1, 1), (1, mean + 1), (1, PROMPT + last))
+    assert decoder["past.0.key"] == tuple((1, HEADS, size, WIDTH // HEADS) for size in (0, mean, last))
+    assert found["embedding"]["before"] == ((1, 2),) * 3 and found["embedding"]["after"] == ((1, PROMPT - 6),) * 3
+
+
+def test_profiles_of_images_hold_all_sizes_that_are_asked_for(tmp_path: Path) -> None:
+    """What no other size names stays as in the samples."""
+    text = "(float[n,3,h,32] x, float[1] s) => (float[n,3,h,32] y) { y = Mul(x, s) }"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> g {text}'), tmp_path / "open.onnx")
+    graph = load_graph(tmp_path / "open.onnx", shapes={"x": (1, 3, 64, 32)})
+    others: list[dict[str, tuple[int, ...]]] = [{"x": (4, 3, 64, 32)}, {"x": (1, 3, 96, 32)}]
+    found = optimization_profiles(graph, {"model": graph.open_model}, None, others)
+    assert found == {"model": {"x": ((1, 3, 64, 32), (1, 3, 64, 32), (4, 3, 96, 32))}}

@@ -28,6 +28,7 @@ from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.metadata import TAG
 from bitalloy.model.read import constant
 from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.sums import halve_sums
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.targets import target
@@ -142,6 +143,30 @@ CASES: dict[str, dict[str, str]] = {
         "case10-tables": """(int64[2,3] i, float[128,64] w1, float[256,64] w2) => (float[2,3,64] y) {
             a = Gather(w1, i)  b = Gather(w2, i)  y = Add(a, b) }""",
     },
+    "tensorrt-rtx": {
+        "case1-conv": """(float[1,8,8,8] x, float[16,8,3,3] w1, float[16,16,3,3] w2, float[16,16,3,3] w3)
+            => (float[1,16,8,8] y) { c = Conv<pads=[1,1,1,1]>(x, w1)  s = Sigmoid(c)  m = Mul(c, s)
+            d = Conv<pads=[1,1,1,1]>(m, w2)  a = Add(d, m)  r = Relu(a)  y = Conv<pads=[1,1,1,1]>(r, w3) }""",
+        "case1-products": """(float[1,20,32] x, float[32,64] w1, float[64] w2, float[64,16] w3, float[16] w4)
+            => (float[20,16] y) { m = MatMul(x, w1)  a = Add(m, w2)  g = Gelu(a)  f = Flatten<axis=2>(g)
+            y = Gemm(f, w3, w4) }""",
+        "case2-biases": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8] w2, float[8,8,3,3] w3, float[8] w4)
+            => (float[1,8,8,8] y) { c = Conv(x, w1, w2)  r = Relu(c)  y = Conv<pads=[1,1,1,1]>(r, w3, w4) }""",
+        "case3-transposed": """(float[1,8,4,4] x, float[8,8,2,2] w1, float[8] w2, float[8,8,1,1] w3)
+            => (float[1,8,8,8] y) { t = ConvTranspose<strides=[2,2]>(x, w1, w2)  y = Conv(t, w3) }""",
+        "case4-groups": """(float[1,8,8,8] x, float[8,1,3,3] w1, float[8,2,3,3] w2, float[8,4,3,3] w3)
+            => (float[1,8,8,8] y) { d = Conv<group=8, pads=[1,1,1,1]>(x, w1)  p = Conv<group=4, pads=[1,1,1,1]>(d, w2)
+            y = Conv<group=2, pads=[1,1,1,1]>(p, w3) }""",
+        "case5-one-block": """(float[1,5,128] x, float[128,128] w1, float[128,64] w2) => (float[1,5,64] y) {
+            m = MatMul(x, w1)  y = MatMul(m, w2) }""",
+        "case6-sums": """(float[1,8,8,8] x, float[16,8,3,3] w1, float[16] w2, float[16,16,1,1] w3, float[16,5] w4)
+            => (float[1,5] y) { c = Conv<pads=[1,1,1,1]>(x, w1, w2)  r = Relu(c)  d = Conv(r, w3)  a = Add(d, r)
+            p = GlobalAveragePool(a)  f = Flatten(p)  y = MatMul(f, w4) }""",
+        "case7-turing": """(float[1,8,8,8] x, float[8,8,1,1] w1, float[8,8,1,1] w2) => (float[1,8,8,8] y) {
+            c = Conv(x, w1)  e = Exp(c)  y = Conv(e, w2) }""",
+        "case7-ada": """(float[1,24,8,8] x, float[24,24,3,3] w1, float[24,24,1,1] w2) => (float[1,24,8,8] y) {
+            c = Conv<pads=[1,1,1,1]>(x, w1)  r = Relu(c)  y = Conv(r, w2) }""",
+    },
     "ort-cuda": {
         "case1-half": CONCAT,
         "case2-no-int8": """(float[1,8,4,4] x, float[8,8,1,1] w1, float[8] w2) => (float[1,8,4,4] y) {
@@ -162,6 +187,7 @@ SCHEMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("openvino-cpu", "case7-stored-products"): ("w8", "w4", "int8"),
     ("tensorrt", "case8-int4"): ("fp16", "w4", "w4-128", "int8"),
     ("tensorrt", "case9-brain-float"): ("bf16", "fp16", "int8"),
+    ("tensorrt-rtx", "case5-one-block"): ("fp16", "w4", "w4-128"),
     ("ort-cuda", "case4-stored-products"): ("fp16", "w8", "w4"),
     ("ort-cuda", "case5-columns"): ("fp16", "w4"),
     ("openvino-cpu", "case9-run-time-ranges"): ("w8", "int8"),
@@ -184,6 +210,8 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
     ("tensorrt", "case9-brain-float"): lambda units: Plan(
         {"/c/Conv": "fp16", "/e/Exp": "bf16", "/p/AveragePool": "bf16", "/y/Conv": "int8"}
     ),
+    ("tensorrt-rtx", "case5-one-block"): lambda units: Plan({"/m/MatMul": "w4", "/y/MatMul": "w4"}),
+    ("tensorrt-rtx", "case7-ada"): lambda units: Plan({"/c/Conv": "fp8", "/y/Conv": "int8"}),
     ("ort-cuda", "case4-stored-products"): lambda units: Plan(
         {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}
     ),
@@ -201,7 +229,11 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
         {"/c/Conv": "fp16", "/d/Conv": "fp8", "/a/Add": "fp8", "/e/Conv": "int8", "/y/Conv": "fp8"}
     ),
 }
-ON: Mapping[tuple[str, str], str] = {("tensorrt", case): "l4" for case in CASES["tensorrt"] if "fp8" in case}
+ON: Mapping[tuple[str, str], str] = {
+    **{("tensorrt", case): "l4" for case in CASES["tensorrt"] if "fp8" in case},
+    ("tensorrt-rtx", "case7-turing"): "sm75",
+    ("tensorrt-rtx", "case7-ada"): "sm89",
+}
 """Device of the cases that need another than that of their target."""
 PAIR_LIMIT: Mapping[str, int | None] = {"ort-cpu": 128, "openvino-cpu": 128}
 """Pair limit of the targets whose own one depends on the processor."""
@@ -256,6 +288,8 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
     plan = PLANS.get((name, case), UnitGraph.lowest)(units)
     made = write_plan(graph, Recipe(units, device, ranges), plan)
+    if device.half_sums:
+        halve_sums(made.model)
     return Rewritten(graph, units, plan, made.model, feeds, device, ranges)
 
 

@@ -75,15 +75,32 @@ def audit_command(
         bool,
         typer.Option("--here", help="Audit the model on this CPU where the target's device is absent."),
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile a plan for NVIDIA GPUs, and tell which types its kernels read."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --compile: GPU or compute capability, such as l4 or sm120. Default: that of the run."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Tell in which precision the runtime executed each unit.
 
-    The mixed model is run again for it. A model for a GPU is audited on a machine that has it: elsewhere nothing is
-    known about the target.
+    The mixed model is run again for it. A model for a GPU is audited on a machine that has it. Elsewhere --compile
+    tells what TensorRT for RTX makes of it, which needs no GPU and runs nothing.
 
-    Example: bitalloy audit runs/last
+    For example:
+
+      bitalloy audit runs/last
+
+      bitalloy audit runs/last --compile --device sm120
     """
+    if device is not None and not compiled:
+        raise BitalloyError("--device says what to compile for, and belongs to --compile.")
+    if compiled:
+        _tell_compiled(run_directory, device or "", json_output=json_output)
+        return
     from rich.markup import escape
     from rich.table import Table
 
@@ -107,6 +124,31 @@ def audit_command(
         table = Table("unit", "planned", "executed", "likely cause")
         for unit in differing[:SHOWN_LINES]:
             table.add_row(escape(unit.unit), unit.planned, unit.executed, escape(unit.cause))
+        out_console.print(table)
+        if len(differing) > SHOWN_LINES:
+            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
+    if found.note:
+        out_console.print(found.note, style="yellow", soft_wrap=True)
+
+
+def _tell_compiled(run_directory: Path, device: str, *, json_output: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.audit import compile_run
+
+    found = compile_run(run_directory, device)
+    if json_output:
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
+        return
+    messages = [message for graph in found.graphs for message in graph.messages]
+    for text in (found.sentence(), *(graph.sentence() for graph in found.graphs), *messages):
+        out_console.print(text, soft_wrap=True, highlight=False, markup=False)
+    if differing := found.differences():
+        table = Table("unit", "planned", "compiled", "likely cause")
+        for unit in differing[:SHOWN_LINES]:
+            table.add_row(escape(unit.unit), unit.planned, unit.compiled, escape(unit.cause))
         out_console.print(table)
         if len(differing) > SHOWN_LINES:
             out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")

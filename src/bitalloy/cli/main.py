@@ -243,6 +243,9 @@ def _show(verified: Verified, folder: Path) -> None:
     if summary.parts is not None:
         style = "" if summary.parts.disjoint else "yellow"
         out_console.print(summary.parts.told, style=style, soft_wrap=True, highlight=False)
+    if (compiled := verified.compilation) is not None:
+        for text in (compiled.sentence(), *(graph.sentence() for graph in compiled.graphs)):
+            out_console.print(text, soft_wrap=True, highlight=False, markup=False)
     for one in [r for r in summary.resolution if r.limit is not None] or summary.resolution[:1]:
         out_console.print(tell_resolution(one), soft_wrap=True, highlight=False, markup=False)
     for note in (*summary.status.warnings, *summary.notes):

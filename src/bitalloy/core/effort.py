@@ -24,8 +24,9 @@ class Effort(Record, frozen=True, kw_only=True):
     """Whether the units behind a wrong prediction are measured, and the tables corrected."""
     neighbours: bool
     """Whether the neighbours of a plan on the front are measured where they may take its place."""
-    shown_neighbours: bool
-    """Whether they are measured too where they are only shown, as under a limit on the task."""
+    shown: bool
+    """Whether what decides nothing is measured because it is shown: under a limit on the task alone, which plans are
+    judged by, the neighbours of the plan and the units behind a wrong prediction of its SQNR."""
     details: bool
     """Whether peak memory is measured, and what the optimization of the runtime changes."""
 
@@ -41,7 +42,7 @@ EFFORTS = {
             rounds=1,
             repairs=False,
             neighbours=False,
-            shown_neighbours=False,
+            shown=False,
             details=False,
         ),
         Effort(
@@ -52,7 +53,7 @@ EFFORTS = {
             rounds=3,
             repairs=True,
             neighbours=True,
-            shown_neighbours=False,
+            shown=False,
             details=True,
         ),
         Effort(
@@ -63,7 +64,7 @@ EFFORTS = {
             rounds=5,
             repairs=True,
             neighbours=True,
-            shown_neighbours=True,
+            shown=True,
             details=True,
         ),
     )

@@ -265,6 +265,25 @@ class VerifiedSize(Record, frozen=True, kw_only=True):
     """Why the shipped model does not run at that size, where the float model does; empty where it runs."""
 
 
+class CompiledCounts(Record, frozen=True, kw_only=True):
+    """How far an engine agrees with its plan, counted over convolutions and products of matrices."""
+
+    planned: int
+    """Number of them in the plan."""
+    found: int
+    """Those that the engine's text names."""
+    agree: int
+    """Those whose kernels read the planned types."""
+    differ: int
+    """Those whose kernels read others."""
+    seconds: float
+    """Time that the compiler took for all graphs."""
+    capability: int
+    """Compute capability that it was compiled for, e.g. 89."""
+    built: bool = True
+    """Whether every graph has an engine."""
+
+
 class UsedSamples(Record, frozen=True, kw_only=True):
     """Which samples served what; see `bitalloy.data.parts` for how they are drawn."""
 
@@ -280,6 +299,20 @@ class UsedSamples(Record, frozen=True, kw_only=True):
     """Whether no sample served two of them."""
     told: str
     """The same in a sentence, with numbers."""
+
+
+class Steadiness(Record, frozen=True, kw_only=True):
+    """Whether the machine stayed as it was while a run measured: what the float model took, time after time."""
+
+    priced_ms: float
+    """When the prices of units and borders were measured."""
+    sittings_ms: tuple[float, ...]
+    """In each sitting that measured the shipped plan, in order; its times were not what it was chosen by."""
+    drift: float
+    """Largest of these times over the smallest, less 1."""
+    chosen_ratio: Estimate | None = None
+    """Latency over float of the shipped plan when it was chosen among several that were measured; None where it was
+    measured once, after it was chosen."""
 
 
 class Summary(Record, frozen=True, kw_only=True):
@@ -298,7 +331,7 @@ class Summary(Record, frozen=True, kw_only=True):
     budget: Budget
     latency_ms: Triple
     latency_ratio: float
-    """mixed / float, from pairs of runs in the same rounds."""
+    """mixed / float, from pairs of runs in the same rounds, in a sitting that did not choose the plan."""
     predicted_latency_ratio: float
     latency_spread_ms: LatencySpread
     size_bytes: Triple
@@ -376,3 +409,10 @@ class Summary(Record, frozen=True, kw_only=True):
     """Which samples served calibration, probing and verification; None in summaries of older versions."""
     sizes: tuple[VerifiedSize, ...] = ()
     """Other sizes at which the shipped model was verified; empty where it leaves none open."""
+    steadiness: Steadiness | None = None
+    """Whether the machine stayed as it was; None where latency is estimated."""
+    compiled: CompiledCounts | None = None
+    """What NVIDIA's compiler made of the mixed model; None where it is not installed, or the target is not NVIDIA's."""
+    profiles: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = msgspec.field(default_factory=dict)
+    """Graph -> input that the shipped model leaves open -> its least, usual and largest shape in the workload; empty
+    for targets that need no such optimization profile."""

@@ -55,6 +55,8 @@ class Measured(Record, frozen=True, kw_only=True):
     ratio_rewritten: Estimate | None = None
     """Latency over float of the float model after the graph rewrites of the mixed one; None where it was not made."""
     sqnr_rewritten: tuple[Estimate, ...] | None = None
+    sittings_ms: tuple[float, ...] = ()
+    """Median time of the float model in each sitting, in order; empty where latency is estimated."""
 
     @property
     def ratio(self) -> float:

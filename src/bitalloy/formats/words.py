@@ -16,6 +16,7 @@ KERNEL_SCHEMES = {
     "float8": "fp8",
     "float8e4m3fn": "fp8",
     "fp8": "fp8",
+    "fp8_e4m3": "fp8",
     "i8": "int8",
     "int8": "int8",
     "u8": "int8",

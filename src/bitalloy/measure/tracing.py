@@ -57,6 +57,11 @@ class TracedModel:
                 found[self.nodes[int(token["node"])][1] in ops.CONVERTERS][self.units[int(token["unit"])]] = None
         return tuple(found[False] or found[True])
 
+    def operator(self, node: str) -> str:
+        """Return the operator of a node by its name in here; empty for one that is not from there."""
+        token = _TOKEN.match(node)
+        return self.nodes[int(token["node"])][1] if token else ""
+
     def name_before(self, node: str) -> str:
         """Return the name of a node in the model as it was; a node that is not from there keeps its own."""
         token = _TOKEN.match(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from bitalloy.core.records import Workload
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph, load_graph
 from bitalloy.model.read import name_of
+from bitalloy.model.sizes import Shapes
 from bitalloy.runtime.steps import Step, once
 from bitalloy.sensitivity.analysis import Analysis
 
@@ -127,6 +129,52 @@ def sized_steps(graph: Graph, workload: Workload | None) -> tuple[SizedStep, ...
         nodes = _sized(graph, [decoder], {**usual, _NEW: 1, _PAST: past, _ALL: past + 1})
         steps.append(SizedStep(TOKEN, workload.new, nodes))
     return tuple(steps)
+
+
+def optimization_profiles(
+    graph: Graph, models: Mapping[str, ir.Model | Path], workload: Workload | None, others: Sequence[Shapes] = ()
+) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
+    """Return the least, the usual and the largest shape of every input that a shipped model leaves open.
+
+    Of a language model the least is one position and an empty cache, the largest a prompt behind a full one, and the
+    usual shape that of the mean token. Of other models they are those of the samples and the other sizes asked for.
+
+    Args:
+        graph: the model that was planned.
+        models: graph -> shipped model in memory.
+        workload: from `workload_of`; None for one inference.
+        others: further shapes of inputs, of a model that is one graph.
+
+    Returns:
+        Graph -> input -> three shapes. Graphs without open sizes are left out.
+    """
+    steps: list[tuple[int, dict[str, int]]] = [(1, {})]
+    if workload is not None and workload.prompt is not None and workload.new is not None:
+        prompt, new = workload.prompt, workload.new
+        read, past, last = _prompt_sizes(_sizes(graph), prompt), _mean_past(prompt, new), prompt + new
+        steps = [(0, {**read, _NEW: 1, _PAST: 0, _ALL: 1}), (0, {**read, _PAST: last, _ALL: prompt + last})]
+        steps += [(1, {**read, _PAST: 0}), (new, {**read, _NEW: 1, _PAST: past, _ALL: past + 1})]
+    found: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
+    for name, model in models.items():
+        assert isinstance(model, ir.Model), "shapes are read from models in memory"
+        part = graph.program.graphs[name] if isinstance(graph, Joined) else graph
+        bound = {spec.name: tuple(int(d) for d in spec.shape) for spec in part.info.inputs}
+        for value in model.graph.inputs:
+            if value.shape is None or value.shape.is_static():
+                continue
+            tensor = str(value.name)
+            sized = [(times, _at(value.shape, bound[tensor], sizes)) for times, sizes in steps]
+            shapes = [shape for _, shape in sized] + [tuple(o[tensor]) for o in others if tensor in o]
+            least, largest = (tuple(map(end, zip(*shapes, strict=True))) for end in (min, max))
+            usual = max(sized, key=lambda step: step[0])[1]
+            found.setdefault(name, {})[tensor] = (least, usual, largest)
+    return found
+
+
+def _at(shape: ir.Shape, bound: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return a shape whose open sizes have given values, or those of the samples."""
+    named = [str(d.value) if isinstance(d, ir.SymbolicDim) else "" for d in shape]
+    return tuple(sizes.get(d, n) for d, n in zip(named, bound, strict=True))
 
 
 def _sized(graph: Joined, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, ir.Node]:

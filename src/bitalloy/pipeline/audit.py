@@ -1,34 +1,40 @@
-"""Audits of what the runtime executes for a plan, inside a run or later for a run directory."""
+"""Audits of what runs for a plan, or a compiler makes of it: inside a run, or later for its directory."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from bitalloy.core.audited import Audit
+from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import StageInputs
+from bitalloy.core.summaries import read_summary
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.measure.audit import audit_kernels, reconcile
+from bitalloy.measure.compiled import compile_plan
 from bitalloy.measure.tracing import TracedModel, profile, rewritten_graphs, trace
-from bitalloy.pipeline.ship import apply
+from bitalloy.measure.workload import optimization_profiles, workload_of
+from bitalloy.pipeline.ship import Verified, apply
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.steps import once
+from bitalloy.runtime.tensorrt_rtx import compiler_version, has_compiler
 from bitalloy.search.planning import read_record
 from bitalloy.sensitivity.analysis import Analysis
-from bitalloy.targets import target
+from bitalloy.targets import TARGETS, target
+from bitalloy.targets.devices import find_device
 
 
 class AuditInputs(StageInputs, frozen=True, kw_only=True):
@@ -53,6 +59,92 @@ def audit_plan(analysis: Analysis, planned: Planned, *, work: Workspace | None =
     return msgspec.json.decode(work.cached("audit", inputs, make), type=Audit)
 
 
+class CompileInputs(StageInputs, frozen=True, kw_only=True):
+    """All that decides a compilation."""
+
+    network: ExecutedNetwork
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of unit and scheme."""
+    capability: int
+    compiler: str
+    """Version of the compiler."""
+    profiles: dict[str, dict[str, tuple[tuple[int, ...], ...]]]
+
+
+def compiled_verified(verified: Verified, work: Workspace) -> Verified:
+    """Add the shapes of open inputs that an engine needs, and what the compiler makes of the plan where it is here.
+
+    Targets that the compiler does not serve are left as they are.
+    """
+    analysis, device = verified.analysis, verified.analysis.target.device
+    if device is None or not analysis.target.compiled:
+        return verified
+    workload, sizes = workload_of(analysis.graph, analysis.settings.workload), analysis.settings.sizes
+    profiles = optimization_profiles(analysis.graph, verified.mixed.models, workload, sizes)
+    summary = msgspec.structs.replace(verified.summary, profiles=profiles)
+    if not has_compiler():
+        return replace(verified, summary=summary)
+    plan = verified.planned.plan.chosen
+
+    def make() -> bytes:
+        with work.stage("compile", None), work.scratch() as folder:
+            models = {path.stem: ir.load(path) for path in _saved(verified.mixed, folder)}
+            return to_json(compile_plan(models, analysis.units, plan, device.capability, profiles))
+
+    inputs = CompileInputs(
+        network=analysis.executed,
+        plan=tuple(plan.listed),
+        capability=device.capability,
+        compiler=compiler_version(),
+        profiles=profiles,
+    )
+    found = msgspec.json.decode(work.cached("compiled", inputs, make), type=Compilation)
+    return replace(verified, summary=msgspec.structs.replace(summary, compiled=found.counts), compilation=found)
+
+
+def _saved(artefact: Artefact, folder: Path) -> list[Path]:
+    """Write an artefact as it is shipped; the files of its graphs are returned."""
+    files = artefact.save(folder / "mixed" if artefact.program is not None else folder / f"{ONLY}.onnx")
+    return [path for path in files if path.suffix == ".onnx"]
+
+
+def compile_run(path: str | Path, device: str = "") -> Compilation:
+    """Compile the mixed model of a run directory, and compare the engines with its plan.
+
+    Args:
+        path: the run directory.
+        device: device or compute capability to compile for; without it that of the run.
+
+    Raises:
+        RunDirectoryError: the directory does not hold a finished run.
+        BitalloyError: its target is not NVIDIA's, or the compiler is not installed.
+    """
+    run = Path(path)
+    plan, units = read_record(run / "plan.json", PlanReport), read_record(run / "units.json", UnitGraph)
+    found = target(plan.target)
+    if not found.compiled:
+        able = ", ".join(t.name for t in TARGETS.values() if t.compiled)
+        raise BitalloyError(
+            f"'{run}' is planned for {found.name}, which TensorRT for RTX does not compile for. Compile runs for "
+            f"{able}; without --compile the model is run and its kernels are told."
+        )
+    compiler_version()  # where it is not installed, that is said first
+    try:
+        summary = read_summary((run / "summary.json").read_bytes())
+        paths = sorted((run / "mixed").glob("*.onnx")) if (run / "mixed").is_dir() else [run / "mixed.onnx"]
+        models = {ONLY if len(paths) == 1 and p.parent == run else p.stem: ir.load(p) for p in paths}
+    except BitalloyError:
+        raise
+    except Exception as error:  # a missing or damaged file, by many types
+        raise RunDirectoryError(f"'{run}' cannot be read: {error}. Give the same `bitalloy run` again.") from error
+    if device:
+        capability = find_device(device).capability
+    else:
+        planned_for = (d for d in found.devices if summary.device.startswith(f"{d.name} ("))
+        capability = next((d.capability for d in planned_for), found.device.capability)  # type: ignore[union-attr]
+    return compile_plan(models, units, plan.chosen, capability, summary.profiles)
+
+
 def audit_run(path: str | Path, *, here: bool = False) -> Audit:
     """Profile the `mixed.onnx` of a run directory on random inputs; for a program, read what its run found.
 
@@ -69,8 +161,14 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
     plan, units = read_record(run / "plan.json", PlanReport), read_record(run / "units.json", UnitGraph)
     device, note = target(plan.target), ""
     runtime = device.runtime
-    if device.native is not None and here:
+    if device.device is not None and here:
         note = f"Executed by {runtime.name} on this CPU. This says nothing about {device.name}."
+    elif device.device is not None and not here and device.native is None:
+        raise BitalloyError(
+            f"'{run}' is planned for {device.name}, whose engines are not run here. What its compiler makes of the "
+            "plan is told with --compile; what this CPU makes of the model with --here, which says nothing about the "
+            "target."
+        )
     elif device.native is not None and (reason := device.missing()):
         raise BitalloyError(
             f"'{run}' is planned for {device.name}, which cannot run here: {reason}. Copy the folder to a machine with "

@@ -28,11 +28,12 @@ from bitalloy.data.handed import Preprocess
 from bitalloy.measure.cost import measure_cost
 from bitalloy.model.load import Graph
 from bitalloy.pipeline.analyze import analyze
-from bitalloy.pipeline.audit import audit_plan
+from bitalloy.pipeline.audit import audit_plan, compiled_verified
 from bitalloy.pipeline.calibrate import units_of
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
 from bitalloy.pipeline.ship import Verified, verify
+from bitalloy.report.render import Audits
 from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.search.constraints import constrain
@@ -160,6 +161,7 @@ def deliver(
         verified = verify(part, planned, labels=labels, limit=limit, image=prepared.image, effort=effort, work=work)
         if part.target.device is None:
             verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
+        verified = compiled_verified(verified, work)
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     return replace(found[0], others=tuple(found[1:]))
@@ -245,6 +247,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         store.publish(name, to_json(record, pretty=True))
     if verified.audit is not None:
         store.publish("audit.json", to_json(verified.audit, pretty=True))
+    if verified.compilation is not None:
+        store.publish("compiled.json", to_json(verified.compilation, pretty=True))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", write_summary(verified.summary))
@@ -255,7 +259,8 @@ def render(verified: Verified) -> str:
     """Write the report as one HTML page."""
     analysis = verified.analysis
     planned = verified.planned
-    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, verified.audit)
+    audits = Audits(verified.audit, verified.compilation)
+    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, audits)
 
 
 __all__ = ["Analysis", "deliver", "publish", "quantize_model", "render", "run"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from bitalloy.core.audited import Audit
+from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.outcome import Resolution, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
@@ -29,6 +29,7 @@ from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
 from bitalloy.verify.sizes import verify_sizes
+from bitalloy.verify.steadiness import steadiness_of
 from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
 
 
@@ -45,6 +46,8 @@ class Verified:
     """Tables behind the final plan: the probe matrix is corrected by exact measurements."""
     audit: Audit | None = None
     """Audit of the kernels that the runtime executed for the model; None where it was not made."""
+    compilation: Compilation | None = None
+    """What NVIDIA's compiler made of the model; None where it is not installed, or the target is another."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
 
@@ -77,7 +80,8 @@ def verify(
     what is left. Then the search is repeated, at most three rounds in all. With a limit on the drop of a task metric,
     plans of the front are evaluated until the fastest is found that keeps it; where nothing else is limited, that is
     all, because no measured plan is worth more to it than another. The neighbours of the plan on the front are measured
-    beside it. The plan that is kept is the best measured one.
+    beside it. The plan that is kept is the best measured one; where it was chosen among several by what was measured,
+    it is measured once more, and that is what is told of it.
 
     Args:
         analysis: analysis of the model.
@@ -108,13 +112,14 @@ def verify(
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     detailed, best = effort.details and not planned.cost.estimated, course.best
-    mixed, measured = best.mixed, best.measured
+    mixed, measured = best.mixed, course.measured_at_last()
     beside = course.single if measured.sqnr_single is not None else None
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
     final = _with_measured(analysis, course.known(), final, measured)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
+        steadiness=steadiness_of(final.cost, best.measured, measured),
         sizes=sizes_of(analysis, mixed, beside, rewritten=measured.ratio_rewritten is not None),
         single=beside,
         singles=tuple(single.format for single in course.singles),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from dataclasses import dataclass
 from importlib import resources
 
 import jinja2
 from markupsafe import Markup
 
-from bitalloy.core.audited import Audit
+from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.encoding import to_json
 from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
@@ -27,13 +28,23 @@ OFF_SCALE_DB = 80.0
 """SQNR in dB above which plans are drawn at the edge of the plot, because their error is negligible."""
 
 
+@dataclass(frozen=True)
+class Audits:
+    """What is known of how the shipped model runs."""
+
+    executed: Audit | None = None
+    """Audit of what the runtime executed; None where none was made."""
+    compiled: Compilation | None = None
+    """What a compiler made of it; None where none was asked."""
+
+
 def render_report(
     summary: Summary,
     plan: PlanReport,
     table: SensitivityTable,
     units: UnitGraph,
     cost: CostTable,
-    audit: Audit | None = None,
+    audits: Audits | None = None,
 ) -> str:
     """Write the report as one offline HTML page.
 
@@ -43,7 +54,7 @@ def render_report(
         table: sensitivities of sites, units and regions.
         units: the model on the plan's target.
         cost: measured cost table.
-        audit: audit of what the runtime executed; None where none was made.
+        audits: what is known of how the model runs; None where nothing is.
     """
     heads = figures.heads_of(plan, summary)
     tables = ReportTables(plan, table, units, cost, heads)
@@ -70,7 +81,8 @@ def render_report(
         plan=plan,
         table=table,
         cost=cost,
-        audit=audit,
+        audit=audits.executed if audits is not None else None,
+        compilation=audits.compiled if audits is not None else None,
         heads=heads,
         tone=figures.tone(summary),
         limits=figures.limits(summary.status),

@@ -29,6 +29,7 @@ from bitalloy.rewrite.divide import divide
 from bitalloy.rewrite.floats import keep_floats
 from bitalloy.rewrite.kernels import lower_kernels
 from bitalloy.rewrite.reopen import reopen
+from bitalloy.rewrite.sums import halve_sums
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.machine import Machine, this_machine
@@ -198,6 +199,8 @@ def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
         lower_kernels(part)
     for part in parts.values() if recipe.target.rounds_floats else ():
         keep_floats(part)
+    for part in parts.values() if recipe.target.half_sums else ():
+        halve_sums(part)
     for part in parts.values():
         join_twins(part)
     return Artefact(parts, program, recipe.target.runtime, graph.shown, bound)

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.targets.base import Target
-from bitalloy.targets.devices import DEVICES, find_device
+from bitalloy.targets.devices import find_device
 from bitalloy.targets.openvino_cpu import OPENVINO_CPU
 from bitalloy.targets.ort_cpu import ORT_CPU
 from bitalloy.targets.ort_cuda import ORT_CUDA
 from bitalloy.targets.tensorrt import TENSORRT
+from bitalloy.targets.tensorrt_rtx import TENSORRT_RTX
 
-TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, OPENVINO_CPU, ORT_CUDA, TENSORRT)}
+TARGETS: dict[str, Target] = {t.name: t for t in (ORT_CPU, OPENVINO_CPU, ORT_CUDA, TENSORRT, TENSORRT_RTX)}
 
 
 def target(name: str, device: str = "") -> Target:
@@ -19,10 +20,11 @@ def target(name: str, device: str = "") -> Target:
 
     Args:
         name: the name of a target.
-        device: the device that its costs and schemes are of; without it the one that it has.
+        device: the device that its costs and schemes are of, or its compute capability; without it the one that it has.
 
     Raises:
-        BitalloyError: no such target or device, or a device for a target that is measured where it runs.
+        BitalloyError: no such target or device, a device for a target that is measured where it runs, or one that the
+            target does not run on.
     """
     if name not in TARGETS:
         raise BitalloyError(f"Unknown target '{name}'. Available: {', '.join(TARGETS)}.")
@@ -35,7 +37,13 @@ def target(name: str, device: str = "") -> Target:
             f"--device {device} is given for the target '{name}', which is measured on the machine where it runs. "
             f"Leave it out, or choose a target that is estimated: {others}."
         )
-    return replace(found, device=find_device(device))
+    wanted = find_device(device)
+    if wanted not in found.devices:
+        raise BitalloyError(
+            f"The target '{name}' does not run on {wanted.name} (SM{wanted.capability}). Choose --device "
+            f"{' or '.join(d.id for d in found.devices)}, or --target {TENSORRT.name}."
+        )
+    return replace(found, device=wanted)
 
 
 def chosen_targets(names: Sequence[str], device: str = "") -> list[Target]:
@@ -54,9 +62,7 @@ def chosen_targets(names: Sequence[str], device: str = "") -> list[Target]:
 
 def on_devices(found: Target) -> dict[str, Target]:
     """Map what `--device` takes to a target on that device; nothing for one that is measured where it runs."""
-    if found.device is None:
-        return {}
-    return {device.id: replace(found, device=device) for device in DEVICES.values()}
+    return {device.id: replace(found, device=device) for device in found.devices}
 
 
 __all__ = ["TARGETS", "Target", "chosen_targets", "on_devices", "target"]

@@ -17,7 +17,7 @@ from bitalloy.model.read import attribute, consumers, elements, is_float, is_sta
 from bitalloy.model.regions import path_of, region_id
 from bitalloy.model.selected import SELECTED
 from bitalloy.runtime.base import Runtime
-from bitalloy.targets.devices import Device, lacking
+from bitalloy.targets.devices import DEVICES, Device, lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +111,21 @@ class Target:
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
+    half_sums: bool = False
+    """Whether kernels of rounded numbers write FP16 where the graph says so: see `rewrite.sums`."""
+    compiled: bool = False
+    """Whether TensorRT for RTX compiles its models, which tells what kernels read without the device."""
+    capabilities: frozenset[int] = frozenset()
+    """Compute capabilities of the devices that it runs on; empty for all."""
+    least_capability: Mapping[str, int] = field(default_factory=dict)
+    """Scheme -> least compute capability for which its runtime has kernels, where rates do not tell it."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
     @property
     def runnable(self) -> tuple[Offer, ...]:
         """Its offers that its device can run."""
-        able = (
-            o.scheme.activation is None or self.device is None or not lacking(self.device, o.scheme.name)
-            for o in self.offers
-        )
-        return tuple(offer for offer, runs in zip(self.offers, able, strict=True) if runs)
+        return tuple(o for o in self.offers if self.device is None or self._runs(o.scheme, self.device))
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -131,8 +135,27 @@ class Target:
     @property
     def lacking_schemes(self) -> dict[str, str]:
         """Scheme that it does not have, or not on its device -> why."""
-        missing = [offer.scheme.name for offer in self.offers if offer not in self.runnable]
-        return {**self.lacks, **{name: lacking(self.device, name) for name in missing if self.device is not None}}
+        if self.device is None:
+            return dict(self.lacks)
+        found = dict(self.lacks)
+        for scheme in (offer.scheme for offer in self.offers if offer not in self.runnable):
+            able = [device for device in self.devices if self._runs(scheme, device)]
+            found[scheme.name] = lacking(self.device, scheme.name, able)
+        return found
+
+    def _runs(self, scheme: Scheme, device: Device) -> bool:
+        """Tell whether a device has kernels for a scheme; rows of a stored table are only looked up."""
+        if scheme.activation is None:
+            return True
+        known = scheme.name in device.operations_per_second
+        return known and device.capability >= self.least_capability.get(scheme.name, 0)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Devices for which it can be estimated; none where it is measured where it runs."""
+        if self.device is None:
+            return ()
+        return tuple(d for d in DEVICES.values() if not self.capabilities or d.capability in self.capabilities)
 
     def offered(self, schemes: Collection[str] = ()) -> tuple[Offer, ...]:
         """Return the offers of the given names, or the usual ones without names, in the order of the target."""

@@ -240,6 +240,7 @@ TENSORRT = Target(
     device=A10,
     native=tensorrt.TENSORRT_RUNTIME,
     missing=tensorrt.missing,
+    compiled=True,
     match=_match,
     follows=moves,
 )

@@ -51,6 +51,8 @@ class VerificationInputs(StageInputs, frozen=True, kw_only=True):
     """Whether the float model after the graph rewrites of the plan is measured beside it."""
     cost: CostTable | None
     """The table from which latencies are taken; None where they are measured."""
+    again: bool
+    """Whether the plan is measured anew after it was chosen by a measurement."""
 
 
 def measure_plan(
@@ -61,6 +63,7 @@ def measure_plan(
     work: Workspace,
     *,
     single: Plan | None = None,
+    again: bool = False,
 ) -> Measured:
     """Execute a plan on the target's runtime; where the target is not here, its latency is that of the cost table.
 
@@ -71,6 +74,8 @@ def measure_plan(
         samples: indices of the samples on which outputs are compared.
         work: where to keep and show results.
         single: a plan of one scheme to be measured beside it.
+        again: whether to measure anew what was measured before: a plan that was chosen for its times among several
+            owes a part of them to luck.
     """
     if single in (planned.plan.chosen, analysis.units.lowest()):
         single = None
@@ -101,6 +106,7 @@ def measure_plan(
                 sqnr_single=sqnr.get("single"),
                 ratio_rewritten=ratio.get("rewritten"),
                 sqnr_rewritten=sqnr.get("rewritten", sqnr["mixed"]) if rewritten else None,
+                sittings_ms=found.sittings_ms,
             )
         )
 
@@ -113,6 +119,7 @@ def measure_plan(
         single=None if single is None else tuple(single.listed),
         rewritten=rewritten,
         cost=planned.cost if planned.cost.estimated else None,
+        again=again,
     )
     return msgspec.json.decode(work.cached("verify", inputs, make), type=Measured)
 
@@ -168,6 +175,8 @@ class _Outcome:
     sqnr: Mapping[str, tuple[Estimate, ...]]
     steps: tuple[StepLatency, ...] = ()
     """What each step takes by itself, where there are several."""
+    sittings_ms: tuple[float, ...] = ()
+    """Median time of the float model in each sitting; empty where latency is estimated."""
 
 
 def _estimated(
@@ -245,6 +254,7 @@ def _timed(
         {name: bench.paired_ratio(series, times["float"]) for name, series in times.items()},
         sqnr,
         tuple(_step(step, i, parts) for i, step in enumerate(steps)) if len(steps) > 1 else (),
+        tuple(round(float(ms), 4) for ms in np.median(times["float"], axis=1)),
     )
 
 

@@ -160,7 +160,7 @@ class VerificationCourse:
     def beside_neighbours(self) -> Planned:
         """Measure the neighbours of the `completed` plan on its front; one that does better takes its place."""
         final, effort = self.completed(), self._effort
-        if not (effort.shown_neighbours if self.budget.on_task else effort.neighbours):
+        if not (effort.shown if self.budget.on_task else effort.neighbours):
             return final
         points = front_neighbours(final.plan, SHOWN_NEIGHBOURS if self.budget.on_task else NEIGHBOURS)
         if len(points) < 2:
@@ -201,7 +201,8 @@ class VerificationCourse:
         single = self.single
         measured = measure_plan(self._analysis, planned, mixed, self.samples, self._work, single=single)
         fix = None
-        if self._effort.repairs and not self._analysis.graph.large:
+        used = self._effort.shown or not self.budget.on_task_alone
+        if self._effort.repairs and used and not self._analysis.graph.large:
             fix = repair(self._analysis, self._base, self._findings, planned, measured, self.samples, self._work)
         if fix is not None:
             self.tables, self._findings = replace(fix.tables, cost=self.tables.cost), fix.findings
@@ -244,6 +245,19 @@ class VerificationCourse:
         if rival is None or self._decided is not None:
             return mixed
         return (mixed, rival)[fits_best(self.budget, [mixed.standing, rival.standing])]
+
+    def measured_at_last(self) -> Measured:
+        """Return the times and outputs of the best plan from a sitting that did not choose it.
+
+        Where several plans were measured and it did best, it is measured again: the best of several owes a part of its
+        times to luck.
+        """
+        best = self.best
+        chosen = len(self._tried) > 1 or best is not self._tried[0]
+        if not chosen or self._decided is not None or best.planned.cost.estimated:
+            return best.measured
+        work, single = self._work, self.single
+        return measure_plan(self._analysis, best.planned, best.mixed, self.samples, work, single=single, again=True)
 
     def kernel_effects(self) -> tuple[KernelEffect, ...]:
         """Compare the best plan as the runtime optimizes it with its graph as it is written, on the same samples."""

@@ -21,6 +21,7 @@ from bitalloy.core.outcome import (
     PeakMemory,
     Resolution,
     Round,
+    Steadiness,
     Summary,
     Triple,
     UsedSamples,
@@ -45,6 +46,7 @@ from bitalloy.sensitivity.matrix import decibel, draws, estimate_sqnr, silent_he
 from bitalloy.targets.placement import rounded
 from bitalloy.verify.headline import headline_of, unrounded_share
 from bitalloy.verify.status import status_of
+from bitalloy.verify.steadiness import told_drift
 
 KERNEL_EFFECT_DB = 3.0
 """What a quantized file must lose by optimization to be told."""
@@ -85,6 +87,8 @@ class MeasuredPlan:
     """Graph whose file leaves sizes open, and which has those of the samples -> why."""
     sizes_tried: tuple[VerifiedSize, ...] = ()
     """Other sizes at which the plan was verified."""
+    steadiness: Steadiness | None = None
+    """Whether the machine stayed as it was; None where latency is estimated."""
 
 
 def predicted_sqnr(analysis: Analysis, plan: Plan) -> tuple[Estimate, ...]:
@@ -220,6 +224,7 @@ def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, secon
         sizes=shipped.sizes_tried,
         corrections=analysis.corrections,
         parts=_used(analysis),
+        steadiness=shipped.steadiness,
     )
 
 
@@ -271,6 +276,7 @@ def _notes(analysis: Analysis, shipped: MeasuredPlan) -> tuple[str, ...]:
         *_single(shipped),
         *_open_sizes(analysis, shipped),
         *_busy(measured.latency),
+        *told_drift(shipped.steadiness, measured.ratio_mixed),
         *_estimated(planned),
         *_rewritten(analysis, shipped),
         *_unresolved(planned, measured),
