@@ -236,3 +236,12 @@ def test_open_data_takes_a_generator_and_leaves_nothing_behind(inputs: Any, monk
     del data
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["INT32", "STRING"])
+def test_integers_are_narrowed_only_where_they_stay_what_they_are(kind: str) -> None:
+    inputs = (TensorSpec(name="ids", dtype=kind, shape=("n", 2)),)
+    if kind == "INT32":
+        assert samples(IDS, inputs)[9].feeds["ids"].dtype == np.int32
+    with pytest.raises(DataError, match=f"is int64, expected {kind.lower()}"):
+        samples(IDS + 2**40, inputs)

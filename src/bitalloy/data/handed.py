@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -305,11 +306,10 @@ def _typed(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     wanted = NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
     if array.dtype.name == wanted:
         return array
-    if array.dtype.kind == "f" and wanted in ("float16", "float32", "float64"):
-        return array.astype(wanted)
-    if array.dtype.kind in "iu" and wanted.removeprefix("u") in ("int8", "int16", "int32", "int64"):
-        cast = array.astype(wanted)
-        if np.array_equal(cast, array):
+    with suppress(TypeError):  # numpy has no type of that name
+        kinds = array.dtype.kind + np.dtype(wanted).kind
+        cast = array.astype(wanted) if kinds in ("ff", "ii", "iu", "ui", "uu") else None
+        if cast is not None and (kinds == "ff" or np.array_equal(cast, array)):
             return cast
     raise DataError(
         f"'{spec.name}' of {where} is {array.dtype}, expected {wanted}. Give preprocess=, a function that scales and "
