@@ -119,6 +119,8 @@ class Target:
     """Compute capabilities of the devices that it runs on; empty for all."""
     least_capability: Mapping[str, int] = field(default_factory=dict)
     """Scheme -> least compute capability for which its runtime has kernels, where rates do not tell it."""
+    usual: str = BASELINE
+    """Scheme in which people run whole models on it, because that takes a switch and loses nothing worth telling."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
@@ -211,6 +213,7 @@ def split(
         edges=tuple(edges),
         schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
         lacks=_lacks(target, offers, asked=bool(schemes)),
+        usual=target.usual if any(offer.scheme.name == target.usual for offer in offers) else BASELINE,
     )
 
 

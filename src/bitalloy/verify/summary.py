@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.status import Status, Verdict
 from bitalloy.core.store import versions
 from bitalloy.measure.bench import UNSTEADY, unsteadiness
+from bitalloy.measure.roofline import ratio_interval
 from bitalloy.measure.workload import told_workload, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import KL, is_divergence
@@ -187,7 +189,7 @@ def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, secon
         rewritten_latency_ratio=measured.ratio_rewritten,
         single_formats=shipped.singles,
         predicted_latency_ratio=round(planned.predicted_ratio, 4),
-        predicted_latency_ratio_interval=planned.predicted_ratio_interval,
+        **_ratios(analysis, shipped),
         latency_spread_ms=measured.latency,
         size_bytes=_total(sizes),
         sqnr_db=sqnr,
@@ -226,6 +228,26 @@ def _facts(analysis: Analysis, corrected: Analysis, shipped: MeasuredPlan, secon
         parts=_used(analysis),
         steadiness=shipped.steadiness,
     )
+
+
+def _ratios(analysis: Analysis, shipped: MeasuredPlan) -> dict[str, Any]:
+    """Collect latency as predicted, and against what people run on the target anyway."""
+    units, planned, found = analysis.units, shipped.planned, shipped.measured
+    chosen, usual = planned.plan.chosen, units.usual
+    plain = next((Plan.of(s.scheme, *units.able(s.scheme)) for s in shipped.singles if s.scheme == usual), None)
+    told = {"predicted_latency_ratio_interval": planned.predicted_ratio_interval, "usual_scheme": usual}
+    device = analysis.target.device
+    if planned.cost.estimated and device is not None:
+        workload = workload_of(analysis.graph, analysis.settings.workload)
+        between = partial(ratio_interval, analysis.graph, units, device, chosen, workload=workload)
+        told["predicted_latency_ratio_interval"] = between(Plan())
+        told["usual_latency_ratio"] = None if plain is None else between(plain)
+    elif plain is not None and found.ratio_single is not None:
+        mixed, single = found.ratio_mixed, found.ratio_single
+        rows = (mixed.value / single.value, mixed.low / single.high, mixed.high / single.low)
+        value, low, high = (round(row, 4) for row in rows)
+        told["usual_latency_ratio"] = Estimate(value=value, low=low, high=high)
+    return told
 
 
 def _judged(shipped: MeasuredPlan) -> dict[str, Any]:
