@@ -90,7 +90,7 @@ def decide(world: World, limit: float, confidence: float) -> dict[str, Plan | No
         one = MeasuredDrop(drop=float(drops.mean()), loss=None, draws=draws, images=world.images)
         alone[plan] = combined_drops([one]).probability(0, limit)
     return {
-        "labels and agreement": next((p for p in world.truth if judge.probability(p) >= confidence), None),
+        "labels and agreement": next((p for p in world.truth if judge.holds(p)), None),
         "interval of the labels": next((p for p, chance in alone.items() if chance >= confidence), None),
         "value of the labels": next((p for p in world.truth if world.drops[p].mean() <= limit), None),
     }

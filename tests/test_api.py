@@ -9,9 +9,12 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import typer
 
@@ -23,10 +26,13 @@ ROOT = Path(__file__).parents[1]
 NAMES = [
     # stages
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
-    "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run",
+    "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run", "quantize",
+    # what comes out of finished runs
+    "check", "diff", "evaluate",
     # what they take and give
-    "Analysis", "Budget", "Calibrated", "Keep", "LimitStatus", "Planned", "Plan", "RunDirectory", "RunOptions",
-    "Selection", "Settings", "Status", "Summary", "Verified", "Workload", "Workspace",
+    "Analysis", "Budget", "Calibrated", "CheckedRun", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
+    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "Summary", "Verified", "Workload",
+    "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnreachableError", "UnsupportedOpError",
@@ -87,9 +93,41 @@ def test_everything_that_is_imported_is_declared() -> None:
     assert {belong.get(n, n) for n in used - set(sys.stdlib_module_names) - {"bitalloy"}} <= declared
 
 
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_own_model_data_and_metric_take_twelve_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    block, _ = readme_blocks()
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 512), torch.nn.ReLU(), torch.nn.Linear(512, 4))
+    x = torch.rand(96, 32)
+    pairs = torch.utils.data.TensorDataset(x, net(x).argmax(1))
+    train, val = (
+        torch.utils.data.DataLoader(torch.utils.data.Subset(pairs, indices), batch_size=20)
+        for indices in (range(48), range(48, 96))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on import of its exporter
+        exec(
+            compile(block, "README.md", "exec"),
+            {"__name__": "readme", "net": net, "train_loader": train, "val_loader": val, "image": x[:1]},
+        )
+    assert "of accuracy" in capsys.readouterr().out
+    given, mixed = x[48:].numpy(), onnxruntime.InferenceSession(tmp_path / "mixed.onnx")
+    (name,) = (entry.name for entry in mixed.get_inputs())
+    found = np.concatenate([mixed.run(None, {name: row[None]})[0] for row in given])
+    assert (found.argmax(1) == net(x[48:]).argmax(1).numpy()).mean() >= 0.95
+
+
 def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
+    _, block = readme_blocks()
     monkeypatch.chdir(tmp_path)
     # the front is not shown, and timing takes most of the time
     for name, fewer in (
@@ -100,7 +138,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setattr(importlib.import_module(module), constant, fewer)
     cost = importlib.import_module("bitalloy.measure.cost")
     monkeypatch.setitem(cost.measure_cost.__kwdefaults__, "effort", EFFORTS["quick"])
-    exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     assert "dB on" in shown and "float" in shown
     assert (tmp_path / "mixed.onnx").stat().st_size > 1_000_000

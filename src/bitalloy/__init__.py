@@ -1,5 +1,7 @@
 """bitalloy: the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.
 
+verified = bitalloy.quantize("model.onnx", samples)  # the shortest way; in steps:
+
 model = bitalloy.load("model.onnx")
 data = bitalloy.open_data(model, "images/")
 analysis = bitalloy.analyze(model, data)
@@ -16,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bitalloy.core.checked import CheckedRun, RunDifference
     from bitalloy.core.errors import (
         BitalloyError,
         BudgetError,
@@ -37,16 +40,21 @@ if TYPE_CHECKING:
     from bitalloy.measure.cost import measure_cost
     from bitalloy.pipeline.analyze import analyze
     from bitalloy.pipeline.calibrate import calibrate
+    from bitalloy.pipeline.check import check_run as check
+    from bitalloy.pipeline.check import diff_runs as diff
+    from bitalloy.pipeline.evaluate import evaluate_models as evaluate
     from bitalloy.pipeline.plan import plan, plan_again
     from bitalloy.pipeline.prepare import RunOptions, load, open_data
     from bitalloy.pipeline.resolve import resolve_drops
     from bitalloy.pipeline.run import publish, run
+    from bitalloy.pipeline.run import quantize_model as quantize
     from bitalloy.pipeline.run import render as report
     from bitalloy.pipeline.ship import Verified, apply, verify
     from bitalloy.rewrite.calibrated import Calibrated
     from bitalloy.sensitivity.analysis import Analysis
     from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
     from bitalloy.tasks.metric import measure_metric
+    from bitalloy.tasks.own import Metric, OwnSession
 
 __version__ = "0.1.0"
 
@@ -68,14 +76,23 @@ __all__ = [
     "report",
     "publish",
     "run",
+    "quantize",
+    # what comes out of finished runs
+    "check",
+    "diff",
+    "evaluate",
     # what they take and give
     "Analysis",
     "Budget",
     "Calibrated",
+    "CheckedRun",
     "Keep",
     "LimitStatus",
+    "Metric",
+    "OwnSession",
     "Planned",
     "Plan",
+    "RunDifference",
     "RunDirectory",
     "RunOptions",
     "Selection",
@@ -113,13 +130,21 @@ _HOMES = {
     "report": "pipeline.run:render",
     "publish": "pipeline.run",
     "run": "pipeline.run",
+    "quantize": "pipeline.run:quantize_model",
+    "check": "pipeline.check:check_run",
+    "diff": "pipeline.check:diff_runs",
+    "evaluate": "pipeline.evaluate:evaluate_models",
     "Analysis": "sensitivity.analysis",
     "Budget": "core.plans",
     "Calibrated": "rewrite.calibrated",
+    "CheckedRun": "core.checked",
     "Keep": "core.plans",
     "LimitStatus": "core.status",
+    "Metric": "tasks.own",
+    "OwnSession": "tasks.own",
     "Planned": "core.planned",
     "Plan": "core.schemes",
+    "RunDifference": "core.checked",
     "RunDirectory": "core.store",
     "RunOptions": "pipeline.prepare",
     "Selection": "sensitivity.measuring",

@@ -89,8 +89,10 @@ def changed_somewhere(kind: type) -> Any:
 
 
 def fields_of(kind: type) -> tuple[str, ...]:
+    """Names of the fields, without those that are read while the record is made and never stored."""
     if issubclass(kind, msgspec.Struct):
-        return kind.__struct_fields__
+        hints = get_type_hints(kind)
+        return tuple(name for name in kind.__struct_fields__ if msgspec.UnsetType not in get_args(hints[name]))
     return tuple(kind.__dataclass_fields__)  # type: ignore[attr-defined]
 
 

@@ -26,7 +26,9 @@ def test_another_process_gives_the_same_bytes(
 ) -> None:
     executor = Recording()
     work = Workspace(executor=executor)
-    ready = prepare(request.getfixturevalue(program), out=tmp_path / "run", data=drawn / labels, labels=drawn / labels)
+    ready = prepare(
+        request.getfixturevalue(program), out=tmp_path / "run", data=drawn / labels, evaluate=drawn / labels
+    )
     analysis = bitalloy.analyze(ready.model, ready.data, QUICK, work=work)
     measure_exact(analysis, samples=1, work=work)
     evaluator, int8 = Evaluator(analysis, ready.labels, 3, work), analysis.units.lowest_gated()

@@ -23,7 +23,7 @@ from bitalloy.pipeline import run as pipeline
 from bitalloy.pipeline.prepare import RunOptions, prepare
 from bitalloy.tasks import find_task
 from bitalloy.tasks.base import Interface, TaskData
-from bitalloy.tasks.evaluate import open_labelled
+from bitalloy.tasks.observing import open_labelled
 
 
 class Letters:
@@ -153,7 +153,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str,
 def test_images_are_evaluated_as_the_user_prepares_them(inputs: Any, tmp_path: Path, stopped: Any) -> None:
     options = RunOptions(image={"scale": 1.0, "mean": (0.5,), "fit": "stretch"})
     prepared = prepare(
-        inputs.detector, out=tmp_path, data=inputs.labels.parent / "images", labels=inputs.labels, options=options
+        inputs.detector, out=tmp_path, data=inputs.labels.parent / "images", evaluate=inputs.labels, options=options
     )
     image = stopped(prepared)["image"]
     assert (image.scale, image.mean, image.fit) == (1.0, (0.5, 0.5, 0.5), "stretch")
@@ -164,11 +164,11 @@ def test_images_are_evaluated_as_the_user_prepares_them(inputs: Any, tmp_path: P
 
 
 def test_without_options_the_task_prepares_images(inputs: Any, tmp_path: Path, stopped: Any) -> None:
-    prepared = prepare(inputs.detector, out=tmp_path, data=inputs.scenes, labels=inputs.labels)
+    prepared = prepare(inputs.detector, out=tmp_path, data=inputs.scenes, evaluate=inputs.labels)
     assert stopped(prepared)["image"] is None
 
 
 def test_labels_that_do_not_fit_are_refused_before_the_analysis(inputs: Any, tmp_path: Path, stopped: Any) -> None:
-    prepared = prepare(inputs.detector, out=tmp_path, data=inputs.scenes, labels=[inputs.labels, inputs.labels])
+    prepared = prepare(inputs.detector, out=tmp_path, data=inputs.scenes, evaluate=[inputs.labels, inputs.labels])
     with pytest.raises(DataError, match="same metrics"):
         pipeline.deliver(prepared, budget=bitalloy.Budget(min_sqnr_db=10))

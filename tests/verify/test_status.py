@@ -148,7 +148,8 @@ def test_drops_are_judged_by_their_interval_and_the_first_metric_by_its_place() 
             assert (limit.verdict, limit.metric, limit.got) == (verdict, "AP50-95", 0.004), asked
             assert bool(limit.reason) == (verdict == "undecided")
     without = only(judged(budget=Budget(max_drop={"AP50": 0.5})))  # has no paired resamples
-    assert (without.verdict, without.got) == ("undecided", None)
+    assert (without.verdict, without.interval) == ("undecided", None)
+    assert without.got == pytest.approx(0.003) and "within the limit as measured" in without.reason
 
 
 def test_only_losses_beyond_noise_that_no_limit_covers_are_warned_of() -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
     from bitalloy.core.plans import Budget
@@ -22,6 +24,29 @@ if TYPE_CHECKING:
 Arguments = TypeVar("Arguments")
 MOST_COUNT, MOST_PROBES, MOST_SEED = 2**31 - 1, 10_000, 2**63 - 1
 """Largest numbers of samples, of probes in each, and of a seed."""
+
+
+LabelFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--eval",
+        exists=True,
+        help="Labels of the model's task, such as a COCO annotation file or questions as JSON lines: measure "
+        "float, INT8 and mixed on them. May be given more than once.",
+    ),
+]
+"""Option for files of labels."""
+OwnMetric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:NAME",
+        help="A metric of your own in place of --eval: a function of a session, used as an ONNX Runtime session, "
+        "that returns a number or several by name; or a bitalloy.Metric with labels, which gives paired intervals. "
+        "The module is looked up in the current folder too, and its code is executed as it is: only name what you "
+        "trust.",
+    ),
+]
+"""Option for a metric of the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +66,8 @@ class ModelArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpeningArguments:
-    """Options that say how the model and its images are opened."""
+class SizeArguments:
+    """Options for the sizes of a model's inputs, and for the preparation of its images."""
 
     shape: Annotated[
         list[str] | None,
@@ -56,16 +81,6 @@ class OpeningArguments:
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None
     layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`. Default: inferred.")] = None
     fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`. Default: inferred.")] = None
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Checkpoint of a model to export: file, folder, hub repository, or `random`. Default: the published "
-            "one."
-        ),
-    ] = None
-    trust_checkpoint: Annotated[
-        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
-    ] = False
 
     def check(self) -> None:
         """Refuse malformed options before the model is read."""
@@ -79,8 +94,6 @@ class OpeningArguments:
         return RunOptions(
             shapes=shapes[0],
             image=image,
-            checkpoint=self.checkpoint,
-            trust_checkpoint=self.trust_checkpoint,
             limit=limit,
         )
 
@@ -93,6 +106,27 @@ class OpeningArguments:
 
         image = options.image(self.scale, self.mean, self.std, self.layout, self.fit)
         return options.shapes(self.shape or []), image
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningArguments(SizeArguments):
+    """Options that say how the model and its images are opened."""
+
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint of a model to export: file, folder, hub repository, or `random`. Default: the published "
+            "one."
+        ),
+    ] = None
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="Open a checkpoint of pickled objects, in a process of its own.")
+    ] = False
+
+    def options(self, limit: int | None) -> RunOptions:
+        """Return the options as the pipeline takes them; at most `limit` labelled images are evaluated."""
+        known = super().options(limit)
+        return replace(known, checkpoint=self.checkpoint, trust_checkpoint=self.trust_checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,13 +353,15 @@ class RunArguments:
             "proven that the model keeps it.",
         ),
     ] = False
-    evaluate: Annotated[
-        list[Path] | None,
+    evaluate: LabelFiles = None
+    metric: OwnMetric = None
+    preprocess: Annotated[
+        str | None,
         typer.Option(
-            "--eval",
-            exists=True,
-            help="Labels of the model's task, such as a COCO annotation file or questions as JSON lines: measure "
-            "float, INT8 and mixed on them. May be given more than once.",
+            metavar="MODULE:NAME",
+            help="A function of your own that makes of each image of --data (RGB, as Pillow reads it), or of the "
+            "arrays of each .npz, what the model takes: an array, or a dict by input name. Its code is executed as "
+            "that of --metric.",
         ),
     ] = None
     effort: Annotated[
@@ -345,6 +381,25 @@ class RunArguments:
     analysis: AnalysisArguments
     opening: OpeningArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
+
+    def evaluation(self) -> Any:
+        """Return what models are evaluated with, see `evaluated_with`."""
+        return evaluated_with(self.metric, self.evaluate)
+
+    def preparation(self) -> Any:
+        """Return the function that prepares samples; None without one.
+
+        Raises:
+            BitalloyError: it is not found, or nothing can be called.
+        """
+        from bitalloy.cli import options
+
+        found = options.named_object("--preprocess", self.preprocess)
+        if found is not None and not callable(found):
+            raise BitalloyError(f"--preprocess is '{self.preprocess}', which is {type(found).__name__}, no function.")
+        if found is not None and self.model.data is None:
+            raise BitalloyError("--preprocess prepares samples of --data. Give both.")
+        return found
 
     def budget(self, float_bytes: int) -> Budget:
         """Return the budget with all limits, task metrics included, see `BudgetArguments.budget`."""
@@ -406,6 +461,32 @@ class SensitivityArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Arguments of `bitalloy evaluate`."""
+
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help=".onnx files, folders with a program.json, or names of samples; the others are compared with the "
+            "first.",
+        ),
+    ]
+    evaluate: LabelFiles = None
+    metric: OwnMetric = None
+    limit: Annotated[int | None, typer.Option(min=1, max=MOST_COUNT, help="Largest number of samples to evaluate.")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of all random choices.")] = 0
+    opening: SizeArguments
+    json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False
+
+    def evaluation(self) -> Any:
+        """Return what models are evaluated with, see `evaluated_with`."""
+        return evaluated_with(self.metric, self.evaluate)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanArguments:
     """Arguments of `bitalloy plan`."""
 
@@ -413,6 +494,19 @@ class PlanArguments:
     limits: BudgetArguments
     front: Annotated[bool, typer.Option("--front", help="Print the plans of the Pareto front, not the units.")] = False
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False
+
+
+def evaluated_with(metric: str | None, labels: Sequence[Path] | None) -> Any:
+    """Return files of labels, or the metric of the user's own.
+
+    Raises:
+        BitalloyError: both are given, or the metric is not found.
+    """
+    from bitalloy.cli import options
+
+    if metric is not None and labels:
+        raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
+    return labels if metric is None else options.named_object("--metric", metric)
 
 
 def collected(record: type[Arguments]) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:

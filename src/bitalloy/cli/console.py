@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN_LINES = 40
+REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
+"""Exit codes: of a command that the user must correct, of limits that are not proven to be kept where that was asked
+for, of limits that no plan keeps, and of a command that was interrupted."""
 
 
 class Output:

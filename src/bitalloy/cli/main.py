@@ -12,9 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from bitalloy import __version__
-from bitalloy.cli import look
+from bitalloy.cli import gates, look
 from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
-from bitalloy.cli.console import SHOWN_LINES, Bars, error_console, out_console
+from bitalloy.cli.console import (
+    INTERRUPTED,
+    MISSED,
+    REFUSED,
+    SHOWN_LINES,
+    UNREACHABLE,
+    Bars,
+    error_console,
+    out_console,
+)
 from bitalloy.core.errors import BitalloyError, UnreachableError
 
 if TYPE_CHECKING:
@@ -28,10 +37,6 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
-REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
-"""Exit codes: of a command that the user must correct, of limits that are not proven to be kept where that was asked
-for, of limits that no plan keeps, and of a command that was interrupted."""
-
 
 TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 """Tone of a verdict, see `report.figures` -> its colour."""
@@ -103,6 +108,8 @@ def run_command(asked: RunArguments) -> None:
 
       bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json   in points of AP50-95
 
+      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01   your own metric
+
       bitalloy run model.onnx --data images/ --latency 0.7x --keep fp32:'neck*' --keep int8:'backbone/model.{4..8}'
 
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
@@ -111,6 +118,7 @@ def run_command(asked: RunArguments) -> None:
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
     asked.opening.check()
     _refuse_broken(asked.model.model)
+    evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.pipeline.prepare import prepare
 
@@ -118,7 +126,13 @@ def run_command(asked: RunArguments) -> None:
     with Bars() as bars:
         options = replace(asked.opening.options(limit), progress=bars)
         prepared = prepare(
-            model.model, out=model.out, data=model.data, labels=asked.evaluate, seed=settings.seed, options=options
+            model.model,
+            out=model.out,
+            data=model.data,
+            evaluate=evaluate,
+            preprocess=preprocess,
+            seed=settings.seed,
+            options=options,
         )
         # what cannot be taken is refused before the rest is imported, which takes seconds
         from bitalloy.core.effort import effort_named
@@ -195,7 +209,7 @@ def _figures(verified: Verified) -> Table:
     for head, pair in summary.kl_nats.items():
         row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
     for name, metric in summary.metrics.items():
-        row(f"{name} (n={metric.reference.n})", metric, lambda m: f"{m.value:.4f}")
+        row(f"{name} (n={metric.reference.n})" if metric.reference.n else name, metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():
         row(f"size of {name}, MB", part, lambda v: f"{v / 1e6:.2f}")
     return table
@@ -381,6 +395,9 @@ def export_command(
 for _name, _command in (
     ("models", look.models_command),
     ("targets", look.targets_command),
+    ("check", gates.check_command),
+    ("diff", gates.diff_command),
+    ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
     ("doctor", look.doctor_command),
 ):

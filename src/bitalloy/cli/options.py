@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from bitalloy.core.errors import BitalloyError
-from bitalloy.core.plans import FIRST, Keep
+from bitalloy.core.plans import FIRST, Keep, number_with_unit
 from bitalloy.core.records import Workload
 from bitalloy.core.schemes import BASELINE
 
@@ -29,7 +32,7 @@ def latency(text: str | None) -> tuple[float | None, float | None]:
     """
     if text is None:
         return None, None
-    number, unit = _split(text, "--latency", "0.7x or 12ms", ("x", "ms"))
+    number, unit = number_with_unit(text, "--latency", "0.7x or 12ms", ("x", "ms"))
     return (number, None) if unit == "x" else (None, number)
 
 
@@ -41,7 +44,7 @@ def size(text: str | None, float_bytes: int) -> int | None:
     """
     if text is None:
         return None
-    number, unit = _split(text, "--size", "8MB or 0.5x", ("x", *BYTE_UNITS))
+    number, unit = number_with_unit(text, "--size", "8MB or 0.5x", ("x", *BYTE_UNITS))
     return int(min(number * (float_bytes if unit == "x" else BYTE_UNITS[unit]), MOST_BYTES))
 
 
@@ -259,6 +262,34 @@ def image(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def named_object(option: str, text: str | None) -> Any:
+    """Import what `module:name` stands for, with the current folder searched too; the module's code is executed.
+
+    >>> named_object("--metric", "math:sqrt")(9.0)
+    3.0
+    """
+    if text is None:
+        return None
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise BitalloyError(f"{option} is '{text}'; expected module:function, such as my_metrics:accuracy.")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and one that it imports is not
+        raise BitalloyError(
+            f"{option} is '{text}', and there is no module '{error.name}', neither installed nor in '{here}'."
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not hasattr(found, name):
+        raise BitalloyError(f"{option} is '{text}', and the module '{module}' ({found.__file__}) has no '{name}'.")
+    return getattr(found, name)
+
+
 def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool, evaluate: bool) -> None:
     """Refuse options of `sensitivity` that contradict each other."""
     if metric != evaluate:
@@ -285,11 +316,3 @@ def _named(option: str, texts: Sequence[str], expected: str) -> dict[str, float]
             raise BitalloyError(f"{option} is given twice for the same: '{text}' is the second. Give it once.")
         found[name] = value
     return found
-
-
-def _split(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    known = {u.lower(): u for u in units}
-    if match is None or match.group(2).lower() not in known or not 0 < float(match.group(1)) < math.inf:
-        raise BitalloyError(f"{option} is '{text}'; expected a number with a unit, such as {example}.")
-    return float(match.group(1)), known[match.group(2).lower()]

@@ -26,13 +26,22 @@ class MetricComparison(Record, frozen=True, kw_only=True):
     mixed: MetricValue
     single: MetricValue | None = None
     drop_lowest: Estimate | None = msgspec.field(name=f"drop_{LOWEST}", default=None)
-    """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no paired resamples."""
+    """float - lowest, with a paired 95 % bootstrap interval; None where the metric has no values of single samples, so
+    that its error is unknown."""
     drop_mixed: Estimate | None = None
     drop_single: Estimate | None = None
     against_float: bool = False
     """Whether it compares with the float model, and not with labels."""
     agreement: bool = False
     """Whether it is a part in 0..1 of what float says that a model says too."""
+    higher_is_better: bool = True
+    """Whether a lower value than that of float is a loss."""
+
+    @property
+    def lost(self) -> float:
+        """How much worse the mixed model is than float, as measured."""
+        sign = 1.0 if self.higher_is_better else -1.0
+        return sign * (self.reference.value - self.mixed.value)
 
 
 class Comparison(Record, frozen=True, kw_only=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from functools import cached_property
 
 import msgspec
@@ -17,6 +19,28 @@ DROP_CONFIDENCE = 0.8
 """Probability with which a drop of a task metric is to be within its limit, where no other is given."""
 FIRST = "(first)"
 """The name in a budget for the first metric of the task, whatever it is called."""
+
+
+def number_with_unit(text: str, option: str, example: str, units: Sequence[str]) -> tuple[float, str]:
+    """Read a number above 0 with one of some units, whose case does not count.
+
+    Args:
+        text: what to read.
+        option: what it was given as, for the message.
+        example: how it could be written, for the message.
+        units: the units.
+
+    Raises:
+        BudgetError: it is something else.
+
+    >>> number_with_unit("12 MS", "--latency", "12ms", ("x", "ms"))
+    (12.0, 'ms')
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
+    known = {unit.lower(): unit for unit in units}
+    if match is None or match.group(2).lower() not in known or not 0 < float(match.group(1)) < math.inf:
+        raise BudgetError(f"{option} is '{text}'; expected a number with a unit, such as {example}.")
+    return float(match.group(1)), known[match.group(2).lower()]
 
 
 class UnitCost(Record, frozen=True, kw_only=True):
@@ -120,6 +144,8 @@ class Budget(Given, frozen=True, kw_only=True):
     latency_ratio: float | None = None
     """Largest latency as a part of the float model's, e.g. 0.7."""
     latency_ms: float | None = None
+    latency: str | msgspec.UnsetType | None = msgspec.UNSET
+    """Either of them as text, `0.7x` or `12ms`, which is read at once and not kept."""
     size_bytes: int | None = None
     min_sqnr_db: float | None = None
     """Floor on the SQNR of every head."""
@@ -139,6 +165,12 @@ class Budget(Given, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Refuse limits that no arithmetic can carry."""
         super().__post_init__()
+        if isinstance(self.latency, str):
+            if self.latency_ratio is not None or self.latency_ms is not None:
+                raise BudgetError("The budget limits the latency twice. Give latency, latency_ratio or latency_ms.")
+            number, unit = number_with_unit(self.latency, "Budget(latency=...)", "0.7x or 12ms", ("x", "ms"))
+            msgspec.structs.force_setattr(self, "latency_ratio" if unit == "x" else "latency_ms", number)
+        msgspec.structs.force_setattr(self, "latency", msgspec.UNSET)
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
         said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence")}

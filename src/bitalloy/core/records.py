@@ -30,6 +30,8 @@ class Given(Record, frozen=True, kw_only=True):
         """Bring every field to its type, so that equal settings are stored and found as equal."""
         for name, kind in _types(type(self)).items():
             value = getattr(self, name)
+            if value is msgspec.UNSET:
+                continue
             try:
                 known = msgspec.convert(_plain(value), kind)
             except msgspec.ValidationError as error:
@@ -253,6 +255,7 @@ class MetricValue(Record, frozen=True, kw_only=True):
     low: float
     high: float
     n: int
+    """Number of samples; 0 for a metric without values of single samples, of which no interval is known."""
 
 
 class Workload(Given, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ Feeds = dict[str, np.ndarray]
 Headers = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Name -> shape and type of an array."""
 
-_NUMPY_NAMES = {"FLOAT": "float32", "DOUBLE": "float64"}
+NUMPY_NAMES = {"FLOAT": "float32", "DOUBLE": "float64"}
 """Where numpy's name is more than the ONNX name in lower case."""
 
 
@@ -47,7 +47,7 @@ def check_headers(headers: Headers, inputs: tuple[TensorSpec, ...], where: str) 
         raise DataError(f"The keys of {where} are {sorted(headers)}; expected the model's inputs {sorted(expected)}.")
     for name, spec in expected.items():
         shape, kind = headers[name]
-        dtype = _NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
+        dtype = NUMPY_NAMES.get(spec.dtype, spec.dtype.lower())
         if kind.name != dtype or not kind.isnative:
             raise DataError(f"'{name}' of {where} is {kind}, expected {dtype}. Store it with .astype('{dtype}').")
         fits = [have == want for have, want in zip(shape, spec.shape, strict=False) if isinstance(want, int)]
@@ -133,3 +133,11 @@ def read_arrays(path: Path, names: Sequence[str]) -> Feeds:
     if len(names) != 1:
         raise DataError(f"'{path}' holds one array, but the model takes {list(names)}. Store a .npz with these keys.")
     return {names[0]: content}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a .npz file, whose bytes follow from them alone; their names may be any text."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)

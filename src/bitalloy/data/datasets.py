@@ -19,7 +19,8 @@ from bitalloy.core.store import key_of
 from bitalloy.data.arrays import Feeds, check_feeds, check_headers, read_arrays, stored_headers, unstack
 from bitalloy.data.images import IMAGE_SUFFIXES, ImageSpec, file_hash, image_feed, no_image_input, open_image
 
-_ARRAYS = frozenset({".npz", ".npy"})
+ARRAY_SUFFIXES = frozenset({".npz", ".npy"})
+"""Suffixes of files of arrays."""
 
 
 class Dataset(Protocol):
@@ -257,9 +258,9 @@ class FeedFolder(_Files):
     """
 
     def __init__(self, path: Path, inputs: tuple[TensorSpec, ...]) -> None:
-        super().__init__(path, list_files(path, _ARRAYS), inputs, "as stored")
+        super().__init__(path, list_files(path, ARRAY_SUFFIXES), inputs, "as stored")
         if not self._files:
-            raise DataError(f"No arrays in '{path}'; expected {_kinds(_ARRAYS)}, also in subfolders.")
+            raise DataError(f"No arrays in '{path}'; expected {_kinds(ARRAY_SUFFIXES)}, also in subfolders.")
         for file in self._files:
             check_headers(stored_headers(file, [i.name for i in inputs]), inputs, f"'{file}'")
 
@@ -291,18 +292,22 @@ def open_dataset(
     if not path.exists():
         raise DataError(f"'{path}' does not exist. Give a folder of images, a folder of .npz files, or one .npz file.")
     data: Samples
-    if path.is_file() and path.suffix.lower() in _ARRAYS:
+    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
         data = _stacked(path, inputs)
     elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise DataError(f"'{path}' is neither an image nor an array; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}.")
+        raise DataError(
+            f"'{path}' is neither an image nor an array; expected {_kinds(IMAGE_SUFFIXES | ARRAY_SUFFIXES)}."
+        )
     elif list_files(path, IMAGE_SUFFIXES) and image is not None:
         data = ImageFolder(path, inputs, image)
-    elif list_files(path, _ARRAYS):
+    elif list_files(path, ARRAY_SUFFIXES):
         data = FeedFolder(path, inputs)
     elif list_files(path, IMAGE_SUFFIXES):
         raise DataError(f"'{path}' holds images. {no_image_input(inputs)}")
     else:
-        raise DataError(f"'{path}' holds no samples; expected {_kinds(IMAGE_SUFFIXES | _ARRAYS)}, also in subfolders.")
+        raise DataError(
+            f"'{path}' holds no samples; expected {_kinds(IMAGE_SUFFIXES | ARRAY_SUFFIXES)}, also in subfolders."
+        )
     names = [data.name(i) for i in range(len(data))]
     chosen = choose_samples(names, limit=limit, seed=seed)
     found = data if len(chosen) == len(names) else Subset(data, chosen, seed=seed)

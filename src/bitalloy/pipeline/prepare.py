@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
@@ -12,6 +16,7 @@ from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
+from bitalloy.data.handed import HandedSample, Preprocess, handed_samples, store_feeds
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
 from bitalloy.model.graphs.joining import Joined, join
@@ -31,12 +36,17 @@ from bitalloy.tasks.open import (
     takes_prompts,
 )
 
+if TYPE_CHECKING:
+    from bitalloy.tasks.own import Metric, OwnData
+
 SAMPLE_NOTE = (
     "Measured on the embedded sample `shapes` (drawn images), not on your data: give --data for numbers that mean "
     "something for your deployment."
 )
 SAMPLE_IMAGES, DRAWN_IMAGES = 100, 96
 """Images of the embedded sample that are evaluated, and those from which calibration, probing and verification draw."""
+MOST_SAMPLES = 512
+"""Largest number of samples that are read of data in memory."""
 SMALLEST, LARGEST = 64, 640
 """Sides of the images of the embedded sample, in pixels."""
 
@@ -51,6 +61,8 @@ class Prepared:
     """Preparation of images as the user gave it; None where the model's file or its task decides."""
     labels: tuple[Path, ...]
     """Files or folders of labels for the task metric; none where the metric is not measured."""
+    own: OwnData | None = None
+    """What a metric of the user's own is measured on; None without one."""
     images: tuple[Path, ...]
     """Folder of the images that the user gave as data, on which agreement with float is measured without labels; empty
     where there is none, or no task that measures it."""
@@ -75,6 +87,8 @@ class RunOptions:
     """Whether a checkpoint with pickled objects may be opened."""
     limit: int | None = None
     """Largest number of labelled images that are evaluated; None for all."""
+    example_inputs: object = None
+    """Inputs with which a torch module is exported: a tensor, a tuple of its arguments, or a dict by their names."""
     effort: Effort = EFFORTS[USUAL_EFFORT]
     """How much a run measures beyond what its plan needs; its number of probes is that of the settings."""
     progress: Progress = field(default_factory=Silent)
@@ -82,24 +96,31 @@ class RunOptions:
 
 
 def prepare(
-    model: str | Path,
+    model: object,
     *,
     out: str | Path,
-    data: str | Path | None = None,
-    labels: str | Path | Sequence[str | Path] | None = None,
+    data: object = None,
+    evaluate: object = None,
+    preprocess: Preprocess | None = None,
     seed: int = 0,
     options: RunOptions | None = None,
 ) -> Prepared:
     """Find or export a model, open its data, fix its sizes and load it.
 
+    What is given in memory is written into the run directory first, so that everything behind reads files.
+
     Args:
         model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`; a model family's is
-            exported into the run directory, once for each checkpoint.
+            exported into the run directory, once for each checkpoint. Or a model in memory: the bytes of a file, an
+            `onnx.ModelProto`, an `onnx_ir.Model`, or a torch module with `example_inputs` among the options.
         out: run directory.
-        data: samples that look like the real ones: images or .npz feeds; for a program also labels of its task. The
-            embedded sample without it.
-        labels: labels for the task metric; those of the embedded sample where `model` is one of its models and there is
-            neither data nor labels.
+        data: samples that look like the real ones: images or .npz feeds, for a program also labels of its task; or
+            samples in memory, see `bitalloy.data.handed`. The embedded sample without it.
+        evaluate: files of labels for the task metric, or a metric of the user's own: a function of a session, or a
+            `Metric`. The labels of the embedded sample where `model` is one of its models and there is neither this nor
+            data.
+        preprocess: function that makes of an item of the data what the model takes; of a folder of images it gets RGB
+            images of Pillow. It serves the labels of a `Metric` too.
         seed: seed of random weights and of choices among samples.
         options: shapes, preparation of images, checkpoint, and where to show progress.
 
@@ -107,13 +128,14 @@ def prepare(
         BitalloyError: the model, data or run directory cannot be used; the message says what to do.
     """
     options = options or RunOptions()
-    source, given, image = _find(model, options.checkpoint), dict(options.shapes), options.image
-    progress = options.progress
-    if source is None:
-        export = zoo.Options(seed=seed, trust_checkpoint=options.trust_checkpoint)
-        source = _export(str(model), options.checkpoint, export, Workspace(RunDirectory(out), progress))
-    files = [] if labels is None else [Path(labels)] if isinstance(labels, (str, Path)) else [Path(p) for p in labels]
-    folder = Path(out) / "sample"
+    metric, files = evaluation_of(evaluate, preprocess)
+    source, image = _source(model, out, seed, options), options.image
+    notes: tuple[str, ...] = (SAMPLE_NOTE,) if data is None else ()
+    if data is not None and not (isinstance(data, (str, Path)) and preprocess is None):
+        data, notes = _stored(data, source.path, Workspace(RunDirectory(out), options.progress), preprocess, seed)
+    assert data is None or isinstance(data, (str, Path)), "data in memory lies in files now"
+    given, folder = dict(options.shapes), Path(out) / "sample"
+    drawn = source.sample and data is None and not files and metric is None
     if is_program(source.path):
         outline = read_outline(source.path)
         spec = _program_image(outline, image)
@@ -121,36 +143,111 @@ def prepare(
         paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "drawn", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
-        if data is None and not files and source.sample:
+        if drawn:
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
         loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
         store = RunDirectory(out)
         spec = image if image is None or isinstance(image, ImageSpec) else image_spec(loaded, **image)
         samples = open_data(loaded, data, image=spec, seed=seed, sample_folder=folder)
-        if data is None and not files and source.sample:
-            size = int(loaded.info.inputs[0].shape[-1])
-            drawn = write_coco(folder / "validation", count=SAMPLE_IMAGES, seed=seed, size=size)
-            task = find_task(interface_of(loaded))
-            files = [drawn if task is semantic.SEMANTIC else drawn / "instances.json"]
+        if drawn:
+            files = [_drawn_labels(loaded, folder / "validation", seed)]
         samples.feeds(0)  # what cannot be fed is refused before anything is measured
+    own = None if metric is None else _own(metric, loaded, store, options.limit, seed, preprocess)
     return Prepared(
         model=loaded,
         data=samples,
         image=spec if image else None,
         labels=tuple(files),
-        images=() if files or loaded.large else _unlabelled(loaded, data, samples, spec),
-        notes=(SAMPLE_NOTE,) if data is None else (),
-        work=Workspace(store, progress),
+        own=own,
+        images=() if files or own or loaded.large else _unlabelled(loaded, data, samples, spec),
+        notes=notes,
+        work=Workspace(store, options.progress),
         store=store,
     )
+
+
+def evaluation_of(evaluate: object, preprocess: Preprocess | None) -> tuple[Metric | None, list[Path]]:
+    """Tell a metric of the user's own from files of labels.
+
+    Args:
+        evaluate: what the user evaluates with.
+        preprocess: function that prepares samples; labels in files do not go with it.
+
+    Raises:
+        DataError: it is neither of both.
+    """
+    if evaluate is None:
+        return None, []
+    listed = [evaluate] if isinstance(evaluate, (str, Path)) else evaluate
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(one, (str, Path)) for one in listed):
+        from bitalloy.tasks.own import as_metric  # imports scipy, which refusals do not wait for
+
+        return as_metric(evaluate), []
+    if preprocess is not None and listed:
+        raise DataError(
+            "preprocess prepares samples for the model alone, and labels in files are read with their own images. Give "
+            "a metric of your own to evaluate with, or leave out preprocess and describe the images by options."
+        )
+    return None, [Path(one) for one in listed]
+
+
+def _own(
+    metric: Metric, loaded: Graph, store: RunDirectory, limit: int | None, seed: int, preprocess: Preprocess | None
+) -> OwnData:
+    from bitalloy.tasks.own import open_own
+
+    return open_own(metric, loaded, store.cache, most=limit, seed=seed, preprocess=preprocess)
+
+
+def _source(model: object, out: str | Path, seed: int, options: RunOptions) -> zoo.Source:
+    """Find the file or folder of a model, which is exported or written into the run directory where it is not there."""
+    if not isinstance(model, (str, Path)):
+        from bitalloy.zoo.handed import write_handed
+
+        path = write_handed(model, RunDirectory(out).cache, example_inputs=options.example_inputs)
+        return zoo.Source(name=path.stem, path=path, sample=False)
+    found = _find(model, options.checkpoint)
+    if found is not None:
+        return found
+    export = zoo.Options(seed=seed, trust_checkpoint=options.trust_checkpoint)
+    return _export(str(model), options.checkpoint, export, Workspace(RunDirectory(out), options.progress))
+
+
+def _stored(
+    data: object, source: Path, work: Workspace, preprocess: Preprocess | None, seed: int
+) -> tuple[Path, tuple[str, ...]]:
+    """Store samples in memory as feeds, with a note where there were more of them."""
+    store = work.store
+    assert store is not None, "samples go into a run directory"
+    inputs = read_outline(source).open_inputs if is_program(source) else read_interface(source)[0]
+    data = Path(data) if isinstance(data, str) else data
+    samples = handed_samples(data, inputs, most=MOST_SAMPLES, seed=seed, preprocess=preprocess)
+    with work.stage("data", None) as progress:
+        folder = store_feeds((_counted(sample, progress).feeds for sample in samples), store.cache)
+    count = sum(1 for _ in folder.iterdir())
+    if count < MOST_SAMPLES:
+        return folder, ()
+    return folder, (f"Of the data at most {MOST_SAMPLES} samples were read, from which all parts of the run draw.",)
+
+
+def _counted(sample: HandedSample, progress: Progress) -> HandedSample:
+    progress.advance()
+    return sample
+
+
+def _drawn_labels(loaded: Graph, folder: Path, seed: int) -> Path:
+    """The labels of the embedded sample for a model of one graph."""
+    size = int(loaded.info.inputs[0].shape[-1])
+    drawn = write_coco(folder, count=SAMPLE_IMAGES, seed=seed, size=size)
+    return drawn if find_task(interface_of(loaded)) is semantic.SEMANTIC else drawn / "instances.json"
 
 
 def _unlabelled(loaded: Graph, data: str | Path | None, samples: Dataset, image: ImageSpec | None) -> tuple[Path, ...]:
     """Find the folder of images on which agreement can be measured without labels; of a program there is none."""
     if data is None or not isinstance(samples, ImageFolder) or isinstance(loaded, Joined) or not Path(data).is_dir():
         return ()
-    from bitalloy.tasks.evaluate import open_labelled  # imports scipy, which refusals do not wait for
+    from bitalloy.tasks.observing import open_labelled  # imports scipy, which refusals do not wait for
 
     try:
         open_labelled(loaded, [Path(data)], image)
@@ -172,22 +269,31 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
 
 
 def open_data(
-    model: Graph, path: str | Path | None, *, image: ImageChoice = None, limit: int | None = None, seed: int = 0,
-    sample_folder: Path | None = None,
+    model: Graph, data: object = None, *, image: ImageChoice = None, limit: int | None = None, seed: int = 0,
+    sample_folder: Path | None = None, preprocess: Preprocess | None = None,
 ) -> Dataset:  # fmt: skip
-    """Open samples for a model from a folder or file, or the embedded sample where no path is given.
+    """Open samples for a model from a folder or file, from memory, or the embedded sample where nothing is given.
 
     Args:
         model: the model whose inputs the samples must fit.
-        path: images, .npz or .npy; None draws the embedded sample.
+        data: path of images, .npz or .npy; or an array, a dict of arrays, or a list, generator, DataLoader or data set
+            of samples, see `bitalloy.data.handed`, which are stored as files first. None draws the embedded sample.
         image: preparation of images; what is not given comes from the model's file, or is inferred.
-        limit: largest number of samples, which `seed` chooses; None for all.
+        limit: largest number of samples, which `seed` chooses; None for all, of data in memory at most `MOST_SAMPLES`.
         seed: seed of the choice of samples.
-        sample_folder: folder for the images of the embedded sample; needed where no path is given.
+        sample_folder: folder for the images of the embedded sample, where it is needed, or for the samples in memory,
+            which otherwise lie in a temporary folder as long as they are used.
+        preprocess: function that makes of an item of the data what the model takes; of a folder of images it gets RGB
+            images of Pillow.
     """
     spec = image if isinstance(image, ImageSpec) else image_spec(model, **(image or {}))
-    if path is not None:
-        return open_dataset(path, model.info.inputs, image=spec, limit=limit, seed=seed)
+    if isinstance(data, (str, Path)) and preprocess is None:
+        return open_dataset(data, model.info.inputs, image=spec, limit=limit, seed=seed)
+    if data is not None:
+        data = Path(data) if isinstance(data, str) else data
+        most = MOST_SAMPLES if limit is None else limit
+        samples = handed_samples(data, model.info.inputs, most=most, seed=seed, preprocess=preprocess)
+        return _kept(samples, model, sample_folder)
     if spec is None or sample_folder is None:
         raise DataError(
             "The model has no image input, so the embedded sample does not fit. Give --data with .npz feeds."
@@ -200,6 +306,22 @@ def open_data(
         split="train",
     )
     return open_dataset(folder / "images", model.info.inputs, image=spec, limit=limit, seed=seed)
+
+
+def _kept(samples: Iterable[HandedSample], model: Graph, folder: Path | None) -> Dataset:
+    """Store samples in a folder, or in a temporary one that is removed when they are no longer used."""
+    place = folder or Path(tempfile.mkdtemp(prefix="bitalloy-"))
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        stored = store_feeds((sample.feeds for sample in samples), place)
+        found = open_dataset(stored, model.info.inputs, image=None, limit=None, seed=0)
+    except BaseException:
+        if folder is None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    if folder is None:
+        weakref.finalize(found, shutil.rmtree, place, ignore_errors=True)
+    return found
 
 
 def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None:

@@ -12,7 +12,7 @@ from bitalloy.pipeline.prepare import RunOptions, load
 from bitalloy.rewrite.calibrated import original_artefact
 from bitalloy.targets import target
 from bitalloy.tasks.base import Seen, TaskResult
-from bitalloy.tasks.evaluate import Observer, open_labelled
+from bitalloy.tasks.observing import Observer, open_labelled
 from bitalloy.tasks.open import image_spec
 from bitalloy.tasks.resolution import resolution_of, with_limit
 from bitalloy.verify.judging import limits_of

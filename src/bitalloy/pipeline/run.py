@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +24,7 @@ from bitalloy.core.store import RunDirectory
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
+from bitalloy.data.handed import Preprocess
 from bitalloy.measure.cost import measure_cost
 from bitalloy.model.load import Graph
 from bitalloy.pipeline.analyze import analyze
@@ -37,8 +41,8 @@ from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_F
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
 from bitalloy.targets.base import UNASKED
-from bitalloy.tasks.base import image_hashes
-from bitalloy.tasks.evaluate import open_labelled
+from bitalloy.tasks.base import TaskData, image_hashes
+from bitalloy.tasks.observing import open_labelled
 
 DEFAULT_RATIO = 0.7
 CONFIRM_SAMPLES = 4
@@ -46,11 +50,12 @@ CONFIRM_SAMPLES = 4
 
 
 def run(
-    model: str | Path,
+    model: object,
     *,
     out: str | Path,
-    data: str | Path | None = None,
-    labels: str | Path | Sequence[str | Path] | None = None,
+    data: object = None,
+    evaluate: object = None,
+    preprocess: Preprocess | None = None,
     budget: Budget | None = None,
     settings: Settings | None = None,
     options: RunOptions | None = None,
@@ -60,10 +65,16 @@ def run(
     The files of the first target lie in the run directory, those of another in a folder of its name there.
 
     Args:
-        model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`.
+        model: an .onnx file, a folder with a `program.json`, or a name from `bitalloy models`; or a model in memory:
+            bytes, an `onnx.ModelProto`, an `onnx_ir.Model`, or a torch module (with
+            `options=RunOptions(example_inputs=...)`).
         out: run directory; what is stored there already is used again.
-        data: samples that look like the real ones; the embedded sample without it. See `prepare`.
-        labels: labels for the model's task metric, e.g. a COCO annotation file.
+        data: samples that look like the real ones, in files or in memory: an array, a dict of arrays by input name, or
+            a list, generator, DataLoader or data set of arrays, dicts or tuples; the embedded sample without it. See
+            `prepare`.
+        evaluate: files of labels for the model's task metric, e.g. a COCO annotation file; or a metric of your own: a
+            function of a session that returns a number or several by name, or `bitalloy.Metric(function, labels)`.
+        preprocess: function that makes of an item of the data what the model takes.
         budget: limits on latency, size or damage, and what stays in a precision; without limits 0.7x of float's
             latency, or the nearest in reach.
         settings: settings of the analysis.
@@ -73,8 +84,52 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings, options = settings or Settings(), options or RunOptions()
-    prepared = prepare(model, out=out, data=data, labels=labels, seed=settings.seed, options=options)
+    prepared = prepare(
+        model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options
+    )
     return deliver(prepared, budget=budget, settings=settings, limit=options.limit, effort=options.effort)
+
+
+def quantize_model(
+    model: object,
+    data: object,
+    *,
+    evaluate: object = None,
+    preprocess: Preprocess | None = None,
+    example_inputs: object = None,
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+) -> Verified:
+    """Do what `run` does in the shortest way: a model and samples in, the verified mixed-precision model out.
+
+    Args:
+        model: see `run`.
+        data: see `run`.
+        evaluate: see `run`.
+        preprocess: see `run`.
+        example_inputs: inputs with which a torch module is exported.
+        budget: see `run`.
+        out: run directory, which keeps results and the report; without it there is one as long as the result is used.
+
+    Returns:
+        The result; `mixed.save(path)` of it writes the model, `summary.headline` says what it is worth.
+
+    Raises:
+        BitalloyError: see `run`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="bitalloy-")) if out is None else Path(out)
+    options = RunOptions(example_inputs=example_inputs)
+    try:
+        found = run(
+            model, out=folder, data=data, evaluate=evaluate, preprocess=preprocess, budget=budget, options=options
+        )
+    except BaseException:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if out is None:
+        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    return found
 
 
 def deliver(
@@ -90,7 +145,7 @@ def deliver(
     budget = budget or Budget()
     check_budget(prepared, budget, settings or Settings())
     settings = settings or Settings()
-    labels = prepared.labels or prepared.images
+    labels = prepared.own or prepared.labels or prepared.images
     evaluated = _evaluated_images(prepared, limit, settings.seed)
     analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
@@ -114,9 +169,11 @@ def deliver(
 
 def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
     """Open the labels, which refuses what is broken before long work, and hash the images that will be evaluated."""
-    if not prepared.labels:
+    if not prepared.labels and prepared.own is None:
         return frozenset()
-    _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
+    opened: list[TaskData] = [prepared.own] if prepared.own is not None else []
+    if not opened:
+        _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
     return frozenset(chain.from_iterable(image_hashes(data, data.choose(limit, seed)) for data in opened))
 
 
@@ -126,10 +183,11 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
     Raises:
         BitalloyError: a pattern matches nothing, a unit lacks its scheme, or a task metric is limited without labels.
     """
-    if budget.max_drop and not prepared.labels:
+    if budget.max_drop and not prepared.labels and prepared.own is None:
         raise BudgetError(
-            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task; "
-            "or limit --min-agreement, which takes images alone, or --max-drop-db, which takes any samples."
+            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task, "
+            "or --metric (evaluate=) with a metric of your own; or limit --min-agreement, which takes images alone, or "
+            "--max-drop-db, which takes any samples."
         )
     if budget.min_agreement is not None and not prepared.labels and not prepared.images:
         raise BudgetError(
@@ -208,4 +266,4 @@ def render(verified: Verified) -> str:
     return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, audits)
 
 
-__all__ = ["Analysis", "deliver", "publish", "render", "run"]
+__all__ = ["Analysis", "deliver", "publish", "quantize_model", "render", "run"]

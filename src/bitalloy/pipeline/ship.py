@@ -22,6 +22,7 @@ from bitalloy.runtime.artefact import Artefact
 from bitalloy.search.planning import PlanTables
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.tasks.evaluate import Evaluator
+from bitalloy.tasks.own import OwnData
 from bitalloy.tasks.resolution import with_limit
 from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
@@ -65,7 +66,7 @@ def verify(
     analysis: Analysis,
     planned: Planned,
     *,
-    labels: Path | Sequence[Path] | None = None,
+    labels: Path | Sequence[Path] | OwnData | None = None,
     limit: int | None = None,
     image: ImageSpec | None = None,
     effort: Effort = EFFORTS[USUAL_EFFORT],
@@ -86,7 +87,8 @@ def verify(
         analysis: analysis of the model.
         planned: the first plan.
         labels: labels of the model's task (`bitalloy.tasks`), e.g. a COCO annotation file; the task's metrics are
-            measured on the three models where given. Several may be given, such as questions and captions.
+            measured on the three models where given. Several may be given, such as questions and captions; or what a
+            metric of the user's own is measured on.
         limit: largest number of images that are evaluated; None for all.
         image: how their images are prepared; None takes what the model's file says, or else the task's own.
         effort: how much is measured beside the plan itself.
@@ -97,8 +99,8 @@ def verify(
         BudgetError: a task metric is limited that is not measured.
     """
     work = work or Workspace()
-    files = [labels] if isinstance(labels, Path) else list(labels or ())
-    evaluator = Evaluator(analysis, files, limit, work, image) if files else None
+    given = [labels] if isinstance(labels, Path) else labels
+    evaluator = Evaluator(analysis, given, limit, work, image) if given else None
     resolution = evaluator.resolution() if evaluator is not None else ()
     course = VerificationCourse(analysis, planned, work, effort)
     if not course.budget.on_task_alone:

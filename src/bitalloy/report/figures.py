@@ -439,7 +439,8 @@ def _divergences(summary: Summary) -> Iterable[FigureRow]:
 
 def _accuracy(summary: Summary) -> Iterable[FigureRow]:
     def value(one: MetricValue) -> Cell:
-        return Cell(f"{one.value:.4f}", (Note(f"95 % {formats.interval_text(one, 4)}"), Note(f"n = {one.n}")))
+        notes = (Note(f"95 % {formats.interval_text(one, 4)}"), Note(f"n = {one.n}"))
+        return Cell(f"{one.value:.4f}", notes if one.n else (Note("interval unknown"),))
 
     unrounded = {"rewritten": Cell(formats.NONE, (Note("not evaluated: no rounding"),))}
     for name, metric in summary.metrics.items():

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bitalloy.core.checked import Difference, RunDifference
 from bitalloy.core.encoding import to_json
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, GivenRounding, Sensitivity, SensitivityTable
 from bitalloy.core.status import LimitStatus, Status, Verdict
 from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
+from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.metric import MetricTable
 
 
@@ -52,6 +54,47 @@ def status_text(status: Status) -> str:
         return "; ".join(f"{verdict_text(limit).upper()}: {limit_text(limit)}" for limit in open_)
     worst = next(limit for limit in status.limits if limit.verdict == status.verdict)
     return f"{'its limit is' if len(status.limits) == 1 else 'all its limits are'} {verdict_text(worst)}"
+
+
+def difference_text(one: Difference) -> str:
+    """Return a number of two runs, and what their difference means, e.g. `size 4200 after 4000: worse`."""
+    ends = "" if one.difference is None or one.name == "size" else f" ({_difference_words(one.difference)})"
+    reason = f", {one.reason}" if one.reason else ""
+    return f"{one.name} {one.second:.6g} after {one.first:.6g}{ends}: {one.change}{reason}"
+
+
+def _difference_words(found: Estimate) -> str:
+    return f"{found.value:+.4g}, 95 % interval {found.low:+.4g} to {found.high:+.4g}"
+
+
+def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headers, and a line for each number of two runs."""
+    lines: list[tuple[str, ...]] = [
+        (
+            one.name,
+            f"{one.first:.6g}",
+            f"{one.second:.6g}",
+            _difference_words(one.difference) if one.difference is not None and one.name != "size" else "",
+            f"{one.change}{': ' + one.reason if one.reason else ''}",
+        )
+        for one in found.numbers
+    ]
+    return ("", found.first, found.second, "difference", "change"), lines
+
+
+def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headers, and a line for each metric of each model, with its paired drop from the first model."""
+    lines: list[tuple[str, ...]] = []
+    for metric in found.metrics:
+        for model, value in metric.values.items():
+            drop = metric.drops.get(model)
+            told, noise = "", ""
+            if drop is not None:
+                told = f"{drop.value:z.4f} ({interval_words(drop, 4)})"
+                noise = "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
+            spread = interval_words(Estimate(value=value.value, low=value.low, high=value.high), 4) if value.n else ""
+            lines.append((metric.name, model, f"{value.value:.4f}", spread, told, noise))
+    return ("metric", "model", "value", "", "drop", ""), lines
 
 
 def _amount(kind: str, value: float) -> str:

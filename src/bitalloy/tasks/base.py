@@ -96,10 +96,10 @@ class TaskMetric(Record, frozen=True, kw_only=True):
     name: str
     """Name of the metric, e.g. `mIoU`."""
     values: dict[str, MetricValue]
-    """Model -> value of the metric, the reference first; `n` counts images."""
+    """Model -> value of the metric, the reference first; `n` counts images, 0 where their number is not known."""
     drops: dict[str, Estimate]
     """Model other than the reference -> how much worse it is, with a paired 95 % interval. Above 0 is worse also
-    where lower values are better."""
+    where lower values are better. Empty where the metric has no values of single samples: then its error is unknown."""
     higher_is_better: bool = True
     witness: str = ""
     """Name of the metric of agreement with the reference that tells most about this one; empty where there is none."""
@@ -107,6 +107,19 @@ class TaskMetric(Record, frozen=True, kw_only=True):
     """Whether it is a part in 0..1 of what the reference says that a model says too, which needs no labels."""
     draws: dict[str, bytes] = msgspec.field(default_factory=dict)
     """Model other than the reference -> its drop on resamples of the images, (B,) float64; see `drop_draws`."""
+    own: bool = False
+    """Whether it is a metric of the user's own, which needs no witness to be about more than float's answers."""
+
+    @property
+    def against_float(self) -> bool:
+        """Whether it compares with the reference, and not with labels."""
+        return not self.witness and not self.own
+
+    def drop(self, model: str) -> float:
+        """Return how much worse a model is than the reference."""
+        reference, *_ = self.values.values()
+        sign = 1.0 if self.higher_is_better else -1.0
+        return sign * (reference.value - self.values[model].value)
 
     def drop_draws(self, model: str) -> np.ndarray:
         """Return how much worse a model is on B resamples of the images, (B,); NaN where the metric is undefined."""
@@ -256,13 +269,16 @@ class Task(Generic[DataT]):
     """Function that reads labels for a matching model; it raises DataError where they are broken or do not fit."""
     observe: Observe[DataT]
     measure: Measure[DataT]
-    disturb: Disturb
+    disturb: Disturb | None
+    """Function that disturbs what was observed, which tells what samples resolve; None where none is known."""
     disturbance: str
     """What `disturb` does, in words."""
     judge: Judge[DataT] = as_seen
     """Function that judges one model; by default it returns the observations themselves."""
     alone: ObserveAlone[DataT] = nothing_alone
     """Function whose observations are added to those of `observe`; not for one that only runs beside another model."""
+    plain: bool = False
+    """Whether it runs models by their own inputs and outputs, on one sample after the other, each with all cores."""
 
     def evaluate(
         self,

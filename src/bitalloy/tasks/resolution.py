@@ -35,10 +35,12 @@ def resolution_of(
         samples: numbers of the observed samples.
         seed: seed of the disturbances and of the bootstrap.
     """
+    if task.disturb is None or not data.labelled:
+        return ()
     reference, rng = task.judge(seen, data, samples), np.random.default_rng(seed)
     widths: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
-    for _ in range(DISTURBANCES if data.labelled else 0):
+    for _ in range(DISTURBANCES):
         disturbed = task.judge([task.disturb(one, rng) for one in seen], data, samples)
         result = task.measure(
             {"float": reference, "disturbed": disturbed}, data, samples, seed=seed, resamples=RESAMPLES_EACH

@@ -26,8 +26,12 @@ class _Judged:
 
     ratio: float
     """Predicted latency over float."""
-    drops: Mapping[str, MeasuredDrop]
-    """Metric that is limited -> its drop."""
+    drops: Mapping[str, float]
+    """Metric that is limited -> its drop as measured."""
+    known: Mapping[str, MeasuredDrop]
+    """The same with what is known of its error; a metric without values of single samples is missing."""
+    images: int
+    """Number of images that were evaluated."""
     agreements: Mapping[str, float]
     """Metric of agreement that tells about it -> its value."""
     scales: Mapping[str, float]
@@ -69,9 +73,10 @@ class DropJudge:
         doubt = EARLY * (1 - self._budget.confidence)
         for shards in self._evaluator.batches if plan not in self._judged else ():
             self._evaluate(plan, ratio, shards)
-            if not doubt < self.probability(plan) < 1 - doubt:
+            probability = self.probability(plan)
+            if probability is not None and not doubt < probability < 1 - doubt:
                 break
-        return self.probability(plan) >= self._budget.confidence
+        return self.holds(plan)
 
     def complete(self, plan: Plan) -> bool:
         """Evaluate a judged plan on all images, and tell whether some were missing."""
@@ -86,13 +91,34 @@ class DropJudge:
         """Tell whether a plan was evaluated."""
         return plan in self._judged
 
-    def probability(self, plan: Plan) -> float:
-        """Return the probability that a judged plan keeps every limit, as that of the one it keeps least surely."""
-        index = self._place(plan)
+    def holds(self, plan: Plan) -> bool:
+        """Tell whether a judged plan keeps every limit with the budget's confidence.
+
+        Where the error of a metric is unknown, its best estimate decides: no plan is ever sure of such a limit, so this
+        is all that can tell plans apart. The status of the run is undecided then.
+        """
+        probability = self.probability(plan)
+        if probability is None:
+            return self.hopeful(plan)
+        return probability >= self._budget.confidence
+
+    def probability(self, plan: Plan) -> float | None:
+        """Return the probability that a judged plan keeps every limit, as that of the one it keeps least surely.
+
+        None where the error of a limited metric is unknown.
+        """
+        index, known = self._place(plan), self._judged[plan].known
+        if known.keys() != self._limits.keys():
+            return None
         return min((self._drops(name).probability(index, most) for name, most in self._limits.items()), default=1.0)
 
+    def drops(self, plan: Plan) -> dict[str, float]:
+        """Return the best estimate of the drop of every limited metric of a judged plan."""
+        estimates, measured = self.estimates(plan), self._judged[plan].drops
+        return {n: estimates[n].drop.value if n in estimates else measured[n] for n in self._limits}
+
     def estimates(self, plan: Plan) -> dict[str, DropEstimate]:
-        """Return the estimated drop of every limited metric of a judged plan."""
+        """Return the estimated drop of every limited metric of a judged plan whose error is known."""
         index = self._place(plan)
         return {
             name: DropEstimate(
@@ -101,14 +127,15 @@ class DropJudge:
                 probability=round(self._drops(name).probability(index, most), 4),
                 confidence=self._budget.confidence,
                 plans=len(self._judged),
-                images=self._judged[plan].drops[name].images,
+                images=self._judged[plan].images,
             )
             for name, most in self._limits.items()
+            if name in self._judged[plan].known
         }
 
     def hopeful(self, plan: Plan) -> bool:
         """Tell whether the best estimate of a judged plan keeps every limit."""
-        return all(one.drop.value <= one.limit for one in self.estimates(plan).values())
+        return all(drop <= self._limits[name] for name, drop in self.drops(plan).items())
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Return all judged plans in order, each by what is known at last."""
@@ -116,12 +143,12 @@ class DropJudge:
             Evaluation(
                 schemes=plan.counts(),
                 predicted_ratio=round(one.ratio, 4),
-                drops={name: round(one.drops[name].drop, 6) for name in self._limits},
-                kept=self.probability(plan) >= self._budget.confidence,
-                images=max(drop.images for drop in one.drops.values()),
+                drops={name: round(one.drops[name], 6) for name in self._limits},
+                kept=self.holds(plan),
+                images=one.images,
                 agreements={name: round(value, 6) for name, value in one.agreements.items()},
                 estimates={name: found.drop for name, found in self.estimates(plan).items()},
-                probability=round(self.probability(plan), 4),
+                probability=None if (found := self.probability(plan)) is None else round(found, 4),
             )
             for plan, one in self._judged.items()
         )
@@ -132,7 +159,7 @@ class DropJudge:
     def _drops(self, name: str) -> CombinedDrops:
         if name not in self._combined:
             every = list(self._judged.values())
-            self._combined[name] = combined_drops([one.drops[name] for one in every], scale=every[0].scales[name])
+            self._combined[name] = combined_drops([one.known[name] for one in every], scale=every[0].scales[name])
         return self._combined[name]
 
     def _evaluate(self, plan: Plan, ratio: float, shards: int) -> None:
@@ -143,7 +170,11 @@ class DropJudge:
         witnesses = {name: metrics.get(metrics[name].witness) for name in self._limits}
         self._judged[plan] = _Judged(
             ratio=ratio,
-            drops={name: _drop(metrics[name], witnesses[name]) for name in self._limits},
+            drops={name: metrics[name].drop(CANDIDATE) for name in self._limits},
+            known={
+                name: _drop(metrics[name], witnesses[name]) for name in self._limits if CANDIDATE in metrics[name].drops
+            },
+            images=max((metrics[name].values[CANDIDATE].n for name in self._limits), default=0),
             agreements={w.name: w.values[CANDIDATE].value for w in witnesses.values() if w is not None},
             scales={name: _scale(metrics[name]) for name in self._limits},
             shards=shards,
@@ -157,7 +188,7 @@ def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, fl
     Raises:
         BudgetError: it limits a metric that the task does not have, or agreement where the task has none.
     """
-    if FIRST in budget.max_drop and not any(metric.witness for metric in metrics.values()):
+    if FIRST in budget.max_drop and all(metric.against_float for metric in metrics.values()):
         raise BudgetError(
             "--max-drop limits a metric of the labels, and the images have none. Limit --min-agreement, such as 0.98, "
             "or give labels."

@@ -87,7 +87,7 @@ def fastest_that_keeps(
     budget = planned.plan.budget
     if evaluator is None:
         raise BudgetError(
-            "A limit on the drop of a task metric needs labels. Give --eval (labels=...) with the task's."
+            "A limit on the drop of a task metric needs labels. Give --eval (evaluate=...) with the task's."
         )
     whole, judge = planned.cost.all_float_us, DropJudge(evaluator, budget)
     within = _other_limits(planned, budget)
@@ -111,7 +111,7 @@ def fastest_that_keeps(
         (p for p in candidates.values() if p.chosen and judge.judged(p.chosen)), key=lambda p: p.predicted_latency_us
     )
     while True:
-        sure = [p for p in judged if judge.probability(p.chosen) >= budget.confidence]
+        sure = [p for p in judged if judge.holds(p.chosen)]
         found = sure or [p for p in judged if judge.hopeful(p.chosen)][:1] or [last]
         close = [p for p in found[1:] if p.predicted_latency_us <= CLOSE * found[0].predicted_latency_us]
         taken = (found[0], *close[: RIVALS - 1])
@@ -143,8 +143,8 @@ def _first_that_holds(count: int, guess: int, holds: Callable[[int], bool]) -> i
 
 def _allowed_damage(judge: DropJudge, point: ParetoPoint) -> float:
     """Estimate the damage that reaches the limits from the drops of a judged plan; infinite where they hold there."""
-    over = [one for one in judge.estimates(point.chosen).values() if one.drop.value > one.limit]
-    parts = (max(one.limit, 0.0) / one.drop.value if one.drop.value > 0 else 0.0 for one in over)
+    over = [(drop, judge.limits[n]) for n, drop in judge.drops(point.chosen).items() if drop > judge.limits[n]]
+    parts = (max(most, 0.0) / drop if drop > 0 else 0.0 for drop, most in over)
     return min((point.damage * part for part in parts), default=math.inf)
 
 
@@ -190,10 +190,11 @@ def _comparison(metric: TaskMetric) -> MetricComparison:
         reference=metric.values[REFERENCE],
         lowest=metric.values[LOWEST],
         mixed=metric.values[MIXED],
-        drop_lowest=metric.drops[LOWEST],
-        drop_mixed=metric.drops[MIXED],
+        drop_lowest=metric.drops.get(LOWEST),
+        drop_mixed=metric.drops.get(MIXED),
         single=metric.values.get(ONE_SCHEME),
         drop_single=metric.drops.get(ONE_SCHEME),
-        against_float=not metric.witness,
+        against_float=metric.against_float,
         agreement=metric.agreement,
+        higher_is_better=metric.higher_is_better,
     )

@@ -22,6 +22,7 @@ from bitalloy.report.text import interval_words
 SHARE = round(TOLERANCE - 1, 4)
 """Part of a latency limit by which a measured latency may exceed it."""
 ESTIMATED, UNMEASURED = "estimated, not measured", "not measured"
+UNKNOWN_ERROR = "the metric is one number for a whole model, whose error is unknown"
 
 
 def status_of(summary: Summary) -> Status:
@@ -32,7 +33,8 @@ def status_of(summary: Summary) -> Status:
     Case 2. Size: exact.
     Case 3. SQNR: the measured value against the floor. Its interval is shown, and decides nothing.
     Case 4. Drop of a task metric, and lost agreement: by the probability that it is within the limit, see
-            `chance_verdict`; where plans were judged by it, by labels and agreement together (`DropEstimate`).
+            `chance_verdict`; where plans were judged by it, by labels and agreement together (`DropEstimate`). Where
+            its error is unknown, it is undecided.
     Case 5. A metric of the labels without a limit that drops by more than its noise (the interval lies above 0): a
             warning.
 
@@ -113,14 +115,22 @@ def _drops(summary: Summary) -> Iterator[LimitStatus]:
         drop = found.drop_mixed if found is not None else None
         if estimate is not None:
             drop = estimate.drop
-        chance = None if drop is None else chance_within(drop, most) if estimate is None else estimate.probability
+        chance = None if drop is None else chance_within(drop, most)
+        if estimate is not None and estimate.limit == most:
+            chance = estimate.probability
         verdict, reason = _judged_drop(chance, summary.budget.confidence)
+        got = None if drop is None else drop.value
+        if drop is None and found is not None:
+            got, reason = (
+                found.lost,
+                f"{'within' if found.lost <= most else 'beyond'} the limit as measured, but {UNKNOWN_ERROR}",
+            )
         yield LimitStatus(
             name=f"drop of {metric}",
             kind=kind,
             metric=metric,
             asked=most,
-            got=None if drop is None else drop.value,
+            got=got,
             interval=drop,
             verdict=verdict,
             reason=reason,

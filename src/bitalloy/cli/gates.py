@@ -1,0 +1,198 @@
+"""Commands on finished runs: gates for continuous integration, and what differs between two runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitalloy.cli.arguments import EvaluateArguments, collected
+from bitalloy.cli.console import MISSED, SHOWN_LINES, Bars, error_console, out_console
+from bitalloy.core.errors import BitalloyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitalloy.core.checked import CheckedRun
+    from bitalloy.core.plans import Budget
+
+
+def check_command(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished `bitalloy run`.")],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of another finished run, e.g. that of the main branch: the run may not be worse by more "
+            "than noise in latency over float, size or the drops of its metrics (without metrics in SQNR)."
+        ),
+    ] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest drop of a metric that the run measured, as in `bitalloy run`: `accuracy=0.01`."),
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="Largest latency: `0.7x` of float's, or `12ms`. Met up to 5 % beyond it.")
+    ] = None,
+    allow_undecided: Annotated[
+        bool,
+        typer.Option(
+            "--allow-undecided", help="Pass where the measurement does not tell, such as for one number per model."
+        ),
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="File for the result as JUnit XML.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tell whether a finished run keeps limits, from its files alone: a gate for CI.
+
+    Without --max-drop and --max-latency the limits count that the run was made for, or with --baseline none. On GitHub
+    failures are annotated, and a table is added to the summary of the step.
+
+    Exit code 0: passed; 2: the command must be corrected; 3: a limit is missed or undecided, or the run is worse than
+    its baseline.
+
+    For example:
+
+      bitalloy check runs/last --max-latency 0.7x --max-drop accuracy=0.01 --junit check.xml
+
+      bitalloy check runs/new --baseline runs/main
+    """
+    budget = _limits(max_drop or [], max_latency)
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.check import check_run
+    from bitalloy.report.ci import junit_xml
+
+    found = check_run(run_directory, budget=budget, baseline=baseline, allow_undecided=allow_undecided)
+    if junit is not None:
+        _write(junit, junit_xml(found))
+    _tell_github(found)
+    if json_output:
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
+    else:
+        _show_check(found)
+    if not found.passed:
+        error_console.print(found.reason, style="red", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(MISSED)
+
+
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Directory of a finished run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Directory of another one.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Tell how two finished runs differ: numbers, and whether by more than noise, plans, versions and data.
+
+    Example: bitalloy diff runs/main runs/new
+    """
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.check import diff_runs
+    from bitalloy.report.text import difference_table
+
+    found = diff_runs(first, second)
+    if json_output:
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
+        return
+    if not found.same_model:
+        out_console.print("The runs are of different models.", style="yellow")
+    if not found.same_target:
+        out_console.print("The runs are for different targets.", style="yellow")
+    _show_table(*difference_table(found))
+    told = [f"{unit.unit}: {unit.first or 'absent'} -> {unit.second or 'absent'}" for unit in found.units]
+    told = [f"{len(told)} units are in another scheme.", *told[:SHOWN_LINES]]
+    told += [f"{len(found.units) - SHOWN_LINES} more with --json."] * (len(found.units) > SHOWN_LINES)
+    told += [f"{name} {before or 'absent'} -> {after or 'absent'}" for name, (before, after) in found.versions.items()]
+    told += [
+        f"Data of {name}: {before.name}, {before.count} samples -> {after.name}, {after.count} samples"
+        for name, (before, after) in found.data.items()
+    ]
+    for line in told:
+        out_console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+@collected(EvaluateArguments)
+def evaluate_command(asked: EvaluateArguments) -> None:
+    """Evaluate model files side by side, each paired with the first, without an analysis.
+
+    The files are executed as they are, so what a tool made of a model is compared with the model on the same samples.
+
+    For example:
+
+      bitalloy evaluate yolo11n.onnx runs/last/mixed.onnx other_int8.onnx --eval instances.json
+
+      bitalloy evaluate model.onnx mixed.onnx --metric my_metrics:accuracy --json
+    """
+    evaluate, sources = asked.evaluation(), asked.opening
+    sources.check()
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.evaluate import evaluate_models
+    from bitalloy.report.text import evaluation_table
+
+    with Bars() as bars:
+        options = replace(sources.options(asked.limit), progress=bars)
+        found = evaluate_models(asked.models, evaluate, seed=asked.seed, options=options)
+    if asked.json_output:
+        sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
+        return
+    for one in found:
+        header, lines = evaluation_table(one)
+        _show_table(header, lines)
+        for note in one.notes:
+            out_console.print(note, style="yellow", soft_wrap=True, markup=False, highlight=False)
+
+
+def _show_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*map(escape, header))
+    for line in lines:
+        table.add_row(*map(escape, line))
+    out_console.print(table)
+
+
+def _limits(drops: list[str], latency: str | None) -> Budget | None:
+    if not drops and latency is None:
+        return None
+    from bitalloy.cli import options
+    from bitalloy.core.plans import Budget, number_with_unit
+
+    found: dict[str, float] = {}
+    if latency is not None:
+        number, unit = number_with_unit(latency, "--max-latency", "0.7x or 12ms", ("x", "ms"))
+        found["latency_ratio" if unit == "x" else "latency_ms"] = number
+    return Budget(**found, max_drop=options.drops(drops))  # type: ignore[arg-type]
+
+
+def _show_check(found: CheckedRun) -> None:
+    from bitalloy.report.text import difference_text, limit_text, verdict_text
+
+    lines = [f"{verdict_text(one)}: {limit_text(one)}" for one in found.limits]
+    lines += map(difference_text, found.against)
+    for line in (*lines, "Passed." if found.passed else "Not passed."):
+        out_console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _tell_github(found: CheckedRun) -> None:
+    """Annotate failures and add to the summary of the step, where GitHub runs the command."""
+    from bitalloy.report.ci import check_markdown, failure_annotations
+
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in failure_annotations(found):
+            sys.stderr.write(line + "\n")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(check_markdown(found))
+        except OSError as error:
+            raise BitalloyError(f"The step summary '{summary}' cannot be written: {error.strerror}.") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise BitalloyError(f"'{path}' cannot be written: {error.strerror}. Give another --junit.") from error
