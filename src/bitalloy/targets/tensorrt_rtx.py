@@ -33,7 +33,7 @@ import onnx_ir as ir
 from bitalloy.core.schemes import Granularity
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, static_shape
-from bitalloy.runtime.tensorrt_rtx import CAPABILITIES
+from bitalloy.runtime.tensorrt_rtx import CAPABILITIES, missing_compiler
 from bitalloy.targets.base import Core, Offer
 from bitalloy.targets.patterns import stored_sizes
 from bitalloy.targets.tensorrt import TENSORRT
@@ -91,7 +91,7 @@ TENSORRT_RTX = replace(
     match=_match,
     half_sums=True,
     native=None,
-    missing=str,
+    missing=missing_compiler,
     capabilities=frozenset(CAPABILITIES),
     least_capability={"int8": 80},
 )
