@@ -28,9 +28,10 @@ from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
+from bitalloy.verify.shipped import MeasuredPlan
 from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.steadiness import steadiness_of
-from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
+from bitalloy.verify.summary import expected, predicted_sqnr, summarize_run
 
 
 @dataclass(frozen=True)
