@@ -158,3 +158,19 @@ def test_a_ratio_lies_between_what_a_device_may_do(tmp_path: Path) -> None:
     for plan in (half, Plan()):
         same = ratio_interval(graph, units, device.device, plan, plan)
         assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_rounding_apart_costs_a_kernel_that_reads_the_sums(tmp_path: Path) -> None:
+    """2 bytes of every sum are read and 1 is written, in a kernel that starts by itself; other schemes pay nothing."""
+    net = Network(1)
+    y = net.op("Conv", "x", net.constant(np.ones((64, 32, 1, 1), np.float32)))
+    onnx.save(net.model({"x": (1, 32, 100, 100)}, {net.op("Relu", y): (1, 64, 100, 100)}), tmp_path / "net.onnx")
+    graph, found = load_graph(tmp_path / "net.onnx"), {}
+    for name in ("tensorrt", "tensorrt-rtx"):
+        device = target(name)
+        units = split(graph, device, find_heads(graph))
+        costs = estimate_costs(graph, units, A10, rounds_apart=device.rounds_apart)
+        found[name] = next(u.us for u in costs.units if "Conv" in u.unit)
+    apart = {scheme: us - found["tensorrt"][scheme] for scheme, us in found["tensorrt-rtx"].items()}
+    assert apart["int8"] == pytest.approx(A10.start_us + 640_000 * 3 / A10.bytes_per_second * 1e6, abs=2e-3)
+    assert apart["fp32"] == apart["fp16"] == 0

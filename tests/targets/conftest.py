@@ -288,7 +288,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
     plan = PLANS.get((name, case), UnitGraph.lowest)(units)
     made = write_plan(graph, Recipe(units, device, ranges), plan)
-    if device.half_sums:
+    if device.rounds_apart:
         halve_sums(made.model)
     return Rewritten(graph, units, plan, made.model, feeds, device, ranges)
 

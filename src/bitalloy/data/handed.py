@@ -307,7 +307,7 @@ def _typed(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
         return array
     if array.dtype.kind == "f" and wanted in ("float16", "float32", "float64"):
         return array.astype(wanted)
-    if array.dtype.kind in "iu" and wanted.removeprefix("u") in ("int8", "int16", "int32", "int64"):
+    if array.dtype.kind in "iu" and wanted.removeprefix("u").startswith("int"):
         cast = array.astype(wanted)
         if np.array_equal(cast, array):
             return cast

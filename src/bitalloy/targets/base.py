@@ -111,8 +111,9 @@ class Target:
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
-    half_sums: bool = False
-    """Whether kernels of rounded numbers write FP16 where the graph says so: see `rewrite.sums`."""
+    rounds_apart: bool = False
+    """Whether a kernel of its own rounds behind every convolution or product of rounded numbers, which itself writes
+    FP16 where the graph says so: see `rewrite.sums`."""
     compiled: bool = False
     """Whether TensorRT for RTX compiles its models, which tells what kernels read without the device."""
     capabilities: frozenset[int] = frozenset()

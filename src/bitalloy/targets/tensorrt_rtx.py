@@ -89,7 +89,7 @@ TENSORRT_RTX = replace(
     "with --schemes BF16, and products in w4, w4-128 (INT4 weights alone); compiled here where it is installed",
     offers=tuple(map(_offered, TENSORRT.offers)),
     match=_match,
-    half_sums=True,
+    rounds_apart=True,
     native=None,
     missing=missing_compiler,
     capabilities=frozenset(CAPABILITIES),
