@@ -49,9 +49,9 @@ def plans_of(ready: Calibrated, seed: int) -> Iterator[tuple[str, Plan]]:
             lowered = dict(half.listed) | dict.fromkeys(units.able(name), name)
             yield f"all {name.upper()}, rest FP16", Plan(lowered)
     random, chosen = np.random.default_rng(seed), dict(half.listed)
-    for unit in units.able("int8"):
-        if random.random() < 0.5:
-            chosen[unit] = "int8"
+    for unit in units.units:
+        if "int8" in unit.allowed and random.random() < 0.5:
+            chosen[unit.id] = "int8"
     yield "INT8 or FP16, drawn at random", Plan(chosen)
 
 

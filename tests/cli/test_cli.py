@@ -48,7 +48,7 @@ def test_models_and_targets_are_listed(inside: Any) -> None:
     assert "needs the extra [openvino]" in inside("targets").succeeded().out
     listed = json.loads(inside("targets", "--json").succeeded().out)
     assert {t["name"]: t["estimated"] for t in listed} == {
-        "ort-cpu": False, "openvino-cpu": False, "ort-cuda": True, "tensorrt": True,
+        "ort-cpu": False, "openvino-cpu": False, "ort-cuda": True, "tensorrt": True, "tensorrt-rtx": True,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import bitalloy
 from bitalloy.cli.doctor import CORE, NOT_SHOWN, extras
+from bitalloy.runtime import tensorrt_rtx
 
 
 def test_doctor_tells_the_facts_of_this_machine(inside: Any) -> None:
@@ -44,11 +45,13 @@ def test_what_is_missing_comes_with_its_install_line(inside: Any, monkeypatch: p
 
 def test_devices_that_are_not_here_have_a_reason(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(tensorrt_rtx, "PACKAGE", "absent")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     found = {t["name"]: t for t in json.loads(inside("doctor", "--json").succeeded().out)["targets"]}
-    assert [name for name, t in found.items() if t["estimated"]] == ["ort-cuda", "tensorrt"]
+    assert [name for name, t in found.items() if t["estimated"]] == ["ort-cuda", "tensorrt", "tensorrt-rtx"]
     assert "pip install 'bitalloy[tensorrt]'" in found["tensorrt"]["problem"]
     assert "pip install onnxruntime-gpu" in found["ort-cuda"]["problem"]
+    assert "pip install 'bitalloy[tensorrt-rtx]'" in found["tensorrt-rtx"]["problem"]
 
 
 def test_extras_are_those_of_the_package() -> None:

@@ -37,7 +37,7 @@ CASES = {
     "no scheme of any target": (("--schemes", "int3"), ["'int3'", "ort-cpu", "Choose among", "w16", "int8-dynamic"]),
     "a scheme of other targets": (
         ("--schemes", "fp16"),
-        ["'fp16'", "no scheme of ort-cpu", "--target ort-cuda or tensorrt for fp16"],
+        ["'fp16'", "no scheme of ort-cpu", "--target ort-cuda or tensorrt or tensorrt-rtx for fp16"],
     ),
     "the same by pattern": (("--keep", "fp16:/c"), ["'/c' cannot", "ort-cpu has no FP16", "FP32 or INT8", "--target"]),
     "not asked for": (("--keep", "w4:/a"), ["do not use unless --schemes names it", "--schemes int8-dynamic,int8,w4"]),

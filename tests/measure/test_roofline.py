@@ -12,7 +12,9 @@ from tests.conftest import Network
 from tests.small_programs import HEADS, WIDTH, write_language
 
 from bitalloy.core.records import Workload
-from bitalloy.measure.roofline import estimate_costs
+from bitalloy.core.schemes import Plan
+from bitalloy.measure.prices import latency_us
+from bitalloy.measure.roofline import estimate_costs, ratio_interval
 from bitalloy.measure.workload import optimization_profiles, sized_steps, workload_of
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.wiring import load_program
@@ -136,3 +138,39 @@ def test_profiles_of_images_hold_all_sizes_that_are_asked_for(tmp_path: Path) ->
     others: list[dict[str, tuple[int, ...]]] = [{"x": (4, 3, 64, 32)}, {"x": (1, 3, 96, 32)}]
     found = optimization_profiles(graph, {"model": graph.open_model}, None, others)
     assert found == {"model": {"x": ((1, 3, 64, 32), (1, 3, 64, 32), (4, 3, 96, 32))}}
+
+
+def test_a_ratio_lies_between_what_a_device_may_do(tmp_path: Path) -> None:
+    """Two products that wait for arithmetic: at half their peak lowered ones gain nothing; float is not in doubt."""
+    net = Network(1)
+    y = "x"
+    for _ in range(2):
+        y = net.op("MatMul", y, net.constant(np.ones((4096, 4096), np.float32)))
+    onnx.save(net.model({"x": (4096, 4096)}, {net.op("Relu", y): (4096, 4096)}), tmp_path / "net.onnx")
+    graph, device = load_graph(tmp_path / "net.onnx"), target("tensorrt")
+    units = split(graph, device, find_heads(graph))
+    half = Plan.of("fp16", *units.able("fp16"))
+    assert device.device is not None
+    found = ratio_interval(graph, units, device.device, half, Plan())
+    table = estimate_costs(graph, units, device.device)
+    assert found.value == pytest.approx(latency_us(table, units, half) / table.all_float_us, rel=1e-3)
+    assert found.low <= 0.55 and found.high >= 0.95
+    for plan in (half, Plan()):
+        same = ratio_interval(graph, units, device.device, plan, plan)
+        assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_rounding_apart_costs_a_kernel_that_reads_the_sums(tmp_path: Path) -> None:
+    """2 bytes of every sum are read and 1 is written, in a kernel that starts by itself; other schemes pay nothing."""
+    net = Network(1)
+    y = net.op("Conv", "x", net.constant(np.ones((64, 32, 1, 1), np.float32)))
+    onnx.save(net.model({"x": (1, 32, 100, 100)}, {net.op("Relu", y): (1, 64, 100, 100)}), tmp_path / "net.onnx")
+    graph, found = load_graph(tmp_path / "net.onnx"), {}
+    for name in ("tensorrt", "tensorrt-rtx"):
+        device = target(name)
+        units = split(graph, device, find_heads(graph))
+        costs = estimate_costs(graph, units, A10, rounds_apart=device.rounds_apart)
+        found[name] = next(u.us for u in costs.units if "Conv" in u.unit)
+    apart = {scheme: us - found["tensorrt"][scheme] for scheme, us in found["tensorrt-rtx"].items()}
+    assert apart["int8"] == pytest.approx(A10.start_us + 640_000 * 3 / A10.bytes_per_second * 1e6, abs=2e-3)
+    assert apart["fp32"] == apart["fp16"] == 0

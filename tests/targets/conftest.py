@@ -210,7 +210,7 @@ PLANS: dict[tuple[str, str], Callable[[UnitGraph], Plan]] = {
     ("tensorrt", "case9-brain-float"): lambda units: Plan(
         {"/c/Conv": "fp16", "/e/Exp": "bf16", "/p/AveragePool": "bf16", "/y/Conv": "int8"}
     ),
-    ("tensorrt-rtx", "case5-one-block"): lambda units: Plan({"/m/MatMul": "w4", "/y/MatMul": "w4"}),
+    ("tensorrt-rtx", "case5-one-block"): lambda units: Plan({"/m/MatMul": "fp16", "/y/MatMul": "w4"}),
     ("tensorrt-rtx", "case7-ada"): lambda units: Plan({"/c/Conv": "fp8", "/y/Conv": "int8"}),
     ("ort-cuda", "case4-stored-products"): lambda units: Plan(
         {"/m/MatMul": "w4", "/s/Sigmoid": "fp16", "/g/Gemm": "w8"}
@@ -288,7 +288,7 @@ def rewrite(name: str, case: str, folder: Path, pair_limit: int | None) -> Rewri
     ranges = {tensor: (float(f"{low:.3g}"), float(f"{high:.3g}")) for tensor, (low, high) in found.items()}
     plan = PLANS.get((name, case), UnitGraph.lowest)(units)
     made = write_plan(graph, Recipe(units, device, ranges), plan)
-    if device.half_sums:
+    if device.rounds_apart:
         halve_sums(made.model)
     return Rewritten(graph, units, plan, made.model, feeds, device, ranges)
 

@@ -31,7 +31,8 @@ from bitalloy.verify import rounds
 from bitalloy.verify.beside_float import measure_plan
 from bitalloy.verify.headline import unrounded_share
 from bitalloy.verify.rounds import MeasuredStanding, fits_best, missed_size
-from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
+from bitalloy.verify.shipped import MeasuredPlan
+from bitalloy.verify.summary import expected, predicted_sqnr, summarize_run
 
 FLOOR_DB = 5.0
 SIZES = {ONLY: Triple(reference=1, lowest=1, mixed=1)}

@@ -84,7 +84,12 @@ def test_all_columns_speak_of_the_same_model(analysis: Any) -> None:
     sources = [r.source for r in summary.rounds]
     assert sources.count("single") == 1 and summary.single_latency_ratio is None  # estimated
     page = render(verified)
-    assert ">all-FP16</th>" in page and "Plans of one scheme" in page and ">all FP16<" in page
+    assert (
+        ">FP16</th>" in page
+        and page.index(">FP16</th>") < page.index(">mixed</th>")
+        and "Plans of one scheme" in page
+        and ">all FP16<" in page
+    )
     rows = re.findall(r"<tr>\s*<th scope=.row.>(?:File size|Latency, estimated).*?</tr>", page, re.DOTALL)
     assert len(rows) >= 2 and all(row.count("<td") == 4 for row in rows)
 
@@ -108,4 +113,27 @@ def test_under_a_limit_on_a_metric_the_plan_that_was_judged_is_shipped(analysis:
         )
         course.decide(Kept(point, (), judge))
         assert course.best.planned.plan.chosen == chosen
-        assert (course.single == other.plan) == of_one_scheme
+        assert course.single == next(s.plan for s in course.singles if s.format.scheme == "fp16")
+
+
+def test_a_plan_that_is_not_faster_than_half_precision_says_so(analysis: Any) -> None:
+    """A floor that INT8 cannot keep leaves FP16; without one the fastest plan takes less than FP16 does."""
+    kept, faster = (
+        bitalloy.verify(analysis, bitalloy.plan(analysis, Budget(min_sqnr_db=floor))).summary for floor in (50.0, 0.0)
+    )
+    assert kept.usual_scheme == faster.usual_scheme == "fp16"
+    assert kept.usual_latency_ratio is not None and kept.usual_latency_ratio.value > 0.98
+    assert kept.headline.startswith("Keep FP16: ")
+    found = faster.usual_latency_ratio
+    assert found is not None and found.value < 0.98 and found.low < found.value < found.high
+    assert "Keep FP16" not in faster.headline and f"{found.value:.2f}x of FP16's" in faster.headline
+    beside = next(s.predicted_ratio for s in faster.single_formats if s.scheme == "fp16")
+    assert found.value == pytest.approx(faster.predicted_latency_ratio / beside, rel=2e-3)
+
+
+def test_the_usual_budget_is_a_part_of_what_people_have_anyway(inside: Any, inputs: Any) -> None:
+    inside.run(inputs.classifier, "--data", inputs.images, "--target", "tensorrt").succeeded()
+    summary = inside.summary()
+    half = next(s["predicted_ratio"] for s in summary["single_formats"] if s["scheme"] == "fp16")
+    asked = summary["budget"]["latency_ratio"]
+    assert asked == pytest.approx(0.7 * half, abs=1e-3) or "out of reach on NVIDIA" in " ".join(summary["notes"])

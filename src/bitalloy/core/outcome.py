@@ -6,6 +6,7 @@ import msgspec
 
 from bitalloy.core.plans import Budget, SingleFormat
 from bitalloy.core.records import DataInfo, Estimate, GivenRounding, Latency, MetricValue, RangeChoice, Record
+from bitalloy.core.schemes import BASELINE
 from bitalloy.core.status import Status
 
 REFERENCE, LOWEST, MIXED, ONE_SCHEME = "float", "int8", "mixed", "single"
@@ -376,13 +377,19 @@ class Summary(Record, frozen=True, kw_only=True):
     box_overlap: dict[str, Estimate] = msgspec.field(default_factory=dict)
     """Mean IoU of the boxes of matched detections, model with float; empty without a detection task."""
     predicted_latency_ratio_interval: Estimate | None = None
-    """95 % prediction interval of `predicted_latency_ratio`."""
+    """95 % prediction interval of `predicted_latency_ratio`; of an estimate the range of what the device may do, see
+    `measure.roofline.ratio_interval`."""
     latency_ratio_interval: Estimate | None = None
     """95 % interval of the measured `latency_ratio`; None where latency is estimated."""
     lowest_latency_ratio: Estimate | None = msgspec.field(name=f"{LOWEST}_latency_ratio", default=None)
     """The same ratio, with its interval, of the model with all that it can in its lowest scheme."""
     single_latency_ratio: Estimate | None = None
     """The same ratio, with its interval, of the model with all that it can in one scheme."""
+    usual_scheme: str = BASELINE
+    """Scheme in which people run whole models on the target, which the mixed model must beat."""
+    usual_latency_ratio: Estimate | None = None
+    """Latency of the mixed model over that of the model with all that it can in `usual_scheme`, with its interval; of
+    an estimate, see `measure.roofline.ratio_interval`. None where `usual_scheme` is float, or the only one."""
     rewritten_latency_ratio: Estimate | None = None
     """The same ratio, with its interval, of the float model after the graph rewrites of the mixed one: what is gained
     without any rounding."""

@@ -163,6 +163,8 @@ class UnitGraph(Record, frozen=True, kw_only=True, dict=True):
     """All schemes of the target, from the highest precision to the lowest; `BASELINE` first."""
     lacks: dict[str, str] = msgspec.field(default_factory=dict)
     """Scheme that the target does not have, and that people may ask for -> why, and what to do instead."""
+    usual: str = BASELINE
+    """Scheme in which people run whole models on the target, which a plan must beat; `BASELINE` where that is float."""
 
     @cached_property
     def allowed(self) -> dict[str, tuple[str, ...]]:

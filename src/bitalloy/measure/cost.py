@@ -250,7 +250,8 @@ def measure_cost(
             )
 
     def make() -> bytes:
-        table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device, workload)
+        apart = analysis.target.rounds_apart
+        table = timed() if device is None else estimate_costs(analysis.graph, analysis.units, device, workload, apart)
         shared = shared_weights(analysis.graph, analysis.recipe())
         return to_json(with_sizes(table, analysis.units, analysis.artefact, shared=shared, seed=analysis.settings.seed))
 

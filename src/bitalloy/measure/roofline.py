@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import msgspec
 import onnx_ir as ir
 
 from bitalloy.core.plans import BorderCost, CostTable, UnitCost
-from bitalloy.core.records import Workload
+from bitalloy.core.records import Estimate, Workload
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Placement, Unit, UnitGraph
 from bitalloy.formats import find_format, weight_bits
@@ -33,11 +34,15 @@ from bitalloy.targets.base import macs
 from bitalloy.targets.devices import Device
 from bitalloy.targets.placement import all_conversions
 
+SLOW_RATE, DEAR_BORDERS, START_FACTORS = 0.5, 2.0, (0.5, 2.0)
+"""Ends of what is not known of a device, see `ratio_interval`."""
 FLOAT_BYTES, LEAST_WRITTEN = 4.0, 2.0
 """Size of a float32 number; and of the smallest number that a kernel which rounds what it reads hands on."""
 
 
-def estimate_costs(graph: Graph, units: UnitGraph, device: Device, workload: Workload | None = None) -> CostTable:
+def estimate_costs(
+    graph: Graph, units: UnitGraph, device: Device, workload: Workload | None = None, rounds_apart: bool = False
+) -> CostTable:
     """Estimate the cost table of a device that is not here; the table says that it is estimated.
 
     Args:
@@ -45,9 +50,11 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device, workload: Wor
         units: the units of the model on a target of that device.
         device: peak rates.
         workload: what the table prices, from `workload_of`; None for one inference.
+        rounds_apart: whether a kernel of its own rounds behind every convolution or product of rounded numbers, see
+            `Target.rounds_apart`: it starts, reads the FP16 sums and writes rounded numbers.
     """
     steps = sized_steps(graph, workload)
-    rows = tuple(_unit(graph, unit, units, device, steps) for unit in units.units)
+    rows = tuple(_unit(_Priced(graph, units, device, steps, rounds_apart), unit) for unit in units.units)
     elements, count = _crossings(graph, units, steps)
     # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
     start = count * device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
@@ -70,6 +77,48 @@ def estimate_costs(graph: Graph, units: UnitGraph, device: Device, workload: Wor
     )
     pure = {scheme.name: Plan.of(scheme.name, *units.able(scheme.name)) for scheme in units.schemes}
     return msgspec.structs.replace(table, pure_us={n: latency_us(table, units, plan) for n, plan in pure.items()})
+
+
+def ratio_interval(
+    graph: Graph,
+    units: UnitGraph,
+    device: Device,
+    plan: Plan,
+    against: Plan,
+    workload: Workload | None = None,
+    rounds_apart: bool = False,
+) -> Estimate:
+    """Estimate the latency of a plan over that of another, between the ends of what is not known of a device.
+
+    The value takes peak rates as they are. The ends are the least and the largest ratio over all combinations of what
+    data sheets leave open: lowered schemes reach all of their peak, or `SLOW_RATE` of it; borders cost nothing, because
+    they are fused with a kernel beside them, or `DEAR_BORDERS` times a pass through memory; kernels start in half the
+    assumed time, or in twice that. The truth may lie outside: nothing is measured.
+
+    Args:
+        graph: the model.
+        units: the units of the model on a target of that device.
+        device: peak rates.
+        plan: the plan.
+        against: the other plan; an empty one is float.
+        workload: what is priced; None for one inference.
+        rounds_apart: as `estimate_costs` takes it.
+    """
+    found = []
+    for rate, border, start in product((1.0, SLOW_RATE), (0.0, DEAR_BORDERS), START_FACTORS):
+        rates = {n: r * (1.0 if n == BASELINE else rate) for n, r in device.operations_per_second.items()}
+        real = msgspec.structs.replace(device, operations_per_second=rates, start_us=device.start_us * start)
+        table = estimate_costs(graph, units, real, workload, rounds_apart)
+        prices = (
+            msgspec.structs.replace(b, us_per_element=b.us_per_element * border, us=b.us * border)
+            for b in table.borders
+        )
+        table = msgspec.structs.replace(table, borders=tuple(prices))
+        found.append(latency_us(table, units, plan) / latency_us(table, units, against))
+    table = estimate_costs(graph, units, device, workload, rounds_apart)
+    value = latency_us(table, units, plan) / latency_us(table, units, against)
+    low, high = min(value, *found), max(value, *found)
+    return Estimate(value=round(value, 4), low=round(low, 4), high=round(high, 4))
 
 
 def number_bytes(scheme: Scheme) -> float:
@@ -122,9 +171,21 @@ class _Traffic:
         )
 
 
-def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device, steps: Sequence[SizedStep]) -> UnitCost:
+@dataclass(frozen=True)
+class _Priced:
+    """What is priced, and where."""
+
+    graph: Graph
+    units: UnitGraph
+    device: Device
+    steps: Sequence[SizedStep]
+    rounds_apart: bool
+
+
+def _unit(priced: _Priced, unit: Unit) -> UnitCost:
+    graph, units, device = priced.graph, priced.units, priced.device
     rounded = sum(site.elements for site in unit.weights)
-    sized = [(s.times, [s.nodes[name] for name in unit.core if name in s.nodes]) for s in steps]
+    sized = [(s.times, [s.nodes[name] for name in unit.core if name in s.nodes]) for s in priced.steps]
     passes = [(times, _Traffic.of(nodes)) for times, nodes in sized if nodes]
 
     def weight_bytes(scheme: Scheme, weights: int) -> float:
@@ -140,6 +201,9 @@ def _unit(graph: Graph, unit: Unit, units: UnitGraph, device: Device, steps: Seq
             rates = device.operations_per_second  # tables in fewer bits have no rate: nothing is computed
             arithmetic = 2 * one.macs / rates.get(scheme.name, rates[BASELINE])
             total += times * (max(arithmetic, moved / device.bytes_per_second) * 1e6 + device.start_us)
+            if priced.rounds_apart and scheme.rounds and one.macs:
+                again = one.leaving * (LEAST_WRITTEN + size)
+                total += times * (again / device.bytes_per_second * 1e6 + device.start_us)
         return round(total, 3)
 
     known = [units.scheme(name) for name in (BASELINE, *unit.choices)]

@@ -215,15 +215,18 @@ def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Sett
 
 
 def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work: Workspace) -> tuple[Analysis, Planned]:
-    """The plan at 0.7x of float's latency, or near the lowest that the table reaches, with a note that says so."""
+    """The plan at 0.7x of the time that people pay anyway, or near the least that the table reaches, with a note."""
+    before = table.pure_us[analysis.units.usual] / table.all_float_us if analysis.units.usual != BASELINE else 1.0
+    wanted = round(DEFAULT_RATIO * before, 4)
     try:
-        asked = msgspec.structs.replace(budget, latency_ratio=DEFAULT_RATIO)
+        asked = msgspec.structs.replace(budget, latency_ratio=wanted)
         return analysis, plan(analysis, asked, table=table, front=False, work=work)
     except UnreachableError as error:
         if error.reachable_ratio is None:
             raise
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
-        note = f"The default budget of {DEFAULT_RATIO}x is out of reach on this machine; {ratio}x was used instead."
+        where = "on this machine" if analysis.target.device is None else f"on {analysis.target.device.name}"
+        note = f"The default budget of {wanted:.3g}x is out of reach {where}; {ratio}x was used instead."
         asked = msgspec.structs.replace(budget, latency_ratio=ratio)
         planned = plan(analysis, asked, table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned

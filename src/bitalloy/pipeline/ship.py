@@ -28,9 +28,10 @@ from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
+from bitalloy.verify.shipped import MeasuredPlan
 from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.steadiness import steadiness_of
-from bitalloy.verify.summary import MeasuredPlan, expected, predicted_sqnr, summarize_run
+from bitalloy.verify.summary import expected, predicted_sqnr, summarize_run
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,7 @@ def verify(
     course = VerificationCourse(analysis, planned, work, effort)
     if not course.budget.on_task_alone:
         course.search()
-    kept: Kept | None = None
-    if course.budget.on_task:
-        kept = fastest_that_keeps(evaluator, course.completed(), course.peers, course.singles)
-        course.decide(kept)
+    kept = _decided(course, evaluator) if course.budget.on_task else None
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     detailed, best = effort.details and not planned.cost.estimated, course.best
@@ -134,6 +132,13 @@ def verify(
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     return Verified(analysis, final, mixed, summary, course.tables)
+
+
+def _decided(course: VerificationCourse, evaluator: Evaluator | None) -> Kept:
+    """Find the fastest plan that keeps the limits on the task, and take it."""
+    kept = fastest_that_keeps(evaluator, course.completed(), course.peers, course.singles)
+    course.decide(kept)
+    return kept
 
 
 def _judged(kept: Kept | None, resolution: Sequence[Resolution], plan: Plan) -> dict[str, Any]:

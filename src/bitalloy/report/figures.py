@@ -9,6 +9,7 @@ from typing import Any
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Evaluation, Round, Summary, Triple
 from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
+from bitalloy.core.schemes import BASELINE
 from bitalloy.core.status import Status, Verdict
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.prices import latency_us
@@ -107,17 +108,21 @@ def cautions(summary: Summary) -> tuple[str, ...]:
 
 
 def shown_columns(summary: Summary) -> tuple[str, ...]:
-    """Return the fields of `Triple` and its like that have a column, in order."""
-    return tuple(name for name in MODEL_FIELDS if getattr(summary.latency_ms, name) is not None)
+    """Return the fields of `Triple` and its like that have a column, in order: first what people have anyway."""
+    order = MODEL_FIELDS
+    if summary.usual_scheme != BASELINE:
+        order = ("reference", "rewritten", "single", "lowest", "mixed")
+    return tuple(name for name in order if getattr(summary.latency_ms, name) is not None)
 
 
 def model_columns(summary: Summary, units: UnitGraph) -> tuple[str, ...]:
     """Name the models that have a column, as people write them."""
+    single = best_single(summary)
     names = {
         "reference": "float",
         "rewritten": "float, rewritten",
         "lowest": f"all-{units.lowest_name}",
-        "single": f"all-{best_single(summary)}",
+        "single": single if summary.usual_scheme != BASELINE else f"all-{single}",
         "mixed": "mixed",
     }
     return tuple(names[column] for column in shown_columns(summary))
@@ -166,6 +171,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
                 _latency(summary),
                 *_steps(summary),
                 _ratio(summary, predicted_lowest_ratio(units, cost)),
+                *_beside_usual(summary),
                 *_memory(summary),
                 *_sizes(summary),
             ),
@@ -358,6 +364,18 @@ def _ratio(summary: Summary, predicted_lowest: float) -> FigureRow:
     if (plain := summary.rewritten_latency_ratio) is not None:
         cells["rewritten"] = replace(cell(plain.value, plain, None), tone="")
     return _row(summary, "Latency over float", "lower is faster", cells)
+
+
+def _beside_usual(summary: Summary) -> Iterable[FigureRow]:
+    """Yield the row of latency over that of the scheme that people use anyway, where it is not float."""
+    found = summary.usual_latency_ratio
+    if found is None:
+        return
+    note, kind = ("not measured: by peak rates", "may be") if summary.latency_estimated else ("lower is faster", "95 %")
+    known = Note(f"{kind} {formats.interval_text(found, 2)}")
+    mixed = Cell(formats.ratio(found.value), (known,), "bad" if found.value >= 1 else "")
+    single = Cell(formats.ratio(1.0))
+    yield _row(summary, f"Latency over {summary.usual_scheme.upper()}", note, {"single": single, "mixed": mixed})
 
 
 def _memory(summary: Summary) -> Iterable[FigureRow]:

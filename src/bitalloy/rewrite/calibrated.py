@@ -199,7 +199,7 @@ def plan_artefact(graph: Graph, recipe: Recipe, plan: Plan) -> Artefact:
         lower_kernels(part)
     for part in parts.values() if recipe.target.rounds_floats else ():
         keep_floats(part)
-    for part in parts.values() if recipe.target.half_sums else ():
+    for part in parts.values() if recipe.target.rounds_apart else ():
         halve_sums(part)
     for part in parts.values():
         join_twins(part)

@@ -36,7 +36,7 @@ SUMS = "float16"
 """Format of the sums."""
 LEAST_OPSET = 19
 """First version of ONNX's operators whose DequantizeLinear makes FP16."""
-LARGEST, ROOM = float(np.finfo(np.float16).max), 2.0
+LARGEST_SUM, ROOM = float(np.finfo(np.float16).max), 2.0
 TENSOR_EXPONENT = -5
 """Of the scale p, the same for all, so that layers that read one tensor share what reads it."""
 
@@ -108,7 +108,7 @@ class _SumWriter:
         assert stored is not None and step is not None and steps is not None, "checked before"
         channels = _channel_axis(node)
         depth = stored.size // stored.shape[channels]
-        bound = LARGEST / (ROOM * depth * _largest(entry) * _largest(weight))
+        bound = LARGEST_SUM / (ROOM * depth * _largest(entry) * _largest(weight))
         exponent = math.floor(math.log2(bound))
         factor = step.astype(np.float64).reshape(()) * steps.astype(np.float64) / 2.0**exponent
         shape = (-1, *(1,) * (stored.ndim - 2)) if node.op_type == "Conv" and factor.size > 1 else factor.shape

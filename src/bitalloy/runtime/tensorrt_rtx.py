@@ -50,6 +50,11 @@ def has_compiler() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def missing_compiler() -> str:
+    """Return why nothing can be compiled here, with the install line; empty where it can."""
+    return "" if has_compiler() else f"{PACKAGE}, its compiler, is not installed: pip install 'bitalloy[tensorrt-rtx]'"
+
+
 def compiler_version() -> str:
     """Return the installed version.
 

@@ -25,9 +25,10 @@ class SinglePlan:
 def single_plans(problem: Problem, budget: Budget) -> tuple[SinglePlan, ...]:
     """List the plans of one scheme, fastest first by prediction, the best one for a budget marked.
 
-    The best is, of those that keep the limits, the fastest under a floor or a limit on a task metric, and else the one
-    with the least damage; where none keeps them, the fastest. Units that may not run in a scheme stay in the baseline
-    or, where they may not run in that either, in what they must.
+    Where people run whole models of the target in one of the schemes anyway (`UnitGraph.usual`), that one is the best,
+    because it is what a plan must beat. Otherwise it is, of those that keep the limits, the fastest under a floor or a
+    limit on a task metric, and else the one with the least damage; where none keeps them, the fastest. Units that may
+    not run in a scheme stay in the baseline or, where they may not run in that either, in what they must.
 
     Returns:
         Nothing where units have fewer than two schemes to choose from beside the baseline.
@@ -63,6 +64,9 @@ def marked(singles: list[SinglePlan] | tuple[SinglePlan, ...], best: SinglePlan)
 
 
 def _best(found: list[SinglePlan], problem: Problem, budget: Budget, *, bounded: bool) -> SinglePlan:
+    usual = next((single for single in found if single.format.scheme == problem.units.usual), None)
+    if usual is not None:
+        return usual
     within = [single for single in found if single.format.within]
     if not within:
         return found[0]

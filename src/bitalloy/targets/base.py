@@ -111,14 +111,17 @@ class Target:
     """What executes its models on such a device, to be audited there; None where `runtime` does."""
     missing: Callable[[], str] = str
     """Why such a device cannot be used here, with the install line; empty where it can."""
-    half_sums: bool = False
-    """Whether kernels of rounded numbers write FP16 where the graph says so: see `rewrite.sums`."""
+    rounds_apart: bool = False
+    """Whether a kernel of its own rounds behind every convolution or product of rounded numbers, which itself writes
+    FP16 where the graph says so: see `rewrite.sums`."""
     compiled: bool = False
     """Whether TensorRT for RTX compiles its models, which tells what kernels read without the device."""
     capabilities: frozenset[int] = frozenset()
     """Compute capabilities of the devices that it runs on; empty for all."""
     least_capability: Mapping[str, int] = field(default_factory=dict)
     """Scheme -> least compute capability for which its runtime has kernels, where rates do not tell it."""
+    usual: str = BASELINE
+    """Scheme in which people run whole models on it, because that takes a switch and loses nothing worth telling."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
 
@@ -211,6 +214,7 @@ def split(
         edges=tuple(edges),
         schemes=(Scheme(name=BASELINE), *(offer.scheme for offer in offers)),
         lacks=_lacks(target, offers, asked=bool(schemes)),
+        usual=target.usual if any(offer.scheme.name == target.usual for offer in offers) else BASELINE,
     )
 
 

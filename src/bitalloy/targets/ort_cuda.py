@@ -69,6 +69,7 @@ def _blocks(name: str, weight: str, block: int) -> Offer:
 
 ORT_CUDA = Target(
     name="ort-cuda",
+    usual=HALF_PRECISION.scheme.name,
     describe="ONNX Runtime, CUDA provider: FP16; with --schemes products also in w8, w4, w4-128 (MatMulNBits, weights "
     "alone), tables of a Gather in w8-row; no INT8, for which the provider has no kernels",
     runtime=ORT,

@@ -218,6 +218,7 @@ def _blocks(name: str, block: int) -> Offer:
 
 TENSORRT = Target(
     name="tensorrt",
+    usual=HALF_PRECISION.scheme.name,
     describe="TensorRT 10 and 11, strongly typed: FP16; INT8 and, from SM89 on, FP8 in Q/DQ form, weights per channel; "
     "with --schemes BF16, and products in w4, w4-128 (INT4 weights alone)",
     runtime=ORT,

@@ -33,7 +33,7 @@ import onnx_ir as ir
 from bitalloy.core.schemes import Granularity
 from bitalloy.model.load import Graph
 from bitalloy.model.read import attribute, constant, static_shape
-from bitalloy.runtime.tensorrt_rtx import CAPABILITIES
+from bitalloy.runtime.tensorrt_rtx import CAPABILITIES, missing_compiler
 from bitalloy.targets.base import Core, Offer
 from bitalloy.targets.patterns import stored_sizes
 from bitalloy.targets.tensorrt import TENSORRT
@@ -89,9 +89,9 @@ TENSORRT_RTX = replace(
     "with --schemes BF16, and products in w4, w4-128 (INT4 weights alone); compiled here where it is installed",
     offers=tuple(map(_offered, TENSORRT.offers)),
     match=_match,
-    half_sums=True,
+    rounds_apart=True,
     native=None,
-    missing=str,
+    missing=missing_compiler,
     capabilities=frozenset(CAPABILITIES),
     least_capability={"int8": 80},
 )

@@ -14,7 +14,7 @@ from bitalloy.core.errors import UnreachableError
 from bitalloy.core.outcome import LOWEST, ONE_SCHEME, KernelEffect, Repair, Round
 from bitalloy.core.planned import Measured, Planned, as_mixed
 from bitalloy.core.plans import Budget, ParetoPoint
-from bitalloy.core.schemes import Plan
+from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.store import StageInputs
 from bitalloy.core.work import Workspace
 from bitalloy.measure.kernels import kernel_effects
@@ -142,7 +142,7 @@ class VerificationCourse:
             ratios = measure_neighbours(self._analysis, points, self.samples, self._work).ratio
             point = points[ratios.index(min(ratios))]
         single = next((s for s in self.singles if s.plan == point.chosen), None)
-        if single is not None:
+        if single is not None and self._analysis.units.usual == BASELINE:
             self.singles = marked(self.singles, single)
         self._decided = self._tried_before(point) or self._try(self._from_front(point), self.budget, "metric")
 

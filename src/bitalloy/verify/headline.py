@@ -9,6 +9,10 @@ from bitalloy.core.records import Estimate
 from bitalloy.report.text import interval_words, status_text, time_text
 
 
+WORTH = 0.98
+"""Part of the time of the usual scheme below which another plan is worth it."""
+
+
 def headline_of(summary: Summary) -> str:
     """Say what the mixed model takes and loses, and what that means for the limits; then the details.
 
@@ -26,7 +30,15 @@ def headline_of(summary: Summary) -> str:
     ends = f" ({'; '.join(known)})" if known else ""
     time = f"{summary.latency_ratio:.2f}x of float's time{ends}"
     low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
-    if not summary.schemes and plain is not None and plain.high < 1:
+    beside = summary.usual_latency_ratio
+    if beside is not None:
+        between = interval_words(beside, 2)
+        if summary.latency_estimated:
+            between = f"not measured: {beside.low:.2f} to {beside.high:.2f}"
+        time += f", {beside.value:.2f}x of {summary.usual_scheme.upper()}'s ({between})"
+    if beside is not None and beside.value > WORTH and _keeps_limits(summary):
+        lead = _kept(summary, beside, _listed([time, *paid]))
+    elif not summary.schemes and plain is not None and plain.high < 1:
         lead = f"Nothing is lowered: the mixed model is float, rewritten, and runs in {_listed([time, *paid])}"
     elif not summary.schemes:
         lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
@@ -41,6 +53,21 @@ def headline_of(summary: Summary) -> str:
             "machine does not tell which to deploy"
         )
     return f"{lead}; {status_text(summary.status)}. {'; '.join(_details(summary))}."
+
+
+def _keeps_limits(summary: Summary) -> bool:
+    """Tell whether the usual scheme keeps the limits by prediction."""
+    return any(s.within for s in summary.single_formats if s.scheme == summary.usual_scheme)
+
+
+def _kept(summary: Summary, beside: Estimate, paid: str) -> str:
+    """Say that the usual scheme is to be kept, and why."""
+    name = summary.usual_scheme.upper()
+    if set(summary.schemes) <= {summary.usual_scheme}:
+        why = f"no plan that keeps the limits does better, so the model that is shipped is in {name} where it can"
+    else:
+        why = f"the mixed model takes {beside.value:.2f}x of the time of {name} as a whole, which is no win"
+    return f"Keep {name}: {why}; it {'is estimated to run' if summary.latency_estimated else 'runs'} in {paid}"
 
 
 def unrounded_share(rewritten: Estimate | None, ratio: float) -> float:
