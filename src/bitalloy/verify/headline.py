@@ -8,7 +8,6 @@ from bitalloy.core.outcome import Summary
 from bitalloy.core.records import Estimate
 from bitalloy.report.text import interval_words, status_text, time_text
 
-
 WORTH = 0.98
 """Part of the time of the usual scheme below which another plan is worth it."""
 

@@ -181,8 +181,8 @@ def _ratios(analysis: Analysis, shipped: MeasuredPlan) -> dict[str, Any]:
     device = analysis.target.device
     if planned.cost.estimated and device is not None:
         workload = workload_of(analysis.graph, analysis.settings.workload)
-        known = {"workload": workload, "rounds_apart": analysis.target.rounds_apart}
-        between = partial(ratio_interval, analysis.graph, units, device, chosen, **known)
+        apart = analysis.target.rounds_apart
+        between = partial(ratio_interval, analysis.graph, units, device, chosen, workload=workload, rounds_apart=apart)
         told["predicted_latency_ratio_interval"] = between(Plan())
         told["usual_latency_ratio"] = None if plain is None else between(plain)
     elif plain is not None and found.ratio_single is not None:
