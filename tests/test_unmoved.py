@@ -1,10 +1,10 @@
 """The numbers of the pipeline are where they were: hashes of what an analysis and three plans come to.
 
 `tests/unmoved` holds them. Hashes depend on how the processor and ONNX Runtime sum up, so they are compared where both
-are those of the file; elsewhere the structure is, and predictions within `TOLERANCE_DB`. The suite compares one small
-model. For a large move, the numbers of the five embedded samples, and of a real detector where it is at hand, are
-written before it with larger settings by `BITALLOY_UNMOVED=write`, and compared after it by `BITALLOY_UNMOVED=all`.
-After a change that means to move numbers the small file is written anew.
+are those of the file; elsewhere the structure is, and predictions of targets that do not run here within
+`TOLERANCE_DB`. The suite compares one small model. For a large move, the numbers of the five embedded samples, and of a real detector
+where it is at hand, are written before it with larger settings by `BITALLOY_UNMOVED=write`, and compared after it by
+`BITALLOY_UNMOVED=all`. After a change that means to move numbers the small file is written anew.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bitalloy.pipeline.prepare import prepare
 from bitalloy.rewrite.calibrated import Calibrated
 from bitalloy.runtime.machine import machine_name
 from bitalloy.sensitivity.analysis import Analysis
+from bitalloy.targets import TARGETS
 from bitalloy.targets.devices import A10
 
 FILES = Path(__file__).parent / "unmoved"
@@ -141,7 +142,8 @@ def compare(name: str, now: Mapping[str, Any]) -> None:
         assert now[target]["edges"] == before[target]["edges"]
         for new, old in zip(now[target]["plans"], before[target]["plans"], strict=True):
             assert new.get("refused") == old.get("refused")
-            for head, values in old.get("sqnr_db", {}).items():
+            here = TARGETS[target].device is None  # how weights are rounded there depends on the processor's kernels
+            for head, values in {} if here else old.get("sqnr_db", {}).items():
                 assert new["sqnr_db"][head][0] == pytest.approx(values[0], abs=TOLERANCE_DB)
 
 

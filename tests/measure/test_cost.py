@@ -244,7 +244,7 @@ def analysis_of(units: UnitGraph, *, device: object = None, environment: Environ
     given = {"sha256": "a" * 64, "inputs": (), "name": "drawn", "seed": 0, **changes}
     return SimpleNamespace(
         graph=SimpleNamespace(info=SimpleNamespace(sha256=given["sha256"], inputs=given["inputs"])),
-        target=SimpleNamespace(name=given["name"], device=device),
+        target=SimpleNamespace(name=given["name"], device=device, rounds_apart=False),
         settings=SimpleNamespace(seed=given["seed"], workload=None),
         data=SimpleNamespace(feeds=lambda index: {"sample": index}),
         artefact=lambda plan: None,
@@ -315,8 +315,8 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
         made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
         return plain
 
-    def estimate(graph: object, given: UnitGraph, other: object, workload: object) -> CostTable:
-        assert workload is None, "a drawn network is no language model"
+    def estimate(graph: object, given: UnitGraph, other: object, workload: object, apart: bool) -> CostTable:
+        assert workload is None and not apart, "a drawn network is no language model"
         made.append(("estimated", given, other))
         return msgspec.structs.replace(plain, estimated=True)
 

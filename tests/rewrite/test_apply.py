@@ -92,8 +92,12 @@ def test_constants_are_those_of_the_definitions(case: Case, pair_limit: int | No
 
 
 def same(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected, strict=True)
+    """Integers are equal; of floats the last bit depends on the order of a product."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    if found.dtype.kind == "f":
+        np.testing.assert_array_max_ulp(found, expected, maxulp=1)
+    else:
+        np.testing.assert_array_equal(found, expected, strict=True)
 
 
 @settings(max_examples=12)

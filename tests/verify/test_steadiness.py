@@ -48,8 +48,11 @@ def test_a_winner_among_several_is_measured_again(inputs: Any, monkeypatch: pyte
     analysis = bitalloy.analyze(model, bitalloy.open_data(model, inputs.images), settings)
 
     def another(units: Any, asked: Budget, budget: Budget, planned: Any, measured: Any, *, repaired: bool) -> Any:
-        kept = Keep(scheme=BASELINE, pattern=next(iter(dict(planned.plan.chosen.listed))))
-        return (msgspec.structs.replace(asked, keep=(*asked.keep, kept)), planned.cost) if several else None
+        chosen = dict(planned.plan.chosen.listed)
+        if not several or not chosen:
+            return None
+        kept = Keep(scheme=BASELINE, pattern=next(iter(chosen)))
+        return msgspec.structs.replace(asked, keep=(*asked.keep, kept)), planned.cost
 
     monkeypatch.setattr(import_module("bitalloy.verify.course"), "next_search", another)
     summary = bitalloy.verify(analysis, bitalloy.plan(analysis, Budget(min_sqnr_db=1.0))).summary

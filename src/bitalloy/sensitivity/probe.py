@@ -24,7 +24,7 @@ from bitalloy.core.records import Head
 from bitalloy.model.heads import Reference, needs_values
 from bitalloy.model.load import Graph
 from bitalloy.model.opset import raised_graph
-from bitalloy.runtime.ort import OrtSession
+from bitalloy.runtime.ort import USUAL, Execution, OrtSession
 from bitalloy.sensitivity.columns import Column, columns, merge
 from bitalloy.sensitivity.matrix import ProbeMatrix
 from bitalloy.targets.recipe import Recipe
@@ -43,6 +43,7 @@ class Prober:
             recipes round alike is measured once. The passes through the network are the same.
         stops: nodes that hand on no gradient; see `bitalloy.sensitivity.blind` for what lies before them.
         beside: roundings that no recipe has.
+        execution: how the passes are executed, such as on which provider.
 
     Raises:
         UnsupportedOpError: an operator between a site and a head has no adjoint rule.
@@ -56,6 +57,7 @@ class Prober:
         *,
         stops: frozenset[str] = frozenset(),
         beside: Sequence[Column] = (),
+        execution: Execution = USUAL,
     ) -> None:
         self._heads = tuple(heads)
         graph = raised_graph(graph, max((scheme.opset for scheme in schemes), default=0))
@@ -68,7 +70,7 @@ class Prober:
         self._adjoint: Adjoint = adjoint
         with ThreadPoolExecutor() as pool:
             models = [adjoint.primal, *(h.model for h in adjoint.heads)]
-            self._primal, *self._reverse = pool.map(partial(OrtSession, shared=True), models)
+            self._primal, *self._reverse = pool.map(partial(OrtSession, shared=True, execution=execution), models)
         self.executions = 0
         """Number of executions of a network so far, forward and reverse."""
         column = {s: i for i, s in enumerate(self.sites)}
