@@ -2,9 +2,9 @@
 
 `tests/unmoved` holds them. Hashes depend on how the processor and ONNX Runtime sum up, so they are compared where both
 are those of the file; elsewhere the structure is, and predictions of targets that do not run here within
-`TOLERANCE_DB`. The suite compares one small model. For a large move, the numbers of the five embedded samples, and of a real detector
-where it is at hand, are written before it with larger settings by `BITALLOY_UNMOVED=write`, and compared after it by
-`BITALLOY_UNMOVED=all`. After a change that means to move numbers the small file is written anew.
+`TOLERANCE_DB`. The suite compares one small model. For a large move, the numbers of the five embedded samples, and of a
+real detector where it is at hand, are written before it with larger settings by `BITALLOY_UNMOVED=write`, and compared
+after it by `BITALLOY_UNMOVED=all`. After a change that means to move numbers the small file is written anew.
 """
 
 from __future__ import annotations
