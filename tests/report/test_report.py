@@ -150,7 +150,8 @@ class TestForeignNames:
 
 class TestVerdict:
     def test_good_when_faster_and_within_budget(self, make_run: Make) -> None:
-        assert figures.tone(make_run().with_summary(budget=Budget()).summary) == "good"
+        page = make_run().with_summary(budget=Budget()).render()
+        assert '<header id="result" class="good">' in page and "<b>Ship it</b> It keeps what was asked" in page
 
     def test_bad_when_not_faster_than_float(self, make_run: Make) -> None:
         run = make_run().with_summary(latency_ratio=1.0, headline="The mixed model is NOT faster than float")
@@ -161,9 +162,10 @@ class TestVerdict:
         [Budget(latency_ratio=0.1), Budget(latency_ms=0.01), Budget(size_bytes=10), Budget(min_sqnr_db=90.0)],
         ids=["ratio", "ms", "size", "sqnr"],
     )
-    def test_warns_when_a_limit_is_missed(self, make_run: Make, budget: Budget) -> None:
+    def test_refuses_when_a_limit_is_missed(self, make_run: Make, budget: Budget) -> None:
         run = make_run().with_summary(budget=budget)
-        assert '<header id="result" class="warn">' in run.render()
+        page = run.render()
+        assert '<header id="result" class="bad">' in page and "<b>Do not ship it</b> A limit is missed" in page
         assert [(tone, verdict) for tone, verdict, _ in figures.limits(run.summary.status)] == [("bad", "missed")]
 
     def test_latency_within_two_percent_counts_as_met_within_tolerance(self, make_run: Make) -> None:

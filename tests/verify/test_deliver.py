@@ -24,6 +24,7 @@ from bitalloy.core.schemes import Plan
 from bitalloy.measure.bench import unsteadiness
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import figures
+from bitalloy.report.verdict import DO_NOT, SHIP, ship_verdict
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.program import GAP
@@ -303,7 +304,7 @@ def test_a_plan_without_int8_has_the_time_of_its_rewriting(
     summary = summarize_run(analysis, analysis, shipped(nothing, found), {})
     assert ("NOT faster" in summary.headline) != own
     assert ("Nothing is lowered: the mixed model is float, rewritten, and runs in 0.70x" in summary.headline) == own
-    assert figures.tone(summary) == ("good" if own else "bad")
+    assert ship_verdict(summary, nothing.plan, nothing.cost).answer == (SHIP if own else DO_NOT)
 
 
 def test_of_a_large_model_it_is_not_measured_and_that_is_said(analysis: Any, planned: Any) -> None:

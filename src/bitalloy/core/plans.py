@@ -219,6 +219,8 @@ class Choice(Record, frozen=True, kw_only=True):
     unit: str
     scheme: str
     reason: str
+    group: str = ""
+    """Reason in few words, without numbers, under which units that stay in the baseline are summed up; else empty."""
 
 
 class UnitDamage(Record, frozen=True, kw_only=True):

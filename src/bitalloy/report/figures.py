@@ -68,22 +68,6 @@ def limits(status: Status) -> tuple[tuple[str, str, str], ...]:
     return tuple((VERDICT_TONES[one.verdict], verdict_text(one), limit_text(one)) for one in status.limits)
 
 
-def tone(summary: Summary) -> str:
-    """Return `bad` if the mixed model is no faster than float, or nothing made it so, else `warn` or `good`.
-
-    It is `warn` if a limit is missed or undecided, if a metric without a limit drops by more than its noise, or if the
-    interval of the latency does not tell whether the mixed model is faster.
-    """
-    interval, status = summary.latency_ratio_interval, summary.status
-    plain = summary.rewritten_latency_ratio
-    changed = summary.schemes or (plain is not None and plain.high < 1)
-    if (interval.low if interval else summary.latency_ratio) >= 1 or not changed:
-        return "bad"
-    if interval is not None and interval.high >= 1:
-        return "warn"
-    return "good" if status.proven and not status.warnings else "warn"
-
-
 def cautions(summary: Summary) -> tuple[str, ...]:
     """Return sentences on what a reader must know before relying on the numbers."""
     found = [*summary.status.warnings, *summary.notes]

@@ -23,6 +23,7 @@ from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.text import counted
+from bitalloy.report.verdict import ship_verdict
 
 OFF_SCALE_DB = 80.0
 """SQNR in dB above which plans are drawn at the edge of the plot, because their error is negligible."""
@@ -83,7 +84,7 @@ def render_report(
         cost=cost,
         audits=audits or Audits(),
         heads=heads,
-        tone=figures.tone(summary),
+        verdict=ship_verdict(summary, plan, cost),
         limits=figures.limits(summary.status),
         cautions=figures.cautions(summary),
         columns=figures.model_columns(summary, units),

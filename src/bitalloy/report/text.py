@@ -9,6 +9,7 @@ import numpy as np
 
 from bitalloy.core.checked import Difference, RunDifference
 from bitalloy.core.encoding import to_json
+from bitalloy.core.outcome import Summary
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, GivenRounding, Sensitivity, SensitivityTable
 from bitalloy.core.status import LimitStatus, Status, Verdict
@@ -16,6 +17,9 @@ from bitalloy.model.heads import is_divergence
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
 from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.metric import MetricTable
+
+WORTH = 0.98
+"""Part of the time of the usual scheme of a target below which another plan is worth it."""
 
 
 def counted(schemes: Mapping[str, int]) -> str:
@@ -54,6 +58,16 @@ def status_text(status: Status) -> str:
         return "; ".join(f"{verdict_text(limit).upper()}: {limit_text(limit)}" for limit in open_)
     worst = next(limit for limit in status.limits if limit.verdict == status.verdict)
     return f"{'its limit is' if len(status.limits) == 1 else 'all its limits are'} {verdict_text(worst)}"
+
+
+def usual_is_kept(summary: Summary) -> bool:
+    """Tell whether the scheme that people run on the target anyway is to be kept, because a plan is no win over it.
+
+    That scheme must keep the limits by prediction, and the plan take more than `WORTH` of its time.
+    """
+    found = summary.usual_latency_ratio
+    keeps = any(s.within for s in summary.single_formats if s.scheme == summary.usual_scheme)
+    return found is not None and found.value > WORTH and keeps
 
 
 def difference_text(one: Difference) -> str:

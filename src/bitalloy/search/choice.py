@@ -198,12 +198,17 @@ def _choices(problem: Problem, plan: Plan) -> list[Choice]:
     found = []
     for unit in problem.units.units:
         if not unit.choices:
-            found.append(Choice(unit=unit.id, scheme=BASELINE, reason=unit.why))
+            found.append(Choice(unit=unit.id, scheme=BASELINE, reason=unit.why, group=unit.why))
             continue
-        reason = _reason(problem, unit, plan, change)
+        reason, group = _reason(problem, unit, plan, change)
         said = "; ".join(_evidence(name, known) for name, known in unit.evidence.items())
         found.append(
-            Choice(unit=unit.id, scheme=plan.scheme_of(unit.id), reason=f"{reason}; {said}" if said else reason)
+            Choice(
+                unit=unit.id,
+                scheme=plan.scheme_of(unit.id),
+                reason=f"{reason}; {said}" if said else reason,
+                group=group,
+            )
         )
     return found
 
@@ -216,8 +221,8 @@ def _changes_us(problem: Problem, plan: Plan) -> dict[tuple[str, str], float]:
     return dict(zip(problem.moves, latency - problem.latency_us(plan), strict=True))
 
 
-def _reason(problem: Problem, unit: Unit, plan: Plan, change: Mapping[tuple[str, str], float]) -> str:
-    """Say why a unit runs in the scheme that a plan gives it."""
+def _reason(problem: Problem, unit: Unit, plan: Plan, change: Mapping[tuple[str, str], float]) -> tuple[str, str]:
+    """Say why a unit runs in the scheme that a plan gives it, with the group of reasons where that is the baseline."""
     scheme, cost = plan.scheme_of(unit.id), next(c for c in problem.cost.units if c.unit == unit.id)
     considered = unit.choices[0] if scheme == BASELINE else scheme
     known = problem.alone.get(unit.id, {}).get(considered) or _predicted_alone(problem, unit, considered)
@@ -225,19 +230,21 @@ def _reason(problem: Problem, unit: Unit, plan: Plan, change: Mapping[tuple[str,
     leaves = f"{known.sqnr_db:.1f} dB on {known.head} ({source})"
     name, gain = considered.upper(), cost.saved_us(considered)
     if unit.id in problem.fixed:
-        return f"{unit.why}; alone it leaves {leaves}"
+        return f"{unit.why}; alone it leaves {leaves}", "kept by advice or as asked" if scheme == BASELINE else ""
     if scheme != BASELINE:
         why = f"saves {gain:.0f} us" if gain > 0 else f"avoids borders between {name} neighbours"
         if gain <= 0 and not problem.units.scheme(scheme).hands_on:  # such units have no borders
             without = saved_bytes(problem.cost, plan.moved(unit.id, BASELINE))
             why = f"takes {(saved_bytes(problem.cost, plan) - without) / 1e3:.1f} kB from the file"
-        return f"{why}; alone it leaves {leaves}"
+        return f"{why}; alone it leaves {leaves}", ""
     added = change[unit.id, considered]
     if gain <= 0 and added >= 0:
-        return f"{name} is not faster here ({abs(gain):.0f} us slower)"
+        return f"{name} is not faster here ({abs(gain):.0f} us slower)", "not faster in a lower scheme"
     if added >= 0:
-        return f"{name} would save {gain:.0f} us, but its borders would cost {gain + added:.0f} us"
-    return f"{name} would save {-added:.0f} us with its borders, but alone it leaves {leaves}"
+        borders = f"{name} would save {gain:.0f} us, but its borders would cost {gain + added:.0f} us"
+        return borders, "borders would cost more than it saves"
+    costly = f"{name} would save {-added:.0f} us with its borders, but alone it leaves {leaves}"
+    return costly, "faster in a lower scheme, but the accuracy is worth more"
 
 
 def _predicted_alone(problem: Problem, unit: Unit, scheme: str) -> UnitDamage:

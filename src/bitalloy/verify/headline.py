@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 from bitalloy.core.outcome import Summary
 from bitalloy.core.records import Estimate
-from bitalloy.report.text import interval_words, status_text, time_text
-
-WORTH = 0.98
-"""Part of the time of the usual scheme below which another plan is worth it."""
+from bitalloy.report.text import interval_words, status_text, time_text, usual_is_kept
 
 
 def headline_of(summary: Summary) -> str:
@@ -35,7 +32,7 @@ def headline_of(summary: Summary) -> str:
         if summary.latency_estimated:
             between = f"not measured: {beside.low:.2f} to {beside.high:.2f}"
         time += f", {beside.value:.2f}x of {summary.usual_scheme.upper()}'s ({between})"
-    if beside is not None and beside.value > WORTH and _keeps_limits(summary):
+    if beside is not None and usual_is_kept(summary):
         lead = _kept(summary, beside, _listed([time, *paid]))
     elif not summary.schemes and plain is not None and plain.high < 1:
         lead = f"Nothing is lowered: the mixed model is float, rewritten, and runs in {_listed([time, *paid])}"
@@ -52,11 +49,6 @@ def headline_of(summary: Summary) -> str:
             "machine does not tell which to deploy"
         )
     return f"{lead}; {status_text(summary.status)}. {'; '.join(_details(summary))}."
-
-
-def _keeps_limits(summary: Summary) -> bool:
-    """Tell whether the usual scheme keeps the limits by prediction."""
-    return any(s.within for s in summary.single_formats if s.scheme == summary.usual_scheme)
 
 
 def _kept(summary: Summary, beside: Estimate, paid: str) -> str:

@@ -1,0 +1,124 @@
+"""The first screen of a report: whether to ship the model, why, what stays in float, and what to do next."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from bitalloy.core.outcome import Summary
+from bitalloy.core.plans import CostTable, PlanReport
+from bitalloy.core.schemes import BASELINE
+from bitalloy.core.status import Verdict
+from bitalloy.report.text import interval_words, limit_text, usual_is_kept
+
+SHIP, UNDECIDED, DO_NOT = "Ship it", "Undecided", "Do not ship it"
+ON_ACCURACY = ("min_sqnr_db", "head_sqnr_db", "max_drop", "min_agreement")
+"""Kinds of limits that say how much a model may lose."""
+TONES = {SHIP: "good", UNDECIDED: "warn", DO_NOT: "bad"}
+
+
+@dataclass(frozen=True)
+class StayingUnits:
+    """Units that stay in the baseline for one reason."""
+
+    reason: str
+    count: int
+    share: float
+    """Their part of the float model's time, by the cost table; 0..1."""
+
+
+@dataclass(frozen=True)
+class ShipVerdict:
+    """What a run means for whoever wants to deploy its model."""
+
+    answer: str
+    """`SHIP`, `UNDECIDED` or `DO_NOT`."""
+    why: str
+    """The reason in one sentence."""
+    command: str
+    """What to try next, to be given in the run's folder."""
+    purpose: str
+    """What that tells."""
+    staying: tuple[StayingUnits, ...]
+    """What stays in float, the dearest reason first."""
+
+    @property
+    def tone(self) -> str:
+        """Return the class of colours."""
+        return TONES[self.answer]
+
+
+def ship_verdict(summary: Summary, plan: PlanReport, cost: CostTable) -> ShipVerdict:
+    """Answer whether the mixed model may be shipped.
+
+    Case 1. It is not faster than float or than what people run on the target anyway, or a limit is missed: no.
+    Case 2. Timing does not tell that it is faster, a limit is undecided, or a metric without a limit drops beyond its
+            noise: undecided.
+    Case 3. Nothing tells what the loss means (no limit on accuracy, and no metric of the task): undecided.
+    Case 4. Otherwise: yes.
+
+    Args:
+        summary: result of the run.
+        plan: the shipped plan.
+        cost: prices of units.
+    """
+    answer, why, (command, purpose) = _answer(summary)
+    return ShipVerdict(answer, why, command, purpose, _staying(plan, cost))
+
+
+def _answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
+    status, name = summary.status, f"{summary.model}.onnx"
+    front = ("bitalloy plan . --front", "shows what is in reach")
+    by = {verdict: [limit for limit in status.limits if limit.verdict == verdict] for verdict in Verdict}
+    interval, plain = summary.latency_ratio_interval, summary.rewritten_latency_ratio
+    low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
+    if by[Verdict.MISSED]:
+        return DO_NOT, f"A limit is missed: {limit_text(by[Verdict.MISSED][0])}.", front
+    if low >= 1 or not (summary.schemes or (plain is not None and plain.high < 1)):
+        return DO_NOT, "It is not faster than the float model, which can be deployed as it is.", front
+    if usual_is_kept(summary):
+        usual = summary.usual_scheme.upper()
+        return DO_NOT, f"It is no win over {usual} as a whole, which takes a switch of the runtime.", front
+    if by[Verdict.UNDECIDED]:
+        limit = by[Verdict.UNDECIDED][0]
+        more = (
+            f"bitalloy doctor {name} --eval LABELS --max-drop {limit.asked:g}",
+            "tells how many labelled images decide",
+        )
+        return UNDECIDED, f"A limit is undecided: {limit_text(limit)}.", more if limit.metric else front
+    if high >= 1 and not summary.latency_estimated and interval is not None:
+        again = f"Timing does not tell whether it is faster: {low:.2f}x to {high:.2f}x of float's time."
+        return UNDECIDED, again, ("bitalloy run ... --out runs/again", "repeats the run on a quiet machine")
+    if status.warnings:
+        return UNDECIDED, status.warnings[0], (f"bitalloy run {name} --eval LABELS --max-drop 0.3", "limits that drop")
+    if not summary.metrics and not any(limit.kind in ON_ACCURACY for limit in status.limits):
+        labels = (
+            f"bitalloy run {name} --data DATA --eval LABELS --max-drop 0.3",
+            "finds the fastest that keeps a task",
+        )
+        told = "No task was measured and no limit set on accuracy, so nothing tells what the loss means."
+        return UNDECIDED, told, labels
+    check = ("bitalloy check . --junit check.xml", "makes this a gate for CI")
+    return SHIP, f"It keeps what was asked and is faster: {_gain(summary)}.", check
+
+
+def _gain(summary: Summary) -> str:
+    interval = summary.latency_ratio_interval
+    known = "estimated, not measured" if summary.latency_estimated else ""
+    if interval is not None and not summary.latency_estimated:
+        known = interval_words(interval, 2)
+    return f"{summary.latency_ratio:.2f}x of float's time" + (f" ({known})" if known else "")
+
+
+def _staying(plan: PlanReport, cost: CostTable) -> tuple[StayingUnits, ...]:
+    us = {unit.unit: unit.us.get(BASELINE, 0.0) for unit in cost.units}
+    whole = sum(us.values())
+    groups: dict[str, list[str]] = defaultdict(list)
+    for choice in plan.choices:
+        if choice.scheme == BASELINE:
+            groups[choice.group or choice.reason].append(choice.unit)
+    found = [
+        StayingUnits(reason, len(units), sum(us.get(u, 0.0) for u in units) / whole if whole else 0.0)
+        for reason, units in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda one: -one.share))
