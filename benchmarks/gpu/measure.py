@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ PARTS = {"onnxruntime": 140, "probe": 50, "torch": 80, "tensorrt": 60}
 """Part -> seconds that it may take."""
 VERSIONS = ("onnxruntime-gpu", "onnxruntime", "onnx", "numpy", "torch", "tensorrt", "tensorrt_rtx", "bitalloy")
 PROBED, PROBES, ROUNDS = 2, 2, 20
+PAST = 256
+"""Tokens before the one that a decoder adds."""
 
 
 def analysed(name: str, target: str, folder: Path, schemes: tuple[str, ...] = ()) -> Analysis:
@@ -160,12 +162,12 @@ def on_probe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def networks() -> dict[str, Callable[[Any], tuple[Any, Any]]]:
-    """Name -> function from torch to a network with random weights and its input."""
+    """Name -> function from torch to a network with random weights and its inputs."""
 
     def yolo(torch: Any) -> tuple[Any, Any]:
         from bitalloy.zoo.networks.yolo11 import Yolo11, fuse
 
-        return fuse(Yolo11(80).eval()), torch.rand(1, 3, 640, 640)
+        return fuse(Yolo11(80).eval()), (torch.rand(1, 3, 640, 640),)
 
     def segformer(torch: Any) -> tuple[Any, Any]:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -173,9 +175,30 @@ def networks() -> dict[str, Callable[[Any], tuple[Any, Any]]]:
         from bitalloy.zoo.networks.segformer import Segmenter
 
         network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150))
-        return Segmenter(network).eval(), torch.rand(1, 3, 512, 512)
+        return Segmenter(network).eval(), (torch.rand(1, 3, 512, 512),)
 
-    return {"yolo11n": yolo, "segformer-b0": segformer}
+    def sam(torch: Any) -> tuple[Any, Any]:
+        from bitalloy.zoo.mobilesam import MOBILESAM_VARIANTS
+        from bitalloy.zoo.networks.mobilesam import Encoder, build_sam
+
+        variant = MOBILESAM_VARIANTS[0]
+        side = variant.size[0]
+        return Encoder(build_sam(dict(variant.architecture), side)).eval(), (torch.rand(1, 3, side, side),)
+
+    def language(torch: Any) -> tuple[Any, Any]:
+        from bitalloy.zoo.mobilevlm import MOBILEVLM_VARIANTS, llama
+        from bitalloy.zoo.networks.mobilevlm import Decoder, example
+
+        numbers: Any = MOBILEVLM_VARIANTS[0].architecture
+        sizes = (numbers[name] for name in ("layers", "heads", "hidden_size"))
+        return Decoder(llama(numbers)).eval(), example(*sizes, past=PAST, new=1)
+
+    return {
+        "yolo11n": yolo,
+        "segformer-b0": segformer,
+        "mobilesam encoder": sam,
+        "mobilevlm decoder, one token": language,
+    }
 
 
 def on_torch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -188,8 +211,11 @@ def on_torch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     found: dict[str, Any] = {}
     for name, make in networks().items():
+        if device == "cpu" and name not in EXPORTED:
+            found[name] = {"skipped": "large networks are not timed on a processor"}
+            continue
         try:
-            network, image = make(torch)
+            network, inputs = make(torch)
         except ImportError as error:
             found[name] = {"skipped": str(error)}
             continue
@@ -200,19 +226,20 @@ def on_torch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if device == "cpu" and kind is half:
                 found[name][variant] = {"skipped": "FP16 of torch is not timed on a processor"}
                 continue
-            model, feed = network.to(device, kind), image.to(device, kind)
-            found[name][variant] = {"ms": in_torch(torch, torch.compile(model) if compiled else model, feed, device)}
+            model = network.to(device, kind)
+            feeds = [x.to(device, kind if x.is_floating_point() else x.dtype) for x in inputs]
+            found[name][variant] = {"ms": in_torch(torch, torch.compile(model) if compiled else model, feeds, device)}
             tell(found)
     return found
 
 
-def in_torch(torch: Any, model: Any, feed: Any, device: str) -> float:
+def in_torch(torch: Any, model: Any, feeds: Sequence[Any], device: str) -> float:
     """Median milliseconds of one inference, the device waited for."""
     times = []
     with torch.inference_mode():
         for turn in range(5 + ROUNDS):
             start = time.perf_counter()
-            model(feed)
+            model(*feeds)
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn >= 5:
