@@ -25,7 +25,7 @@ test: .venv-dev/installed
 	$(DEV)/python -m pytest $(PYTEST_OPTIONS)
 
 compile: .venv-dev/installed .venv-rtx/installed
-	PYTHONPATH=.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
+	PYTHONPATH=$(CURDIR)/.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
 
 check: .venv-dev/installed
 	$(DEV)/ruff check .
