@@ -70,7 +70,8 @@ def test_a_metric_of_samples_is_judged_like_a_built_in_one(tmp_path: Path) -> No
     assert (measured.reference.value, measured.reference.n) == (1.0, 70)
     mixed = answers((tmp_path / "mixed.onnx").read_bytes(), rows()[50:])
     assert measured.mixed.value == pytest.approx((mixed == labels[50:]).mean())
-    assert measured.drop_mixed is not None and measured.drop_mixed.low < measured.drop_mixed.high < 0.2
+    drop = measured.drop_mixed  # which plan ships depends on timing: one may lose nothing
+    assert drop is not None and drop.low <= drop.value <= drop.high < 0.2
     (limit,) = found.status.limits
     assert limit.metric == "share" and limit.verdict == Verdict.MET
     assert found.summary.resolution == () and not measured.against_float
