@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -101,9 +102,6 @@ def audit_command(
     if compiled:
         _tell_compiled(run_directory, device or "", json_output=json_output)
         return
-    from rich.markup import escape
-    from rich.table import Table
-
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.audit import audit_run
 
@@ -120,21 +118,10 @@ def audit_command(
     line = f"{as_planned} units ran as planned, {inside} inside other kernels, {len(differing)} otherwise."
     for text in (line, *(g.sentence() for g in found.graphs)):
         out_console.print(text, soft_wrap=True, highlight=False, markup=False)
-    if differing:
-        table = Table("unit", "planned", "executed", "likely cause")
-        for unit in differing[:SHOWN_LINES]:
-            table.add_row(escape(unit.unit), unit.planned, unit.executed, escape(unit.cause))
-        out_console.print(table)
-        if len(differing) > SHOWN_LINES:
-            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
-    if found.note:
-        out_console.print(found.note, style="yellow", soft_wrap=True)
+    _tell_differing([(u.unit, u.planned, u.executed, u.cause) for u in differing], "executed", found.note)
 
 
 def _tell_compiled(run_directory: Path, device: str, *, json_output: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.audit import compile_run
 
@@ -145,15 +132,24 @@ def _tell_compiled(run_directory: Path, device: str, *, json_output: bool) -> No
     messages = [message for graph in found.graphs for message in graph.messages]
     for text in (found.sentence(), *(graph.sentence() for graph in found.graphs), *messages):
         out_console.print(text, soft_wrap=True, highlight=False, markup=False)
-    if differing := found.differences():
-        table = Table("unit", "planned", "compiled", "likely cause")
-        for unit in differing[:SHOWN_LINES]:
-            table.add_row(escape(unit.unit), unit.planned, unit.compiled, escape(unit.cause))
+    lines = [(u.unit, u.planned, u.compiled, u.cause) for u in found.differences()]
+    _tell_differing(lines, "compiled", found.note)
+
+
+def _tell_differing(lines: Sequence[tuple[str, str, str, str]], found: str, note: str) -> None:
+    """Show units that are otherwise than planned: unit, scheme as planned and as `found`, cause; then a note."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if lines:
+        table = Table("unit", "planned", found, "likely cause")
+        for unit, planned, other, cause in lines[:SHOWN_LINES]:
+            table.add_row(escape(unit), planned, other, escape(cause))
         out_console.print(table)
-        if len(differing) > SHOWN_LINES:
-            out_console.print(f"{len(differing) - SHOWN_LINES} more with --json.")
-    if found.note:
-        out_console.print(found.note, style="yellow", soft_wrap=True)
+        if len(lines) > SHOWN_LINES:
+            out_console.print(f"{len(lines) - SHOWN_LINES} more with --json.")
+    if note:
+        out_console.print(note, style="yellow", soft_wrap=True)
 
 
 def doctor_command(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+Lasting = TypeVar("Lasting")
 
 PARTIAL = ".partial"
 """Ending of a file that is being written; one that a killed process left behind is of no use."""
@@ -47,6 +51,26 @@ def write(path: Path, data: bytes) -> Path:
     with replacing(path) as file:
         file.write(data)
     return path
+
+
+def lasting_in(folder: Path | None, make: Callable[[Path], Lasting]) -> Lasting:
+    """Make something whose files lie in a folder.
+
+    Args:
+        folder: the folder; None for a temporary one, which is removed when what was made is no longer used, or when it
+            could not be made.
+        make: makes it in that folder.
+    """
+    if folder is not None:
+        return make(folder)
+    place = Path(tempfile.mkdtemp(prefix="bitalloy-"))
+    try:
+        made = make(place)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)
+    return made
 
 
 def is_text(path: str | Path) -> bool:

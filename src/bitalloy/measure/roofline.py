@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import msgspec
 import onnx_ir as ir
@@ -53,30 +53,13 @@ def estimate_costs(
         rounds_apart: whether a kernel of its own rounds behind every convolution or product of rounded numbers, see
             `Target.rounds_apart`: it starts, reads the FP16 sums and writes rounded numbers.
     """
-    steps = sized_steps(graph, workload)
-    rows = tuple(_unit(_Priced(graph, units, device, steps, rounds_apart), unit) for unit in units.units)
-    elements, count = _crossings(graph, units, steps)
-    # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
-    start = count * device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
-    per_byte, borders = elements * 1e6 / device.bytes_per_second, []
-    for conversion in all_conversions(units.schemes):
-        size = sum(number_bytes(units.scheme(end or BASELINE)) for end in (conversion.source, conversion.sink))
-        price = BorderCost(source=conversion.source, sink=conversion.sink, us_per_element=size * per_byte, us=start)
-        borders.append(price)
-    table = CostTable(
-        target=units.target,
-        device=f"{device.name} (estimated from peak rates)",
-        threads=0,
-        units=rows,
-        borders=tuple(borders),
-        fixed_us=0.0,
-        pure_us={},
-        residual_percent=0.0,
-        estimated=True,
+    table = _table(_Priced(graph, units, device, sized_steps(graph, workload), rounds_apart))
+    pure = {scheme.name: Plan.of(scheme.name, *units.able(scheme.name)) for scheme in units.schemes}
+    return msgspec.structs.replace(
+        table,
+        pure_us={n: latency_us(table, units, plan) for n, plan in pure.items()},
         float_bytes=Artefact({ONLY: graph.model}).size_bytes,
     )
-    pure = {scheme.name: Plan.of(scheme.name, *units.able(scheme.name)) for scheme in units.schemes}
-    return msgspec.structs.replace(table, pure_us={n: latency_us(table, units, plan) for n, plan in pure.items()})
 
 
 def ratio_interval(
@@ -104,20 +87,24 @@ def ratio_interval(
         workload: what is priced; None for one inference.
         rounds_apart: as `estimate_costs` takes it.
     """
-    found = []
-    for rate, border, start in product((1.0, SLOW_RATE), (0.0, DEAR_BORDERS), START_FACTORS):
+    steps = sized_steps(graph, workload)
+
+    def ratios(rate: float, start: float, borders: Sequence[float]) -> list[float]:
         rates = {n: r * (1.0 if n == BASELINE else rate) for n, r in device.operations_per_second.items()}
         real = msgspec.structs.replace(device, operations_per_second=rates, start_us=device.start_us * start)
-        table = estimate_costs(graph, units, real, workload, rounds_apart)
-        prices = (
-            msgspec.structs.replace(b, us_per_element=b.us_per_element * border, us=b.us * border)
-            for b in table.borders
-        )
-        table = msgspec.structs.replace(table, borders=tuple(prices))
-        found.append(latency_us(table, units, plan) / latency_us(table, units, against))
-    table = estimate_costs(graph, units, device, workload, rounds_apart)
-    value = latency_us(table, units, plan) / latency_us(table, units, against)
-    low, high = min(value, *found), max(value, *found)
+        table, found = _table(_Priced(graph, units, real, steps, rounds_apart)), []
+        for dear in borders:
+            prices = (
+                msgspec.structs.replace(b, us_per_element=b.us_per_element * dear, us=b.us * dear)
+                for b in table.borders
+            )
+            priced = msgspec.structs.replace(table, borders=tuple(prices))
+            found.append(latency_us(priced, units, plan) / latency_us(priced, units, against))
+        return found
+
+    (value,) = ratios(1.0, 1.0, (1.0,))
+    ends = [ratios(rate, start, (0.0, DEAR_BORDERS)) for rate, start in product((1.0, SLOW_RATE), START_FACTORS)]
+    low, high = min(value, *chain(*ends)), max(value, *chain(*ends))
     return Estimate(value=round(value, 4), low=round(low, 4), high=round(high, 4))
 
 
@@ -180,6 +167,30 @@ class _Priced:
     device: Device
     steps: Sequence[SizedStep]
     rounds_apart: bool
+
+
+def _table(priced: _Priced) -> CostTable:
+    """Price units and borders; what needs whole plans or files is left out."""
+    units, device = priced.units, priced.device
+    elements, count = _crossings(priced.graph, units, priced.steps)
+    # kernels that round what they read belong to a compiler that fuses conversions with their neighbours
+    start = count * device.start_us if any(e.placement is Placement.ENDS for e in units.edges) else 0.0
+    per_byte, borders = elements * 1e6 / device.bytes_per_second, []
+    for conversion in all_conversions(units.schemes):
+        size = sum(number_bytes(units.scheme(end or BASELINE)) for end in (conversion.source, conversion.sink))
+        price = BorderCost(source=conversion.source, sink=conversion.sink, us_per_element=size * per_byte, us=start)
+        borders.append(price)
+    return CostTable(
+        target=units.target,
+        device=f"{device.name} (estimated from peak rates)",
+        threads=0,
+        units=tuple(_unit(priced, unit) for unit in units.units),
+        borders=tuple(borders),
+        fixed_us=0.0,
+        pure_us={},
+        residual_percent=0.0,
+        estimated=True,
+    )
 
 
 def _unit(priced: _Priced, unit: Unit) -> UnitCost:

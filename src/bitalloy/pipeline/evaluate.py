@@ -64,7 +64,7 @@ def evaluate_models(
             image = options.image
             spec = image_spec(first, **image) if isinstance(image, Mapping) else image
             task, opened = open_labelled(first, files, spec)
-            for name, graph in graphs.items():
+            for name, graph in list(graphs.items())[1:]:
                 if open_labelled(graph, files, spec)[0] is not task:
                     raise DataError(f"'{name}' is for another task than '{names[0]}' ({task.name}). Compare alike.")
         runs: dict[str, RunModel] = {}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING
 from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.files import lasting_in
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Silent, Workspace
 from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
@@ -310,18 +308,13 @@ def open_data(
 
 def _kept(samples: Iterable[HandedSample], model: Graph, folder: Path | None) -> Dataset:
     """Store samples in a folder, or in a temporary one that is removed when they are no longer used."""
-    place = folder or Path(tempfile.mkdtemp(prefix="bitalloy-"))
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        stored = store_feeds((sample.feeds for sample in samples), place)
-        found = open_dataset(stored, model.info.inputs, image=None, limit=None, seed=0)
-    except BaseException:
-        if folder is None:
-            shutil.rmtree(place, ignore_errors=True)
-        raise
-    if folder is None:
-        weakref.finalize(found, shutil.rmtree, place, ignore_errors=True)
-    return found
+
+    def stored(place: Path) -> Dataset:
+        place.mkdir(parents=True, exist_ok=True)
+        feeds = store_feeds((sample.feeds for sample in samples), place)
+        return open_dataset(feeds, model.info.inputs, image=None, limit=None, seed=0)
+
+    return lasting_in(folder, stored)
 
 
 def _find(model: str | Path, checkpoint: str | Path | None) -> zoo.Source | None:

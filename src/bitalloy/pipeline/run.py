@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,6 +13,7 @@ import msgspec
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
+from bitalloy.core.files import lasting_in
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.records import Settings
@@ -117,19 +115,14 @@ def quantize_model(
     Raises:
         BitalloyError: see `run`.
     """
-    folder = Path(tempfile.mkdtemp(prefix="bitalloy-")) if out is None else Path(out)
     options = RunOptions(example_inputs=example_inputs)
-    try:
-        found = run(
+
+    def quantized(folder: Path) -> Verified:
+        return run(
             model, out=folder, data=data, evaluate=evaluate, preprocess=preprocess, budget=budget, options=options
         )
-    except BaseException:
-        if out is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if out is None:
-        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found
+
+    return lasting_in(None if out is None else Path(out), quantized)
 
 
 def deliver(
