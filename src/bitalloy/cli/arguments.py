@@ -1,15 +1,15 @@
 """Arguments of the commands: one frozen record for each group of options.
 
-A command is a function of one record; `collected` gives it a parameter for every field, of nested records too.
+A command is a function of one record; `cli.collecting.collected` gives it a parameter for every field, of nested
+records too.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.prepare import RunOptions
     from bitalloy.pipeline.sensitivity import SensitivityQuestion
 
-Arguments = TypeVar("Arguments")
 MOST_COUNT, MOST_PROBES, MOST_SEED = 2**31 - 1, 10_000, 2**63 - 1
 """Largest numbers of samples, of probes in each, and of a seed."""
 
@@ -507,49 +506,3 @@ def evaluated_with(metric: str | None, labels: Sequence[Path] | None) -> Any:
     if metric is not None and labels:
         raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
     return labels if metric is None else options.named_object("--metric", metric)
-
-
-def collected(record: type[Arguments]) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
-    """Turn a function of a record into a command with a parameter for every field of it and of the records inside.
-
-    Args:
-        record: a frozen dataclass; each field is annotated as a typer parameter, or is itself such a record.
-    """
-
-    def decorate(command: Callable[[Arguments], None]) -> Callable[..., None]:
-        def collect(**values: Any) -> None:
-            command(_filled(record, values))
-
-        parameters = _parameters(record)
-        collect.__name__, collect.__doc__ = command.__name__, command.__doc__
-        collect.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        collect.__annotations__ = {p.name: p.annotation for p in parameters}
-        return collect
-
-    return decorate
-
-
-def _parameters(record: type) -> list[inspect.Parameter]:
-    found = []
-    for part, kind in _parts(record):
-        if _is_record(kind):
-            found += _parameters(kind)
-            continue
-        default = inspect.Parameter.empty if part.default is MISSING else part.default
-        found.append(inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
-    return found
-
-
-def _filled(record: type[Arguments], values: dict[str, Any]) -> Arguments:
-    return record(
-        **{p.name: _filled(kind, values) if _is_record(kind) else values[p.name] for p, kind in _parts(record)}
-    )
-
-
-def _is_record(kind: Any) -> bool:
-    return is_dataclass(kind)
-
-
-def _parts(record: type) -> list[tuple[Field[Any], Any]]:
-    hints = get_type_hints(record, include_extras=True)
-    return [(part, hints[part.name]) for part in fields(record)]

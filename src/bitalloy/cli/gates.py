@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitalloy.cli.arguments import EvaluateArguments, collected
+from bitalloy.cli.arguments import EvaluateArguments
+from bitalloy.cli.collecting import collected
 from bitalloy.cli.console import MISSED, SHOWN_LINES, Bars, error_console, out_console
 from bitalloy.core.errors import BitalloyError
 

@@ -13,7 +13,8 @@ from typer.core import TyperGroup
 
 from bitalloy import __version__
 from bitalloy.cli import gates, look
-from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments, collected
+from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments
+from bitalloy.cli.collecting import collected
 from bitalloy.cli.console import (
     INTERRUPTED,
     MISSED,
