@@ -16,7 +16,8 @@ from bitalloy.core.errors import BudgetError, DataError
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.records import TensorSpec
 from bitalloy.core.store import key_of
-from bitalloy.tasks.own import Metric, OwnSession, as_metric, code_digest, open_own
+from bitalloy.tasks.own import Metric, OwnSession, as_metric, open_own
+from bitalloy.tasks.own_code import code_digest
 from bitalloy.verify.judging import limits_of
 
 X = TensorSpec(name="x", dtype="FLOAT", shape=(2, 3))
