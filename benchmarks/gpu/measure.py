@@ -25,19 +25,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitalloy import Settings, analyze
+from bitalloy.core.files import write
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.measure import bench
 from bitalloy.measure.sqnr import output_sqnr
 from bitalloy.pipeline.prepare import RunOptions, prepare
-from bitalloy.runtime.artefact import Artefact, Chain
-from bitalloy.runtime.ort import CPU, CUDA, Execution, OrtSession, available_cores, cuda_missing
+from bitalloy.runtime.base import Runtime
+from bitalloy.runtime.ort import CPU, CUDA, ORT, ORT_GPU, Execution, available_cores, cuda_missing
 from bitalloy.runtime.steps import once
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.probe import Prober
@@ -73,13 +74,7 @@ def plans_of(analysis: Analysis, seed: int) -> dict[str, Plan]:
     return found
 
 
-def opened(artefact: Artefact, open_: Callable[..., Any]) -> Any:
-    """A session of an artefact, each graph of a program opened by a function."""
-    parts = {name: open_(model) for name, model in artefact.models.items()}
-    return parts.popitem()[1] if artefact.program is None else Chain(parts, artefact.program)
-
-
-def timed(analysis: Analysis, plans: Mapping[str, Plan], open_: Callable[..., Any], seed: int) -> dict[str, Any]:
+def timed(analysis: Analysis, plans: Mapping[str, Plan], runtime: Runtime, seed: int) -> dict[str, Any]:
     """Milliseconds, ratio over float with its interval, and SQNR by head, of models in turns."""
     models = {"float": analysis.original(), **{name: analysis.artefact(plan) for name, plan in plans.items()}}
     lost: dict[str, Any] = {}
@@ -89,7 +84,7 @@ def timed(analysis: Analysis, plans: Mapping[str, Plan], open_: Callable[..., An
         others = {name: session for name, session in sessions.items() if name != "float"}
         lost.update(output_sqnr(sessions["float"], others, analysis.heads, [feeds], seed=seed))
 
-    makers = {name: partial(opened, model, open_) for name, model in models.items()}
+    makers = {name: replace(model, runtime=runtime).session for name, model in models.items()}
     times = bench.time_sittings(makers, [once(feeds)], repeats=ROUNDS, then=compare)
     heads = [head.name for head in analysis.heads]
     rows: dict[str, Any] = {}
@@ -107,26 +102,26 @@ def timed(analysis: Analysis, plans: Mapping[str, Plan], open_: Callable[..., An
 def on_onnxruntime(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plans for `ort-cuda` on a provider of ONNX Runtime."""
     refuse_without(options.provider)
-    open_ = partial(OrtSession, execution=Execution(provider=options.provider))
+    runtime = ORT_GPU if options.provider == CUDA else ORT
     found: dict[str, Any] = {}
     for name in options.models:
         schemes = ("fp16", "w4") if "mobilevlm" in name else ()
         analysis = analysed(name, "ort-cuda", folder, schemes)
-        found[name] = timed(analysis, plans_of(analysis, options.seed), open_, options.seed)
+        found[name] = timed(analysis, plans_of(analysis, options.seed), runtime, options.seed)
         tell(found)
     return found
 
 
 def on_tensorrt(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plans for `tensorrt` on its own engines."""
-    from bitalloy.runtime.tensorrt import TensorRtSession, missing
+    from bitalloy.runtime.tensorrt import TENSORRT_RUNTIME, missing
 
     if reason := missing():
         return {"skipped": reason}
     found: dict[str, Any] = {}
     for name in (n for n in options.models if n.startswith("yolo11n")):
         analysis = analysed(name, "tensorrt", folder)
-        found[name] = timed(analysis, plans_of(analysis, options.seed), TensorRtSession, options.seed)
+        found[name] = timed(analysis, plans_of(analysis, options.seed), TENSORRT_RUNTIME, options.seed)
         tell(found)
     return found
 
@@ -324,9 +319,7 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "gpu", "provider": options.provider, "machine": machine(), "parts": {}}
     for name in options.parts:
         result["parts"][name] = part(name, arguments)
-        partial_file = options.out.with_suffix(".partial")
-        partial_file.write_text(json.dumps(result, indent=1))
-        partial_file.replace(options.out)
+        write(options.out, json.dumps(result, indent=1).encode())
         print(f"{name}: {result['parts'][name]['seconds']} s", file=sys.stderr, flush=True)
     print(json.dumps(result))
 

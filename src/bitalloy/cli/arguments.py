@@ -382,8 +382,10 @@ class RunArguments:
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
 
     def evaluation(self) -> Any:
-        """Return what models are evaluated with, see `evaluated_with`."""
-        return evaluated_with(self.metric, self.evaluate)
+        """Return what models are evaluated with, see `options.evaluated_with`."""
+        from bitalloy.cli import options
+
+        return options.evaluated_with(self.metric, self.evaluate)
 
     def preparation(self) -> Any:
         """Return the function that prepares samples; None without one.
@@ -481,8 +483,10 @@ class EvaluateArguments:
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False
 
     def evaluation(self) -> Any:
-        """Return what models are evaluated with, see `evaluated_with`."""
-        return evaluated_with(self.metric, self.evaluate)
+        """Return what models are evaluated with, see `options.evaluated_with`."""
+        from bitalloy.cli import options
+
+        return options.evaluated_with(self.metric, self.evaluate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,16 +497,3 @@ class PlanArguments:
     limits: BudgetArguments
     front: Annotated[bool, typer.Option("--front", help="Print the plans of the Pareto front, not the units.")] = False
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan (or its front) as JSON.")] = False
-
-
-def evaluated_with(metric: str | None, labels: Sequence[Path] | None) -> Any:
-    """Return files of labels, or the metric of the user's own.
-
-    Raises:
-        BitalloyError: both are given, or the metric is not found.
-    """
-    from bitalloy.cli import options
-
-    if metric is not None and labels:
-        raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
-    return labels if metric is None else options.named_object("--metric", metric)

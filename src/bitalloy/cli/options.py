@@ -316,3 +316,14 @@ def _named(option: str, texts: Sequence[str], expected: str) -> dict[str, float]
             raise BitalloyError(f"{option} is given twice for the same: '{text}' is the second. Give it once.")
         found[name] = value
     return found
+
+
+def evaluated_with(metric: str | None, labels: Sequence[Path] | None) -> Any:
+    """Return files of labels, or the metric of the user's own.
+
+    Raises:
+        BitalloyError: both are given, or the metric is not found.
+    """
+    if metric is not None and labels:
+        raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
+    return labels if metric is None else named_object("--metric", metric)

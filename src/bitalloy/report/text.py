@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 
 import numpy as np
 
@@ -58,6 +59,26 @@ def status_text(status: Status) -> str:
         return "; ".join(f"{verdict_text(limit).upper()}: {limit_text(limit)}" for limit in open_)
     worst = next(limit for limit in status.limits if limit.verdict == status.verdict)
     return f"{'its limit is' if len(status.limits) == 1 else 'all its limits are'} {verdict_text(worst)}"
+
+
+class Speed(StrEnum):
+    """What timing tells of the mixed model beside float."""
+
+    FASTER = "faster"
+    NOT_FASTER = "not faster"
+    UNKNOWN = "unknown"
+
+
+def speed_of(summary: Summary) -> Speed:
+    """Tell whether the mixed model is faster than float, by the interval of the ratio, or an estimate by its value.
+
+    A model in which nothing is lowered, and that is not faster by its graph rewrites alone, is float itself.
+    """
+    interval, plain = summary.latency_ratio_interval, summary.rewritten_latency_ratio
+    low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
+    if low >= 1 or not (summary.schemes or (plain is not None and plain.high < 1)):
+        return Speed.NOT_FASTER
+    return Speed.FASTER if high < 1 else Speed.UNKNOWN
 
 
 def usual_is_kept(summary: Summary) -> bool:

@@ -9,7 +9,7 @@ from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.schemes import BASELINE
 from bitalloy.core.status import Verdict
-from bitalloy.report.text import interval_words, limit_text, usual_is_kept
+from bitalloy.report.text import Speed, interval_words, limit_text, speed_of, usual_is_kept
 
 SHIP, UNDECIDED, DO_NOT = "Ship it", "Undecided", "Do not ship it"
 ON_ACCURACY = ("min_sqnr_db", "head_sqnr_db", "max_drop", "min_agreement")
@@ -70,11 +70,10 @@ def _answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
     status, name = summary.status, f"{summary.model}.onnx"
     front = ("bitalloy plan . --front", "shows what is in reach")
     by = {verdict: [limit for limit in status.limits if limit.verdict == verdict] for verdict in Verdict}
-    interval, plain = summary.latency_ratio_interval, summary.rewritten_latency_ratio
-    low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
+    speed, interval = speed_of(summary), summary.latency_ratio_interval
     if by[Verdict.MISSED]:
         return DO_NOT, f"A limit is missed: {limit_text(by[Verdict.MISSED][0])}.", front
-    if low >= 1 or not (summary.schemes or (plain is not None and plain.high < 1)):
+    if speed is Speed.NOT_FASTER:
         return DO_NOT, "It is not faster than the float model, which can be deployed as it is.", front
     if usual_is_kept(summary):
         usual = summary.usual_scheme.upper()
@@ -86,8 +85,9 @@ def _answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
             "tells how many labelled images decide",
         )
         return UNDECIDED, f"A limit is undecided: {limit_text(limit)}.", more if limit.metric else front
-    if high >= 1 and not summary.latency_estimated and interval is not None:
-        again = f"Timing does not tell whether it is faster: {low:.2f}x to {high:.2f}x of float's time."
+    if speed is Speed.UNKNOWN and interval is not None:
+        ends = f"{interval.low:.2f}x to {interval.high:.2f}x"
+        again = f"Timing does not tell whether it is faster: {ends} of float's time."
         return UNDECIDED, again, ("bitalloy run ... --out runs/again", "repeats the run on a quiet machine")
     if status.warnings:
         return UNDECIDED, status.warnings[0], (f"bitalloy run {name} --eval LABELS --max-drop 0.3", "limits that drop")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bitalloy.core.outcome import Summary
 from bitalloy.core.records import Estimate
-from bitalloy.report.text import interval_words, status_text, time_text, usual_is_kept
+from bitalloy.report.text import Speed, interval_words, speed_of, status_text, time_text, usual_is_kept
 
 
 def headline_of(summary: Summary) -> str:
@@ -25,7 +25,7 @@ def headline_of(summary: Summary) -> str:
         known.append(f"{plain.value:.2f}x without any rounding")
     ends = f" ({'; '.join(known)})" if known else ""
     time = f"{summary.latency_ratio:.2f}x of float's time{ends}"
-    low, high = (interval.low, interval.high) if interval is not None else (summary.latency_ratio,) * 2
+    speed = speed_of(summary)
     beside = summary.usual_latency_ratio
     if beside is not None:
         between = interval_words(beside, 2)
@@ -38,9 +38,9 @@ def headline_of(summary: Summary) -> str:
         lead = f"Nothing is lowered: the mixed model is float, rewritten, and runs in {_listed([time, *paid])}"
     elif not summary.schemes:
         lead = "Nothing is lowered, so the mixed model is NOT faster than float: deploy the float model"
-    elif low >= 1:
+    elif speed is Speed.NOT_FASTER:
         lead = f"The mixed model is NOT faster than float: it takes {_listed([time, *paid])}; deploy the float model"
-    elif high < 1:
+    elif speed is Speed.FASTER:
         runs = "is estimated to run" if summary.latency_estimated else "runs"
         lead = f"The mixed model {runs} in {_listed([time, *paid])}"
     else:
