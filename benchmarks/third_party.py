@@ -150,7 +150,7 @@ def models(images: Sequence[Path]) -> dict[str, dict[str, Maker]]:
         "lineless_table_rec-0.0.4--lore_detect": {"input": photo(1, 3, 384, 384, mean=116.0, scale=1 / 58)},
         "lineless_table_rec-0.0.4--lore_process": {
             "slct_logi_feat": noise(1, 54, 256),
-            "dets": integers(0, 255, 1, 54, 4),
+            "dets": integers(0, 255, 1, 54, 8),
         },
         "ddddocr-1.4.11--common.": {"input1": picture(images, 1, 1, 64, 160)},
         "ddddocr-1.4.11--common_det": {"images": photo(1, 3, 416, 416, scale=1.0)},
