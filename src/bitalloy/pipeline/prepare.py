@@ -146,8 +146,7 @@ def prepare(
         if drawn:
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
-        shapes = {**_usual(source.path, data), **given}
-        loaded = graph.load_graph(source.path, shapes=shapes, fixed=_fixed(source.path, data))
+        loaded = _load_file(source.path, data, given)
         store = RunDirectory(out)
         spec = image if image is None or isinstance(image, ImageSpec) else image_spec(loaded, **image)
         samples = open_data(loaded, data, image=spec, seed=seed, sample_folder=folder)
@@ -384,6 +383,11 @@ def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
         feeds = open_dataset(data, inputs, image=None, limit=None, seed=0).feeds(0)
         found |= {name: feeds[name].shape for name in opened}
     return found
+
+
+def _load_file(path: Path, data: str | Path | None, given: Mapping[str, tuple[int, ...]]) -> Graph:
+    """Load a file with the sizes that were asked for, or those of the samples."""
+    return graph.load_graph(path, shapes={**_usual(path, data), **given}, fixed=_fixed(path, data))
 
 
 def _fixed(path: Path, data: str | Path | None) -> dict[str, int]:
