@@ -121,10 +121,11 @@ def run_command(asked: RunArguments) -> None:
     _refuse_broken(asked.model.model)
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
+    from bitalloy.core.store import claimed
     from bitalloy.pipeline.prepare import prepare
 
     model, limit = asked.model, asked.analysis.limit
-    with Bars() as bars:
+    with claimed(model.out), Bars() as bars:
         options = replace(asked.opening.options(limit), progress=bars)
         prepared = prepare(
             model.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx_ir as ir
 from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
+from bitalloy.core.ownership import temporary
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.schemes import Plan
@@ -198,9 +198,9 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
         kind = value.dtype.numpy()
         random = generator.random(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
         feeds[str(value.name)] = random.astype(kind)
-    with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
-        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
-        found = _look(traced, units, plan.chosen, feeds, Path(name))
+    with temporary() as folder:
+        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(folder)
+        found = _look(traced, units, plan.chosen, feeds, folder)
     return msgspec.structs.replace(found, note=note)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.ownership import temporary
 from bitalloy.core.work import Workspace
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
@@ -54,7 +54,7 @@ def evaluate_models(
         task: Task[Any]
         opened: list[TaskData]
         if metric is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitalloy-")))
+            folder = stack.enter_context(temporary())
             data = open_own(metric, first, folder, most=options.limit, seed=seed)
             task, opened = data.task, [data]
             _refuse_others(graphs)

@@ -13,13 +13,13 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.core.ownership import temporary
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,8 +139,8 @@ def _safetensors(path: Path, extra: str) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory(prefix="bitalloy-") as folder:
-        tensors = Path(folder) / "tensors.pt"
+    with temporary() as folder:
+        tensors = folder / "tensors.pt"
         script = Path(__file__).with_name("unpickle.py")  # alone: it needs nothing of this package
         command = [sys.executable, "-I", str(script), str(path), str(tensors)]
         try:
