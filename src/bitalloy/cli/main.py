@@ -25,7 +25,9 @@ from bitalloy.cli.console import (
     error_console,
     out_console,
 )
+from bitalloy.cli.guard import end_for_memory
 from bitalloy.core.errors import BitalloyError, UnreachableError
+from bitalloy.core.limits import limited, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,8 +127,9 @@ def run_command(asked: RunArguments) -> None:
     from bitalloy.pipeline.prepare import prepare
 
     model, limit = asked.model, asked.analysis.limit
-    with claimed(model.out), Bars() as bars:
-        options = replace(asked.opening.options(limit), progress=bars)
+    opened = asked.opening.options(limit)
+    with limited(opened.memory_limit), claimed(model.out), Bars() as bars:
+        options = replace(opened, progress=bars)
         prepared = prepare(
             model.model,
             out=model.out,
@@ -412,7 +415,8 @@ def main() -> None:
     Limits that no plan keeps end with exit code 4.
     """
     try:
-        app(standalone_mode=True)
+        with watched(end_for_memory):
+            app(standalone_mode=True)
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:  # typer says nothing of it
             raise KeyboardInterrupt from None

@@ -71,6 +71,11 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
 
+    @staticmethod
+    def held() -> tuple[Path, ...]:
+        """List the files whose locks this process holds."""
+        return tuple(Lock._held)
+
     def take(self) -> bool:
         """Take the lock, and tell whether this process did not hold it before.
 
@@ -128,8 +133,18 @@ def make_temporary(folder: Path | None = None) -> Path:
     """Make a temporary folder, see `temporary`, which whoever asked for it removes."""
     if folder is not None:
         return Path(tempfile.mkdtemp(prefix=SCRATCH + mark(), dir=folder))
-    sweep(Path(tempfile.gettempdir()).glob(f"{ELSEWHERE}*+*+*-*"))
+    sweep_root()
     return Path(tempfile.mkdtemp(prefix=ELSEWHERE + mark()))
+
+
+def temporary_root() -> Path:
+    """Return the system's own folder of temporary files."""
+    return Path(tempfile.gettempdir())
+
+
+def sweep_root() -> None:
+    """Remove what processes left in the system's own folder of temporary files that are no more."""
+    sweep(temporary_root().glob(f"{ELSEWHERE}*+*+*-*"))
 
 
 def sweep(paths: Iterator[Path]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import msgspec
 
 from bitalloy.core import files
 from bitalloy.core.errors import RunDirectoryError
-from bitalloy.core.ownership import ELSEWHERE, PARTIAL, SCRATCH, HeldError, Lock, discard, sweep
+from bitalloy.core.ownership import PARTIAL, SCRATCH, HeldError, Lock, discard, sweep, sweep_root
 from bitalloy.core.records import Record
 
 MARKER = ".bitalloy-run"
@@ -147,7 +146,7 @@ def claimed(path: str | Path) -> Iterator[RunDirectory]:
     try:
         if first:
             sweep(p for p in store.path.rglob("*") if p.name.startswith(SCRATCH) or p.name.endswith(PARTIAL))
-            sweep(Path(tempfile.gettempdir()).glob(f"{ELSEWHERE}*+*+*-*"))
+            sweep_root()
         yield store
     except KeyboardInterrupt:
         if first:
@@ -171,8 +170,8 @@ def told_kept(store: RunDirectory) -> str:
     """Say which results a run directory keeps for the next time."""
     counts = Counter(stage for stage, _ in store.results())
     found = ", ".join(f"{stage} {count}" if count > 1 else stage for stage, count in sorted(counts.items()))
-    kept = f"'{store.path}' keeps what is done ({found})" if found else f"'{store.path}' keeps no results yet"
-    return f"Stopped. The same command goes on from here: {kept}."
+    kept = f": '{store.path}' keeps what is done ({found})" if found else ""
+    return f"Stopped. The same command goes on from here{kept}."
 
 
 class StageInputs(Record, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.limits import limited
 from bitalloy.core.ownership import temporary
 from bitalloy.core.work import Workspace
 from bitalloy.model.graphs.joining import Joined
@@ -47,10 +48,11 @@ def evaluate_models(
     names = [str(model) for model in models]
     if not names or len(set(names)) != len(names):
         raise DataError(f"The models are {names}; expected one or more, each once.")
-    graphs = {name: load(name, shapes=options.shapes) for name in names}
     metric, files = evaluation_of(evaluate, None)
-    first, work = graphs[names[0]], Workspace(progress=options.progress)
     with ExitStack() as stack:
+        stack.enter_context(limited(options.memory_limit))
+        graphs = {name: load(name, shapes=options.shapes) for name in names}
+        first, work = graphs[names[0]], Workspace(progress=options.progress)
         task: Task[Any]
         opened: list[TaskData]
         if metric is not None:

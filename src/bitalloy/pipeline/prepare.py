@@ -91,6 +91,8 @@ class RunOptions:
     """How much a run measures beyond what its plan needs; its number of probes is that of the settings."""
     progress: Progress = field(default_factory=Silent)
     """Where the progress of the stages is shown."""
+    memory_limit: int | None = None
+    """Largest number of bytes that what files declare may take; None for the environment's, or 80 % of the machine."""
 
 
 def prepare(

@@ -14,6 +14,7 @@ from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
 from bitalloy.core.files import lasting_in
+from bitalloy.core.limits import limited
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.records import Settings
@@ -82,7 +83,7 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings, options = settings or Settings(), options or RunOptions()
-    with claimed(out):
+    with limited(options.memory_limit), claimed(out):
         prepared = prepare(
             model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.core.encoding import to_json
+from bitalloy.core.limits import limited
 from bitalloy.core.records import SensitivityTable, Settings
 from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.pipeline.analyze import analyze
@@ -64,7 +65,7 @@ def sensitivity(
         BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
     """
     settings, asked, options = settings or Settings(), question or SensitivityQuestion(), options or RunOptions()
-    with claimed(out):
+    with limited(options.memory_limit), claimed(out):
         prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
         loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
         if asked.labels is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.paths import path_inside
 from bitalloy.data import masks
 from bitalloy.data.datasets import list_files
 from bitalloy.data.images import IMAGE_SUFFIXES, file_hash, open_image
@@ -220,8 +221,10 @@ def find_images(path: Path, names: Sequence[str], images: Path | None = None) ->
     above, split = path.parent.parent, path.stem.rpartition("_")[2]
     usual = [path.parent / "images", path.parent, above / split, above / "images" / split]
     folders = [images] if images is not None else usual
+    what = f"'{path}' lists the image"
     for folder in folders:
-        missing = [name for name in names if not (folder / name).is_file()]
+        paths = (path_inside(folder, name, what, DataError) for name in names)
+        missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
         if not missing:
             return folder
         if len(missing) < len(names):

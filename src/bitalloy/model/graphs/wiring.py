@@ -15,6 +15,7 @@ import msgspec
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import ModelError
 from bitalloy.core.files import write
+from bitalloy.core.paths import path_inside
 from bitalloy.core.records import TensorSpec
 from bitalloy.model import load as graphs
 from bitalloy.model.file import PROGRAM_FILE
@@ -196,12 +197,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
     folder = file.parent.resolve()
     files = {}
     for name, location in content.graphs.items():
-        target = (folder / location).resolve()
-        if not target.is_relative_to(folder):
-            raise ModelError(
-                f"Graph '{name}' of '{file}' lies outside of the program's folder ('{location}'). Refused."
-            )
-        files[name] = target
+        files[name] = path_inside(folder, location, f"Graph '{name}' of '{file}' is in the file", ModelError)
     wires = tuple(Wire.parse(text) for text in content.wires)
     _check_names(files, wires)
     return files, wires
