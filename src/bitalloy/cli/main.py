@@ -28,6 +28,7 @@ from bitalloy.cli.console import (
 from bitalloy.cli.guard import end_for_memory
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
+from bitalloy.core.plain import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,7 +190,7 @@ def _figures(verified: Verified) -> Table:
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
         """Show what models have; empty where one does not have it."""
         values = (getattr(models, column, None) for column in columns)
-        table.add_row(name, *("" if value is None else text(value) for value in values))
+        table.add_row(plain(name), *("" if value is None else text(value) for value in values))
 
     def over_float(column: str) -> str:
         found = getattr(summary, f"{column}_latency_ratio")
@@ -273,8 +274,6 @@ def plan_command(asked: PlanArguments) -> None:
 
       bitalloy plan runs/last --max-drop-db boxes=30 --max-drop-db scores=12 --json
     """
-    from rich.table import Table
-
     from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
@@ -284,12 +283,7 @@ def plan_command(asked: PlanArguments) -> None:
         sys.stdout.write(text.front_json(planned) if asked.front else text.plan_json(planned))
         return
     columns, lines = text.front_table(planned) if asked.front else text.unit_table(planned)
-    shown = Table()
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for line in lines:
-        shown.add_row(*line)
-    out_console.print(shown)
+    out_console.table(columns, lines)
     out_console.print(text.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -318,8 +312,6 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
     settings = asked.analysis.settings(sizes=asked.opening.sizes())
     _refuse_broken(asked.model.model)
 
-    from rich.table import Table
-
     from bitalloy.core.records import SensitivityTable
     from bitalloy.pipeline import sensitivity as stage
     from bitalloy.pipeline.prepare import SAMPLE_NOTE
@@ -342,12 +334,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
         return
     given = table.given if isinstance(table, SensitivityTable) else ()
     for columns, lines in (text.readable(table), *([text.file_roundings(given)] if given else [])):
-        shown = Table()
-        for column in columns:
-            shown.add_column(column, overflow="fold")
-        for line in lines[:SHOWN_LINES]:
-            shown.add_row(*line)
-        out_console.print(shown)
+        out_console.table(columns, lines[:SHOWN_LINES])
         if len(lines) > SHOWN_LINES:
             out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
     if model.data is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError
@@ -28,6 +29,8 @@ def path_inside(folder: Path, name: str, what: str, kind: type[BitalloyError]) -
         root = folder.resolve()
         found = (root / name).resolve()
         inside = bool(name) and not Path(name).is_absolute() and found.is_relative_to(root)
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # for whoever opens it
+            found.stat()
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, or with a NUL
         raise kind(f"{what} {shown}, which no file can be called: {str(error)[:_SHOWN]}. Repair the file.") from error
     if not inside:
