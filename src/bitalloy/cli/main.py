@@ -25,6 +25,7 @@ from bitalloy.cli.console import (
     error_console,
     out_console,
 )
+from bitalloy.cli.disk import clean_command
 from bitalloy.cli.guard import end_for_memory
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
@@ -153,10 +154,18 @@ def run_command(asked: RunArguments) -> None:
     else:
         for one in results:
             _show(one, model.out if one is verified else model.out / one.summary.target)
+        _tell_size(model.out)
     if asked.fail_on_miss and not all(one.status.proven for one in results):
         told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
         error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(MISSED)
+
+
+def _tell_size(run: Path) -> None:
+    from bitalloy.core.disk import disk_use
+
+    text = f"{disk_use(run).told()}, which `bitalloy clean {run}` frees."
+    out_console.print(text, soft_wrap=True, highlight=False)
 
 
 def _refuse_broken(model: str) -> None:
@@ -274,11 +283,14 @@ def plan_command(asked: PlanArguments) -> None:
 
       bitalloy plan runs/last --max-drop-db boxes=30 --max-drop-db scores=12 --json
     """
+    from bitalloy.core.disk import told_freed
     from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
     with Bars() as bars:
         planned = plan_again(asked.run_directory, asked.limits.budget, progress=bars)
+    if told := told_freed(asked.run_directory):
+        error_console.print(told, style="yellow", soft_wrap=True, highlight=False)
     if asked.json_output:
         sys.stdout.write(text.front_json(planned) if asked.front else text.plan_json(planned))
         return
@@ -391,6 +403,7 @@ for _name, _command in (
     ("diff", gates.diff_command),
     ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
+    ("clean", clean_command),
     ("doctor", look.doctor_command),
 ):
     app.command(_name)(_command)

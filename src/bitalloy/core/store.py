@@ -30,6 +30,8 @@ from bitalloy.core.ownership import PARTIAL, SCRATCH, HeldError, Lock, discard, 
 from bitalloy.core.records import Record
 
 MARKER = ".bitalloy-run"
+FREED = "freed.json"
+"""File in a cache that was freed: it tells what was in it."""
 DECISIVE = ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "pillow", "pycocotools", "scipy")
 """Packages whose versions are part of every key."""
 
@@ -147,6 +149,7 @@ def claimed(path: str | Path) -> Iterator[RunDirectory]:
         if first:
             sweep(p for p in store.path.rglob("*") if p.name.startswith(SCRATCH) or p.name.endswith(PARTIAL))
             sweep_root()
+            (store.cache / FREED).unlink(missing_ok=True)
         yield store
     except KeyboardInterrupt:
         if first:

@@ -227,6 +227,7 @@ def read_tables(folder: str | Path) -> PlanTables:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
     """
     path = Path(folder)
+    before = _written(path)
     missing = [name for name in PLAN_FILES if not (path / name).is_file()]
     if missing:
         raise RunDirectoryError(
@@ -237,12 +238,23 @@ def read_tables(folder: str | Path) -> PlanTables:
         matrix = ProbeMatrix.from_bytes((path / MATRIX_FILE).read_bytes())
     except (OSError, ValueError, KeyError) as error:
         raise RunDirectoryError(f"'{path / MATRIX_FILE}' is damaged: {error}. Give the run's command again.") from error
-    return PlanTables(
+    found = PlanTables(
         read_record(path / UNITS_FILE, UnitGraph),
         matrix,
         read_record(path / COST_FILE, CostTable),
         read_record(path / FACTS_FILE, PlanFacts),
     )
+    if before != _written(path):
+        raise RunDirectoryError(f"'{path}' was written by a run while it was read. Give the command again.")
+    return found
+
+
+def _written(run: Path) -> int:
+    """Tell one summary from another by its time; a run removes it first and writes it last."""
+    try:
+        return (run / "summary.json").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
