@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import RunDirectoryError, UnreachableError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, ParetoPoint, PlanReport, UnitDamage
@@ -236,7 +236,7 @@ def read_tables(folder: str | Path) -> PlanTables:
         )
     try:
         matrix = ProbeMatrix.from_bytes((path / MATRIX_FILE).read_bytes())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # zip, zlib and header errors of many types
         raise RunDirectoryError(f"'{path / MATRIX_FILE}' is damaged: {error}. Give the run's command again.") from error
     found = PlanTables(
         read_record(path / UNITS_FILE, UnitGraph),
@@ -269,7 +269,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
             "version; finish it with the same command, or name another."
         )
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return from_json(path.read_bytes(), kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise RunDirectoryError(
             f"'{path}' cannot be read: {error}. Expected a file of a finished `bitalloy run` of this version; give the "

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from bitalloy.core.encoding import from_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.paths import path_inside
 from bitalloy.data import masks
@@ -157,7 +158,7 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
         DataError: the file is missing, broken or contradicts itself, or images that it lists are missing.
     """
     try:
-        content = msgspec.json.decode(annotations.read_bytes(), type=_File)
+        content = from_json(annotations.read_bytes(), _File)
     except OSError as error:
         raise DataError(
             f"Cannot read the labels '{annotations}': {error.strerror}. Give a COCO annotation file."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import ModelError
 from bitalloy.core.files import write
 from bitalloy.core.paths import path_inside
@@ -186,7 +186,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
         ModelError: the file is missing or malformed, names a file outside of its folder, or its wires close a cycle.
     """
     try:
-        content = msgspec.json.decode(file.read_bytes(), type=_File)
+        content = from_json(file.read_bytes(), _File)
     except OSError as error:
         raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {PROGRAM_FILE}.") from error
     except msgspec.MsgspecError as error:
