@@ -88,6 +88,8 @@ class Outcome:
     text: str
     """What it printed."""
     seconds: float
+    cpu_seconds: float = 0.0
+    """Time of the processor that it took; 0 for a hang."""
     spoiled: tuple[str, ...] = ()
     """JSON files with numbers that are none."""
 
@@ -111,16 +113,17 @@ def attempt(words: Sequence[str] | Callable[[], object], folder: Path, *, second
     child = os.fork()
     if not child:
         _child(words, folder, printed)
-    code = None
+    code, cpu = None, 0.0
     while code is None and time.monotonic() - began < seconds:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
+        cpu = used.ru_utime + used.ru_stime if done else 0.0
         code = os.waitstatus_to_exitcode(status) if done else None
         time.sleep(0.01)
     if code is None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     text = printed.read_text(errors="replace") if printed.is_file() else ""
-    return Outcome(code, text, time.monotonic() - began, tuple(sorted(_spoiled(folder))))
+    return Outcome(code, text, time.monotonic() - began, cpu, tuple(sorted(_spoiled(folder))))
 
 
 def _child(words: Sequence[str] | Callable[[], object], folder: Path, printed: Path) -> None:

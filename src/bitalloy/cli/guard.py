@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 from bitalloy.cli.console import REFUSED
-from bitalloy.core.ownership import ELSEWHERE, Lock, discard, mark, temporary_root
 
 MemoryLimit = Annotated[
     str | None,
@@ -40,6 +39,8 @@ def limit_in_bytes(given: str | None) -> int | None:
 
 def end_for_memory(told: str) -> None:
     """End this process and its children at once with one message; its temporary files are removed."""
+    from bitalloy.core.ownership import ELSEWHERE, Lock, discard, mark, temporary_root
+
     sys.stderr.write(f"Error: {told}\n")
     sys.stderr.flush()
     for child in _children():
