@@ -82,6 +82,22 @@ def test_tensors_beyond_memory_are_refused_before_they_are_made(kind: str, tmp_p
         load_graph(tmp_path / "grown.onnx")
 
 
+def test_a_size_that_is_computed_is_known_before_it_is_used(tmp_path: Path) -> None:
+    """Inference does not follow the exponential, so that the size is known once that part is evaluated."""
+    proto = grown("ConstantOfShape")
+    for tensor in proto.graph.initializer:
+        if tensor.name == "s":
+            tensor.CopyFrom(helper.make_tensor("logarithms", TensorProto.FLOAT, [2], [11.5, 11.5]))
+    proto.graph.node.insert(0, helper.make_node("Exp", ["logarithms"], ["sizes"]))
+    proto.graph.node.insert(1, helper.make_node("Cast", ["sizes"], ["s"], to=TensorProto.INT64))
+    onnx.save(proto, tmp_path / "grown.onnx")
+    with (
+        limited(8_000_000_000),
+        pytest.raises(ModelError, match=r"'big' of node 'grows' .*takes 39\.\dGB; the limit is 8"),
+    ):
+        load_graph(tmp_path / "grown.onnx")
+
+
 def test_inputs_beyond_memory_are_refused(tmp_path: Path) -> None:
     proto = two_inputs()
     for value in proto.graph.input:

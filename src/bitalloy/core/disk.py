@@ -12,7 +12,7 @@ from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.ownership import discard
 from bitalloy.core.records import Record
-from bitalloy.core.store import FREED, MARKER, RunDirectory, claimed
+from bitalloy.core.store import FREED, MARKER, claimed, stored_results
 
 
 class DiskUse(Record, frozen=True, kw_only=True):
@@ -53,7 +53,7 @@ def disk_use(path: str | Path) -> DiskUse:
     if not (run / MARKER).is_file():
         raise RunDirectoryError(f"'{run}' is not a run directory of bitalloy. Name the --out of a `bitalloy run`.")
     stages: dict[str, int] = {}
-    for stage, file in RunDirectory(run).results():
+    for stage, file in stored_results(run / "cache"):
         stages[stage] = stages.get(stage, 0) + _size([file])
     return DiskUse(
         run=str(run),

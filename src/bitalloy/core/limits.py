@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from bitalloy.core.errors import BitalloyError
@@ -26,7 +27,7 @@ USUAL_SHARE = 0.8
 """Part of the machine's memory that may be used where nothing else is said."""
 IMAGE_SHARE = 16
 """One image may take this part of the limit at most, as a divisor: other things need memory at the same time."""
-INTERVAL_S = 0.1
+INTERVAL_S = 0.2
 """Time between two looks at the memory in use."""
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -51,6 +52,7 @@ def memory_bytes(text: str, where: str = "--memory-limit") -> int:
     return int(min(number * _UNITS[match[2].lower()], sys.maxsize))
 
 
+@cache
 def machine_memory() -> int:
     """Return the bytes of memory of the machine, or of the container; the largest number where that is not known."""
     found = [sys.maxsize]
@@ -139,7 +141,7 @@ def amount(size: float, *, up: bool = False) -> str:
 def memory_used() -> int | None:
     """Return the bytes of memory that this process alone uses, files that it maps left out; None where unknown."""
     try:
-        with open("/proc/self/status", "rb") as file:  # noqa: PTH123  ten times a second
+        with open("/proc/self/status", "rb") as file:  # noqa: PTH123  several times a second
             found = re.search(rb"RssAnon:\s*(\d+) kB", file.read())
     except OSError:
         found = None
@@ -159,6 +161,7 @@ def watched(end: Callable[[str], object]) -> Iterator[None]:
     Args:
         end: called once, from another thread, with a message when the limit is passed; it must end the process.
     """
+    memory_limit()  # which is refused where it is malformed
     done = threading.Event()
 
     def watch() -> None:

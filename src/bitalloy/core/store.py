@@ -107,14 +107,6 @@ class RunDirectory:
         name = f"{stage}-{key[:24]}"
         return self.cache / name if shard is None else self.cache / f"{name}.d" / shard
 
-    def results(self) -> Iterator[tuple[str, Path]]:
-        """Give the stage and the path of each stored result, of each part of one that has several."""
-        for path in self.cache.rglob("*"):
-            place = path.relative_to(self.cache).parts
-            stage, dash, _ = place[0].rpartition("-")
-            if dash and not place[0].startswith(SCRATCH) and not path.name.endswith(PARTIAL) and path.is_file():
-                yield stage, path
-
     def _write(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +153,15 @@ def claimed(path: str | Path) -> Iterator[RunDirectory]:
         lock.give()
 
 
+def stored_results(cache: Path) -> Iterator[tuple[str, Path]]:
+    """Give the stage and the path of each result in the cache of a run directory, of each part where it has several."""
+    for path in cache.rglob("*"):
+        place = path.relative_to(cache).parts
+        stage, dash, _ = place[0].rpartition("-")
+        if dash and not place[0].startswith(SCRATCH) and not path.name.endswith(PARTIAL) and path.is_file():
+            yield stage, path
+
+
 _STOPPED: list[str] = []
 
 
@@ -171,7 +172,7 @@ def told_stop() -> str:
 
 def told_kept(store: RunDirectory) -> str:
     """Say which results a run directory keeps for the next time."""
-    counts = Counter(stage for stage, _ in store.results())
+    counts = Counter(stage for stage, _ in stored_results(store.cache))
     found = ", ".join(f"{stage} {count}" if count > 1 else stage for stage, count in sorted(counts.items()))
     kept = f": '{store.path}' keeps what is done ({found})" if found else ""
     return f"Stopped. The same command goes on from here{kept}."
