@@ -57,6 +57,7 @@ def test_a_signal_removes_what_is_temporary_and_tells_what_is_kept(number: int, 
     assert "Stopped. The same command goes on from here: 'run' keeps what is done (calibrate" in shown
     assert "Traceback" not in shown
     assert not [*cache.glob("scratch-*"), *(here / "run").rglob("*.partial")]
-    done = subprocess.run(line, cwd=here, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (here / "run" / "summary.json").is_file()
+    if number == signal.SIGTERM:  # both leave the same
+        done = subprocess.run(line, cwd=here, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (here / "run" / "summary.json").is_file()

@@ -120,7 +120,7 @@ def temporary(folder: Path | None = None) -> Iterator[Path]:
     """Make a folder that is removed at the end of the block.
 
     Args:
-        folder: where it is made; None for the system's own folder of temporary files, which is swept before.
+        folder: where it is made; None for the system's own folder of temporary files. It is swept before.
     """
     place = make_temporary(folder)
     try:
@@ -132,6 +132,7 @@ def temporary(folder: Path | None = None) -> Iterator[Path]:
 def make_temporary(folder: Path | None = None) -> Path:
     """Make a temporary folder, see `temporary`, which whoever asked for it removes."""
     if folder is not None:
+        sweep(folder.glob(f"{SCRATCH}*+*+*-*"))
         return Path(tempfile.mkdtemp(prefix=SCRATCH + mark(), dir=folder))
     sweep_root()
     return Path(tempfile.mkdtemp(prefix=ELSEWHERE + mark()))
