@@ -39,6 +39,7 @@ def limit_in_bytes(given: str | None) -> int | None:
 
 def end_for_memory(told: str) -> None:
     """End this process and its children at once with one message; its temporary files are removed."""
+    from bitalloy.core.files import walk
     from bitalloy.core.ownership import ELSEWHERE, Lock, discard, mark, temporary_root
 
     sys.stderr.write(f"Error: {told}\n")
@@ -47,7 +48,7 @@ def end_for_memory(told: str) -> None:
         with suppress(OSError):
             os.kill(child, signal.SIGKILL)
     for folder in (file.parent for file in Lock.held()):
-        for path in folder.rglob(f"*{mark()}*"):
+        for path in [path for path in walk(folder) if mark() in path.name]:
             discard(path)
     for path in temporary_root().glob(f"{ELSEWHERE}{mark()}*"):
         discard(path)

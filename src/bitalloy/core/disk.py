@@ -10,6 +10,7 @@ import msgspec
 
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import RunDirectoryError
+from bitalloy.core.files import walk
 from bitalloy.core.ownership import discard
 from bitalloy.core.records import Record
 from bitalloy.core.store import FREED, MARKER, claimed, stored_results
@@ -57,8 +58,8 @@ def disk_use(path: str | Path) -> DiskUse:
         stages[stage] = stages.get(stage, 0) + _size([file])
     return DiskUse(
         run=str(run),
-        total_bytes=_size(run.rglob("*")),
-        cache_bytes=sum(_size(folder.rglob("*")) for folder in _caches(run)),
+        total_bytes=_size(walk(run)),
+        cache_bytes=sum(_size(walk(folder)) for folder in _caches(run)),
         stages=dict(sorted(stages.items(), key=lambda entry: -entry[1])),
     )
 
@@ -103,7 +104,7 @@ def told_freed(path: str | Path) -> str:
 
 def _caches(run: Path) -> list[Path]:
     """The caches of a run directory, and of those of further targets in it."""
-    return [marker.parent / "cache" for marker in run.rglob(MARKER)]
+    return [path.parent / "cache" for path in walk(run) if path.name == MARKER]
 
 
 def _size(paths: Iterable[Path]) -> int:

@@ -72,6 +72,12 @@ def lasting_in(folder: Path | None, make: Callable[[Path], Lasting]) -> Lasting:
     return made
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """Give all files and folders in a folder, however deep; what another process removes meanwhile may be missing."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place) / name for name in (*folders, *names))
+
+
 def is_text(path: str | Path) -> bool:
     """Return whether a path is UTF-8: other bytes are surrogates in Python, which records and runtimes cannot take."""
     return not any("\ud800" <= character <= "\udfff" for character in str(path))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -148,9 +148,9 @@ def sweep_root() -> None:
     sweep(temporary_root().glob(f"{ELSEWHERE}*+*+*-*"))
 
 
-def sweep(paths: Iterator[Path]) -> None:
+def sweep(paths: Iterable[Path]) -> None:
     """Remove those of some temporary files and folders whose process is no more; what names no process has none."""
-    for path in paths:
+    for path in list(paths):  # all are found before the first is gone
         found = _OWNER.search(path.name)
         if found is None or _is_gone(found["host"], int(found["pid"]), found["token"]):
             discard(path)

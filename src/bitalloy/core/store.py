@@ -139,7 +139,7 @@ def claimed(path: str | Path) -> Iterator[RunDirectory]:
         raise RunDirectoryError(f"The run directory '{store.path}' cannot be written: {error}") from error
     try:
         if first:
-            sweep(p for p in store.path.rglob("*") if p.name.startswith(SCRATCH) or p.name.endswith(PARTIAL))
+            sweep(p for p in files.walk(store.path) if p.name.startswith(SCRATCH) or p.name.endswith(PARTIAL))
             sweep_root()
             (store.cache / FREED).unlink(missing_ok=True)
         yield store
@@ -148,14 +148,14 @@ def claimed(path: str | Path) -> Iterator[RunDirectory]:
             _STOPPED[:] = [told_kept(store)]
         raise
     finally:
-        if first and is_new and {p.name for p in store.path.rglob("*")} == {MARKER, store.cache.name}:
+        if first and is_new and {p.name for p in files.walk(store.path)} == {MARKER, store.cache.name}:
             discard(store.path)
         lock.give()
 
 
 def stored_results(cache: Path) -> Iterator[tuple[str, Path]]:
     """Give the stage and the path of each result in the cache of a run directory, of each part where it has several."""
-    for path in cache.rglob("*"):
+    for path in files.walk(cache):
         place = path.relative_to(cache).parts
         stage, dash, _ = place[0].rpartition("-")
         if dash and not place[0].startswith(SCRATCH) and not path.name.endswith(PARTIAL) and path.is_file():
