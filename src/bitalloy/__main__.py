@@ -6,7 +6,7 @@ It imports nothing slow at its top, so that an interrupt is answered with one li
 import signal
 import sys
 
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a command that was interrupted, and of one that was asked to end."""
 
 
@@ -15,12 +15,12 @@ def start() -> None:
 
     Both end what runs as an exception does, so that temporary files are removed and child processes end.
     """
-    code = INTERRUPTED
+    code = _INTERRUPTED
 
     def terminate(number: int, frame: object) -> None:
         nonlocal code
         signal.signal(number, signal.SIG_IGN)  # what is being removed is removed to the end
-        code = TERMINATED
+        code = _TERMINATED
         raise KeyboardInterrupt
 
     try:

@@ -75,7 +75,7 @@ def commands(feeds: Path, target: str) -> list[list[str]]:
     usual = ["model.onnx", "--data", str(feeds), *COMMON, "--target", target, "--out", "run"]
     lines = [
         ["sensitivity", *usual, "--confirm", "3"],
-        ["run", *usual, "--effort", "thorough", "--size", "0.9x", "--max-drop-db", "10"],
+        ["run", *usual, "--effort", "thorough", "--latency", "1.5x", "--max-drop-db", "10"],
     ]
     return [*lines, ["audit", "run"]] if target == "ort-cpu" else lines
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bitalloy.core.plain import plain
+from bitalloy.core.plain import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ class Output:
 
     def print(self, *parts: object, **how: Any) -> None:
         """Print as `rich.console.Console.print` does; a text is one line, in which nothing is markup."""
-        self.console.print(*(plain(part) if isinstance(part, str) else part for part in parts), **how)
+        self.console.print(*(one_line(part) if isinstance(part, str) else part for part in parts), **how)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table of texts, see `print`."""
@@ -42,9 +42,9 @@ class Output:
 
         shown = Table()
         for name in header:
-            shown.add_column(plain(name), overflow="fold")
+            shown.add_column(one_line(name), overflow="fold")
         for row in rows:
-            shown.add_row(*map(plain, row))
+            shown.add_row(*map(one_line, row))
         self.console.print(shown)
 
 

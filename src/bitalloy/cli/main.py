@@ -29,7 +29,7 @@ from bitalloy.cli.disk import clean_command
 from bitalloy.cli.guard import end_for_memory
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
-from bitalloy.core.plain import plain
+from bitalloy.core.plain import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,7 +199,7 @@ def _figures(verified: Verified) -> Table:
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
         """Show what models have; empty where one does not have it."""
         values = (getattr(models, column, None) for column in columns)
-        table.add_row(plain(name), *("" if value is None else text(value) for value in values))
+        table.add_row(one_line(name), *("" if value is None else text(value) for value in values))
 
     def over_float(column: str) -> str:
         found = getattr(summary, f"{column}_latency_ratio")

@@ -10,10 +10,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~@:])")
 
 
-def plain(text: str) -> str:
+def one_line(text: str) -> str:
     r"""Write control characters, ends of lines and marks of writing direction as escapes, so that a text is one line.
 
-    >>> plain("a\nb\x1b[31m")
+    >>> one_line("a\nb\x1b[31m")
     'a\\nb\\x1b[31m'
     """
     if text.isprintable():
@@ -27,7 +27,7 @@ def csv_cell(text: str) -> str:
     >>> csv_cell("=1+1"), csv_cell("conv/1")
     ("'=1+1", 'conv/1')
     """
-    return f"'{plain(text)}" if text.startswith(_FORMULA) else plain(text)
+    return f"'{one_line(text)}" if text.startswith(_FORMULA) else one_line(text)
 
 
 def markdown_cell(text: str) -> str:
@@ -36,5 +36,5 @@ def markdown_cell(text: str) -> str:
     >>> markdown_cell("a|<b>")
     'a\\|&lt;b&gt;'
     """
-    shown = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", shown)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from bitalloy.core.checked import CHANGE_VERDICTS, CheckedRun
-from bitalloy.core.plain import markdown_cell, plain
+from bitalloy.core.plain import markdown_cell, one_line
 from bitalloy.core.status import Verdict
 from bitalloy.report.text import difference_text, limit_text, verdict_text
 
@@ -21,8 +21,8 @@ def junit_xml(checked: CheckedRun) -> bytes:
     suite = ElementTree.Element("testsuite", name="bitalloy check")
     counts = {"failure": 0, "skipped": 0}
     tests = list(_lines(checked))
-    for name, verdict, told in ((plain(name), verdict, plain(told)) for name, verdict, told, _ in tests):
-        case = ElementTree.SubElement(suite, "testcase", classname=f"bitalloy.{plain(checked.run)}", name=name)
+    for name, verdict, told in ((one_line(name), verdict, one_line(told)) for name, verdict, told, _ in tests):
+        case = ElementTree.SubElement(suite, "testcase", classname=f"bitalloy.{one_line(checked.run)}", name=name)
         if verdict in MARKS:
             kind = "skipped" if verdict == Verdict.UNDECIDED and checked.passed else "failure"
             counts[kind] += 1
@@ -72,4 +72,4 @@ def _lines(checked: CheckedRun) -> Iterator[tuple[str, Verdict, str, str]]:
 
 def _escaped(text: str) -> str:
     """Escape what ends a workflow command."""
-    return plain(text).replace("%", "%25")
+    return one_line(text).replace("%", "%25")
