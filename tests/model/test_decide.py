@@ -14,7 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
+from bitalloy.model.decide import deciding_inputs
 from bitalloy.model.load import Graph, load_graph, load_open
+from bitalloy.pipeline.prepare import prepare
 
 FLOAT = TensorProto.FLOAT
 node = helper.make_node
@@ -161,14 +163,77 @@ def test_a_dead_branch_reads_nothing(loading: Loading) -> None:
     assert len(found.value["a"].uses()) == 1
 
 
-def test_a_computed_condition_is_refused(loading: Loading) -> None:
-    nodes = [
-        node("ReduceMax", ["x"], ["m"], keepdims=0),
-        node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
-        node("If", ["c"], ["y"], name="choice", then_branch=RELU, else_branch=SIGMOID),
+def of_the_data(then: onnx.GraphProto, other: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [
+        node("ReduceSum", ["x"], ["m"], keepdims=0),
+        node("Greater", ["m", "limit"], ["c"]),
+        node("If", ["c"], ["y"], name="choice", then_branch=then, else_branch=other),
     ]
-    with pytest.raises(ModelError, match="Control flow is not supported: what node 'choice'"):
-        loading(nodes)
+
+
+@pytest.mark.parametrize("limit", [-1e9, 1e9])
+def test_what_the_data_decides_is_chosen_from_both_branches(loading: Loading, limit: float) -> None:
+    found = loading(of_the_data(RELU, SIGMOID), {"limit": np.float32(limit)})
+    assert {"Relu", "Sigmoid", "Where"} <= {n.op_type for n in found.nodes}
+    assert any("both run" in note for note in found.changes)
+
+
+def test_branches_of_different_shapes_are_refused(loading: Loading) -> None:
+    row = body([node("Gather", ["x", "first"], ["g"], axis=0)], ["g"])
+    with pytest.raises(ModelError, match=r"'choice.*\[2,3\] and \[1,3\]"):
+        loading(of_the_data(RELU, row), {"limit": np.float32(0), "first": np.array([0])})
+
+
+def rated(folder: Path) -> Path:
+    """A model with one branch for a rate of 16000, which reads twice as much as the other."""
+    half = body([node("MaxPool", ["x"], ["p"], kernel_shape=[2], strides=[2]), node("Relu", ["p"], ["r"])], ["r"])
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                node("Cast", ["rate"], ["f"], to=FLOAT),
+                node("Equal", ["f", "fast"], ["c"]),
+                node("If", ["c"], ["y"], then_branch=half, else_branch=SIGMOID),
+            ],
+            "case",
+            [
+                helper.make_tensor_value_info("x", FLOAT, [1, 3, None]),
+                helper.make_tensor_value_info("rate", TensorProto.INT64, []),
+            ],
+            [helper.make_tensor_value_info("y", FLOAT, None)],
+            [numpy_helper.from_array(np.array(16000, np.float32), "fast")],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    onnx.save(model, folder / "rated.onnx")
+    return folder / "rated.onnx"
+
+
+@pytest.mark.parametrize(("rate", "size", "kept"), [(16000, 8, "MaxPool"), (8000, 4, "Sigmoid")])
+def test_an_input_that_is_always_the_same_decides(tmp_path: Path, rate: int, size: int, kept: str) -> None:
+    path = rated(tmp_path)
+    assert deciding_inputs(onnx.load(path)) == ("rate",)
+    found = load_graph(path, shapes={"x": (1, 3, size)}, fixed={"rate": rate})
+    assert kept in {n.op_type for n in found.nodes} and "If" not in {n.op_type for n in found.nodes}
+    assert [i.name for i in found.info.inputs] == ["x", "rate"]
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, 3, size)).astype(np.float32), "rate": np.array(rate)}
+    same, given = (ort.InferenceSession(m, providers=["CPUExecutionProvider"]) for m in (found.to_bytes(), path))
+    np.testing.assert_allclose(same.run(None, feeds)[0], given.run(None, feeds)[0], rtol=1e-6)
+    assert any(f"'rate' is {rate} in every sample" in note for note in found.changes)
+    other = load_graph(path, shapes={"x": (1, 3, size)}, fixed={"rate": 24000 - rate})
+    assert found.identity != other.identity
+
+
+def test_samples_tell_which_inputs_never_change(tmp_path: Path) -> None:
+    path, (alike, mixed) = rated(tmp_path), (tmp_path / "alike", tmp_path / "mixed")
+    for folder, rates in ((alike, (8000, 8000)), (mixed, (8000, 16000))):
+        folder.mkdir()
+        for index, rate in enumerate(rates):
+            np.savez(folder / f"{index}.npz", x=np.ones((1, 3, 4), np.float32), rate=np.array(rate))
+    opened = prepare(path, out=tmp_path / "run", data=alike)
+    assert opened.model.fixed == {"rate": 8000} and "Sigmoid" in {n.op_type for n in opened.model.nodes}
+    with pytest.raises(ModelError, match=r"the shapes \[1,3,2\] and \[1,3,4\]"):
+        prepare(path, out=tmp_path / "other", data=mixed)
 
 
 def test_open_sizes(tmp_path: Path) -> None:

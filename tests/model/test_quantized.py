@@ -12,10 +12,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from tests.models.operators import recurrent
 
 from bitalloy import BitalloyError
 from bitalloy.model.heads import find_heads
-from bitalloy.model.load import Graph, load_graph
+from bitalloy.model.load import Graph, constant, load_graph
 from bitalloy.sensitivity.given import given_columns
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.probe import Prober
@@ -335,3 +336,59 @@ def test_a_float_model_has_no_roundings(source: Path) -> None:
     graph: Graph = load_graph(source)
     assert not graph.quantization
     assert given_columns(graph) == []
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_matrices_of_an_lstm_are_dequantized(tmp_path: Path, per_channel: bool) -> None:
+    """ONNX Runtime's own quantizer stores them transposed; the numbers are those of the float file within a step."""
+    source, file = tmp_path / "float.onnx", tmp_path / "dynamic.onnx"
+    source.write_bytes(recurrent("LSTM", "bidirectional"))
+    quantize_dynamic(source, file, per_channel=per_channel, op_types_to_quantize=["LSTM"])
+    assert "DynamicQuantizeLSTM" in {n.op_type for n in onnx.load(file).graph.node}
+    found, given = load_graph(file), load_graph(source)
+    (lstm,), (wanted,) = ([n for n in g.nodes if n.op_type == "LSTM"] for g in (found, given))
+    for slot in (1, 2):
+        numbers, exact = (constant(n.inputs[slot]) for n in (lstm, wanted))
+        assert numbers is not None and exact is not None and numbers.shape == exact.shape
+        step = np.abs(exact).max() / 127
+        assert 0 < np.abs(numbers - exact).max() <= step
+    shape = [int(d) for d in found.info.inputs[0].shape]
+    feeds = [np.random.default_rng(s).standard_normal(shape).astype(np.float32) for s in range(4)]
+    wanted_y, found_y = outputs(file, feeds), outputs(found.to_bytes(), feeds)
+    error, signal = float(np.square(wanted_y - found_y).sum()), float(np.square(wanted_y).sum())
+    assert error > 0 and 10 * np.log10(signal / error) > 25
+
+
+def test_a_bias_in_whole_steps_becomes_one_of_the_convolution(tmp_path: Path) -> None:
+    """Older quantizers add it to the integers, divided by both scales, before these are multiplied."""
+    rng = np.random.default_rng(0)
+    constants: dict[str, np.ndarray] = {
+        "w": rng.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8), "wz": np.array(0, np.int8),
+        "ws": np.array(0.01, np.float32), "b": rng.standard_normal(4).astype(np.float32),
+        "shape": np.array([1, 4, 1, 1]),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        node("Mul", "xs ws", "scale"),
+        node("Div", "b scale", "steps"),
+        node("Floor", "steps", "whole"),
+        node("Cast", "whole", "bi", to=TensorProto.INT32),
+        node("ConvInteger", "xq w xz wz", "yi"),
+        node("Reshape", "bi shape", "br"),
+        node("Add", "yi br", "sum"),
+        node("Cast", "sum", "yf", to=TensorProto.FLOAT),
+        node("Mul", "yf scale", "y"),
+    ]
+    graph = helper.make_graph(
+        nodes, "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 6, 6])],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    x = rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
+    weight = constants["w"].astype(np.float32) * 0.01
+    patches = np.lib.stride_tricks.sliding_window_view(x[0], (3, 3), (1, 2))
+    expected = np.einsum("chwij,ocij->ohw", patches, weight) + constants["b"][:, None, None]
+    np.testing.assert_allclose(outputs(load_graph(path).to_bytes(), [x])[0, 0], expected, rtol=1e-4, atol=1e-4)

@@ -232,6 +232,16 @@ def condition_of_shapes() -> bytes:
     return on_images((nodes, {"one": np.array([1])}))
 
 
+def condition_of_data() -> bytes:
+    """What is chosen follows from the sample."""
+    nodes = [
+        node("ReduceMean", ["a"], ["m"], keepdims=0),
+        node("Greater", ["m", "middle"], ["c"]),
+        node("If", ["c"], ["b"], name="choice", then_branch=branch("Tanh"), else_branch=branch("Sigmoid")),
+    ]
+    return on_images((nodes, {"middle": np.float32(0)}))
+
+
 def sequence() -> bytes:
     nodes = [
         node("SplitToSequence", ["a", "four"], ["s"], axis=1),
@@ -285,6 +295,7 @@ OPERATORS: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "deform conv": (deform_conv, "DeformConv"),
     "condition": (constant_condition, "Sigmoid"),
     "condition of shapes": (condition_of_shapes, "Tanh"),
+    "condition of data": (condition_of_data, "Where"),
     "sequence": (sequence, "Concat"),
     "loop": (loop, "MatMul"),
 }

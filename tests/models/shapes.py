@@ -157,6 +157,19 @@ def scaled_products() -> SmallModel:
     return SmallModel(model, {"x": (4, 16)}, [{"x": (9, 16)}, {"x": (1, 16)}], kept_open=True)
 
 
+def misnamed() -> SmallModel:
+    """Two inputs whose last two dimensions have the same names, by their position, and other sizes."""
+    body = _Body()
+    body.op("MatMul", f"x {body.weight('w0', 16, 16)}", "a")
+    body.op("ReduceMean", "boxes", "mean", axes=[1, 2], keepdims=0)
+    body.op("Add", "a mean", "b")
+    body.op("Relu", "b", "c")
+    body.op("MatMul", f"c {body.weight('w1', 16, 8)}", "y")
+    model = body.model({"x": ["batch", "height", "width"], "boxes": ["batch", "height", "width"]}, {"y": (FLOAT, None)})
+    others = [{"x": (1, 9, 16), "boxes": (1, 5, 4)}]
+    return SmallModel(model, {"x": (1, 6, 16), "boxes": (1, 5, 4)}, others, kept_open=True)
+
+
 def weight_of_a_shape() -> SmallModel:
     """A matrix that is repeated for every row of the batch: it is stored at one size, and computed at open ones."""
     body = _Body()
@@ -322,6 +335,7 @@ MODELS: Mapping[str, Callable[[], SmallModel]] = {
     "named_batch": named_batch,
     "tokens": tokens,
     "scaled_products": scaled_products,
+    "misnamed": misnamed,
     "weight_of_a_shape": weight_of_a_shape,
     "fixed_batch": fixed_batch,
     "state": state,

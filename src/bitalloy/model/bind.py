@@ -15,6 +15,26 @@ def fed_inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [v for v in proto.graph.input if v.name not in names]
 
 
+def part_contradicted(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Take the name from dimensions of the inputs that have one name and, in `shapes`, several sizes.
+
+    Some exporters name dimensions by their position, as if the widths of all inputs were one; runtimes do not compare
+    them. The names are returned.
+    """
+    found: dict[str, set[int]] = {}
+    values = [value for value in fed_inputs(proto) if value.name in shapes]
+    for value in values:
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=False):
+            if dim.dim_param:
+                found.setdefault(dim.dim_param, set()).add(size)
+    parted = tuple(name for name, sizes in found.items() if len(sizes) > 1)
+    for value in fed_inputs(proto):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in parted:
+                dim.Clear()
+    return parted
+
+
 def bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give every input a static shape: its own, the one asked for, or 1 for a leading symbolic dimension."""
     values = fed_inputs(proto)
@@ -70,10 +90,5 @@ def _symbols(values: Iterable[onnx.ValueInfoProto], shapes: Mapping[str, tuple[i
             if axis == 0:
                 leading[dim.dim_param] = 1
             if value.name in shapes:
-                size = shapes[value.name][axis]
-                if sizes.setdefault(dim.dim_param, size) != size:
-                    raise ModelError(
-                        f"Dimension '{dim.dim_param}' was given as {sizes[dim.dim_param]} and as {size} (input "
-                        f"'{value.name}'). Give it the same size everywhere."
-                    )
+                sizes[dim.dim_param] = shapes[value.name][axis]
     return {**leading, **sizes}

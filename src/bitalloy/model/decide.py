@@ -1,15 +1,17 @@
 """What a file leaves to be decided at run time, although it is known when it is loaded.
 
-Case 1. `If` whose condition is a constant, which often follows from shapes: the chosen branch takes its place.
+Case 1. `If` whose condition is a constant, which often follows from shapes, or from an input that always has the same
+        value, such as a sampling rate: the chosen branch takes its place.
 Case 2. `Loop` whose number of turns is a constant, and `Scan`: the body is written once for every turn.
 Case 3. Sequences whose elements and positions are known: their tensors are read directly.
+Case 4. `If` whose condition follows from the data: both branches are written, and `Where` takes the results of one.
 
 Anything else of the kind stays as it is, and is refused later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -29,6 +31,8 @@ from bitalloy.model.write import Fresh, add_initializer, namer
 
 MOST_NODES = 4096
 """Largest number of nodes that are written for one loop."""
+_WHOLE = frozenset(int(t) for t in ir.DataType if t.name == "BOOL" or (t.is_integer() and t.bitwidth >= 8))
+"""Types of inputs that decide something."""
 
 
 def has_undecided(proto: onnx.ModelProto) -> bool:
@@ -37,26 +41,53 @@ def has_undecided(proto: onnx.ModelProto) -> bool:
     return any(node.op_type in ops.CONTROL_FLOW | ops.SEQUENCE for node in nodes)
 
 
-def decided(proto: onnx.ModelProto) -> onnx.ModelProto:
+def deciding_inputs(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the inputs of integers or truth values from which follows what a branch or a loop of a file does.
+
+    Inputs are followed through the nodes of the graph itself, not into the graphs that its nodes run.
+    """
+    made = {name: node for node in proto.graph.node for name in node.output}
+    weights = {t.name for t in proto.graph.initializer}
+    whole = {v.name for v in proto.graph.input if v.type.tensor_type.elem_type in _WHOLE and v.name not in weights}
+    left = [name for node in proto.graph.node if node.op_type in ("If", "Loop") for name in node.input[:2]]
+    seen: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left.extend(made[name].input if name in made else ())
+    return tuple(v.name for v in proto.graph.input if v.name in seen & whole)
+
+
+def decided(proto: onnx.ModelProto, fixed: Mapping[str, int] | None = None) -> tuple[onnx.ModelProto, bool]:
     """Return a model in which is decided what can be, together with the constants and shapes that follow from it.
+
+    The second result tells whether both branches of some `If` are executed now.
 
     Args:
         proto: the model with its weights; not changed.
+        fixed: inputs of one element that always have this value. They stay inputs, which nothing reads.
 
     Raises:
-        ModelError: a part without inputs cannot be evaluated.
+        ModelError: a part without inputs cannot be evaluated, or an input with such a value is unknown.
     """
     model = ir.serde.deserialize_model(proto)
+    _fix(model, fixed or {})
+    chosen: list[tuple[str, ir.Node]] = []
     while True:
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         TopologicalSortPass()(model)
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        if not (decide(model) or fold_constants(model)):
+        if decide(model) or fold_constants(model):
+            continue
+        if not (made := _choose(model)):
             break
+        chosen += made
+    _refuse_unequal(chosen)
     RemoveUnusedNodesPass()(model)
     made = ir.serde.serialize_model(model)
     del made.graph.value_info[:]  # inference calls a sequence what its elements are
-    return made
+    return made, bool(chosen)
 
 
 def decide(model: ir.Model) -> bool:
@@ -76,6 +107,40 @@ def decide(model: ir.Model) -> bool:
                 _replace(model, node, results)
                 changed = True
     return _Sequences(model).resolved() or changed
+
+
+def _fix(model: ir.Model, fixed: Mapping[str, int]) -> None:
+    """Let constants be read in place of inputs."""
+    inputs, fresh = {str(v.name): v for v in model.graph.inputs}, namer(model)
+    for name, number in fixed.items():
+        value = inputs.get(name)
+        if value is None or value.dtype is None:
+            raise ModelError(f"No input called '{name}' to fix; the model's inputs are {list(inputs)}.")
+        array = np.full([1] * len(value.shape or ()), number, value.dtype.numpy())
+        ir.convenience.replace_all_uses_with(value, add_initializer(model.graph, fresh(f"{name}/fixed"), array))
+
+
+def _choose(model: ir.Model) -> list[tuple[str, ir.Node]]:
+    """Write both branches of each `If` that is left; returns its name with each node that chooses of their results."""
+    chosen: list[tuple[str, ir.Node]] = []
+    for node in list(model.graph):
+        if node.op_type == "If":
+            results = _Paste(model, node).either()
+            chosen += [(str(node.name), made) for value in results if (made := value.producer()) is not None]
+            _replace(model, node, results)
+    return chosen
+
+
+def _refuse_unequal(chosen: Sequence[tuple[str, ir.Node]]) -> None:
+    """Refuse results of two branches whose shapes are not known to be equal: what is chosen would be repeated."""
+    for name, node in chosen:
+        shapes = [value.shape for value in node.inputs[1:] if value is not None]
+        if None in shapes or shapes[0] != shapes[1]:
+            raise ModelError(
+                f"Control flow is not supported: the data decides which branch of node '{name}' (If) runs, and their "
+                f"results have the shapes {shapes[0]} and {shapes[1]}. Give fixed sizes with --shape, or export the "
+                "model without the branch."
+            )
 
 
 def refuse_undecided(model: ir.Model) -> None:
@@ -116,6 +181,14 @@ class _Paste:
             return None
         name = "then_branch" if condition.item() else "else_branch"
         return self._paste(self._node.attributes[name].as_graph(), [])
+
+    def either(self) -> list[ir.Value]:
+        """The results of both branches of an `If`, of which its condition chooses."""
+        condition = self._node.inputs[0]
+        then, other = (
+            self._paste(self._node.attributes[name].as_graph(), []) for name in ("then_branch", "else_branch")
+        )
+        return [self._made("Where", [condition, a, b]) for a, b in zip(then, other, strict=True)]
 
     def _loop(self) -> list[ir.Value] | None:
         body = self._node.attributes["body"].as_graph()

@@ -183,7 +183,7 @@ class Dequantizer:
             self._folded.add(self.of(node.input[0]))
             self.take(self.of(node.input[0]), node.output[0])
             return
-        if node.op_type == "Mul" and self._scales(node):
+        if (node.op_type == "Mul" and self._scales(node)) or (node.op_type == "Add" and self._adds_steps(node)):
             return
         self._follow(node)
         kept = onnx.NodeProto()
@@ -229,6 +229,20 @@ class Dequantizer:
         zeros = np.broadcast_to(stored.zero_point, flat.shape)
         self._weights[weight] = GivenWeight(stored.numbers, flat.astype(np.float32), zeros, axis)
         self._folded.discard(names[at])
+        self.take(names[at], node.output[0])
+        return True
+
+    def _adds_steps(self, node: onnx.NodeProto) -> bool:
+        """Take a bias that is made of whole steps, and added to integers, into the convolution of floats in front."""
+        names = [self.of(name) for name in node.input]
+        at = next((i for i in (0, 1) if names[i] in self._folded), None)
+        source = None if at is None else self._by.get(names[1 - at])
+        for step in ("Reshape", "Cast", "Floor"):
+            if source is not None and source.op_type == step:
+                source = self._by.get(source.input[0])
+        if at is None or source is None or source.op_type != "Div" or self.constant(source.input[0]) is None:
+            return False
+        self._by[names[at]].input.append(source.input[0])
         self.take(names[at], node.output[0])
         return True
 
@@ -368,6 +382,12 @@ class Dequantizer:
     def store(self, name: str, numbers: Array) -> None:
         """Let a tensor of the file be this constant."""
         self._constants[name] = numpy_helper.from_array(numbers, name)
+
+    def hold(self, name: str, numbers: Array) -> str:
+        """Store a constant of the float form for one of the file; returns its name."""
+        made = self._free(name)
+        self._floats[made] = np.ascontiguousarray(numbers, np.float32)
+        return made
 
     def late(self, tensor: str) -> str:
         """Note that a tensor is rounded in a range that is taken at run time."""

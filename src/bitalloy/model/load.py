@@ -18,7 +18,7 @@ import onnx_ir as ir
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
-from bitalloy.model.bind import bind, fed_inputs
+from bitalloy.model.bind import bind, fed_inputs, part_contradicted
 from bitalloy.model.bounds import refuse_declared, refuse_inference, refuse_inputs
 from bitalloy.model.decide import has_undecided
 from bitalloy.model.dequantizer import GivenRoundings
@@ -68,6 +68,8 @@ class Graph:
     `model.shown`."""
     rewritten: str = ""
     """Identifies the weights where `rewrite.equalize` changed them; empty for the weights of the file."""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """Inputs of one element that are taken to have this value always, because it decides what is executed."""
     declared: tuple[TensorSpec, ...] = ()
     """The inputs as the file declares them: sizes that it leaves open are names, or `?`."""
     base: ir.Model | None = None
@@ -135,7 +137,7 @@ class Graph:
         Raises:
             ModelError: what is compared has another name there.
         """
-        model = load_open(self.source)
+        model = load_open(self.source, self.fixed)
         made = {v.name: v for n in model.graph for v in n.outputs}
         if missing := [name for name in self.shown if name not in made]:
             raise ModelError(f"'{missing[0]}' is made otherwise where sizes are open.")
@@ -151,7 +153,13 @@ class Graph:
         return to_bytes(self.model)
 
 
-def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None, part: bool = False) -> Graph:
+def load_graph(
+    path: str | Path,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    part: bool = False,
+    fixed: Mapping[str, int] | None = None,
+) -> Graph:
     """Read and normalise an ONNX file.
 
     Args:
@@ -160,6 +168,8 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
         shapes: input name -> static shape, for inputs with symbolic dimensions. A leading symbolic
             dimension (the batch) is bound to 1 without being asked. A size may be 0, as of an empty cache.
         part: whether it is one graph of a program; its outputs are those of the file, also where all are integers.
+        fixed: inputs of one element that always have this value, which decides what is executed. They stay inputs. The
+            value is part of the `sha256` of the model.
 
     Raises:
         ModelError: the file is missing, not ONNX, fails the checker, has unsafe or missing external
@@ -168,7 +178,7 @@ def load_graph(path: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None
     """
     source = Path(path)
     try:
-        graph = _load(source, shapes or {})
+        graph = _load(source, shapes or {}, fixed or {})
     except UnicodeDecodeError as error:  # names are decoded where they are first read
         raise ModelError(
             f"'{source}' is damaged: a name is not text ({error}). Export or download it again."
@@ -188,15 +198,19 @@ def _shown(graph: Graph) -> Graph:
     return replace(graph, shown=shown, changes=(*graph.changes, note))
 
 
-def load_open(path: str | Path) -> ir.Model:
+def load_open(path: str | Path, fixed: Mapping[str, int] | None = None) -> ir.Model:
     """Read an ONNX file and leave its sizes open. Nodes have the names that they have after `load_graph`.
+
+    Args:
+        path: as for `load_graph`.
+        fixed: as for `load_graph`.
 
     Raises:
         ModelError: for the reasons that `load_graph` gives, except unbound dimensions.
     """
     source = Path(path)
     proto, _, size = _read(source)
-    proto = _standard(proto, source, size).proto
+    proto = _standard(proto, source, size, fixed or {}).proto
     _refuse(proto, source)
     del proto.graph.value_info[:]
     parsed = _parsed(proto, source)
@@ -212,13 +226,14 @@ def load_open(path: str | Path) -> ir.Model:
     return model
 
 
-def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, int]) -> Graph:
     given, digest, size = _read(source)
+    parted = part_contradicted(given, shapes)
     declared = tuple(map(declared_spec, fed_inputs(given)))
     if has_undecided(given):
         _refuse_types(given)
         bind(given, shapes)  # what is chosen may follow from shapes
-    standard = _standard(given, source, size)
+    standard = _standard(given, source, size, fixed)
     proto, changes, runs = standard.proto, standard.changes, True
     _refuse(proto, source)
     bind(proto, shapes)
@@ -226,8 +241,12 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     if changes:
         bind(given, shapes)
         refuse_declared(given)
-        told, runs = agrees(given, standard, source.name)
+        told, runs = agrees(given, standard, source.name, fixed)
         changes = (*changes, told)
+    changes += tuple(
+        f"Inputs of '{source.name}' have a dimension '{name}' in common, but not its size: each has its own here."
+        for name in parted
+    )
     for output in proto.graph.output:
         output.type.tensor_type.shape.SetInParent()  # some exporters leave it out, and only the checker minds
     _check(proto, source)
@@ -247,7 +266,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
     refuse_inference(model)
     info = ModelInfo(
         name=source.stem,
-        sha256=digest,
+        sha256=hashlib.sha256(f"{digest} {sorted(fixed.items())}".encode()).hexdigest() if fixed else digest,
         size_bytes=size,
         opset=int(model.opset_imports[""]),
         nodes=len(model.graph),
@@ -258,15 +277,15 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit, changes, roundings, declared=declared)
+    return Graph(info, model, source, metadata, unfit, changes, roundings, fixed=fixed, declared=declared)
 
 
-def _standard(proto: onnx.ModelProto, source: Path, size: int) -> Standard:
+def _standard(proto: onnx.ModelProto, source: Path, size: int, fixed: Mapping[str, int]) -> Standard:
     """Bring a file to standard operators; weights of a large one lie outside the message, so it stays as it is."""
     if size >= LARGE_BYTES:
         return Standard(proto)
     try:
-        return standardized(proto, source.name)
+        return standardized(proto, source.name, fixed)
     except ModelError:
         raise
     except Exception as error:  # the onnx package raises ValueError, TypeError, RuntimeError and its own types
@@ -360,6 +379,12 @@ def _refuse(proto: onnx.ModelProto, source: Path) -> None:
     for item in [*proto.opset_import, *proto.graph.node]:
         item.domain = "" if item.domain in DEFAULT_DOMAINS else item.domain
     opset = opset_of_model(proto)
+    if opset is None:
+        others = sorted({item.domain for item in proto.opset_import})
+        raise ModelError(
+            f"'{source}' has no operators of the ONNX standard, only of {others}: trees, linear classifiers and the "
+            "like have no layers that run in low precision. Give a neural network."
+        )
     if opset not in OPSETS:
         raise ModelError(
             f"'{source}' uses opset {opset}; supported are {OLDEST} to {OPSETS[-1]}, and later ones whose operators "

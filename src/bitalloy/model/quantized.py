@@ -8,6 +8,7 @@ Case 3. ConvInteger and MatMulInteger, with ranges taken at run time: the float 
         these operators in one.
 Case 4. A rounding to numbers from 0 on stands for the Relu that quantizers take out in front of it, or for a Clip to 6
         where that is where it ends: it is put back where the tensor could be negative.
+        DynamicQuantizeLSTM is an LSTM whose matrices are stored as integers, each transposed.
 Case 5. Integers that come in as they are (an image) are dequantized by arithmetic.
 """
 
@@ -157,6 +158,24 @@ def _dynamic_matmul(to: Dequantizer, node: onnx.NodeProto) -> None:
     to.plain(node, [to.late(a), to.operand(node, b, bs, bz, axis=-1)], bias)
 
 
+def _dynamic_lstm(to: Dequantizer, node: onnx.NodeProto) -> None:
+    x, w, r, bias, lengths, h, c, peepholes, ws, wz, rs, rz = _operands(node, 12)
+    matrices = [_transposed(to, node, *stored) for stored in ((w, ws, wz), (r, rs, rz))]
+    inputs = [to.late(x), *matrices, bias, lengths, h, c, peepholes]
+    lstm = onnx.helper.make_node("LSTM", inputs, node.output, name=node.name)
+    lstm.attribute.extend(node.attribute)
+    to.keep(lstm)
+
+
+def _transposed(to: Dequantizer, node: onnx.NodeProto, matrix: str, scale: str, zero: str) -> str:
+    """The matrices of an LSTM, one for each direction, with a scale for each or for each of their columns."""
+    numbers, scales, zeros = (to.constant(name) for name in (matrix, scale, zero))
+    if numbers is None or scales is None or zeros is None:
+        raise ModelError(f"{label(node)} has a matrix, scale or zero point that is computed. Give the float model.")
+    steps, levels = (a.astype(np.float32).reshape(len(numbers), 1, -1) for a in (scales, zeros))
+    return to.hold(matrix, ((numbers.astype(np.float32) - levels) * steps).transpose(0, 2, 1))
+
+
 def _matmul_to_float(to: Dequantizer, node: onnx.NodeProto) -> None:
     a, b, a_s, bs, az, bz, bias = _operands(node, 7)
     to.plain(node, [to.operand(node, a, a_s, az), to.operand(node, b, bs, bz, axis=-1)], bias)
@@ -185,6 +204,7 @@ _REWRITES: Mapping[str, Rewrite] = {
     f"{MICROSOFT}.QuantizeLinear": _quantize,
     f"{MICROSOFT}.DequantizeLinear": _dequantize,
     f"{MICROSOFT}.DynamicQuantizeMatMul": _dynamic_matmul,
+    f"{MICROSOFT}.DynamicQuantizeLSTM": _dynamic_lstm,
     f"{MICROSOFT}.MatMulIntegerToFloat": _matmul_to_float,
     **QOPERATORS,
 }

@@ -17,6 +17,8 @@ from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
 from bitalloy.data.handed import HandedSample, Preprocess, handed_samples, store_feeds
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
 from bitalloy.model import load as graph
+from bitalloy.model.decide import deciding_inputs
+from bitalloy.model.file import parse
 from bitalloy.model.graphs.joining import Joined, join
 from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
 from bitalloy.model.graphs.wiring import load_program
@@ -146,7 +148,8 @@ def prepare(
         if drawn:
             files = _drawn(outline, spec, folder / "validation", seed, "val")
     else:
-        loaded = graph.load_graph(source.path, shapes={**_usual(source.path, data), **given})
+        shapes = {**_usual(source.path, data), **given}
+        loaded = graph.load_graph(source.path, shapes=shapes, fixed=_fixed(source.path, data))
         store = RunDirectory(out)
         spec = image if image is None or isinstance(image, ImageSpec) else image_spec(loaded, **image)
         samples = open_data(loaded, data, image=spec, seed=seed, sample_folder=folder)
@@ -382,6 +385,21 @@ def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
     if opened and data is not None and holds_arrays(Path(data)):
         feeds = open_dataset(data, inputs, image=None, limit=None, seed=0).feeds(0)
         found |= {name: feeds[name].shape for name in opened}
+    return found
+
+
+def _fixed(path: Path, data: str | Path | None) -> dict[str, int]:
+    """Inputs that decide what a file does, and have one and the same value in every sample, such as a sampling rate."""
+    if data is None or not holds_arrays(Path(data)) or not (names := deciding_inputs(parse(path)[0])):
+        return {}
+    samples = open_dataset(data, read_interface(path)[0], image=None, limit=None, seed=0)
+    found: dict[str, int] = {}
+    for index in range(len(samples)):
+        feeds = samples.feeds(index)
+        single = {name: int(feeds[name].item()) for name in names if feeds[name].size == 1}
+        found = single if not index else {k: v for k, v in found.items() if single.get(k) == v}
+        if not found:
+            break
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import field
+
 from bitalloy.core.errors import ModelError
 from bitalloy.core.jobs import Opening, Resident
 from bitalloy.core.records import Record
@@ -25,6 +27,8 @@ class GraphFile(Record, frozen=True, kw_only=True):
     program: bool = False
     inner: bool = False
     """Whether outputs that a wire carries on are outputs of the whole too, see `Joined.inner`."""
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Inputs of one element that always have this value, see `Graph.fixed`."""
     factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = ()
     """Factors by which channels of the file's weights were scaled, see `Graph.factors`."""
 
@@ -32,7 +36,11 @@ class GraphFile(Record, frozen=True, kw_only=True):
 def graph_opening(graph: Graph) -> Opening:
     """Describe how jobs open a model; a model that was made in memory can be used in this process only."""
     spec = GraphFile(
-        path=str(graph.source.absolute()), shapes=_shapes(graph), sha256=graph.info.sha256, factors=graph.factors
+        path=str(graph.source.absolute()),
+        shapes=_shapes(graph),
+        sha256=graph.info.sha256,
+        fixed=dict(graph.fixed),
+        factors=graph.factors,
     )
     known = graph.source.is_file()
     if isinstance(graph, Joined):
@@ -62,7 +70,7 @@ def open_file(spec: GraphFile) -> Graph:
     if spec.program:
         graph: Graph = join(load_program(path, shapes=spec.shapes), inner=spec.inner)
     else:
-        graph = graphs.load_graph(path, shapes=spec.shapes)
+        graph = graphs.load_graph(path, shapes=spec.shapes, fixed=spec.fixed)
     if graph.info.sha256 != spec.sha256:
         raise ModelError(
             f"'{path}' has changed since this job was made: the SHA-256 of the model is {graph.info.sha256[:12]}..., "
