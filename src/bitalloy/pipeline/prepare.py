@@ -145,8 +145,7 @@ def prepare(
         paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "drawn", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
-        if drawn:
-            files = _drawn(outline, spec, folder / "validation", seed, "val")
+        files = _drawn(outline, spec, folder / "validation", seed, "val") if drawn else files
     else:
         shapes = {**_usual(source.path, data), **given}
         loaded = graph.load_graph(source.path, shapes=shapes, fixed=_fixed(source.path, data))
