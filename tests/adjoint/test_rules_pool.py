@@ -237,6 +237,15 @@ def test_pad(rig: Any, mode: str, pads: tuple[int, ...]) -> None:
     rig.check("Pad", normal(2, 4, 4, 5), ends, mode=mode, linear=True, opset=19, torch=run if comparable else None)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_pad_by_more_than_the_length_and_of_a_long_axis(rig: Any, mode: str) -> None:
+    """Numbers are repeated several times; and a matrix over the long axis would not fit into memory."""
+    rig.check("Pad", normal(2, 5, 3), np.array([0, 4, 0, 0, 4, 0]), mode=mode, linear=True, opset=19)
+    if mode == "edge":
+        rig.check("Pad", normal(2, 5, 3), np.array([0, 9, 0, 0, 7, 0]), mode=mode, linear=True, opset=19)
+    rig.check("Pad", normal(1, 60000), np.array([0, 128, 0, 127]), mode=mode, linear=True, opset=19)
+
+
 def test_pad_axes_and_value(rig: Any) -> None:
     ends, value = np.array([1, 0, 2, 1], np.int64), np.array(3.5, np.float32)
     rig.check("Pad", normal(2, 3, 4), ends, value, np.array([-1, 0], np.int64), opset=18, linear=True)

@@ -15,6 +15,13 @@ from bitalloy.adjoint.rules.shape import data, dense, integers
 from bitalloy.model.read import attribute, constant, static_shape
 from bitalloy.runtime.ort import evaluate_node
 
+_GATHERED = 3
+"""Times that reflecting or wrapping by less than the length repeats a number at most."""
+_WHOLE = 1 << 24
+"""Largest whole number up to which float32 holds all of them."""
+_LARGEST = 1 << 26
+"""Numbers of a matrix that is made for one axis."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -153,6 +160,8 @@ def _resize_matrices(ctx: Context, node: ir.Node, x: Sequence[int], y: Sequence[
     for place, axis in enumerate(axes):
         if x[axis] == y[axis] and (scales is None or scales[place] == 1) and not crop:
             continue
+        if x[axis] * max(x[axis], y[axis]) > _LARGEST:
+            raise unsupported(node, f"has no adjoint rule for an axis of {x[axis]} to {y[axis]} numbers")
         # a second axis of length 1 is doubled, which keeps the runtime from copying where the size stays
         inputs = [np.eye(x[axis], dtype=np.float32).reshape(x[axis], 1, 1, x[axis]), empty, empty, empty]
         if crop and roi is not None:
@@ -174,7 +183,7 @@ def _known(node: ir.Node, value: ir.Value) -> np.ndarray:
 
 
 def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
-    """Case 1: constant: crop. Case 2: reflect, edge, wrap: the matrix of each axis."""
+    """Case 1: constant: crop. Case 2: reflect, edge, wrap: every number gets the sum over the places that repeat it."""
     shape = static_shape(data(node))
     rank = len(shape)
     axes = integers(node, 3) or tuple(range(rank))
@@ -187,12 +196,54 @@ def _pad(ctx: Context, node: ir.Node, cots: Cots) -> Cots:
             before[axis + 1], after[axis + 1] = -first, -last
         grad = ctx.r.op("Pad", dense(ctx, cots), ctx.r.const(before + after))
         return [Cotangent(grad)]
-    matrices = {}
+    grad, sizes = dense(ctx, cots), list(static_shape(node.outputs[0]))
     for axis, (first, last) in around.items():
         if first or last:
-            inputs: list[np.ndarray] = [np.eye(shape[axis], dtype=np.float32), np.array([0, first, 0, last])]
-            matrices[axis] = np.ascontiguousarray(evaluate_node("Pad", inputs, {"mode": mode}, opset=ctx.opset)[0].T)
-    return _separable(ctx, node, cots, matrices)
+            if shape[axis] > _WHOLE:
+                raise unsupported(node, f"has no adjoint rule for an axis of {shape[axis]} numbers")
+            inputs = [np.arange(shape[axis], dtype=np.float32)[None], np.array([0, first, 0, last])]
+            source = evaluate_node("Pad", inputs, {"mode": mode}, opset=ctx.opset)[0][0].astype(np.int64)
+            grad = _summed_back(ctx, grad, sizes, axis, (source, shape[axis]))
+            sizes[axis] = shape[axis]
+    return [Cotangent(ctx.reshape(grad, shape))]
+
+
+def _summed_back(
+    ctx: Context, grad: ir.Value, sizes: Sequence[int], axis: int, taken: tuple[np.ndarray, int]
+) -> ir.Value:
+    """Adjoint of taking numbers along an axis: each gets the sum of the gradient at all places that took it.
+
+    The first few places of each number are gathered, of all numbers at once. Where one was taken more often, as at an
+    edge, a matrix sums its further places; it has a row for such numbers alone.
+
+    Args:
+        ctx: where nodes are written.
+        grad: gradient of the taken tensor.
+        sizes: shape of the taken tensor.
+        axis: axis along which was taken.
+        taken: index of what was taken, for every place, and the length of the axis that it was taken from.
+    """
+    source, length = taken
+    rows, columns = (int(np.prod(part, initial=1)) for part in (sizes[:axis], sizes[axis + 1 :]))
+    ended = ctx.r.op("Pad", ctx.reshape(grad, (rows, sizes[axis], columns)), ctx.r.const([0, 0, 0, 0, 0, 0, 1, 0]))
+    order = np.argsort(source, kind="stable")
+    numbers, starts = np.unique(source[order], return_index=True)
+    turn = np.arange(len(source)) - starts[np.searchsorted(numbers, source[order])]
+    parts = []
+    for k in range(min(int(turn.max()) + 1, _GATHERED)):
+        places = np.full(length, len(source))  # behind the last place there is a zero
+        places[source[order][turn == k]] = order[turn == k]
+        parts.append(ctx.r.op("Gather", ended, ctx.r.const(places), axis=2))
+    rest = order[turn >= _GATHERED]
+    if len(rest):
+        often = np.unique(source[rest])
+        matrix = (source[rest][None] == often[:, None]).astype(np.float32)
+        sums = ctx.r.op("MatMul", ctx.r.const(matrix), ctx.r.op("Gather", ended, ctx.r.const(rest), axis=2))
+        places = np.full(length, len(often))
+        places[often] = np.arange(len(often))
+        padded = ctx.r.op("Pad", sums, ctx.r.const([0, 0, 0, 0, 0, 0, 1, 0]))
+        parts.append(ctx.r.op("Gather", padded, ctx.r.const(places), axis=2))
+    return parts[0] if len(parts) == 1 else ctx.r.op("Sum", *parts)
 
 
 POOL_RULES: dict[str, Rule] = {
