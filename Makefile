@@ -1,6 +1,7 @@
 # make demo    core environment in .venv, complete run on the embedded sample
 # make test    development environment in .venv-dev, all tests
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
+# make torture kills, mutated files, absurd options, full disks, many images: about 15 minutes (TORTURE_MINUTES=...)
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make clean   remove environments, runs and caches
 
@@ -12,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile check clean
+.PHONY: demo test compile torture check clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -26,6 +27,9 @@ test: .venv-dev/installed
 
 compile: .venv-dev/installed .venv-rtx/installed
 	PYTHONPATH=$(CURDIR)/.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
+
+torture: .venv-dev/installed
+	$(DEV)/python -m tests.torture --out torture.json
 
 check: .venv-dev/installed
 	$(DEV)/ruff check .

@@ -88,6 +88,8 @@ class Outcome:
     text: str
     """What it printed."""
     seconds: float
+    cpu_seconds: float = 0.0
+    """Time of the processor that it took; 0 for a hang."""
     spoiled: tuple[str, ...] = ()
     """JSON files with numbers that are none."""
 
@@ -103,27 +105,28 @@ class Outcome:
         return f"spoiled {', '.join(self.spoiled)}" if self.spoiled else ""
 
 
-def attempt(words: Sequence[str], folder: Path, *, seconds: float = SECONDS) -> Outcome:
-    """Run the command line in a forked child in a folder, for some time at most."""
+def attempt(words: Sequence[str] | Callable[[], object], folder: Path, *, seconds: float = SECONDS) -> Outcome:
+    """Run the command line, or a function as if it were a command, in a forked child in a folder, for some time."""
     printed, began = folder / "printed", time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if not child:
         _child(words, folder, printed)
-    code = None
+    code, cpu = None, 0.0
     while code is None and time.monotonic() - began < seconds:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
+        cpu = used.ru_utime + used.ru_stime if done else 0.0
         code = os.waitstatus_to_exitcode(status) if done else None
         time.sleep(0.01)
     if code is None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     text = printed.read_text(errors="replace") if printed.is_file() else ""
-    return Outcome(code, text, time.monotonic() - began, tuple(sorted(_spoiled(folder))))
+    return Outcome(code, text, time.monotonic() - began, cpu, tuple(sorted(_spoiled(folder))))
 
 
-def _child(words: Sequence[str], folder: Path, printed: Path) -> None:
+def _child(words: Sequence[str] | Callable[[], object], folder: Path, printed: Path) -> None:
     code = 99
     try:
         os.chdir(folder)
@@ -132,12 +135,19 @@ def _child(words: Sequence[str], folder: Path, printed: Path) -> None:
         os.dup2(file, 2)
         sys.stdout = os.fdopen(1, "w", errors="surrogateescape", closefd=False)
         sys.stderr = os.fdopen(2, "w", errors="surrogateescape", closefd=False)
-        sys.argv = ["bitalloy", *words]
         from bitalloy.cli.main import main
+        from bitalloy.core.errors import BitalloyError
 
         try:
-            main()
+            if callable(words):
+                words()
+            else:
+                sys.argv = ["bitalloy", *words]
+                main()
             code = 0
+        except BitalloyError as error:
+            sys.stderr.write(f"Error: {error}\n")
+            code = 2
         except SystemExit as stopped:
             code = int(stopped.code or 0)
     except BaseException:
@@ -248,11 +258,12 @@ def mutated(model: onnx.ModelProto, rng: random.Random) -> bytes:
         return found.SerializeToString()
     data = bytearray(found.SerializeToString())
     for _ in range(rng.randint(1, 3)):
-        _mutate_bytes(data, rng)
+        mutate_bytes(data, rng)
     return bytes(data)
 
 
-def _mutate_bytes(data: bytearray, rng: random.Random) -> None:
+def mutate_bytes(data: bytearray, rng: random.Random) -> None:
+    """Change, remove, repeat or insert some bytes."""
     start = rng.randrange(len(data) + 1)
     stop = min(len(data), start + rng.choice((1, 1, 1, 4, 64, len(data))))
     match rng.randrange(4):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bitalloy.core import files
+from bitalloy.core import files, ownership
 
 
 def test_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_a_file_that_cannot_be_finished_leaves_no_trace(tmp_path: Path) -> None:
     path = files.write(tmp_path / "a", b"old")
     with pytest.raises(KeyboardInterrupt), files.replacing(path) as file:
         file.write(b"half of the n")
-        assert [p.suffix for p in tmp_path.iterdir() if p != path] == [files.PARTIAL]
+        assert [p.suffix for p in tmp_path.iterdir() if p != path] == [ownership.PARTIAL]
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert path.read_bytes() == b"old"

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bitalloy.core import files, store
+from bitalloy.core import store
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.store import MARKER, RunDirectory, StageInputs, key_of, versions
 
@@ -60,20 +60,6 @@ def test_what_the_user_reads_lies_at_the_top(tmp_path: Path) -> None:
     assert run.publish("a.bin", b"\xff") == tmp_path / "a.bin" and (tmp_path / "a.bin").read_bytes() == b"\xff"
     assert run.publish_files("b", lambda path: path.write_bytes(b"1")) == tmp_path / "b"
     assert (tmp_path / "b").read_bytes() == b"1"
-
-
-def test_what_a_killed_run_left_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    run.put("probe", "k", b"1")
-    partial = run.cache / f"probe-k{files.PARTIAL}"
-    scratch, kept = run.cache / "scratch-1" / "deep", run.path / "scratch-1"
-    partial.touch()
-    scratch.mkdir(parents=True)
-    (scratch / "file").touch()
-    kept.mkdir()
-    again = RunDirectory(run.path)
-    assert not partial.exists() and not scratch.parent.exists()
-    assert kept.is_dir() and again.get("probe", "k") == b"1"
 
 
 def test_a_folder_of_other_things_is_refused_and_left_as_it_is(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_broken_label_maps(tmp_path: Path, pixels: np.ndarray, reduce: bool, mes
 
 def test_unreadable_label_map(tmp_path: Path) -> None:
     (tmp_path / "map.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"Cannot read the label map .*map\.png"):
+    with pytest.raises(DataError, match=r"Cannot read the image .*map\.png"):
         read_label(LabelledFile("map", tmp_path, tmp_path / "map.png"), (3, 2), 9, reduce_zero_label=True)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitalloy.cli.guard import MemoryLimit, limit_in_bytes
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -80,21 +81,20 @@ class SizeArguments:
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation after scaling.")] = None
     layout: Annotated[str | None, typer.Option(help="`NCHW` or `NHWC`. Default: inferred.")] = None
     fit: Annotated[str | None, typer.Option(help="`letterbox`, `stretch` or `crop`. Default: inferred.")] = None
+    memory_limit: MemoryLimit = None
 
     def check(self) -> None:
         """Refuse malformed options before the model is read."""
         self._values()
+        limit_in_bytes(self.memory_limit)
 
     def options(self, limit: int | None) -> RunOptions:
         """Return the options as the pipeline takes them; at most `limit` labelled images are evaluated."""
         from bitalloy.pipeline.prepare import RunOptions
 
         shapes, image = self._values()
-        return RunOptions(
-            shapes=shapes[0],
-            image=image,
-            limit=limit,
-        )
+        memory = limit_in_bytes(self.memory_limit)
+        return RunOptions(shapes=shapes[0], image=image, limit=limit, memory_limit=memory)
 
     def sizes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
         """Return the further shapes that were given, see `Settings.sizes`."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from bitalloy.core.plain import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,11 +30,22 @@ class Output:
         """Console that writes to the current standard stream."""
         from rich.console import Console
 
-        return Console(stderr=self._stderr, width=self.width)
+        return Console(stderr=self._stderr, width=self.width, markup=False, emoji=False)
 
     def print(self, *parts: object, **how: Any) -> None:
-        """Print as `rich.console.Console.print` does."""
-        self.console.print(*parts, **how)
+        """Print as `rich.console.Console.print` does; a text is one line, in which nothing is markup."""
+        self.console.print(*(one_line(part) if isinstance(part, str) else part for part in parts), **how)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print a table of texts, see `print`."""
+        from rich.table import Table
+
+        shown = Table()
+        for name in header:
+            shown.add_column(one_line(name), overflow="fold")
+        for row in rows:
+            shown.add_row(*map(one_line, row))
+        self.console.print(shown)
 
 
 out_console, error_console = Output(), Output(stderr=True)

@@ -145,13 +145,7 @@ def evaluate_command(asked: EvaluateArguments) -> None:
 
 
 def _show_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*map(escape, header))
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out_console.print(table)
+    out_console.table(header, lines)
 
 
 def _limits(drops: list[str], latency: str | None) -> Budget | None:

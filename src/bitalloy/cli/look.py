@@ -138,14 +138,8 @@ def _tell_compiled(run_directory: Path, device: str, *, json_output: bool) -> No
 
 def _tell_differing(lines: Sequence[tuple[str, str, str, str]], found: str, note: str) -> None:
     """Show units that are otherwise than planned: unit, scheme as planned and as `found`, cause; then a note."""
-    from rich.markup import escape
-    from rich.table import Table
-
     if lines:
-        table = Table("unit", "planned", found, "likely cause")
-        for unit, planned, other, cause in lines[:SHOWN_LINES]:
-            table.add_row(escape(unit), planned, other, escape(cause))
-        out_console.print(table)
+        out_console.table(("unit", "planned", found, "likely cause"), lines[:SHOWN_LINES])
         if len(lines) > SHOWN_LINES:
             out_console.print(f"{len(lines) - SHOWN_LINES} more with --json.")
     if note:

@@ -25,7 +25,11 @@ from bitalloy.cli.console import (
     error_console,
     out_console,
 )
+from bitalloy.cli.disk import clean_command
+from bitalloy.cli.guard import end_for_memory
 from bitalloy.core.errors import BitalloyError, UnreachableError
+from bitalloy.core.limits import limited, watched
+from bitalloy.core.plain import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,11 +125,13 @@ def run_command(asked: RunArguments) -> None:
     _refuse_broken(asked.model.model)
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
+    from bitalloy.core.store import claimed
     from bitalloy.pipeline.prepare import prepare
 
     model, limit = asked.model, asked.analysis.limit
-    with Bars() as bars:
-        options = replace(asked.opening.options(limit), progress=bars)
+    opened = asked.opening.options(limit)
+    with limited(opened.memory_limit), claimed(model.out), Bars() as bars:
+        options = replace(opened, progress=bars)
         prepared = prepare(
             model.model,
             out=model.out,
@@ -148,10 +154,18 @@ def run_command(asked: RunArguments) -> None:
     else:
         for one in results:
             _show(one, model.out if one is verified else model.out / one.summary.target)
+        _tell_size(model.out)
     if asked.fail_on_miss and not all(one.status.proven for one in results):
         told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
         error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(MISSED)
+
+
+def _tell_size(run: Path) -> None:
+    from bitalloy.core.disk import disk_use
+
+    text = f"{disk_use(run).told()}, which `bitalloy clean {run}` frees."
+    out_console.print(text, soft_wrap=True, highlight=False)
 
 
 def _refuse_broken(model: str) -> None:
@@ -185,7 +199,7 @@ def _figures(verified: Verified) -> Table:
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
         """Show what models have; empty where one does not have it."""
         values = (getattr(models, column, None) for column in columns)
-        table.add_row(name, *("" if value is None else text(value) for value in values))
+        table.add_row(one_line(name), *("" if value is None else text(value) for value in values))
 
     def over_float(column: str) -> str:
         found = getattr(summary, f"{column}_latency_ratio")
@@ -269,23 +283,19 @@ def plan_command(asked: PlanArguments) -> None:
 
       bitalloy plan runs/last --max-drop-db boxes=30 --max-drop-db scores=12 --json
     """
-    from rich.table import Table
-
+    from bitalloy.core.disk import told_freed
     from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
     with Bars() as bars:
         planned = plan_again(asked.run_directory, asked.limits.budget, progress=bars)
+    if told := told_freed(asked.run_directory):
+        error_console.print(told, style="yellow", soft_wrap=True, highlight=False)
     if asked.json_output:
         sys.stdout.write(text.front_json(planned) if asked.front else text.plan_json(planned))
         return
     columns, lines = text.front_table(planned) if asked.front else text.unit_table(planned)
-    shown = Table()
-    for column in columns:
-        shown.add_column(column, overflow="fold")
-    for line in lines:
-        shown.add_row(*line)
-    out_console.print(shown)
+    out_console.table(columns, lines)
     out_console.print(text.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
@@ -314,8 +324,6 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
     settings = asked.analysis.settings(sizes=asked.opening.sizes())
     _refuse_broken(asked.model.model)
 
-    from rich.table import Table
-
     from bitalloy.core.records import SensitivityTable
     from bitalloy.pipeline import sensitivity as stage
     from bitalloy.pipeline.prepare import SAMPLE_NOTE
@@ -338,12 +346,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
         return
     given = table.given if isinstance(table, SensitivityTable) else ()
     for columns, lines in (text.readable(table), *([text.file_roundings(given)] if given else [])):
-        shown = Table()
-        for column in columns:
-            shown.add_column(column, overflow="fold")
-        for line in lines[:SHOWN_LINES]:
-            shown.add_row(*line)
-        out_console.print(shown)
+        out_console.table(columns, lines[:SHOWN_LINES])
         if len(lines) > SHOWN_LINES:
             out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
     if model.data is None:
@@ -400,6 +403,7 @@ for _name, _command in (
     ("diff", gates.diff_command),
     ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
+    ("clean", clean_command),
     ("doctor", look.doctor_command),
 ):
     app.command(_name)(_command)
@@ -411,7 +415,8 @@ def main() -> None:
     Limits that no plan keeps end with exit code 4.
     """
     try:
-        app(standalone_mode=True)
+        with watched(end_for_memory):
+            app(standalone_mode=True)
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:  # typer says nothing of it
             raise KeyboardInterrupt from None

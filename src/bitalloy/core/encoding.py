@@ -7,11 +7,13 @@ for absent. What is not known has words of its own in each record: a field that 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from bitalloy.core.errors import BitalloyError
+
+Decoded = TypeVar("Decoded")
 
 
 def to_json(content: Any, *, pretty: bool = False, order: Literal["sorted"] | None = None) -> bytes:
@@ -40,6 +42,18 @@ def to_json(content: Any, *, pretty: bool = False, order: Literal["sorted"] | No
             "on these samples: check its weights and the preparation of its inputs."
         )
     return msgspec.json.format(data, indent=2) if pretty else data
+
+
+def from_json(data: bytes | str, kind: type[Decoded]) -> Decoded:
+    """Read JSON of strangers as records, or as what JSON is made of.
+
+    Raises:
+        msgspec.DecodeError: it is no JSON, not UTF-8, nested too deeply, or no such record.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def _not_finite(content: object) -> str:

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-Lasting = TypeVar("Lasting")
+from bitalloy.core.ownership import PARTIAL, make_temporary, mark
 
-PARTIAL = ".partial"
-"""Ending of a file that is being written; one that a killed process left behind is of no use."""
+Lasting = TypeVar("Lasting")
 
 
 @contextmanager
@@ -29,7 +28,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder cannot be written.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PARTIAL, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=mark(), suffix=PARTIAL, delete=False) as file:
         temporary = Path(file.name)
         try:
             yield file  # type: ignore[misc]
@@ -63,7 +62,7 @@ def lasting_in(folder: Path | None, make: Callable[[Path], Lasting]) -> Lasting:
     """
     if folder is not None:
         return make(folder)
-    place = Path(tempfile.mkdtemp(prefix="bitalloy-"))
+    place = make_temporary()
     try:
         made = make(place)
     except BaseException:
@@ -71,6 +70,12 @@ def lasting_in(folder: Path | None, make: Callable[[Path], Lasting]) -> Lasting:
         raise
     weakref.finalize(made, shutil.rmtree, place, ignore_errors=True)
     return made
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Give all files and folders in a folder, however deep; what another process removes meanwhile may be missing."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place) / name for name in (*folders, *names))
 
 
 def is_text(path: str | Path) -> bool:

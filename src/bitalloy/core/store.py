@@ -5,6 +5,9 @@
       cache/<stage>-<key>                                     one result per stage and inputs
       cache/<stage>-<key>.d/<shard>                           parts of a sharded stage
 
+What only reads, or adds results, shares the folder with a run; what writes files that people read holds its lock, which
+is that of the file that marks it (`claimed`).
+
 A key is the SHA-256 of everything that decides the result: a record of the stage's inputs, and the versions of all that
 computes. So a changed input can never meet an old result, and the same command again finds all of them.
 """
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +26,12 @@ import msgspec
 
 from bitalloy.core import files
 from bitalloy.core.errors import RunDirectoryError
+from bitalloy.core.ownership import PARTIAL, SCRATCH, HeldError, Lock, discard, sweep, sweep_root
 from bitalloy.core.records import Record
 
 MARKER = ".bitalloy-run"
+FREED = "freed.json"
+"""File in a cache that was freed: it tells what was in it."""
 DECISIVE = ("bitalloy", "numpy", "onnx", "onnx-ir", "onnxruntime", "pillow", "pycocotools", "scipy")
 """Packages whose versions are part of every key."""
 
@@ -56,10 +63,6 @@ class RunDirectory:
             (self.path / MARKER).touch()
         except OSError as error:
             raise RunDirectoryError(f"The run directory '{self.path}' cannot be written: {error}") from error
-        for leftover in self.path.rglob(f"*{files.PARTIAL}"):
-            leftover.unlink(missing_ok=True)
-        for leftover in self.cache.glob("scratch-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def get(self, stage: str, key: str, shard: str | None = None) -> bytes | None:
         """Return a stored result, or None where there is none."""
@@ -112,6 +115,67 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"'{path}' cannot be written: {error}. Free space or give another --out."
             ) from error
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[RunDirectory]:
+    """Hold a run directory alone until the end of the block; what holds it already in this process shares it.
+
+    What processes left behind that are no more is removed first. A new folder that stays empty is removed in the end.
+
+    Raises:
+        RunDirectoryError: another process works there, the folder cannot be written, or holds something else.
+    """
+    is_new = not Path(path).exists()
+    store = RunDirectory(path)
+    lock = Lock(store.path / MARKER)
+    try:
+        first = lock.take()
+    except HeldError as error:
+        raise RunDirectoryError(
+            f"'{store.path}' is in use by {error}. Wait until it ends, stop it, or give another --out."
+        ) from error
+    except OSError as error:
+        raise RunDirectoryError(f"The run directory '{store.path}' cannot be written: {error}") from error
+    try:
+        if first:
+            sweep(p for p in files.walk(store.path) if p.name.startswith(SCRATCH) or p.name.endswith(PARTIAL))
+            sweep_root()
+            (store.cache / FREED).unlink(missing_ok=True)
+        yield store
+    except KeyboardInterrupt:
+        if first:
+            _STOPPED[:] = [told_kept(store)]
+        raise
+    finally:
+        if first and is_new and {p.name for p in files.walk(store.path)} == {MARKER, store.cache.name}:
+            discard(store.path)
+        lock.give()
+
+
+def stored_results(cache: Path) -> Iterator[tuple[str, Path]]:
+    """Give the stage and the path of each result in the cache of a run directory, of each part where it has several."""
+    for path in files.walk(cache):
+        place = path.relative_to(cache).parts
+        stage, dash, _ = place[0].rpartition("-")
+        if dash and not place[0].startswith(SCRATCH) and not path.name.endswith(PARTIAL) and path.is_file():
+            yield stage, path
+
+
+_STOPPED: list[str] = []
+
+
+def told_stop() -> str:
+    """Say what an interrupt left, in a sentence; what it interrupted was done in no run directory where that is new."""
+    return _STOPPED[0] if _STOPPED else "Stopped. The same command goes on from here."
+
+
+def told_kept(store: RunDirectory) -> str:
+    """Say which results a run directory keeps for the next time."""
+    counts = Counter(stage for stage, _ in stored_results(store.cache))
+    found = ", ".join(f"{stage} {count}" if count > 1 else stage for stage, count in sorted(counts.items()))
+    kept = f": '{store.path}' keeps what is done ({found})" if found else ""
+    return f"Stopped. The same command goes on from here{kept}."
 
 
 class StageInputs(Record, frozen=True, kw_only=True):

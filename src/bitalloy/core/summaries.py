@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.outcome import Summary
 from bitalloy.core.status import Status, Verdict
@@ -41,7 +41,7 @@ def read_summary(data: bytes) -> Summary:
         RunDirectoryError: the file is damaged, or of another version.
     """
     try:
-        content = msgspec.json.decode(data, type=dict[str, Any])
+        content = from_json(data, dict[str, Any])
         for part in (content, *(entry for name in COUNTED for entry in content.get(name, ()))):
             counts = {scheme: part.pop(old, 0) for old, scheme in OLD_COUNTS.items()}
             part.setdefault("schemes", {scheme: count for scheme, count in counts.items() if count})

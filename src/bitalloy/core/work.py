@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -12,6 +11,7 @@ from typing import Protocol
 
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.jobs import Executor, Job, LocalExecutor
+from bitalloy.core.ownership import temporary
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 
 
@@ -109,8 +109,8 @@ class Workspace:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Make a folder for large files that are of no use afterwards, in the run directory where there is one."""
-        with tempfile.TemporaryDirectory(prefix="scratch-", dir=self.store.cache if self.store else None) as name:
-            yield Path(name)
+        with temporary(self.store.cache if self.store else None) as folder:
+            yield folder
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Progress]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.limits import refuse_contents
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.images import describe_spec
 
@@ -124,10 +125,13 @@ def read_arrays(path: Path, names: Sequence[str]) -> Feeds:
         DataError: the file is damaged, holds Python objects, or holds one array where several are needed.
     """
     try:
+        refuse_contents(path, DataError)
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)
             if not isinstance(content, np.ndarray):
                 return {key: content[key] for key in content.files}
+    except DataError:
+        raise
     except Exception as error:  # zip, zlib and header errors of many types
         raise DataError(f"Cannot read the arrays of '{path}': {error}. Repair or remove it.") from error
     if len(names) != 1:

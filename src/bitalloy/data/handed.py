@@ -13,7 +13,6 @@ Case 3. An array that has the fixed shape of its input, beside others that hold 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.ownership import temporary
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.arrays import NUMPY_NAMES, Feeds, check_feeds, read_arrays, write_arrays
 from bitalloy.data.datasets import ARRAY_SUFFIXES, drawn_order, list_files
@@ -92,8 +92,8 @@ def store_feeds(samples: Iterable[Feeds], folder: Path) -> Path:
         DataError: there are no samples.
     """
     digest, count = hashlib.sha256(), 0
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
-        made = Path(scratch) / "feeds"
+    with temporary(folder) as scratch:
+        made = scratch / "feeds"
         made.mkdir()
         for count, feeds in enumerate(samples, 1):
             file = made / f"{count - 1:06d}.npz"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.limits import IMAGE_SHARE, refuse_beyond
 from bitalloy.core.records import Record, TensorSpec
 
 Layout = Literal["NCHW", "NHWC"]
@@ -28,6 +31,10 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _YOLO_TASKS = frozenset({"detection", "instance"})
 _IMAGE_TASKS = _YOLO_TASKS | {"semantic"}
 _EXAMPLE: dict[Layout, str] = {"NCHW": "1 3 640 640", "NHWC": "1 640 640 3"}
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+"""Pillow's names of these kinds. It would guess others from the content, and start programs to read some."""
+_SOURCE = "bitalloy.path"
+"""Key under which an image knows its file."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -239,23 +246,59 @@ def _hash(path: Path, *changes: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """Open a file as an image whose pixels are not read yet, once its declared size is known to fit into memory.
+
+    Raises:
+        DataError: the file is no image of a kind of `IMAGE_SUFFIXES`, is damaged, or is too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is our own
+            file = Image.open(path, formats=_FORMATS)
+        with file:
+            told = f"The image '{path}' declares {file.width} x {file.height} pixels"
+            refuse_beyond(file.width * file.height * len(file.getbands()), told, DataError, divisor=IMAGE_SHARE)
+            yield file
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"The image '{path}' declares more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit of Pillow, "
+            "which takes it for a file that is made to fill memory. Scale it down or remove it."
+        ) from error
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types
+        raise DataError(f"Cannot read the image '{path}': {error}. Repair or remove it.") from error
+
+
 def open_image(path: Path, channels: int = 3) -> Image.Image:
     """Read an image, turned upright, as 8-bit RGB (3 channels) or grey (1).
 
     Raises:
-        DataError: the file is no image, is damaged, or has more than 8 bits a channel.
+        DataError: the file is no image, is damaged or too large, or has more than 8 bits a channel.
     """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types
-        raise DataError(f"Cannot read the image '{path}': {error}. Repair or remove it.") from error
+    with opened_image(path) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
     if image.mode.startswith(("I", "F")):
         raise DataError(f"'{path}' has pixels of mode {image.mode}, expected 8 bits. Convert it, or feed .npz files.")
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB" if channels == 3 else "L")
+    found = image.convert("RGB" if channels == 3 else "L")
+    found.info[_SOURCE] = str(path)
+    return found
+
+
+def refuse_enlarged(image: Image.Image, width: int, height: int) -> None:
+    """Refuse to bring an image to a size, in pixels, that takes too much memory, such as that of a line made a square.
+
+    Raises:
+        DataError: it takes too much.
+    """
+    told = f"The image '{image.info.get(_SOURCE, 'in memory')}', {image.width} x {image.height} pixels, is brought to "
+    needed = width * height * len(image.getbands())
+    refuse_beyond(needed, f"{told}{width} x {height} before its borders are cut", DataError, divisor=IMAGE_SHARE)
 
 
 def letterbox(image: Image.Image, height: int, width: int, pad: int = 114) -> tuple[np.ndarray, Geometry]:
@@ -298,6 +341,7 @@ def image_feed(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, Geometr
         if spec.fit == "crop":
             ratio_x = ratio_y = max(ratio_x, ratio_y)
         new_width, new_height = round(image.width * ratio_x), round(image.height * ratio_y)
+        refuse_enlarged(image, new_width, new_height)
         left, top = (spec.width - new_width) // 2, (spec.height - new_height) // 2
         box = (-left, -top, spec.width - left, spec.height - top)
         canvas = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR).crop(box))

@@ -10,15 +10,14 @@ Case 5. Pointwise operators are fused across units, and one kernel reads the typ
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 
 from bitalloy import ops
 from bitalloy.core.audited import Compilation, CompiledGraph, CompiledUnit
 from bitalloy.core.errors import ModelError
+from bitalloy.core.ownership import temporary
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.formats.words import KERNEL_SCHEMES
@@ -66,8 +65,8 @@ def compile_plan(
     kernels: list[EngineKernel] = []
     for name, model in models.items():
         try:
-            with tempfile.TemporaryDirectory(prefix="bitalloy-compile-") as folder:
-                path, *_ = save(model, Path(folder) / f"{name}.onnx")
+            with temporary() as folder:
+                path, *_ = save(model, folder / f"{name}.onnx")
                 engine = compile_engine(path, nearest, (profiles or {}).get(name))
         except ModelError as error:
             graphs.append(CompiledGraph(graph=name, failed=str(error)))

@@ -9,7 +9,6 @@ that the table reproduces the wall time of the variants that have one scheme alo
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
+from bitalloy.core.ownership import temporary
 from bitalloy.core.plans import CostTable, UnitCost
 from bitalloy.core.records import TensorSpec, Workload
 from bitalloy.core.schemes import BASELINE, Plan, Scheme
@@ -125,8 +125,7 @@ def _execute(
         The plans; of each, number of a unit -> microseconds of its kernels; (plans, sittings, rounds): times in
         microseconds; and whether the plans took turns in every round.
     """
-    with tempfile.TemporaryDirectory(prefix="bitalloy-cost-") as name:
-        folder = Path(name)
+    with temporary() as folder:
         names = [u.id for u in units.units]
         first = trace(variant(plans[0]), names)
         alone = first.artefact.large

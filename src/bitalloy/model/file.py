@@ -17,6 +17,8 @@ from bitalloy.core.records import TensorSpec
 
 PROGRAM_FILE = "program.json"
 """Name of the file that describes a program of several graphs."""
+MOST_FILE_BYTES = (1 << 31) - 1
+"""Largest size of a protobuf message."""
 NAMELESS = frozenset({"?", "-1", "None"})
 """Names that exporters give to every open dimension: they do not say that two dimensions have one size."""
 
@@ -36,6 +38,10 @@ def parse(source: Path) -> tuple[onnx.ModelProto, bytes]:
     if not is_text(source):
         raise ModelError(f"The name of the file {str(source)!a} is not UTF-8 text. Rename it.")
     try:
+        if (size := source.stat().st_size) > MOST_FILE_BYTES:
+            raise ModelError(
+                f"'{source}' has {size} bytes, and an ONNX file ends at 2 GB. Export it with its weights beside it."
+            )
         data = source.read_bytes()
     except OSError as error:
         raise ModelError(f"'{source}' cannot be read: {error.strerror}. Give a file that can.") from error

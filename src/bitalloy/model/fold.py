@@ -21,10 +21,13 @@ MAX_FOLDED_ELEMENTS = 1 << 24
 def fold_constants(model: ir.Model) -> bool:
     """Evaluate, in ONNX Runtime, every node whose inputs are all known; True where anything changed."""
     graph = model.graph
-    known: set[ir.Value] = set(graph.initializers.values())
+    stored = frozenset(graph.initializers.values())
+    known: set[ir.Value] = set(stored)
     folded: list[ir.Node] = []
     for node in graph:
-        if (_asks_shape(node) or all(v in known for v in read_values(node))) and _small(node):
+        # what grows to a size that is not inferred yet waits until the constants that say it are there to be inferred
+        waits = ops.sized_by(node.op_type) and not _sized(node) and not stored.issuperset(read_values(node))
+        if (_asks_shape(node) or all(v in known for v in read_values(node))) and _small(node) and not waits:
             folded.append(node)
             known.update(node.outputs)
     if not folded:
@@ -58,6 +61,10 @@ def _asks_shape(node: ir.Node) -> bool:
         return False
     shape = first_input(node).shape
     return shape is not None and shape.is_static()
+
+
+def _sized(node: ir.Node) -> bool:
+    return all(v.shape is not None and v.shape.is_static() for v in node.outputs)
 
 
 def _small(node: ir.Node) -> bool:

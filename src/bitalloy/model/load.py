@@ -6,7 +6,6 @@ The file itself is never changed.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,8 +19,10 @@ from bitalloy import ops
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import ModelInfo, TensorSpec
 from bitalloy.model.bind import bind, fed_inputs, part_contradicted
+from bitalloy.model.bounds import refuse_declared, refuse_inference, refuse_inputs
 from bitalloy.model.decide import has_undecided
 from bitalloy.model.dequantizer import GivenRoundings
+from bitalloy.model.external import all_tensors, external_files, raw_bytes, refuse_reading
 from bitalloy.model.file import declared_spec, parse
 from bitalloy.model.normalize import normalize, tidy
 from bitalloy.model.read import Consumer, attribute, constant, consumers, is_float, name_of, static_shape
@@ -43,8 +44,6 @@ __all__ = [
     "static_shape",
 ]
 
-WHOLE_BYTES = frozenset(int(t) for t in ir.DataType if t.name not in ("UNDEFINED", "STRING") and t.bitwidth >= 8)
-"""Types whose numbers fill whole bytes."""
 CHUNK = 1 << 22
 _SHOWN = 80
 """Characters of a text of the file that a message repeats."""
@@ -238,8 +237,10 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[st
     proto, changes, runs = standard.proto, standard.changes, True
     _refuse(proto, source)
     bind(proto, shapes)
+    refuse_inputs(proto)
     if changes:
         bind(given, shapes)
+        refuse_declared(given)
         told, runs = agrees(given, standard, source.name, fixed)
         changes = (*changes, told)
     changes += tuple(
@@ -262,6 +263,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[st
     if size >= LARGE_BYTES:
         release(model)
     _refuse_negative(model)
+    refuse_inference(model)
     info = ModelInfo(
         name=source.stem,
         sha256=hashlib.sha256(f"{digest} {sorted(fixed.items())}".encode()).hexdigest() if fixed else digest,
@@ -326,20 +328,21 @@ def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
     """
     proto, data = parse(source)
     digest, size = hashlib.sha256(data), len(data)
-    for file in _external_files(proto, source):
+    for file in external_files(proto, source):
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
     mappable = len(proto.graph.initializer) if size >= LARGE_BYTES else 0
+    refuse_reading(proto, source, mappable)
     try:
-        for index, tensor in enumerate(_all_tensors(proto.graph)):
+        for index, tensor in enumerate(all_tensors(proto.graph)):
             if tensor.data_location == onnx.TensorProto.EXTERNAL and not (index < mappable and is_mapped(tensor)):
                 open_ended = not any(e.key == "length" for e in tensor.external_data)
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.parent))
                 tensor.data_location = onnx.TensorProto.DEFAULT
                 del tensor.external_data[:]
-                wanted = _raw_bytes(tensor)
+                wanted = raw_bytes(tensor)
                 if open_ended and wanted is not None and 0 <= wanted < len(tensor.raw_data):
                     tensor.raw_data = tensor.raw_data[:wanted]
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -353,7 +356,7 @@ def _read(source: Path) -> tuple[onnx.ModelProto, str, int]:
 
 def _refuse_content(tensor: onnx.TensorProto, source: Path) -> None:
     """Refuse a constant that holds more or fewer numbers than its sizes say."""
-    wanted = _raw_bytes(tensor)
+    wanted = raw_bytes(tensor)
     try:
         if any(size < 0 for size in tensor.dims):
             raise ValueError("a size is negative")
@@ -370,56 +373,6 @@ def _refuse_content(tensor: onnx.TensorProto, source: Path) -> None:
             f"The constant '{tensor.name}' of '{source}' has {len(tensor.raw_data)} bytes, but its sizes "
             f"{list(tensor.dims)} ask for {wanted}. The file is damaged; export it again."
         )
-
-
-def _raw_bytes(tensor: onnx.TensorProto) -> int | None:
-    """Return the bytes that a constant should have; None where its type does not tell."""
-    if tensor.data_type not in WHOLE_BYTES:
-        return None
-    return int(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
-
-
-def _external_files(proto: onnx.ModelProto, source: Path) -> list[Path]:
-    folder = source.parent.resolve()
-    files: set[Path] = set()
-    for tensor in _all_tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = {e.key: e.value for e in tensor.external_data}.get("location", "")
-        shown = repr(location[:_SHOWN])
-        try:
-            target = (folder / location).resolve()
-            outside = not location or Path(location).is_absolute() or not target.is_relative_to(folder)
-            missing = not target.is_file()
-        except (OSError, ValueError) as error:  # too long, or with a NUL
-            raise ModelError(
-                f"Weight '{tensor.name}' of '{source}' is in the external file {shown}, which no file can be called: "
-                f"{str(error)[:_SHOWN]}. Export the model again."
-            ) from error
-        if outside:
-            raise ModelError(
-                f"Weight '{tensor.name}' of '{source}' points outside the model's folder ({shown}). "
-                "Refused: external data must lie beside the model."
-            )
-        if missing:
-            raise ModelError(
-                f"Weight '{tensor.name}' of '{source}' is in the external file {shown}, which is missing. "
-                "Copy it beside the model."
-            )
-        files.add(target)
-    return sorted(files)
-
-
-def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """Tensors of a graph and its subgraphs, the graph's own initializers first."""
-    tensors = list(graph.initializer)
-    for node in graph.node:
-        for attr in node.attribute:
-            tensors += [attr.t] if attr.HasField("t") else []
-            tensors += list(attr.tensors)
-            for sub in [attr.g, *attr.graphs] if attr.HasField("g") else attr.graphs:
-                tensors += _all_tensors(sub)
-    return tensors
 
 
 def _refuse(proto: onnx.ModelProto, source: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from bitalloy.core.encoding import from_json
 from bitalloy.core.errors import ModelError
 
 FAMILY = "bitalloy.family"
@@ -59,7 +60,7 @@ def read_fact(metadata: Mapping[str, str], key: str, kind: type[Fact], absent: F
     if key not in metadata:
         return absent
     try:
-        return msgspec.json.decode(metadata[key], type=kind)
+        return from_json(metadata[key], kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ModelError(
             f"The model's metadata '{key}' is malformed: {error or type(error).__name__}. Export the model again, or "

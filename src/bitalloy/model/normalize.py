@@ -31,6 +31,7 @@ from onnx_ir.passes.common import (
 
 from bitalloy import ops
 from bitalloy.core.errors import ModelError
+from bitalloy.model.bounds import refuse_tensors
 from bitalloy.model.decide import decide, refuse_undecided
 from bitalloy.model.fold import first_input, fold_constants, session
 from bitalloy.model.products import absorb, fold_bias, plain_products
@@ -91,6 +92,7 @@ def _settle(model: ir.Model) -> None:
     _name_nodes(model)
     while True:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        refuse_tensors(model)
         if not (
             _decided(model)
             or _expand_functions(model)

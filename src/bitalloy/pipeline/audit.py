@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx_ir as ir
 from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, RunDirectoryError
+from bitalloy.core.ownership import temporary
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.schemes import Plan
@@ -25,6 +25,7 @@ from bitalloy.measure.audit import audit_kernels, reconcile
 from bitalloy.measure.compiled import compile_plan
 from bitalloy.measure.tracing import TracedModel, profile, rewritten_graphs, trace
 from bitalloy.measure.workload import optimization_profiles, workload_of
+from bitalloy.model.external import open_unread
 from bitalloy.pipeline.ship import Verified, apply
 from bitalloy.rewrite.calibrated import ExecutedNetwork
 from bitalloy.runtime.artefact import Artefact
@@ -132,7 +133,7 @@ def compile_run(path: str | Path, device: str = "") -> Compilation:
     try:
         summary = read_summary((run / "summary.json").read_bytes())
         paths = sorted((run / "mixed").glob("*.onnx")) if (run / "mixed").is_dir() else [run / "mixed.onnx"]
-        models = {ONLY if len(paths) == 1 and p.parent == run else p.stem: ir.load(p) for p in paths}
+        models = {ONLY if len(paths) == 1 and p.parent == run else p.stem: open_unread(p) for p in paths}
     except BitalloyError:
         raise
     except Exception as error:  # a missing or damaged file, by many types
@@ -187,7 +188,7 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
     model = run / "mixed.onnx"
     runtime.version()  # where it is not installed, that is said first
     try:
-        loaded = ir.load(model)
+        loaded = open_unread(model)
     except Exception as error:  # a missing or damaged file, by many types
         raise RunDirectoryError(f"'{model}' cannot be read: {error}. Give the same `bitalloy run` again.") from error
     generator = np.random.default_rng(0)
@@ -198,9 +199,9 @@ def audit_run(path: str | Path, *, here: bool = False) -> Audit:
         kind = value.dtype.numpy()
         random = generator.random(shape) if np.issubdtype(kind, np.floating) else np.zeros(shape)
         feeds[str(value.name)] = random.astype(kind)
-    with tempfile.TemporaryDirectory(prefix="bitalloy-audit-") as name:
-        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(Path(name))
-        found = _look(traced, units, plan.chosen, feeds, Path(name))
+    with temporary() as folder:
+        traced = trace(Artefact({ONLY: loaded}, runtime=runtime), (u.id for u in units.units)).placed(folder)
+        found = _look(traced, units, plan.chosen, feeds, folder)
     return msgspec.structs.replace(found, note=note)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import msgspec
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.limits import limited
+from bitalloy.core.ownership import temporary
 from bitalloy.core.work import Workspace
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.load import Graph
@@ -47,14 +48,15 @@ def evaluate_models(
     names = [str(model) for model in models]
     if not names or len(set(names)) != len(names):
         raise DataError(f"The models are {names}; expected one or more, each once.")
-    graphs = {name: load(name, shapes=options.shapes) for name in names}
     metric, files = evaluation_of(evaluate, None)
-    first, work = graphs[names[0]], Workspace(progress=options.progress)
     with ExitStack() as stack:
+        stack.enter_context(limited(options.memory_limit))
+        graphs = {name: load(name, shapes=options.shapes) for name in names}
+        first, work = graphs[names[0]], Workspace(progress=options.progress)
         task: Task[Any]
         opened: list[TaskData]
         if metric is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitalloy-")))
+            folder = stack.enter_context(temporary())
             data = open_own(metric, first, folder, most=options.limit, seed=seed)
             task, opened = data.task, [data]
             _refuse_others(graphs)

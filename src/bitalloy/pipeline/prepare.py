@@ -93,6 +93,8 @@ class RunOptions:
     """How much a run measures beyond what its plan needs; its number of probes is that of the settings."""
     progress: Progress = field(default_factory=Silent)
     """Where the progress of the stages is shown."""
+    memory_limit: int | None = None
+    """Largest number of bytes that what files declare may take; None for the environment's, or 80 % of the machine."""
 
 
 def prepare(
@@ -143,8 +145,7 @@ def prepare(
         paths = [Path(data)] if data is not None else _drawn(outline, spec, folder / "drawn", seed, "train")
         samples: Dataset = open_samples(outline, paths, image=spec, limit=None, seed=seed)
         loaded: Graph = join(load_program(source.path, shapes={**outline.shapes(samples.feeds(0)), **given}))
-        if drawn:
-            files = _drawn(outline, spec, folder / "validation", seed, "val")
+        files = _drawn(outline, spec, folder / "validation", seed, "val") if drawn else files
     else:
         loaded = _load_file(source.path, data, given)
         store = RunDirectory(out)

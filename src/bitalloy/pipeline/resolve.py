@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from bitalloy.core.limits import limited
 from bitalloy.core.outcome import Resolution
 from bitalloy.core.plans import Budget
 from bitalloy.core.work import Workspace
@@ -39,13 +40,14 @@ def resolve_drops(
         BitalloyError: the model or the labels cannot be used, or a limit is on none of the task's metrics.
     """
     options = options or RunOptions()
-    graph = load(model, shapes=options.shapes)
+    with limited(options.memory_limit):
+        graph = load(model, shapes=options.shapes)
     image = options.image
     spec = image_spec(graph, **image) if isinstance(image, Mapping) else image
     task, (data,) = open_labelled(graph, [Path(labels)], spec)
     samples, work = data.choose(options.limit, seed), Workspace(progress=options.progress)
     artefact = original_artefact(graph, graph, target("ort-cpu"))
-    with work.stage("resolution", len(samples)) as progress, work.scratch() as scratch:
+    with limited(options.memory_limit), work.stage("resolution", len(samples)) as progress, work.scratch() as scratch:
         observer = Observer(
             graph, data, {"reference": artefact, "model": artefact} if data.paired else {"model": artefact}, scratch
         )

@@ -14,11 +14,12 @@ from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
 from bitalloy.core.files import lasting_in
+from bitalloy.core.limits import limited
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.records import Settings
 from bitalloy.core.schemes import BASELINE
-from bitalloy.core.store import RunDirectory
+from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
@@ -82,10 +83,11 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings, options = settings or Settings(), options or RunOptions()
-    prepared = prepare(
-        model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options
-    )
-    return deliver(prepared, budget=budget, settings=settings, limit=options.limit, effort=options.effort)
+    with limited(options.memory_limit), claimed(out):
+        prepared = prepare(
+            model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options
+        )
+        return deliver(prepared, budget=budget, settings=settings, limit=options.limit, effort=options.effort)
 
 
 def quantize_model(

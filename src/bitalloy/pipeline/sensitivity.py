@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 
 from bitalloy.core.encoding import to_json
+from bitalloy.core.limits import limited
 from bitalloy.core.records import SensitivityTable, Settings
-from bitalloy.core.store import RunDirectory
+from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.calibrate import calibrate
 from bitalloy.pipeline.prepare import RunOptions, prepare
@@ -64,35 +65,36 @@ def sensitivity(
         BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
     """
     settings, asked, options = settings or Settings(), question or SensitivityQuestion(), options or RunOptions()
-    prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
-    loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
-    if asked.labels is not None:
-        ready = calibrate(loaded, dataset, settings, work=work)
-        found = measure_metric(
-            ready,
-            asked.labels,
-            asked.selection,
-            mode=asked.mode,
-            limit=options.limit,
-            image=prepared.image,
-            work=work,
-        )
-        store.publish(f"{FILES['metric']}.json", to_json(found, pretty=True))
-        return found
-    if asked.exact:
-        ready = calibrate(loaded, dataset, settings, work=work)
-        table = measure_exact(ready, asked.selection, mode=asked.mode, samples=settings.samples, work=work)
-        _publish(store, FILES["exact"], table)
-        return table
-    analysis = analyze(loaded, dataset, settings, work=work)
-    wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
-    if asked.confirmed is not None:
-        analysis = confirm(analysis, asked.confirmed, work=work)
-    given = examine_given(analysis, work, timed=False)
-    table = analysis.table if given is None else msgspec.structs.replace(analysis.table, given=given.worst)
-    _publish(store, FILES["probe"], table)
-    rows = tuple(r for r in table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
-    return msgspec.structs.replace(table, rows=rows)
+    with limited(options.memory_limit), claimed(out):
+        prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
+        loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
+        if asked.labels is not None:
+            ready = calibrate(loaded, dataset, settings, work=work)
+            found = measure_metric(
+                ready,
+                asked.labels,
+                asked.selection,
+                mode=asked.mode,
+                limit=options.limit,
+                image=prepared.image,
+                work=work,
+            )
+            store.publish(f"{FILES['metric']}.json", to_json(found, pretty=True))
+            return found
+        if asked.exact:
+            ready = calibrate(loaded, dataset, settings, work=work)
+            table = measure_exact(ready, asked.selection, mode=asked.mode, samples=settings.samples, work=work)
+            _publish(store, FILES["exact"], table)
+            return table
+        analysis = analyze(loaded, dataset, settings, work=work)
+        wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
+        if asked.confirmed is not None:
+            analysis = confirm(analysis, asked.confirmed, work=work)
+        given = examine_given(analysis, work, timed=False)
+        table = analysis.table if given is None else msgspec.structs.replace(analysis.table, given=given.worst)
+        _publish(store, FILES["probe"], table)
+        rows = tuple(r for r in table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
+        return msgspec.structs.replace(table, rows=rows)
 
 
 def _publish(store: RunDirectory, name: str, table: SensitivityTable) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from bitalloy.core.checked import CHANGE_VERDICTS, CheckedRun
+from bitalloy.core.plain import markdown_cell, one_line
 from bitalloy.core.status import Verdict
 from bitalloy.report.text import difference_text, limit_text, verdict_text
 
@@ -20,8 +21,8 @@ def junit_xml(checked: CheckedRun) -> bytes:
     suite = ElementTree.Element("testsuite", name="bitalloy check")
     counts = {"failure": 0, "skipped": 0}
     tests = list(_lines(checked))
-    for name, verdict, told, _ in tests:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"bitalloy.{checked.run}", name=name)
+    for name, verdict, told in ((one_line(name), verdict, one_line(told)) for name, verdict, told, _ in tests):
+        case = ElementTree.SubElement(suite, "testcase", classname=f"bitalloy.{one_line(checked.run)}", name=name)
         if verdict in MARKS:
             kind = "skipped" if verdict == Verdict.UNDECIDED and checked.passed else "failure"
             counts[kind] += 1
@@ -39,15 +40,16 @@ def junit_xml(checked: CheckedRun) -> bytes:
 
 def check_markdown(checked: CheckedRun) -> str:
     """Write the result as Markdown, e.g. for the summary of a step."""
-    beside = f" against `{checked.baseline}`" if checked.baseline else ""
+    run, baseline = markdown_cell(checked.run), markdown_cell(checked.baseline)
+    beside = f" against {baseline}" if baseline else ""
     lines = [
-        f"### bitalloy check `{checked.run}`{beside}: {'passed' if checked.passed else 'not passed'}",
+        f"### bitalloy check {run}{beside}: {'passed' if checked.passed else 'not passed'}",
         "",
         "| | verdict | |",
         "|---|---|---|",
     ]
     for name, verdict, told, words in _lines(checked):
-        texts = (_cell(text) for text in (name, words, told))
+        texts = map(markdown_cell, (name, words, told))
         lines.append(f"| {MARKS.get(verdict, '✅')} {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
@@ -68,10 +70,6 @@ def _lines(checked: CheckedRun) -> Iterator[tuple[str, Verdict, str, str]]:
         yield name, CHANGE_VERDICTS[one.change], told, one.change
 
 
-def _cell(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
 def _escaped(text: str) -> str:
     """Escape what ends a workflow command."""
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return one_line(text).replace("%", "%25")

@@ -6,6 +6,7 @@ import csv
 import io
 
 from bitalloy.core.encoding import to_json
+from bitalloy.core.plain import csv_cell
 from bitalloy.core.records import SensitivityTable
 
 COLUMNS = ("scope", "id", "part", "head", "sqnr_db", "low_db", "high_db", "flagged", "exact", "scheme")
@@ -15,6 +16,7 @@ def sensitivity_csv(table: SensitivityTable) -> str:
     """Write the table as CSV: one line per (unit, region or site; part; head), with strings quoted.
 
     `low_db` and `high_db` bound the 95 % bootstrap interval of `sqnr_db`; `flagged` and `exact` are `true` or `false`.
+    A name that a spreadsheet would take for a formula stands behind an apostrophe.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -22,7 +24,8 @@ def sensitivity_csv(table: SensitivityTable) -> str:
     for row in table.rows:
         value = row.sqnr_db
         marks = ("true" if mark else "false" for mark in (row.flagged, row.exact))
-        writer.writerow((row.scope, row.id, row.part, row.head, value.value, value.low, value.high, *marks, row.scheme))
+        names = map(csv_cell, (row.scope, row.id, row.part, row.head))
+        writer.writerow((*names, value.value, value.low, value.high, *marks, csv_cell(row.scheme)))
     return buffer.getvalue()
 
 

@@ -11,13 +11,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.core.ownership import temporary
 from bitalloy.runtime import rtx_builder
 from bitalloy.runtime.engine_text import EngineKernel, read_engine
 
@@ -92,8 +92,8 @@ def compile_engine(
     """
     version = compiler_version()
     refused = f"TensorRT for RTX {version} did not compile '{model.name}' for SM{capability}"
-    with tempfile.TemporaryDirectory(prefix="bitalloy-engine-") as name:
-        asked, said, engine = (Path(name) / part for part in ("asked.json", "said.json", "engine"))
+    with temporary() as folder:
+        asked, said, engine = (folder / part for part in ("asked.json", "said.json", "engine"))
         content = {"model": str(model), "engine": str(engine), "capability": capability, "profile": profile or {}}
         asked.write_text(json.dumps(content))
         command = [sys.executable, "-m", rtx_builder.__name__, str(asked), str(said)]

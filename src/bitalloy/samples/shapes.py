@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from bitalloy.core.errors import DataError, RunDirectoryError
+from bitalloy.core.ownership import make_temporary
 from bitalloy.data.masks import interior_point, run_lengths
 from bitalloy.samples import words
 from bitalloy.samples.drawing import CLASSES, COLORS, draw
@@ -146,7 +146,7 @@ def write_coco(folder: str | Path, *, count: int, seed: int = 0, size: int = 320
 
 def _place(folder: Path, info: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    work = make_temporary(folder.parent)
     try:
         _write(work, info)
         work.chmod(0o755)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import RunDirectoryError, UnreachableError
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable, ParetoPoint, PlanReport, UnitDamage
@@ -227,6 +227,7 @@ def read_tables(folder: str | Path) -> PlanTables:
         RunDirectoryError: the folder is not a run directory, or its run has not finished.
     """
     path = Path(folder)
+    before = _written(path)
     missing = [name for name in PLAN_FILES if not (path / name).is_file()]
     if missing:
         raise RunDirectoryError(
@@ -235,14 +236,25 @@ def read_tables(folder: str | Path) -> PlanTables:
         )
     try:
         matrix = ProbeMatrix.from_bytes((path / MATRIX_FILE).read_bytes())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # zip, zlib and header errors of many types
         raise RunDirectoryError(f"'{path / MATRIX_FILE}' is damaged: {error}. Give the run's command again.") from error
-    return PlanTables(
+    found = PlanTables(
         read_record(path / UNITS_FILE, UnitGraph),
         matrix,
         read_record(path / COST_FILE, CostTable),
         read_record(path / FACTS_FILE, PlanFacts),
     )
+    if before != _written(path):
+        raise RunDirectoryError(f"'{path}' was written by a run while it was read. Give the command again.")
+    return found
+
+
+def _written(run: Path) -> int:
+    """Tell one summary from another by its time; a run removes it first and writes it last."""
+    try:
+        return (run / "summary.json").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
@@ -257,7 +269,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord:
             "version; finish it with the same command, or name another."
         )
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return from_json(path.read_bytes(), kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise RunDirectoryError(
             f"'{path}' cannot be read: {error}. Expected a file of a finished `bitalloy run` of this version; give the "

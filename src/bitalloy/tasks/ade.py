@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from bitalloy.core.errors import DataError
-from bitalloy.data.images import IMAGE_SUFFIXES
+from bitalloy.data.images import IMAGE_SUFFIXES, opened_image
 
 __all__ = ["IGNORED", "LabelledFile", "find_pairs", "read_label"]
 
@@ -92,12 +91,9 @@ def read_label(file: LabelledFile, size: tuple[int, int], classes: int, *, reduc
     """
     if not file.labelled:
         return np.full(size[::-1], IGNORED, np.uint8)
-    try:
-        with Image.open(file.label) as opened:
-            opened.load()
-            mode, found = opened.mode, np.asarray(opened)
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types
-        raise DataError(f"Cannot read the label map '{file.label}': {error}. Repair or remove it.") from error
+    with opened_image(file.label) as opened:
+        opened.load()
+        mode, found = opened.mode, np.asarray(opened)
     if found.ndim != 2 or mode == "1":
         raise DataError(
             f"'{file.label}' has pixels of mode {mode}, expected one class number per pixel (mode L or P). Convert "

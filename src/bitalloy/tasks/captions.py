@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bitalloy.core.encoding import from_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
@@ -101,7 +102,7 @@ def read_captions(path: Path, chat: Chat) -> CaptionData:
         DataError: the file or its images are missing or broken, or it has no captions.
     """
     try:
-        content = msgspec.json.decode(path.read_bytes(), type=_File)
+        content = from_json(path.read_bytes(), _File)
     except OSError as error:
         raise DataError(f"Cannot read the captions '{path}': {error.strerror}. Give a COCO caption file.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

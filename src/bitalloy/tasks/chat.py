@@ -17,7 +17,7 @@ from PIL import Image
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import Record
-from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec
+from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, refuse_enlarged
 from bitalloy.tasks.base import Interface, RunModel, Tokenizer, refuse_fit
 
 __all__ = [
@@ -124,6 +124,7 @@ class Chat:
     def feed(self, image: Image.Image) -> np.ndarray:
         """Pad an image to a square with the mean colour, resize it (bicubic) and normalise it: (1, 3, h, w)."""
         side = max(image.size)
+        refuse_enlarged(image, side, side)
         square = Image.new("RGB", (side, side), _colour(self.image))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         resized = square.resize((self.image.width, self.image.height), Image.Resampling.BICUBIC)

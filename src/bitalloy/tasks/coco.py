@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from bitalloy.core.encoding import from_json
 from bitalloy.core.errors import DataError
+from bitalloy.core.paths import path_inside
 from bitalloy.data import masks
 from bitalloy.data.datasets import list_files
 from bitalloy.data.images import IMAGE_SUFFIXES, file_hash, open_image
@@ -156,7 +158,7 @@ def read_coco(annotations: Path, images: Path | None = None) -> CocoLabels:
         DataError: the file is missing, broken or contradicts itself, or images that it lists are missing.
     """
     try:
-        content = msgspec.json.decode(annotations.read_bytes(), type=_File)
+        content = from_json(annotations.read_bytes(), _File)
     except OSError as error:
         raise DataError(
             f"Cannot read the labels '{annotations}': {error.strerror}. Give a COCO annotation file."
@@ -220,8 +222,10 @@ def find_images(path: Path, names: Sequence[str], images: Path | None = None) ->
     above, split = path.parent.parent, path.stem.rpartition("_")[2]
     usual = [path.parent / "images", path.parent, above / split, above / "images" / split]
     folders = [images] if images is not None else usual
+    what = f"'{path}' lists the image"
     for folder in folders:
-        missing = [name for name in names if not (folder / name).is_file()]
+        paths = (path_inside(folder, name, what, DataError) for name in names)
+        missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
         if not missing:
             return folder
         if len(missing) < len(names):

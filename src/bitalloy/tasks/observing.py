@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 
 from bitalloy.core.errors import DataError
 from bitalloy.core.jobs import Contexts, Opening
+from bitalloy.core.ownership import temporary
 from bitalloy.core.records import Record
 from bitalloy.core.store import key_of
 from bitalloy.data.images import ImageSpec
@@ -148,7 +148,7 @@ class Observer:
         streams = 1 if graph.large or task.plain else min(available_cores(), STREAMS)
         self._sessions: dict[str, Session] = {}
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="scratch-", dir=scratch))
+            folder = stack.enter_context(temporary(scratch))
             self._pool = stack.enter_context(ThreadPoolExecutor(streams))
             for name, model in models.items():
                 session = model.placed(Path(folder) / name).session(streams=streams)

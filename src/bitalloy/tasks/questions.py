@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import DataError
 from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
@@ -141,7 +141,7 @@ def is_lines(path: Path) -> bool:
         return True
     try:
         with path.open("rb") as file:
-            msgspec.json.decode(file.readline(), type=_Line)
+            from_json(file.readline(), _Line)
     except (OSError, ValueError):
         return False
     return True
@@ -164,7 +164,7 @@ def read_questions(path: Path, chat: Chat) -> QuestionData:
         if not line.strip():
             continue
         try:
-            questions.append(_question(msgspec.json.decode(line, type=_Line)))
+            questions.append(_question(from_json(line, _Line)))
         except ValueError as error:  # msgspec's errors are of this type
             raise DataError(
                 f"Line {number} of '{path}' is no question: {error}. Expected "

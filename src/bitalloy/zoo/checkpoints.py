@@ -13,13 +13,14 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.core.limits import refuse_contents
+from bitalloy.core.ownership import temporary
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +49,7 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
     import torch
 
     try:
+        refuse_contents(path, ModelError)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if not re.search(r"[Uu]nsupported (global: )?GLOBAL", str(error)) and not _is_pickle(path, error):
@@ -59,7 +61,9 @@ def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Te
                 "of its own. Or give a file of its state dict."
             ) from error
         return _unpickled(path)
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # torch's readers raise whatever the bytes lead them to
         raise _damaged(path, error) from error
     return _tensors(content, path)
 
@@ -112,7 +116,7 @@ def _shards(folder: Path) -> list[Path]:
             continue
         for index in folder.glob("*.index.json"):
             try:
-                named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+                named = {folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
             except (ValueError, KeyError, AttributeError) as error:
                 raise _damaged(index, error) from error
             lost = sorted(f.name for f in named - set(files))
@@ -139,8 +143,8 @@ def _safetensors(path: Path, extra: str) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory(prefix="bitalloy-") as folder:
-        tensors = Path(folder) / "tensors.pt"
+    with temporary() as folder:
+        tensors = folder / "tensors.pt"
         script = Path(__file__).with_name("unpickle.py")  # alone: it needs nothing of this package
         command = [sys.executable, "-I", str(script), str(path), str(tensors)]
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from onnx.external_data_helper import set_external_data
 from bitalloy import ops
 from bitalloy.core import files
 from bitalloy.core.errors import ModelError
+from bitalloy.core.ownership import temporary
 from bitalloy.model.metadata import FAMILY, HEADS, IMAGE, PROTECT, REGION, SHAPES, VARIANT
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.zoo.base import ProtectionAdvice, Regions
@@ -84,9 +84,9 @@ def export_graph(
     module.eval()  # the outermost module: the exporter restores its flag recursively
     with torch.no_grad():
         wanted = [_arrays(module(*inputs)) for inputs in checks]
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, warnings.catch_warnings():
+        with temporary(path.parent) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's age, and of sizes that become constants
-            traced = Path(folder) / path.name
+            traced = folder / path.name
             torch.onnx.export(
                 module,
                 checks[0],

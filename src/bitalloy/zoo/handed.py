@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from bitalloy.core import files
 from bitalloy.core.errors import MissingExtraError, ModelError
+from bitalloy.core.ownership import temporary
 from bitalloy.data.images import file_hash
 from bitalloy.model.file import parse
 from bitalloy.model.weights import save
@@ -39,8 +39,8 @@ def write_handed(model: object, folder: Path, *, example_inputs: object = None) 
         ModelError: it is none of these, or no ONNX model.
         MissingExtraError: a torch module is given, and a package to export it is not installed.
     """
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
-        made = Path(scratch) / "model"
+    with temporary(folder) as scratch:
+        made = scratch / "model"
         made.mkdir()
         path = made / f"{_name_of(model)}.onnx"
         _write(model, path, example_inputs)

@@ -44,7 +44,8 @@ def tables() -> Iterator[Table | str]:
         lacking = family.missing
         state = f"not installed ({', '.join(lacking)}): {install_line(family)}" if lacking else "installed"
         variants = tuple(family.variants.values())
-        yield f"\n{family.name}: {family.task}"
+        yield ""
+        yield f"{family.name}: {family.task}"
         table = Table(box=None, pad_edge=False)
         timed = any(v.published.gpu_ms for v in variants)
         for column in ("name", "input", "params, M", "FLOPs, B", "accuracy", *(["ms, CPU | GPU"] if timed else [])):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import ModelError
 from bitalloy.core.files import write
+from bitalloy.core.paths import path_inside
 from bitalloy.core.records import TensorSpec
 from bitalloy.model import load as graphs
 from bitalloy.model.file import PROGRAM_FILE
@@ -185,7 +186,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
         ModelError: the file is missing or malformed, names a file outside of its folder, or its wires close a cycle.
     """
     try:
-        content = msgspec.json.decode(file.read_bytes(), type=_File)
+        content = from_json(file.read_bytes(), _File)
     except OSError as error:
         raise ModelError(f"No program at '{file}' ({error.strerror}). Give a folder with a {PROGRAM_FILE}.") from error
     except msgspec.MsgspecError as error:
@@ -196,12 +197,7 @@ def read_wiring(file: Path) -> tuple[dict[str, Path], tuple[Wire, ...]]:
     folder = file.parent.resolve()
     files = {}
     for name, location in content.graphs.items():
-        target = (folder / location).resolve()
-        if not target.is_relative_to(folder):
-            raise ModelError(
-                f"Graph '{name}' of '{file}' lies outside of the program's folder ('{location}'). Refused."
-            )
-        files[name] = target
+        files[name] = path_inside(folder, location, f"Graph '{name}' of '{file}' is in the file", ModelError)
     wires = tuple(Wire.parse(text) for text in content.wires)
     _check_names(files, wires)
     return files, wires

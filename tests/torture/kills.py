@@ -1,0 +1,161 @@
+"""SIGKILL at random times over chains of commands on three models."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from tests import fuzz
+
+COMMON = ("--samples", "2", "--probes", "4", "--calibration-samples", "4")
+NUMBERS = ("plan.json", "sensitivity.json", "calibration.json", "units.json", "probe_matrix.npz")
+"""Files that must be the same, where the target's latencies are estimates; else those that rest on no latency."""
+MEASURED = frozenset({"plan.json"})
+LIMIT = 240
+"""Seconds after which a command that is not killed counts as a hang."""
+
+
+def suffer(seconds: float, seed: int) -> dict[str, Any]:
+    """Kill commands, give the same ones again until they are done, and compare what they leave."""
+    rng, end = random.Random(seed), time.monotonic() + seconds
+    faults: list[str] = []
+    kills: Counter[str] = Counter()
+    rounds = lost = 0
+    with tempfile.TemporaryDirectory(prefix="torture-") as name:
+        root = Path(name)
+        fuzz.write_feeds(root / "feeds")
+        wanted: dict[str, tuple[Mapping[str, bytes], list[float]]] = {}
+        cases = [("net", "tensorrt"), ("text", "tensorrt"), ("head", "ort-cpu")]
+        while time.monotonic() < end:
+            case, target = cases[rounds % len(cases)]
+            folder = root / f"{case}-{rounds}"
+            folder.mkdir()
+            onnx.save(fuzz.bases()[case], folder / "model.onnx")
+            lines = commands(root / "feeds" / case, target)
+            if case not in wanted:
+                times = [_undisturbed(line, folder, faults) for line in lines]
+                wanted[case] = (results(folder, target), times)
+                shutil.rmtree(folder / "run", ignore_errors=True)
+            for line, took in zip(lines, wanted[case][1], strict=True):
+                while time.monotonic() < end:
+                    stage, gone = _killed(line, folder, rng.uniform(1, took * 1.1), faults)
+                    lost = max(lost, gone)
+                    if not stage:
+                        break
+                    kills[stage] += 1
+                else:
+                    _undisturbed(line, folder, faults)
+            found = results(folder, target)
+            faults += [f"{case}: {file} differs" for file, data in wanted[case][0].items() if found.get(file) != data]
+            rounds += 1
+            shutil.rmtree(folder)
+    return {
+        "kills": sum(kills.values()),
+        "by_stage": dict(kills.most_common()),
+        "chains": rounds,
+        "most_results_lost_at_once": lost,
+        "faults": sorted(set(faults)),
+    }
+
+
+def commands(feeds: Path, target: str) -> list[list[str]]:
+    """Command lines of one chain."""
+    usual = ["model.onnx", "--data", str(feeds), *COMMON, "--target", target, "--out", "run"]
+    lines = [
+        ["sensitivity", *usual, "--confirm", "3"],
+        ["run", *usual, "--effort", "thorough", "--latency", "1.5x", "--max-drop-db", "10"],
+    ]
+    return [*lines, ["audit", "run"]] if target == "ort-cpu" else lines
+
+
+def results(folder: Path, target: str) -> Mapping[str, bytes]:
+    """What must be the same after every course of events."""
+    names = [name for name in NUMBERS if target != "ort-cpu" or name not in MEASURED]
+    found = {name: (folder / "run" / name).read_bytes() for name in names if (folder / "run" / name).is_file()}
+    if target != "ort-cpu" and (folder / "run" / "summary.json").is_file():
+        content = json.loads((folder / "run" / "summary.json").read_text())
+        numbers = {key: content[key] for key in ("schemes", "size_bytes", "sqnr_db", "predicted_latency_ratio")}
+        found["summary.json"] = json.dumps(numbers, sort_keys=True).encode()
+    return found
+
+
+def _start(line: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "bitalloy", *line]
+    with (folder / "shown").open("wb") as shown:
+        return subprocess.Popen(words, cwd=folder, stdout=shown, stderr=shown, start_new_session=True)
+
+
+def _undisturbed(line: list[str], folder: Path, faults: list[str]) -> float:
+    began = time.monotonic()
+    process = _start(line, folder)
+    try:
+        code: int | None = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        code = None
+    if code != 0:
+        faults.append(f"{line[0]}: exit code {code}: {(folder / 'shown').read_text()[-800:]}")
+    return time.monotonic() - began
+
+
+def _killed(line: list[str], folder: Path, after: float, faults: list[str]) -> tuple[str, int]:
+    """Start a command and kill it; return the stage that it was in, and how many stored results that cost.
+
+    The stage is empty where the command was done before.
+    """
+    cache = folder / "run" / "cache"
+    before = _stored(cache)
+    process = _start(line, folder)
+    swept = False
+    end = time.monotonic() + after
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            if process.returncode != 0:
+                faults.append(f"{line[0]}: exit code {process.returncode}: {(folder / 'shown').read_text()[-800:]}")
+            return "", len(before - _stored(cache))
+        swept = swept or _holds(folder, process.pid)
+        if swept and (left := _leftovers(folder, process.pid)):
+            faults.append(f"{line[0]}: left by a killed process after the next start: {left}")
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    lines = (folder / "shown").read_text(errors="replace").splitlines()
+    stages = [text.partition(",")[0] for text in lines if text.rpartition(" s")[1]]
+    return f"after {stages[-1]}" if stages else "before the first stage", len(before - _stored(cache))
+
+
+def _stored(cache: Path) -> set[str]:
+    if not cache.is_dir():
+        return set()
+    return {
+        str(path)
+        for path in cache.rglob("*")
+        if path.is_file() and "+" not in str(path.relative_to(cache)) and path.name != "freed.json"
+    }
+
+
+def _holds(folder: Path, process: int) -> bool:
+    """Whether a process has the lock, and a file that it made since, so that it has swept before."""
+    try:
+        owner = json.loads((folder / "run" / ".bitalloy-run").read_text())
+    except (OSError, ValueError):
+        return False
+    return owner["pid"] == process and any((folder / "run").rglob(f"*+{process}+*"))
+
+
+def _leftovers(folder: Path, process: int) -> list[str]:
+    found = (p.name for p in (folder / "run").rglob("*+*+*") if f"+{process}+" not in p.name and "+" in p.name)
+    return sorted(found)[:3]
