@@ -23,7 +23,7 @@ from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, SensitivityTable
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
-from bitalloy.report.render import embedded_json
+from bitalloy.report.render import LIBRARIES, SCRIPTS, embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 from bitalloy.report.text import readable
 
@@ -71,7 +71,7 @@ class TestPage:
 
     def test_has_all_sections_in_order(self, make_run: Make) -> None:
         ids = [a["id"] for t, a in Page(make_run().render()).tags if t in {"header", "section"} and "id" in a]
-        assert ids == ["result", "figures", "tradeoff", "latency", "regions", "sensitivity", "method"]
+        assert ids == ["result", "figures", "tradeoff", "latency", "graph", "regions", "sensitivity", "method"]
 
     def test_is_the_same_for_the_same_records(self, make_run: Make) -> None:
         assert make_run().render() == make_run().render()
@@ -457,6 +457,13 @@ def click(browser: Any, selector: str) -> None:
     element.click()
 
 
+def wait_for(browser: Any, selector: str) -> None:
+    """Wait until an element is there, a few seconds at most."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 10).until(lambda page: page.find_elements("css selector", selector))
+
+
 class TestBrowser:
     def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
         page = visit(make_run())
@@ -578,8 +585,59 @@ class TestBrowser:
         click(page, "#region-filter")
         assert page.get_log("browser") == []
         assert page.find_elements("css selector", "img") == []
-        assert len(page.find_elements("css selector", "script")) == 2
+        assert len(page.find_elements("css selector", "script")) == 1 + len(LIBRARIES) + len(SCRIPTS)
         assert column(page, 0)[0].startswith(EVIL)
+
+    def test_graph_opens_closed_regions_down_to_units(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        page = visit(make_run(blocks=40))
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        click(page, '.graph [aria-label^="Open region model.1:"]')
+        page.switch_to.active_element.send_keys("\ue007")  # the focus stays: Enter closes it again
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        page.switch_to.active_element.send_keys("\ue007")
+        assert page.find_elements("css selector", '.graph [aria-label="Close region model.1"]')
+
+    def test_graph_shows_a_unit_and_goes_to_its_row(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run(blocks=40)
+        page = visit(run)
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        page.find_element("id", "graph-search").send_keys("model.4/m.0 cv2 SiLU\n")
+        card = page.find_element("id", "graph-card").text
+        cost = next(c for c in run.cost.units if c.unit == "/model.4/m.0/cv2/act/Mul")
+        assert cost.unit in card and f"{cost.us['fp32']:.1f} µs"[:3] in card
+        assert next(c.reason for c in run.plan.choices if c.unit == cost.unit) in card
+        click(page, "#graph-card button")
+        assert column(page, 0) == [cost.unit]
+
+    def test_graph_marks_every_border_of_the_plan(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+        run = make_run(blocks=4)
+        page = visit(run)
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        click(page, "#graph-open")
+        scheme = run.plan.chosen.scheme_of
+        pairs = {(e.producer, e.consumer) for e in run.units.edges if e.producer and e.consumer}
+        borders = sum(scheme(a) != scheme(b) for a, b in pairs)
+        assert 0 < borders < len(pairs)
+        assert len(page.find_elements("css selector", ".graph .edge")) == len(pairs)
+        assert len(page.find_elements("css selector", ".graph .edge.border")) == borders
+
+    def test_graph_of_a_thousand_units_without_regions_starts_with_few_boxes(
+        self, make_run: Make, visit: Callable[[Any], Any]
+    ) -> None:
+        run = make_run(blocks=8)
+        units = tuple(msgspec.structs.replace(u, region="(model)") for u in run.units.units)
+        many = tuple(msgspec.structs.replace(u, id=f"{u.id}_{i}") for i in range(25) for u in units)
+        graph = msgspec.structs.replace(run.units, units=many, edges=())
+        page = visit(type(run)(run.summary, run.plan, run.table, graph, run.cost))
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        click(page, '.graph [aria-label^="Open region units 26 to 50:"]')
+        assert len(page.find_elements("css selector", ".graph .unit")) == 25
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_text_stands_out_from_its_ground(

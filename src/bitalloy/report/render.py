@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -27,6 +28,10 @@ from bitalloy.report.verdict import ship_verdict
 
 OFF_SCALE_DB = 80.0
 """SQNR in dB above which plans are drawn at the edge of the plot, because their error is negligible."""
+
+LIBRARIES = ("dagre",)
+"""Libraries inside the page, in the folder `libraries`: dagre lays out the graph."""
+SCRIPTS = ("script.js", "graph.js")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def render_report(
     """
     heads = figures.heads_of(plan, summary)
     tables = ReportTables(plan, table, units, cost, heads)
-    style, script = _asset("style.css"), _asset("script.js")
+    style, scripts = _asset("style.css"), (*map(_library, LIBRARIES), *map(_asset, SCRIPTS))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bitalloy.report", "."),
         autoescape=True,
@@ -68,15 +73,10 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.globals.update(fmt=formats, key=charts.legend_marker, counted=counted)
-    round_header, round_lines = figures.rounds(summary, heads)
-    repair_header, repair_lines = figures.repairs(summary, heads)
-    evaluation_header, evaluation_lines = figures.evaluations(summary)
-    single_header, single_lines = figures.single_formats(summary)
-    correction_header, correction_lines = figures.corrections(summary, heads)
     return environment.get_template("template.html").render(
-        policy=_policy(style, script),
+        policy=_policy((style,), scripts),
         style=Markup(style),
-        script=Markup(script),
+        scripts=tuple(map(Markup, scripts)),
         data=embedded_json(payload(tables)),
         summary=summary,
         plan=plan,
@@ -92,22 +92,19 @@ def render_report(
         pareto_chart=_pareto_chart(summary, plan, units, cost, heads),
         latency_chart=_latency_chart(summary),
         given=figures.given_roundings(summary),
-        single_header=single_header,
-        single_lines=single_lines,
-        round_header=round_header,
-        round_lines=round_lines,
-        repair_header=repair_header,
-        repair_lines=repair_lines,
-        evaluation_header=evaluation_header,
-        evaluation_lines=evaluation_lines,
-        correction_header=correction_header,
-        correction_lines=correction_lines,
+        single=figures.single_formats(summary),
+        rounds=figures.rounds(summary, heads),
+        repairs=figures.repairs(summary, heads),
+        evaluations=figures.evaluations(summary),
+        corrections=figures.corrections(summary, heads),
         points=_points(plan, cost),
         regions=region_tree(tables),
         units=units,
         schemes=tables.schemes,
         measured=tables.measured.upper(),
         times=_time_columns(tables),
+        timing=tables.timing,
+        planned=tables.planned,
     )
 
 
@@ -129,15 +126,19 @@ def _asset(name: str) -> str:
     return resources.files("bitalloy.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """Content security policy: this style, this script, images inside the page, nothing else."""
+def _library(name: str) -> str:
+    """Return the code of a library, with its licence before it, as that asks for."""
+    return f"/*\n{_asset(f'libraries/{name}.LICENSE.txt')}*/\n{_asset(f'libraries/{name}.min.js')}"
 
-    def digest(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
-    )
+def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """Content security policy: these styles, these scripts, images inside the page, nothing else."""
+
+    def digests(texts: Sequence[str]) -> str:
+        found = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in found)
+
+    return f"default-src 'none'; img-src data:; style-src {digests(styles)}; script-src {digests(scripts)}"
 
 
 def _points(plan: PlanReport, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:

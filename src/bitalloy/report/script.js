@@ -155,6 +155,16 @@
     state.region = null;
     show();
   });
+  function showUnits(region, text) {
+    state.region = region;
+    state.scope = "unit";
+    state.words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    byId("filter").value = text;
+    document.querySelector('input[name="scope"][value="unit"]').checked = true;
+    show();
+    byId("sensitivity").scrollIntoView();
+  }
+  document.addEventListener("show-unit", (event) => showUnits(null, event.detail));
 
   // --- region tree ----------------------------------------------------------------------------------------------
   const tree = [...byId("tree").tBodies[0].rows];
@@ -176,13 +186,7 @@
       toggleOf(row).setAttribute("aria-expanded", String(!isOpen(row)));
       refreshTree();
     });
-    row.querySelector(".link").addEventListener("click", (event) => {
-      state.region = event.currentTarget.dataset.region;
-      state.scope = "unit";
-      document.querySelector('input[name="scope"][value="unit"]').checked = true;
-      show();
-      byId("sensitivity").scrollIntoView();
-    });
+    row.querySelector(".link").addEventListener("click", (event) => showUnits(event.currentTarget.dataset.region, ""));
   }
   byId("expand").addEventListener("click", () => setOpen(() => true));
   byId("collapse").addEventListener("click", () => setOpen((row) => row.dataset.level === "0"));
