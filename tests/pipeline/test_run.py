@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
+from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import Summary
 from bitalloy.core.summaries import OLD_COUNTS
 from bitalloy.runtime.ort import OrtSession
 
 RESULTS = {
-    "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz",
-    "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
+    "audit.json", "calibration.json", "cost.json", "examples.json", "mixed.onnx", "plan.json", "planning.json",
+    "planning.npz", "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json",
+    "units.json",
 }  # fmt: skip
 SUMMARY = {
     "schema", "headline", "status", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
@@ -102,6 +106,18 @@ def detect(line: Any, inputs: Any, *more: object) -> Any:
 def test_run_directory_holds_all_results(finished: Any) -> None:
     assert finished.command.succeeded()
     assert finished.results() == RESULTS
+
+
+def test_report_shows_the_images_on_which_the_models_differ_most(finished: Any, inputs: Any) -> None:
+    folder = finished.folder / "run"
+    shown = msgspec.json.decode((folder / "examples.json").read_bytes(), type=Examples)
+    names = {image["file_name"] for image in json.loads(inputs.labels.read_text())["images"]}
+    assert shown.task == "detection" and shown.samples <= len(names)
+    assert {one.name for one in shown.worst} <= {Path(name).name for name in names}
+    assert [one.agreement for one in shown.worst] == sorted(one.agreement for one in shown.worst)
+    page = (folder / "report.html").read_text()
+    for one in shown.worst:
+        assert base64.b64encode(one.reference).decode() in page and base64.b64encode(one.mixed).decode() in page
 
 
 def test_summary_has_its_documented_names(finished: Any) -> None:

@@ -140,7 +140,7 @@
       show();
     });
   }
-  for (const input of document.querySelectorAll('input[type="radio"]')) {
+  for (const input of document.querySelectorAll('input[name="scope"], input[name="head"]')) {
     input.addEventListener("change", () => {
       if (input.name === "scope") state.scope = input.value;
       else state.head = Number(input.value);
@@ -202,6 +202,15 @@
     const beyond = event.clientX + 14 + box.width > document.documentElement.clientWidth;
     tip.style.left = (beyond ? Math.max(event.clientX - 14 - box.width, 4) : event.clientX + 14) + "px";
     tip.style.top = Math.min(event.clientY + 14, document.documentElement.clientHeight - box.height - 4) + "px";
+  });
+  document.addEventListener("focusin", (event) => {
+    const owner = event.target instanceof Element && event.target.matches(":focus-visible") ? event.target.closest("[data-tip]") : null;
+    tip.hidden = owner === null;
+    if (owner === null) return;
+    tip.textContent = owner.dataset.tip;
+    const [at, box] = [owner.getBoundingClientRect(), tip.getBoundingClientRect()];
+    tip.style.left = Math.min(Math.max(at.left, 4), document.documentElement.clientWidth - box.width - 4) + "px";
+    tip.style.top = Math.min(at.bottom + 6, document.documentElement.clientHeight - box.height - 4) + "px";
   });
 
   window.addEventListener("beforeprint", () => {
