@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,17 +18,20 @@ from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 
+from bitalloy.core.examples import ClassPrecision, Example, Examples, ExampleText
 from bitalloy.core.outcome import Comparison, Correction, HeadComparison, Remeasured, Repair
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate, SensitivityTable
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.plots import plots_of
-from bitalloy.report.render import LIBRARIES, SCRIPTS, embedded_json
+from bitalloy.report.render import LIBRARIES, SCRIPTS, Extras, embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 from bitalloy.report.text import readable
 
+AXE = "4.14.1"
 EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
 Make = Callable[..., Any]
 
@@ -274,6 +278,24 @@ class TestVariants:
         assert EVIL not in page
 
 
+class TestExamples:
+    def test_pictures_lie_in_the_page_with_what_they_show(self, make_run: Make) -> None:
+        page = Page(make_run().render(with_examples()))
+        pictures = [a for t, a in page.tags if t == "img"]
+        assert [a["alt"] for a in pictures] == ["a.png, float model", "a.png, mixed model", "a.png"]
+        assert all((a["src"] or "").startswith("data:image/jpeg;base64,") for a in pictures)
+
+    def test_classes_come_with_interval_and_what_noise_is(self, make_run: Make) -> None:
+        examples = with_examples().examples
+        _, (line,) = figures.classes(examples)
+        assert line == ("a.png", "3", "0.5000", "0.1000", "+0.4000 [0.2000, 0.6000]", "beyond noise")
+        assert "beyond noise" in make_run().render(with_examples())
+
+    def test_hostile_names_add_no_element(self, make_run: Make) -> None:
+        clean, dirty = (Page(make_run().render(with_examples(name))) for name in ("a.png", EVIL))
+        assert [t for t, _ in clean.tags] == [t for t, _ in dirty.tags]
+
+
 class TestRegionTree:
     def test_parents_come_first_and_hold_their_children(self, make_run: Make) -> None:
         run = make_run()
@@ -378,6 +400,21 @@ class TestCharts:
         assert formats.decibel_text(-3.25) == "−3.2 dB"
 
 
+def with_examples(name: str = "a.png") -> Extras:
+    """Two images with pictures, and one with answers; and a class that is lost."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), (200, 30, 90)).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    text = ExampleText(asked=f"what is {name}?", reference=name, mixed="")
+    worst = (
+        Example(name=name, agreement=0.25, reference=jpeg, mixed=jpeg),
+        Example(name=name, agreement=0.5, reference=jpeg, mixed=b"", texts=(text,)),
+    )
+    lost = ClassPrecision(name=name, labels=3, reference=0.5, mixed=0.1, drop=Estimate(value=0.4, low=0.2, high=0.6))
+    shown = Examples(task="detection", measure="overlap", samples=9, same=7, worst=worst, classes=(lost,))
+    return Extras(examples=shown)
+
+
 def tables_of(run: Any) -> ReportTables:
     return ReportTables(run.plan, run.table, run.units, run.cost, figures.heads_of(run.plan, run.summary))
 
@@ -435,13 +472,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The code of axe-core, which finds barriers, from the npm registry."""
+    npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("axe")
+    if npm is None:
+        pytest.skip("needs npm")
+    command = [npm, "pack", f"axe-core@{AXE}", "--silent", "--fetch-retries=0", "--fetch-timeout=20000"]
+    if subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False).returncode:
+        pytest.skip("the npm registry is out of reach")
+    with tarfile.open(folder / f"axe-core-{AXE}.tgz") as package:
+        file = package.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
+
+
 @pytest.fixture
-def visit(browser: Any, tmp_path: Path) -> Callable[[Any], Any]:
+def visit(browser: Any, tmp_path: Path) -> Callable[..., Any]:
     """Open the report of a run from a file and return the browser."""
 
-    def opened(run: Any) -> Any:
+    def opened(run: Any, extras: Extras | None = None) -> Any:
         path = tmp_path / "report.html"
-        path.write_text(run.render(), encoding="utf-8")
+        path.write_text(run.render(extras), encoding="utf-8")
         for log in ("browser", "performance"):
             browser.get_log(log)
         browser.get(path.as_uri())
@@ -477,7 +529,7 @@ def wait_for(browser: Any, selector: str) -> None:
 
 
 class TestBrowser:
-    def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         assert page.get_log("browser") == []
         events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
@@ -485,7 +537,53 @@ class TestBrowser:
         own = [s for s in sent if not s["documentURL"].startswith("chrome://")]  # the browser's own start page
         assert [s["request"]["url"] for s in own if not s["request"]["url"].startswith("data:")] == [page.current_url]
 
-    def test_charts_can_be_read_on_a_phone(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    @pytest.mark.parametrize(
+        ("width", "tone", "budget"),
+        [
+            (390, "good", Budget()),
+            (900, "warn", Budget(max_drop={"AP50-95": 0.005})),
+            (1400, "bad", Budget(latency_ratio=0.1)),
+        ],
+        ids=["phone", "tablet", "desktop"],
+    )
+    def test_has_no_barrier_for_people_who_need_aids(
+        self, make_run: Make, visit: Callable[..., Any], axe: str, width: int, tone: str, budget: Budget
+    ) -> None:
+        page = visit(make_run().with_summary(budget=budget), extras=with_examples())
+        assert page.find_elements("css selector", f"#result.{tone}")
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+            wait_for(page, "#graph-frame svg")
+            overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+            page.execute_script(axe)
+            script = (
+                "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}).then((found) =>"
+                " arguments[0](found.violations.map((v) => v.id + ': ' + v.nodes[0].html.slice(0, 200))));"
+            )
+            violations = page.execute_async_script(script)
+        finally:
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert violations == []
+        assert overflow <= 0
+
+    def test_key_figures_start_with_the_mixed_model_on_a_phone(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        page = visit(make_run())
+        metrics = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            script = (
+                "return [...document.querySelectorAll('.figures tbody tr:not(.group)')].map((row) => [...row.cells]"
+                ".slice(1).sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)[0]"
+                ".dataset.label)"
+            )
+            first = page.execute_script(script)
+        finally:
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert len(first) > 5 and set(first) == {"mixed"}
+
+    def test_charts_can_be_read_on_a_phone(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.set_window_size(500, 900)  # the narrowest that the browser allows
         try:
@@ -498,16 +596,14 @@ class TestBrowser:
         assert min(heights) > 9
         assert overflow <= 0
 
-    def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         rows = [r for r in run.table.rows if r.scope == "unit" and r.part == "all" and r.head == "boxes"]
         assert column(page, 0)[0] == min(rows, key=lambda r: r.sqnr_db.value).id
         assert len(column(page, 0)) == len(run.units.units)
 
-    def test_click_on_a_header_sorts_and_a_second_one_reverses(
-        self, make_run: Make, visit: Callable[[Any], Any]
-    ) -> None:
+    def test_click_on_a_header_sorts_and_a_second_one_reverses(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         times = sorted(round(c.us["fp32"], 3) for c in run.cost.units)
@@ -521,28 +617,28 @@ class TestBrowser:
         assert header.get_attribute("aria-sort") == "descending"
         assert len(page.find_elements("css selector", "#table th[aria-sort]")) == 1
 
-    def test_rows_without_a_number_stay_last(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_rows_without_a_number_stay_last(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         for _ in range(2):
             assert column(page, 0)[-1] == run.units.units[-1].id
             click(page, 'th[data-key="sqnr"] button')
 
-    def test_headers_work_from_the_keyboard(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_headers_work_from_the_keyboard(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.find_element("css selector", 'th[data-key="name"] button').send_keys("\ue007")
         names = column(page, 0)
         assert names.index("/model.2/Add") < names.index("/model.3/Add")
         assert page.find_element("css selector", 'th[data-key="name"]').get_attribute("aria-sort") == "ascending"
 
-    def test_filter_keeps_the_rows_with_all_words(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_filter_keeps_the_rows_with_all_words(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.find_element("id", "filter").send_keys("MODEL.3 silu")
         assert set(column(page, 0)) == {"/model.3/cv1/act/Mul", "/model.3/cv2/act/Mul"}
         assert set(column(page, 1)) == {"SiLU"}
         assert page.find_element("id", "count").text.startswith(f"{len(column(page, 0))} of ")
 
-    def test_scope_and_head_switch(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_scope_and_head_switch(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         before = column(page, 4)
@@ -552,7 +648,7 @@ class TestBrowser:
         click(page, 'input[name="scope"][value="site"] + span')
         assert len(column(page, 0)) == len({r.id for r in run.table.rows if r.scope == "site"})
 
-    def test_region_opens_step_by_step(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_region_opens_step_by_step(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
 
         def shown() -> list[str]:
@@ -569,7 +665,7 @@ class TestBrowser:
         click(page, "#expand")
         assert len(shown()) == len(page.find_elements("css selector", "#tree tbody tr"))
 
-    def test_region_lists_its_units(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_region_lists_its_units(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run(blocks=12)
         page = visit(run)
         click(page, 'button[data-region="model.1"]')
@@ -577,7 +673,7 @@ class TestBrowser:
         click(page, "#region-filter")
         assert len(column(page, 0)) == len(run.units.units)
 
-    def test_hundreds_of_rows_sort_at_once(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_hundreds_of_rows_sort_at_once(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run(blocks=60))
         click(page, 'input[name="scope"][value="site"] + span')
         assert len(column(page, 0)) >= 537
@@ -589,7 +685,7 @@ class TestBrowser:
         )
         assert min(page.execute_script(script) for _ in range(3)) < 500
 
-    def test_hostile_names_are_shown_and_do_not_run(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_hostile_names_are_shown_and_do_not_run(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(hostile(make_run))
         page.execute_script("document.querySelectorAll('.toggle, .link').forEach(e => e.click())")
         for scope in ("region", "site", "unit"):
@@ -601,7 +697,7 @@ class TestBrowser:
         assert column(page, 0)[0].startswith(EVIL)
 
     def test_a_point_of_the_front_tells_its_plan_to_the_keyboard(
-        self, make_run: Make, visit: Callable[[Any], Any]
+        self, make_run: Make, visit: Callable[..., Any]
     ) -> None:
         run = make_run()
         page = visit(run)
@@ -611,7 +707,7 @@ class TestBrowser:
         point.send_keys("\ue007")
         assert "bitalloy plan . --latency" in page.find_element("id", "plan-card").text
 
-    def test_the_front_is_drawn_by_one_head_or_metric(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_the_front_is_drawn_by_one_head_or_metric(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         points = "#front-chart [data-tip]"
@@ -620,18 +716,18 @@ class TestBrowser:
         tips = [e.get_attribute("data-tip") for e in page.find_elements("css selector", points)]
         assert len(tips) == 2 and all(tip.startswith("drop of AP50-95: ") for tip in tips)
 
-    def test_graph_opens_closed_regions_down_to_units(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_graph_opens_closed_regions_down_to_units(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run(blocks=40))
         click(page, "#graph-details summary")
         wait_for(page, "#graph-frame svg")
         assert len(page.find_elements("css selector", ".graph .node")) == 40
-        click(page, '.graph [aria-label^="Open region model.1:"]')
+        click(page, '.graph [aria-label$="open region model.1"]')
         page.switch_to.active_element.send_keys("\ue007")  # the focus stays: Enter closes it again
         assert len(page.find_elements("css selector", ".graph .node")) == 40
         page.switch_to.active_element.send_keys("\ue007")
-        assert page.find_elements("css selector", '.graph [aria-label="Close region model.1"]')
+        assert page.find_elements("css selector", '.graph [aria-label="▾ model.1, close region"]')
 
-    def test_graph_shows_a_unit_and_goes_to_its_row(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_graph_shows_a_unit_and_goes_to_its_row(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run(blocks=40)
         page = visit(run)
         click(page, "#graph-details summary")
@@ -644,7 +740,7 @@ class TestBrowser:
         click(page, "#graph-card button")
         assert column(page, 0) == [cost.unit]
 
-    def test_graph_marks_every_border_of_the_plan(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_graph_marks_every_border_of_the_plan(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run(blocks=4)
         page = visit(run)
         click(page, "#graph-details summary")
@@ -658,7 +754,7 @@ class TestBrowser:
         assert len(page.find_elements("css selector", ".graph .edge.border")) == borders
 
     def test_graph_of_a_thousand_units_without_regions_starts_with_few_boxes(
-        self, make_run: Make, visit: Callable[[Any], Any]
+        self, make_run: Make, visit: Callable[..., Any]
     ) -> None:
         run = make_run(blocks=8)
         units = tuple(msgspec.structs.replace(u, region="(model)") for u in run.units.units)
@@ -668,12 +764,12 @@ class TestBrowser:
         click(page, "#graph-details summary")
         wait_for(page, "#graph-frame svg")
         assert len(page.find_elements("css selector", ".graph .node")) == 40
-        click(page, '.graph [aria-label^="Open region units 26 to 50:"]')
+        click(page, '.graph [aria-label$="open region units 26 to 50"]')
         assert len(page.find_elements("css selector", ".graph .unit")) == 25
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_text_stands_out_from_its_ground(
-        self, make_run: Make, visit: Callable[[Any], Any], browser: Any, scheme: str
+        self, make_run: Make, visit: Callable[..., Any], browser: Any, scheme: str
     ) -> None:
         feature = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
@@ -686,7 +782,7 @@ class TestBrowser:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
         assert all(contrast(ink, ground) >= 4.5 for ink in inks)
 
-    def test_no_horizontal_overflow_on_a_laptop(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_no_horizontal_overflow_on_a_laptop(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         assert page.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
 

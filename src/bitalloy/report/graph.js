@@ -196,7 +196,7 @@
     head.append(draw("rect", { x: x + 3, y: y + 3, width: Math.min(at.width - 6, 12 + 7.2 * (box.label.length + 2)), height: 20, rx: 5 }));
     head.append(draw("text", { x: x + 9, y: y + 17 }, "▾ " + box.label));
     head.item = box.item;
-    activate(head, `Close region ${box.label}`, () => toggle(box.item));
+    activate(head, `▾ ${box.label}, close region`, () => toggle(box.item));
     part.append(head);
     return part;
   }
@@ -220,11 +220,11 @@
       part.append(draw("rect", { x, y: 44, width, height: 6, class: `s${index % COLOURS}` }));
       x += width;
     });
-    part.append(draw("text", { x: 8, y: 18, class: "name" }, "▸ " + short(box.label)));
-    part.append(draw("text", { x: 8, y: 35 }, `${counted(members.length, "unit")} · ${microseconds(whole)}`));
+    const lines = ["▸ " + short(box.label), `${counted(members.length, "unit")} · ${microseconds(whole)}`];
+    part.append(draw("text", { x: 8, y: 18, class: "name" }, lines[0]), " ", draw("text", { x: 8, y: 35 }, lines[1]));
     const inner = box.inner ? `\n${counted(box.inner, "border")} inside` : "";
     part.setAttribute("data-tip", `${box.item.run ?? box.item.path.join("/")}\n${told}\n${microseconds(whole)} ${data.timing}${inner}`);
-    activate(part, `Open region ${box.label}: ${told}, ${microseconds(whole)}`, () => toggle(box.item));
+    activate(part, `${lines.join(" ")}, ${told}: open region ${box.label}`, () => toggle(box.item));
     return part;
   }
 
@@ -234,10 +234,10 @@
     part.setAttribute("data-unit", box.item);
     part.append(draw("rect", { width: at.width, height: at.height, rx: 7, class: "body" }));
     part.append(draw("rect", { width: 6, height: at.height, class: "side" }));
-    part.append(draw("text", { x: 13, y: 18, class: "name" }, short(box.label)));
-    part.append(draw("text", { x: 13, y: 35 }, `${unit.scheme.toUpperCase()} · ${microseconds(timeOf(unit))}`));
+    const lines = [short(box.label), `${unit.scheme.toUpperCase()} · ${microseconds(timeOf(unit))}`];
+    part.append(draw("text", { x: 13, y: 18, class: "name" }, lines[0]), " ", draw("text", { x: 13, y: 35 }, lines[1]));
     part.setAttribute("data-tip", `${unit.name}\n${unit.scheme.toUpperCase()}, ${microseconds(timeOf(unit))} ${data.timing}`);
-    activate(part, `${unit.name}, ${unit.scheme.toUpperCase()}, ${microseconds(timeOf(unit))}`, () => select(box.item));
+    activate(part, `${lines.join(" ")}, unit ${unit.name}`, () => select(box.item));
     return part;
   }
 

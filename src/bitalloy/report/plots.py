@@ -196,7 +196,11 @@ def _metric_views(summary: Summary) -> Iterable[PlotView]:
         if points:
             limit = summary.budget.max_drop.get(name)
             yield PlotView(
-                name=name, label=f"Drop of {name}, float minus model", points=points, limit=limit, limit_text="limit"
+                name=name,
+                label=f"Drop of {name} against float (down is better)",
+                points=points,
+                limit=limit,
+                limit_text="limit",
             )
 
 
@@ -227,7 +231,6 @@ def _evaluated(name: str, one: Evaluation) -> Iterable[PlotPoint]:
 
 def _bars(summary: Summary) -> list[PlotBar]:
     spread = summary.latency_spread_ms
-    reference = spread.reference.median_ms
 
     def bar(name: str, one: Latency) -> PlotBar:
         median = formats.milliseconds(one.median_ms)
@@ -237,7 +240,7 @@ def _bars(summary: Summary) -> list[PlotBar]:
             median=one.median_ms,
             low=one.p10_ms,
             high=one.p90_ms,
-            label=f"{median}  {formats.ratio(one.median_ms / reference)}",
+            label=median,
             tip=f"{name}: estimated {median}" if summary.latency_estimated else f"{name}: median {median}\n{ends}",
             mixed=name == "mixed",
         )

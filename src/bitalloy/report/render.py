@@ -24,6 +24,7 @@ from bitalloy.core.records import SensitivityTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
+from bitalloy.report.glossary import explained
 from bitalloy.report.plots import plots_of, points_of
 from bitalloy.report.text import counted
 from bitalloy.report.verdict import ship_verdict
@@ -86,7 +87,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(fmt=formats, picture=_picture, key=charts.legend_marker, counted=counted)
+    environment.globals.update(fmt=formats, picture=_picture, term=explained, key=charts.legend_marker, counted=counted)
     return environment.get_template("template.html").render(
         policy=_policy((style, PLOT_STYLE), scripts),
         style=Markup(style),
