@@ -29,6 +29,7 @@ from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.plots import plots_of
 from bitalloy.report.render import LIBRARIES, SCRIPTS, Extras, embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
+from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import readable
 
 AXE = "4.14.1"
@@ -294,6 +295,22 @@ class TestExamples:
     def test_hostile_names_add_no_element(self, make_run: Make) -> None:
         clean, dirty = (Page(make_run().render(with_examples(name))) for name in ("a.png", EVIL))
         assert [t for t, _ in clean.tags] == [t for t, _ in dirty.tags]
+
+
+class TestTargets:
+    def test_stand_side_by_side_with_intervals_and_gaps_that_say_so(self, make_run: Make) -> None:
+        one = make_run().summary
+        other = msgspec.structs.replace(make_run(metrics=False, heads=("boxes",)).summary, target="far", device=EVIL)
+        header, lines = compare_targets((one, other))
+        found = {name: cells for name, *cells in lines}
+        assert header == ("", "ort-cpu", "far")
+        assert found["Drop of AP50-95"] == ["+0.0040 [−0.0030, 0.0110]", "unknown"]
+        assert found["SQNR scores"][1] == "unknown" and found["SQNR boxes"][0].endswith("]")
+        page = make_run().render(Extras(others=(other,)))
+        assert '<section id="targets">' in page and EVIL not in page
+
+    def test_one_target_is_not_compared(self, make_run: Make) -> None:
+        assert '<section id="targets">' not in make_run().render()
 
 
 class TestRegionTree:

@@ -157,7 +157,10 @@ def deliver(
         verified = compiled_verified(verified, work)
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
-    return replace(found[0], others=tuple(found[1:]))
+    first = replace(found[0], others=tuple(found[1:]))
+    if first.others:  # they are known only now
+        prepared.store.publish("report.html", render(first))
+    return first
 
 
 def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
@@ -257,7 +260,9 @@ def render(verified: Verified) -> str:
     """Write the report as one HTML page."""
     analysis = verified.analysis
     planned = verified.planned
-    extras = Extras(verified.audit, verified.compilation, verified.examples)
+    extras = Extras(
+        verified.audit, verified.compilation, verified.examples, tuple(one.summary for one in verified.others)
+    )
     return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, extras)
 
 

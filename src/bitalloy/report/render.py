@@ -26,6 +26,7 @@ from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.glossary import explained
 from bitalloy.report.plots import plots_of, points_of
+from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import counted
 from bitalloy.report.verdict import ship_verdict
 
@@ -56,6 +57,8 @@ class Extras:
     """What a compiler made of it; None where none was asked."""
     examples: Examples | None = None
     """The evaluated samples on which the models differ most; None where no task was evaluated."""
+    others: tuple[Summary, ...] = ()
+    """Results of the same model for other targets, which are in folders of their names."""
 
 
 def render_report(
@@ -88,6 +91,7 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.globals.update(fmt=formats, picture=_picture, term=explained, key=charts.legend_marker, counted=counted)
+    known = extras or Extras()
     return environment.get_template("template.html").render(
         policy=_policy((style, PLOT_STYLE), scripts),
         style=Markup(style),
@@ -97,7 +101,8 @@ def render_report(
         plan=plan,
         table=table,
         cost=cost,
-        extras=extras or Extras(),
+        extras=known,
+        targets=compare_targets((summary, *known.others)) if known.others else None,
         heads=heads,
         verdict=ship_verdict(summary, plan, cost),
         limits=figures.limits(summary.status),
@@ -113,7 +118,7 @@ def render_report(
         repairs=figures.repairs(summary, heads),
         evaluations=figures.evaluations(summary),
         corrections=figures.corrections(summary, heads),
-        classes=figures.classes(extras.examples if extras is not None else None),
+        classes=figures.classes(known.examples),
         points=points_of(plan, cost),
         regions=region_tree(tables),
         units=units,
