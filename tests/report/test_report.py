@@ -23,10 +23,11 @@ from PIL import Image
 from bitalloy.core.examples import ClassPrecision, Example, Examples, ExampleText
 from bitalloy.core.outcome import Comparison, Correction, HeadComparison, Remeasured, Repair
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import Estimate, SensitivityTable
+from bitalloy.core.records import Calibration, Estimate, SensitivityTable, TensorRange
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.plots import plots_of
+from bitalloy.report.ranges import SHOWN_RANGES, worst_ranges
 from bitalloy.report.render import LIBRARIES, SCRIPTS, Extras, embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 from bitalloy.report.targets import compare_targets
@@ -295,6 +296,27 @@ class TestExamples:
     def test_hostile_names_add_no_element(self, make_run: Make) -> None:
         clean, dirty = (Page(make_run().render(with_examples(name))) for name in ("a.png", EVIL))
         assert [t for t, _ in clean.tags] == [t for t, _ in dirty.tags]
+
+
+class TestRanges:
+    def test_worst_tensors_come_first_with_what_is_cut_off(self, make_run: Make) -> None:
+        run = make_run()
+        tensors = dict.fromkeys(edge.root for edge in run.units.edges)
+        ranges = tuple(
+            TensorRange(tensor=t, low=-1.0, high=2.0, method="percentile", magnitude=4.0, subnormal=0.0)
+            for t in tensors
+        )
+        calibration = Calibration(
+            model_sha256="", data=run.summary.calibration, method="auto", ranges=ranges, half_margin=1.0
+        )
+        found = worst_ranges(tables_of(run), calibration)
+        sqnr = [float(one.sqnr.removesuffix(" dB")) for one in found]
+        assert len(found) == SHOWN_RANGES and sqnr == sorted(sqnr)
+        sites = [r for r in run.table.rows if r.scope == "site" and r.part == "activations" and "#" not in r.id]
+        assert sqnr[0] == round(min(r.sqnr_db.value for r in sites), 1)
+        assert {(one.kept, one.seen, one.cut) for one in found} == {("−1.000 to 2.000", "4.000", "50.0 %")}
+        assert '<section id="ranges">' in run.render(Extras(calibration=calibration))
+        assert '<section id="ranges">' not in run.render()
 
 
 class TestTargets:

@@ -17,7 +17,7 @@ from bitalloy.data.images import ImageSpec, open_image
 from bitalloy.tasks.base import Seen
 from bitalloy.tasks.coco import read_coco
 from bitalloy.tasks.detection import DETECTION, DetectionData, judge_detector, seen_of
-from bitalloy.tasks.pictures import MISSED, SIDE
+from bitalloy.tasks.pictures import DIFFERENCE, SIDE
 from bitalloy.tasks.precision import Detections
 from bitalloy.tasks.semantic import SEMANTIC, open_semantic
 from bitalloy.tasks.shown import SHOWN_SAMPLES, examples_of
@@ -105,7 +105,7 @@ def test_the_worst_images_come_first_with_what_one_model_shows_alone(shapes: Pat
     assert np.abs(np.asarray(mixed, int) - np.asarray(plain, int)).mean() < 12, "nothing is drawn on it"
 
     def red(picture: Image.Image) -> int:
-        return int((np.abs(np.asarray(picture, int) - np.array(MISSED)).max(axis=-1) < 30).sum())
+        return int((np.abs(np.asarray(picture, int) - np.array(DIFFERENCE)).max(axis=-1) < 30).sum())
 
     assert red(reference) > red(mixed) + 100
 
@@ -129,4 +129,5 @@ def test_label_maps_are_shown_where_they_differ(shapes: Path) -> None:
         np.asarray(Image.open(io.BytesIO(j)), int) for j in (found.worst[0].reference, found.worst[0].mixed)
     )
     changed = np.abs(first - second).max(axis=-1) > 40
+    assert np.abs(second[:30] - np.array(DIFFERENCE)).max(axis=-1).mean() < 12, "what differs is red"
     assert changed[:30].mean() > 0.9 and changed[50:].mean() < 0.05

@@ -261,7 +261,11 @@ def render(verified: Verified) -> str:
     analysis = verified.analysis
     planned = verified.planned
     extras = Extras(
-        verified.audit, verified.compilation, verified.examples, tuple(one.summary for one in verified.others)
+        executed=verified.audit,
+        compiled=verified.compilation,
+        examples=verified.examples,
+        others=tuple(one.summary for one in verified.others),
+        calibration=analysis.calibration,
     )
     return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, extras)
 

@@ -107,7 +107,7 @@ def points_of(plan: PlanReport, cost: CostTable) -> list[tuple[ParetoPoint, floa
     return sorted(found, key=lambda t: t[1])
 
 
-def plan_command(ratio: float) -> str:
+def front_command(ratio: float) -> str:
     """Return the command that finds the plan of the front at a predicted latency over float."""
     return f"bitalloy plan . --latency {math.ceil(1000 * ratio) / 1000:.3f}x"
 
@@ -140,7 +140,7 @@ def _head_view(index: int, head: str, summary: Summary, tables: ReportTables) ->
     for number, (point, x, chosen) in enumerate(points_of(plan, tables.cost)):
         what = f"plan with {counted(point.chosen.counts())} units"
         predicted = marked(f"{what}, predicted", x, point.sqnr_db[index], "chosen" if chosen else "dot", number)
-        text, command = _plan_text(point, x, heads), plan_command(x)
+        text, command = _plan_text(point, x, heads), front_command(x)
         found.append(msgspec.structs.replace(predicted, plan=text, command=command))
         if not chosen and point.measured_ratio is not None and point.measured_db is not None:
             seen = marked(f"{what}, measured", point.measured_ratio, point.measured_db[index], "seen", number)
@@ -225,7 +225,7 @@ def _evaluated(name: str, one: Evaluation) -> Iterable[PlotPoint]:
         low=known.low if known is not None else None,
         high=known.high if known is not None else None,
         plan=f"{counted(one.schemes)} units; limits {'kept' if one.kept else 'not kept'}.",
-        command=plan_command(one.predicted_ratio),
+        command=front_command(one.predicted_ratio),
     )
 
 

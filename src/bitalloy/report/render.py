@@ -20,12 +20,13 @@ from bitalloy.core.encoding import to_json
 from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, PlanReport
-from bitalloy.core.records import SensitivityTable
+from bitalloy.core.records import Calibration, SensitivityTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.glossary import explained
 from bitalloy.report.plots import plots_of, points_of
+from bitalloy.report.ranges import worst_ranges
 from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import counted
 from bitalloy.report.verdict import ship_verdict
@@ -59,6 +60,8 @@ class Extras:
     """The evaluated samples on which the models differ most; None where no task was evaluated."""
     others: tuple[Summary, ...] = ()
     """Results of the same model for other targets, which are in folders of their names."""
+    calibration: Calibration | None = None
+    """Ranges of all tensors; None where they are not at hand."""
 
 
 def render_report(
@@ -118,6 +121,7 @@ def render_report(
         repairs=figures.repairs(summary, heads),
         evaluations=figures.evaluations(summary),
         corrections=figures.corrections(summary, heads),
+        ranges=worst_ranges(tables, known.calibration),
         classes=figures.classes(known.examples),
         points=points_of(plan, cost),
         regions=region_tree(tables),

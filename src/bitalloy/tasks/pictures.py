@@ -13,7 +13,7 @@ __all__ = ["blend_labels", "blend_masks", "colour_of", "draw_boxes", "jpeg_of", 
 
 SIDE = 360
 """Longest side of a thumbnail in pixels."""
-MISSED = (220, 20, 30)
+DIFFERENCE = (220, 20, 30)
 """Colour of what only one of the models shows."""
 
 
@@ -55,7 +55,7 @@ def draw_boxes(
     """
     pen, font = ImageDraw.Draw(image), ImageFont.load_default()
     for box, text, colour, lone in zip(boxes.tolist(), texts, colours, alone, strict=True):
-        ink = MISSED if lone else colour
+        ink = DIFFERENCE if lone else colour
         x1, y1, x2, y2 = box
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=ink, width=4 if lone else 2)
         told = text.encode("ascii", "replace").decode()
@@ -64,16 +64,21 @@ def draw_boxes(
         pen.text(place, told, fill=(255, 255, 255), font=font)
 
 
-def blend_labels(image: Image.Image, labels: np.ndarray) -> Image.Image:
+def blend_labels(image: Image.Image, labels: np.ndarray, changed: np.ndarray) -> Image.Image:
     """Return an image with the colours of the classes of its pixels over it.
 
     Args:
         image: RGB image.
         labels: class of each pixel, (height, width) of any size, which is sampled.
+        changed: whether each pixel is painted red, because the models differ there, of the same shape.
     """
-    small = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    nearest = Image.Resampling.NEAREST
+    small = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, nearest))
     colours = np.array([colour_of(number) for number in range(256)], np.uint8)
-    return Image.blend(image, Image.fromarray(colours[small]), 0.55)
+    blended = Image.blend(image, Image.fromarray(colours[small]), 0.55)
+    marks = Image.fromarray(np.where(changed, 255, 0).astype(np.uint8)).resize(image.size, nearest)
+    blended.paste(DIFFERENCE, (0, 0), marks)
+    return blended
 
 
 def blend_masks(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]]) -> None:

@@ -337,9 +337,9 @@ def _agree(reference: Seen, other: Seen) -> float:
 
 
 def _draw(image: Image.Image, reference: Seen, other: Seen, _: SemanticData, __: int, /) -> ShownSample:
-    shape = (image.height, image.width)
-    first, second = (blend_labels(thumbnail_of(image), _classes_of(s).reshape(shape)) for s in (reference, other))
-    return ShownSample(first, second)
+    first, second = (_classes_of(seen).reshape(image.height, image.width) for seen in (reference, other))
+    small, differs = thumbnail_of(image), first != second
+    return ShownSample(blend_labels(small, first, np.zeros_like(differs)), blend_labels(small, second, differs))
 
 
 SEMANTIC: Task[SemanticData] = Task(
