@@ -2,6 +2,7 @@
 # make test    development environment in .venv-dev, all tests
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make check   formatting, lint, types, import layers, examples in docstrings
+# make docs    the site of documents in build/site
 # make clean   remove environments, runs and caches
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile check clean
+.PHONY: demo test compile check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -33,6 +34,9 @@ check: .venv-dev/installed
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 	$(DEV)/python -m pytest --doctest-modules src/bitalloy
+
+docs: .venv-dev/installed
+	$(DEV)/python -m mkdocs build --strict
 
 .venv/installed: pyproject.toml
 	rm -rf .venv
@@ -55,5 +59,5 @@ check: .venv-dev/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-rtx runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-rtx build runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

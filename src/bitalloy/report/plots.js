@@ -60,7 +60,7 @@
     const x = padded([...points.map((point) => point.x), ...(data.ratio_limit === null ? [] : [data.ratio_limit])], 0.03);
     const joined = d3.groups(points.filter((point) => point.pair !== null && point.shape !== "off"), (point) => point.pair)
       .filter(([, pair]) => pair.length === 2).map(([, pair]) => pair);
-    const line = points.filter((point) => (point.shape === "dot" || point.shape === "chosen") && point.plan !== "");
+    const line = points.filter((point) => point.shape === "dot" && point.plan !== "");
     const svg = Plot.plot({
       className: "plot", width, height: width < NARROW ? 380 : 440, marginLeft: 52, marginBottom: 42, marginTop: 26,
       style: { background: "transparent", color: "inherit", fontSize: "12.5px", overflow: "visible" },

@@ -139,7 +139,7 @@ def _head_view(index: int, head: str, summary: Summary, tables: ReportTables) ->
     found = []
     for number, (point, x, chosen) in enumerate(points_of(plan, tables.cost)):
         what = f"plan with {counted(point.chosen.counts())} units"
-        predicted = marked(f"{what}, predicted", x, point.sqnr_db[index], "chosen" if chosen else "dot", number)
+        predicted = marked(f"{what}, predicted", x, point.sqnr_db[index], "dot", number)
         text, command = _plan_text(point, x, heads), front_command(x)
         found.append(msgspec.structs.replace(predicted, plan=text, command=command))
         if not chosen and point.measured_ratio is not None and point.measured_db is not None:
