@@ -3,6 +3,7 @@
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make torture kills, mutated files, absurd options, full disks, many images: about 15 minutes (TORTURE_MINUTES=...)
 # make check   formatting, lint, types, import layers, examples in docstrings
+# make docs    the site of documents in build/site
 # make clean   remove environments, runs and caches
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile torture check clean
+.PHONY: demo test compile torture check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -38,6 +39,9 @@ check: .venv-dev/installed
 	$(DEV)/lint-imports
 	$(DEV)/python -m pytest --doctest-modules src/bitalloy
 
+docs: .venv-dev/installed
+	$(DEV)/python -m mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	rm -rf .venv
 	PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m venv .venv
@@ -59,5 +63,5 @@ check: .venv-dev/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-rtx runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-rtx build runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

@@ -127,6 +127,7 @@ def test_summary_of_a_program_speaks_of_its_graphs(asked: Any) -> None:
     )
     assert {"mIoU, box prompts", "mIoU, point prompts", "agreement, box prompts"} <= set(summary["metrics"])
     report = (asked.folder / "run" / "report.html").read_text()
+    assert "mean IoU of the masks of both models" in report and report.count("data:image/jpeg") >= 2
     assert "one run of encoder, then decoder" in report and "mIoU, box prompts" in report
     assert {f"mixed/{f}" for f in ("encoder.onnx", "decoder.onnx", "program.json")} <= asked.files()
 
@@ -333,6 +334,7 @@ def test_a_summary_prices_the_answer(spoken: Any) -> None:
     stored = json.loads((out / "summary.json").read_text())
     assert [step["name"] for step in stored["steps"]] == ["prefill", "token"]
     page = (out / "report.html").read_text()
+    assert all(one.mixed == b"" and one.texts for one in verified.examples.worst)
     assert "Latency of one token" in page and "64 in an answer" in page
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
+from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import Summary
 from bitalloy.core.summaries import OLD_COUNTS
 from bitalloy.runtime.ort import OrtSession
 
 RESULTS = {
-    "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json", "planning.npz",
-    "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json", "units.json",
+    "audit.json", "calibration.json", "cost.json", "mixed.onnx", "plan.json", "planning.json",
+    "planning.npz", "probe_matrix.npz", "report.html", "sensitivity.csv", "sensitivity.json", "summary.json",
+    "units.json",
 }  # fmt: skip
+SHOWN = {"examples.json"}
+"""Result of a run whose model has a task that was evaluated."""
 SUMMARY = {
     "schema", "headline", "status", "model", "model_sha256", "target", "device", "threads", "budget", "latency_ms",
     "latency_ratio", "predicted_latency_ratio", "latency_spread_ms", "size_bytes", "sqnr_db", "sqnr_interval_db",
@@ -101,7 +107,19 @@ def detect(line: Any, inputs: Any, *more: object) -> Any:
 
 def test_run_directory_holds_all_results(finished: Any) -> None:
     assert finished.command.succeeded()
-    assert finished.results() == RESULTS
+    assert finished.results() == RESULTS | SHOWN
+
+
+def test_report_shows_the_images_on_which_the_models_differ_most(finished: Any, inputs: Any) -> None:
+    folder = finished.folder / "run"
+    shown = msgspec.json.decode((folder / "examples.json").read_bytes(), type=Examples)
+    names = {image["file_name"] for image in json.loads(inputs.labels.read_text())["images"]}
+    assert shown.task == "detection" and shown.samples <= len(names)
+    assert {one.name for one in shown.worst} <= {Path(name).name for name in names}
+    assert [one.agreement for one in shown.worst] == sorted(one.agreement for one in shown.worst)
+    page = (folder / "report.html").read_text()
+    for one in shown.worst:
+        assert base64.b64encode(one.reference).decode() in page and base64.b64encode(one.mixed).decode() in page
 
 
 def test_summary_has_its_documented_names(finished: Any) -> None:
@@ -261,7 +279,7 @@ def test_killed_in_every_stage_and_finished_by_the_same_command(bitalloy: Any, i
         assert killed.code == -9, f"{stage}: {killed.err}"
         assert not bitalloy.files() & RESULTS
     detect(bitalloy, inputs).succeeded()
-    assert bitalloy.results() == RESULTS
+    assert bitalloy.results() == RESULTS | SHOWN
     seconds = bitalloy.summary()["seconds"]
     assert seconds["calibration"] == seconds["probe"] == seconds["cost"] == seconds["plan"] == seconds["verify"] == 0
     assert seconds["evaluate"] > 0
@@ -340,7 +358,7 @@ def test_killed_while_a_result_is_stored(bitalloy: Any, inputs: Any, finished: A
     detect(bitalloy.starting(KILLED_WRITING.format(name="000000")), inputs)
     assert [f for f in bitalloy.files() if f.endswith(".partial")]
     detect(bitalloy, inputs).succeeded()
-    assert bitalloy.results() == RESULTS
+    assert bitalloy.results() == RESULTS | SHOWN
     for name in SEEDED:
         assert (bitalloy.folder / "run" / name).read_bytes() == (finished.folder / "run" / name).read_bytes(), name
 

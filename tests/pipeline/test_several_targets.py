@@ -114,6 +114,14 @@ def test_estimates_are_called_estimates_everywhere(result: tuple[Path, Any]) -> 
             assert one.planned.cost.device in page
 
 
+def test_the_first_report_compares_the_targets(result: tuple[Path, Any]) -> None:
+    out, verified = result
+    page = (out / "report.html").read_text()
+    for other in verified.others:
+        assert f'<th scope="col">{other.summary.target}</th>' in page
+        assert '<section id="targets">' not in (out / other.summary.target / "report.html").read_text()
+
+
 def test_the_network_is_analysed_once(inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All runs of the float network and its adjoint, counted where they happen."""
     from bitalloy.runtime.ort import OrtSession

@@ -17,7 +17,7 @@ from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.status import Status, Verdict
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.measure.prices import latency_us, saved_bytes
-from bitalloy.report.render import render_report
+from bitalloy.report.render import Extras, render_report
 from bitalloy.sensitivity.matrix import decibel
 from bitalloy.sensitivity.table import groups
 from bitalloy.targets import target
@@ -37,8 +37,8 @@ class Run:
     units: UnitGraph
     cost: CostTable
 
-    def render(self) -> str:
-        return render_report(self.summary, self.plan, self.table, self.units, self.cost)
+    def render(self, extras: Extras | None = None) -> str:
+        return render_report(self.summary, self.plan, self.table, self.units, self.cost, extras)
 
     def with_summary(self, **changes: object) -> Run:
         """The run with other facts, judged again."""

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,16 +18,22 @@ from typing import Any
 
 import msgspec
 import pytest
+from PIL import Image
 
-from bitalloy.core.outcome import Comparison, Correction, HeadComparison
+from bitalloy.core.examples import ClassPrecision, Example, Examples, ExampleText
+from bitalloy.core.outcome import Comparison, Correction, HeadComparison, Remeasured, Repair
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import Estimate, SensitivityTable
+from bitalloy.core.records import Calibration, Estimate, SensitivityTable, TensorRange
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
-from bitalloy.report.render import embedded_json
+from bitalloy.report.plots import plots_of
+from bitalloy.report.ranges import SHOWN_RANGES, worst_ranges
+from bitalloy.report.render import LIBRARIES, SCRIPTS, Extras, embedded_json
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
+from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import readable
 
+AXE = "4.14.1"
 EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
 Make = Callable[..., Any]
 
@@ -67,11 +74,13 @@ class TestPage:
                 value = attributes.get(name)
                 assert value is None or value.startswith(("#", "data:")), (tag, name, value)
             assert not any(name.startswith("on") for name in attributes)
-        assert "url(" not in make_run().render()
+        text = make_run().render()
+        style = text[text.index("<style>") : text.index("</style>")]
+        assert "url(" not in style and "@import" not in style
 
     def test_has_all_sections_in_order(self, make_run: Make) -> None:
         ids = [a["id"] for t, a in Page(make_run().render()).tags if t in {"header", "section"} and "id" in a]
-        assert ids == ["result", "figures", "tradeoff", "latency", "regions", "sensitivity", "method"]
+        assert ids == ["result", "figures", "tradeoff", "latency", "graph", "regions", "sensitivity", "method"]
 
     def test_is_the_same_for_the_same_records(self, make_run: Make) -> None:
         assert make_run().render() == make_run().render()
@@ -101,7 +110,7 @@ class TestPage:
         run = make_run(blocks=60)
         assert len(run.units.units) >= 212
         assert len({r.id for r in run.table.rows if r.scope == "site"}) >= 537
-        assert len(run.render().encode()) < 2_000_000
+        assert len(run.render().encode()) < 2_500_000
 
     def test_holds_every_unit_region_and_site(self, make_run: Make) -> None:
         run = make_run()
@@ -271,6 +280,61 @@ class TestVariants:
         assert EVIL not in page
 
 
+class TestExamples:
+    def test_pictures_lie_in_the_page_with_what_they_show(self, make_run: Make) -> None:
+        page = Page(make_run().render(with_examples()))
+        pictures = [a for t, a in page.tags if t == "img"]
+        assert [a["alt"] for a in pictures] == ["a.png, float model", "a.png, mixed model", "a.png"]
+        assert all((a["src"] or "").startswith("data:image/jpeg;base64,") for a in pictures)
+
+    def test_classes_come_with_interval_and_what_noise_is(self, make_run: Make) -> None:
+        examples = with_examples().examples
+        _, (line,) = figures.classes(examples)
+        assert line == ("a.png", "3", "0.5000", "0.1000", "+0.4000 [0.2000, 0.6000]", "beyond noise")
+        assert "beyond noise" in make_run().render(with_examples())
+
+    def test_hostile_names_add_no_element(self, make_run: Make) -> None:
+        clean, dirty = (Page(make_run().render(with_examples(name))) for name in ("a.png", EVIL))
+        assert [t for t, _ in clean.tags] == [t for t, _ in dirty.tags]
+
+
+class TestRanges:
+    def test_worst_tensors_come_first_with_what_is_cut_off(self, make_run: Make) -> None:
+        run = make_run()
+        tensors = dict.fromkeys(edge.root for edge in run.units.edges)
+        ranges = tuple(
+            TensorRange(tensor=t, low=-1.0, high=2.0, method="percentile", magnitude=4.0, subnormal=0.0)
+            for t in tensors
+        )
+        calibration = Calibration(
+            model_sha256="", data=run.summary.calibration, method="auto", ranges=ranges, half_margin=1.0
+        )
+        found = worst_ranges(tables_of(run), calibration)
+        sqnr = [float(one.sqnr.removesuffix(" dB")) for one in found]
+        assert len(found) == SHOWN_RANGES and sqnr == sorted(sqnr)
+        sites = [r for r in run.table.rows if r.scope == "site" and r.part == "activations" and "#" not in r.id]
+        assert sqnr[0] == round(min(r.sqnr_db.value for r in sites), 1)
+        assert {(one.kept, one.seen, one.cut) for one in found} == {("−1.000 to 2.000", "4.000", "50.0 %")}
+        assert '<section id="ranges">' in run.render(Extras(calibration=calibration))
+        assert '<section id="ranges">' not in run.render()
+
+
+class TestTargets:
+    def test_stand_side_by_side_with_intervals_and_gaps_that_say_so(self, make_run: Make) -> None:
+        one = make_run().summary
+        other = msgspec.structs.replace(make_run(metrics=False, heads=("boxes",)).summary, target="far", device=EVIL)
+        header, lines = compare_targets((one, other))
+        found = {name: cells for name, *cells in lines}
+        assert header == ("", "ort-cpu", "far")
+        assert found["Drop of AP50-95"] == ["+0.0040 [−0.0030, 0.0110]", "unknown"]
+        assert found["SQNR scores"][1] == "unknown" and found["SQNR boxes"][0].endswith("]")
+        page = make_run().render(Extras(others=(other,)))
+        assert '<section id="targets">' in page and EVIL not in page
+
+    def test_one_target_is_not_compared(self, make_run: Make) -> None:
+        assert '<section id="targets">' not in make_run().render()
+
+
 class TestRegionTree:
     def test_parents_come_first_and_hold_their_children(self, make_run: Make) -> None:
         run = make_run()
@@ -333,41 +397,65 @@ class TestLines:
 
 
 class TestCharts:
-    def test_ticks_cover_the_range(self) -> None:
-        for low, high in ((0.0, 1.0), (0.613, 0.617), (-37.0, 4100.0), (5.0, 5.0), (0.0, 0.0)):
-            found = charts.ticks(low, high, 6)
-            assert found[0] <= low and found[-1] >= high
-            assert 2 <= len(found) <= 14
+    def test_every_plan_of_the_front_has_its_command(self, make_run: Make) -> None:
+        run = make_run()
+        view = plots_of(run.summary, tables_of(run)).views[0]
+        points = [p for p in view.points if p.plan]
+        assert len(points) == len(run.plan.pareto)
+        for point in points:
+            asked = float(point.command.removeprefix("bitalloy plan . --latency ").removesuffix("x"))
+            assert point.x <= asked < point.x + 0.002
+            assert point.command in "".join(p.command for p in points)
 
-    def test_points_without_error_leave_the_scale_alone(self) -> None:
-        line = (charts.Marker(0.5, 20.0, "a"), charts.Marker(1.0, 160.0, "float"))
-        picture = charts.pareto([charts.Series("boxes", line)], ceiling=80.0)
-        assert "m-off" in picture
-        assert ">160<" not in picture
+    def test_metrics_with_paired_drops_have_a_view(self, make_run: Make) -> None:
+        run = make_run().with_summary(budget=Budget(max_drop={"AP50-95": 0.01}))
+        *heads, metric = plots_of(run.summary, tables_of(run)).views
+        assert [v.name for v in heads] == ["boxes", "scores"] and metric.name == "AP50-95"
+        assert [(p.shape, p.y, p.low, p.high) for p in metric.points] == [
+            ("mixed", 0.004, -0.003, 0.011),
+            ("lowest", 0.041, 0.022, 0.06),
+        ]
+        assert metric.limit == 0.01
 
-    def test_a_whisker_of_a_busy_machine_leaves_the_bars_readable(self) -> None:
-        def picture(high: float) -> tuple[float, float, str]:
-            bars = [charts.Bar("float", 4.0, 3.0, high, "4 ms", "", "b-float")]
-            bars.append(charts.Bar("mixed", 3.0, 2.0, 3.5, "3 ms", "", "b-mixed"))
-            text = str(charts.latency_chart(bars))
-            width, other = (float(w) for w in re.findall(r'class="bar [^>]*width="([0-9.]+)"', text))
-            ends = [float(end) for end in re.findall(r'class="spread" d="M[0-9.]+ [0-9.]+H([0-9.]+)', text)]
-            assert all(end <= charts.WIDTH - 140 for end in ends)
-            assert other == pytest.approx(0.75 * width, abs=0.1)
-            return width, ends[0], text
-
-        calm, busy = picture(5.0), picture(400.0)
-        assert "p90 400 ms" in busy[2] and "p90" not in calm[2]
-        assert busy[0] > 0.3 * (charts.WIDTH - 140 - 92)
-        assert calm[1] - 92 == pytest.approx(calm[0] * 5 / 4, abs=0.1)
-
-    def test_tooltips_are_escaped(self) -> None:
-        picture = charts.pareto([charts.Series(EVIL, (charts.Marker(0.5, 20.0, EVIL),))], ceiling=80.0)
-        assert "<img" not in picture
+    def test_checks_hold_what_was_predicted_and_measured(self, make_run: Make) -> None:
+        run = make_run()
+        predicted = tuple(pair.mixed.predicted for pair in run.summary.sqnr_db.values())
+        one = msgspec.structs.replace(
+            run.summary.rounds[0],
+            predicted_db=predicted,
+            repair=Repair(
+                gap_db={}, left_db={}, remeasured=(Remeasured(units=("/model.1/Add",), change_db={"boxes": 2.0}),)
+            ),
+        )
+        run = run.with_summary(rounds=(one,))
+        checks = plots_of(run.summary, tables_of(run)).checks
+        assert [(p.x, p.y) for p in checks if p.shape == "mixed"] == list(zip(predicted, one.sqnr_db, strict=True))
+        (unit,) = (p for p in checks if p.shape == "dot")
+        row = next(r for r in run.table.rows if (r.id, r.head, r.part) == ("/model.1/Add", "boxes", "all"))
+        assert (unit.x, unit.y) == (row.sqnr_db.value, row.sqnr_db.value - 2.0)
 
     def test_formats_mark_zero_error(self) -> None:
         assert formats.decibel_text(160.0) == "no error"
         assert formats.decibel_text(-3.25) == "−3.2 dB"
+
+
+def with_examples(name: str = "a.png") -> Extras:
+    """Two images with pictures, and one with answers; and a class that is lost."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), (200, 30, 90)).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    text = ExampleText(asked=f"what is {name}?", reference=name, mixed="")
+    worst = (
+        Example(name=name, agreement=0.25, reference=jpeg, mixed=jpeg),
+        Example(name=name, agreement=0.5, reference=jpeg, mixed=b"", texts=(text,)),
+    )
+    lost = ClassPrecision(name=name, labels=3, reference=0.5, mixed=0.1, drop=Estimate(value=0.4, low=0.2, high=0.6))
+    shown = Examples(task="detection", measure="overlap", samples=9, same=7, worst=worst, classes=(lost,))
+    return Extras(examples=shown)
+
+
+def tables_of(run: Any) -> ReportTables:
+    return ReportTables(run.plan, run.table, run.units, run.cost, figures.heads_of(run.plan, run.summary))
 
 
 def hostile(make_run: Make) -> Any:
@@ -423,13 +511,28 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The code of axe-core, which finds barriers, from the npm registry."""
+    npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("axe")
+    if npm is None:
+        pytest.skip("needs npm")
+    command = [npm, "pack", f"axe-core@{AXE}", "--silent", "--fetch-retries=0", "--fetch-timeout=20000"]
+    if subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False).returncode:
+        pytest.skip("the npm registry is out of reach")
+    with tarfile.open(folder / f"axe-core-{AXE}.tgz") as package:
+        file = package.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
+
+
 @pytest.fixture
-def visit(browser: Any, tmp_path: Path) -> Callable[[Any], Any]:
+def visit(browser: Any, tmp_path: Path) -> Callable[..., Any]:
     """Open the report of a run from a file and return the browser."""
 
-    def opened(run: Any) -> Any:
+    def opened(run: Any, extras: Extras | None = None) -> Any:
         path = tmp_path / "report.html"
-        path.write_text(run.render(), encoding="utf-8")
+        path.write_text(run.render(extras), encoding="utf-8")
         for log in ("browser", "performance"):
             browser.get_log(log)
         browser.get(path.as_uri())
@@ -457,8 +560,15 @@ def click(browser: Any, selector: str) -> None:
     element.click()
 
 
+def wait_for(browser: Any, selector: str) -> None:
+    """Wait until an element is there, a few seconds at most."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 10).until(lambda page: page.find_elements("css selector", selector))
+
+
 class TestBrowser:
-    def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         assert page.get_log("browser") == []
         events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
@@ -466,12 +576,58 @@ class TestBrowser:
         own = [s for s in sent if not s["documentURL"].startswith("chrome://")]  # the browser's own start page
         assert [s["request"]["url"] for s in own if not s["request"]["url"].startswith("data:")] == [page.current_url]
 
-    def test_charts_can_be_read_on_a_phone(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    @pytest.mark.parametrize(
+        ("width", "tone", "budget"),
+        [
+            (390, "good", Budget()),
+            (900, "warn", Budget(max_drop={"AP50-95": 0.005})),
+            (1400, "bad", Budget(latency_ratio=0.1)),
+        ],
+        ids=["phone", "tablet", "desktop"],
+    )
+    def test_has_no_barrier_for_people_who_need_aids(
+        self, make_run: Make, visit: Callable[..., Any], axe: str, width: int, tone: str, budget: Budget
+    ) -> None:
+        page = visit(make_run().with_summary(budget=budget), extras=with_examples())
+        assert page.find_elements("css selector", f"#result.{tone}")
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+            wait_for(page, "#graph-frame svg")
+            overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+            page.execute_script(axe)
+            script = (
+                "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}).then((found) =>"
+                " arguments[0](found.violations.map((v) => v.id + ': ' + v.nodes[0].html.slice(0, 200))));"
+            )
+            violations = page.execute_async_script(script)
+        finally:
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert violations == []
+        assert overflow <= 0
+
+    def test_key_figures_start_with_the_mixed_model_on_a_phone(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        page = visit(make_run())
+        metrics = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            script = (
+                "return [...document.querySelectorAll('.figures tbody tr:not(.group)')].map((row) => [...row.cells]"
+                ".slice(1).sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)[0]"
+                ".dataset.label)"
+            )
+            first = page.execute_script(script)
+        finally:
+            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert len(first) > 5 and set(first) == {"mixed"}
+
+    def test_charts_can_be_read_on_a_phone(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.set_window_size(500, 900)  # the narrowest that the browser allows
         try:
             heights = page.execute_script(
-                "return [...document.querySelectorAll('.chart .tick')].map(t => t.getBoundingClientRect().height)"
+                "return [...document.querySelectorAll('.chart svg text')].map(t => t.getBoundingClientRect().height)"
             )
             overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
         finally:
@@ -479,16 +635,14 @@ class TestBrowser:
         assert min(heights) > 9
         assert overflow <= 0
 
-    def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_starts_with_the_most_sensitive_unit(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         rows = [r for r in run.table.rows if r.scope == "unit" and r.part == "all" and r.head == "boxes"]
         assert column(page, 0)[0] == min(rows, key=lambda r: r.sqnr_db.value).id
         assert len(column(page, 0)) == len(run.units.units)
 
-    def test_click_on_a_header_sorts_and_a_second_one_reverses(
-        self, make_run: Make, visit: Callable[[Any], Any]
-    ) -> None:
+    def test_click_on_a_header_sorts_and_a_second_one_reverses(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         times = sorted(round(c.us["fp32"], 3) for c in run.cost.units)
@@ -502,28 +656,28 @@ class TestBrowser:
         assert header.get_attribute("aria-sort") == "descending"
         assert len(page.find_elements("css selector", "#table th[aria-sort]")) == 1
 
-    def test_rows_without_a_number_stay_last(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_rows_without_a_number_stay_last(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         for _ in range(2):
             assert column(page, 0)[-1] == run.units.units[-1].id
             click(page, 'th[data-key="sqnr"] button')
 
-    def test_headers_work_from_the_keyboard(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_headers_work_from_the_keyboard(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.find_element("css selector", 'th[data-key="name"] button').send_keys("\ue007")
         names = column(page, 0)
         assert names.index("/model.2/Add") < names.index("/model.3/Add")
         assert page.find_element("css selector", 'th[data-key="name"]').get_attribute("aria-sort") == "ascending"
 
-    def test_filter_keeps_the_rows_with_all_words(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_filter_keeps_the_rows_with_all_words(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         page.find_element("id", "filter").send_keys("MODEL.3 silu")
         assert set(column(page, 0)) == {"/model.3/cv1/act/Mul", "/model.3/cv2/act/Mul"}
         assert set(column(page, 1)) == {"SiLU"}
         assert page.find_element("id", "count").text.startswith(f"{len(column(page, 0))} of ")
 
-    def test_scope_and_head_switch(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_scope_and_head_switch(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run()
         page = visit(run)
         before = column(page, 4)
@@ -533,7 +687,7 @@ class TestBrowser:
         click(page, 'input[name="scope"][value="site"] + span')
         assert len(column(page, 0)) == len({r.id for r in run.table.rows if r.scope == "site"})
 
-    def test_region_opens_step_by_step(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_region_opens_step_by_step(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
 
         def shown() -> list[str]:
@@ -550,7 +704,7 @@ class TestBrowser:
         click(page, "#expand")
         assert len(shown()) == len(page.find_elements("css selector", "#tree tbody tr"))
 
-    def test_region_lists_its_units(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_region_lists_its_units(self, make_run: Make, visit: Callable[..., Any]) -> None:
         run = make_run(blocks=12)
         page = visit(run)
         click(page, 'button[data-region="model.1"]')
@@ -558,7 +712,7 @@ class TestBrowser:
         click(page, "#region-filter")
         assert len(column(page, 0)) == len(run.units.units)
 
-    def test_hundreds_of_rows_sort_at_once(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_hundreds_of_rows_sort_at_once(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run(blocks=60))
         click(page, 'input[name="scope"][value="site"] + span')
         assert len(column(page, 0)) >= 537
@@ -570,7 +724,7 @@ class TestBrowser:
         )
         assert min(page.execute_script(script) for _ in range(3)) < 500
 
-    def test_hostile_names_are_shown_and_do_not_run(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_hostile_names_are_shown_and_do_not_run(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(hostile(make_run))
         page.execute_script("document.querySelectorAll('.toggle, .link').forEach(e => e.click())")
         for scope in ("region", "site", "unit"):
@@ -578,12 +732,83 @@ class TestBrowser:
         click(page, "#region-filter")
         assert page.get_log("browser") == []
         assert page.find_elements("css selector", "img") == []
-        assert len(page.find_elements("css selector", "script")) == 2
+        assert len(page.find_elements("css selector", "script")) == 2 + len(LIBRARIES) + len(SCRIPTS)
         assert column(page, 0)[0].startswith(EVIL)
+
+    def test_a_point_of_the_front_tells_its_plan_to_the_keyboard(
+        self, make_run: Make, visit: Callable[..., Any]
+    ) -> None:
+        run = make_run()
+        page = visit(run)
+        point = page.find_element("css selector", '#front-chart [role="button"]')
+        page.execute_script("arguments[0].focus({focusVisible: true})", point)
+        assert "of float's latency" in page.find_element("id", "tip").text
+        point.send_keys("\ue007")
+        assert "bitalloy plan . --latency" in page.find_element("id", "plan-card").text
+
+    def test_the_front_is_drawn_by_one_head_or_metric(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        run = make_run()
+        page = visit(run)
+        points = "#front-chart [data-tip]"
+        assert len(page.find_elements("css selector", points)) == len(run.plan.pareto) + 4
+        click(page, 'input[name="view"][value="2"] + span')
+        tips = [e.get_attribute("data-tip") for e in page.find_elements("css selector", points)]
+        assert len(tips) == 2 and all(tip.startswith("drop of AP50-95: ") for tip in tips)
+
+    def test_graph_opens_closed_regions_down_to_units(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        page = visit(make_run(blocks=40))
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        click(page, '.graph [aria-label$="open region model.1"]')
+        page.switch_to.active_element.send_keys("\ue007")  # the focus stays: Enter closes it again
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        page.switch_to.active_element.send_keys("\ue007")
+        assert page.find_elements("css selector", '.graph [aria-label="▾ model.1, close region"]')
+
+    def test_graph_shows_a_unit_and_goes_to_its_row(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        run = make_run(blocks=40)
+        page = visit(run)
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        page.find_element("id", "graph-search").send_keys("model.4/m.0 cv2 SiLU\n")
+        card = page.find_element("id", "graph-card").text
+        cost = next(c for c in run.cost.units if c.unit == "/model.4/m.0/cv2/act/Mul")
+        assert cost.unit in card and f"{cost.us['fp32']:.1f} µs"[:3] in card
+        assert next(c.reason for c in run.plan.choices if c.unit == cost.unit) in card
+        click(page, "#graph-card button")
+        assert column(page, 0) == [cost.unit]
+
+    def test_graph_marks_every_border_of_the_plan(self, make_run: Make, visit: Callable[..., Any]) -> None:
+        run = make_run(blocks=4)
+        page = visit(run)
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        click(page, "#graph-open")
+        scheme = run.plan.chosen.scheme_of
+        pairs = {(e.producer, e.consumer) for e in run.units.edges if e.producer and e.consumer}
+        borders = sum(scheme(a) != scheme(b) for a, b in pairs)
+        assert 0 < borders < len(pairs)
+        assert len(page.find_elements("css selector", ".graph .edge")) == len(pairs)
+        assert len(page.find_elements("css selector", ".graph .edge.border")) == borders
+
+    def test_graph_of_a_thousand_units_without_regions_starts_with_few_boxes(
+        self, make_run: Make, visit: Callable[..., Any]
+    ) -> None:
+        run = make_run(blocks=8)
+        units = tuple(msgspec.structs.replace(u, region="(model)") for u in run.units.units)
+        many = tuple(msgspec.structs.replace(u, id=f"{u.id}_{i}") for i in range(25) for u in units)
+        graph = msgspec.structs.replace(run.units, units=many, edges=())
+        page = visit(type(run)(run.summary, run.plan, run.table, graph, run.cost))
+        click(page, "#graph-details summary")
+        wait_for(page, "#graph-frame svg")
+        assert len(page.find_elements("css selector", ".graph .node")) == 40
+        click(page, '.graph [aria-label$="open region units 26 to 50"]')
+        assert len(page.find_elements("css selector", ".graph .unit")) == 25
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_text_stands_out_from_its_ground(
-        self, make_run: Make, visit: Callable[[Any], Any], browser: Any, scheme: str
+        self, make_run: Make, visit: Callable[..., Any], browser: Any, scheme: str
     ) -> None:
         feature = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
@@ -596,7 +821,7 @@ class TestBrowser:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
         assert all(contrast(ink, ground) >= 4.5 for ink in inks)
 
-    def test_no_horizontal_overflow_on_a_laptop(self, make_run: Make, visit: Callable[[Any], Any]) -> None:
+    def test_no_horizontal_overflow_on_a_laptop(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
         assert page.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
 

@@ -32,7 +32,7 @@ from bitalloy.pipeline.calibrate import units_of
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
 from bitalloy.pipeline.ship import Verified, verify
-from bitalloy.report.render import Audits
+from bitalloy.report.render import Extras
 from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.search.constraints import constrain
@@ -159,7 +159,10 @@ def deliver(
         verified = compiled_verified(verified, work)
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
-    return replace(found[0], others=tuple(found[1:]))
+    first = replace(found[0], others=tuple(found[1:]))
+    if first.others:  # they are known only now
+        prepared.store.publish("report.html", render(first))
+    return first
 
 
 def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
@@ -247,6 +250,8 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         store.publish("audit.json", to_json(verified.audit, pretty=True))
     if verified.compilation is not None:
         store.publish("compiled.json", to_json(verified.compilation, pretty=True))
+    if verified.examples is not None:
+        store.publish("examples.json", to_json(verified.examples, pretty=True))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", write_summary(verified.summary))
@@ -257,8 +262,14 @@ def render(verified: Verified) -> str:
     """Write the report as one HTML page."""
     analysis = verified.analysis
     planned = verified.planned
-    audits = Audits(verified.audit, verified.compilation)
-    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, audits)
+    extras = Extras(
+        executed=verified.audit,
+        compiled=verified.compilation,
+        examples=verified.examples,
+        others=tuple(one.summary for one in verified.others),
+        calibration=analysis.calibration,
+    )
+    return render_html(verified.summary, planned.plan, analysis.table, analysis.units, planned.cost, extras)
 
 
 __all__ = ["Analysis", "deliver", "publish", "quantize_model", "render", "run"]

@@ -11,6 +11,7 @@ import msgspec
 
 from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
+from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import Resolution, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
@@ -49,6 +50,8 @@ class Verified:
     """Audit of the kernels that the runtime executed for the model; None where it was not made."""
     compilation: Compilation | None = None
     """What NVIDIA's compiler made of the model; None where it is not installed, or the target is another."""
+    examples: Examples | None = None
+    """The evaluated samples on which float and mixed model differ most; None where no task was evaluated."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
 
@@ -131,7 +134,8 @@ def verify(
         sizes_tried=verify_sizes(analysis, mixed, final.plan.chosen, work),
     )
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
-    return Verified(analysis, final, mixed, summary, course.tables)
+    examples = evaluator.examples(final.plan.chosen) if evaluator is not None else None
+    return Verified(analysis, final, mixed, summary, course.tables, examples=examples)
 
 
 def _decided(course: VerificationCourse, evaluator: Evaluator | None) -> Kept:

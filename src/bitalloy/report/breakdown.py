@@ -50,6 +50,17 @@ class ReportTables:
         return (gated or [*self.schemes])[-1]
 
     @cached_property
+    def planned(self) -> tuple[str, ...]:
+        """The baseline, and the schemes that the plan uses, in the target's order."""
+        used = self.plan.chosen.counts()
+        return (BASELINE, *(name for name in self.schemes if name in used))
+
+    @property
+    def timing(self) -> str:
+        """Where the times of units come from, in words."""
+        return "estimated from peak rates" if self.cost.estimated else "by the measured cost table"
+
+    @cached_property
     def times(self) -> Mapping[str, UnitCost]:
         """Unit -> measured cost."""
         return {c.unit: c for c in self.cost.units}
@@ -185,7 +196,13 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
     schemes: tuple[str, ...]
     """Names of the baseline and of the target's schemes: columns of time."""
     heads: tuple[str, ...]
+    planned: tuple[str, ...]
+    """The baseline and the schemes that the plan uses, which have colours in this order."""
+    timing: str
+    """Where times come from, in words."""
     scopes: dict[str, list[Line]]
+    edges: list[tuple[int, int, int]]
+    """Tensors between units: positions of the units that make and read it, and its number of elements."""
 
 
 def payload(tables: ReportTables) -> Payload:
@@ -195,8 +212,20 @@ def payload(tables: ReportTables) -> Payload:
         "region": list(_region_lines(tables)),
         "site": list(_site_lines(tables)),
     }
+    positions = {unit.id: position for position, unit in enumerate(tables.units.units)}
     return Payload(
-        root=ROOT, ceiling=CEILING_DB, schemes=(BASELINE, *tables.schemes), heads=tables.heads, scopes=scopes
+        root=ROOT,
+        ceiling=CEILING_DB,
+        schemes=(BASELINE, *tables.schemes),
+        heads=tables.heads,
+        planned=tables.planned,
+        timing=tables.timing,
+        scopes=scopes,
+        edges=[
+            (positions[edge.producer], positions[edge.consumer], edge.elements)
+            for edge in tables.units.edges
+            if edge.producer is not None and edge.consumer is not None
+        ],
     )
 
 

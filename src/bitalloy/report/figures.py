@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Evaluation, Round, Summary, Triple
 from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
@@ -288,6 +289,27 @@ def corrections(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...]
     return header, lines
 
 
+def classes(examples: Examples | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and lines of the table of the precision of each class."""
+    lines: list[tuple[str, ...]] = [
+        (
+            one.name,
+            str(one.labels),
+            f"{one.reference:.4f}",
+            f"{one.mixed:.4f}",
+            f"{formats.signed(one.drop.value, 4)} {formats.interval_text(one.drop, 4)}",
+            noise_words(one.drop),
+        )
+        for one in (examples.classes if examples is not None else ())
+    ]
+    return ("Class", "Labels", "AP float", "AP mixed", "Drop, 95 % interval", ""), lines
+
+
+def noise_words(drop: Estimate) -> str:
+    """Say whether a drop is more than what other images could make of it."""
+    return "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
+
+
 def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
     """Return the names of the heads in the order of the plan, without divergences, which have rows of their own."""
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
@@ -444,10 +466,10 @@ def _accuracy(summary: Summary) -> Iterable[FigureRow]:
 def _drop(drop: Estimate | None) -> Cell:
     if drop is None:
         return Cell(formats.NONE)
-    beyond = drop.low > 0 or drop.high < 0
-    verdict = "beyond noise" if beyond else "within noise"
+    verdict = noise_words(drop)
     notes = (Note(f"95 % {formats.interval_text(drop, 4)}"), Note(verdict))
-    return Cell(formats.signed(drop.value, 4), notes, ("bad" if drop.value > 0 else "good") if beyond else "")
+    tone = ("bad" if drop.value > 0 else "good") if verdict == "beyond noise" else ""
+    return Cell(formats.signed(drop.value, 4), notes, tone)
 
 
 def _shift(shift: Estimate | None) -> Cell:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -16,27 +17,51 @@ from markupsafe import Markup
 
 from bitalloy.core.audited import Audit, Compilation
 from bitalloy.core.encoding import to_json
+from bitalloy.core.examples import Examples
 from bitalloy.core.outcome import Summary
-from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
-from bitalloy.core.records import SensitivityTable
+from bitalloy.core.plans import CostTable, PlanReport
+from bitalloy.core.records import Calibration, SensitivityTable
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
+from bitalloy.report.glossary import explained
+from bitalloy.report.plots import plots_of, points_of
+from bitalloy.report.ranges import worst_ranges
+from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import counted
 from bitalloy.report.verdict import ship_verdict
 
-OFF_SCALE_DB = 80.0
-"""SQNR in dB above which plans are drawn at the edge of the plot, because their error is negligible."""
+LIBRARIES = ("d3", "plot", "dagre")
+"""Libraries inside the page, in the folder `libraries`: Plot draws charts with d3, dagre lays out the graph."""
+SCRIPTS = ("script.js", "plots.js", "graph.js")
+PLOT_STYLE = """:where(.plot) {
+  --plot-background: white;
+  display: block;
+  height: auto;
+  height: intrinsic;
+  max-width: 100%;
+}
+:where(.plot text),
+:where(.plot tspan) {
+  white-space: pre;
+}"""
+"""The style that Plot puts into each chart of the class `plot`, which the policy must allow."""
 
 
 @dataclass(frozen=True)
-class Audits:
-    """What is known of how the shipped model runs."""
+class Extras:
+    """What is known of a run beside what every run knows."""
 
     executed: Audit | None = None
     """Audit of what the runtime executed; None where none was made."""
     compiled: Compilation | None = None
     """What a compiler made of it; None where none was asked."""
+    examples: Examples | None = None
+    """The evaluated samples on which the models differ most; None where no task was evaluated."""
+    others: tuple[Summary, ...] = ()
+    """Results of the same model for other targets, which are in folders of their names."""
+    calibration: Calibration | None = None
+    """Ranges of all tensors; None where they are not at hand."""
 
 
 def render_report(
@@ -45,7 +70,7 @@ def render_report(
     table: SensitivityTable,
     units: UnitGraph,
     cost: CostTable,
-    audits: Audits | None = None,
+    extras: Extras | None = None,
 ) -> str:
     """Write the report as one offline HTML page.
 
@@ -55,11 +80,12 @@ def render_report(
         table: sensitivities of sites, units and regions.
         units: the model on the plan's target.
         cost: measured cost table.
-        audits: what is known of how the model runs; None where nothing is.
+        extras: what else is known; None where nothing is.
     """
     heads = figures.heads_of(plan, summary)
     tables = ReportTables(plan, table, units, cost, heads)
-    style, script = _asset("style.css"), _asset("script.js")
+    plots = plots_of(summary, tables)
+    style, scripts = _asset("style.css"), (*map(_library, LIBRARIES), *map(_asset, SCRIPTS))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bitalloy.report", "."),
         autoescape=True,
@@ -67,47 +93,44 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(fmt=formats, key=charts.legend_marker, counted=counted)
-    round_header, round_lines = figures.rounds(summary, heads)
-    repair_header, repair_lines = figures.repairs(summary, heads)
-    evaluation_header, evaluation_lines = figures.evaluations(summary)
-    single_header, single_lines = figures.single_formats(summary)
-    correction_header, correction_lines = figures.corrections(summary, heads)
+    environment.globals.update(fmt=formats, picture=_picture, term=explained, key=charts.legend_marker, counted=counted)
+    known = extras or Extras()
     return environment.get_template("template.html").render(
-        policy=_policy(style, script),
+        policy=_policy((style, PLOT_STYLE), scripts),
         style=Markup(style),
-        script=Markup(script),
+        scripts=tuple(map(Markup, scripts)),
         data=embedded_json(payload(tables)),
         summary=summary,
         plan=plan,
         table=table,
         cost=cost,
-        audits=audits or Audits(),
+        extras=known,
+        targets=compare_targets((summary, *known.others)) if known.others else None,
         heads=heads,
         verdict=ship_verdict(summary, plan, cost),
         limits=figures.limits(summary.status),
         cautions=figures.cautions(summary),
         columns=figures.model_columns(summary, units),
         groups=figures.key_figures(summary, units, cost),
-        pareto_chart=_pareto_chart(summary, plan, units, cost, heads),
-        latency_chart=_latency_chart(summary),
+        plots=embedded_json(plots),
+        views=[view.name for view in plots.views],
+        checked=bool(plots.checks),
         given=figures.given_roundings(summary),
-        single_header=single_header,
-        single_lines=single_lines,
-        round_header=round_header,
-        round_lines=round_lines,
-        repair_header=repair_header,
-        repair_lines=repair_lines,
-        evaluation_header=evaluation_header,
-        evaluation_lines=evaluation_lines,
-        correction_header=correction_header,
-        correction_lines=correction_lines,
-        points=_points(plan, cost),
+        single=figures.single_formats(summary),
+        rounds=figures.rounds(summary, heads),
+        repairs=figures.repairs(summary, heads),
+        evaluations=figures.evaluations(summary),
+        corrections=figures.corrections(summary, heads),
+        ranges=worst_ranges(tables, known.calibration),
+        classes=figures.classes(known.examples),
+        points=points_of(plan, cost),
         regions=region_tree(tables),
         units=units,
         schemes=tables.schemes,
         measured=tables.measured.upper(),
         times=_time_columns(tables),
+        timing=tables.timing,
+        planned=tables.planned,
     )
 
 
@@ -129,121 +152,21 @@ def _asset(name: str) -> str:
     return resources.files("bitalloy.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """Content security policy: this style, this script, images inside the page, nothing else."""
-
-    def digest(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"
-    )
+def _picture(jpeg: bytes) -> str:
+    """Return the address of a JPEG file inside the page."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def _points(plan: PlanReport, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
-    """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
-    chosen = plan.chosen
-    found = [(p, p.predicted_latency_us / cost.all_float_us, p.chosen == chosen) for p in plan.pareto]
-    return sorted(found, key=lambda t: t[1])
+def _library(name: str) -> str:
+    """Return the code of a library, with its licence before it, as that asks for."""
+    return f"/*\n{_asset(f'libraries/{name}.LICENSE.txt')}*/\n{_asset(f'libraries/{name}.min.js')}"
 
 
-def _counts(point: ParetoPoint) -> str:
-    """Number of units in each lower scheme."""
-    return f"{counted(point.chosen.counts())} units"
+def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """Content security policy: these styles, these scripts, images inside the page, nothing else."""
 
+    def digests(texts: Sequence[str]) -> str:
+        found = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join(f"'sha256-{digest}'" for digest in found)
 
-def _pareto_chart(
-    summary: Summary, plan: PlanReport, units: UnitGraph, cost: CostTable, heads: tuple[str, ...]
-) -> Markup:
-    budget = summary.budget
-    limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
-    if budget.latency_ms is not None:
-        limits.append(budget.latency_ms / summary.latency_ms.reference)
-    series = [_series(i, head, summary, plan, units, cost) for i, head in enumerate(heads)]
-    return charts.pareto(
-        series,
-        ceiling=OFF_SCALE_DB,
-        latency_limit=min(limits) if limits else None,
-        floor_db=budget.min_sqnr_db,
-    )
-
-
-def _series(
-    index: int, head: str, summary: Summary, plan: PlanReport, units: UnitGraph, cost: CostTable
-) -> charts.Series:
-    def marker(what: str, x: float, y: float, shape: str, interval: tuple[float, float] | None = None) -> charts.Marker:
-        ends = f" (95 % {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-        tip = f"{head}: {formats.decibel_text(y)}{ends}\n{what}, {formats.ratio(x)} of float's latency"
-        return charts.Marker(x, y, tip, shape, interval)
-
-    line = tuple(
-        marker(f"plan with {_counts(point)}, predicted", x, point.sqnr_db[index], "dot")
-        for point, x, _ in _points(plan, cost)
-    )
-    pairs: list[tuple[charts.Marker, charts.Marker]] = [
-        (
-            marker(f"plan with {_counts(p)}, predicted", x, p.sqnr_db[index], "dot"),
-            marker(f"plan with {_counts(p)}, measured", p.measured_ratio, p.measured_db[index], "seen"),
-        )
-        for p, x, chosen in _points(plan, cost)
-        if not chosen and p.measured_ratio is not None and p.measured_db is not None
-    ]
-    marked: list[charts.Marker] = []
-    pair = summary.sqnr_db.get(head)
-    if pair is not None:
-        interval = summary.sqnr_interval_db.get(head)
-        ends = (interval.low, interval.high) if interval is not None else None
-        kind = "estimated latency, measured error" if summary.latency_estimated else "measured"
-        mixed = marker(f"mixed model, {kind}", summary.latency_ratio, pair.mixed.measured, "mixed", ends)
-        measured_ratio = summary.latency_ms.lowest / summary.latency_ms.reference
-        lowest = marker(f"all-{units.lowest_name} model, {kind}", measured_ratio, pair.lowest.measured, "lowest")
-        if pair.mixed.predicted is None:
-            marked.append(mixed)
-        else:
-            x = summary.predicted_latency_ratio
-            pairs.append((marker("chosen plan, predicted", x, pair.mixed.predicted, "chosen"), mixed))
-        if pair.lowest.predicted is None:
-            marked.append(lowest)
-        else:
-            x = figures.predicted_lowest_ratio(units, cost)
-            pairs.append(
-                (
-                    marker(f"all-{units.lowest_name} model, predicted", x, pair.lowest.predicted, "lowest-predicted"),
-                    lowest,
-                )
-            )
-    return charts.Series(head, line, tuple(pairs), tuple(marked))
-
-
-def _latency_chart(summary: Summary) -> Markup:
-    reference = summary.latency_spread_ms.reference.median_ms
-    budget = summary.budget
-    limits = [budget.latency_ms] if budget.latency_ms is not None else []
-    if budget.latency_ratio is not None:
-        limits.append(budget.latency_ratio * reference)
-    spread = summary.latency_spread_ms
-    bars = [
-        charts.Bar(
-            name=name,
-            median=one.median_ms,
-            low=one.p10_ms,
-            high=one.p90_ms,
-            label=f"{formats.milliseconds(one.median_ms)}  {formats.ratio(one.median_ms / reference)}",
-            tip=(
-                f"{name}: estimated {formats.milliseconds(one.median_ms)}"
-                if summary.latency_estimated
-                else f"{name}: median {formats.milliseconds(one.median_ms)}\n"
-                f"p10 {formats.milliseconds(one.p10_ms)}, p90 {formats.milliseconds(one.p90_ms)}, {one.count} runs"
-            ),
-            style=style,
-        )
-        for name, style, one in (
-            ("float", "b-float", spread.reference),
-            ("float, rewritten", "b-float", spread.rewritten),
-            ("all lowered", "b-lowest", spread.lowest),
-            (f"all {figures.best_single(summary)}", "b-lowest", spread.single),
-            ("mixed", "b-mixed", spread.mixed),
-        )
-        if one is not None
-    ]
-    return charts.latency_chart(bars, limit_ms=min(limits) if limits else None)
+    return f"default-src 'none'; img-src data:; style-src {digests(styles)}; script-src {digests(scripts)}"

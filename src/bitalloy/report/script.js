@@ -140,7 +140,7 @@
       show();
     });
   }
-  for (const input of document.querySelectorAll('input[type="radio"]')) {
+  for (const input of document.querySelectorAll('input[name="scope"], input[name="head"]')) {
     input.addEventListener("change", () => {
       if (input.name === "scope") state.scope = input.value;
       else state.head = Number(input.value);
@@ -155,6 +155,16 @@
     state.region = null;
     show();
   });
+  function showUnits(region, text) {
+    state.region = region;
+    state.scope = "unit";
+    state.words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    byId("filter").value = text;
+    document.querySelector('input[name="scope"][value="unit"]').checked = true;
+    show();
+    byId("sensitivity").scrollIntoView();
+  }
+  document.addEventListener("show-unit", (event) => showUnits(null, event.detail));
 
   // --- region tree ----------------------------------------------------------------------------------------------
   const tree = [...byId("tree").tBodies[0].rows];
@@ -176,13 +186,7 @@
       toggleOf(row).setAttribute("aria-expanded", String(!isOpen(row)));
       refreshTree();
     });
-    row.querySelector(".link").addEventListener("click", (event) => {
-      state.region = event.currentTarget.dataset.region;
-      state.scope = "unit";
-      document.querySelector('input[name="scope"][value="unit"]').checked = true;
-      show();
-      byId("sensitivity").scrollIntoView();
-    });
+    row.querySelector(".link").addEventListener("click", (event) => showUnits(event.currentTarget.dataset.region, ""));
   }
   byId("expand").addEventListener("click", () => setOpen(() => true));
   byId("collapse").addEventListener("click", () => setOpen((row) => row.dataset.level === "0"));
@@ -198,6 +202,15 @@
     const beyond = event.clientX + 14 + box.width > document.documentElement.clientWidth;
     tip.style.left = (beyond ? Math.max(event.clientX - 14 - box.width, 4) : event.clientX + 14) + "px";
     tip.style.top = Math.min(event.clientY + 14, document.documentElement.clientHeight - box.height - 4) + "px";
+  });
+  document.addEventListener("focusin", (event) => {
+    const owner = event.target instanceof Element && event.target.matches(":focus-visible") ? event.target.closest("[data-tip]") : null;
+    tip.hidden = owner === null;
+    if (owner === null) return;
+    tip.textContent = owner.dataset.tip;
+    const [at, box] = [owner.getBoundingClientRect(), tip.getBoundingClientRect()];
+    tip.style.left = Math.min(Math.max(at.left, 4), document.documentElement.clientWidth - box.width - 4) + "px";
+    tip.style.top = Math.min(at.bottom + 6, document.documentElement.clientHeight - box.height - 4) + "px";
   });
 
   window.addEventListener("beforeprint", () => {

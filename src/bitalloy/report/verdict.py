@@ -62,11 +62,12 @@ def ship_verdict(summary: Summary, plan: PlanReport, cost: CostTable) -> ShipVer
         plan: the shipped plan.
         cost: prices of units.
     """
-    answer, why, (command, purpose) = _answer(summary)
+    answer, why, (command, purpose) = ship_answer(summary)
     return ShipVerdict(answer, why, command, purpose, _staying(plan, cost))
 
 
-def _answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
+def ship_answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
+    """Return the answer, the reason in one sentence, and a command with what it tells; see `ship_verdict`."""
     status, name = summary.status, f"{summary.model}.onnx"
     front = ("bitalloy plan . --front", "shows what is in reach")
     by = {verdict: [limit for limit in status.limits if limit.verdict == verdict] for verdict in Verdict}

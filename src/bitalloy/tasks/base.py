@@ -16,8 +16,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 import numpy as np
+from PIL import Image
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.examples import ClassPrecision, ExampleText
 from bitalloy.core.records import Estimate, MetricValue, Record, TensorSpec
 from bitalloy.core.store import StageInputs
 from bitalloy.data.images import ImageSpec, file_hash
@@ -32,6 +34,8 @@ __all__ = [
     "ProgressStep",
     "RunModel",
     "Seen",
+    "ShowSample",
+    "ShownSample",
     "Task",
     "TaskData",
     "TaskMetric",
@@ -256,6 +260,31 @@ def nothing_alone(_: RunModel, __: TaskData, ___: int, /) -> Seen:
     return {}
 
 
+@dataclass(frozen=True, slots=True)
+class ShownSample:
+    """What two models show on one sample."""
+
+    reference: Image.Image
+    """Thumbnail with what the reference shows on it."""
+    other: Image.Image | None
+    """The same of the other model; None where the image says nothing of either, and the texts all."""
+    texts: tuple[ExampleText, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShowSample(Generic[DataIn]):
+    """How a task shows what two models do on one sample, from what was observed."""
+
+    measure: str
+    """What `agree` returns, in words."""
+    agree: Callable[[Seen, Seen], float]
+    """Function that returns how far a model agrees with the reference, in 0..1: 1 where they do the same."""
+    draw: Callable[[Image.Image, Seen, Seen, DataIn, int], ShownSample]
+    """Function of the image of a sample, what was observed of the reference and the model, the data and the sample."""
+    classes: Callable[[Any, Any, DataIn, int], tuple[ClassPrecision, ...]] | None = None
+    """Function of two judged models, the data and a seed that returns the precision of each class; None without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(Generic[DataT]):
     """A task as the pipeline sees it."""
@@ -277,6 +306,8 @@ class Task(Generic[DataT]):
     """Function that judges one model; by default it returns the observations themselves."""
     alone: ObserveAlone[DataT] = nothing_alone
     """Function whose observations are added to those of `observe`; not for one that only runs beside another model."""
+    show: ShowSample[DataT] | None = None
+    """How single samples are shown; None where they cannot be."""
     plain: bool = False
     """Whether it runs models by their own inputs and outputs, on one sample after the other, each with all cores."""
 

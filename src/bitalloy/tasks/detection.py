@@ -21,7 +21,7 @@ from bitalloy.core.store import StageInputs
 from bitalloy.data.datasets import choose_samples
 from bitalloy.data.images import Geometry, ImageSpec, image_feed, infer_image_spec
 from bitalloy.data.masks import Rle
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskMetric, TaskResult, few_images
+from bitalloy.tasks.base import Interface, RunModel, Seen, ShowSample, Task, TaskMetric, TaskResult, few_images
 from bitalloy.tasks.bootstrap import (
     RESAMPLES,
     ResampledMetric,
@@ -32,6 +32,7 @@ from bitalloy.tasks.bootstrap import (
 )
 from bitalloy.tasks.coco import CocoLabels, LabelledImage, read_coco, without_labels
 from bitalloy.tasks.precision import SHOWN, Detections, Matches, average_precision, match_boxes, match_shown
+from bitalloy.tasks.shown_boxes import BOX_MEASURE, agreement_of_boxes, box_overlaps, class_precisions, show_boxes
 from bitalloy.tasks.yolo import class_names, looks_like_yolo, split_predictions, suppress
 
 SHOWN_AGREEMENT = "agreement"
@@ -427,7 +428,7 @@ def _check_pair(a: DetectionResult, b: DetectionResult) -> None:
 def _counterparts(a: Detections, b: Detections, confidence: float) -> tuple[np.ndarray, int]:
     """(m, 3) scores in a and b of the matched detections and their overlap, and the number of unmatched ones of a."""
     shown = np.flatnonzero(a.scores >= confidence)
-    overlap = np.where(a.classes[shown, None] == b.classes[None], _iou(a.boxes[shown], b.boxes), 0)
+    overlap = np.where(a.classes[shown, None] == b.classes[None], box_overlaps(a.boxes[shown], b.boxes), 0)
     found = []
     for row, index in enumerate(shown):
         best = int(overlap[row].argmax()) if len(b.scores) else -1
@@ -437,12 +438,12 @@ def _counterparts(a: Detections, b: Detections, confidence: float) -> tuple[np.n
     return np.array(found, dtype=np.float64).reshape(-1, 3), len(shown) - len(found)
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(k, m) overlap of (k, 4) with (m, 4) boxes, as corners."""
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    shared = np.clip(sides, 0, None).prod(axis=2)
-    areas = [(x[:, 2:] - x[:, :2]).prod(axis=1) for x in (a, b)]
-    return np.asarray(shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9))
+SHOW_DETECTIONS: ShowSample[DetectionData] = ShowSample(
+    measure=BOX_MEASURE,
+    agree=agreement_of_boxes,
+    draw=show_boxes,
+    classes=lambda first, second, data, seed: class_precisions(first.boxes, second.boxes, data, seed),
+)
 
 
 DETECTION: Task[DetectionData] = Task(
@@ -455,4 +456,5 @@ DETECTION: Task[DetectionData] = Task(
     judge=judge_detector,
     disturb=disturb_detections,
     disturbance=DISTURBANCE,
+    show=SHOW_DETECTIONS,
 )

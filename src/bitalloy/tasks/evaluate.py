@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from bitalloy.core.encoding import to_json
+from bitalloy.core.examples import Examples
 from bitalloy.core.jobs import Job, Opening, Resident
 from bitalloy.core.outcome import Resolution
 from bitalloy.core.records import TensorSpec
@@ -31,6 +32,7 @@ from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.observing import LabelFile, ObservedSamples, ObserverParts, open_labelled
 from bitalloy.tasks.own import OwnData
 from bitalloy.tasks.resolution import DISTURBANCES, RESAMPLES_EACH, resolution_of
+from bitalloy.tasks.shown import examples_of
 
 SHARD = 32
 """Number of samples whose observations are stored together."""
@@ -180,6 +182,26 @@ class Evaluator:
         if self._task.disturb is None:
             return ()
         return tuple(one for labels in self._labelled for one in self._resolved(labels))
+
+    def examples(self, plan: Plan) -> Examples | None:
+        """Show the samples on which the model of a plan agrees least with the float model.
+
+        What `results` observed is not executed again. Of several files of labels the first is shown.
+
+        Returns:
+            Pictures and texts; None where the task cannot show its samples.
+        """
+        if self._task.show is None:
+            return None
+        labels = self._labelled[0]
+        shards = labels.shards()
+        seen, judged = [], []
+        for subject in (self.reference, self.subject(plan)):
+            key = key_of(self._inputs(labels, subject))
+            seen.append(self._seen(labels, shards, key, subject, "evaluate"))
+            judged.append(self._judged_of(labels, shards, key, subject, "evaluate"))
+        pairs = (seen[0], seen[1]), (judged[0], judged[1])
+        return examples_of(self._task, labels.data, sorted(labels.samples), *pairs, self._analysis.settings.seed)
 
     @property
     def notes(self) -> tuple[str, ...]:

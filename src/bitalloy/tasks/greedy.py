@@ -15,7 +15,7 @@ import numpy as np
 from bitalloy.tasks.base import Seen, TaskMetric
 from bitalloy.tasks.bootstrap import compare_models, ratio_of_sums
 
-__all__ = ["GREEDY", "compare_answers", "first_divergent", "joined_answers"]
+__all__ = ["GREEDY", "answers_of", "compare_answers", "first_divergent", "joined_answers"]
 
 GREEDY, LENGTHS = "greedy", "lengths"
 """Names of arrays of an observation: token ids of all answers about an image, and the number of each answer's."""
@@ -52,7 +52,7 @@ def compare_answers(
     count = np.array([len(one[LENGTHS]) for one in first], np.float64)
     same, together = {}, {}
     for name, part in seen.items():
-        pairs = [list(zip(_answers(a), _answers(b), strict=True)) for a, b in zip(first, part, strict=True)]
+        pairs = [list(zip(answers_of(a), answers_of(b), strict=True)) for a, b in zip(first, part, strict=True)]
         equal = np.array([sum(a == b for a, b in some) for some in pairs])
         prefix = np.array([sum(first_divergent(a, b) for a, b in some) for some in pairs])
         same[name], together[name] = (ratio_of_sums(total, count, weights) for total in (equal, prefix))
@@ -63,6 +63,7 @@ def compare_answers(
     )
 
 
-def _answers(seen: Seen) -> list[tuple[int, ...]]:
+def answers_of(seen: Seen) -> list[tuple[int, ...]]:
+    """Return the token ids of each answer, as `joined_answers` stored them."""
     ends = np.cumsum(seen[LENGTHS])[:-1]
     return [tuple(part.tolist()) for part in np.split(seen[GREEDY], ends)]

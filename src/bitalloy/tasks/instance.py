@@ -20,6 +20,7 @@ from bitalloy.tasks.bootstrap import RESAMPLES, resampled_weights
 from bitalloy.tasks.detection import (
     BOX_NOISE,
     DISTURBANCE,
+    SHOW_DETECTIONS,
     DetectionData,
     Matched,
     compare_precision,
@@ -191,4 +192,5 @@ INSTANCE: Task[DetectionData] = Task(
     judge=judge_instances,
     disturb=_disturb,
     disturbance=f"{DISTURBANCE}, and masks moved as far",
+    show=SHOW_DETECTIONS,
 )

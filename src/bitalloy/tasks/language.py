@@ -6,11 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, image_input
+from bitalloy.core.examples import ExampleText
+from bitalloy.tasks.base import (
+    Interface,
+    RunModel,
+    Seen,
+    ShownSample,
+    ShowSample,
+    Task,
+    TaskResult,
+    image_input,
+)
 from bitalloy.tasks.bootstrap import RESAMPLES
 from bitalloy.tasks.captions import (
     LOSS_NOISE,
+    QUESTION,
     CaptionData,
     disturb_losses,
     measure_captions,
@@ -19,6 +31,8 @@ from bitalloy.tasks.captions import (
     write_caption,
 )
 from bitalloy.tasks.chat import IDS, open_chat
+from bitalloy.tasks.greedy import answers_of, first_divergent
+from bitalloy.tasks.pictures import thumbnail_of
 from bitalloy.tasks.questions import (
     CHANGED_ANSWERS,
     QuestionData,
@@ -77,6 +91,29 @@ def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
     return disturb_answers(seen, rng) if "answers" in seen else disturb_losses(seen, rng)
 
 
+SHOWN_ANSWERS = 4
+"""Largest number of answers about one image that are shown."""
+
+
+def _agree(reference: Seen, other: Seen) -> float:
+    pairs = list(zip(answers_of(reference), answers_of(other), strict=True))
+    parts = [first_divergent(a, b) / max(len(a), len(b), 1) for a, b in pairs]
+    return sum(parts) / len(parts) if parts else 1.0
+
+
+def _draw(image: Image.Image, reference: Seen, other: Seen, data: LanguageData, sample: int, /) -> ShownSample:
+    """Return the image, with the prompts whose answers differ before the others."""
+    pairs = list(zip(answers_of(reference), answers_of(other), strict=True))
+    asked = [QUESTION] * len(pairs)
+    if isinstance(data, QuestionData):
+        asked = [question.prompt() for question in data.by_image[list(data.by_image)[sample]]]
+    texts = [
+        ExampleText(asked=text, reference=data.chat.text(a), mixed=data.chat.text(b))
+        for text, (a, b) in sorted(zip(asked, pairs, strict=True), key=lambda pair: pair[1][0] == pair[1][1])
+    ]
+    return ShownSample(thumbnail_of(image), None, tuple(texts[:SHOWN_ANSWERS]))
+
+
 LANGUAGE: Task[LanguageData] = Task(
     name="language",
     labels="a COCO caption file, or a file of questions as JSON lines",
@@ -87,4 +124,9 @@ LANGUAGE: Task[LanguageData] = Task(
     observe=_observe,
     measure=_measure,
     alone=_alone,
+    show=ShowSample(
+        measure="part of an answer up to the first token that differs, mean over the prompts of an image",
+        agree=_agree,
+        draw=_draw,
+    ),
 )

@@ -56,6 +56,8 @@ class Detections:
 class CategoryMatches:
     """D detections of one category, best score first, matched to labels at T IoU thresholds."""
 
+    category: int
+    """Id of the category."""
     image: np.ndarray
     """Position of each detection's image, (D,) int."""
     hit: np.ndarray
@@ -212,7 +214,9 @@ def _match(
     return Matches(
         ap=float(precision[precision > -1].mean()),
         ap50=float(precision[0][precision[0] > -1].mean()),
-        categories=tuple(_category(row) for row in per_image[counted]),
+        categories=tuple(
+            _category(category, row) for category, row, used in zip(categories, per_image, counted, strict=True) if used
+        ),
         images=len(images),
     )
 
@@ -254,7 +258,7 @@ def _results(
     ]
 
 
-def _category(row: np.ndarray) -> CategoryMatches:
+def _category(category: int, row: np.ndarray) -> CategoryMatches:
     """Join one category's images: `row` holds what `COCOeval.evaluateImg` returned for each (None: nothing there)."""
     positives = np.zeros(len(row), np.int64)
     image, score = [np.zeros(0, np.intp)], [np.zeros(0)]
@@ -270,6 +274,7 @@ def _category(row: np.ndarray) -> CategoryMatches:
     order = np.argsort(-np.concatenate(score), kind="stable")
     unused = np.concatenate(ignored, axis=1)[:, order]
     return CategoryMatches(
+        category=category,
         image=np.concatenate(image)[order],
         hit=np.concatenate(matched, axis=1)[:, order] & ~unused,
         ignored=unused,

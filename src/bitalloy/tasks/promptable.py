@@ -31,9 +31,21 @@ from bitalloy.data import masks
 from bitalloy.data.datasets import ImageFolder, choose_samples
 from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, open_image
 from bitalloy.data.masks import Mask, interior_point, overlap
-from bitalloy.tasks.base import Interface, RunModel, Seen, Task, TaskResult, few_images, image_input, refuse_fit
+from bitalloy.tasks.base import (
+    Interface,
+    RunModel,
+    Seen,
+    ShownSample,
+    ShowSample,
+    Task,
+    TaskResult,
+    few_images,
+    image_input,
+    refuse_fit,
+)
 from bitalloy.tasks.bootstrap import RESAMPLES, compare_models, ratio_of_sums, resampled_weights
 from bitalloy.tasks.coco import CocoLabels, LabelledBox, LabelledImage, read_coco
+from bitalloy.tasks.pictures import blend_masks, colour_of, draw_boxes, thumbnail_of
 from bitalloy.tasks.resample import resize
 
 __all__ = [
@@ -60,6 +72,8 @@ _CELLS = 3
 """Number of cells of the grid along each side."""
 
 IOU_NOISE = 0.02
+SHOWN_PROMPTS = 8
+"""Largest number of box prompts whose masks a picture shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +387,27 @@ def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
     return {**seen, "quality": np.clip(quality + rng.normal(0, IOU_NOISE, quality.shape), 0, 1)}
 
 
+def _agree(reference: Seen, other: Seen) -> float:
+    same = _agreement(reference, other)
+    return float(same.mean()) if same.size else 1.0
+
+
+def _draw(image: Image.Image, reference: Seen, other: Seen, data: PromptData, sample: int, /) -> ShownSample:
+    """Lay the masks of the first box prompts over the image, with their boxes."""
+    asked = [prompts["box"].points for prompts, _ in _asked(data, sample, image.size)][:SHOWN_PROMPTS]
+    boxes = np.reshape(asked, (-1, 4))
+    found = []
+    for seen in (reference, other):
+        small = thumbnail_of(image)
+        packed = masks.unpacked(seen, (image.width, image.height))[:: len(PROMPT_KINDS)][:SHOWN_PROMPTS]
+        colours = [colour_of(i) for i in range(len(packed))]
+        blend_masks(small, [masks.decode(one) for one in packed], colours)
+        texts = [f"prompt {i + 1}" for i in range(len(packed))]
+        draw_boxes(small, boxes * (small.width / image.width), texts, colours, [False] * len(packed))
+        found.append(small)
+    return ShownSample(found[0], found[1])
+
+
 PROMPTABLE: Task[PromptData] = Task(
     name="promptable",
     labels="a COCO annotation file with masks, or a folder of images",
@@ -382,4 +417,5 @@ PROMPTABLE: Task[PromptData] = Task(
     disturbance=f"the IoU of every mask changed by {IOU_NOISE}",
     observe=observe_prompts,
     measure=measure_prompts,
+    show=ShowSample(measure="mean IoU of the masks of both models, over all prompts", agree=_agree, draw=_draw),
 )

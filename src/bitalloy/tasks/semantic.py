@@ -32,6 +32,8 @@ from bitalloy.tasks.base import (
     Interface,
     RunModel,
     Seen,
+    ShownSample,
+    ShowSample,
     Task,
     TaskMetric,
     TaskResult,
@@ -40,6 +42,7 @@ from bitalloy.tasks.base import (
     refuse_fit,
 )
 from bitalloy.tasks.bootstrap import RESAMPLES, ResampledMetric, compare_models, ratio_of_sums, resampled_weights
+from bitalloy.tasks.pictures import blend_labels, thumbnail_of
 from bitalloy.tasks.resample import resize
 
 __all__ = [
@@ -270,7 +273,7 @@ def measure_semantic(
     for i in range(n):
         reference: np.ndarray | None = None
         for name, part in seen.items():
-            predicted = np.frombuffer(zlib.decompress(part[i]["pixels"].tobytes()), np.uint8)
+            predicted = _classes_of(part[i])
             reference = predicted if reference is None else reference
             agreed[name][i] = np.count_nonzero(predicted == reference)
             pixels[i] = predicted.size
@@ -324,6 +327,21 @@ def _disturb(seen: Seen, rng: np.random.Generator, /) -> Seen:
     return {**seen, "counts": np.stack([shared - lost + won, labelled, predicted - lost + won])}
 
 
+def _classes_of(seen: Seen) -> np.ndarray:
+    """Classes of the pixels of an image, row by row, (pixels,) uint8."""
+    return np.frombuffer(zlib.decompress(seen["pixels"].tobytes()), np.uint8)
+
+
+def _agree(reference: Seen, other: Seen) -> float:
+    return float((_classes_of(reference) == _classes_of(other)).mean())
+
+
+def _draw(image: Image.Image, reference: Seen, other: Seen, _: SemanticData, __: int, /) -> ShownSample:
+    first, second = (_classes_of(seen).reshape(image.height, image.width) for seen in (reference, other))
+    small, differs = thumbnail_of(image), first != second
+    return ShownSample(blend_labels(small, first, np.zeros_like(differs)), blend_labels(small, second, differs))
+
+
 SEMANTIC: Task[SemanticData] = Task(
     name="semantic",
     labels="a folder of images, perhaps with label maps",
@@ -333,4 +351,5 @@ SEMANTIC: Task[SemanticData] = Task(
     disturbance=f"{PIXEL_NOISE:.0%} of the pixels of each class changed, more or less by image",
     observe=observe_semantic,
     measure=measure_semantic,
+    show=ShowSample(measure="part of the pixels to which both models give the same class", agree=_agree, draw=_draw),
 )

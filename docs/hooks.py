@@ -1,0 +1,60 @@
+"""Pages that are made of the code when the site is built: the glossary, the command line and the Python reference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import bitalloy
+from bitalloy.report.glossary import GLOSSARY
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put what the code says into the places that a page leaves for it."""
+    for name, make in (("glossary", glossary), ("commands", commands), ("names", names)):
+        place = f"<!-- {name} -->"
+        if place in markdown:
+            markdown = markdown.replace(place, "\n".join(make()))
+    return markdown
+
+
+def glossary() -> Iterable[str]:
+    """List the terms with their definitions."""
+    for term, meaning in GLOSSARY.items():
+        yield f"**{term}**\n:   {meaning}\n"
+
+
+def commands() -> Iterable[str]:
+    """List all commands with their arguments and options."""
+    import typer
+
+    from bitalloy.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if command.hidden:
+            continue
+        yield f"## bitalloy {name}\n"
+        yield f"```text\n{inspect.cleandoc(command.help or '').replace(chr(8), '')}\n```\n"
+        yield "| option | what it does |\n|---|---|"
+        for parameter in command.params:
+            spelled = parameter.opts if parameter.opts[0].startswith("-") else [parameter.name]
+            shown = ", ".join(f"`{name}`" for name in spelled)
+            told = " ".join((getattr(parameter, "help", "") or "").split()).replace("|", "\\|")
+            yield f"| {shown} | {told} |"
+        yield ""
+
+
+def names() -> Iterable[str]:
+    """List all public names of the package with signature and docstring."""
+    for name in bitalloy.__all__:
+        found = getattr(bitalloy, name)
+        told = inspect.getdoc(found)
+        if inspect.ismodule(found) or told is None:
+            continue
+        try:
+            signature = str(inspect.signature(found))
+        except (TypeError, ValueError):
+            signature = ""
+        yield f"## {name}\n\n```python\nbitalloy.{name}{signature}\n```\n\n```text\n{told}\n```\n"

@@ -1,0 +1,55 @@
+"""The documents: their examples run, their options exist, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bitalloy.cli.main import app
+from bitalloy.core.effort import EFFORTS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCKS = [
+    pytest.param(page.name, block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_examples_run(
+    page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("bitalloy.verify.beside_float"), "REPEATS", 2)
+    cost: Any = importlib.import_module("bitalloy.measure.cost")
+    monkeypatch.setitem(cost.measure_cost.__kwdefaults__, "effort", EFFORTS["quick"])
+    exec(compile(block, page, "exec"), {"__name__": "docs"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands_have_the_options_that_exist() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name for c in commands.values() for p in c.params for name in (*p.opts, *p.secondary_opts)}
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", text)) <= options
+    assert set(re.findall(r"bitalloy ([a-z]+) (?:[A-Za-z]|--)", text)) - {"takes", "keeps"} <= set(commands)
+
+
+def test_site_builds_strictly_with_what_the_code_says(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    glossary = (tmp_path / "site" / "concepts" / "index.html").read_text()
+    assert "The choice of a scheme for every unit." in glossary
+    assert "--max-drop" in (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
+    assert "quantize" in (tmp_path / "site" / "reference" / "python" / "index.html").read_text()
