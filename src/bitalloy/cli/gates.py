@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitalloy.cli.arguments import EvaluateArguments
 from bitalloy.cli.collecting import collected
-from bitalloy.cli.console import MISSED, SHOWN_LINES, Bars, error_console, out_console
+from bitalloy.cli.console import MISSED, SHOWN_LINES, error_console, out_console, shown_progress
+from bitalloy.cli.requests import EvaluateArguments
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def evaluate_command(asked: EvaluateArguments) -> None:
     from bitalloy.pipeline.evaluate import evaluate_models
     from bitalloy.report.text import evaluation_table
 
-    with Bars() as bars:
-        options = replace(sources.options(asked.limit), progress=bars)
+    with shown_progress(quiet=asked.quiet) as progress:
+        options = replace(sources.options(asked.limit), progress=progress)
         found = evaluate_models(asked.models, evaluate, seed=asked.seed, options=options)
     if asked.json_output:
         sys.stdout.write(to_json(found, pretty=True).decode() + "\n")

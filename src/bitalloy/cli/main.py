@@ -13,19 +13,21 @@ from typer.core import TyperGroup
 
 from bitalloy import __version__
 from bitalloy.cli import gates, look
-from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments
 from bitalloy.cli.collecting import collected
+from bitalloy.cli.commands import add_command
 from bitalloy.cli.console import (
     INTERRUPTED,
     MISSED,
     REFUSED,
     SHOWN_LINES,
     UNREACHABLE,
-    Bars,
     error_console,
     out_console,
+    shown_progress,
 )
+from bitalloy.cli.requests import PlanArguments, RunArguments, SensitivityArguments
 from bitalloy.core.errors import BitalloyError, UnreachableError
+from bitalloy.core.progress import Course, shares_of_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
+
+NO_NATS = 1e-15
+"""Divergence in nats up to which two distributions are the same; no smaller one is told from rounding."""
+
+COMPLETION = ("--install-completion", "--show-completion")
+"""Options that typer adds."""
 
 TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 """Tone of a verdict, see `report.figures` -> its colour."""
@@ -57,12 +65,17 @@ class QuickGroup(TyperGroup):
             option.default = False
         return option
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the command; options for completion count where one is given, or help is shown."""
+        if args and args[0] not in ("--help", *COMPLETION):
+            self.params = [param for param in self.params if not set(param.opts) & set(COMPLETION)]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     cls=QuickGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
@@ -87,7 +100,6 @@ def root(
     """
 
 
-@app.command("run")
 @collected(RunArguments)
 def run_command(asked: RunArguments) -> None:
     """Analyse, plan, apply, verify and report, in one go.
@@ -99,21 +111,22 @@ def run_command(asked: RunArguments) -> None:
     Exit code 0: done; 2: the command must be corrected; 3: done, but with --fail-on-miss a limit is missed or
     undecided; 4: no plan keeps the limits.
 
-    For example:
+    For example, of the embedded sample, of an own model, with labels, with a metric of one's own, with parts kept in a
+    precision, and of a model that is exported first:
 
-      bitalloy run                                   the embedded sample
+      bitalloy run
 
       bitalloy run model.onnx --data images/ --latency 0.7x
 
       bitalloy run yolo11n.onnx --data images/ --max-drop-db 20 --eval instances.json
 
-      bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json   in points of AP50-95
+      bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json
 
-      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01   your own metric
+      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01
 
       bitalloy run model.onnx --data images/ --latency 0.7x --keep fp32:'neck*' --keep int8:'backbone/model.{4..8}'
 
-      bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
+      bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json
     """
     asked.budget(1)  # refuses what is wrong before the model is read
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
@@ -122,10 +135,13 @@ def run_command(asked: RunArguments) -> None:
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.pipeline.prepare import prepare
+    from bitalloy.targets import chosen_targets
 
+    chosen_targets(settings.targets, settings.device)
     model, limit = asked.model, asked.analysis.limit
-    with Bars() as bars:
-        options = replace(asked.opening.options(limit), progress=bars)
+    course = Course(shares_of_run(evaluated=evaluate is not None), len(settings.targets))
+    with shown_progress(quiet=asked.quiet, course=course) as progress:
+        options = replace(asked.opening.options(limit), progress=progress)
         prepared = prepare(
             model.model,
             out=model.out,
@@ -166,10 +182,14 @@ def _ends(interval: Estimate | None) -> str:
     return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
 
 
-def _beside(one: Comparison, form: str) -> str:
+def _beside(one: Comparison, text: Callable[[float], str]) -> str:
     """Write what was measured, with what was predicted where anything was."""
-    predicted = f" (predicted {one.predicted:{form}})" if one.predicted is not None else ""
-    return f"{one.measured:{form}}{predicted}"
+    predicted = f" (predicted {text(one.predicted)})" if one.predicted is not None else ""
+    return f"{text(one.measured)}{predicted}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3g}" if value > NO_NATS else "no error"
 
 
 def _figures(verified: Verified) -> Table:
@@ -206,9 +226,9 @@ def _figures(verified: Verified) -> Table:
     if (memory := summary.peak_memory_mb) is not None:
         row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", memory, formats.megabytes)
     for head, pair in summary.sqnr_db.items():
-        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, ".1f"))
+        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, formats.bare_decibel_text))
     for head, pair in summary.kl_nats.items():
-        row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
+        row(f"KL {head}, nats", pair, lambda c: _beside(c, _nats))
     for name, metric in summary.metrics.items():
         row(f"{name} (n={metric.reference.n})" if metric.reference.n else name, metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():
@@ -253,7 +273,6 @@ def _show(verified: Verified, folder: Path) -> None:
         out_console.print(note, style="yellow", soft_wrap=True)
 
 
-@app.command("plan")
 @collected(PlanArguments)
 def plan_command(asked: PlanArguments) -> None:
     """Plan again from a run directory, without measuring.
@@ -274,8 +293,8 @@ def plan_command(asked: PlanArguments) -> None:
     from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
-    with Bars() as bars:
-        planned = plan_again(asked.run_directory, asked.limits.budget, progress=bars)
+    with shown_progress(quiet=asked.quiet) as progress:
+        planned = plan_again(asked.run_directory, asked.limits.budget, progress=progress)
     if asked.json_output:
         sys.stdout.write(text.front_json(planned) if asked.front else text.plan_json(planned))
         return
@@ -289,7 +308,6 @@ def plan_command(asked: PlanArguments) -> None:
     out_console.print(text.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command("sensitivity")
 @collected(SensitivityArguments)
 def sensitivity_command(asked: SensitivityArguments) -> None:
     """Tell what rounding each part does to every output.
@@ -322,14 +340,14 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
     from bitalloy.report import text
 
     model, question = asked.model, asked.question()
-    with Bars() as bars:
+    with shown_progress(quiet=asked.quiet) as progress:
         table = stage.sensitivity(
             model.model,
             out=model.out,
             data=model.data,
             settings=settings,
             question=question,
-            options=replace(asked.opening.options(asked.analysis.limit), progress=bars),
+            options=replace(asked.opening.options(asked.analysis.limit), progress=progress),
         )
     if asked.json_output:
         from bitalloy.core.encoding import to_json
@@ -350,7 +368,6 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 
 
-@app.command("export")
 def export_command(
     name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
     checkpoint: Annotated[
@@ -394,6 +411,10 @@ def export_command(
 
 
 for _name, _command in (
+    ("run", run_command),
+    ("plan", plan_command),
+    ("sensitivity", sensitivity_command),
+    ("export", export_command),
     ("models", look.models_command),
     ("targets", look.targets_command),
     ("check", gates.check_command),
@@ -402,7 +423,7 @@ for _name, _command in (
     ("audit", look.audit_command),
     ("doctor", look.doctor_command),
 ):
-    app.command(_name)(_command)
+    add_command(app, _name, _command)
 
 
 def main() -> None:
