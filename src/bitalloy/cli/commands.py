@@ -27,7 +27,7 @@ PANELS = {
     "Selection": "method mode units regions sites confirm",
     "Analysis": "effort samples probes calibration_samples seed",
     "Runtime": "target device workload here compiled",
-    "Output": "out junit json_output quiet",
+    "Output": "out junit base_model json_output mlflow quiet",
     "Configuration": "config print_config",
 }
 """Groups of options in `--help`, in their order -> names of parameters, in theirs."""

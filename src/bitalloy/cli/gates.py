@@ -113,6 +113,26 @@ def diff_command(
         out_console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def card_command(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished `bitalloy run`.")],
+    out: Annotated[Path | None, typer.Option(help="File of the card. Default: README.md in RUN.")] = None,
+    base_model: Annotated[
+        str, typer.Option(help="The float model as it was published, such as `owner/name`. Default: its file's name.")
+    ] = "",
+) -> None:
+    """Write a model card of a finished run, from its files alone.
+
+    It is Markdown with front matter, as model hubs read it (`base_model_relation: quantized`): metrics with intervals,
+    limits, data, how to load the model, and where it comes from.
+
+    Example: bitalloy card runs/last --base-model owner/name
+    """
+    from bitalloy.pipeline.card import write_card
+
+    path = write_card(run_directory, out=out, base_model=base_model)
+    out_console.print(f"Model card: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
 @collected(EvaluateArguments)
 def evaluate_command(asked: EvaluateArguments) -> None:
     """Evaluate model files side by side, each paired with the first, without an analysis.

@@ -132,6 +132,10 @@ def run_command(asked: RunArguments) -> None:
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
     asked.opening.check()
     _refuse_broken(asked.model.model)
+    if asked.mlflow:
+        from bitalloy.pipeline.tracking import require_mlflow
+
+        require_mlflow()
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.pipeline.prepare import prepare
@@ -159,11 +163,18 @@ def run_command(asked: RunArguments) -> None:
         budget = asked.budget(float_bytes(prepared.model))
         verified = deliver(prepared, budget=budget, settings=settings, limit=limit, effort=effort_named(asked.effort))
     results = (verified, *verified.others)
+    folders = [model.out, *(model.out / one.summary.target for one in verified.others)]
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")
     else:
-        for one in results:
-            _show(one, model.out if one is verified else model.out / one.summary.target)
+        for one, folder in zip(results, folders, strict=True):
+            _show(one, folder)
+    if asked.mlflow:
+        from bitalloy.pipeline.tracking import log_run
+
+        for one, folder in zip(results, folders, strict=True):
+            told = f"Logged to MLflow as run {log_run(one.summary, folder)}."
+            error_console.print(told, soft_wrap=True, markup=False, highlight=False)
     if asked.fail_on_miss and not all(one.status.proven for one in results):
         told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
         error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
@@ -199,7 +210,7 @@ def _figures(verified: Verified) -> Table:
     from bitalloy.report import figures, formats
 
     summary, units = verified.summary, verified.analysis.units
-    table = Table("", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
+    table = Table("figure", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
     latency_ms, columns = summary.latency_ms, figures.shown_columns(summary)
 
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
@@ -419,6 +430,7 @@ for _name, _command in (
     ("targets", look.targets_command),
     ("check", gates.check_command),
     ("diff", gates.diff_command),
+    ("card", gates.card_command),
     ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
     ("doctor", look.doctor_command),

@@ -118,6 +118,10 @@ class RunArguments:
     analysis: AnalysisArguments
     opening: OpeningArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
+    mlflow: Annotated[
+        bool,
+        typer.Option("--mlflow", help="Log parameters, metrics and files of the result to MLflow; needs the extra."),
+    ] = False
     quiet: Quiet = False
 
     def evaluation(self) -> Any:

@@ -28,6 +28,7 @@ from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
+from bitalloy.verify.provenance import provenance_of, stamped
 from bitalloy.verify.shipped import MeasuredPlan
 from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.steadiness import steadiness_of
@@ -114,6 +115,7 @@ def verify(
     beside = course.single if measured.sqnr_single is not None else None
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
     final = _with_measured(analysis, course.known(), final, measured)
+    mixed = stamped(mixed, provenance_of(analysis, final, metrics.metrics), most=final.plan.budget.size_bytes)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,
