@@ -1,6 +1,7 @@
 # make demo    core environment in .venv, complete run on the embedded sample
 # make test    development environment in .venv-dev, all tests
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
+# make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make clean   remove environments, runs and caches
 
@@ -12,7 +13,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile check clean
+.PHONY: demo test compile wheel check clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -26,6 +27,17 @@ test: .venv-dev/installed
 
 compile: .venv-dev/installed .venv-rtx/installed
 	PYTHONPATH=$(CURDIR)/.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
+
+# Everything that `pip install bitalloy` gives, and nothing of the checkout. MB are those of the size limit below 30.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	test "$$(du -sm dist/*.whl | cut -f1)" -lt 30
+	.venv-wheel/bin/python -m pip install --quiet --no-compile dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet --dry-run "$$(ls dist/*.whl)[openvino]"
+	mkdir -p dist/outside && cd dist/outside && PYTHONPATH= ../../.venv-wheel/bin/python -P $(CURDIR)/.ci/wheel.py $(CURDIR)
+	cd dist/outside && ../../.venv-wheel/bin/bitalloy --version
 
 check: .venv-dev/installed
 	$(DEV)/ruff check .
@@ -55,5 +67,5 @@ check: .venv-dev/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-rtx runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-rtx .venv-wheel dist runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

@@ -108,12 +108,8 @@ class Shown:
         self._last, self._began, self._done = "", 0.0, 0
         self._start = self._told = time.perf_counter()
         self._lock, self._over = threading.RLock(), threading.Event()
-        self._open = 0
 
     def __enter__(self) -> Shown:
-        self._open += 1
-        if self._open > 1:
-            return self
         self._start = self._told = time.perf_counter()
         if self._bars is not None:
             self._bars.start()
@@ -123,11 +119,9 @@ class Shown:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._open -= 1
-        if self._open == 0:
-            self._over.set()
-            if self._bars is not None:
-                self._bars.stop()
+        self._over.set()
+        if self._bars is not None:
+            self._bars.stop()
 
     def start(self, stage: str, total: int | None) -> None:
         """Begin a stage of `total` steps; None where the number is unknown."""
@@ -182,6 +176,33 @@ class Shown:
         line += f" ({duration(so_far)} so far"
         line += f", about {duration(left)} left)" if left is not None else ")"
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+class StageBars:
+    """Progress in a notebook: every stage opens a display of its own, and closes it."""
+
+    def __init__(self) -> None:
+        self._shown: Shown | None = None
+
+    def start(self, stage: str, total: int | None) -> None:
+        """Begin a stage of `total` steps; None where the number is unknown."""
+        from rich.console import Console
+
+        self._shown = Shown(Console())
+        self._shown.__enter__()
+        self._shown.start(stage, total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Report that steps of the stage are done."""
+        if self._shown is not None:
+            self._shown.advance(steps)
+
+    def finish(self, note: str = "") -> None:
+        """End the stage."""
+        if self._shown is not None:
+            self._shown.finish(note)
+            self._shown.__exit__()
+            self._shown = None
 
 
 def duration(seconds: float) -> str:
