@@ -1,7 +1,7 @@
 # The core of bitalloy on ONNX Runtime, without a deep-learning framework. Not built in CI, which has no Docker.
 #
 #   docker build -t bitalloy .
-#   docker run --rm -v "$PWD:/work" bitalloy run model.onnx --data images/ --latency 0.7x
+#   docker run --rm -v "$PWD:/data" bitalloy run model.onnx --data images/ --latency 0.7x
 FROM python:3.13-slim AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE NOTICE ./
@@ -13,5 +13,5 @@ COPY --from=build /opt/bitalloy /opt/bitalloy
 # Latency is that of the cores the container may use: give it whole ones, such as --cpuset-cpus 0-3.
 RUN useradd --create-home bitalloy
 USER bitalloy
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["/opt/bitalloy/bin/bitalloy"]
