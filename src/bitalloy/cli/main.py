@@ -162,6 +162,12 @@ def run_command(asked: RunArguments) -> None:
 
         budget = asked.budget(float_bytes(prepared.model))
         verified = deliver(prepared, budget=budget, settings=settings, limit=limit, effort=effort_named(asked.effort))
+    _tell(asked, verified)
+
+
+def _tell(asked: RunArguments, verified: Verified) -> None:
+    """Print the results of a run, log them where that was asked for, and end with the exit code that they have."""
+    model = asked.model
     results = (verified, *verified.others)
     folders = [model.out, *(model.out / one.summary.target for one in verified.others)]
     if asked.json_output:

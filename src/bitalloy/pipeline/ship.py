@@ -57,7 +57,8 @@ class Verified(Tabular):
 
     def listing(self) -> Listing:
         """Return the key figures of the float, the lowest and the mixed model as a table."""
-        summary, rows = self.summary, []
+        summary = self.summary
+        rows: list[tuple[object, ...]] = []
         for name, found in (("latency, ms", summary.latency_ms), ("size, bytes", summary.size_bytes)):
             rows.append((name, found.reference, found.lowest, found.mixed))
         rows += [(f"SQNR {head}, dB", None, p.lowest.measured, p.mixed.measured) for head, p in summary.sqnr_db.items()]

@@ -13,7 +13,7 @@ import msgspec
 from bitalloy.core.errors import BitalloyError, MissingExtraError
 from bitalloy.core.outcome import Summary, Triple
 
-FILES = ("mixed.onnx", "mixed.onnx.data", "report.html", "summary.json", "plan.json", "calibration.json")
+LOGGED_FILES = ("mixed.onnx", "mixed.onnx.data", "report.html", "summary.json", "plan.json", "calibration.json")
 """Files of a run directory that are logged; of a program also its folder `mixed`."""
 PARAMETERS = ("model", "model_sha256", "target", "device", "threads", "units", "samples", "probes", "seed")
 """Fields of the summary that are logged as parameters."""
@@ -68,7 +68,7 @@ def _log(mlflow: Any, run: Any, summary: Summary, folder: Path) -> str:
     mlflow.log_params(tracked_parameters(summary))
     mlflow.log_metrics(tracked_metrics(summary))
     mlflow.set_tags({"bitalloy.status": str(summary.status.verdict), "bitalloy.headline": summary.headline})
-    for name in FILES:
+    for name in LOGGED_FILES:
         if (folder / name).is_file():
             mlflow.log_artifact(str(folder / name))
     if (folder / "mixed").is_dir():
