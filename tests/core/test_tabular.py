@@ -64,7 +64,7 @@ def test_records_of_a_run_are_tables() -> None:
     assert len(cost.listing().rows) == sum(len(one.us) for one in cost.units)
     for one in (plan, plan.front(), table, cost):
         assert len(repr(one)) < 120 and all(len(row) == len(one.listing().columns) for row in one.listing().rows)
-    times = [row[2] for row in plan.front().rows]
+    times = [float(str(row[2])) for row in plan.front().rows]
     assert times == sorted(times) and times[0] == min(point.predicted_latency_us for point in plan.pareto) / 1e3
 
 
