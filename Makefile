@@ -2,6 +2,7 @@
 # make test    development environment in .venv-dev, all tests
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make torture kills, mutated files, absurd options, full disks, many images: about 15 minutes (TORTURE_MINUTES=...)
+# make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make docs    the site of documents in build/site
 # make clean   remove environments, runs and caches
@@ -14,7 +15,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile torture check docs clean
+.PHONY: demo test compile wheel torture check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -31,6 +32,16 @@ compile: .venv-dev/installed .venv-rtx/installed
 
 torture: .venv-dev/installed
 	$(DEV)/python -m tests.torture --out torture.json
+# Everything that `pip install bitalloy` gives, and nothing of the checkout. MB are those of the size limit below 30.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	test "$$(du -sm dist/*.whl | cut -f1)" -lt 30
+	.venv-wheel/bin/python -m pip install --quiet --no-compile dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet --dry-run "$$(ls dist/*.whl)[openvino]"
+	mkdir -p dist/outside && cd dist/outside && PYTHONPATH= ../../.venv-wheel/bin/python -P $(CURDIR)/.ci/wheel.py $(CURDIR)
+	cd dist/outside && ../../.venv-wheel/bin/bitalloy --version
 
 check: .venv-dev/installed
 	$(DEV)/ruff check .
@@ -63,5 +74,6 @@ docs: .venv-dev/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev .venv-rtx build runs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-dev .venv-rtx .venv-wheel build dist runs
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

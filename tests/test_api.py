@@ -89,7 +89,13 @@ def test_everything_that_is_imported_is_declared() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             used |= {name.partition(".")[0] for name in names}
-    belong = {"PIL": "pillow", "cpuinfo": "py_cpuinfo", "google": "onnx", "markupsafe": "jinja2"}
+    belong = {
+        "PIL": "pillow",
+        "cpuinfo": "py_cpuinfo",
+        "google": "onnx",
+        "markupsafe": "jinja2",
+        "mlflow": "mlflow_skinny",
+    }
     assert {belong.get(n, n) for n in used - set(sys.stdlib_module_names) - {"bitalloy"}} <= declared
 
 
@@ -146,7 +152,8 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_readme_commands_have_the_options_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    root = typer.main.get_command(app)
+    commands = (root, *root.commands.values())  # type: ignore[attr-defined]
     options = {name for c in commands for p in c.params for name in (*p.opts, *p.secondary_opts)}
     assert len(options) > 30
     assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", text)) <= options

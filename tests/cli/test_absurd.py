@@ -96,7 +96,7 @@ def test_ranges_of_a_pattern_are_multiplied_out(case_units: UnitGraph) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bitalloy.cli.main", "typer", "bitalloy.core.errors", "rich.progress", "onnxruntime"]
+    "module", ["bitalloy.cli.main", "typer", "bitalloy.core.errors", "rich.console", "onnxruntime"]
 )
 def test_an_interrupt_during_an_import(module: str, inputs: Any, tmp_path: Path) -> None:
     code = BEFORE.format(module=module, words=["run", str(inputs.classifier), "--data", str(inputs.images)])

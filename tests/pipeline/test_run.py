@@ -41,9 +41,10 @@ STAGES = ("calibrate", "probe", "secant", "cost", "search", "verify", "front", "
 
 KILLED = """
 import os, signal
-from bitalloy.cli import main as cli
+from bitalloy.cli.main import main
+from bitalloy.core import progress
 
-class Killer(cli.Bars):
+class Killer(progress.Shown):
     def start(self, stage, total):
         super().start(stage, total)
         self.stage = stage
@@ -53,8 +54,8 @@ class Killer(cli.Bars):
         if self.stage == {stage!r}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-cli.Bars = Killer
-cli.main()
+progress.Shown = Killer
+main()
 """
 """The command line that kills itself after the first step of a stage."""
 
@@ -76,16 +77,17 @@ main()
 
 LIMITED = """
 import resource
-from bitalloy.cli import main as cli
+from bitalloy.cli.main import main
+from bitalloy.core import progress
 
-class Limiter(cli.Bars):
+class Limiter(progress.Shown):
     def start(self, stage, total):
         super().start(stage, total)
         if stage == "verify":
             resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 
-cli.Bars = Limiter
-cli.main()
+progress.Shown = Limiter
+main()
 """
 """The command line that can write no file larger than a limit from a stage on: what a quota does."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bitalloy.core.plain import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from bitalloy.core.progress import Course
+    from bitalloy.core.work import Progress
 
 SHOWN_LINES = 40
 REFUSED, MISSED, UNREACHABLE, INTERRUPTED = 2, 3, 4, 130
@@ -51,50 +54,20 @@ class Output:
 out_console, error_console = Output(), Output(stderr=True)
 
 
-class Bars:
-    """Progress of the stages on standard error: bars on a terminal, elsewhere one line for each finished stage."""
+@contextmanager
+def shown_progress(*, quiet: bool = False, course: Course | None = None) -> Iterator[Progress]:
+    """Show the progress of a command on standard error while the block runs.
 
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    Args:
+        quiet: whether to show none.
+        course: what tells how much is left.
+    """
+    from bitalloy.core.work import Silent
 
-        self._console = error_console.console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._stage: str | None = None
-        self._began, self._done = 0.0, 0
+    if quiet:
+        yield Silent()
+        return
+    from bitalloy.core.progress import Shown
 
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
-
-    def start(self, stage: str, total: int | None) -> None:
-        """Begin a stage of `total` steps; None where the number is unknown."""
-        self._stage, self._began, self._done = stage, time.perf_counter(), 0
-        self._progress.add_task(stage, total=total)
-
-    def advance(self, steps: int = 1) -> None:
-        """Report that steps of the stage are done."""
-        if self._stage is not None:
-            self._done += steps
-            self._progress.advance(self._progress.task_ids[-1], steps)
-
-    def finish(self, note: str = "") -> None:
-        """End the stage, and show a note on its result."""
-        if self._stage is None:
-            return
-        self._progress.update(self._progress.task_ids[-1], total=self._done, completed=self._done)
-        if not self._console.is_terminal:
-            steps = f", {self._done} steps" if self._done else ""
-            line = f"{self._stage}{steps}, {time.perf_counter() - self._began:.1f} s"
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-        self._stage = None
+    with Shown(error_console.console, course) as shown:
+        yield shown

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitalloy.cli.arguments import EvaluateArguments
 from bitalloy.cli.collecting import collected
-from bitalloy.cli.console import MISSED, SHOWN_LINES, Bars, error_console, out_console
+from bitalloy.cli.console import MISSED, SHOWN_LINES, error_console, out_console, shown_progress
+from bitalloy.cli.requests import EvaluateArguments
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -113,6 +113,26 @@ def diff_command(
         out_console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def card_command(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished `bitalloy run`.")],
+    out: Annotated[Path | None, typer.Option(help="File of the card. Default: README.md in RUN.")] = None,
+    base_model: Annotated[
+        str, typer.Option(help="The float model as it was published, such as `owner/name`. Default: its file's name.")
+    ] = "",
+) -> None:
+    """Write a model card of a finished run, from its files alone.
+
+    It is Markdown with front matter, as model hubs read it (`base_model_relation: quantized`): metrics with intervals,
+    limits, data, how to load the model, and where it comes from.
+
+    Example: bitalloy card runs/last --base-model owner/name
+    """
+    from bitalloy.pipeline.card import write_card
+
+    path = write_card(run_directory, out=out, base_model=base_model)
+    out_console.print(f"Model card: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
 @collected(EvaluateArguments)
 def evaluate_command(asked: EvaluateArguments) -> None:
     """Evaluate model files side by side, each paired with the first, without an analysis.
@@ -131,8 +151,8 @@ def evaluate_command(asked: EvaluateArguments) -> None:
     from bitalloy.pipeline.evaluate import evaluate_models
     from bitalloy.report.text import evaluation_table
 
-    with Bars() as bars:
-        options = replace(sources.options(asked.limit), progress=bars)
+    with shown_progress(quiet=asked.quiet) as progress:
+        options = replace(sources.options(asked.limit), progress=progress)
         found = evaluate_models(asked.models, evaluate, seed=asked.seed, options=options)
     if asked.json_output:
         sys.stdout.write(to_json(found, pretty=True).decode() + "\n")

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from bitalloy.cli.console import SHOWN_LINES, out_console
+from bitalloy.cli.console import SHOWN_LINES, out_console, shown_progress
+from bitalloy.cli.requests import Quiet
 from bitalloy.core.errors import BitalloyError
 
 
@@ -161,6 +162,7 @@ def doctor_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of labelled images.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Tell what is available on this machine, or what labelled images can resolve.
 
@@ -176,7 +178,7 @@ def doctor_command(
     if (model is None) != (evaluate is None):
         raise BitalloyError("A model and --eval belong together: `bitalloy doctor model.onnx --eval labels.json`.")
     if model is not None and evaluate is not None:
-        _tell_resolution(model, evaluate, max_drop or [], limit, json_output=json_output)
+        _tell_resolution(model, evaluate, max_drop or [], limit, json_output=json_output, quiet=quiet)
         return
     from bitalloy.cli.doctor import examine_machine
     from bitalloy.core.encoding import to_json
@@ -203,9 +205,10 @@ def doctor_command(
         out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _tell_resolution(model: str, labels: Path, drops: list[str], limit: int | None, *, json_output: bool) -> None:
+def _tell_resolution(
+    model: str, labels: Path, drops: list[str], limit: int | None, *, json_output: bool, quiet: bool
+) -> None:
     from bitalloy.cli import options
-    from bitalloy.cli.console import Bars
 
     wanted = options.drops(drops)
     from bitalloy.core.encoding import to_json
@@ -213,8 +216,8 @@ def _tell_resolution(model: str, labels: Path, drops: list[str], limit: int | No
     from bitalloy.pipeline.resolve import resolve_drops
     from bitalloy.tasks.resolution import tell_resolution
 
-    with Bars() as bars:
-        found = resolve_drops(model, labels, max_drop=wanted, options=RunOptions(limit=limit, progress=bars))
+    with shown_progress(quiet=quiet) as progress:
+        found = resolve_drops(model, labels, max_drop=wanted, options=RunOptions(limit=limit, progress=progress))
     if json_output:
         sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
         return

@@ -13,23 +13,25 @@ from typer.core import TyperGroup
 
 from bitalloy import __version__
 from bitalloy.cli import gates, look
-from bitalloy.cli.arguments import PlanArguments, RunArguments, SensitivityArguments
 from bitalloy.cli.collecting import collected
+from bitalloy.cli.commands import add_command
 from bitalloy.cli.console import (
     INTERRUPTED,
     MISSED,
     REFUSED,
     SHOWN_LINES,
     UNREACHABLE,
-    Bars,
     error_console,
     out_console,
+    shown_progress,
 )
 from bitalloy.cli.disk import clean_command
 from bitalloy.cli.guard import end_for_memory
+from bitalloy.cli.requests import PlanArguments, RunArguments, SensitivityArguments
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
 from bitalloy.core.plain import one_line
+from bitalloy.core.progress import Course, shares_of_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 80
 """Characters of a path that is too long that are repeated."""
+
+NO_NATS = 1e-15
+"""Divergence in nats up to which two distributions are the same; no smaller one is told from rounding."""
+
+COMPLETION = ("--install-completion", "--show-completion")
+"""Options that typer adds."""
 
 TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 """Tone of a verdict, see `report.figures` -> its colour."""
@@ -61,12 +69,17 @@ class QuickGroup(TyperGroup):
             option.default = False
         return option
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the command; options for completion count where one is given, or help is shown."""
+        if args and args[0] not in ("--help", *COMPLETION):
+            self.params = [param for param in self.params if not set(param.opts) & set(COMPLETION)]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     cls=QuickGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
     help="Find the fastest mixed-precision version of an ONNX model that keeps its accuracy, with proof.\n\n"
     "Start with `bitalloy run`, which uses the embedded sample, or `bitalloy run model.onnx --data images/`.",
@@ -91,7 +104,6 @@ def root(
     """
 
 
-@app.command("run")
 @collected(RunArguments)
 def run_command(asked: RunArguments) -> None:
     """Analyse, plan, apply, verify and report, in one go.
@@ -103,35 +115,47 @@ def run_command(asked: RunArguments) -> None:
     Exit code 0: done; 2: the command must be corrected; 3: done, but with --fail-on-miss a limit is missed or
     undecided; 4: no plan keeps the limits.
 
-    For example:
+    For example, of the embedded sample, of an own model, with labels, with a metric of one's own, with parts kept in a
+    precision, and of a model that is exported first:
 
-      bitalloy run                                   the embedded sample
+      bitalloy run
 
       bitalloy run model.onnx --data images/ --latency 0.7x
 
       bitalloy run yolo11n.onnx --data images/ --max-drop-db 20 --eval instances.json
 
-      bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json   in points of AP50-95
+      bitalloy run yolo11n.onnx --data images/ --max-drop 0.3 --eval instances.json
 
-      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01   your own metric
+      bitalloy run model.onnx --data feeds/ --metric my_metrics:accuracy --max-drop accuracy=0.01
 
       bitalloy run model.onnx --data images/ --latency 0.7x --keep fp32:'neck*' --keep int8:'backbone/model.{4..8}'
 
-      bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json   exported first
+      bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json
     """
     asked.budget(1)  # refuses what is wrong before the model is read
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
     asked.opening.check()
     _refuse_broken(asked.model.model)
+    if asked.mlflow:
+        from bitalloy.pipeline.tracking import require_mlflow
+
+        require_mlflow()
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.core.store import claimed
     from bitalloy.pipeline.prepare import prepare
+    from bitalloy.targets import chosen_targets
 
+    chosen_targets(settings.targets, settings.device)
     model, limit = asked.model, asked.analysis.limit
     opened = asked.opening.options(limit)
-    with limited(opened.memory_limit), claimed(model.out), Bars() as bars:
-        options = replace(opened, progress=bars)
+    course = Course(shares_of_run(evaluated=evaluate is not None), len(settings.targets))
+    with (
+        limited(opened.memory_limit),
+        claimed(model.out),
+        shown_progress(quiet=asked.quiet, course=course) as progress,
+    ):
+        options = replace(opened, progress=progress)
         prepared = prepare(
             model.model,
             out=model.out,
@@ -148,13 +172,26 @@ def run_command(asked: RunArguments) -> None:
 
         budget = asked.budget(float_bytes(prepared.model))
         verified = deliver(prepared, budget=budget, settings=settings, limit=limit, effort=effort_named(asked.effort))
+    _tell(asked, verified)
+
+
+def _tell(asked: RunArguments, verified: Verified) -> None:
+    """Print the results of a run, log them where that was asked for, and end with the exit code that they have."""
+    model = asked.model
     results = (verified, *verified.others)
+    folders = [model.out, *(model.out / one.summary.target for one in verified.others)]
     if asked.json_output:
         sys.stdout.write((model.out / "summary.json").read_text() + "\n")
     else:
-        for one in results:
-            _show(one, model.out if one is verified else model.out / one.summary.target)
+        for one, folder in zip(results, folders, strict=True):
+            _show(one, folder)
         _tell_size(model.out)
+    if asked.mlflow:
+        from bitalloy.pipeline.tracking import log_run
+
+        for one, folder in zip(results, folders, strict=True):
+            told = f"Logged to MLflow as run {log_run(one.summary, folder)}."
+            error_console.print(told, soft_wrap=True, markup=False, highlight=False)
     if asked.fail_on_miss and not all(one.status.proven for one in results):
         told = "A limit is missed or undecided, and --fail-on-miss was given. Exit code 3."
         error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
@@ -180,10 +217,14 @@ def _ends(interval: Estimate | None) -> str:
     return f" [{interval.low:.2f} to {interval.high:.2f}]" if interval is not None else ""
 
 
-def _beside(one: Comparison, form: str) -> str:
+def _beside(one: Comparison, text: Callable[[float], str]) -> str:
     """Write what was measured, with what was predicted where anything was."""
-    predicted = f" (predicted {one.predicted:{form}})" if one.predicted is not None else ""
-    return f"{one.measured:{form}}{predicted}"
+    predicted = f" (predicted {text(one.predicted)})" if one.predicted is not None else ""
+    return f"{text(one.measured)}{predicted}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3g}" if value > NO_NATS else "no error"
 
 
 def _figures(verified: Verified) -> Table:
@@ -193,7 +234,7 @@ def _figures(verified: Verified) -> Table:
     from bitalloy.report import figures, formats
 
     summary, units = verified.summary, verified.analysis.units
-    table = Table("", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
+    table = Table("figure", *(name.replace("-", " ", 1) for name in figures.model_columns(summary, units)))
     latency_ms, columns = summary.latency_ms, figures.shown_columns(summary)
 
     def row(name: str, models: Any, text: Callable[[Any], str]) -> None:
@@ -220,9 +261,9 @@ def _figures(verified: Verified) -> Table:
     if (memory := summary.peak_memory_mb) is not None:
         row(f"peak memory, MB (without a model {formats.megabytes(memory.process)})", memory, formats.megabytes)
     for head, pair in summary.sqnr_db.items():
-        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, ".1f"))
+        row(f"SQNR {head}, dB", pair, lambda c: _beside(c, formats.bare_decibel_text))
     for head, pair in summary.kl_nats.items():
-        row(f"KL {head}, nats", pair, lambda c: _beside(c, ".3g"))
+        row(f"KL {head}, nats", pair, lambda c: _beside(c, _nats))
     for name, metric in summary.metrics.items():
         row(f"{name} (n={metric.reference.n})" if metric.reference.n else name, metric, lambda m: f"{m.value:.4f}")
     for name, part in summary.graphs.items():
@@ -267,7 +308,6 @@ def _show(verified: Verified, folder: Path) -> None:
         out_console.print(note, style="yellow", soft_wrap=True)
 
 
-@app.command("plan")
 @collected(PlanArguments)
 def plan_command(asked: PlanArguments) -> None:
     """Plan again from a run directory, without measuring.
@@ -287,8 +327,8 @@ def plan_command(asked: PlanArguments) -> None:
     from bitalloy.pipeline.plan import plan_again
     from bitalloy.report import text
 
-    with Bars() as bars:
-        planned = plan_again(asked.run_directory, asked.limits.budget, progress=bars)
+    with shown_progress(quiet=asked.quiet) as progress:
+        planned = plan_again(asked.run_directory, asked.limits.budget, progress=progress)
     if told := told_freed(asked.run_directory):
         error_console.print(told, style="yellow", soft_wrap=True, highlight=False)
     if asked.json_output:
@@ -299,7 +339,6 @@ def plan_command(asked: PlanArguments) -> None:
     out_console.print(text.plan_line(planned), soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command("sensitivity")
 @collected(SensitivityArguments)
 def sensitivity_command(asked: SensitivityArguments) -> None:
     """Tell what rounding each part does to every output.
@@ -330,14 +369,14 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
     from bitalloy.report import text
 
     model, question = asked.model, asked.question()
-    with Bars() as bars:
+    with shown_progress(quiet=asked.quiet) as progress:
         table = stage.sensitivity(
             model.model,
             out=model.out,
             data=model.data,
             settings=settings,
             question=question,
-            options=replace(asked.opening.options(asked.analysis.limit), progress=bars),
+            options=replace(asked.opening.options(asked.analysis.limit), progress=progress),
         )
     if asked.json_output:
         from bitalloy.core.encoding import to_json
@@ -353,7 +392,6 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
         out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
 
 
-@app.command("export")
 def export_command(
     name: Annotated[str, typer.Argument(help="A name from `bitalloy models`.")],
     checkpoint: Annotated[
@@ -397,16 +435,21 @@ def export_command(
 
 
 for _name, _command in (
+    ("run", run_command),
+    ("plan", plan_command),
+    ("sensitivity", sensitivity_command),
+    ("export", export_command),
     ("models", look.models_command),
     ("targets", look.targets_command),
     ("check", gates.check_command),
     ("diff", gates.diff_command),
+    ("card", gates.card_command),
     ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),
     ("clean", clean_command),
     ("doctor", look.doctor_command),
 ):
-    app.command(_name)(_command)
+    add_command(app, _name, _command)
 
 
 def main() -> None:

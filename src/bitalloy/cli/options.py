@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, did_you_mean
 from bitalloy.core.plans import FIRST, Keep, number_with_unit
 from bitalloy.core.records import Workload
 from bitalloy.core.schemes import BASELINE
@@ -119,7 +119,7 @@ def keeps(texts: Sequence[str]) -> tuple[Keep, ...]:
         if name.lower() not in known or not colon or not pattern:
             raise BitalloyError(
                 f"--keep is '{text}'; expected a scheme ({', '.join(known)}) and a pattern, such as fp32:'neck*' or "
-                "int8:'model.{4..8}'."
+                f"int8:'model.{{4..8}}'.{did_you_mean(name, known)}"
             )
         found.append(Keep(scheme=name.lower(), pattern=pattern))
     return tuple(found)
@@ -230,7 +230,7 @@ def choice(option: str, text: Text, among: Sequence[str]) -> Text:
     """
     if text is None or text in among:
         return text
-    raise BitalloyError(f"{option} is '{text}'; expected one of: {', '.join(among)}.")
+    raise BitalloyError(f"{option} is '{text}'; expected one of: {', '.join(among)}.{did_you_mean(text, among)}")
 
 
 def finite(option: str, value: float | None, *, positive: bool = False) -> float | None:

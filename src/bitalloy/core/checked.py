@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from bitalloy.core.records import DataInfo, Estimate, Record
 from bitalloy.core.status import LimitStatus, Verdict
+from bitalloy.core.tabular import Listing, Tabular
 
 
 class Change(StrEnum):
@@ -53,7 +54,7 @@ class MovedUnit(Record, frozen=True, kw_only=True):
     second: str
 
 
-class RunDifference(Record, frozen=True, kw_only=True):
+class RunDifference(Tabular, Record, frozen=True, kw_only=True):
     """How two finished runs differ."""
 
     first: str
@@ -69,6 +70,11 @@ class RunDifference(Record, frozen=True, kw_only=True):
     """Package -> its versions, where they differ; a version is empty where a run does not name the package."""
     data: dict[str, tuple[DataInfo, DataInfo]]
     """`calibration` and `analysis` -> the data of both, where they differ."""
+
+    def listing(self) -> Listing:
+        """Return the numbers of both runs as a table."""
+        rows = [(one.name, one.first, one.second, str(one.change)) for one in self.numbers]
+        return Listing(f"{self.first} and {self.second}", ("number", "first", "second", "change"), rows)
 
 
 class CheckedRun(Record, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, did_you_mean
 from bitalloy.core.records import Record
 
 USUAL_EFFORT = "default"
@@ -79,5 +79,6 @@ def effort_named(name: str) -> Effort:
         BitalloyError: there is none of that name.
     """
     if name not in EFFORTS:
-        raise BitalloyError(f"--effort '{name}' is unknown; expected one of {', '.join(EFFORTS)}.")
+        hint = did_you_mean(name, EFFORTS)
+        raise BitalloyError(f"--effort '{name}' is unknown; expected one of {', '.join(EFFORTS)}.{hint}")
     return EFFORTS[name]

@@ -12,6 +12,8 @@ BitalloyError                 a problem that the user can act on; the command li
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "BitalloyError",
     "BudgetError",
@@ -21,6 +23,7 @@ __all__ = [
     "RunDirectoryError",
     "UnreachableError",
     "UnsupportedOpError",
+    "did_you_mean",
 ]
 
 
@@ -65,3 +68,16 @@ class MissingExtraError(BitalloyError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package '{package}'. Install it with: pip install 'bitalloy[{extra}]'")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is nearest to a wrong one, as the end of a message; empty where none is near.
+
+    >>> did_you_mean("ort-cpuu", ["ort-cpu", "tensorrt"]), did_you_mean("x", ["ort-cpu"])
+    (" Did you mean 'ort-cpu'?", '')
+    """
+    import difflib
+
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""

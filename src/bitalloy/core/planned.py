@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 import msgspec
@@ -9,16 +10,32 @@ import msgspec
 from bitalloy.core.outcome import LOWEST, LatencySpread, MetricComparison, StepLatency
 from bitalloy.core.plans import Budget, CostTable, PlanReport
 from bitalloy.core.records import Estimate, Record
+from bitalloy.core.tabular import Listing, Tabular
 
 
-@dataclass(frozen=True)
-class Planned:
+@dataclass(frozen=True, repr=False)
+class Planned(Tabular):
     """A plan with the cost table that it rests on."""
 
     plan: PlanReport
     cost: CostTable
     protected: tuple[str, ...] = ()
     """Units that stay in float because the model's family advises it and measurement bears it out."""
+
+    def listing(self) -> Listing:
+        """Return the scheme of each unit as a table, see `PlanReport.listing`."""
+        return self.plan.listing()
+
+    def front(self) -> Listing:
+        """Return the plans of the Pareto front as a table, see `PlanReport.front`."""
+        return self.plan.front()
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{count} {scheme}" for scheme, count in self.plan.chosen.counts().items()) or "float"
+        return f"Planned({told} of {len(self.plan.choices)} units, {self.predicted_ratio:.3f}x of float predicted)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.listing().as_html()}{self.front().as_html()}"
 
     @property
     def predicted_ratio(self) -> float:

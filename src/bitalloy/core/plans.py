@@ -12,6 +12,7 @@ import msgspec
 from bitalloy.core.errors import BudgetError
 from bitalloy.core.records import Estimate, Given, Record
 from bitalloy.core.schemes import BASELINE, Plan
+from bitalloy.core.tabular import Listing, Tabular
 
 MOST_DB = 1000.0
 """Largest floor on an SQNR, and inverse of the lowest: powers of ten of it are finite numbers."""
@@ -95,7 +96,7 @@ class SharedWeight(Record, frozen=True, kw_only=True):
         return sum(self.bytes.get(form, 0) for form in read)
 
 
-class CostTable(Record, frozen=True, kw_only=True):
+class CostTable(Tabular, Record, frozen=True, kw_only=True):
     """Cost on one machine, measured; or on a device that is not here, estimated. `measure.prices` sums it up."""
 
     target: str
@@ -118,6 +119,11 @@ class CostTable(Record, frozen=True, kw_only=True):
     """True where nothing was measured: times follow from peak rates of `device`."""
     left_out_percent: tuple[float, ...] = ()
     """Error of each random variant over its time (positive: predicted too slow), by a fit that has not seen it."""
+
+    def listing(self) -> Listing:
+        """Return time and weight bytes of each unit in each scheme as a table."""
+        rows = [(one.unit, scheme, us, one.bytes[scheme]) for one in self.units for scheme, us in one.us.items()]
+        return Listing(f"costs on {self.device}", ("unit", "scheme", "us", "bytes"), rows)
 
     @property
     def all_float_us(self) -> float:
@@ -287,7 +293,7 @@ class SingleFormat(Record, frozen=True, kw_only=True):
     """Whether it is the best one for the budget, which is measured beside the mixed model."""
 
 
-class PlanReport(Record, frozen=True, kw_only=True, dict=True):
+class PlanReport(Tabular, Record, frozen=True, kw_only=True, dict=True):
     """`plan.json`: a plan for one target and budget, with reasons, predictions and the front around it."""
 
     model_sha256: str
@@ -305,6 +311,34 @@ class PlanReport(Record, frozen=True, kw_only=True, dict=True):
     solved: bool = True
     """False where the solver stopped at its limit of nodes, for the plan or on the front, before the gap was small."""
     pareto: tuple[ParetoPoint, ...]
+
+    def listing(self) -> Listing:
+        """Return the scheme of each unit, with its reason, as a table in graph order."""
+        rows = [(one.unit, one.scheme, one.reason) for one in self.choices]
+        return Listing(f"plan for {self.target}", ("unit", "scheme", "reason"), rows)
+
+    def front(self) -> Listing:
+        """Return the plans of the Pareto front as a table, fastest first: predicted, and measured where they were."""
+        columns = (
+            "chosen",
+            "units",
+            "latency_ms",
+            "size_bytes",
+            *(f"{h.head} dB" for h in self.heads),
+            "measured_ratio",
+        )
+        rows = [
+            (
+                point.chosen == self.chosen,
+                ", ".join(f"{count} {scheme}" for scheme, count in point.chosen.counts().items()) or "float",
+                point.predicted_latency_us / 1e3,
+                point.size_bytes,
+                *point.sqnr_db,
+                point.measured_ratio,
+            )
+            for point in sorted(self.pareto, key=lambda point: point.predicted_latency_us)
+        ]
+        return Listing("Pareto front", columns, rows)
 
     @cached_property
     def chosen(self) -> Plan:

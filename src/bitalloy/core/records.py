@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from bitalloy.core.errors import BitalloyError
+from bitalloy.core.tabular import Listing, Tabular
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,7 +205,7 @@ class GivenRounding(Record, frozen=True, kw_only=True):
     """Its part of the predicted damage of all roundings, on that head."""
 
 
-class SensitivityTable(Record, frozen=True, kw_only=True):
+class SensitivityTable(Tabular, Record, frozen=True, kw_only=True):
     """Sensitivities of one probe matrix, or of one series of exact measurements."""
 
     model_sha256: str
@@ -219,6 +220,26 @@ class SensitivityTable(Record, frozen=True, kw_only=True):
     """`probe`, `one-at-a-time` or `leave-one-out`; with the last, SQNR is of all that is rounded without `id`."""
     given: tuple[GivenRounding, ...] = ()
     """What each rounding of a quantized file does alone, worst first; of `bitalloy sensitivity` by the probe matrix."""
+
+    def listing(self) -> Listing:
+        """Return the rows as a table: SQNR in dB of each site, unit and region on each head, with its interval."""
+        columns = ("scope", "id", "scheme", "part", "head", "sqnr_db", "low", "high", "flagged", "exact")
+        rows = [
+            (
+                r.scope,
+                r.id,
+                r.scheme,
+                r.part,
+                r.head,
+                r.sqnr_db.value,
+                r.sqnr_db.low,
+                r.sqnr_db.high,
+                r.flagged,
+                r.exact,
+            )
+            for r in self.rows
+        ]
+        return Listing(f"sensitivities by {self.method}", columns, rows)
 
 
 class Secant(Record, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -41,12 +42,22 @@ class Silent:
     def finish(self, note: str = "") -> None: ...
 
 
+def usual_progress() -> Progress:
+    """Return where progress is shown if nothing else is said: in a notebook by a bar for each stage, else nowhere."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if type(shell).__name__ != "ZMQInteractiveShell":
+        return Silent()
+    from bitalloy.core.progress import StageBars
+
+    return StageBars()
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Where results are kept, progress is shown and jobs are done; the first two may be absent."""
 
     store: RunDirectory | None = None
-    progress: Progress = field(default_factory=Silent)
+    progress: Progress = field(default_factory=usual_progress)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage, all of its results together; 0 where everything was stored."""
     executor: Executor = field(default_factory=LocalExecutor)

@@ -41,6 +41,8 @@ from bitalloy.runtime.steps import Step, total
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.targets.devices import Device
 
+COST_ROUNDS = 5
+"""Timed rounds in each sitting."""
 LARGE_MIXTURES = 2
 """Largest number of random variants of a large model, each of which lies on the disk while it is measured."""
 SWITCH = (0.05, 0.15, 0.4)
@@ -54,7 +56,7 @@ def measure(
     steps: Sequence[Step],
     *,
     seed: int = 0,
-    repeats: int = 5,
+    repeats: int = COST_ROUNDS,
     mixtures: int = EFFORTS[USUAL_EFFORT].mixtures,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
@@ -69,7 +71,7 @@ def measure(
         mixtures: number of random variants beside those of one scheme.
         progress: called once per variant profiled and once per round.
     """
-    schemes = [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
+    schemes = _pure(units)
     pure = [Plan.of(name, *units.able(name)) for name in schemes]
     generator = np.random.default_rng([seed, 23])
     plans = [*pure, *(_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures))]
@@ -102,6 +104,11 @@ def measure(
         residual_percent=fit.residual_percent,
         left_out_percent=fit.left_out_percent,
     )
+
+
+def _pure(units: UnitGraph) -> list[str]:
+    """Names of the schemes in which a variant has all that it can."""
+    return [s.name for s in units.schemes if s.name == BASELINE or units.able(s.name)]
 
 
 def stored_bytes(scheme: Scheme, elements: int) -> int:
@@ -238,7 +245,12 @@ def measure_cost(
     workload = workload_of(analysis.graph, analysis.settings.workload)
 
     def timed() -> CostTable:
-        with work.stage("cost", None) as progress:
+        known = (
+            None
+            if analysis.graph.large
+            else len(_pure(analysis.units)) + effort.mixtures + bench.SITTINGS * COST_ROUNDS
+        )
+        with work.stage("cost", known) as progress:
             return measure(
                 analysis.units,
                 analysis.artefact,

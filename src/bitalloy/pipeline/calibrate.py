@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bitalloy.adjoint.coverage import uncovered
 from bitalloy.adjoint.rules import RULES
 from bitalloy.calibrate.gather import gather
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, did_you_mean
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, Head, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
@@ -164,7 +164,7 @@ def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
             elsewhere = f", or --target {' or '.join(others)} for {name}" if others and not why else ""
             raise BitalloyError(
                 f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
-                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}{elsewhere}."
+                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}{elsewhere}.{did_you_mean(name, known)}"
             )
 
 

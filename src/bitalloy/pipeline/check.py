@@ -38,7 +38,7 @@ def check_run(
         RunDirectoryError: a directory holds no finished run.
         BudgetError: there is nothing to check, or a metric is limited that the run has not measured.
     """
-    summary = _summary(run)
+    summary = finished_summary(run)
     asked = budget is not None and budget.limited
     if budget is not None and asked:
         summary = msgspec.structs.replace(summary, budget=budget)
@@ -50,7 +50,7 @@ def check_run(
     against: tuple[Difference, ...] = ()
     limits = status.limits
     if baseline is not None:
-        other = _summary(baseline)
+        other = finished_summary(baseline)
         if other.target != summary.target:
             raise RunDirectoryError(
                 f"'{run}' is for {summary.target} and '{baseline}' for {other.target}. Compare runs for one target."
@@ -84,7 +84,7 @@ def diff_runs(first: str | Path, second: str | Path) -> RunDifference:
     Raises:
         RunDirectoryError: a directory holds no finished run.
     """
-    before, after = _summary(first), _summary(second)
+    before, after = finished_summary(first), finished_summary(second)
     plans = [read_record(Path(run) / "plan.json", PlanReport) for run in (first, second)]
     packages = sorted(before.versions.keys() | after.versions.keys())
     versions = {name: (before.versions.get(name, ""), after.versions.get(name, "")) for name in packages}
@@ -101,7 +101,12 @@ def diff_runs(first: str | Path, second: str | Path) -> RunDifference:
     )
 
 
-def _summary(run: str | Path) -> Summary:
+def finished_summary(run: str | Path) -> Summary:
+    """Read the summary of a finished run.
+
+    Raises:
+        RunDirectoryError: the directory holds none.
+    """
     file = Path(run) / "summary.json"
     if not file.is_file():
         raise RunDirectoryError(f"'{run}' holds no finished run: there is no '{file.name}' in it. Give `bitalloy run`.")

@@ -71,18 +71,18 @@ def evaluate_models(
                     raise DataError(f"'{name}' is for another task than '{names[0]}' ({task.name}). Compare alike.")
         runs: dict[str, RunModel] = {}
         for name, graph in graphs.items():
-            session = stack.enter_context(_opened(graph))
+            session = stack.enter_context(open_original(graph))
             runs[name] = session.run if task.plain else runner(graph, session)
         found = []
         for one in opened:
             with work.stage("evaluate", len(one.choose(options.limit, seed)) * len(runs)) as progress:
                 result = task.evaluate(runs, one, limit=options.limit, seed=seed, progress=progress.advance)
-            found.append(msgspec.structs.replace(result, metrics=tuple(map(_without_draws, result.metrics))))
+            found.append(msgspec.structs.replace(result, metrics=tuple(map(without_draws, result.metrics))))
     return tuple(found)
 
 
-def _opened(graph: Graph) -> closing[Session]:
-    """A session of the files as they are; of a graph where other outputs are compared, of its normal form."""
+def open_original(graph: Graph) -> closing[Session]:
+    """Open a session of a model's files as they are; where other outputs are compared, of its normal form."""
     if isinstance(graph, Joined):
         program = graph.program
         return closing(Artefact({name: part.source for name, part in program.graphs.items()}, program).session())
@@ -97,5 +97,6 @@ def _refuse_others(graphs: Mapping[str, Graph]) -> None:
             raise DataError(f"'{name}' has the inputs and outputs {found}, '{first}' {known}. Compare alike.")
 
 
-def _without_draws(metric: TaskMetric) -> TaskMetric:
+def without_draws(metric: TaskMetric) -> TaskMetric:
+    """Return a metric without the drops of its resamples, which only a judge of plans needs."""
     return msgspec.structs.replace(metric, draws={})

@@ -12,7 +12,7 @@ from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.files import lasting_in
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
-from bitalloy.core.work import Progress, Silent, Workspace
+from bitalloy.core.work import Progress, Workspace, usual_progress
 from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
 from bitalloy.data.handed import HandedSample, Preprocess, handed_samples, store_feeds
 from bitalloy.data.images import ImageOptions, ImageSpec, infer_image_spec
@@ -91,8 +91,8 @@ class RunOptions:
     """Inputs with which a torch module is exported: a tensor, a tuple of its arguments, or a dict by their names."""
     effort: Effort = EFFORTS[USUAL_EFFORT]
     """How much a run measures beyond what its plan needs; its number of probes is that of the settings."""
-    progress: Progress = field(default_factory=Silent)
-    """Where the progress of the stages is shown."""
+    progress: Progress = field(default_factory=usual_progress)
+    """Where the progress of the stages is shown; by default in a notebook alone."""
     memory_limit: int | None = None
     """Largest number of bytes that what files declare may take; None for the environment's, or 80 % of the machine."""
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BitalloyError, BudgetError, UnreachableError
+from bitalloy.core.errors import UnreachableError
 from bitalloy.core.files import lasting_in
 from bitalloy.core.limits import limited
 from bitalloy.core.planned import Planned
@@ -21,27 +19,22 @@ from bitalloy.core.records import Settings
 from bitalloy.core.schemes import BASELINE
 from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.core.summaries import write_summary
-from bitalloy.core.units import UnitGraph
 from bitalloy.core.work import Workspace
 from bitalloy.data.handed import Preprocess
 from bitalloy.measure.cost import measure_cost
-from bitalloy.model.load import Graph
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.audit import audit_plan, compiled_verified
-from bitalloy.pipeline.calibrate import units_of
+from bitalloy.pipeline.early import check_budget, evaluated_images
 from bitalloy.pipeline.plan import plan
 from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
 from bitalloy.pipeline.ship import Verified, verify
 from bitalloy.report.render import Extras
 from bitalloy.report.render import render_report as render_html
 from bitalloy.report.tables import sensitivity_csv
-from bitalloy.search.constraints import constrain
-from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE, operators_of
+from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_FILE
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
-from bitalloy.targets.base import UNASKED
-from bitalloy.tasks.base import TaskData, image_hashes
-from bitalloy.tasks.observing import open_labelled
+from bitalloy.targets import chosen_targets
 
 DEFAULT_RATIO = 0.7
 CONFIRM_SAMPLES = 4
@@ -83,6 +76,7 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings, options = settings or Settings(), options or RunOptions()
+    chosen_targets(settings.targets, settings.device)  # a wrong name is refused before the model is read
     with limited(options.memory_limit), claimed(out):
         prepared = prepare(
             model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options
@@ -138,10 +132,10 @@ def deliver(
     """Do everything that `run` does after `prepare`, with the same arguments."""
     work = prepared.work
     budget = budget or Budget()
-    check_budget(prepared, budget, settings or Settings())
     settings = settings or Settings()
+    check_budget(prepared, budget, settings)
     labels = prepared.own or prepared.labels or prepared.images
-    evaluated = _evaluated_images(prepared, limit, settings.seed)
+    evaluated = evaluated_images(prepared, limit, settings.seed)
     analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
     if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
         analysis = confirm(analysis, effort.confirmed, flagged=False, samples=CONFIRM_SAMPLES, work=work)
@@ -163,53 +157,6 @@ def deliver(
     if first.others:  # they are known only now
         prepared.store.publish("report.html", render(first))
     return first
-
-
-def _evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
-    """Open the labels, which refuses what is broken before long work, and hash the images that will be evaluated."""
-    if not prepared.labels and prepared.own is None:
-        return frozenset()
-    opened: list[TaskData] = [prepared.own] if prepared.own is not None else []
-    if not opened:
-        _, opened = open_labelled(prepared.model, prepared.labels, prepared.image)
-    return frozenset(chain.from_iterable(image_hashes(data, data.choose(limit, seed)) for data in opened))
-
-
-def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None:
-    """Refuse a budget that the model cannot meet by its nature, before hours of measurement.
-
-    Raises:
-        BitalloyError: a pattern matches nothing, a unit lacks its scheme, or a task metric is limited without labels.
-    """
-    if budget.max_drop and not prepared.labels and prepared.own is None:
-        raise BudgetError(
-            "--max-drop limits the drop of a task metric, which needs labels. Add --eval with the labels of the task, "
-            "or --metric (evaluate=) with a metric of your own; or limit --min-agreement, which takes images alone, or "
-            "--max-drop-db, which takes any samples."
-        )
-    if budget.min_agreement is not None and not prepared.labels and not prepared.images:
-        raise BudgetError(
-            "--min-agreement limits the agreement with float on the task, and there is nothing to measure it on. Add "
-            "--eval with labels or a folder of images for a model with a task, or limit --max-drop-db."
-        )
-    model = prepared.model
-    for units in units_of(model, settings) if budget.keep else ():
-        unasked = {keep.scheme: "" for keep in budget.keep if units.lacks.get(keep.scheme) == UNASKED}
-        if unasked:
-            _name_schemes(model, units, budget, settings, list(unasked))
-        constrain(units, budget.keep, operators_of(model))
-
-
-def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Settings, unasked: Sequence[str]) -> None:
-    """Refuse patterns for schemes that plans do not use by themselves; what is never possible is said first."""
-    offered = (*(scheme.name for scheme in units.schemes if scheme.name != BASELINE), *unasked)
-    for known in units_of(model, msgspec.structs.replace(settings, schemes=offered)):
-        if known.target == units.target:
-            constrain(known, budget.keep, operators_of(model))
-    raise BitalloyError(
-        f"--keep asks for {' and '.join(name.upper() for name in unasked)}, which plans of {units.target} do not use "
-        f"unless --schemes names it. Add --schemes {','.join(offered)}."
-    )
 
 
 def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work: Workspace) -> tuple[Analysis, Planned]:

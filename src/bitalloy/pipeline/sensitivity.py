@@ -12,10 +12,11 @@ from bitalloy.core.limits import limited
 from bitalloy.core.records import SensitivityTable, Settings
 from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.pipeline.analyze import analyze
-from bitalloy.pipeline.calibrate import calibrate
+from bitalloy.pipeline.calibrate import calibrate, units_of
 from bitalloy.pipeline.prepare import RunOptions, prepare
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.sensitivity.measuring import ONE, Selection, chosen_groups, confirm, measure_exact
+from bitalloy.targets import chosen_targets
 from bitalloy.tasks.metric import MetricTable, measure_metric
 from bitalloy.verify.given import examine_given
 
@@ -65,9 +66,12 @@ def sensitivity(
         BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
     """
     settings, asked, options = settings or Settings(), question or SensitivityQuestion(), options or RunOptions()
+    chosen_targets(settings.targets, settings.device)  # a wrong name is refused before the model is read
     with limited(options.memory_limit), claimed(out):
         prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
         loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
+        if asked.selection:  # a pattern that matches nothing is refused before any work
+            chosen_groups(units_of(loaded, settings)[0], asked.selection)
         if asked.labels is not None:
             ready = calibrate(loaded, dataset, settings, work=work)
             found = measure_metric(

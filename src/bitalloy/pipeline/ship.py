@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from bitalloy.core.outcome import Resolution, Summary, Triple
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import Plan
 from bitalloy.core.status import Status
+from bitalloy.core.tabular import InlinePage, Listing, Tabular
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.measure.sizes import float_sizes
@@ -29,14 +31,15 @@ from bitalloy.verify.beside_float import peak_memory
 from bitalloy.verify.course import VerificationCourse
 from bitalloy.verify.given import examine_given
 from bitalloy.verify.keeping import Kept, fastest_that_keeps, measure_metrics
+from bitalloy.verify.provenance import provenance_of, stamped
 from bitalloy.verify.shipped import MeasuredPlan
 from bitalloy.verify.sizes import verify_sizes
 from bitalloy.verify.steadiness import steadiness_of
 from bitalloy.verify.summary import expected, predicted_sqnr, summarize_run
 
 
-@dataclass(frozen=True)
-class Verified:
+@dataclass(frozen=True, repr=False)
+class Verified(Tabular):
     """The shipped model, and the results of its verification."""
 
     analysis: Analysis
@@ -54,6 +57,31 @@ class Verified:
     """The evaluated samples on which float and mixed model differ most; None where no task was evaluated."""
     others: tuple[Verified, ...] = ()
     """Results for the other targets of the settings."""
+
+    def listing(self) -> Listing:
+        """Return the key figures of the float, the lowest and the mixed model as a table."""
+        summary = self.summary
+        rows: list[tuple[object, ...]] = []
+        for name, found in (("latency, ms", summary.latency_ms), ("size, bytes", summary.size_bytes)):
+            rows.append((name, found.reference, found.lowest, found.mixed))
+        rows += [(f"SQNR {head}, dB", None, p.lowest.measured, p.mixed.measured) for head, p in summary.sqnr_db.items()]
+        rows += [(name, m.reference.value, m.lowest.value, m.mixed.value) for name, m in summary.metrics.items()]
+        columns = ("figure", "float", f"all-{self.analysis.units.lowest_name}", "mixed")
+        return Listing(f"{summary.model} on {summary.target}", columns, rows)
+
+    def report(self) -> InlinePage:
+        """Return the report as a page that a notebook shows inline; `str` of it is the HTML of `report.html`."""
+        from bitalloy.pipeline.run import render
+
+        return InlinePage(render(self))
+
+    def __repr__(self) -> str:
+        summary = self.summary
+        return f"Verified({summary.model} on {summary.target}: {summary.latency_ratio:.2f}x, {self.status.verdict})"
+
+    def _repr_html_(self) -> str:
+        told = f"<p><b>{html.escape(self.summary.headline)}</b></p><p>Status: {html.escape(self.status.verdict)}</p>"
+        return f"{told}{self.listing().as_html()}{self.planned.front().as_html()}"
 
     @property
     def status(self) -> Status:
@@ -117,6 +145,7 @@ def verify(
     beside = course.single if measured.sqnr_single is not None else None
     metrics = measure_metrics(evaluator, analysis.units.lowest(), final.plan.chosen, beside)
     final = _with_measured(analysis, course.known(), final, measured)
+    mixed = stamped(mixed, provenance_of(analysis, final, metrics.metrics), most=final.plan.budget.size_bytes)
     shipped = MeasuredPlan(
         planned=final,
         measured=measured,

@@ -10,11 +10,14 @@ import numpy as np
 
 from bitalloy.core.checked import Difference, RunDifference
 from bitalloy.core.encoding import to_json
+from bitalloy.core.order import natural
 from bitalloy.core.outcome import Summary
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, GivenRounding, Sensitivity, SensitivityTable
 from bitalloy.core.status import LimitStatus, Status, Verdict
 from bitalloy.model.heads import is_divergence
+from bitalloy.report.formats import bare_decibel_text, decibel_text
+from bitalloy.sensitivity.matrix import CEILING_DB
 from bitalloy.sensitivity.measuring import ALL_BUT_ONE, EVERYTHING
 from bitalloy.tasks.base import TaskResult
 from bitalloy.tasks.metric import MetricTable
@@ -114,7 +117,7 @@ def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[
         )
         for one in found.numbers
     ]
-    return ("", found.first, found.second, "difference", "change"), lines
+    return ("number", found.first, found.second, "difference", "change"), lines
 
 
 def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -129,7 +132,7 @@ def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str
                 noise = "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
             spread = interval_words(Estimate(value=value.value, low=value.low, high=value.high), 4) if value.n else ""
             lines.append((metric.name, model, f"{value.value:.4f}", spread, told, noise))
-    return ("metric", "model", "value", "", "drop", ""), lines
+    return ("metric", "model", "value", "interval", "drop", "noise"), lines
 
 
 def _amount(kind: str, value: float) -> str:
@@ -186,12 +189,12 @@ def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]
                 f"{point.predicted_latency_us / 1e3:.2f}",
                 f"{point.predicted_latency_us / whole:.3f}x",
                 f"{point.size_bytes / 1e6:.2f}",
-                *(f"{point.sqnr_db[i]:.1f}" for i, _ in heads),
+                *(bare_decibel_text(point.sqnr_db[i]) for i, _ in heads),
                 f"{100 * point.optimality_gap:.1f} %",
                 mark,
             )
         )
-    columns = (*(f"{name}, dB" for _, name in heads), "optimality gap", "")
+    columns = (*(f"{name}, dB" for _, name in heads), "optimality gap", "choice")
     return ("units", "latency, ms", "over float", "size, MB", *columns), lines
 
 
@@ -203,7 +206,7 @@ def unit_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 def plan_line(planned: Planned) -> str:
     """Describe a plan in one line."""
     plan = planned.plan
-    heads = ", ".join(f"{h.head} {h.predicted_db.value:.1f} dB" for h in plan.heads if not is_divergence(h.head))
+    heads = ", ".join(f"{h.head} {decibel_text(h.predicted_db.value)}" for h in plan.heads if not is_divergence(h.head))
     unsolved = "" if plan.solved else " The solver stopped at its limit of nodes: a better plan may exist."
     return (
         f"{counted(plan.chosen.counts())} of {len(plan.choices)} units: {planned.predicted_ratio:.3f}x of float's "
@@ -236,23 +239,37 @@ def readable(table: SensitivityTable | MetricTable) -> tuple[tuple[str, ...], li
         return min(r.sqnr_db.value for r in rows)
 
     lines = []
-    for (scope, name, scheme), rows in sorted(found.items(), key=lambda item: (badness(item[1]), item[0])):
+    for (scope, name, scheme), rows in sorted(
+        found.items(), key=lambda item: (badness(item[1]), natural(item[0][1]), item[0])
+    ):
         mark = "exact" if rows[0].exact else "flagged" if any(r.flagged for r in rows) else ""
         cell = (scheme.upper(),) if several else ()
-        lines.append((scope, name, *cell, *(_interval(r.sqnr_db, ".1f") for r in rows), mark))
+        lines.append((scope, name, *cell, *(_decibels(r.sqnr_db) for r in rows), mark))
     heads = [r.head for r in next(iter(found.values()))] if found else []
     without = " without it" if table.method == ALL_BUT_ONE else ""
     column = ("scheme",) if several else ()
-    return ("scope", "name", *column, *(f"{head}, dB{without}" for head in heads), ""), lines
+    return ("scope", "name", *column, *(f"{head}, dB{without}" for head in heads), "method"), lines
 
 
 def file_roundings(found: Sequence[GivenRounding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each rounding that a quantized file makes, worst first."""
     lines: list[tuple[str, ...]] = [
-        (r.tensor, r.node, r.head, f"{r.sqnr_db:.1f}", f"{100 * r.share:.0f} %", "exact" if r.executed else "")
+        (
+            r.tensor,
+            r.node,
+            r.head,
+            bare_decibel_text(r.sqnr_db),
+            f"{100 * r.share:.0f} %",
+            "exact" if r.executed else "",
+        )
         for r in found
     ]
-    return ("rounded in the file", "made by", "worst output", "dB", "share of damage", ""), lines
+    return ("rounded in the file", "made by", "worst output", "dB", "share of damage", "method"), lines
+
+
+def _decibels(value: Estimate) -> str:
+    """Write an SQNR with its interval; without an error there is neither."""
+    return bare_decibel_text(value.value) if value.low >= CEILING_DB else _interval(value, ".1f")
 
 
 def _interval(value: Estimate, form: str) -> str:

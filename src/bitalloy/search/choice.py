@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bitalloy.core.errors import BudgetError, UnreachableError
+from bitalloy.core.errors import BudgetError, UnreachableError, did_you_mean
 from bitalloy.core.plans import Budget, Choice, HeadDamage, ParetoPoint, PlanReport, UnitDamage
 from bitalloy.core.schemes import BASELINE, Plan
 from bitalloy.core.units import Evidence, Unit
@@ -123,6 +123,20 @@ def _middle(problem: Problem, program: Program) -> float:
     return (problem.latency_us(fastest.plan) + start) / 2 if fastest is not None else start
 
 
+def check_heads(budget: Budget, heads: Sequence[str]) -> None:
+    """Refuse a floor on a head that the model does not have.
+
+    Raises:
+        BudgetError: there is one; the message names the heads.
+    """
+    for name in budget.head_sqnr_db:
+        if name not in heads:
+            raise BudgetError(
+                f"The budget has a floor on '{name}', but the output heads are: {', '.join(heads)}."
+                f"{did_you_mean(name, heads)}"
+            )
+
+
 def search_limits(problem: Problem, budget: Budget) -> Limits:
     """Turn a budget into the search's units.
 
@@ -130,9 +144,7 @@ def search_limits(problem: Problem, budget: Budget) -> Limits:
         BudgetError: it names a head that the model does not have.
     """
     heads = [h for h, plain in zip(problem.matrix.heads, problem.matrix.plain, strict=True) if plain]
-    for name in budget.head_sqnr_db:
-        if name not in heads:
-            raise BudgetError(f"The budget has a floor on '{name}', but the output heads are: {', '.join(heads)}.")
+    check_heads(budget, heads)
     latency = [np.inf]
     if budget.latency_ratio is not None:
         latency.append(budget.latency_ratio * problem.latency_us(Plan()))

@@ -21,6 +21,7 @@ from itertools import chain, product
 import msgspec
 
 from bitalloy.core.errors import BitalloyError
+from bitalloy.core.order import natural
 from bitalloy.core.plans import Keep
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
@@ -94,7 +95,7 @@ def _named(units: UnitGraph, keep: Keep, operators: Mapping[str, str]) -> list[U
         return found
     known = sorted({name for unit in units.units for name in _names(unit, operators)})
     close = difflib.get_close_matches(keep.pattern, known, n=3, cutoff=0.5)
-    regions = sorted({r for unit in units.units for r in ancestors(unit.region)[:-1] if "/" not in r})
+    regions = sorted({r for unit in units.units for r in ancestors(unit.region)[:-1] if "/" not in r}, key=natural)
     hint = f"Close to it: {', '.join(close)}." if close else f"Regions are: {', '.join(regions[:12]) or 'none'}."
     raise BitalloyError(
         f"--keep '{keep}' matches no unit, node, region or operator type of the model. {hint} Patterns are shell "
@@ -126,7 +127,7 @@ def _able(scheme: str, able: Collection[str]) -> str:
     """Say which units of the model can run in a scheme."""
     if not able:
         return f"No unit of the model can run in {scheme} as things are. "
-    some = ", ".join(f"'{name}'" for name in sorted(able)[:3])
+    some = ", ".join(f"'{name}'" for name in sorted(able, key=natural)[:3])
     more = f" and {len(able) - 3} more" if len(able) > 3 else ""
     return f"In {scheme} can run: {some}{more}. "
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, did_you_mean
 from bitalloy.targets.base import Target
 from bitalloy.targets.devices import find_device
 from bitalloy.targets.openvino_cpu import OPENVINO_CPU
@@ -27,7 +27,7 @@ def target(name: str, device: str = "") -> Target:
             target does not run on.
     """
     if name not in TARGETS:
-        raise BitalloyError(f"Unknown target '{name}'. Available: {', '.join(TARGETS)}.")
+        raise BitalloyError(f"Unknown target '{name}'. Available: {', '.join(TARGETS)}.{did_you_mean(name, TARGETS)}")
     found = TARGETS[name]
     if not device:
         return found

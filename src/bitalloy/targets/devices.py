@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, did_you_mean
 from bitalloy.core.records import Record
 from bitalloy.core.schemes import BASELINE
 
@@ -164,7 +164,7 @@ def find_device(name: str) -> Device:
     capabilities = sorted({device.capability for device in DEVICES.values()})
     raise BitalloyError(
         f"Unknown device '{name}'. Available: {', '.join(DEVICES)}; or a compute capability: "
-        f"{', '.join(f'sm{c}' for c in capabilities)}."
+        f"{', '.join(f'sm{c}' for c in capabilities)}.{did_you_mean(name, DEVICES)}"
     )
 
 

@@ -22,6 +22,7 @@ from bitalloy.core.errors import DataError
 from bitalloy.core.examples import ClassPrecision, ExampleText
 from bitalloy.core.records import Estimate, MetricValue, Record, TensorSpec
 from bitalloy.core.store import StageInputs
+from bitalloy.core.tabular import Listing, Tabular
 from bitalloy.data.images import ImageSpec, file_hash
 
 __all__ = [
@@ -130,7 +131,7 @@ class TaskMetric(Record, frozen=True, kw_only=True):
         return np.frombuffer(self.draws[model], np.float64)
 
 
-class TaskResult(Record, frozen=True, kw_only=True):
+class TaskResult(Tabular, Record, frozen=True, kw_only=True):
     """Metrics of several models that a task measured."""
 
     task: str
@@ -141,6 +142,17 @@ class TaskResult(Record, frozen=True, kw_only=True):
     """Model other than the reference -> mean IoU of its boxes with the matched ones of the reference, of detectors."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the result must know."""
+
+    def listing(self) -> Listing:
+        """Return the metrics as a table: of each model its value, and how much worse it is than the first."""
+        columns = ("metric", "model", "value", "low", "high", "samples", "drop", "drop_low", "drop_high")
+        rows = []
+        for metric in self.metrics:
+            for model, value in metric.values.items():
+                drop = metric.drops.get(model)
+                ends = (None, None, None) if drop is None else (drop.value, drop.low, drop.high)
+                rows.append((metric.name, model, value.value, value.low, value.high, value.n, *ends))
+        return Listing(self.task, columns, rows)
 
 
 class TaskData(Protocol):

@@ -14,6 +14,7 @@ from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.jobs import Contexts, Job, Opening
 from bitalloy.core.records import Estimate, MetricValue, Record
 from bitalloy.core.store import StageInputs, key_of
+from bitalloy.core.tabular import Listing, Tabular
 from bitalloy.core.work import Workspace
 from bitalloy.data.images import ImageSpec
 from bitalloy.model.graphs.again import graph_opening
@@ -41,7 +42,7 @@ class MetricRow(Record, frozen=True, kw_only=True):
     """Metric of the float model minus `value`, in 0..1, with a paired 95 % bootstrap interval over images."""
 
 
-class MetricTable(Record, frozen=True, kw_only=True):
+class MetricTable(Tabular, Record, frozen=True, kw_only=True):
     """Sensitivities of a task metric to chosen units, regions or sites."""
 
     model_sha256: str
@@ -50,6 +51,12 @@ class MetricTable(Record, frozen=True, kw_only=True):
     """Mode of the measurement: `one-at-a-time` or `leave-one-out`."""
     reference: MetricValue = msgspec.field(name="float")
     rows: tuple[MetricRow, ...]
+
+    def listing(self) -> Listing:
+        """Return the rows as a table, with the drop of each and its interval."""
+        columns = ("scope", "id", self.metric, "drop", "low", "high")
+        rows = [(r.scope, r.id, r.value.value, r.drop.value, r.drop.low, r.drop.high) for r in self.rows]
+        return Listing(f"{self.metric} by {self.method}", columns, rows)
 
 
 class _Result(Record, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from bitalloy.core.outcome import Summary
 from bitalloy.core.records import Estimate
 from bitalloy.report.text import Speed, interval_words, speed_of, status_text, time_text, usual_is_kept
+from bitalloy.sensitivity.matrix import CEILING_DB
 
 
 def headline_of(summary: Summary) -> str:
@@ -96,9 +97,13 @@ def _loss(summary: Summary) -> Iterator[str]:
     elif summary.sqnr_db:
         head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
         interval = summary.sqnr_interval_db.get(head)
-        ends = f" ({interval_words(interval, 1)})" if interval is not None else ""
+        ends = f" ({interval_words(interval, 1)})" if interval is not None and interval.low < CEILING_DB else ""
         which = "" if len(summary.sqnr_db) == 1 else "its worst output, "
-        yield f"leaves {pair.mixed.measured:.1f} dB on {which}{head}{ends}"
+        yield f"leaves {_decibels(pair.mixed.measured)} on {which}{head}{ends}"
+
+
+def _decibels(value: float) -> str:
+    return "no error" if value >= CEILING_DB else f"{value:.1f} dB"
 
 
 def _size(summary: Summary) -> str:
@@ -111,6 +116,6 @@ def _details(summary: Summary) -> Iterator[str]:
     yield f"{time_text(time.mixed)} against {time_text(time.reference)} in float"
     yield f"{size.mixed / 1e6:.4g} MB against {size.reference / 1e6:.4g} MB as given"
     for name, pair in summary.sqnr_db.items():
-        yield f"{name} {pair.mixed.measured:.1f} dB"
+        yield f"{name} {_decibels(pair.mixed.measured)}"
     for name, metric in summary.metrics.items():
         yield f"{name} {metric.mixed.value:.4f} against {metric.reference.value:.4f}"

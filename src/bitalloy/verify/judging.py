@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import BudgetError, did_you_mean
 from bitalloy.core.outcome import REFERENCE, DropEstimate, Evaluation
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
@@ -202,7 +202,10 @@ def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, fl
     found: dict[str, float] = {}
     for name, most in asked:
         if name not in metrics:
-            raise BudgetError(f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(metrics)}.")
+            raise BudgetError(
+                f"--max-drop limits '{name}', but the metrics of the task are: {', '.join(metrics)}."
+                f"{did_you_mean(name, metrics)}"
+            )
         found[name] = min(most, found.get(name, most))
     return found
 

@@ -5,14 +5,12 @@ A family is one file beside this one and one line in `FAMILIES`; networks that n
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError
+from bitalloy.core.errors import BitalloyError, MissingExtraError, ModelError, did_you_mean
 from bitalloy.model.file import PROGRAM_FILE
 from bitalloy.zoo.base import RANDOM_WEIGHTS, Exported, Family, Options, Variant
 
@@ -79,7 +77,9 @@ def resolve(model: str | Path) -> Source:
                 f"`bitalloy run {text}` does both."
             )
         known = [*packaged, *names]
-        raise ModelError(f"'{text}' is neither a file nor a known model ({', '.join(known)}).{_hint(text, known)}")
+        raise ModelError(
+            f"'{text}' is neither a file nor a known model ({', '.join(known)}).{did_you_mean(text, known)}"
+        )
     return Source(name=path.stem, path=path, sample=False)
 
 
@@ -103,7 +103,7 @@ def find(name: str) -> tuple[Family, Variant]:
         if name in family.variants:
             return family, family.variants[name]
     known = _variant_names()
-    raise ModelError(f"No model family knows '{name}'. Known are {', '.join(known)}.{_hint(name, known)}")
+    raise ModelError(f"No model family knows '{name}'. Known are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def export_model(
@@ -144,8 +144,3 @@ def export_model(
 
 def _variant_names() -> list[str]:
     return [name for family in families() for name in family.variants]
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
