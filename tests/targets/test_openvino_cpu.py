@@ -22,6 +22,7 @@ from bitalloy.model.heads import find_heads
 from bitalloy.model.load import load_graph
 from bitalloy.model.weights import to_bytes
 from bitalloy.rewrite.apply import write_plan
+from bitalloy.rewrite.calibrated import original_artefact
 from bitalloy.runtime.artefact import Artefact
 from bitalloy.runtime.base import ONLY
 from bitalloy.runtime.machine import this_machine
@@ -49,6 +50,50 @@ KERNELS = {
     "case8-float": {"/t/ConvTranspose": ("Deconvolution", "fp32"), "/y/Conv": ("Convolution", "int8")},
 }
 """case -> unit -> (kernel that does its work, what it reads)."""
+
+
+def test_a_file_whose_branch_hides_a_rank(tmp_path: Path) -> None:
+    """The float model of such a file is its normal form, as OpenVINO does not take it; its rate has no axes."""
+
+    def branch(*nodes: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph(
+            list(nodes),
+            "branch",
+            [],
+            [helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)],
+        )
+
+    weight = np.random.default_rng(0).standard_normal((4, 3, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Equal", ["rate", "fast"], ["c"]),
+        helper.make_node(
+            "If", ["c"], ["b"],
+            then_branch=branch(helper.make_node("Squeeze", ["x", "last"], ["t"])),
+            else_branch=branch(helper.make_node("Identity", ["x"], ["e"])),
+        ),
+        helper.make_node("Conv", ["b", "w"], ["y"]),
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "net",
+        [
+            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 3, 8, 1]),
+            helper.make_tensor_value_info("rate", onnx.TensorProto.INT64, []),
+        ],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(np.array([3]), "last"),
+            numpy_helper.from_array(np.array(16000), "fast"),
+        ],
+    )  # fmt: skip
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    with pytest.raises(ModelError, match="rank"):
+        OPENVINO.open(path)
+    net = load_graph(path, fixed={"rate": 16000})
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 1)).astype(np.float32), "rate": np.array(16000)}
+    found = original_artefact(net, net, OPENVINO_CPU).session().run(feeds)["y"]
+    np.testing.assert_allclose(found, ORT.open(path).run(feeds)["y"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", KERNELS)

@@ -59,6 +59,8 @@ class Graph:
     metadata: Mapping[str, str] = field(default_factory=dict)
     unfit: str = ""
     """Why the file as it is cannot stand for the float model; empty where it can."""
+    branched: bool = False
+    """Whether the file has branches, loops or sequences, which became plain nodes."""
     changes: tuple[str, ...] = ()
     """What was converted when the file was read, in sentences, see `model.standard`."""
     quantization: GivenRoundings = field(default_factory=GivenRoundings)
@@ -230,7 +232,8 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[st
     given, digest, size = _read(source)
     parted = part_contradicted(given, shapes)
     declared = tuple(map(declared_spec, fed_inputs(given)))
-    if has_undecided(given):
+    branched = has_undecided(given)
+    if branched:
         _refuse_types(given)
         bind(given, shapes)  # what is chosen may follow from shapes
     standard = _standard(given, source, size, fixed)
@@ -238,7 +241,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[st
     _refuse(proto, source)
     bind(proto, shapes)
     refuse_inputs(proto)
-    if changes:
+    if changes and not has_undecided(proto):  # a loop that is left might never end, and is refused below
         bind(given, shapes)
         refuse_declared(given)
         told, runs = agrees(given, standard, source.name, fixed)
@@ -277,7 +280,7 @@ def _load(source: Path, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[st
             for v in model.graph.outputs
         ),
     )
-    return Graph(info, model, source, metadata, unfit, changes, roundings, fixed=fixed, declared=declared)
+    return Graph(info, model, source, metadata, unfit, branched, changes, roundings, fixed=fixed, declared=declared)
 
 
 def _standard(proto: onnx.ModelProto, source: Path, size: int, fixed: Mapping[str, int]) -> Standard:

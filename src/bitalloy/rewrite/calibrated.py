@@ -251,14 +251,19 @@ def _executable(artefact: Artefact, target: Target) -> Artefact:
 def original_artefact(graph: Graph, given: Graph, target: Target) -> Artefact:
     """Return the float model as it was given, see `Calibrated.original`, for the runtime of a target."""
     if not isinstance(graph, Joined):
-        return Artefact({ONLY: as_given(given)}, runtime=target.runtime)
+        return Artefact({ONLY: as_given(given, target)}, runtime=target.runtime)
     program = graph.program
-    return Artefact({name: as_given(p) for name, p in program.graphs.items()}, program, target.runtime)
+    return Artefact({name: as_given(p, target) for name, p in program.graphs.items()}, program, target.runtime)
 
 
-def as_given(graph: Graph) -> Path | ir.Model:
-    """Return the file of a float model, or its normal form where the file cannot stand for it."""
-    return graph.model if graph.unfit or graph.shown else graph.source
+def as_given(graph: Graph, target: Target) -> Path | ir.Model:
+    """Return the file of a float model, or its normal form where the file cannot stand for it on a target."""
+    return graph.model if unfit_reason(graph, target) or graph.shown else graph.source
+
+
+def unfit_reason(graph: Graph, target: Target) -> str:
+    """Say why the file as it is cannot stand for the float model on a target; empty where it can."""
+    return graph.unfit or (target.refuses_branches if graph.branched else "")
 
 
 def environment_of(target: Target) -> Environment:

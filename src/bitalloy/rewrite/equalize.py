@@ -195,7 +195,7 @@ def at_sizes(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
         ModelError: the model does not take these shapes.
     """
     bound = {spec.name: tuple(int(d) for d in spec.shape) for spec in graph.info.inputs}
-    return _rescaled(load_graph(graph.source, shapes={**bound, **shapes}), graph.factors)
+    return _rescaled(load_graph(graph.source, shapes={**bound, **shapes}, fixed=graph.fixed), graph.factors)
 
 
 def _rescaled(graph: Graph, factors: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]) -> Graph:

@@ -93,7 +93,7 @@ class OpenVinoSession:
         return self._outputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = {i: np.ascontiguousarray(feeds[name]) for i, name in enumerate(self._inputs)}
+        given = {i: np.asarray(feeds[name], order="C") for i, name in enumerate(self._inputs)}
         request = self._free.get()
         try:
             # by start and wait, so that other threads of Python run meanwhile; memory of the feeds is used in place

@@ -116,7 +116,7 @@ class TensorRtSession:
         kinds = self._cuda.cudaMemcpyKind
         with self._turns:
             for name in self.input_names:
-                given = np.ascontiguousarray(feeds[name], self._host[name].dtype)
+                given = np.asarray(feeds[name], self._host[name].dtype, order="C")
                 if given.shape != self._host[name].shape:
                     raise ModelError(
                         f"Input '{name}' has shape {given.shape}; the engine takes {self._host[name].shape}."

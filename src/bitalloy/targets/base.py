@@ -124,6 +124,8 @@ class Target:
     """Scheme in which people run whole models on it, because that takes a switch and loses nothing worth telling."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Scheme of other targets that this one does not offer, and that people may ask for -> why."""
+    refuses_branches: str = ""
+    """Why the runtime does not take files with branches that are decided when they run; empty where it does."""
 
     @property
     def runnable(self) -> tuple[Offer, ...]:

@@ -220,4 +220,5 @@ OPENVINO_CPU = Target(
     },
     single_reader=True,
     slow_softmax=False,
+    refuses_branches="OpenVINO converts no layer that needs the rank of what a branch or loop gives",
 )

@@ -18,6 +18,7 @@ from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.load import Graph
 from bitalloy.model.sizes import OpenSizes, told_shapes
+from bitalloy.rewrite.calibrated import unfit_reason
 from bitalloy.runtime.base import ONLY
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.matrix import silent_heads
@@ -158,10 +159,10 @@ def _converted(analysis: Analysis) -> list[str]:
 def _unfit(analysis: Analysis) -> list[str]:
     """Say which files do not stand for the float model themselves."""
     return [
-        f"'{file.source.name}' as it is does not stand for the float model: {file.unfit}. What is compared with is the "
+        f"'{file.source.name}' as it is does not stand for the float model: {reason}. What is compared with is the "
         "same network without that."
         for file in _files(analysis)
-        if file.unfit
+        if (reason := unfit_reason(file, analysis.target))
     ]
 
 

@@ -77,10 +77,10 @@ def _verified(analysis: Calibrated, mixed: Artefact, shapes: Shapes, samples: tu
     Raises:
         BitalloyError: the float model does not run at that size.
     """
-    graph = load_graph(analysis.given.source, shapes=shapes)
+    graph = load_graph(analysis.given.source, shapes=shapes, fixed=analysis.given.fixed)
     data = Fitted(analysis.data, shapes)
     shipped, heads = analysis.executable(mixed), find_heads(graph)
-    reference = Artefact({ONLY: as_given(graph)}, runtime=analysis.target.runtime)
+    reference = Artefact({ONLY: as_given(graph, analysis.target)}, runtime=analysis.target.runtime)
     session = reference.session()
     session.run(data.feeds(samples[0]))
     session.close()
