@@ -26,8 +26,8 @@ PANELS = {
     "Precision": "schemes keep exclude protect ranges weight_rounding equalize bias_correction",
     "Selection": "method mode units regions sites confirm",
     "Analysis": "effort samples probes calibration_samples seed",
-    "Runtime": "target device workload here compiled",
-    "Output": "out junit base_model json_output mlflow quiet",
+    "Runtime": "target device workload here compiled memory_limit",
+    "Output": "out dry_run junit base_model json_output mlflow quiet",
     "Configuration": "config print_config",
 }
 """Groups of options in `--help`, in their order -> names of parameters, in theirs."""
