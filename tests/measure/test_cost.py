@@ -243,7 +243,7 @@ def analysis_of(units: UnitGraph, *, device: object = None, environment: Environ
     """What a cost table is made from, without a model."""
     given = {"sha256": "a" * 64, "inputs": (), "name": "drawn", "seed": 0, **changes}
     return SimpleNamespace(
-        graph=SimpleNamespace(info=SimpleNamespace(sha256=given["sha256"], inputs=given["inputs"])),
+        graph=SimpleNamespace(info=SimpleNamespace(sha256=given["sha256"], inputs=given["inputs"]), large=False),
         target=SimpleNamespace(name=given["name"], device=device, rounds_apart=False),
         settings=SimpleNamespace(seed=given["seed"], workload=None),
         data=SimpleNamespace(feeds=lambda index: {"sample": index}),

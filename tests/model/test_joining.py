@@ -356,8 +356,8 @@ IMAGE = "encoder:emb -> decoder:image"
         ({"wires": [IMAGE, "decoder:logits -> encoder:x"]}, "close a cycle: .*encoder.*decoder"),
         ({"wires": ["encoder -> decoder:image"]}, "A wire reads 'graph:output -> graph:input', got 'encoder -> "),
         ({"graphs": {"a/b": "encoder.onnx"}, "wires": []}, "letters, digits"),
-        ({"graphs": {"encoder": "../secret.onnx"}, "wires": []}, "lies outside of the program's folder"),
-        ({"graphs": {"encoder": "/etc/passwd"}, "wires": []}, "lies outside of the program's folder"),
+        ({"graphs": {"encoder": "../secret.onnx"}, "wires": []}, "leads outside of"),
+        ({"graphs": {"encoder": "/etc/passwd"}, "wires": []}, "leads outside of"),
         ({"graphs": {"encoder": "missing.onnx"}, "wires": []}, "Graph 'encoder' of .*No model file"),
         ({"graphs": {}, "wires": []}, "at least one graph"),
         ({"extra": 1}, "is not a program: .*extra"),
@@ -375,7 +375,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     encoder(tmp_path / "secret.onnx")
     (inside / "link.onnx").symlink_to(tmp_path / "secret.onnx")
     (inside / "program.json").write_text('{"graphs": {"a": "link.onnx"}}')
-    with pytest.raises(ModelError, match="outside of the program's folder"):
+    with pytest.raises(ModelError, match="leads outside of"):
         load_program(inside)
 
 

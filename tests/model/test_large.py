@@ -348,7 +348,7 @@ def test_external_data_outside_of_the_folder(large: Graph, tmp_path: Path) -> No
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ModelError, match="outside the model's folder"):
+    with pytest.raises(ModelError, match="leads outside of"):
         load_graph(inside / "model.onnx")
 
 

@@ -400,7 +400,7 @@ def test_full_disk_is_said_and_the_run_goes_on_with_more_space(bitalloy: Any, in
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     bitalloy.run(*arguments, out="disk/run").succeeded()
     assert bitalloy.results("disk/run") == RESULTS
-    assert bitalloy.summary("disk/run")["seconds"]["probe"] == 0
+    assert bitalloy.summary("disk/run")["seconds"]["calibration"] == 0
 
 
 def test_quota_is_said(bitalloy: Any, inputs: Any) -> None:

@@ -135,9 +135,7 @@ def verify(
     evaluator = Evaluator(analysis, given, limit, work, image) if given else None
     resolution = evaluator.resolution() if evaluator is not None else ()
     course = VerificationCourse(analysis, planned, work, effort)
-    if not course.budget.on_task_alone:
-        course.search()
-    kept = _decided(course, evaluator) if course.budget.on_task else None
+    kept = _searched(course, evaluator)
     unmeasured = analysis.graph.large or planned.cost.estimated
     final = course.completed() if unmeasured else course.beside_neighbours()
     detailed, best = effort.details and not planned.cost.estimated, course.best
@@ -165,6 +163,13 @@ def verify(
     summary = summarize_run(analysis, course.known(), shipped, work.seconds)
     examples = evaluator.examples(final.plan.chosen) if evaluator is not None else None
     return Verified(analysis, final, mixed, summary, course.tables, examples=examples)
+
+
+def _searched(course: VerificationCourse, evaluator: Evaluator | None) -> Kept | None:
+    """Search for the plan; what keeps the limits on the task, where there are some."""
+    if not course.budget.on_task_alone:
+        course.search()
+    return _decided(course, evaluator) if course.budget.on_task else None
 
 
 def _decided(course: VerificationCourse, evaluator: Evaluator | None) -> Kept:
