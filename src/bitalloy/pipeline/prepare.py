@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx
+
 from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
@@ -20,7 +22,7 @@ from bitalloy.model import load as graph
 from bitalloy.model.decide import deciding_inputs
 from bitalloy.model.file import parse
 from bitalloy.model.graphs.joining import Joined, join
-from bitalloy.model.graphs.outline import Outline, is_program, read_interface, read_outline
+from bitalloy.model.graphs.outline import Outline, declared_interface, is_program, read_interface, read_outline
 from bitalloy.model.graphs.wiring import load_program
 from bitalloy.model.load import Graph
 from bitalloy.samples.shapes import write_coco
@@ -266,7 +268,7 @@ def load(model: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = No
     path = zoo.resolve(model).path
     if is_program(path):
         return join(load_program(path, shapes={**read_outline(path).shapes(), **(shapes or {})}))
-    return graph.load_graph(path, shapes={**_usual(path, None), **(shapes or {})})
+    return graph.load_graph(path, shapes={**_usual(parse(path)[0], None), **(shapes or {})})
 
 
 def open_data(
@@ -375,9 +377,9 @@ def _identity(checkpoint: str | Path | None) -> tuple[object, ...]:
     return (str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
-def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
+def _usual(proto: onnx.ModelProto, data: str | Path | None) -> dict[str, tuple[int, ...]]:
     """Shapes of inputs with open sizes: those of the first sample where it is a .npz, or what the file notes."""
-    inputs, usual = read_interface(path)
+    inputs, usual = declared_interface(proto)
     opened = {i.name for i in inputs if any(isinstance(d, str) for d in i.shape)}
     found = {name: shape for name, shape in usual.items() if name in opened}
     if opened and data is not None and holds_arrays(Path(data)):
@@ -388,14 +390,15 @@ def _usual(path: Path, data: str | Path | None) -> dict[str, tuple[int, ...]]:
 
 def _load_file(path: Path, data: str | Path | None, given: Mapping[str, tuple[int, ...]]) -> Graph:
     """Load a file with the sizes that were asked for, or those of the samples."""
-    return graph.load_graph(path, shapes={**_usual(path, data), **given}, fixed=_fixed(path, data))
+    proto, _ = parse(path)
+    return graph.load_graph(path, shapes={**_usual(proto, data), **given}, fixed=_fixed(proto, data))
 
 
-def _fixed(path: Path, data: str | Path | None) -> dict[str, int]:
+def _fixed(proto: onnx.ModelProto, data: str | Path | None) -> dict[str, int]:
     """Inputs that decide what a file does, and have one and the same value in every sample, such as a sampling rate."""
-    if data is None or not holds_arrays(Path(data)) or not (names := deciding_inputs(parse(path)[0])):
+    if data is None or not holds_arrays(Path(data)) or not (names := deciding_inputs(proto)):
         return {}
-    samples = open_dataset(data, read_interface(path)[0], image=None, limit=None, seed=0)
+    samples = open_dataset(data, declared_interface(proto)[0], image=None, limit=None, seed=0)
     found: dict[str, int] = {}
     for index in range(len(samples)):
         feeds = samples.feeds(index)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from bitalloy.core.errors import ModelError
 from bitalloy.core.records import TensorSpec
@@ -125,7 +126,11 @@ def read_interface(path: Path) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[
     Raises:
         ModelError: it is no ONNX file, or what it says of its inputs is malformed.
     """
-    proto, _ = parse(path)
+    return declared_interface(parse(path)[0])
+
+
+def declared_interface(proto: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, ...]]]:
+    """Return what `read_interface` does, of a file that is parsed already."""
     weights = {i.name for i in proto.graph.initializer}
     inputs = tuple(declared_spec(v) for v in proto.graph.input if v.name not in weights)
     return inputs, usual_shapes({p.key: p.value for p in proto.metadata_props})
