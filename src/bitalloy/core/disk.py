@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from bitalloy.core.encoding import to_json
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.files import walk
 from bitalloy.core.ownership import discard
@@ -93,7 +93,7 @@ def clean_run(path: str | Path, *, dry_run: bool = False) -> DiskUse:
 def told_freed(path: str | Path) -> str:
     """Say what must be computed again because the cache was freed; empty where it was not."""
     try:
-        found = msgspec.json.decode((Path(path) / "cache" / FREED).read_bytes(), type=FreedCache)
+        found = from_json((Path(path) / "cache" / FREED).read_bytes(), FreedCache)
     except (OSError, msgspec.MsgspecError):
         return ""
     return (
