@@ -2,6 +2,7 @@
 # make test    development environment in .venv-dev, all tests
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make torture kills, mutated files, absurd options, full disks, many images: about 15 minutes (TORTURE_MINUTES=...)
+# make study   the five embedded models on all targets that run here, compared in one report: about 10 minutes
 # make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make docs    the site of documents in build/site
@@ -15,7 +16,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile wheel torture check docs clean
+.PHONY: demo test compile study wheel torture check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -29,6 +30,9 @@ test: .venv-dev/installed
 
 compile: .venv-dev/installed .venv-rtx/installed
 	PYTHONPATH=$(CURDIR)/.venv-rtx $(DEV)/python -m pytest $(PYTEST_OPTIONS) tests/*/test_compiled.py
+
+study: .venv-dev/installed
+	$(DEV)/bitalloy study --out runs/study
 
 torture: .venv-dev/installed
 	$(DEV)/python -m tests.torture --out torture.json

@@ -27,12 +27,13 @@ NAMES = [
     # stages
     "load", "open_data", "analyze", "confirm", "calibrate", "measure_exact", "measure_metric", "measure_cost",
     "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run", "quantize",
+    "study", "read_study",
     # what comes out of finished runs
     "check", "diff", "evaluate",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "CheckedRun", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
-    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "Summary", "Verified", "Workload",
-    "Workspace",
+    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "StudyResult", "Summary", "Verified",
+    "Workload", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnreachableError", "UnsupportedOpError",

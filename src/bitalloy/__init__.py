@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bitalloy.core.schemes import Plan
     from bitalloy.core.status import LimitStatus, Status
     from bitalloy.core.store import RunDirectory
+    from bitalloy.core.studies import StudyResult
     from bitalloy.core.work import Workspace
     from bitalloy.measure.cost import measure_cost
     from bitalloy.pipeline.analyze import analyze
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.run import quantize_model as quantize
     from bitalloy.pipeline.run import render as report
     from bitalloy.pipeline.ship import Verified, apply, verify
+    from bitalloy.pipeline.study import read_study, study
     from bitalloy.rewrite.calibrated import Calibrated
     from bitalloy.sensitivity.analysis import Analysis
     from bitalloy.sensitivity.measuring import Selection, confirm, measure_exact
@@ -77,6 +79,8 @@ __all__ = [
     "publish",
     "run",
     "quantize",
+    "study",
+    "read_study",
     # what comes out of finished runs
     "check",
     "diff",
@@ -98,6 +102,7 @@ __all__ = [
     "Selection",
     "Settings",
     "Status",
+    "StudyResult",
     "Summary",
     "Verified",
     "Workload",
@@ -131,6 +136,8 @@ _HOMES = {
     "publish": "pipeline.run",
     "run": "pipeline.run",
     "quantize": "pipeline.run:quantize_model",
+    "study": "pipeline.study",
+    "read_study": "pipeline.study",
     "check": "pipeline.check:check_run",
     "diff": "pipeline.check:diff_runs",
     "evaluate": "pipeline.evaluate:evaluate_models",
@@ -150,6 +157,7 @@ _HOMES = {
     "Selection": "sensitivity.measuring",
     "Settings": "core.records",
     "Status": "core.status",
+    "StudyResult": "core.studies",
     "Summary": "core.outcome",
     "Verified": "pipeline.ship",
     "Workload": "core.records",

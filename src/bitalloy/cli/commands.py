@@ -16,7 +16,7 @@ from bitalloy.cli.config import effective_toml, read_config
 
 PANELS = {
     "Model and data": (
-        "model models name run_directory first second data baseline shape scale mean std layout fit preprocess"
+        "model models name file run_directory first second data baseline shape scale mean std layout fit preprocess"
         " checkpoint trust_checkpoint image_size open_size"
     ),
     "Limits": (

@@ -28,6 +28,7 @@ from bitalloy.cli.console import (
 from bitalloy.cli.disk import clean_command
 from bitalloy.cli.guard import end_for_memory
 from bitalloy.cli.requests import PlanArguments, RunArguments, SensitivityArguments
+from bitalloy.cli.study import study_command
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
 from bitalloy.core.plain import one_line
@@ -438,6 +439,7 @@ for _name, _command in (
     ("run", run_command),
     ("plan", plan_command),
     ("sensitivity", sensitivity_command),
+    ("study", study_command),
     ("export", export_command),
     ("models", look.models_command),
     ("targets", look.targets_command),

@@ -130,33 +130,45 @@ def deliver(
     effort: Effort = EFFORTS[USUAL_EFFORT],
 ) -> Verified:
     """Do everything that `run` does after `prepare`, with the same arguments."""
-    work = prepared.work
-    budget = budget or Budget()
-    settings = settings or Settings()
+    budget, settings = budget or Budget(), settings or Settings()
     check_budget(prepared, budget, settings)
-    labels = prepared.own or prepared.labels or prepared.images
-    evaluated = evaluated_images(prepared, limit, settings.seed)
-    analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
-    if not prepared.model.large:  # of a large model each measurement takes minutes; `sensitivity --confirm` makes them
-        analysis = confirm(analysis, effort.confirmed, flagged=False, samples=CONFIRM_SAMPLES, work=work)
-    shared, found = prepared.work.seconds, []
+    analysis = analyzed(prepared, settings, limit=limit, effort=effort)
+    found = []
     for index, part in enumerate(analysis.targets):
-        work = replace(prepared.work, seconds=dict(shared))
-        table = measure_cost(part, effort=effort, work=work)
-        if budget.limited:
-            planned = plan(part, budget, table=table, front=False, work=work)
-        else:
-            part, planned = _plan_by_default(part, budget, table, work)
-        verified = verify(part, planned, labels=labels, limit=limit, image=prepared.image, effort=effort, work=work)
-        if part.target.device is None:
-            verified = replace(verified, audit=audit_plan(part, verified.planned, work=work))
-        verified = compiled_verified(verified, work)
+        verified = deliver_target(prepared, part, budget, limit=limit, effort=effort)
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     first = replace(found[0], others=tuple(found[1:]))
     if first.others:  # they are known only now
         prepared.store.publish("report.html", render(first))
     return first
+
+
+def analyzed(prepared: Prepared, settings: Settings, *, limit: int | None, effort: Effort) -> Analysis:
+    """Analyse a prepared model for all targets of the settings, with its worst units measured by execution."""
+    evaluated = evaluated_images(prepared, limit, settings.seed)
+    work = prepared.work
+    analysis = analyze(prepared.model, prepared.data, settings, avoid=evaluated, work=work, notes=prepared.notes)
+    if prepared.model.large:  # each measurement takes minutes; `sensitivity --confirm` makes them
+        return analysis
+    return confirm(analysis, effort.confirmed, flagged=False, samples=CONFIRM_SAMPLES, work=work)
+
+
+def deliver_target(
+    prepared: Prepared, analysis: Analysis, budget: Budget, *, limit: int | None, effort: Effort
+) -> Verified:
+    """Plan, apply, verify and audit for the first target of an analysis; nothing is published."""
+    work = replace(prepared.work, seconds=dict(prepared.work.seconds))
+    table = measure_cost(analysis, effort=effort, work=work)
+    if budget.limited:
+        planned = plan(analysis, budget, table=table, front=False, work=work)
+    else:
+        analysis, planned = _plan_by_default(analysis, budget, table, work)
+    labels = prepared.own or prepared.labels or prepared.images
+    verified = verify(analysis, planned, labels=labels, limit=limit, image=prepared.image, effort=effort, work=work)
+    if analysis.target.device is None:
+        verified = replace(verified, audit=audit_plan(analysis, verified.planned, work=work))
+    return compiled_verified(verified, work)
 
 
 def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work: Workspace) -> tuple[Analysis, Planned]:

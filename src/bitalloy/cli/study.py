@@ -1,0 +1,147 @@
+"""The command `bitalloy study`: many models, targets, formats and budgets, and one comparative report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitalloy.cli.arguments import MOST_COUNT
+from bitalloy.cli.console import error_console, out_console, shown_progress
+from bitalloy.cli.requests import Quiet
+from bitalloy.core.errors import BitalloyError
+
+if TYPE_CHECKING:
+    from bitalloy.core.studies import StudyResult
+    from bitalloy.pipeline.study import Study
+
+SHOWN_VERSIONS = ("float", "all lowest", "mixed")
+"""Versions that the terminal shows; the report has all."""
+
+
+def study_command(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="TOML file of the study. Default: the five embedded models on all targets that run here.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/study"),
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MOST_COUNT, help="Largest number of labelled samples to evaluate.")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="`quick`, `default` or `thorough`, in place of what the file says.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be run, what is missing and where to put it, and stop.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print study.json instead of tables.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run models x targets x formats x budgets and compare them in one report.
+
+    Each cell is a run directory in cells/MODEL/TARGET/FORMATS/BUDGET; what the cells of a model share is computed
+    once. Leaves study.html, study.json, study.csv and parts.csv. A killed study goes on where it stopped when the same
+    command is given again.
+
+    A file lists models, and optionally targets, formats and budgets:
+
+      targets = ["ort-cpu", "openvino-cpu"]
+
+      limit = 200
+
+      [budget.fast]
+
+      latency = "0.7x"
+
+      [[model]]
+
+      model = "yolo11n-seg"
+
+      checkpoint = "yolo11n-seg.pt"
+
+      trust-checkpoint = true
+
+      data = "images/val2017"
+
+      eval = ["annotations/instances_val2017.json"]
+
+    Exit code 0: done; 2: the file or folder must be corrected, or no cell has a result.
+
+    For example:
+
+      bitalloy study
+
+      bitalloy study studies/models-to-test.toml --dry-run
+
+      bitalloy study mine.toml --out runs/mine --limit 200
+    """
+    from bitalloy.pipeline.study import read_study
+
+    planned = read_study(file, limit=limit, effort=effort)
+    if dry_run:
+        _show_plan(planned)
+        return
+    _run(planned, out, json_output=json_output, quiet=quiet)
+
+
+def _show_plan(planned: Study) -> None:
+    from bitalloy.pipeline.study import lacks_of
+
+    asked = planned.asked
+    out_console.print(
+        f"{planned.cells} cells: {len(asked.models)} models, targets {', '.join(planned.targets)}, formats "
+        f"{', '.join(asked.schemes)}, budgets {', '.join(planned.budgets)}.",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    lacks = lacks_of(planned)
+    for model in asked.models:
+        found = [lack.what for lack in lacks if lack.model == model.name]
+        for line in (f"{model.name}: {'missing' if found else 'ready'}", *(f"  {what}" for what in found)):
+            out_console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _run(planned: Study, out: Path, *, json_output: bool, quiet: bool) -> None:
+    from bitalloy.core.encoding import to_json
+    from bitalloy.pipeline.prepare import RunOptions
+    from bitalloy.pipeline.study import study
+
+    with shown_progress(quiet=quiet) as progress:
+        result = study(planned, out=out, options=RunOptions(progress=progress))
+    if json_output:
+        sys.stdout.write(to_json(result, pretty=True).decode() + "\n")
+    else:
+        _show(result, out)
+    if all(cell.failed for cell in result.cells):
+        raise BitalloyError(f"No cell of the study has a result: {result.cells[0].failed if result.cells else ''}")
+
+
+def _show(result: StudyResult, out: Path) -> None:
+    lines = []
+    for cell in result.cells:
+        if cell.failed:
+            lines.append((cell.id, "failed", "", "", ""))
+        for one in cell.variants:
+            if one.name in SHOWN_VERSIONS:
+                metric = next((f"{name} {value.value:.4f}" for name, value in one.metrics.items()), "")
+                ratio = "" if one.latency_ratio is None else f"{one.latency_ratio.value:.2f}x"
+                size = "" if one.size_bytes is None else f"{one.size_bytes / 1e6:.2f} MB"
+                lines.append((cell.id if one.name == SHOWN_VERSIONS[0] else "", one.name, metric, ratio, size))
+    out_console.table(("run", "version", "first metric", "latency", "size"), lines)
+    for answer in result.answers:
+        out_console.print(f"{answer.verdict}: {answer.question}", highlight=False, markup=False, soft_wrap=True)
+        out_console.print(f"  {answer.told}", highlight=False, markup=False, soft_wrap=True)
+    for lack in result.lacks:
+        error_console.print(f"Left out {lack.model}: {lack.what}", style="yellow", soft_wrap=True, markup=False)
+    for cell in result.cells:
+        if cell.failed:
+            told = f"No result of {cell.id}: {cell.failed}"
+            error_console.print(told, style="red", soft_wrap=True, markup=False, highlight=False)
+    out_console.print(f"Report: {out / 'study.html'}", soft_wrap=True, highlight=False)

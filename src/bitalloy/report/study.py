@@ -1,0 +1,142 @@
+"""The report of a study: one HTML page without scripts, and its tables as CSV."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+from markupsafe import Markup
+
+from bitalloy.core.plain import csv_cell
+from bitalloy.core.records import Estimate
+from bitalloy.core.studies import PartDamage, StudyResult
+from bitalloy.core.tabular import Listing
+from bitalloy.report import formats
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 80rem; padding: 1rem; }
+h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
+th, td { border: 1px solid #d0d0d6; padding: .25rem .5rem; text-align: left; vertical-align: top; }
+td.n { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; } .quiet { color: #55555c; }
+.yes { background: #dcefdc; } .no { background: #f6dada; } .undecided { background: #fbefcf; }
+.multiples { display: flex; flex-wrap: wrap; gap: 1rem; } .multiple { width: 19rem; }
+svg text { font-size: 11px; } :target { outline: 2px solid #3366cc; }
+"""
+SCALE_DB = (15.0, 60.0)
+"""SQNR of the darkest and of the lightest cell of the heat map."""
+PLOT_WIDTH, LABEL_WIDTH, BAR_HEIGHT = 300, 150, 18
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Parts by models: the header and, for each part, the row that each model has of it."""
+
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[PartDamage | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A small chart of the shares of one model's parts."""
+
+    title: str
+    bars: tuple[PartDamage, ...]
+
+
+def render_study(result: StudyResult) -> str:
+    """Write the result of a study as one offline HTML page, in which all names are text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bitalloy.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return environment.get_template("study.html").render(
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'",
+        style=Markup(STYLE),
+        result=result,
+        fmt=formats,
+        interval=_interval,
+        percent=_percent,
+        shade=_shade,
+        ink=_ink,
+        operators=heat_map(result.parts, "operator"),
+        kinds=heat_map(result.parts, "kind"),
+        regions=[*_multiples(result.parts, "region")],
+        bar=_bar,
+        plot=(PLOT_WIDTH, LABEL_WIDTH, BAR_HEIGHT),
+    )
+
+
+def study_csv(result: StudyResult) -> str:
+    """Write one line for each version of a model in each cell, and each metric of it."""
+    return _csv(result.listing())
+
+
+def parts_csv(result: StudyResult) -> str:
+    """Write one line for each part of each model on each head."""
+    return _csv(result.parts_listing())
+
+
+def heat_map(parts: Sequence[PartDamage], scope: str) -> HeatMap:
+    """Put the parts of all models beside each other, those with most models first."""
+    rows = {(p.part, f"{p.model} {p.target}"): p for p in parts if p.scope == scope and not p.head}
+    columns = tuple(dict.fromkeys(column for _, column in rows))
+    names = dict.fromkeys(part for part, _ in rows)
+    lines = [(name, tuple(rows.get((name, column)) for column in columns)) for name in names]
+    lines.sort(key=lambda line: -sum(one is not None for one in line[1]))
+    return HeatMap(columns, tuple(lines))
+
+
+def _multiples(parts: Sequence[PartDamage], scope: str) -> list[Multiple]:
+    found: dict[str, list[PartDamage]] = {}
+    for part in parts:
+        if part.scope == scope and not part.head:
+            found.setdefault(f"{part.model}, {part.target}", []).append(part)
+    return [Multiple(title, tuple(bars)) for title, bars in found.items()]
+
+
+def _csv(listing: Listing) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(listing.columns)
+    for row in listing.rows:
+        writer.writerow(["" if v is None else csv_cell(v) if isinstance(v, str) else v for v in row])
+    return buffer.getvalue()
+
+
+def _interval(value: Estimate, digits: int) -> str:
+    if value.low == value.high:
+        return f"{value.value:.{digits}f}"
+    return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def _percent(value: Estimate | None) -> str:
+    return "unknown" if value is None else f"{value.value:.0%} ({value.low:.0%} to {value.high:.0%})"
+
+
+def _strength(part: PartDamage) -> float:
+    low, high = SCALE_DB
+    return min(1.0, max(0.0, (high - part.sqnr_db.value) / (high - low)))
+
+
+def _shade(part: PartDamage) -> str:
+    """Colour of a cell: the darker the more damage; a presentation attribute, which needs no style of its own."""
+    strength = _strength(part)
+    return "#" + "".join(f"{round(255 + strength * (end - 255)):02x}" for end in (158, 42, 43))
+
+
+def _ink(part: PartDamage) -> str:
+    return "#ffffff" if _strength(part) > 0.55 else "#1d1d1f"
+
+
+def _bar(part: PartDamage) -> float:
+    share = 0.0 if part.share is None else part.share.value
+    return round((PLOT_WIDTH - LABEL_WIDTH - 45) * min(1.0, share), 1)

@@ -1,0 +1,199 @@
+"""What parts of a model do to its outputs: regions, kinds of operators, weights and activations, on one scale.
+
+The scale is the relative error energy ||sum J e||^2 / ||y||^2 of a head (`ProbeMatrix.damage`), so that parts of
+different models can be compared: as SQNR in dB, and as shares of the damage of all roundings of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from bitalloy.core.records import Estimate
+from bitalloy.core.schemes import Plan
+from bitalloy.core.units import Unit, UnitGraph
+from bitalloy.model.regions import ancestors
+from bitalloy.sensitivity.matrix import CEILING_DB, FLOOR_DB, ProbeMatrix, decibel, draws, sqnr_interval
+from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, all_sites, rounded, site_owners
+
+ROUNDED_PRODUCTS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+NORMALIZING = frozenset(
+    {"LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"}
+    | {"ReduceMean", "Pow", "Sqrt", "Reciprocal", "LpNormalization"}
+)
+ACTIVATING = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf"}
+    | {"Gelu", "Softplus", "Softsign", "Mish", "ThresholdedRelu", "SiLU", "Swish"}
+)
+MOVING = frozenset({"Concat", "Resize", "Upsample", "Split", "Slice", "Gather", "Pad", "Transpose", "Reshape"})
+MOST_GROUPS = 16
+"""Regions beside each other in a comparison; a deeper level of the tree is taken only where it has no more."""
+LEAST_GROUPS = 3
+
+
+@dataclass(frozen=True)
+class PartEffect:
+    """The damage of a part, with what a bootstrap over samples makes of it."""
+
+    units: int
+    sqnr: tuple[Estimate, ...]
+    """Of each head, in dB."""
+    share: tuple[Estimate, ...]
+    """Part of the damage of all roundings of the model on each head, 0 to 1."""
+    drawn_db: np.ndarray
+    """Bootstrap draws of the mean damage over the heads, as dB: (draws,)."""
+    db: float
+    """The mean damage over the heads, as dB."""
+
+
+def operator_kind(unit: Unit, operators: Mapping[str, str], depthwise: frozenset[str]) -> str:
+    """Name the kind of work of a unit, as quantization tells them apart.
+
+    Args:
+        unit: the unit.
+        operators: node -> operator type.
+        depthwise: nodes that are convolutions of each channel alone.
+    """
+    first = operators.get(unit.core[0], unit.kind) if unit.core else unit.kind
+    types = {operators.get(node, unit.kind) for node in unit.core} or {unit.kind}
+    if types & {"Conv", "ConvTranspose"}:
+        return "depthwise convolution" if depthwise.intersection(unit.core) else "convolution"
+    if types & ROUNDED_PRODUCTS:
+        return "product with weights" if unit.weights else "attention product"
+    if "Softmax" in types:
+        return "Softmax"
+    if types & NORMALIZING or "norm" in unit.region.lower().rpartition("/")[2]:
+        return "normalization"
+    if types & ACTIVATING:
+        return "activation"
+    if first in MOVING:
+        return "Concat, Resize and moves"
+    return "other elementwise"
+
+
+def top_regions(units: UnitGraph) -> dict[str, tuple[Unit, ...]]:
+    """Divide a model into a few regions: the highest level of its region tree that has at least three of them.
+
+    Returns:
+        Region -> its units, in the order of the graph; units above the level stand under their own region.
+    """
+    found: dict[str, list[Unit]] = {}
+    for level in (1, 2, 3):
+        at_level: dict[str, list[Unit]] = {}
+        for unit in units.units:
+            path = [*reversed(ancestors(unit.region))][1:]
+            at_level.setdefault(path[min(level, len(path)) - 1] if path else unit.region or "(model)", []).append(unit)
+        if found and len(at_level) > MOST_GROUPS:
+            break
+        found = at_level
+        if len(found) >= LEAST_GROUPS:
+            break
+    return {name: tuple(members) for name, members in found.items()}
+
+
+class Effects:
+    """Damages of any sets of units of one model on one target.
+
+    Args:
+        matrix: the probe matrix of the target.
+        units: the model on it.
+        seed: seed of the bootstrap.
+    """
+
+    def __init__(self, matrix: ProbeMatrix, units: UnitGraph, seed: int) -> None:
+        self.matrix, self.units = matrix, units
+        self.heads = tuple(h for h, plain in zip(matrix.heads, matrix.plain, strict=True) if plain)
+        self._plain = np.flatnonzero(matrix.plain)
+        self._weights = draws(matrix.samples, seed)
+        self._seed = seed
+        self._owners = site_owners(units)
+        self._lowest = units.lowest_gated()
+        self._sites = rounded(units, self._lowest)
+        self._alone = matrix.site_damage()[:, self._plain]  # (samples, heads, sites)
+        self._all = self._alone @ matrix.select(self._sites)  # (samples, heads)
+
+    def of_units(self, members: Iterable[Unit], scheme: str | None = None) -> PartEffect | None:
+        """Return what rounding all of some units that can does; None where none of them can.
+
+        Args:
+            members: the units.
+            scheme: scheme that they are put into; by default the lowest that each may take.
+        """
+        wanted = {u.id: self._lowest.scheme_of(u.id) if scheme is None else scheme for u in members}
+        chosen = {u: s for u, s in wanted.items() if s in self.units.allowed[u] and s != self.units.schemes[0].name}
+        sites = rounded(self.units, Plan(chosen))
+        owned = [s for s in self._sites if self._owners.get(s) in chosen]
+        return self._effect(sites, owned, len(chosen)) if chosen else None
+
+    def of_kind(self, part: str) -> PartEffect | None:
+        """Return what rounding all weights, or all activations, does."""
+        kinds = {site.id: site.part for site in all_sites(self.units)}
+        sites = [s for s in self._sites if kinds.get(s) == part]
+        return self._effect(sites, sites, len(dict.fromkeys(self._owners.get(s) for s in sites))) if sites else None
+
+    def side(self, members: Iterable[Unit], heads: Iterable[str]) -> PartEffect | None:
+        """Return what `of_units` does, with the mean over some of the heads in place of all; None without any."""
+        wanted = set(heads) & set(self.heads)
+        chosen = Plan({u.id: s for u in members if (s := self._lowest.scheme_of(u.id)) != self.units.schemes[0].name})
+        if not wanted or not len(chosen.listed):
+            return None
+        at = np.array([i for i, name in enumerate(self.heads) if name in wanted])
+        return self._effect(rounded(self.units, chosen), (), len(chosen.listed), at)
+
+    def _effect(
+        self, sites: Iterable[str], owned: Iterable[str], count: int, heads: np.ndarray | None = None
+    ) -> PartEffect:
+        chosen = self.matrix.select(sites)
+        at = np.arange(len(self.heads)) if heads is None else heads
+        damage = self.matrix.damage(chosen).mean(axis=0)[self._plain][at]
+        drawn = self.matrix.resampled(chosen, self._weights)[:, self._plain][:, at]
+        sqnr = tuple(sqnr_interval(float(d), r, self.matrix.samples) for d, r in zip(damage, drawn.T, strict=True))
+        return PartEffect(
+            units=count,
+            sqnr=sqnr,
+            share=self._share(owned),
+            drawn_db=decibel(drawn.mean(axis=1)),
+            db=float(decibel(damage.mean())),
+        )
+
+    def _share(self, owned: Iterable[str]) -> tuple[Estimate, ...]:
+        part = self._alone @ self.matrix.select(owned)
+        found = []
+        for mine, everything in zip(part.T, self._all.T, strict=True):
+            total = self._weights @ everything
+            shares = np.divide(self._weights @ mine, total, out=np.zeros_like(total), where=total > 0)
+            low, high = np.percentile(shares, [2.5, 97.5])
+            value = float(mine.sum() / everything.sum()) if everything.sum() > 0 else 0.0
+            found.append(Estimate(value=round(value, 4), low=round(float(low), 4), high=round(float(high), 4)))
+        return tuple(found)
+
+
+def mean_effect(effect: PartEffect, samples: int) -> Estimate:
+    """Return the SQNR of the mean damage over the heads, in dB, with its interval."""
+    return sqnr_interval(float(10 ** (-effect.db / 10)), np.power(10.0, -effect.drawn_db / 10), samples)
+
+
+def difference_db(first: PartEffect, second: PartEffect, samples: int) -> Estimate:
+    """Return by how many dB the first part does more damage than the second, with a 95 % interval.
+
+    Both are of one probe matrix, so that each draw takes the same samples for both.
+
+    Args:
+        first: one part.
+        second: the other.
+        samples: number of samples; one leaves the interval open.
+    """
+    value = second.db - first.db
+    if samples < 2:
+        return Estimate(value=round(value, 3), low=2 * FLOOR_DB, high=2 * CEILING_DB)
+    low, high = np.percentile(second.drawn_db - first.drawn_db, [2.5, 97.5])
+    widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
+    reach = max(high - value, value - low) * widening
+    return Estimate(value=round(value, 3), low=round(float(value - reach), 3), high=round(float(value + reach), 3))
+
+
+KINDS = {"weights": WEIGHTS, "activations": ACTIVATIONS}
+"""Parts of all roundings by name."""
