@@ -32,8 +32,8 @@ NAMES = [
     "check", "diff", "evaluate",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "CheckedRun", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
-    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "StudyResult", "Summary", "Verified",
-    "Workload", "Workspace",
+    "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "StudyResult", "Summary",
+    "Verified", "Workload", "Workspace",
     # errors
     "BitalloyError", "BudgetError", "DataError", "MissingExtraError", "ModelError", "RunDirectoryError",
     "UnreachableError", "UnsupportedOpError",
