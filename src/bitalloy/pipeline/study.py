@@ -29,7 +29,6 @@ from bitalloy.core.records import Settings
 from bitalloy.core.store import RunDirectory, claimed, versions
 from bitalloy.core.studies import (
     Lack,
-    PartContrast,
     PartDamage,
     StudiedModel,
     StudyCell,
@@ -146,30 +145,35 @@ def study(
     if not models:
         raise BitalloyError("Nothing of the study can be run here. " + " ".join(f"{a.model}: {a.what}" for a in lacks))
     cells: list[StudyCell] = []
-    parts: list[PartDamage] = []
-    contrasts: list[PartContrast] = []
+    damages: list[DamageRows] = []
     with limited(options.memory_limit), claimed(out) as store:
         for index, model in enumerate(models):
             for name, schemes in planned.asked.schemes.items():
                 options.progress.start(f"{model.name} ({index + 1} of {len(models)}), schemes {name}", None)
                 options.progress.finish()
-                asked = _Asked(planned, model, name, schemes, store, options)
-                found, damages = _cells_of(asked)
+                found, rows = _cells_of(_Asked(planned, model, name, schemes, store, options))
                 cells += found
-                parts += [row for one in damages for row in one.rows]
-                contrasts += [row for one in damages for row in one.contrasts]
-        result = StudyResult(
-            cells=tuple(cells),
-            parts=tuple(parts),
-            contrasts=tuple(contrasts),
-            answers=answer_all(cells, parts, contrasts),
-            lacks=lacks,
-            seconds=round(time.monotonic() - start, 1),
-            seed=planned.asked.seed,
-            versions=dict(versions()),
-        )
-        publish_study(result, store)
+                damages += rows
+                result = _result(planned, lacks, cells, damages, time.monotonic() - start)
+                publish_study(result, store)  # what is known so far can be read, whatever comes
     return result
+
+
+def _result(
+    planned: Study, lacks: tuple[Lack, ...], cells: list[StudyCell], damages: list[DamageRows], seconds: float
+) -> StudyResult:
+    parts = tuple(row for one in damages for row in one.rows)
+    contrasts = tuple(row for one in damages for row in one.contrasts)
+    return StudyResult(
+        cells=tuple(cells),
+        parts=parts,
+        contrasts=contrasts,
+        answers=answer_all(cells, parts, contrasts),
+        lacks=lacks,
+        seconds=round(seconds, 1),
+        seed=planned.asked.seed,
+        versions=dict(versions()),
+    )
 
 
 def publish_study(result: StudyResult, store: RunDirectory) -> Path:

@@ -55,7 +55,7 @@ def _sides(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) -> It
                 verdict=answer_verdict(one.value),
                 told=f"{one.model} on {one.target}: all of the {first.part} in {first.scheme} gives "
                 f"{first.sqnr_db.value:.1f} dB on its own outputs, all of the {second.part} {second.sqnr_db.value:.1f} "
-                f"dB; the {first.part} do {_interval(one.value)} dB more damage.",
+                f"dB: a difference of {_interval(one.value)} dB in damage.",
                 value=one.value,
                 rows=(one.first, one.second),
             )
