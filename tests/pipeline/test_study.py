@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -80,6 +82,16 @@ def test_what_is_not_here_is_left_out_and_said(small_study: tuple[StudyResult, P
     page = (out / "study.html").read_text()
     assert "Ask a colleague." in page and "<script" not in page
     assert lacks_of(read_study(file)) == result.lacks
+
+
+def test_answers_link_to_rows_of_the_page(small_study: tuple[StudyResult, Path, Path]) -> None:
+    """Every row that an answer names stands in the page, under a name without blanks."""
+    result, out, _ = small_study
+    page = (out / "study.html").read_text()
+    ids = set(re.findall(r' id="([^"]*)"', page))
+    assert {cell.id for cell in result.cells} <= ids
+    assert {unquote(link) for link in re.findall(r'href="#([^"]*)"', page)} <= ids
+    assert not any(" " in name for name in ids)
 
 
 def test_the_same_study_again_gives_the_same_numbers(small_study: tuple[StudyResult, Path, Path]) -> None:
