@@ -115,7 +115,7 @@ class ExecutorArguments:
     ] = "local"
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_COUNT, help="Workers of Ray. Default: one for each node, or core of this machine."),
+        typer.Option(min=1, max=MOST_COUNT, help="Workers of Ray. Default: one a node, or a core of this machine."),
     ] = None
 
     @contextmanager

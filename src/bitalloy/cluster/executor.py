@@ -26,12 +26,14 @@ from bitalloy.core.limits import memory_limit
 from bitalloy.runtime.ort import available_cores
 
 LOCAL, RAY, SCHEME = "local", "ray", "ray://"
-TRIES = 4
-"""How often a job is given to a worker before it is given up: three more times after the first."""
+TRIES = 3
+"""How often a job is given to a worker before it is given up."""
 AHEAD = 4
 """Jobs for each worker that may be done before the results in front of them are taken."""
 PATIENCE_S = 120
-"""Seconds within which a worker must start."""
+"""Seconds within which a first worker must start."""
+SPARE_S = 30
+"""Seconds within which one must start beside others, which wait for it."""
 LAST_JOBS_S = 5
 """Seconds that jobs whose results nobody takes may need to end, before their workers are ended."""
 
@@ -158,8 +160,8 @@ class RayExecutor:
         waiting = deque(_units(jobs))
         busy: dict[Any, tuple[_Hand, _Unit]] = {}
         results: dict[int, bytes] = {}
-        self._hands += [self._hire() for _ in range(min(len(waiting), self._workers or 1) - len(self._hands))]
         try:
+            self._fill(min(len(waiting), self._workers or 1) - len(self._hands))
             for number in range(len(jobs)):
                 while number not in results:
                     free = [hand for hand in self._hands if all(hand is not other for other, _ in busy.values())]
@@ -223,19 +225,32 @@ class RayExecutor:
         waiting.appendleft(unit)
         self._hands.append(self._hire())
 
-    def _hire(self) -> _Hand:
+    def _fill(self, count: int) -> None:
+        """Start so many workers, as far as there are free processors for them; one at least where there is none."""
+        for _ in range(count):
+            if self._hands and self._ray.available_resources().get("CPU", 0) < 1:
+                return
+            hand = self._hire(SPARE_S if self._hands else PATIENCE_S)
+            if hand is None and self._hands:  # the processors that seemed free were those of a lost node
+                return
+            if hand is None:
+                raise BitalloyError(
+                    f"No worker started within {PATIENCE_S} s: of its CPUs, which are "
+                    f"{self._ray.cluster_resources().get('CPU', 0):g}, Ray has none that is free. Add nodes, or wait."
+                )
+            self._hands.append(hand)
+
+    def _hire(self, patience_s: float) -> _Hand | None:
+        """Start a worker; None where it has not started within some seconds."""
         local = self._address == RAY and self._started
         limit = memory_limit() // (self._workers or 1) if local else None
         kind = self._ray.remote(Worker).options(num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0)
         actor = kind.remote(limit, str(self._folder) if self._folder else None)
         try:
-            facts, node, _ = self._ray.get(actor.facts.remote(), timeout=PATIENCE_S)
-        except self._ray.exceptions.GetTimeoutError as error:
+            facts, node, _ = self._ray.get(actor.facts.remote(), timeout=patience_s)
+        except self._ray.exceptions.GetTimeoutError:
             self._ray.kill(actor)
-            raise BitalloyError(
-                f"No worker started within {PATIENCE_S} s: Ray has {self._ray.cluster_resources().get('CPU', 0):g} CPUs "
-                f"for {self._workers} workers. Give fewer --workers, or add nodes."
-            ) from error
+            return None
         except self._ray.exceptions.RayError as error:
             raise BitalloyError(
                 f"A worker could not start: {str(error).splitlines()[-1]} Is bitalloy installed on every node?"
