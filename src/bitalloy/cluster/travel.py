@@ -77,12 +77,12 @@ def load_cargo(root: str) -> Cargo:
     else:
         found = [path]
     try:
-        return Cargo(root=root, files={str(file): file_hash(file) for file in found})
+        return Cargo(root=root, files={str(file): content_hash(file) for file in found})
     except OSError as error:
         raise BitalloyError(f"A file of a job cannot be read: {error}. Put it back and start again.") from error
 
 
-def file_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -154,7 +154,7 @@ class Warehouse:
 
 def _is(path: Path, sha256: str) -> bool:
     try:
-        return path.is_file() and file_hash(path) == sha256
+        return path.is_file() and content_hash(path) == sha256
     except OSError:
         return False
 
