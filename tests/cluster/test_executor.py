@@ -1,11 +1,18 @@
-"""A cluster of two nodes gives the bytes of one process, whatever is lost on the way."""
+"""A cluster of two nodes gives the bytes of one process, whatever is lost on the way.
+
+All that needs the cluster is one test, as several processes of tests would each start one.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +33,48 @@ from bitalloy.sensitivity.measuring import Selection
 ray: Any = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
-QUICK = bitalloy.Settings(samples=4, probes=2, calibration_samples=20, equalize=False, bias_correction=False)
+QUICK = bitalloy.Settings(samples=2, probes=1, calibration_samples=4, equalize=False, bias_correction=False)
 QUICKLY = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """How soon a cluster sees that a node is lost."""
+BOUND_S = 60
+"""Seconds after which what a cluster does is taken for a hang."""
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+@contextmanager
+def bounded() -> Iterator[None]:
+    """End this process where what is in the block hangs, as it may where no signal of Python's is heard."""
+    faulthandler.dump_traceback_later(BOUND_S, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def two_nodes(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    former = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": QUICKLY}
-        )
-        found.add_node(num_cpus=1)
-        ray.init(
-            address=found.address,
-            log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "tests.cluster.deadly.learn"},
-        )
-        yield found
-        ray.shutdown()
-        found.shutdown()
-    os.environ.clear()
-    os.environ.update(former)
+        with bounded():
+            found = Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": QUICKLY},
+            )
+        try:
+            with bounded():
+                found.add_node(num_cpus=1)
+                ray.init(
+                    address=found.address,
+                    log_to_driver=False,
+                    runtime_env={"worker_process_setup_hook": "tests.cluster.deadly.learn"},
+                )
+            yield found
+        finally:
+            with bounded():
+                ray.shutdown()
+                found.shutdown()
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -64,12 +86,13 @@ def stored(folder: Path) -> dict[str, bytes]:
     }
 
 
-def tables(inputs: Any, out: Path, executor: Any = None) -> dict[str, bytes]:
-    """Predict and measure sensitivities of a small detector, and return all that is stored."""
-    options = RunOptions(executor=executor, progress=Silent())
+def tables(inputs: Any, out: Path, open_executors: Sequence[Any] = (nullcontext, nullcontext)) -> dict[str, bytes]:
+    """Predict and measure sensitivities of a small detector, each with an executor; return all that is stored."""
     exact = SensitivityQuestion(exact=True, selection=Selection(regions=("*",)))
-    for asked in (SensitivityQuestion(), exact):
-        sensitivity(inputs.detector, out=out, data=inputs.scenes, settings=QUICK, question=asked, options=options)
+    for asked, opened in zip((SensitivityQuestion(), exact), open_executors, strict=True):
+        with opened() as executor:
+            options = RunOptions(executor=executor, progress=Silent())
+            sensitivity(inputs.detector, out=out, data=inputs.scenes, settings=QUICK, question=asked, options=options)
     return stored(out)
 
 
@@ -78,69 +101,71 @@ def tasks(notes: Path, values: Sequence[int], **more: Any) -> list[Job]:
     return [Job(kind="task", key="k" * 30, shard=str(v), spec=Task(notes=str(notes), value=v, **more)) for v in values]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_nodes_store_the_same_bytes(cluster: Any, inputs: Any, tmp_path: Path, shared: bool) -> None:
+def test_two_nodes(
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {case: tmp_path / case.__name__ for case in (same_bytes, killed_worker, deadly_job, left_early, lost_node)}
+    monkeypatch.setattr("bitalloy.cluster.executor.PATIENCE_S", 40)
+    monkeypatch.setattr("bitalloy.cluster.executor.SPARE_S", 10)
     expected = tables(inputs, tmp_path / "local")
-    with RayExecutor("ray://" + cluster.address, shared=shared, folder=tmp_path / "files") as executor:
-        assert tables(inputs, tmp_path / "ray", executor) == expected
-    travelled = list((tmp_path / "files" / "contents").glob("*"))
-    assert bool(travelled) != shared
+    with two_nodes(monkeypatch) as cluster:
+        address = "ray://" + cluster.address
+        for place in places.values():
+            place.mkdir()
+        with bounded():
+            same_bytes(address, places[same_bytes], inputs, expected)
+        for case in (killed_worker, deadly_job, left_early):
+            with bounded():
+                case(address, places[case])
+        with bounded():
+            users_error(address, inputs.detector)
+            capsys.readouterr()
+            in_memory(address)
+            said = capsys.readouterr().err
+            assert "calibrate: done in this process, because the data set 'mine' is in its memory." in said
+        with bounded():
+            lost_node(cluster, places[lost_node])
+
+
+def same_bytes(address: str, place: Path, inputs: Any, expected: dict[str, bytes]) -> None:
+    """Files that lie where they are read do not travel, others do; the results are those of this process."""
+    read, sent = place / "read", place / "sent"
+    reads, sends = (
+        partial(RayExecutor, address, shared=shared, folder=folder) for shared, folder in ((True, read), (False, sent))
+    )
+    assert tables(inputs, place / "run", (reads, sends)) == expected
+    assert not list((read / "contents").glob("*"))
+    assert list((sent / "contents").glob("*"))
     assert ray.is_initialized()  # a cluster that ran before is left as it is
 
 
-def test_a_killed_worker_costs_its_part(cluster: Any, tmp_path: Path) -> None:
-    values, notes = list(range(6)), tmp_path / "notes"
+def killed_worker(address: str, place: Path) -> None:
+    """A worker that is killed costs its part alone, which another one does."""
+    values, notes = list(range(6)), place / "notes"
     jobs = [*tasks(notes, [0, 1]), *tasks(notes, [2], deaths=1), *tasks(notes, [3, 4, 5])]
-    store = RunDirectory(tmp_path / "run")
-    with RayExecutor("ray://" + cluster.address) as executor:
-        found = list(Workspace(store, Silent(), executor=executor).map(jobs, Silent()))
+    with RayExecutor(address) as executor:
+        found = list(Workspace(RunDirectory(place / "run"), Silent(), executor=executor).map(jobs, Silent()))
     assert found == [str(v**2).encode() for v in values]
-    assert len(list(notes.glob("2-*"))) == 2
-    assert len({file.name.split("-")[2] for file in notes.glob("2-*")}) == 2
+    assert len({file.name.split("-")[2] for file in notes.glob("2-*")}) == len(list(notes.glob("2-*"))) == 2
 
 
-def test_a_job_that_always_kills_its_worker_is_named(cluster: Any, tmp_path: Path) -> None:
-    jobs = [*tasks(tmp_path / "notes", [1]), *tasks(tmp_path / "notes", [7], deaths=99)]
-    store = RunDirectory(tmp_path / "run")
+def deadly_job(address: str, place: Path) -> None:
+    """A job that always kills its worker is named; what is done before it is kept."""
+    jobs = [*tasks(place / "notes", [1]), *tasks(place / "notes", [7], deaths=99)]
+    store = RunDirectory(place / "run")
     with (
-        RayExecutor("ray://" + cluster.address) as executor,
+        RayExecutor(address) as executor,
         pytest.raises(BitalloyError, match=r"Part 7 of the stage 'task' lost its worker 3 times, last on node"),
     ):
         list(Workspace(store, Silent(), executor=executor).map(jobs, Silent()))
-    assert len(list((tmp_path / "notes").glob("7-*"))) == 3
+    assert len(list((place / "notes").glob("7-*"))) == 3
     assert store.get("task", "k" * 30, "1") == b"1"
 
 
-def test_an_error_of_the_users_is_not_tried_again(cluster: Any, inputs: Any, tmp_path: Path) -> None:
-    spec = {
-        "origin": {
-            "kind": "files",
-            "spec": {"path": "/nowhere", "inputs": [], "image": None, "limit": None, "seed": 0},
-        },
-        "info": {"name": "x", "count": 1, "seed": 0, "sha256": "0" * 64, "preprocessing": ""},
-    }
-    graph = {"kind": "graph", "spec": {"path": str(inputs.detector), "shapes": {}, "sha256": "0" * 64}}
-    whole = {"graph": graph, "data": {"kind": "samples", "spec": spec}, "tensors": [], "masked": [], "samples": [0]}
-    job = Job(kind="calibrate", key="k" * 30, shard="0", spec=whole)
-    with (
-        RayExecutor("ray://" + cluster.address) as executor,
-        pytest.raises(BitalloyError, match=r"has changed since this job was made|does not exist"),
-    ):
-        list(executor.map([job], keep=lambda job, result: None))
-
-
-def test_what_is_in_memory_is_done_here(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    resident = Opening(kind="resident", spec=Resident(what="the data set 'mine'", key="1"))
-    job = Job(kind="calibrate", key="k" * 30, shard="0", spec={"graph": resident, "data": resident, "tensors": [],
-              "masked": [], "samples": [0]})  # fmt: skip
-    with RayExecutor("ray://" + cluster.address) as executor, pytest.raises(BitalloyError, match="only in the process"):
-        list(executor.map([job], keep=lambda job, result: None))
-    assert "calibrate: done in this process, because the data set 'mine' is in its memory." in capsys.readouterr().err
-
-
-def test_nothing_is_at_work_when_no_more_is_taken(cluster: Any, tmp_path: Path) -> None:
-    notes = tmp_path / "notes"
-    with RayExecutor("ray://" + cluster.address) as executor:
+def left_early(address: str, place: Path) -> None:
+    """Nothing is at work when no more results are taken."""
+    notes = place / "notes"
+    with RayExecutor(address) as executor:
         results = executor.map(tasks(notes, range(40), wait_s=0.1), keep=lambda job, result: None)
         assert next(results) == b"0"
         results.close()
@@ -149,15 +174,40 @@ def test_nothing_is_at_work_when_no_more_is_taken(cluster: Any, tmp_path: Path) 
         assert len(list(notes.iterdir())) == begun < 40
 
 
-def test_a_lost_node_costs_its_part(cluster: Any, inputs: Any, tmp_path: Path) -> None:
-    notes = tmp_path / "notes"
-    node = cluster.add_node(num_cpus=1)
-    with RayExecutor("ray://" + cluster.address, workers=3) as executor:
+def users_error(address: str, model: Path) -> None:
+    """An error of the user's is told as it is."""
+    origin = {"path": "/nowhere", "inputs": [], "image": None, "limit": None, "seed": 0}
+    info = {"name": "x", "count": 1, "seed": 0, "sha256": "0" * 64, "preprocessing": ""}
+    data = {"kind": "samples", "spec": {"origin": {"kind": "files", "spec": origin}, "info": info}}
+    graph = {"kind": "graph", "spec": {"path": str(model), "shapes": {}, "sha256": "0" * 64}}
+    spec = {"graph": graph, "data": data, "tensors": [], "masked": [], "samples": [0]}
+    with (
+        RayExecutor(address) as executor,
+        pytest.raises(BitalloyError, match=r"has changed since this job was made|does not exist"),
+    ):
+        list(executor.map([Job(kind="calibrate", key="k" * 30, shard="0", spec=spec)], keep=lambda job, result: None))
+
+
+def in_memory(address: str) -> None:
+    """What needs this process's memory is done here."""
+    resident = Opening(kind="resident", spec=Resident(what="the data set 'mine'", key="1"))
+    spec = {"graph": resident, "data": resident, "tensors": [], "masked": [], "samples": [0]}
+    with RayExecutor(address) as executor, pytest.raises(BitalloyError, match="only in the process"):
+        list(executor.map([Job(kind="calibrate", key="k" * 30, shard="0", spec=spec)], keep=lambda job, result: None))
+
+
+def lost_node(cluster: Any, place: Path) -> None:
+    """A node that is lost costs the parts that were there: the other one does them."""
+    notes = place / "notes"
+    node = next(iter(cluster.worker_nodes))
+    with RayExecutor("ray://" + cluster.address) as executor:
         results = executor.map(tasks(notes, range(12), wait_s=0.3), keep=lambda job, result: None)
         found = [next(results)]
         cluster.remove_node(node, allow_graceful=False)
         found += results
     assert found == [str(v**2).encode() for v in range(12)]
+    tries = [file.name.split("-")[0] for file in notes.iterdir()]
+    assert len(tries) > len(set(tries)) == 12
 
 
 def test_machines_of_other_bits_are_told_apart() -> None:

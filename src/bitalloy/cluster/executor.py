@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ PATIENCE_S = 120
 """Seconds within which a first worker must start."""
 SPARE_S = 30
 """Seconds within which one must start beside others, which wait for it."""
+SETTLE_S = 2
+"""Seconds after which Ray knows that the processor of a lost worker is free."""
 LAST_JOBS_S = 5
 """Seconds that jobs whose results nobody takes may need to end, before their workers are ended."""
 
@@ -222,14 +225,24 @@ class RayExecutor:
         self._tell(
             f"{job.kind}: the worker of part {job.shard} on node {hand.node} is lost; it is done again.", again=True
         )
-        waiting.appendleft(unit)
-        self._hands.append(self._hire())
+        ordered = sorted((unit, *waiting), key=lambda unit: unit.numbers[0])  # the next result's part is always first
+        waiting.clear()
+        waiting.extend(ordered)
+        self._fill(1, SETTLE_S)
 
-    def _fill(self, count: int) -> None:
-        """Start so many workers, as far as there are free processors for them; one at least where there is none."""
+    def _fill(self, count: int, settle_s: float = 0) -> None:
+        """Start so many workers, as far as there are free processors for them; one at least where there is none.
+
+        Args:
+            count: how many.
+            settle_s: seconds within which the processor of a lost worker may become free.
+        """
         for _ in range(count):
-            if self._hands and self._ray.available_resources().get("CPU", 0) < 1:
-                return
+            end = time.monotonic() + settle_s
+            while self._hands and self._ray.available_resources().get("CPU", 0) < 1:
+                if time.monotonic() >= end:
+                    return
+                time.sleep(0.1)
             hand = self._hire(SPARE_S if self._hands else PATIENCE_S)
             if hand is None and self._hands:  # the processors that seemed free were those of a lost node
                 return

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bitalloy.core import files
-from bitalloy.core.errors import BitalloyError
+from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.ownership import temporary_root
 from bitalloy.core.records import Record
-from bitalloy.data.images import IMAGE_SUFFIXES
+from bitalloy.data.images import IMAGE_SUFFIXES, file_hash
 from bitalloy.model.external import external_files
 from bitalloy.model.file import parse
 
@@ -63,7 +63,7 @@ def load_cargo(root: str) -> Cargo:
     folder.
 
     Raises:
-        BitalloyError: a file is missing.
+        DataError: a file cannot be read.
     """
     path = Path(root)
     if path.is_dir():
@@ -76,16 +76,7 @@ def load_cargo(root: str) -> Cargo:
         found = [path, *(file for file in files.walk(path.parent) if file.suffix.lower() in IMAGE_SUFFIXES)]
     else:
         found = [path]
-    try:
-        return Cargo(root=root, files={str(file): content_hash(file) for file in found})
-    except OSError as error:
-        raise BitalloyError(f"A file of a job cannot be read: {error}. Put it back and start again.") from error
-
-
-def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return Cargo(root=root, files={str(file): file_hash(file) for file in found})
 
 
 def lies_here(cargo: Cargo) -> bool:
@@ -154,8 +145,8 @@ class Warehouse:
 
 def _is(path: Path, sha256: str) -> bool:
     try:
-        return path.is_file() and content_hash(path) == sha256
-    except OSError:
+        return path.is_file() and file_hash(path) == sha256
+    except (OSError, DataError):
         return False
 
 
