@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,7 @@ BOUND_S = 60
 @contextmanager
 def bounded() -> Iterator[None]:
     """End this process where what is in the block hangs, as it may where no signal of Python's is heard."""
-    faulthandler.dump_traceback_later(BOUND_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(BOUND_S, exit=True, file=2)
     try:
         yield
     finally:
@@ -176,7 +175,7 @@ def left_early(address: str, place: Path) -> None:
 
 def users_error(address: str, model: Path) -> None:
     """An error of the user's is told as it is."""
-    origin = {"path": "/nowhere", "inputs": [], "image": None, "limit": None, "seed": 0}
+    origin: dict[str, Any] = {"path": "/nowhere", "inputs": [], "image": None, "limit": None, "seed": 0}
     info = {"name": "x", "count": 1, "seed": 0, "sha256": "0" * 64, "preprocessing": ""}
     data = {"kind": "samples", "spec": {"origin": {"kind": "files", "spec": origin}, "info": info}}
     graph = {"kind": "graph", "spec": {"path": str(model), "shapes": {}, "sha256": "0" * 64}}
