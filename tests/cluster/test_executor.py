@@ -113,13 +113,12 @@ def test_two_nodes(
             place.mkdir()
         with bounded():
             same_bytes(address, places[same_bytes], inputs, expected)
-        for case in (killed_worker, deadly_job, left_early):
-            with bounded():
-                case(address, places[case])
-        with bounded():
-            users_error(address, inputs.detector)
+        with bounded(), RayExecutor(address) as executor:
+            for case in (left_early, killed_worker, deadly_job):
+                case(executor, places[case])
+            users_error(executor, inputs.detector)
             capsys.readouterr()
-            in_memory(address)
+            in_memory(executor)
             said = capsys.readouterr().err
             assert "calibrate: done in this process, because the data set 'mine' is in its memory." in said
         with bounded():
@@ -138,60 +137,52 @@ def same_bytes(address: str, place: Path, inputs: Any, expected: dict[str, bytes
     assert ray.is_initialized()  # a cluster that ran before is left as it is
 
 
-def killed_worker(address: str, place: Path) -> None:
+def killed_worker(executor: RayExecutor, place: Path) -> None:
     """A worker that is killed costs its part alone, which another one does."""
     values, notes = list(range(6)), place / "notes"
     jobs = [*tasks(notes, [0, 1]), *tasks(notes, [2], deaths=1), *tasks(notes, [3, 4, 5])]
-    with RayExecutor(address) as executor:
-        found = list(Workspace(RunDirectory(place / "run"), Silent(), executor=executor).map(jobs, Silent()))
+    found = list(Workspace(RunDirectory(place / "run"), Silent(), executor=executor).map(jobs, Silent()))
     assert found == [str(v**2).encode() for v in values]
     assert len({file.name.split("-")[2] for file in notes.glob("2-*")}) == len(list(notes.glob("2-*"))) == 2
 
 
-def deadly_job(address: str, place: Path) -> None:
+def deadly_job(executor: RayExecutor, place: Path) -> None:
     """A job that always kills its worker is named; what is done before it is kept."""
     jobs = [*tasks(place / "notes", [1]), *tasks(place / "notes", [7], deaths=99)]
     store = RunDirectory(place / "run")
-    with (
-        RayExecutor(address) as executor,
-        pytest.raises(BitalloyError, match=r"Part 7 of the stage 'task' lost its worker 3 times, last on node"),
-    ):
+    with pytest.raises(BitalloyError, match=r"Part 7 of the stage 'task' lost its worker 3 times, last on node"):
         list(Workspace(store, Silent(), executor=executor).map(jobs, Silent()))
     assert len(list((place / "notes").glob("7-*"))) == 3
     assert store.get("task", "k" * 30, "1") == b"1"
 
 
-def left_early(address: str, place: Path) -> None:
+def left_early(executor: RayExecutor, place: Path) -> None:
     """Nothing is at work when no more results are taken."""
     notes = place / "notes"
-    with RayExecutor(address) as executor:
-        results = executor.map(tasks(notes, range(40), wait_s=0.1), keep=lambda job, result: None)
-        assert next(results) == b"0"
-        results.close()
-        begun = len(list(notes.iterdir()))
-        time.sleep(0.5)
-        assert len(list(notes.iterdir())) == begun < 40
+    results = executor.map(tasks(notes, range(40), wait_s=0.1), keep=lambda job, result: None)
+    assert next(results) == b"0"
+    results.close()
+    begun = len(list(notes.iterdir()))
+    time.sleep(0.5)
+    assert len(list(notes.iterdir())) == begun < 40
 
 
-def users_error(address: str, model: Path) -> None:
+def users_error(executor: RayExecutor, model: Path) -> None:
     """An error of the user's is told as it is."""
     origin: dict[str, Any] = {"path": "/nowhere", "inputs": [], "image": None, "limit": None, "seed": 0}
     info = {"name": "x", "count": 1, "seed": 0, "sha256": "0" * 64, "preprocessing": ""}
     data = {"kind": "samples", "spec": {"origin": {"kind": "files", "spec": origin}, "info": info}}
     graph = {"kind": "graph", "spec": {"path": str(model), "shapes": {}, "sha256": "0" * 64}}
     spec = {"graph": graph, "data": data, "tensors": [], "masked": [], "samples": [0]}
-    with (
-        RayExecutor(address) as executor,
-        pytest.raises(BitalloyError, match=r"has changed since this job was made|does not exist"),
-    ):
+    with pytest.raises(BitalloyError, match=r"has changed since this job was made|does not exist"):
         list(executor.map([Job(kind="calibrate", key="k" * 30, shard="0", spec=spec)], keep=lambda job, result: None))
 
 
-def in_memory(address: str) -> None:
+def in_memory(executor: RayExecutor) -> None:
     """What needs this process's memory is done here."""
     resident = Opening(kind="resident", spec=Resident(what="the data set 'mine'", key="1"))
     spec = {"graph": resident, "data": resident, "tensors": [], "masked": [], "samples": [0]}
-    with RayExecutor(address) as executor, pytest.raises(BitalloyError, match="only in the process"):
+    with pytest.raises(BitalloyError, match="only in the process"):
         list(executor.map([Job(kind="calibrate", key="k" * 30, shard="0", spec=spec)], keep=lambda job, result: None))
 
 
