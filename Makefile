@@ -3,6 +3,7 @@
 # make compile NVIDIA's compiler in .venv-rtx beside the development environment, the tests that need it
 # make torture kills, mutated files, absurd options, full disks, many images: about 15 minutes (TORTURE_MINUTES=...)
 # make study   the five embedded models on all targets that run here, compared in one report: about 10 minutes
+# make cluster Ray in .venv-ray beside the development environment, the test on a cluster of two nodes: about 2 minutes
 # make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make docs    the site of documents in build/site
@@ -11,12 +12,13 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 COMPILER := tensorrt_rtx>=1.7
+RAY := ray>=2.40
 PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile study wheel torture check docs clean
+.PHONY: demo test compile study cluster wheel torture check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -33,6 +35,9 @@ compile: .venv-dev/installed .venv-rtx/installed
 
 study: .venv-dev/installed
 	$(DEV)/bitalloy study --out runs/study
+
+cluster: .venv-dev/installed .venv-ray/installed
+	PYTHONPATH=$(CURDIR)/.venv-ray $(DEV)/python -m pytest -v tests/cluster
 
 torture: .venv-dev/installed
 	$(DEV)/python -m tests.torture --out torture.json
@@ -77,7 +82,13 @@ docs: .venv-dev/installed
 	$(DEV)/python -m pip install --quiet --target .venv-rtx "$(COMPILER)"
 	touch $@
 
+# As that of the compiler: Ray stands beside the development environment.
+.venv-ray/installed: pyproject.toml .venv-dev/installed
+	rm -rf .venv-ray
+	$(DEV)/python -m pip install --quiet --target .venv-ray "$(RAY)"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-dev .venv-rtx .venv-wheel build dist runs
+	rm -rf .venv .venv-dev .venv-rtx .venv-ray .venv-wheel build dist runs
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks reference -name __pycache__ -prune -exec rm -rf {} +

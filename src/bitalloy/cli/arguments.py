@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 from bitalloy.cli.guard import MemoryLimit, limit_in_bytes
 
 if TYPE_CHECKING:
+    from bitalloy.core.jobs import Executor
     from bitalloy.core.plans import Budget
     from bitalloy.core.records import Settings
     from bitalloy.pipeline.prepare import RunOptions
@@ -97,6 +99,35 @@ class OpeningArguments(SizeArguments):
         """Return the options as the pipeline takes them; at most `limit` labelled images are evaluated."""
         known = super().options(limit)
         return replace(known, checkpoint=self.checkpoint, trust_checkpoint=self.trust_checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorArguments:
+    """Options that say where jobs are done."""
+
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where samples are calibrated, probed, measured and evaluated: `local`; `ray`, workers on this "
+            "machine; or `ray://HOST:PORT`, a cluster that this machine is in. Latency is measured on this machine, "
+            "while no job is at work."
+        ),
+    ] = "local"
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_COUNT, help="Workers of Ray. Default: one a node, or a core of this machine."),
+    ] = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Executor | None]:
+        """Give the executor until the end of the block; None for this process."""
+        if self.executor == "local" and self.workers is None:
+            yield None
+            return
+        from bitalloy.runtime.cluster.executor import executing
+
+        with executing(self.executor, self.workers) as found:
+            yield found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,9 +154,10 @@ def run_command(asked: RunArguments) -> None:
     with (
         limited(opened.memory_limit),
         claimed(model.out),
+        asked.place.opened() as executor,
         shown_progress(quiet=asked.quiet, course=course) as progress,
     ):
-        options = replace(opened, progress=progress)
+        options = replace(opened, progress=progress, executor=executor)
         prepared = prepare(
             model.model,
             out=model.out,
@@ -370,14 +371,14 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
     from bitalloy.report import text
 
     model, question = asked.model, asked.question()
-    with shown_progress(quiet=asked.quiet) as progress:
+    with asked.place.opened() as executor, shown_progress(quiet=asked.quiet) as progress:
         table = stage.sensitivity(
             model.model,
             out=model.out,
             data=model.data,
             settings=settings,
             question=question,
-            options=replace(asked.opening.options(asked.analysis.limit), progress=progress),
+            options=replace(asked.opening.options(asked.analysis.limit), progress=progress, executor=executor),
         )
     if asked.json_output:
         from bitalloy.core.encoding import to_json

@@ -17,6 +17,7 @@ from bitalloy.cli.arguments import (
     MOST_SEED,
     AnalysisArguments,
     BudgetArguments,
+    ExecutorArguments,
     ModelArguments,
     OpeningArguments,
     SizeArguments,
@@ -117,6 +118,7 @@ class RunArguments:
     ] = True
     analysis: AnalysisArguments
     opening: OpeningArguments
+    place: ExecutorArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
     mlflow: Annotated[
         bool,
@@ -177,6 +179,7 @@ class SensitivityArguments:
     ] = None
     analysis: AnalysisArguments
     opening: OpeningArguments
+    place: ExecutorArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False
     quiet: Quiet = False
 

@@ -13,6 +13,7 @@ from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.files import lasting_in
+from bitalloy.core.jobs import Executor, LocalExecutor
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Workspace, usual_progress
 from bitalloy.data.datasets import Dataset, ImageFolder, open_dataset
@@ -97,6 +98,8 @@ class RunOptions:
     """Where the progress of the stages is shown; by default in a notebook alone."""
     memory_limit: int | None = None
     """Largest number of bytes that what files declare may take; None for the environment's, or 80 % of the machine."""
+    executor: Executor | None = None
+    """What does the jobs of the stages, such as a `RayExecutor` that is open; None for this process."""
 
 
 def prepare(
@@ -165,7 +168,7 @@ def prepare(
         own=own,
         images=() if files or own or loaded.large else _unlabelled(loaded, data, samples, spec),
         notes=notes,
-        work=Workspace(store, options.progress),
+        work=Workspace(store, options.progress, executor=options.executor or LocalExecutor()),
         store=store,
     )
 
