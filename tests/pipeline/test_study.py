@@ -154,7 +154,7 @@ def test_a_part_of_nothing_has_no_damage(small_study: tuple[StudyResult, Path, P
     tables = read_tables(next((out / "cells").rglob("summary.json")).parent)
     effects = Effects(tables.matrix, tables.units, 0)
     assert effects.of_units([]) is None
-    assert effects.side(tables.units.units, ["no such head"]) is None
+    assert effects.of_units(tables.units.units, heads=["no such head"]) is None
 
 
 @pytest.mark.parametrize(

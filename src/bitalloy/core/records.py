@@ -154,6 +154,11 @@ class Estimate(Record, frozen=True, kw_only=True):
     low: float
     high: float
 
+    @property
+    def negated(self) -> Estimate:
+        """The number with the other sign, and its interval."""
+        return Estimate(value=-self.value, low=-self.high, high=-self.low)
+
 
 class RangeChoice(Record, frozen=True, kw_only=True):
     """What came of choosing a range per tensor: the model with all it can rounded, executed with and without it."""

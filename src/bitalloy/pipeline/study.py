@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import msgspec
 from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, effort_named
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BitalloyError, MissingExtraError, UnreachableError
+from bitalloy.core.errors import BitalloyError, MissingExtraError
 from bitalloy.core.limits import limited
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Settings
@@ -94,7 +94,7 @@ def read_study(path: str | Path | None = None, *, limit: int | None = None, effo
             raise BitalloyError(f"'{name}' names a folder of the study; expected letters, digits, '.', '+' and '-'.")
     effort_named(asked.effort)
     targets = asked.targets or tuple(n for n, t in TARGETS.items() if t.device is None and not t.missing())
-    chosen_targets(targets, asked.device if any(TARGETS[t].device for t in targets if t in TARGETS) else "")
+    chosen_targets(targets, _device(asked, targets))
     return Study(asked, targets, {name: _budget(name, limits) for name, limits in asked.budgets.items()})
 
 
@@ -217,15 +217,14 @@ def family_of(model: str) -> str:
 def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
     """Run the cells of one model with one set of schemes; what all of them need is computed once."""
     study, effort = asked.study, EFFORTS[asked.study.asked.effort]
-    device = study.asked.device
-    chosen = chosen_targets(study.targets, device if any(TARGETS[t].device for t in study.targets) else "")
+    chosen = chosen_targets(study.targets, _device(study.asked, study.targets))
     targets = tuple(t.name for t in chosen if set(asked.schemes) <= {scheme.name for scheme in t.schemes})
     every = [(target, budget) for target in targets for budget in study.budgets]
     if not targets:
         return [], []
     settings = Settings(
         targets=targets,
-        device=device if any(TARGETS[t].device for t in targets) else "",
+        device=_device(study.asked, targets),
         schemes=asked.schemes,
         seed=study.asked.seed,
         probes=effort.probes,
@@ -245,7 +244,7 @@ def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
             cell = asked.cell(part.target.name, name)
             try:
                 verified = deliver_target(prepared, part, budget, limit=study.asked.limit, effort=effort)
-            except (UnreachableError, BitalloyError) as error:
+            except BitalloyError as error:
                 cells.append(asked.failed(error, part.target.name, name))
                 continue
             publish(verified, RunDirectory(asked.store.path / cell.folder))
@@ -261,6 +260,11 @@ def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
         if tables is not None:
             damages.append(_damages_of(asked, part, tables))
     return cells, damages
+
+
+def _device(asked: StudyFile, targets: Sequence[str]) -> str:
+    """The device of the study where one of some targets is estimated; none for those that are measured here."""
+    return asked.device if any(TARGETS[name].device for name in targets if name in TARGETS) else ""
 
 
 def _prepared(asked: _Asked) -> Prepared:

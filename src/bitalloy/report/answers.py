@@ -109,12 +109,11 @@ def _operators(parts: Sequence[PartDamage]) -> Iterator[Answer]:
     start = "Is one unit of the kind '{}' more sensitive in SegFormer than in YOLO11?"
     found = False
     for target in dict.fromkeys(row.target for row in parts):
+        rows = [row for row in parts if row.target == target and row.scope == "operator" and not row.head]
         ours, theirs = (
-            _first_model(row for row in parts if row.target == target and row.scope == "operator" and not row.head
-                         and row.family == family)
-            for family in (TRANSFORMER, CONVOLUTIONAL)
-        )  # fmt: skip
-        for kind in ours.keys() & theirs.keys():
+            _first_model(row for row in rows if row.family == family) for family in (TRANSFORMER, CONVOLUTIONAL)
+        )
+        for kind in (kind for kind in ours if kind in theirs):
             found = True
             first, second = ours[kind], theirs[kind]
             value = _apart(_per_unit(second), _per_unit(first))
@@ -164,10 +163,11 @@ def _language(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) ->
         yield _not_studied(MOST_SENSITIVE)
     for model, target in dict.fromkeys((c.model, c.target) for c in of_question):
         found = [c for c in of_question if (c.model, c.target) == (model, target)]
-        sides = sorted({rows[i] for c in found for i in (c.first, c.second)}, key=lambda r: r.sqnr_db.value)
+        ids = dict.fromkeys(i for c in found for i in (c.first, c.second))
+        sides = sorted((rows[i] for i in ids), key=lambda r: r.sqnr_db.value)
         worst, second = sides[0], sides[1]
         pair = next(c for c in found if {c.first, c.second} == {worst.id, second.id})
-        value = pair.value if pair.first == worst.id else _negated(pair.value)
+        value = pair.value if pair.first == worst.id else pair.value.negated
         listed = ", ".join(f"{r.part} {r.sqnr_db.value:.1f} dB in {r.units} units" for r in sides)
         certain = value.low > 0
         yield Answer(
@@ -179,10 +179,6 @@ def _language(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) ->
             value=value,
             rows=tuple(r.id for r in sides),
         )
-
-
-def _negated(value: Estimate) -> Estimate:
-    return Estimate(value=-value.value, low=-value.high, high=-value.low)
 
 
 def _formats(parts: Sequence[PartDamage]) -> Iterator[Answer]:

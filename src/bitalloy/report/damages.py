@@ -48,6 +48,7 @@ class DamageRows:
         self._effects, self._tables, self._depthwise = effects, tables, depthwise
         self._row, self._start = row, start
         self._samples = effects.matrix.samples
+        self._times = {cost.unit: cost.us for cost in tables.cost.units}
         self._lowest = tables.units.lowest_name
         self.rows: list[PartDamage] = []
         self.contrasts: list[PartContrast] = []
@@ -78,18 +79,12 @@ class DamageRows:
         name = f"{self._start}/{scope}/{part}" + (f"/{scheme}" if scheme else "")
         shared = scope in ("region", "operator", "kind")
         common = {"scope": scope, "part": part, "scheme": scheme or self._lowest, "units": effect.units}
-        count = len(effect.share)
-        mean_share = Estimate(
-            value=round(sum(s.value for s in effect.share) / count, 4),
-            low=round(sum(s.low for s in effect.share) / count, 4),
-            high=round(sum(s.high for s in effect.share) / count, 4),
-        )
         self.rows.append(
             self._row(
                 id=name,
                 head="",
                 sqnr_db=mean_effect(effect, self._samples),
-                share=mean_share if shared else None,
+                share=_mean(effect.share) if shared else None,
                 latency_ratio=ratio,
                 **common,
             )
@@ -103,8 +98,8 @@ class DamageRows:
 
     def _ratio(self, members: Iterable[Unit], scheme: str | None) -> float | None:
         """Time of units in a scheme, or the lowest of each, over that in float, without borders; None if unknown."""
-        times = {cost.unit: cost.us for cost in self._tables.cost.units}
-        found = [(times[u.id], scheme or u.choices[0]) for u in members if u.id in times and u.choices]
+        known = (u for u in members if u.id in self._times and u.choices)
+        found = [(self._times[u.id], scheme or u.choices[0]) for u in known]
         pairs = [(us[name], us[BASELINE]) for us, name in found if name in us]
         before = sum(b for _, b in pairs)
         return round(sum(a for a, _ in pairs) / before, 4) if before > 0 else None
@@ -116,11 +111,11 @@ class DamageRows:
         return [h for h in self._effects.heads if any(fnmatchcase(h, glob) for glob in side.heads)]
 
     def _contrast(self, question: str, sides: Sequence[Side]) -> None:
-        """Add the sides of a question, where the model has all of the first two, and the contrasts of all pairs."""
+        """Add the sides of a question, where the model has all of them, and the contrasts of all pairs."""
         found = []
         for side in sides:
             members = self._members(side)
-            effect = self._effects.side(members, self._heads(side)) if members else None
+            effect = self._effects.of_units(members, heads=self._heads(side))
             if effect is not None:
                 found.append((side, members, effect))
         if len(found) < len(sides):
@@ -130,18 +125,13 @@ class DamageRows:
             self.contrasts.append(
                 PartContrast(
                     question=question,
-                    model=self.model,
-                    target=self._tables.units.target,
+                    model=self.rows[0].model,
+                    target=self.rows[0].target,
                     first=names[i],
                     second=names[j],
                     value=difference_db(one, other, self._samples),
                 )
             )
-
-    @property
-    def model(self) -> str:
-        """Name of the model, as rows have it."""
-        return self.rows[0].model if self.rows else ""
 
     def _formats(self, sides: Sequence[Side]) -> None:
         """Add every part of a model that has all of them, in every scheme that some of its units may take."""
@@ -151,5 +141,11 @@ class DamageRows:
             members = self._members(side)
             for scheme in (s.name for s in self._tables.units.schemes if s.name != BASELINE):
                 able = [u for u in members if scheme in u.allowed]
-                effect = self._effects.of_units(able, scheme) if able else None
-                self._add("format", side.name, effect, able, scheme)
+                self._add("format", side.name, self._effects.of_units(able, scheme), able, scheme)
+
+
+def _mean(shares: Sequence[Estimate]) -> Estimate:
+    """Return the mean of shares of several heads, and of the ends of their intervals."""
+    ends = ((s.value, s.low, s.high) for s in shares)
+    value, low, high = (round(sum(column) / len(shares), 4) for column in zip(*ends, strict=True))
+    return Estimate(value=value, low=low, high=high)

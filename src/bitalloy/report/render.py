@@ -7,12 +7,9 @@ JSON without `<`, `>` and `&`; and a content security policy lets no other scrip
 from __future__ import annotations
 
 import base64
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-import jinja2
 from markupsafe import Markup
 
 from bitalloy.core.audited import Audit, Compilation
@@ -25,6 +22,7 @@ from bitalloy.core.units import UnitGraph
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, payload, region_tree
 from bitalloy.report.glossary import explained
+from bitalloy.report.page import content_policy, page_environment
 from bitalloy.report.plots import plots_of, points_of
 from bitalloy.report.ranges import worst_ranges
 from bitalloy.report.targets import compare_targets
@@ -86,17 +84,11 @@ def render_report(
     tables = ReportTables(plan, table, units, cost, heads)
     plots = plots_of(summary, tables)
     style, scripts = _asset("style.css"), (*map(_library, LIBRARIES), *map(_asset, SCRIPTS))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bitalloy.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.globals.update(fmt=formats, picture=_picture, term=explained, key=charts.legend_marker, counted=counted)
     known = extras or Extras()
     return environment.get_template("template.html").render(
-        policy=_policy((style, PLOT_STYLE), scripts),
+        policy=content_policy((style, PLOT_STYLE), scripts),
         style=Markup(style),
         scripts=tuple(map(Markup, scripts)),
         data=embedded_json(payload(tables)),
@@ -160,13 +152,3 @@ def _picture(jpeg: bytes) -> str:
 def _library(name: str) -> str:
     """Return the code of a library, with its licence before it, as that asks for."""
     return f"/*\n{_asset(f'libraries/{name}.LICENSE.txt')}*/\n{_asset(f'libraries/{name}.min.js')}"
-
-
-def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """Content security policy: these styles, these scripts, images inside the page, nothing else."""
-
-    def digests(texts: Sequence[str]) -> str:
-        found = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
-        return " ".join(f"'sha256-{digest}'" for digest in found)
-
-    return f"default-src 'none'; img-src data:; style-src {digests(styles)}; script-src {digests(scripts)}"

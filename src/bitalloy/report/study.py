@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
 from markupsafe import Markup
 
-from bitalloy.core.plain import csv_cell
 from bitalloy.core.records import Estimate
 from bitalloy.core.studies import PartDamage, StudyResult
-from bitalloy.core.tabular import Listing
 from bitalloy.report import formats
+from bitalloy.report.page import content_policy, page_environment
+from bitalloy.report.tables import csv_text
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 80rem; padding: 1rem; }
@@ -50,39 +45,37 @@ class Multiple:
 
 def render_study(result: StudyResult) -> str:
     """Write the result of a study as one offline HTML page, in which all names are text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bitalloy.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return environment.get_template("study.html").render(
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'",
-        style=Markup(STYLE),
-        result=result,
-        fmt=formats,
-        interval=_interval,
-        percent=_percent,
-        shade=_shade,
-        ink=_ink,
-        operators=heat_map(result.parts, "operator"),
-        kinds=heat_map(result.parts, "kind"),
-        regions=[*_multiples(result.parts, "region")],
-        bar=_bar,
-        plot=(PLOT_WIDTH, LABEL_WIDTH, BAR_HEIGHT),
+    return (
+        page_environment()
+        .get_template("study.html")
+        .render(
+            policy=content_policy((STYLE,)),
+            style=Markup(STYLE),
+            result=result,
+            fmt=formats,
+            interval=_interval,
+            percent=_percent,
+            shade=_shade,
+            ink=_ink,
+            operators=heat_map(result.parts, "operator"),
+            kinds=heat_map(result.parts, "kind"),
+            regions=[*_multiples(result.parts, "region")],
+            bar=_bar,
+            plot=(PLOT_WIDTH, LABEL_WIDTH, BAR_HEIGHT),
+        )
     )
 
 
 def study_csv(result: StudyResult) -> str:
     """Write one line for each version of a model in each cell, and each metric of it."""
-    return _csv(result.listing())
+    found = result.listing()
+    return csv_text(found.columns, found.rows)
 
 
 def parts_csv(result: StudyResult) -> str:
     """Write one line for each part of each model on each head."""
-    return _csv(result.parts_listing())
+    found = result.parts_listing()
+    return csv_text(found.columns, found.rows)
 
 
 def heat_map(parts: Sequence[PartDamage], scope: str) -> HeatMap:
@@ -101,15 +94,6 @@ def _multiples(parts: Sequence[PartDamage], scope: str) -> list[Multiple]:
         if part.scope == scope and not part.head:
             found.setdefault(f"{part.model}, {part.target}", []).append(part)
     return [Multiple(title, tuple(bars)) for title, bars in found.items()]
-
-
-def _csv(listing: Listing) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(listing.columns)
-    for row in listing.rows:
-        writer.writerow(["" if v is None else csv_cell(v) if isinstance(v, str) else v for v in row])
-    return buffer.getvalue()
 
 
 def _interval(value: Estimate, digits: int) -> str:

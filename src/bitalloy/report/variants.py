@@ -80,13 +80,9 @@ def _measured(summary: Summary, name: str, ratio: Estimate | None) -> MeasuredVa
     return MeasuredVariant(
         name=name,
         metrics=metrics,
-        drops={n: d if summary.metrics[n].higher_is_better else _turned(d) for n, d in drops.items()},
+        drops={n: d if summary.metrics[n].higher_is_better else d.negated for n, d in drops.items()},
         latency_ratio=ratio,
         estimated=summary.latency_estimated,
         size_bytes=None if size is None else int(size),
         sqnr_db={h: c.measured for h, c in heads.items() if c is not None},
     )
-
-
-def _turned(drop: Estimate) -> Estimate:
-    return Estimate(value=-drop.value, low=-drop.high, high=-drop.low)

@@ -268,7 +268,19 @@ def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimat
     if samples < 2:
         return Estimate(value=round(value, 3), low=FLOOR_DB, high=CEILING_DB)
     low, high = np.percentile(draws_db, [2.5, 97.5])
-    widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
-    reach = max(high - value, value - low) * widening
+    reach = reach_of(value, low, high, samples)
     low, high = np.clip([value - reach, value + reach], FLOOR_DB, CEILING_DB)
     return Estimate(value=round(value, 3), low=round(float(low), 3), high=round(float(high), 3))
+
+
+def reach_of(value: float, low: float, high: float, samples: int) -> float:
+    """Return how far an interval reaches to both sides, of percentiles of bootstrap draws; see `sqnr_interval`.
+
+    Args:
+        value: the number itself.
+        low: lower percentile of its draws.
+        high: upper percentile of its draws.
+        samples: number of samples, at least two.
+    """
+    widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
+    return float(max(high - value, value - low) * widening)

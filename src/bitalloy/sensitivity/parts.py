@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
 
 from bitalloy.core.records import Estimate
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
-from bitalloy.sensitivity.matrix import CEILING_DB, FLOOR_DB, ProbeMatrix, decibel, draws, sqnr_interval
+from bitalloy.sensitivity.matrix import CEILING_DB, FLOOR_DB, ProbeMatrix, decibel, draws, reach_of, sqnr_interval
 from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, all_sites, rounded, site_owners
 
 ROUNDED_PRODUCTS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -43,10 +42,10 @@ class PartEffect:
     """Of each head, in dB."""
     share: tuple[Estimate, ...]
     """Part of the damage of all roundings of the model on each head, 0 to 1."""
-    drawn_db: np.ndarray
-    """Bootstrap draws of the mean damage over the heads, as dB: (draws,)."""
-    db: float
-    """The mean damage over the heads, as dB."""
+    damage: float
+    """Mean relative error energy over the heads."""
+    drawn: np.ndarray
+    """Bootstrap draws of it: (draws,)."""
 
 
 def operator_kind(unit: Unit, operators: Mapping[str, str], depthwise: frozenset[str]) -> str:
@@ -108,61 +107,55 @@ class Effects:
         self.heads = tuple(h for h, plain in zip(matrix.heads, matrix.plain, strict=True) if plain)
         self._plain = np.flatnonzero(matrix.plain)
         self._weights = draws(matrix.samples, seed)
-        self._seed = seed
         self._owners = site_owners(units)
         self._lowest = units.lowest_gated()
         self._sites = rounded(units, self._lowest)
         self._alone = matrix.site_damage()[:, self._plain]  # (samples, heads, sites)
         self._all = self._alone @ matrix.select(self._sites)  # (samples, heads)
 
-    def of_units(self, members: Iterable[Unit], scheme: str | None = None) -> PartEffect | None:
-        """Return what rounding all of some units that can does; None where none of them can.
+    def of_units(
+        self, members: Iterable[Unit], scheme: str | None = None, heads: Iterable[str] | None = None
+    ) -> PartEffect | None:
+        """Return what rounding all of some units that can does; None where none of them can, or there is no head.
 
         Args:
             members: the units.
             scheme: scheme that they are put into; by default the lowest that each may take.
+            heads: heads that count; all by default.
         """
+        known = self.heads if heads is None else set(heads)
+        at = np.array([i for i, name in enumerate(self.heads) if name in known], np.int64)
         wanted = {u.id: self._lowest.scheme_of(u.id) if scheme is None else scheme for u in members}
         chosen = {u: s for u, s in wanted.items() if s in self.units.allowed[u] and s != self.units.schemes[0].name}
-        sites = rounded(self.units, Plan(chosen))
+        if not chosen or not len(at):
+            return None
         owned = [s for s in self._sites if self._owners.get(s) in chosen]
-        return self._effect(sites, owned, len(chosen)) if chosen else None
+        return self._effect(rounded(self.units, Plan(chosen)), owned, len(chosen), at)
 
     def of_kind(self, part: str) -> PartEffect | None:
         """Return what rounding all weights, or all activations, does."""
         kinds = {site.id: site.part for site in all_sites(self.units)}
         sites = [s for s in self._sites if kinds.get(s) == part]
-        return self._effect(sites, sites, len(dict.fromkeys(self._owners.get(s) for s in sites))) if sites else None
+        count = len({self._owners.get(s) for s in sites})
+        return self._effect(sites, sites, count, np.arange(len(self.heads))) if sites else None
 
-    def side(self, members: Iterable[Unit], heads: Iterable[str]) -> PartEffect | None:
-        """Return what `of_units` does, with the mean over some of the heads in place of all; None without any."""
-        wanted = set(heads) & set(self.heads)
-        chosen = Plan({u.id: s for u in members if (s := self._lowest.scheme_of(u.id)) != self.units.schemes[0].name})
-        if not wanted or not len(chosen.listed):
-            return None
-        at = np.array([i for i, name in enumerate(self.heads) if name in wanted])
-        return self._effect(rounded(self.units, chosen), (), len(chosen.listed), at)
-
-    def _effect(
-        self, sites: Iterable[str], owned: Iterable[str], count: int, heads: np.ndarray | None = None
-    ) -> PartEffect:
+    def _effect(self, sites: Iterable[str], owned: Iterable[str], count: int, at: np.ndarray) -> PartEffect:
         chosen = self.matrix.select(sites)
-        at = np.arange(len(self.heads)) if heads is None else heads
         damage = self.matrix.damage(chosen).mean(axis=0)[self._plain][at]
         drawn = self.matrix.resampled(chosen, self._weights)[:, self._plain][:, at]
         sqnr = tuple(sqnr_interval(float(d), r, self.matrix.samples) for d, r in zip(damage, drawn.T, strict=True))
         return PartEffect(
             units=count,
             sqnr=sqnr,
-            share=self._share(owned),
-            drawn_db=decibel(drawn.mean(axis=1)),
-            db=float(decibel(damage.mean())),
+            share=self._share(owned, at),
+            damage=float(damage.mean()),
+            drawn=drawn.mean(axis=1),
         )
 
-    def _share(self, owned: Iterable[str]) -> tuple[Estimate, ...]:
-        part = self._alone @ self.matrix.select(owned)
+    def _share(self, owned: Iterable[str], at: np.ndarray) -> tuple[Estimate, ...]:
+        part = self._alone[:, at] @ self.matrix.select(owned)
         found = []
-        for mine, everything in zip(part.T, self._all.T, strict=True):
+        for mine, everything in zip(part.T, self._all.T[at], strict=True):
             total = self._weights @ everything
             shares = np.divide(self._weights @ mine, total, out=np.zeros_like(total), where=total > 0)
             low, high = np.percentile(shares, [2.5, 97.5])
@@ -173,7 +166,7 @@ class Effects:
 
 def mean_effect(effect: PartEffect, samples: int) -> Estimate:
     """Return the SQNR of the mean damage over the heads, in dB, with its interval."""
-    return sqnr_interval(float(10 ** (-effect.db / 10)), np.power(10.0, -effect.drawn_db / 10), samples)
+    return sqnr_interval(effect.damage, effect.drawn, samples)
 
 
 def difference_db(first: PartEffect, second: PartEffect, samples: int) -> Estimate:
@@ -186,13 +179,12 @@ def difference_db(first: PartEffect, second: PartEffect, samples: int) -> Estima
         second: the other.
         samples: number of samples; one leaves the interval open.
     """
-    value = second.db - first.db
+    value = float(decibel(np.asarray(second.damage)) - decibel(np.asarray(first.damage)))
     if samples < 2:
         return Estimate(value=round(value, 3), low=2 * FLOOR_DB, high=2 * CEILING_DB)
-    low, high = np.percentile(second.drawn_db - first.drawn_db, [2.5, 97.5])
-    widening = stdtrit(samples - 1, 0.975) / ndtri(0.975) * np.sqrt(samples / (samples - 1))
-    reach = max(high - value, value - low) * widening
-    return Estimate(value=round(value, 3), low=round(float(value - reach), 3), high=round(float(value + reach), 3))
+    low, high = np.percentile(decibel(second.drawn) - decibel(first.drawn), [2.5, 97.5])
+    reach = reach_of(value, float(low), float(high), samples)
+    return Estimate(value=round(value, 3), low=round(value - reach, 3), high=round(value + reach, 3))
 
 
 KINDS = {"weights": WEIGHTS, "activations": ACTIVATIONS}

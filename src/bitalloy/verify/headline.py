@@ -92,7 +92,7 @@ def _loss(summary: Summary) -> Iterator[str]:
         elif drop.value >= 0:
             yield f"loses {drop.value:.4f} of {name} ({interval_words(drop, 4)})"
         else:
-            gain = Estimate(value=-drop.value, low=-drop.high, high=-drop.low)
+            gain = drop.negated
             yield f"gains {gain.value:.4f} of {name} ({interval_words(gain, 4)})"
     elif summary.sqnr_db:
         head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)

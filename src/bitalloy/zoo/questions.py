@@ -28,7 +28,6 @@ class SidesQuestion:
     """Whether one part of a model is more sensitive than another."""
 
     text: str
-    family: str
     first: Side
     second: Side
 
@@ -66,13 +65,11 @@ LANGUAGE_PARTS = (
 SIDES = (
     SidesQuestion(
         text="Are the mask branches of YOLO11-seg more sensitive than its box heads?",
-        family="yolo11",
         first=MASKS,
         second=BOXES,
     ),
     SidesQuestion(
         text="Is the image encoder of MobileSAM more sensitive than its prompt encoder and mask decoder?",
-        family="mobilesam",
         first=ENCODER,
         second=DECODER,
     ),

@@ -16,11 +16,10 @@ from bitalloy.core.ownership import temporary_root
 from bitalloy.core.records import Record
 from bitalloy.data.images import IMAGE_SUFFIXES, file_hash
 from bitalloy.model.external import external_files
-from bitalloy.model.file import parse
+from bitalloy.model.file import PROGRAM_FILE, parse
 
 PATH_FIELDS = ("path", "paths", "folder", "labels")
 """Fields of the specifications of jobs in which paths of files and folders stand."""
-PROGRAM = "program.json"
 
 
 class Cargo(Record, frozen=True, kw_only=True):
@@ -70,7 +69,7 @@ def load_cargo(root: str) -> Cargo:
         found = [file for file in files.walk(path) if file.is_file()]
     elif path.suffix.lower() == ".onnx":
         found = [path, *external_files(parse(path)[0], path)]
-    elif path.name == PROGRAM:
+    elif path.name == PROGRAM_FILE:
         found = [file for file in files.walk(path.parent) if file.is_file()]
     elif path.suffix.lower() in (".json", ".jsonl"):
         found = [path, *(file for file in files.walk(path.parent) if file.suffix.lower() in IMAGE_SUFFIXES)]
