@@ -56,6 +56,8 @@ def test_a_run_is_judged_by_its_own_limits_or_by_others(tmp_path: Path) -> None:
         bitalloy.check(run, budget=Budget(max_drop={"accuracy": 0.1}))
     with pytest.raises(bitalloy.BudgetError, match="nothing to check"):
         bitalloy.check(stored(tmp_path, "free", budget=Budget()))
+    with pytest.raises(bitalloy.BudgetError, match="nothing to check"):
+        bitalloy.check(stored(tmp_path, "aimed", budget=Budget(latency_ratio=ratio / 2, by_default=True)))
     with pytest.raises(bitalloy.RunDirectoryError, match="no finished run"):
         bitalloy.check(tmp_path)
 

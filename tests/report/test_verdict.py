@@ -32,6 +32,14 @@ def test_the_answer_follows_from_what_was_asked_and_measured(make_run: Any) -> N
     assert found == UNDECIDED and "0.90x to 1.04x" in why
 
 
+def test_what_the_search_aimed_at_by_itself_decides_nothing(make_run: Any) -> None:
+    aim = Budget(latency_ratio=0.01, by_default=True)
+    found, why = answer(make_run(), budget=aim)
+    assert found == SHIP and why.startswith("It is faster, and no metric drops beyond its noise: ")
+    assert answer(make_run(), budget=Budget(latency_ratio=0.01))[0] == DO_NOT
+    assert answer(make_run(metrics=False), budget=aim)[0] == UNDECIDED
+
+
 def test_without_a_task_a_limit_on_accuracy_is_needed(make_run: Any) -> None:
     run = make_run(metrics=False)
     assert answer(run, budget=ROOMY)[0] == UNDECIDED

@@ -18,6 +18,7 @@ from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.records import Estimate
 from bitalloy.core.status import LimitStatus, Verdict, ceiling_verdict, chance_verdict, chance_within, worst_verdict
 from bitalloy.measure import bench
+from bitalloy.report.text import limit_text
 from bitalloy.verify.headline import headline_of
 from bitalloy.verify.status import status_of
 
@@ -197,6 +198,19 @@ def test_the_headline_says_what_the_status_says(budget: Budget, words: str) -> N
     assert words in headline_of(judged(budget=budget))
 
 
+def test_what_nobody_asked_for_is_never_missed() -> None:
+    """The search needs something to aim at; a reader must not be told that a limit of theirs is missed."""
+    aimed = judged(budget=Budget(latency_ratio=0.1, by_default=True))
+    limit = only(aimed)
+    assert aimed.status.verdict == "no limits" and aimed.status.proven
+    assert limit_text(limit).endswith("nothing was asked and the search aimed at 0.100x")
+    said = headline_of(aimed)
+    assert "no limits were set" in said and "MISSED" not in said
+    estimated = judged(budget=Budget(latency_ratio=0.1, by_default=True), latency_estimated=True)
+    assert only(estimated).reason == "estimated, not measured" and estimated.status.proven
+    assert not judged(budget=Budget(latency_ratio=0.1)).status.proven
+
+
 def test_the_status_does_not_depend_on_an_earlier_one() -> None:
     facts = judged(budget=Budget(latency_ratio=0.1))
     assert status_of(facts) == facts.status
@@ -233,6 +247,18 @@ def test_a_limit_that_is_not_kept_fails_where_that_is_asked_for(
     assert inside.summary()["status"]["verdict"] == "missed"
     shown = json.loads(classify("--size", "0.6x", "--fail-on-miss", "--json").succeeded().out)
     assert shown["status"]["verdict"] == "met"
+
+
+def test_without_limits_none_is_missed(classify: Any, inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "paired_ratio", lambda *times: Estimate(value=0.99, low=0.98, high=0.995))
+        found = classify("--fail-on-miss").succeeded()
+    assert "MISSED" not in found.out and "missed" not in found.out
+    status = inside.summary()["status"]
+    assert status["verdict"] == "no limits" and status["limits"][0]["asked"] < status["limits"][0]["got"]
+    page = (inside.folder / "run" / "report.html").read_text()
+    assert "Do not ship it" not in page and "nothing was asked and the search aimed at" in page
+    assert "nothing to check" in inside("check", "run").refused(2)
 
 
 def test_an_undecided_limit_fails_too(classify: Any, inside: Any) -> None:

@@ -52,7 +52,7 @@ NO_NATS = 1e-15
 COMPLETION = ("--install-completion", "--show-completion")
 """Options that typer adds."""
 
-TONE_STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
+TONE_STYLES = {"": "none", "good": "green", "warn": "yellow", "bad": "red"}
 """Tone of a verdict, see `report.figures` -> its colour."""
 
 

@@ -167,6 +167,8 @@ class Budget(Given, frozen=True, kw_only=True):
     as met, or not hold to count as missed; between both they are undecided."""
     keep: tuple[Keep, ...] = ()
     """Units that run in a given scheme; of several patterns that name a unit the last one holds."""
+    by_default: bool = False
+    """Whether nobody asked for the limits: the search aims at them, and no verdict follows from missing them."""
 
     def __post_init__(self) -> None:
         """Refuse limits that no arithmetic can carry."""
@@ -179,7 +181,7 @@ class Budget(Given, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "latency", msgspec.UNSET)
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
-        said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence")}
+        said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence", "by_default")}
         if not all(0 <= v < math.inf for v in above) or not all(map(math.isfinite, self.max_drop.values())):
             raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
         if not all(abs(f) <= MOST_DB for f in floors):
@@ -194,8 +196,8 @@ class Budget(Given, frozen=True, kw_only=True):
 
     @property
     def limited(self) -> bool:
-        """Whether anything but schemes of units is asked for."""
-        return msgspec.structs.replace(self, keep=(), confidence=DROP_CONFIDENCE) != Budget()
+        """Whether it has limits, beside schemes of units."""
+        return msgspec.structs.replace(self, keep=(), confidence=DROP_CONFIDENCE, by_default=False) != Budget()
 
     @property
     def on_task(self) -> bool:

@@ -16,7 +16,7 @@ class Verdict(StrEnum):
     """What is known about a limit, or about all limits together; the best comes first."""
 
     NO_LIMITS = "no limits"
-    """Nothing was asked for; of a run only."""
+    """Nothing was asked for. Of a limit: the search aimed at it by itself."""
     MET = "met"
     WITHIN = "met within tolerance"
     """What was measured is beyond the limit, but by no more than the tolerance that is stated."""
@@ -54,7 +54,7 @@ class Status(Record, frozen=True, kw_only=True):
     """The status of a run, which the console, the report, `summary.json` and the exit code share."""
 
     verdict: Verdict
-    """The worst of the limits: missed, undecided, met within tolerance, met; `no limits` without any."""
+    """The worst of the limits: missed, undecided, met within tolerance, met; `no limits` without any that was set."""
     limits: tuple[LimitStatus, ...] = ()
     warnings: tuple[str, ...] = ()
     """Losses that no limit covers, in sentences."""

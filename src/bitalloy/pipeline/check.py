@@ -59,7 +59,7 @@ def check_run(
             raise RunDirectoryError(f"'{run}' did not measure '{lacking[0]}', which its baseline '{baseline}' did.")
         against = counting(compare_numbers(other, summary), other, summary)
         limits = limits if asked else ()
-    elif not limits:
+    elif status.verdict == Verdict.NO_LIMITS:
         raise BudgetError(
             f"'{run}' was made without limits, so there is nothing to check. Give --max-latency, --max-drop or "
             "--baseline."

@@ -176,7 +176,7 @@ def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work:
     before = table.pure_us[analysis.units.usual] / table.all_float_us if analysis.units.usual != BASELINE else 1.0
     wanted = round(DEFAULT_RATIO * before, 4)
     try:
-        asked = msgspec.structs.replace(budget, latency_ratio=wanted)
+        asked = msgspec.structs.replace(budget, latency_ratio=wanted, by_default=True)
         return analysis, plan(analysis, asked, table=table, front=False, work=work)
     except UnreachableError as error:
         if error.reachable_ratio is None:
@@ -184,7 +184,7 @@ def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work:
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
         where = "on this machine" if analysis.target.device is None else f"on {analysis.target.device.name}"
         note = f"The default budget of {wanted:.3g}x is out of reach {where}; {ratio}x was used instead."
-        asked = msgspec.structs.replace(budget, latency_ratio=ratio)
+        asked = msgspec.structs.replace(budget, latency_ratio=ratio, by_default=True)
         planned = plan(analysis, asked, table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned
 

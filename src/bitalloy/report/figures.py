@@ -60,7 +60,13 @@ class FigureGroup:
     rows: tuple[FigureRow, ...]
 
 
-VERDICT_TONES = {Verdict.MET: "good", Verdict.WITHIN: "good", Verdict.UNDECIDED: "warn", Verdict.MISSED: "bad"}
+VERDICT_TONES = {
+    Verdict.NO_LIMITS: "",
+    Verdict.MET: "good",
+    Verdict.WITHIN: "good",
+    Verdict.UNDECIDED: "warn",
+    Verdict.MISSED: "bad",
+}
 """Verdict on a limit -> its colour."""
 
 

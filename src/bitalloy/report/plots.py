@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from bitalloy.core.outcome import Evaluation, Summary
-from bitalloy.core.plans import CostTable, ParetoPoint, PlanReport
+from bitalloy.core.plans import Budget, CostTable, ParetoPoint, PlanReport
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.core.units import UnitGraph
 from bitalloy.report import figures, formats
@@ -84,6 +84,8 @@ class Plots(msgspec.Struct, frozen=True, kw_only=True):
 def plots_of(summary: Summary, tables: ReportTables) -> Plots:
     """Collect the data of all charts of a run."""
     budget, reference = summary.budget, summary.latency_spread_ms.reference.median_ms
+    if budget.by_default:
+        budget = Budget()
     ratios = [budget.latency_ratio] if budget.latency_ratio is not None else []
     if budget.latency_ms is not None:
         ratios.append(budget.latency_ms / summary.latency_ms.reference)

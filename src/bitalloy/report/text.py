@@ -37,12 +37,14 @@ def counted(schemes: Mapping[str, int]) -> str:
 
 def verdict_text(limit: LimitStatus) -> str:
     """Return the verdict on a limit, with the tolerance where it was needed."""
+    if limit.verdict == Verdict.NO_LIMITS:
+        return "no limit"
     tolerance = f" ({limit.tolerance:.0%})" if limit.verdict == Verdict.WITHIN and limit.tolerance is not None else ""
     return f"{limit.verdict}{tolerance}"
 
 
 def limit_text(limit: LimitStatus) -> str:
-    """Return what was asked for and what is there, e.g. `size 4,200 bytes, asked at most 5,000 bytes`."""
+    """Return what was asked for or aimed at and what is there, e.g. `size 4,200 bytes, asked at most 5,000 bytes`."""
     head = f" ({limit.head})" if limit.kind == "min_sqnr_db" and limit.head else ""
     got = "" if limit.got is None else f" {_amount(limit.kind, limit.got)}"
     found = limit.interval
@@ -50,12 +52,13 @@ def limit_text(limit: LimitStatus) -> str:
     ends += "" if found is None else f"{_amount(limit.kind, found.high)})"
     bound = "at least" if limit.kind in ("min_sqnr_db", "head_sqnr_db") else "at most"
     reason = f": {limit.reason}" if limit.reason else ""
-    return f"{limit.name}{head}{got}{ends}, asked {bound} {_amount(limit.kind, limit.asked)}{reason}"
+    wanted = "nothing was asked and the search aimed at" if limit.verdict == Verdict.NO_LIMITS else f"asked {bound}"
+    return f"{limit.name}{head}{got}{ends}, {wanted} {_amount(limit.kind, limit.asked)}{reason}"
 
 
 def status_text(status: Status) -> str:
     """Return what a run's status means for its limits: those that are not proven to be kept, or that all are."""
-    if not status.limits:
+    if status.verdict == Verdict.NO_LIMITS:
         return "no limits were set"
     open_ = [limit for limit in status.limits if limit.verdict in (Verdict.MISSED, Verdict.UNDECIDED)]
     if open_:

@@ -30,6 +30,7 @@ def status_of(summary: Summary) -> Status:
 
     Case 1. Latency: met up to the limit, met within tolerance up to `SHARE` beyond it, because medians of two runs
             differ by as much; missed beyond that. Its interval is shown, and decides nothing. An estimate is undecided.
+            What the search aimed at because nothing was asked is shown, and is no limit.
     Case 2. Size: exact.
     Case 3. SQNR: the measured value against the floor. Its interval is shown, and decides nothing.
     Case 4. Drop of a task metric, and lost agreement: by the probability that it is within the limit, see
@@ -70,9 +71,15 @@ def _latency(summary: Summary) -> Iterator[LimitStatus]:
                 got=got,
                 interval=None if estimated else interval,
                 tolerance=SHARE,
-                verdict=Verdict.UNDECIDED if estimated else ceiling_verdict(got, asked, tolerance=SHARE),
+                verdict=_judged_latency(summary, got, asked),
                 reason=ESTIMATED if estimated else "",
             )
+
+
+def _judged_latency(summary: Summary, got: float, asked: float) -> Verdict:
+    if summary.budget.by_default:
+        return Verdict.NO_LIMITS
+    return Verdict.UNDECIDED if summary.latency_estimated else ceiling_verdict(got, asked, tolerance=SHARE)
 
 
 def _size(summary: Summary) -> Iterator[LimitStatus]:
