@@ -29,7 +29,7 @@ NAMES = [
     "resolve_drops", "plan", "plan_again", "apply", "verify", "report", "publish", "run", "quantize",
     "study", "read_study",
     # what comes out of finished runs
-    "check", "diff", "evaluate",
+    "check", "diff", "write_report", "evaluate",
     # what they take and give
     "Analysis", "Budget", "Calibrated", "CheckedRun", "Keep", "LimitStatus", "Metric", "OwnSession", "Planned", "Plan",
     "RunDifference", "RunDirectory", "RunOptions", "Selection", "Settings", "Status", "StudyResult", "Summary",

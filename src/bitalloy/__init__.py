@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from bitalloy.pipeline.evaluate import evaluate_models as evaluate
     from bitalloy.pipeline.plan import plan, plan_again
     from bitalloy.pipeline.prepare import RunOptions, load, open_data
+    from bitalloy.pipeline.report import write_report
     from bitalloy.pipeline.resolve import resolve_drops
     from bitalloy.pipeline.run import publish, run
     from bitalloy.pipeline.run import quantize_model as quantize
@@ -84,6 +85,7 @@ __all__ = [
     # what comes out of finished runs
     "check",
     "diff",
+    "write_report",
     "evaluate",
     # what they take and give
     "Analysis",
@@ -140,6 +142,7 @@ _HOMES = {
     "read_study": "pipeline.study",
     "check": "pipeline.check:check_run",
     "diff": "pipeline.check:diff_runs",
+    "write_report": "pipeline.report",
     "evaluate": "pipeline.evaluate:evaluate_models",
     "Analysis": "sensitivity.analysis",
     "Budget": "core.plans",

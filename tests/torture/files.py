@@ -179,7 +179,14 @@ def _run_files(rng: random.Random, folder: Path, base: Path) -> Work:
     names = ("summary.json", "plan.json", "units.json", "cost.json", "planning.json", "planning.npz", "mixed.onnx")
     path = folder / "run" / rng.choice(names)
     (_spoiled_json if path.suffix == ".json" else _spoiled)(path, rng)
-    lines = (["plan", "run"], ["check", "run"], ["diff", "run", str(base / "run")], ["audit", "run"], ["clean", "run"])
+    lines = (
+        ["plan", "run"],
+        ["check", "run"],
+        ["report", "run"],
+        ["diff", "run", str(base / "run")],
+        ["audit", "run"],
+        ["clean", "run"],
+    )
     return rng.choice(lines)
 
 

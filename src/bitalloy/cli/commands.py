@@ -16,8 +16,8 @@ from bitalloy.cli.config import effective_toml, read_config
 
 PANELS = {
     "Model and data": (
-        "model models name file run_directory first second data baseline shape scale mean std layout fit preprocess"
-        " checkpoint trust_checkpoint image_size open_size"
+        "model models name file run_directory runs first second data baseline shape scale mean std layout fit"
+        " preprocess checkpoint trust_checkpoint image_size open_size"
     ),
     "Limits": (
         "latency size max_drop_db max_drop max_latency min_agreement confidence fail_on_miss allow_undecided front"

@@ -133,6 +133,32 @@ def card_command(
     out_console.print(f"Model card: {path}", soft_wrap=True, markup=False, highlight=False)
 
 
+def report_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of one finished `bitalloy run` or of several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File of the page. Default: report.html in the directory of one run, else compare.html."),
+    ] = None,
+) -> None:
+    """Write the report of a finished run again, or of several runs side by side, from their files alone.
+
+    Of several runs the page shows verdicts, latency, metrics and losses beside each other, and how each differs from
+    the first one: numbers, and whether by more than noise, plans, versions and data.
+
+    For example:
+
+      bitalloy report runs/last
+
+      bitalloy report runs/int8 runs/mixed runs/strict --out compare.html
+    """
+    from bitalloy.pipeline.report import write_report
+
+    path = write_report(runs, out)
+    out_console.print(f"Report: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
 @collected(EvaluateArguments)
 def evaluate_command(asked: EvaluateArguments) -> None:
     """Evaluate model files side by side, each paired with the first, without an analysis.

@@ -446,6 +446,7 @@ for _name, _command in (
     ("targets", look.targets_command),
     ("check", gates.check_command),
     ("diff", gates.diff_command),
+    ("report", gates.report_command),
     ("card", gates.card_command),
     ("evaluate", gates.evaluate_command),
     ("audit", look.audit_command),

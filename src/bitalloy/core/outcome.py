@@ -395,6 +395,8 @@ class Summary(Record, frozen=True, kw_only=True):
     without any rounding."""
     single_formats: tuple[SingleFormat, ...] = ()
     """Predictions of the plans of one scheme, fastest first; empty where plans have no choice between several."""
+    others: tuple[str, ...] = ()
+    """The other targets of the run, in the order of its settings, whose results lie in folders of their names."""
     given: GivenModel | None = None
     """The file itself, where it is quantized: then float stands for the model without its roundings."""
     workload: str = "one inference"

@@ -181,7 +181,9 @@ class Budget(Given, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "latency", msgspec.UNSET)
         above = [v for v in (self.latency_ratio, self.latency_ms, self.size_bytes) if v is not None]
         floors = [*self.head_sqnr_db.values(), 0.0 if self.min_sqnr_db is None else self.min_sqnr_db]
-        said = {n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence", "by_default")}
+        said = {
+            n: v for n, v in msgspec.structs.asdict(self).items() if v and n not in ("keep", "confidence", "by_default")
+        }
         if not all(0 <= v < math.inf for v in above) or not all(map(math.isfinite, self.max_drop.values())):
             raise BudgetError(f"The budget {said} has a limit that is negative or not finite. Give finite numbers.")
         if not all(abs(f) <= MOST_DB for f in floors):

@@ -133,9 +133,12 @@ def deliver(
     budget, settings = budget or Budget(), settings or Settings()
     check_budget(prepared, budget, settings)
     analysis = analyzed(prepared, settings, limit=limit, effort=effort)
-    found = []
+    found: list[Verified] = []
     for index, part in enumerate(analysis.targets):
         verified = deliver_target(prepared, part, budget, limit=limit, effort=effort)
+        if index == 0:
+            others = tuple(other.target.name for other in analysis.targets[1:])
+            verified = replace(verified, summary=msgspec.structs.replace(verified.summary, others=others))
         publish(verified, prepared.store if index == 0 else RunDirectory(prepared.store.path / part.target.name))
         found.append(verified)
     first = replace(found[0], others=tuple(found[1:]))
@@ -205,12 +208,15 @@ def publish(verified: Verified, store: RunDirectory) -> Path:
         ("calibration.json", analysis.calibration),
     ):
         store.publish(name, to_json(record, pretty=True))
-    if verified.audit is not None:
-        store.publish("audit.json", to_json(verified.audit, pretty=True))
-    if verified.compilation is not None:
-        store.publish("compiled.json", to_json(verified.compilation, pretty=True))
-    if verified.examples is not None:
-        store.publish("examples.json", to_json(verified.examples, pretty=True))
+    for name, known in (
+        ("audit.json", verified.audit),
+        ("compiled.json", verified.compilation),
+        ("examples.json", verified.examples),
+    ):
+        if known is None:
+            (store.path / name).unlink(missing_ok=True)  # of an earlier run
+        else:
+            store.publish(name, to_json(known, pretty=True))
     store.publish("sensitivity.csv", sensitivity_csv(analysis.table))
     path = store.publish("report.html", render(verified))
     store.publish("summary.json", write_summary(verified.summary))

@@ -8,6 +8,13 @@ from collections.abc import Sequence
 
 import jinja2
 
+PLAIN_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 80rem; padding: 1rem; }
+h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
+th, td { border: 1px solid #d0d0d6; padding: .25rem .5rem; text-align: left; vertical-align: top; }
+.wide { overflow-x: auto; } svg text { font-size: 11px; }"""
+"""The style of pages that are text, tables and small charts."""
+
 
 def page_environment() -> jinja2.Environment:
     """Return the environment of the templates in this folder: it escapes by default, and refuses unknown names."""

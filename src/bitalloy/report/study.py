@@ -10,17 +10,14 @@ from markupsafe import Markup
 from bitalloy.core.records import Estimate
 from bitalloy.core.studies import PartDamage, StudyResult
 from bitalloy.report import formats
-from bitalloy.report.page import content_policy, page_environment
+from bitalloy.report.page import PLAIN_STYLE, content_policy, page_environment
 from bitalloy.report.tables import csv_text
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d1d1f; margin: 0 auto; max-width: 80rem; padding: 1rem; }
-h1, h2, h3 { line-height: 1.2; } table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
-th, td { border: 1px solid #d0d0d6; padding: .25rem .5rem; text-align: left; vertical-align: top; }
-td.n { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; } .quiet { color: #55555c; }
-.yes { background: #dcefdc; } .no { background: #f6dada; } .undecided { background: #fbefcf; }
-.multiples { display: flex; flex-wrap: wrap; gap: 1rem; } .multiple { width: 19rem; }
-svg text { font-size: 11px; } :target { outline: 2px solid #3366cc; }
+STYLE = f"""{PLAIN_STYLE}
+td.n {{ text-align: right; white-space: nowrap; }} .quiet {{ color: #55555c; }}
+.yes {{ background: #dcefdc; }} .no {{ background: #f6dada; }} .undecided {{ background: #fbefcf; }}
+.multiples {{ display: flex; flex-wrap: wrap; gap: 1rem; }} .multiple {{ width: 19rem; }}
+:target {{ outline: 2px solid #3366cc; }}
 """
 SCALE_DB = (15.0, 60.0)
 """SQNR of the darkest and of the lightest cell of the heat map."""

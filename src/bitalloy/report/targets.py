@@ -1,4 +1,4 @@
-"""The compare view: results of one model for several targets side by side."""
+"""The compare view: results of one model for several targets, or of several runs, side by side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from bitalloy.report.text import counted
 from bitalloy.report.verdict import ship_answer
 
 
-def compare_targets(summaries: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header with a column for each target, and a line for each quantity of its mixed model."""
+def compare_targets(
+    summaries: Sequence[Summary], names: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header with a column for each target, and a line for each quantity of its mixed model.
+
+    Args:
+        summaries: results of one model for several targets, or of any runs.
+        names: the columns' names of runs; the targets' names without them.
+    """
+    runs: list[tuple[str, Callable[[Summary], str]]] = [("Model", lambda s: s.model), ("Target", lambda s: s.target)]
     rows: list[tuple[str, Callable[[Summary], str]]] = [
+        *(runs if names is not None else ()),
         ("Answer", lambda s: ship_answer(s)[0]),
         ("Why", lambda s: ship_answer(s)[1]),
         ("Device", lambda s: s.device),
@@ -26,7 +35,7 @@ def compare_targets(summaries: Sequence[Summary]) -> tuple[tuple[str, ...], list
     lines = [(name, *map(cell, summaries)) for name, cell in rows]
     lines += [(f"SQNR {head}", *(_sqnr(s, head) for s in summaries)) for head in heads]
     lines += [(f"Drop of {name}", *(_drop(s, name) for s in summaries)) for name in metrics]
-    return ("", *(s.target for s in summaries)), lines
+    return ("", *(names if names is not None else (s.target for s in summaries))), lines
 
 
 def _latency(summary: Summary) -> str:
