@@ -133,6 +133,22 @@ class TestPass:
             assert np.abs(ours - reference).max() <= 2, name  # last bits of sums on an edge
         assert stats.zeros[TENSORS.index("r")] == sum((a == 0).sum() for a in everything(NET, ("r",), feeds)["r"])
 
+    def test_histograms_for_people_count_what_numpy_counts(self) -> None:
+        feeds = images(3)
+        values = everything(NET, TENSORS, feeds)
+        for name, found in zip(TENSORS, collect(NET, TENSORS, feeds).histograms(), strict=True):
+            flat = np.concatenate([v.ravel() for v in values[name]])
+            edges = found.low + found.width * np.arange(len(found.counts) + 1)
+            assert edges[0] <= flat.min() and flat.max() <= edges[-1], name
+            assert found.counts == tuple(np.histogram(flat, edges)[0].tolist()), name
+            assert found.counts[0] and found.counts[-1] and 8 <= len(found.counts) <= 65, name
+            assert (found.low / found.width).is_integer(), "0 is an edge"
+
+    def test_histograms_of_constants_and_of_nothing_but_zeros(self) -> None:
+        stats = observed({"zero": [np.zeros(4, np.float32)], "three": [np.full(4, 3.0, np.float32)]})
+        for found, value in zip(stats.histograms(), (0.0, 3.0), strict=True):
+            assert found.counts == (4,) and found.low <= value <= found.low + found.width
+
     def test_large_tensors_leave_a_spread_sample(self) -> None:
         proto = model("net (float[1,8,40,40] x) => (float[1,8,40,40] y) { y = Neg(x) }")
         for axis in (1, 2, 3):

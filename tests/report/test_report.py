@@ -23,7 +23,7 @@ from PIL import Image
 from bitalloy.core.examples import ClassPrecision, Example, Examples, ExampleText
 from bitalloy.core.outcome import Comparison, Correction, HeadComparison, Remeasured, Repair
 from bitalloy.core.plans import Budget
-from bitalloy.core.records import Calibration, Estimate, SensitivityTable, TensorRange
+from bitalloy.core.records import Calibration, Estimate, Histogram, SensitivityTable, TensorRange
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
 from bitalloy.report.plots import plots_of
@@ -160,7 +160,7 @@ class TestForeignNames:
 class TestVerdict:
     def test_good_when_faster_and_within_budget(self, make_run: Make) -> None:
         page = make_run().with_summary(budget=Budget()).render()
-        assert '<header id="result" class="good">' in page and "<b>Ship it</b> It keeps what was asked" in page
+        assert '<header id="result" class="good">' in page and "<b>Ship it</b> It is faster, and no metric" in page
 
     def test_bad_when_not_faster_than_float(self, make_run: Make) -> None:
         run = make_run().with_summary(latency_ratio=1.0, headline="The mixed model is NOT faster than float")
@@ -317,6 +317,28 @@ class TestRanges:
         assert {(one.kept, one.seen, one.cut) for one in found} == {("−1.000 to 2.000", "4.000", "50.0 %")}
         assert '<section id="ranges">' in run.render(Extras(calibration=calibration))
         assert '<section id="ranges">' not in run.render()
+
+    def test_a_histogram_shows_what_lies_beyond_the_range(self, make_run: Make) -> None:
+        """Bins of width 1 from -3 to 3; the range from -1 to 2 leaves out those at -3, -2 and 2."""
+        run = make_run()
+        histogram = Histogram(low=-3.0, width=1.0, counts=(1, 0, 5, 70, 20, 4))
+        ranges = tuple(
+            TensorRange(tensor=t, low=-1.0, high=2.0, method="mse", magnitude=3.0, subnormal=0.0, histogram=histogram)
+            for t in dict.fromkeys(edge.root for edge in run.units.edges)
+        )
+        calibration = Calibration(
+            model_sha256="", data=run.summary.calibration, method="auto", ranges=ranges, half_margin=1.0
+        )
+        one = worst_ranges(tables_of(run), calibration)[0]
+        assert one.clipped == "5 %" and one.picture is not None
+        drawn = [line.split('"')[1::2] for line in str(one.picture).split("<rect class=")[1:]]
+        assert [name for name, *_ in drawn] == ["clipped", "kept", "kept", "kept", "clipped", "end", "end"]
+        heights = [float(values[4]) for values in drawn[:5]]
+        assert max(heights) == heights[2] == 34.0 and heights == sorted(heights[:3]) + sorted(heights[3:], reverse=True)
+        ends = [float(values[1]) for values in drawn[5:]]
+        assert ends == pytest.approx([160 * 2 / 6, 160 * 5 / 6], abs=0.06)
+        page = run.render(Extras(calibration=calibration))
+        assert page.count('<svg class="histogram"') == SHOWN_RANGES and "Values cut off" in page
 
 
 class TestTargets:

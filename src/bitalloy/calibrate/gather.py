@@ -124,8 +124,9 @@ def _chosen_ranges(
                 others={}
                 if sparse[t] or t in given
                 else _distinct(found[t], {m: ranges[t] for m, ranges in more.items()}),
+                histogram=histogram,
             )
-            for t in order
+            for t, histogram in zip(order, statistics.histograms(), strict=True)
         ),
         half_margin=float(statistics.half_margin),
     )

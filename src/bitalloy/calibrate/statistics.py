@@ -8,6 +8,7 @@ the data only, not on its order or on how it was cut into shards.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -19,9 +20,12 @@ import numpy as np
 from bitalloy.calibrate.clipping import Floats, Ints, entropy_threshold, mse_range, quantile
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.records import Histogram
 from bitalloy.formats.float16 import HALF_LARGEST, HALF_SMALLEST_NORMAL
 
 BINS = 2048
+MERGED = 32
+"""Bins that are one in histograms for people, which have 65 at most."""
 MOMENTUM = 0.9
 TAIL = 9
 """Samples whose extremes are kept: the most extreme ones of each tensor."""
@@ -146,6 +150,19 @@ class Statistics:
         spread = beyond / np.where(width > 0, width, 1.0)[:, None]
         gain = 12 * 255**2 / (self.samples + 1) * spread / self.size[:, None]
         return np.asarray(beyond * np.log(np.maximum(gain, 1.0)))
+
+    def histograms(self) -> list[Histogram]:
+        """Return a histogram for people per tensor: exact sums of `MERGED` bins each, such that 0 is an edge."""
+        found = []
+        for counts, exponent, origin in zip(self.histogram, self.exponent, self.origin, strict=True):
+            before = int(origin) % MERGED
+            sums = np.pad(counts, (before, MERGED - before)).reshape(-1, MERGED).sum(axis=1)
+            filled = np.flatnonzero(sums)
+            first, last = (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, 0)
+            width = math.ldexp(MERGED, int(exponent))
+            low = width * (int(origin) // MERGED + first)
+            found.append(Histogram(low=low, width=width, counts=tuple(sums[first:last].tolist())))
+        return found
 
     def merge(self, other: Statistics) -> Statistics:
         """Return the statistics of this data followed by `other`'s, as if one pass had seen both.

@@ -119,6 +119,16 @@ class Head(Record, frozen=True, kw_only=True):
     """Axis of the output along which the probabilities of a categorical distribution add up to one."""
 
 
+class Histogram(Record, frozen=True, kw_only=True):
+    """How the values of a tensor are distributed; of a large tensor those of a part of its places."""
+
+    low: float
+    """Left end of the first bin; its multiples of `width` include 0, and the outer bins are not empty."""
+    width: float
+    counts: tuple[int, ...]
+    """Number of values per bin."""
+
+
 class TensorRange(Record, frozen=True, kw_only=True):
     """Calibrated range of one activation tensor."""
 
@@ -134,6 +144,8 @@ class TensorRange(Record, frozen=True, kw_only=True):
     """Whether a mask made some of its numbers infinite; all other fields are of the finite ones."""
     others: dict[str, tuple[float, float]] = {}
     """Low and high by other methods that are compared with this one; those that hardly differ are left out."""
+    histogram: Histogram | None = None
+    """The finite values; None where none was kept."""
 
 
 class Calibration(Record, frozen=True, kw_only=True):
