@@ -44,8 +44,9 @@ def test_examples_run(
 
 
 def test_commands_have_the_options_that_exist() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {name for c in commands.values() for p in c.params for name in (*p.opts, *p.secondary_opts)}
+    root = typer.main.get_command(app)
+    commands = root.commands  # type: ignore[attr-defined]
+    options = {name for c in (root, *commands.values()) for p in c.params for name in (*p.opts, *p.secondary_opts)}
     pages = "\n".join(page.read_text() for page in PAGES)
     text = "\n".join(line for line in pages.splitlines() if not OTHERS.search(line))
     assert set(re.findall(r"(?<!-)--[a-z][a-z-]+", text)) <= options
