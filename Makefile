@@ -5,6 +5,7 @@
 # make study   the five embedded models on all targets that run here, compared in one report: about 10 minutes
 # make cluster Ray in .venv-ray beside the development environment, the test on a cluster of two nodes: about 2 minutes
 # make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
+# make bench   benchmarks that need no data of one's own, anew into benchmarks/results: about 15 minutes
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make docs    the site of documents in build/site
 # make clean   remove environments, runs and caches
@@ -18,7 +19,7 @@ PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 CORE := .venv/bin
 DEV := .venv-dev/bin
 
-.PHONY: demo test compile study cluster wheel torture check docs clean
+.PHONY: demo test compile study cluster wheel torture bench check docs clean
 
 # Without byte code the core environment stays small; start-up then takes a little longer.
 demo: export PYTHONDONTWRITEBYTECODE = 1
@@ -41,6 +42,10 @@ cluster: .venv-dev/installed .venv-ray/installed
 
 torture: .venv-dev/installed
 	$(DEV)/python -m tests.torture --out torture.json
+
+bench: .venv-dev/installed
+	$(DEV)/python benchmarks/run.py --quick
+
 # Everything that `pip install bitalloy` gives, and nothing of the checkout. MB are those of the size limit below 30.
 wheel:
 	rm -rf dist .venv-wheel

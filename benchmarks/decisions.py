@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,13 @@ def decide(world: World, limit: float, confidence: float) -> dict[str, Plan | No
 
 
 def main() -> None:
-    """Print one line of JSON for each setting."""
+    """Print all settings as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--confidence", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    rows: dict[str, dict[str, object]] = {}
     for images, limit, hardness in ((94, 0.003, 1), (94, 0.01, 1), (94, 0.003, 3), (94, 0.003, 0.3), (500, 0.003, 1)):
         rng = np.random.default_rng(asked.seed)
         found: dict[str, list[tuple[bool, float]]] = {}
@@ -114,28 +116,20 @@ def main() -> None:
                     place = list(world.truth).index(plan)
                     found.setdefault(way, []).append((world.truth[plan] > limit, place))
             evaluated += sum(world.evaluated.values()) / (MODELS * images * asked.repeats)
-        print(
-            json.dumps(
-                {
-                    "images": images,
-                    "limit": limit,
-                    "hardness": hardness,
-                    "repeats": asked.repeats,
-                    "confidence": asked.confidence,
-                    "seed": asked.seed,
-                    "images evaluated": round(evaluated, 3),
-                    **{
-                        way: {
-                            "accepted": round(len(rows) / asked.repeats, 3),
-                            "false of these": round(sum(false for false, _ in rows) / len(rows), 3),
-                            "false of all": round(sum(false for false, _ in rows) / asked.repeats, 3),
-                        }
-                        for way, rows in found.items()
-                    },
+        rows[f"{images} images, limit {limit}, hardness {hardness}"] = row = {
+            "images evaluated": round(evaluated, 3),
+            **{
+                way: {
+                    "accepted": round(len(judged) / asked.repeats, 3),
+                    "false of these": round(sum(false for false, _ in judged) / len(judged), 3),
+                    "false of all": round(sum(false for false, _ in judged) / asked.repeats, 3),
                 }
-            ),
-            flush=True,
-        )
+                for way, judged in found.items()
+            },
+        }
+        print(row, file=sys.stderr, flush=True)
+    facts = {"repeats": asked.repeats, "confidence": asked.confidence, "seed": asked.seed}
+    print(json.dumps({"benchmark": "decisions", **facts, "worlds": rows}))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def plans_of(analysis: Analysis, seed: int, work: Workspace) -> dict[str, Plan]:
         "FP16": Plan.of("fp16", *analysis.units.able("fp16")),
         "lowest": lowest,
         "random": Plan({u.id: u.allowed[int(random.integers(len(u.allowed)))] for u in units}),
-        f"search {ratio}x": plan(analysis, Budget(latency_ratio=ratio), table=cost, front=False, work=work).plan.chosen,
+        "search": plan(analysis, Budget(latency_ratio=ratio), table=cost, front=False, work=work).plan.chosen,
     }
     return {name: p for i, (name, p) in enumerate(found.items()) if p not in list(found.values())[:i]}
 

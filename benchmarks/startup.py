@@ -4,12 +4,13 @@
     python benchmarks/startup.py --repeats 15
 
 Each case is a process of its own with compiled byte code, which the first, untimed one writes into a temporary folder.
-Prints the median and the smallest of the repeats; the smallest says more on a busy machine.
+Prints the median and the smallest of the repeats; the smallest says more on a busy machine. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     repeats = parser.parse_args().repeats
+    cases: dict[str, dict[str, float]] = {}
     print(f"{'':<26}{'processor s, median':>22}{'smallest':>10}{'wall s, median':>16}{'smallest':>10}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,6 +52,13 @@ def main() -> None:
                 f"{case:<26}{statistics.median(processor):>22.3f}{min(processor):>10.3f}"
                 f"{statistics.median(wall):>16.3f}{min(wall):>10.3f}"
             )
+            cases[case] = {
+                "processor_s": round(statistics.median(processor), 3),
+                "smallest_processor_s": round(min(processor), 3),
+                "wall_s": round(statistics.median(wall), 3),
+                "smallest_wall_s": round(min(wall), 3),
+            }
+    print(json.dumps({"benchmark": "startup", "repeats": repeats, "cases": cases}))
 
 
 def once(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[float, float]:

@@ -1,9 +1,11 @@
-"""Pages that are made of the code when the site is built: the glossary, the command line and the Python reference."""
+"""Pages that are made when the site is built: glossary, command line and Python of the code, benchmarks of records."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import bitalloy
@@ -12,7 +14,7 @@ from bitalloy.report.glossary import GLOSSARY
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the code says into the places that a page leaves for it."""
-    for name, make in (("glossary", glossary), ("commands", commands), ("names", names)):
+    for name, make in (("glossary", glossary), ("commands", commands), ("names", names), ("benchmarks", benchmarks)):
         place = f"<!-- {name} -->"
         if place in markdown:
             markdown = markdown.replace(place, "\n".join(make()))
@@ -58,3 +60,13 @@ def names() -> Iterable[str]:
         except (TypeError, ValueError):
             signature = ""
         yield f"## {name}\n\n```python\nbitalloy.{name}{signature}\n```\n\n```text\n{told}\n```\n"
+
+
+def benchmarks() -> Iterable[str]:
+    """Show the records in `benchmarks/results`."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)  # scripts are no package
+    from bench_records import page
+
+    yield from page()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import re
 import subprocess
@@ -20,7 +19,6 @@ import typer
 
 import bitalloy
 from bitalloy.cli.main import app
-from bitalloy.core.effort import EFFORTS
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -109,7 +107,7 @@ def test_own_model_data_and_metric_take_twelve_lines(
 ) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
-    block, _ = readme_blocks()
+    (block,) = readme_blocks()
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -133,22 +131,9 @@ def test_own_model_data_and_metric_take_twelve_lines(
     assert (found.argmax(1) == net(x[48:]).argmax(1).numpy()).mean() >= 0.95
 
 
-def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    _, block = readme_blocks()
-    monkeypatch.chdir(tmp_path)
-    # the front is not shown, and timing takes most of the time
-    for name, fewer in (
-        ("search.front.FRONT_BUDGETS", 4),
-        ("verify.beside_float.REPEATS", 2),
-    ):
-        module, _, constant = f"bitalloy.{name}".rpartition(".")  # functions of the package have names of its parts
-        monkeypatch.setattr(importlib.import_module(module), constant, fewer)
-    cost = importlib.import_module("bitalloy.measure.cost")
-    monkeypatch.setitem(cost.measure_cost.__kwdefaults__, "effort", EFFORTS["quick"])
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    shown = capsys.readouterr().out
-    assert "dB on" in shown and "float" in shown
-    assert (tmp_path / "mixed.onnx").stat().st_size > 1_000_000
+def test_python_page_shows_the_example_of_the_readme() -> None:
+    (block,) = readme_blocks()
+    assert f"```py\n{block}```" in (ROOT / "docs/how-to/python.md").read_text()
 
 
 def test_readme_commands_have_the_options_that_exist() -> None:

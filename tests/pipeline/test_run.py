@@ -128,8 +128,8 @@ def test_summary_has_its_documented_names(finished: Any) -> None:
     summary = finished.summary()
     assert set(summary) >= SUMMARY
     assert set(summary) == {*Summary.__struct_encode_fields__, *OLD_COUNTS}
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert [name for name in summary if f"| `{name}`" not in readme] == []
+    page = (Path(__file__).parents[2] / "docs/reference/summary.md").read_text()
+    assert [name for name in summary if f"| `{name}`" not in page] == []
 
 
 def test_summary_speaks_of_this_run(finished: Any, inputs: Any) -> None:

@@ -8,7 +8,7 @@ Case 1. `searched`: the range of every block is cut on either side where what re
 Case 2. `compensated`: GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323). One input after the other is
         rounded, and what that changes is taken out by the weights of the inputs behind it, along the Cholesky factor of
         the inverse of H. A block has the extremes of what is left of it when its first input comes up: searching them,
-        too, did not gain (benchmarks/RESULTS.md).
+        too, did not gain (docs/design.md).
 """
 
 from __future__ import annotations

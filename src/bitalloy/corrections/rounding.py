@@ -51,7 +51,7 @@ BY_ROWS = "weighted"
 ROUNDING_WAYS = {"search": searched, "gptq": compensated, BY_ROWS: compensated}
 """Name of a way to round -> function of a weight, second moments, a format and a block."""
 TRIED_WAYS = ("gptq", BY_ROWS)
-"""Those that `auto` tries: ranges alone gain little (benchmarks/RESULTS.md)."""
+"""Those that `auto` tries: ranges alone gain little (docs/design.md)."""
 EVEN_SHARE = 0.2
 """Part of the moments in which all rows count alike, where rows are weighted: otherwise the few that matter, such as
 the last position of a prompt, would be all that is known of what enters."""

@@ -8,7 +8,7 @@ with the mean input per channel of the float network, over samples and positions
 counts like the rest), and W summed over the kernel. It depends on the layer alone, whatever else a plan rounds: so an
 offset belongs to a rounded weight, and probe matrix, exact measurement and rewritten model all have it. Layers behind
 each other are not corrected twice for the same: taking out what the mixed network's means differ by, for all layers at
-once or in a few groups, was tried and did great harm (benchmarks/RESULTS.md). The bias that is moved:
+once or in a few groups, was tried and did great harm (docs/design.md). The bias that is moved:
 
 Case 1. The third operand of a Conv or Gemm.
 Case 2. The constant vector of an Add that alone reads a MatMul, whichever unit the Add is in.
