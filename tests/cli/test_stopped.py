@@ -30,7 +30,9 @@ QUICK = ("--samples", "1", "--probes", "1", "--calibration-samples", "4", "--eff
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_removes_what_is_temporary_and_tells_what_is_kept(number: int, code: int, here: Path) -> None:
+def test_a_signal_removes_what_is_temporary_and_tells_what_is_kept(
+    number: int, code: int, here: Path, request: pytest.FixtureRequest
+) -> None:
     onnx.save(two_inputs(), here / "two.onnx")
     save_feeds(here / "feeds", count=8, left=(1, 16), right=(1, 16))
     (here / "slow_of_test.py").write_text(SLOW)
@@ -45,6 +47,7 @@ def test_a_signal_removes_what_is_temporary_and_tells_what_is_kept(number: int, 
         text=True,
         preexec_fn=lambda: [signal.signal(n, h) for n, h in usual.items()],
     )
+    request.addfinalizer(started.kill)
     while not (here / "waits").exists():
         assert started.poll() is None
         time.sleep(0.05)

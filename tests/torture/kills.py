@@ -1,10 +1,11 @@
-"""SIGKILL at random times over chains of commands on three models."""
+"""SIGKILL at random times over chains of commands on three models, and over a study of one of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,29 @@ COMMON = ("--samples", "2", "--probes", "4", "--calibration-samples", "4")
 NUMBERS = ("plan.json", "sensitivity.json", "calibration.json", "units.json", "probe_matrix.npz")
 """Files that must be the same, where the target's latencies are estimates; else those that rest on no latency."""
 MEASURED = frozenset({"plan.json"})
+CORRECTED = ("--equalize", "--bias-correction", "--weight-rounding", "search")
+STUDY = "a study"
+STUDY_FILE = """
+targets = ["tensorrt"]
+[budget.fast]
+latency = "1.5x"
+[budget.faithful]
+min-sqnr-db = 10.0
+[[model]]
+name = "net"
+model = "model.onnx"
+data = "{feeds}"
+"""
+OWN_METRIC = """
+import glob, sys
+import numpy as np
+
+def size(session):
+    feeds = dict(np.load(sorted(glob.glob(sys.argv[sys.argv.index("--data") + 1] + "/*.npz"))[0]))
+    return float(np.mean([np.abs(value).mean() for value in session.run(None, feeds)]))
+"""
+STAGE = re.compile(r"([a-z][a-z -]*), (?:\d+ steps, )?[\d.]+ s \(")
+"""A line of progress, which begins with the name of a stage."""
 LIMIT = 240
 """Seconds after which a command that is not killed counts as a hang."""
 
@@ -37,20 +61,23 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
         root = Path(name)
         fuzz.write_feeds(root / "feeds")
         wanted: dict[str, tuple[Mapping[str, bytes], list[float]]] = {}
-        cases = [("net", "tensorrt"), ("text", "tensorrt"), ("head", "ort-cpu")]
+        cases = [("net", "tensorrt"), ("text", "tensorrt"), ("head", "ort-cpu"), ("net", "ort-cpu"), ("net", STUDY)]
         while time.monotonic() < end:
-            case, target = cases[rounds % len(cases)]
-            folder = root / f"{case}-{rounds}"
+            model, target = cases[rounds % len(cases)]
+            case = f"{model} on {target}"
+            folder = root / f"{model}-{rounds}"
             folder.mkdir()
-            onnx.save(fuzz.bases()[case], folder / "model.onnx")
-            lines = commands(root / "feeds" / case, target)
+            onnx.save(fuzz.bases()[model], folder / "model.onnx")
+            (folder / "own_metric.py").write_text(OWN_METRIC)
+            (folder / "study.toml").write_text(STUDY_FILE.format(feeds=root / "feeds" / model))
+            lines = commands(root / "feeds" / model, target)
             if case not in wanted:
                 times = [_undisturbed(line, folder, faults) for line in lines]
                 wanted[case] = (results(folder, target), times)
                 shutil.rmtree(folder / "run", ignore_errors=True)
             for line, took in zip(lines, wanted[case][1], strict=True):
                 while time.monotonic() < end:
-                    stage, gone = _killed(line, folder, rng.uniform(1, took * 1.1), faults)
+                    stage, gone = _killed(line, folder, rng.uniform(0, took), faults)
                     lost = max(lost, gone)
                     if not stage:
                         break
@@ -72,22 +99,30 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
 
 def commands(feeds: Path, target: str) -> list[list[str]]:
     """Command lines of one chain."""
+    if target == STUDY:
+        return [["study", "study.toml", "--out", "run"]]
     usual = ["model.onnx", "--data", str(feeds), *COMMON, "--target", target, "--out", "run"]
     lines = [
         ["sensitivity", *usual, "--confirm", "3"],
-        ["run", *usual, "--effort", "thorough", "--latency", "1.5x", "--max-drop-db", "10"],
+        ["run", *usual, *CORRECTED, "--effort", "thorough", "--latency", "1.5x", "--max-drop-db", "10"],
     ]
-    return [*lines, ["audit", "run"]] if target == "ort-cpu" else lines
+    if target != "ort-cpu":
+        return lines
+    limited = ["run", *usual, "--metric", "own_metric:size", "--max-drop", "size=0.5"]
+    return [*lines, ["audit", "run"], limited]
 
 
 def results(folder: Path, target: str) -> Mapping[str, bytes]:
     """What must be the same after every course of events."""
     names = [name for name in NUMBERS if target != "ort-cpu" or name not in MEASURED]
-    found = {name: (folder / "run" / name).read_bytes() for name in names if (folder / "run" / name).is_file()}
-    if target != "ort-cpu" and (folder / "run" / "summary.json").is_file():
-        content = json.loads((folder / "run" / "summary.json").read_text())
+    found = {}
+    for path in sorted((folder / "run").rglob("*.json" if target == STUDY else "*")):
+        if "cache" not in path.relative_to(folder).parts and path.name in names:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    for path in (folder / "run").rglob("summary.json") if target != "ort-cpu" else ():
+        content = json.loads(path.read_text())
         numbers = {key: content[key] for key in ("schemes", "size_bytes", "sqnr_db", "predicted_latency_ratio")}
-        found["summary.json"] = json.dumps(numbers, sort_keys=True).encode()
+        found[str(path.relative_to(folder))] = json.dumps(numbers, sort_keys=True).encode()
     return found
 
 
@@ -121,7 +156,10 @@ def _killed(line: list[str], folder: Path, after: float, faults: list[str]) -> t
     process = _start(line, folder)
     swept = False
     end = time.monotonic() + after
+    started = False
     while time.monotonic() < end:
+        if not started and _owner(folder) == process.pid:  # the imports are done, and the work begins
+            started, end = True, time.monotonic() + after
         if process.poll() is not None:
             if process.returncode != 0:
                 faults.append(f"{line[0]}: exit code {process.returncode}: {(folder / 'shown').read_text()[-800:]}")
@@ -133,7 +171,7 @@ def _killed(line: list[str], folder: Path, after: float, faults: list[str]) -> t
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     lines = (folder / "shown").read_text(errors="replace").splitlines()
-    stages = [text.partition(",")[0] for text in lines if text.rpartition(" s")[1]]
+    stages = [found[1] for text in lines if (found := STAGE.match(text))]
     return f"after {stages[-1]}" if stages else "before the first stage", len(before - _stored(cache))
 
 
@@ -149,11 +187,15 @@ def _stored(cache: Path) -> set[str]:
 
 def _holds(folder: Path, process: int) -> bool:
     """Whether a process has the lock, and a file that it made since, so that it has swept before."""
+    return _owner(folder) == process and any((folder / "run").rglob(f"*+{process}+*"))
+
+
+def _owner(folder: Path) -> int | None:
+    """The process that has the lock of the run directory, or had it when it was killed."""
     try:
-        owner = json.loads((folder / "run" / ".bitalloy-run").read_text())
+        return int(json.loads((folder / "run" / ".bitalloy-run").read_text())["pid"])
     except (OSError, ValueError):
-        return False
-    return owner["pid"] == process and any((folder / "run").rglob(f"*+{process}+*"))
+        return None
 
 
 def _leftovers(folder: Path, process: int) -> list[str]:
