@@ -45,6 +45,8 @@ def size(session):
     feeds = dict(np.load(sorted(glob.glob(sys.argv[sys.argv.index("--data") + 1] + "/*.npz"))[0]))
     return float(np.mean([np.abs(value).mean() for value in session.run(None, feeds)]))
 """
+LONGEST_DELAY = 0.5
+"""Seconds that a command lives on after the line of progress that it is killed after."""
 STAGE = re.compile(r"([a-z][a-z -]*), (?:\d+ steps, )?[\d.]+ s \(")
 """A line of progress, which begins with the name of a stage."""
 LIMIT = 240
@@ -60,7 +62,7 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         root = Path(name)
         fuzz.write_feeds(root / "feeds")
-        wanted: dict[str, tuple[Mapping[str, bytes], list[float]]] = {}
+        wanted: dict[str, tuple[Mapping[str, bytes], list[int]]] = {}
         cases = [("net", "tensorrt"), ("text", "tensorrt"), ("head", "ort-cpu"), ("net", "ort-cpu"), ("net", STUDY)]
         while time.monotonic() < end:
             model, target = cases[rounds % len(cases)]
@@ -72,12 +74,12 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
             (folder / "study.toml").write_text(STUDY_FILE.format(feeds=root / "feeds" / model))
             lines = commands(root / "feeds" / model, target)
             if case not in wanted:
-                times = [_undisturbed(line, folder, faults) for line in lines]
-                wanted[case] = (results(folder, target), times)
+                stages = [_undisturbed(line, folder, faults) for line in lines]
+                wanted[case] = (results(folder, target), stages)
                 shutil.rmtree(folder / "run", ignore_errors=True)
-            for line, took in zip(lines, wanted[case][1], strict=True):
+            for line, count in zip(lines, wanted[case][1], strict=True):
                 while time.monotonic() < end:
-                    stage, gone = _killed(line, folder, rng.uniform(0, took), faults)
+                    stage, gone = _killed(line, folder, (rng.randint(0, count), rng.uniform(0, LONGEST_DELAY)), faults)
                     lost = max(lost, gone)
                     if not stage:
                         break
@@ -132,8 +134,8 @@ def _start(line: list[str], folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, cwd=folder, stdout=shown, stderr=shown, start_new_session=True)
 
 
-def _undisturbed(line: list[str], folder: Path, faults: list[str]) -> float:
-    began = time.monotonic()
+def _undisturbed(line: list[str], folder: Path, faults: list[str]) -> int:
+    """Let a command end, and return how many lines of progress it wrote."""
     process = _start(line, folder)
     try:
         code: int | None = process.wait(LIMIT)
@@ -143,35 +145,43 @@ def _undisturbed(line: list[str], folder: Path, faults: list[str]) -> float:
         code = None
     if code != 0:
         faults.append(f"{line[0]}: exit code {code}: {(folder / 'shown').read_text()[-800:]}")
-    return time.monotonic() - began
+    return len(_stages(folder))
 
 
-def _killed(line: list[str], folder: Path, after: float, faults: list[str]) -> tuple[str, int]:
-    """Start a command and kill it; return the stage that it was in, and how many stored results that cost.
+def _stages(folder: Path) -> list[str]:
+    """The stages that the lines of progress name so far."""
+    lines = (folder / "shown").read_text(errors="replace").splitlines()
+    return [found[1] for text in lines if (found := STAGE.match(text))]
 
-    The stage is empty where the command was done before.
+
+def _killed(line: list[str], folder: Path, when: tuple[int, float], faults: list[str]) -> tuple[str, int]:
+    """Start a command and kill it some time after so many lines of progress, or after it began to work.
+
+    Returns:
+        The stage after which it was killed, empty where the command was done before; and how many stored results that
+        cost.
     """
     cache = folder / "run" / "cache"
     before = _stored(cache)
     process = _start(line, folder)
-    swept = False
-    end = time.monotonic() + after
-    started = False
-    while time.monotonic() < end:
-        if not started and _owner(folder) == process.pid:  # the imports are done, and the work begins
-            started, end = True, time.monotonic() + after
+    swept, end, limit = False, 0.0, time.monotonic() + LIMIT
+    while not end or time.monotonic() < end:
+        if not end and _owner(folder) == process.pid and len(_stages(folder)) >= when[0]:
+            end = time.monotonic() + when[1]
         if process.poll() is not None:
             if process.returncode != 0:
                 faults.append(f"{line[0]}: exit code {process.returncode}: {(folder / 'shown').read_text()[-800:]}")
             return "", len(before - _stored(cache))
+        if time.monotonic() > limit:
+            faults.append(f"{line[0]}: hangs: {(folder / 'shown').read_text()[-800:]}")
+            break
         swept = swept or _holds(folder, process.pid)
         if swept and (left := _leftovers(folder, process.pid)):
             faults.append(f"{line[0]}: left by a killed process after the next start: {left}")
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    lines = (folder / "shown").read_text(errors="replace").splitlines()
-    stages = [found[1] for text in lines if (found := STAGE.match(text))]
+    stages = _stages(folder)
     return f"after {stages[-1]}" if stages else "before the first stage", len(before - _stored(cache))
 
 
