@@ -128,6 +128,9 @@ print(checked.passed, checked.reason)
 difference = bitalloy.diff("runs/first", "runs/second")
 print(difference.same_model, [number.name for number in difference.numbers])
 
+# %% write_report
+print(bitalloy.write_report(["runs/first", "runs/second"], out="compare.html"))
+
 
 # %% Metric
 def largest(outputs, label):
