@@ -5,7 +5,7 @@
 # make study   the five embedded models on all targets that run here, compared in one report: about 10 minutes
 # make cluster Ray in .venv-ray beside the development environment, the test on a cluster of two nodes: about 2 minutes
 # make wheel   the wheel in dist/, installed into .venv-wheel and run there, outside of the checkout
-# make bench   benchmarks that need no data of one's own, anew into benchmarks/results: about 15 minutes
+# make bench   benchmarks that need no data of one's own, anew into benchmarks/results: about 10 minutes
 # make check   formatting, lint, types, import layers, examples in docstrings
 # make docs    the site of documents in build/site
 # make clean   remove environments, runs and caches

@@ -1,7 +1,7 @@
 """Repeats benchmarks, and writes what they measured here to `benchmarks/results/`.
 
     python benchmarks/run.py search-time op-coverage
-    python benchmarks/run.py --quick     # those of `make bench`: no data of one's own, about 15 minutes in all
+    python benchmarks/run.py --quick     # those of `make bench`: no data of one's own, about 10 minutes in all
     python benchmarks/run.py --list
 
 Runs the command of each record, takes the JSON that it prints last, and writes the record anew with these figures, the

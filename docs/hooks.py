@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,8 @@ from bitalloy.report.glossary import GLOSSARY
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the code says into the places that a page leaves for it."""
-    for name, make in (("glossary", glossary), ("commands", commands), ("names", names), ("benchmarks", benchmarks)):
-        place = f"<!-- {name} -->"
+    for make in (glossary, commands, names, beginning, benchmarks):
+        place = f"<!-- {make.__name__} -->"
         if place in markdown:
             markdown = markdown.replace(place, "\n".join(make()))
     return markdown
@@ -49,7 +50,8 @@ def commands() -> Iterable[str]:
 
 
 def names() -> Iterable[str]:
-    """List all public names of the package with signature and docstring."""
+    """List all public names of the package with signature, docstring and example."""
+    shown = examples()
     for name in bitalloy.__all__:
         found = getattr(bitalloy, name)
         told = inspect.getdoc(found)
@@ -60,6 +62,23 @@ def names() -> Iterable[str]:
         except (TypeError, ValueError):
             signature = ""
         yield f"## {name}\n\n```python\nbitalloy.{name}{signature}\n```\n\n```text\n{told}\n```\n"
+        if name in shown:
+            yield f"```python\n{shown[name]}\n```\n"
+
+
+def beginning() -> Iterable[str]:
+    """Show what all examples of the Python reference rest on."""
+    yield f"```python\n{examples()['']}\n```\n"
+
+
+def examples() -> dict[str, str]:
+    """Read public name -> its example in the Python reference; what all rest on has no name."""
+    text = (Path(__file__).parent / "reference/examples.py").read_text()
+    found = {}
+    for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
+        names_, _, code = part.partition("\n")
+        found |= {name.strip(): code.strip() for name in names_.split(",")}
+    return found
 
 
 def benchmarks() -> Iterable[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import onnx
 import pytest
 import typer
 
+import bitalloy
 from bitalloy.cli.main import app
 from bitalloy.core.effort import EFFORTS
 
@@ -27,20 +29,59 @@ BLOCKS = [
 OTHERS = re.compile(r"\bray (start|stop)\b|^srun |^#SBATCH |\$\(hostname")
 """Lines of commands that are not ours, with options of their own."""
 
+GIVEN = {
+    *("Analysis", "Calibrated", "CheckedRun", "LimitStatus", "Planned"),
+    *("RunDifference", "Status", "StudyResult", "Summary", "Verified"),
+}
+"""Records that functions give, so that examples do not name them."""
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS)
-def test_examples_run(
-    page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder to run examples in, where little is timed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.import_module("bitalloy.search.front"), "FRONT_BUDGETS", 4)  # no page shows a front
     monkeypatch.setattr(importlib.import_module("bitalloy.verify.beside_float"), "REPEATS", 2)
     cost: Any = importlib.import_module("bitalloy.measure.cost")
     monkeypatch.setitem(cost.measure_cost.__kwdefaults__, "effort", EFFORTS["quick"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_examples_run(page: str, block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, page, "exec"), {"__name__": "docs"})
     assert capsys.readouterr().out.strip()
     for name in re.findall(r'save\("(.+?)"\)', block):
         onnx.checker.check_model(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    """What makes pages of the code."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_public_names_are_in_the_reference_and_most_have_an_example(hooks: Any) -> None:
+    text = "\n".join(hooks.names())
+    assert [name for name in bitalloy.__all__ if f"## {name}\n" not in text] == []
+    named = hooks.examples().keys() - {""}
+    assert named <= set(bitalloy.__all__) and len(named) >= 0.8 * len(bitalloy.__all__)
+    assert {name for name, code in hooks.examples().items() if name and f"bitalloy.{name}" not in code} == GIVEN
+
+
+@pytest.mark.usefixtures("quick")
+def test_examples_of_the_reference_run_one_after_the_other(hooks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace = {"__name__": "docs"}
+    done: set[str] = set()
+    for name, code in hooks.examples().items():
+        if code not in done:
+            exec(compile(code, f"example of {name}", "exec"), namespace)
+            assert capsys.readouterr().out.strip() or not re.search(r"print\(", code), name
+            done.add(code)
 
 
 def test_commands_have_the_options_that_exist() -> None:
