@@ -26,7 +26,7 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 
-OTHERS = re.compile(r"\bray (start|stop)\b|^srun |^#SBATCH |\$\(hostname")
+OTHERS = re.compile(r"\bray (start|stop)\b|^srun |^#SBATCH |\bsbatch |\$\(hostname")
 """Lines of commands that are not ours, with options of their own."""
 
 GIVEN = {

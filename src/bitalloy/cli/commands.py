@@ -16,7 +16,7 @@ from bitalloy.cli.config import effective_toml, read_config
 
 PANELS = {
     "Model and data": (
-        "model models name file run_directory runs first second data baseline shape scale mean std layout fit"
+        "model models name file run_directory runs stores first second data baseline shape scale mean std layout fit"
         " preprocess checkpoint trust_checkpoint image_size open_size"
     ),
     "Limits": (
@@ -26,7 +26,7 @@ PANELS = {
     "Precision": "schemes keep exclude protect ranges weight_rounding equalize bias_correction",
     "Selection": "method mode units regions sites confirm",
     "Analysis": "effort samples probes calibration_samples seed",
-    "Runtime": "target device workload here compiled memory_limit executor workers",
+    "Runtime": "target device workload here compiled memory_limit executor workers shard store",
     "Output": "out dry_run junit base_model json_output mlflow quiet",
     "Configuration": "config print_config",
 }

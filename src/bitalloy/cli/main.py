@@ -19,7 +19,6 @@ from bitalloy.cli.console import (
     INTERRUPTED,
     MISSED,
     REFUSED,
-    SHOWN_LINES,
     UNREACHABLE,
     error_console,
     out_console,
@@ -28,6 +27,7 @@ from bitalloy.cli.console import (
 from bitalloy.cli.disk import clean_command
 from bitalloy.cli.guard import end_for_memory
 from bitalloy.cli.requests import PlanArguments, RunArguments, SensitivityArguments
+from bitalloy.cli.shards import do_part, merge_command, show_table
 from bitalloy.cli.study import study_command
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
@@ -360,15 +360,17 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
       bitalloy sensitivity model.onnx --data images/ --method exact --mode leave-one-out --units '*/cv1/*'
 
       bitalloy sensitivity yolo11n.onnx --data images/ --metric --eval instances.json --units '/model.23/*/Sigmoid'
+
+      bitalloy sensitivity model.onnx --data images/ --shard 2/8 --store /shared/store
     """
     asked.check()
     settings = asked.analysis.settings(sizes=asked.opening.sizes())
     _refuse_broken(asked.model.model)
 
-    from bitalloy.core.records import SensitivityTable
+    if asked.shard is not None:
+        do_part(asked, settings)
+        return
     from bitalloy.pipeline import sensitivity as stage
-    from bitalloy.pipeline.prepare import SAMPLE_NOTE
-    from bitalloy.report import text
 
     model, question = asked.model, asked.question()
     with asked.place.opened() as executor, shown_progress(quiet=asked.quiet) as progress:
@@ -380,18 +382,7 @@ def sensitivity_command(asked: SensitivityArguments) -> None:
             question=question,
             options=replace(asked.opening.options(asked.analysis.limit), progress=progress, executor=executor),
         )
-    if asked.json_output:
-        from bitalloy.core.encoding import to_json
-
-        sys.stdout.write(to_json(table, pretty=True).decode() + "\n")
-        return
-    given = table.given if isinstance(table, SensitivityTable) else ()
-    for columns, lines in (text.readable(table), *([text.file_roundings(given)] if given else [])):
-        out_console.table(columns, lines[:SHOWN_LINES])
-        if len(lines) > SHOWN_LINES:
-            out_console.print(f"{len(lines) - SHOWN_LINES} more in {model.out}, or with --json.")
-    if model.data is None:
-        out_console.print(SAMPLE_NOTE, style="yellow", soft_wrap=True)
+    show_table(table, model.out, sample=model.data is None, as_json=asked.json_output)
 
 
 def export_command(
@@ -440,6 +431,7 @@ for _name, _command in (
     ("run", run_command),
     ("plan", plan_command),
     ("sensitivity", sensitivity_command),
+    ("merge", merge_command),
     ("study", study_command),
     ("export", export_command),
     ("models", look.models_command),

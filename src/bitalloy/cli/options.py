@@ -290,6 +290,22 @@ def named_object(option: str, text: str | None) -> Any:
     return getattr(found, name)
 
 
+def shard(text: str | None, store: object) -> tuple[int, int] | None:
+    """Read which part of how many is done, which needs a store; None where all is done.
+
+    >>> shard("2/8", "store")
+    (2, 8)
+    """
+    if text is None and store is None:
+        return None
+    if text is None or store is None:
+        raise BitalloyError("--shard and --store belong together: which part is done, and where its results are kept.")
+    found = re.fullmatch(r"([1-9][0-9]{0,4})/([1-9][0-9]{0,4})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise BitalloyError(f"--shard is '{text}'; expected a part and the number of parts, such as 2/8.")
+    return int(found[1]), int(found[2])
+
+
 def together(*, exact: bool, mode: str | None, confirm: int | None, metric: bool, evaluate: bool) -> None:
     """Refuse options of `sensitivity` that contradict each other."""
     if metric != evaluate:

@@ -23,6 +23,7 @@ from bitalloy.cli.arguments import (
     SizeArguments,
 )
 from bitalloy.cli.config import CODE
+from bitalloy.cli.guard import MemoryLimit
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -177,6 +178,17 @@ class SensitivityArguments:
     evaluate: Annotated[
         Path | None, typer.Option("--eval", exists=True, dir_okay=False, help="COCO annotation file for --metric.")
     ] = None
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do the I-th of N parts of the work alone, such as `2/8`, and keep its results in --store, from which "
+            "`bitalloy merge` makes the table. For the tasks of a job array.",
+        ),
+    ] = None
+    store: Annotated[
+        Path | None, typer.Option(help="Folder for the results of --shard: one for all parts, or for each its own.")
+    ] = None
     analysis: AnalysisArguments
     opening: OpeningArguments
     place: ExecutorArguments
@@ -191,6 +203,7 @@ class SensitivityArguments:
         options.together(
             exact=exact, mode=self.mode, confirm=self.confirm, metric=self.metric, evaluate=self.evaluate is not None
         )
+        options.shard(self.shard, self.store)
         self.opening.check()
 
     def question(self) -> SensitivityQuestion:
@@ -206,6 +219,19 @@ class SensitivityArguments:
             confirmed=self.confirm,
             labels=self.evaluate,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeArguments:
+    """Arguments of `bitalloy merge`."""
+
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="STORE...", help="Folders in which parts of one question were done.")
+    ]
+    out: Annotated[Path, typer.Option(help="Run directory; it may be one of the stores.")] = Path("runs/last")
+    memory_limit: MemoryLimit = None
+    json_output: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True, kw_only=True)

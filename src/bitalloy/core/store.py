@@ -57,10 +57,10 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"'{self.path}' is not empty and is not a run directory of bitalloy. Give another --out."
                 )
+            (self.path / MARKER).touch()  # first: another process may make the same folder now
             self.cache = self.path / "cache"
             """Where results of the stages lie."""
             self.cache.mkdir(exist_ok=True)
-            (self.path / MARKER).touch()
         except OSError as error:
             raise RunDirectoryError(f"The run directory '{self.path}' cannot be written: {error}") from error
 

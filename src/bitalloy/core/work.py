@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from bitalloy.core.errors import RunDirectoryError
 from bitalloy.core.jobs import Executor, Job, LocalExecutor
 from bitalloy.core.ownership import temporary
+from bitalloy.core.shares import JobShare, RestMissingError
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 
 
@@ -62,6 +63,8 @@ class Workspace:
     """Wall time of each stage, all of its results together; 0 where everything was stored."""
     executor: Executor = field(default_factory=LocalExecutor)
     """What does jobs. What is open in its contexts serves several stages."""
+    share: JobShare | None = None
+    """The part of the jobs that is done here; None for all of them. It needs a run directory."""
 
     def cached(self, stage: str, inputs: StageInputs, make: Callable[[], bytes]) -> bytes:
         """Return the stored result of a stage, made now where it is missing.
@@ -95,8 +98,12 @@ class Workspace:
             jobs: what to do.
             progress: the progress of the stage, which every job advances.
             at_once: groups of jobs that may run at the same time.
+
+        Raises:
+            RestMissingError: results are missing that another part of the jobs makes.
         """
         store = self.store
+        counted = self._do_share(self.share, jobs, progress, at_once) if self.share is not None and jobs else set()
         stored = [store is not None and store.has(job.kind, job.key, job.shard) for job in jobs]
 
         def keep(job: Job, result: bytes) -> None:
@@ -114,8 +121,23 @@ class Workspace:
                 found = store.get(job.kind, job.key, job.shard)
                 if found is None:
                     raise RunDirectoryError(f"A result vanished from '{store.path}' while it was in use. Run again.")
-                progress.advance(job.steps)
+                if job.shard not in counted:
+                    progress.advance(job.steps)
                 yield found
+
+    def _do_share(self, share: JobShare, jobs: Sequence[Job], progress: Progress, at_once: int) -> set[str]:
+        """Do and store this part of the jobs, and return the shards that were done."""
+        store, alone, done = self.store, replace(self, share=None), set[str]()
+        assert store is not None, "parts of the jobs meet in a run directory"
+        for numbers in share.turns(jobs[0].kind, len(jobs)):
+            some = [job for number in numbers if not store.has((job := jobs[number]).kind, job.key, job.shard)]
+            for _ in alone.map(some, progress, at_once=at_once):
+                pass
+            done |= {job.shard for job in some}
+        stored = [store.has(job.kind, job.key, job.shard) for job in jobs]
+        if missing := share.lacking(stored):
+            raise RestMissingError(jobs[0].kind, missing, sum(stored), len(jobs))
+        return done
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from bitalloy.core.records import SensitivityTable, Settings
 from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.pipeline.analyze import analyze
 from bitalloy.pipeline.calibrate import calibrate, units_of
-from bitalloy.pipeline.prepare import RunOptions, prepare
+from bitalloy.pipeline.prepare import Prepared, RunOptions, prepare
 from bitalloy.report.tables import sensitivity_csv
 from bitalloy.sensitivity.measuring import ONE, Selection, chosen_groups, confirm, measure_exact
 from bitalloy.targets import chosen_targets
@@ -69,38 +69,62 @@ def sensitivity(
     chosen_targets(settings.targets, settings.device)  # a wrong name is refused before the model is read
     with limited(options.memory_limit), claimed(out):
         prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
-        loaded, dataset, store, work = prepared.model, prepared.data, prepared.store, prepared.work
-        if asked.selection:  # a pattern that matches nothing is refused before any work
-            chosen_groups(units_of(loaded, settings)[0], asked.selection)
-        if asked.labels is not None:
-            ready = calibrate(loaded, dataset, settings, work=work)
-            found = measure_metric(
-                ready,
-                asked.labels,
-                asked.selection,
-                mode=asked.mode,
-                limit=options.limit,
-                image=prepared.image,
-                work=work,
-            )
-            store.publish(f"{FILES['metric']}.json", to_json(found, pretty=True))
-            return found
-        if asked.exact:
-            ready = calibrate(loaded, dataset, settings, work=work)
-            table = measure_exact(ready, asked.selection, mode=asked.mode, samples=settings.samples, work=work)
-            _publish(store, FILES["exact"], table)
-            return table
-        analysis = analyze(loaded, dataset, settings, work=work)
-        wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
-        if asked.confirmed is not None:
-            analysis = confirm(analysis, asked.confirmed, work=work)
-        given = examine_given(analysis, work, timed=False)
-        table = analysis.table if given is None else msgspec.structs.replace(analysis.table, given=given.worst)
-        _publish(store, FILES["probe"], table)
-        rows = tuple(r for r in table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
-        return msgspec.structs.replace(table, rows=rows)
+        found = answer_question(prepared, settings, asked, limit=options.limit)
+        publish_answer(prepared.store, found)
+        return found.shown
 
 
-def _publish(store: RunDirectory, name: str, table: SensitivityTable) -> None:
-    store.publish(f"{name}.json", to_json(table, pretty=True))
-    store.publish(f"{name}.csv", sensitivity_csv(table))
+@dataclass(frozen=True)
+class SensitivityAnswer:
+    """A table of sensitivities."""
+
+    name: str
+    """Name of its files, without suffix."""
+    table: SensitivityTable | MetricTable
+    """All rows that are known."""
+    shown: SensitivityTable | MetricTable
+    """The table with the rows that were asked for."""
+
+
+def answer_question(
+    prepared: Prepared, settings: Settings, asked: SensitivityQuestion, *, limit: int | None = None
+) -> SensitivityAnswer:
+    """Predict or measure what is asked of a model.
+
+    Args:
+        prepared: the model, its data, and where results are kept.
+        settings: settings of the analysis.
+        asked: the question.
+        limit: largest number of labelled images that are evaluated; None for all.
+
+    Raises:
+        BitalloyError: a pattern matches nothing, or labels do not fit.
+    """
+    loaded, dataset, work = prepared.model, prepared.data, prepared.work
+    if asked.selection:  # a pattern that matches nothing is refused before any work
+        chosen_groups(units_of(loaded, settings)[0], asked.selection)
+    if asked.labels is not None:
+        ready = calibrate(loaded, dataset, settings, work=work)
+        found = measure_metric(
+            ready, asked.labels, asked.selection, mode=asked.mode, limit=limit, image=prepared.image, work=work
+        )
+        return SensitivityAnswer(FILES["metric"], found, found)
+    if asked.exact:
+        ready = calibrate(loaded, dataset, settings, work=work)
+        table = measure_exact(ready, asked.selection, mode=asked.mode, samples=settings.samples, work=work)
+        return SensitivityAnswer(FILES["exact"], table, table)
+    analysis = analyze(loaded, dataset, settings, work=work)
+    wanted = {(t.scope, t.id, t.scheme, t.part) for t in chosen_groups(analysis.units, asked.selection)}
+    if asked.confirmed is not None:
+        analysis = confirm(analysis, asked.confirmed, work=work)
+    given = examine_given(analysis, work, timed=False)
+    table = analysis.table if given is None else msgspec.structs.replace(analysis.table, given=given.worst)
+    rows = tuple(r for r in table.rows if (r.scope, r.id, r.scheme, r.part) in wanted)
+    return SensitivityAnswer(FILES["probe"], table, msgspec.structs.replace(table, rows=rows))
+
+
+def publish_answer(store: RunDirectory, answer: SensitivityAnswer) -> None:
+    """Write the table of an answer into a run directory, as JSON and, unless it is of a metric, as CSV."""
+    store.publish(f"{answer.name}.json", to_json(answer.table, pretty=True))
+    if isinstance(answer.table, SensitivityTable):
+        store.publish(f"{answer.name}.csv", sensitivity_csv(answer.table))
