@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 from tests.cluster.deadly import Task
+from tests.conftest import Inside
 
 import bitalloy
+from bitalloy.core.effort import EFFORTS
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.jobs import Job, Opening, Resident
 from bitalloy.core.store import RunDirectory
@@ -95,15 +97,40 @@ def tables(inputs: Any, out: Path, open_executors: Sequence[Any] = (nullcontext,
     return stored(out)
 
 
+def study_cells(address: str, place: Path, inputs: Any, inside: Inside) -> None:
+    """A study shares out the samples of its runs, with the bytes that a run in this process stores."""
+    file = place / "study.toml"
+    file.write_text(
+        f'''
+        targets = ["ort-cpu"]
+        [[model]]
+        name = "small"
+        model = "{inputs.classifier}"
+        data = "{inputs.images}"
+        '''
+    )
+    done = inside("study", file, "--out", place / "out", "--executor", address, "--workers", 2).succeeded()
+    assert "done in this process" not in done.err
+    settings = bitalloy.Settings(probes=EFFORTS["quick"].probes)
+    sensitivity(inputs.classifier, out=place / "local", data=inputs.images, settings=settings)
+    found, known = (
+        {name: data for name, data in stored(folder).items() if name.startswith(("cache/probe-", "cache/calibration-"))}
+        for folder in (place / "out" / "work" / "small" / "usual", place / "local")
+    )
+    assert found.items() >= known.items()
+    assert any(name.count("/") == 2 for name in known)  # parts of a stage, each the result of a job
+
+
 def tasks(notes: Path, values: Sequence[int], **more: Any) -> list[Job]:
     notes.mkdir(exist_ok=True)
     return [Job(kind="task", key="k" * 30, shard=str(v), spec=Task(notes=str(notes), value=v, **more)) for v in values]
 
 
 def test_two_nodes(
-    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: Inside
 ) -> None:
-    places = {case: tmp_path / case.__name__ for case in (same_bytes, killed_worker, deadly_job, left_early, lost_node)}
+    cases = (same_bytes, study_cells, killed_worker, deadly_job, left_early, lost_node)
+    places = {case: tmp_path / case.__name__ for case in cases}
     monkeypatch.setattr("bitalloy.runtime.cluster.executor.PATIENCE_S", 40)
     monkeypatch.setattr("bitalloy.runtime.cluster.executor.SPARE_S", 10)
     expected = tables(inputs, tmp_path / "local")
@@ -113,6 +140,8 @@ def test_two_nodes(
             place.mkdir()
         with bounded():
             same_bytes(address, places[same_bytes], inputs, expected)
+        with bounded():
+            study_cells(address, places[study_cells], inputs, inside)
         with bounded(), RayExecutor(address) as executor:
             for case in (left_early, killed_worker, deadly_job):
                 case(executor, places[case])
@@ -213,3 +242,8 @@ def test_unknown_executors_are_refused() -> None:
     for wrong in ("slurm", "ray://", ""):
         with pytest.raises(BitalloyError, match=r"expected local, ray or ray://HOST:PORT"):
             check_executor(wrong)
+
+
+def test_a_study_refuses_an_executor_that_there_is_not(inside: Inside) -> None:
+    assert "expected local, ray or ray://HOST:PORT" in inside("study", "--executor", "slurm").refused()
+    assert "--workers needs --executor ray" in inside("study", "--workers", 2).refused()

@@ -276,6 +276,18 @@ def test_results_come_in_order(tmp_path: Path, at_once: int, groups: int) -> Non
 
 
 @pytest.mark.usefixtures("kinds")
+def test_what_passes_is_closed_and_forgotten() -> None:
+    contexts = Contexts()
+    stays, goes = (Opening(kind="offset", spec=Number(value=value)) for value in (1, 2))
+    first = contexts.open(stays)
+    with contexts.passing():
+        assert contexts.open(stays) is first
+        contexts.keep(goes, contexts.open(goes))
+    assert Offset.log == ["open 1", "open 2", "close 2"]
+    assert contexts.find(goes) is None and contexts.find(stays) is first
+
+
+@pytest.mark.usefixtures("kinds")
 def test_each_result_is_stored_when_it_is_there(tmp_path: Path) -> None:
     store = RunDirectory(tmp_path / "run")
     results = Workspace(store).map(jobs_of(range(6)), Silent())

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from tests.core.test_jobs import Recording
 
 import bitalloy
 from bitalloy import zoo
@@ -19,6 +20,8 @@ from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate
 from bitalloy.core.studies import StudyResult, answer_verdict
+from bitalloy.core.work import Silent
+from bitalloy.pipeline.prepare import RunOptions
 from bitalloy.pipeline.study import lacks_of, read_study, study
 from bitalloy.search.planning import read_tables
 from bitalloy.sensitivity.parts import Effects, operator_kind, top_regions
@@ -57,7 +60,10 @@ def small_study(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         where = "Ask a colleague."
         """,
     )
-    return study(file, out=folder / "out"), folder / "out", file
+    executor = Recording()
+    result = study(file, out=folder / "out", options=RunOptions(executor=executor, progress=Silent()))
+    assert executor.of("calibrate") and executor.of("probe")
+    return result, folder / "out", file
 
 
 def test_every_cell_is_a_run_directory(small_study: tuple[StudyResult, Path, Path]) -> None:

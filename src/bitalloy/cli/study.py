@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitalloy.cli.arguments import MOST_COUNT
+from bitalloy.cli.arguments import MOST_COUNT, ExecutorArguments
+from bitalloy.cli.collecting import collected
 from bitalloy.cli.console import error_console, out_console, shown_progress
 from bitalloy.cli.requests import Quiet
 from bitalloy.core.errors import BitalloyError
@@ -21,7 +23,10 @@ SHOWN_VERSIONS = ("float", "all lowest", "mixed")
 """Versions that the terminal shows; the report has all."""
 
 
-def study_command(
+@dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """Arguments of `bitalloy study`."""
+
     file: Annotated[
         Path | None,
         typer.Argument(
@@ -29,20 +34,24 @@ def study_command(
             dir_okay=False,
             help="TOML file of the study. Default: the five embedded models on all targets that run here.",
         ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/study"),
+    ] = None
+    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/study")
     limit: Annotated[
         int | None, typer.Option(min=1, max=MOST_COUNT, help="Largest number of labelled samples to evaluate.")
-    ] = None,
+    ] = None
     effort: Annotated[
         str | None, typer.Option(help="`quick`, `default` or `thorough`, in place of what the file says.")
-    ] = None,
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be run, what is missing and where to put it, and stop.")
-    ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print study.json instead of tables.")] = False,
-    quiet: Quiet = False,
-) -> None:
+    ] = False
+    place: ExecutorArguments
+    json_output: Annotated[bool, typer.Option("--json", help="Print study.json instead of tables.")] = False
+    quiet: Quiet = False
+
+
+@collected(StudyArguments)
+def study_command(asked: StudyArguments) -> None:
     """Run models x targets x formats x budgets and compare them in one report.
 
     Each cell is a run directory in cells/MODEL/TARGET/FORMATS/BUDGET; what the cells of a model share is computed
@@ -83,11 +92,11 @@ def study_command(
     """
     from bitalloy.pipeline.study import read_study
 
-    planned = read_study(file, limit=limit, effort=effort)
-    if dry_run:
+    planned = read_study(asked.file, limit=asked.limit, effort=asked.effort)
+    if asked.dry_run:
         _show_plan(planned)
         return
-    _run(planned, out, json_output=json_output, quiet=quiet)
+    _run(planned, asked)
 
 
 def _show_plan(planned: Study) -> None:
@@ -108,17 +117,17 @@ def _show_plan(planned: Study) -> None:
             out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _run(planned: Study, out: Path, *, json_output: bool, quiet: bool) -> None:
+def _run(planned: Study, asked: StudyArguments) -> None:
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.prepare import RunOptions
     from bitalloy.pipeline.study import study
 
-    with shown_progress(quiet=quiet) as progress:
-        result = study(planned, out=out, options=RunOptions(progress=progress))
-    if json_output:
+    with asked.place.opened() as executor, shown_progress(quiet=asked.quiet) as progress:
+        result = study(planned, out=asked.out, options=RunOptions(progress=progress, executor=executor))
+    if asked.json_output:
         sys.stdout.write(to_json(result, pretty=True).decode() + "\n")
     else:
-        _show(result, out)
+        _show(result, asked.out)
     if all(cell.failed for cell in result.cells):
         raise BitalloyError(f"No cell of the study has a result: {result.cells[0].failed if result.cells else ''}")
 

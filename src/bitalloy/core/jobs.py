@@ -156,16 +156,25 @@ class Contexts:
                     self._things[opening.digest] = former[opening.digest]
 
     @contextmanager
-    def inner(self, scratch: Path | None = None) -> Iterator[Contexts]:
-        """Make an inner scope, and close at its end what was opened in it and has a method `close`."""
-        scope = Contexts(scratch or self.scratch, self)
+    def passing(self) -> Iterator[None]:
+        """Forget at the end of the block what was opened in it, and close what of that has a method `close`."""
+        former = dict(self._things)
         try:
-            yield scope
+            yield
         finally:
-            for thing in reversed(scope._things.values()):
+            new = [thing for digest, thing in self._things.items() if former.get(digest) is not thing]
+            self._things = former
+            for thing in reversed(new):
                 close = getattr(thing, "close", None)
                 if close is not None:
                     close()
+
+    @contextmanager
+    def inner(self, scratch: Path | None = None) -> Iterator[Contexts]:
+        """Make an inner scope, and close at its end what was opened in it and has a method `close`."""
+        scope = Contexts(scratch or self.scratch, self)
+        with scope.passing():
+            yield scope
 
 
 class Executor(Protocol):

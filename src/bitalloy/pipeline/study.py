@@ -12,6 +12,7 @@ import re
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,7 @@ def study(
     Args:
         study: what `read_study` gives, or the file itself; None for the embedded models.
         out: folder of the study.
-        options: options of all runs: where progress is shown, the memory limit.
+        options: options of all runs: where progress is shown, the memory limit, the executor.
 
     Raises:
         BitalloyError: the file cannot be used, the folder is in use, or nothing of the study can be run here.
@@ -151,7 +152,8 @@ def study(
             for name, schemes in planned.asked.schemes.items():
                 options.progress.start(f"{model.name} ({index + 1} of {len(models)}), schemes {name}", None)
                 options.progress.finish()
-                found, rows = _cells_of(_Asked(planned, model, name, schemes, store, options))
+                with options.executor.contexts.passing() if options.executor else nullcontext():
+                    found, rows = _cells_of(_Asked(planned, model, name, schemes, store, options))
                 cells += found
                 damages += rows
                 result = _result(planned, lacks, cells, damages, time.monotonic() - start)
