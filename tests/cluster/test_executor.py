@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.cluster.deadly import Task
 from tests.conftest import Inside
@@ -28,7 +29,7 @@ from bitalloy.core.work import Silent, Workspace
 from bitalloy.pipeline.prepare import RunOptions
 from bitalloy.pipeline.sensitivity import SensitivityQuestion, sensitivity
 from bitalloy.runtime.cluster.executor import RayExecutor, check_executor
-from bitalloy.runtime.cluster.worker import Facts, differences
+from bitalloy.runtime.cluster.worker import THREADS_OF_PRODUCTS, Facts, differences, facts_here
 from bitalloy.sensitivity.measuring import Selection
 
 ray: Any = pytest.importorskip("ray")
@@ -55,6 +56,8 @@ def bounded() -> Iterator[None]:
 def two_nodes(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
+    for name in THREADS_OF_PRODUCTS:  # of which Ray makes 1 for workers, as on any cluster that was started by hand
+        patch.delenv(name, raising=False)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -230,12 +233,19 @@ def lost_node(cluster: Any, place: Path) -> None:
 
 
 def test_machines_of_other_bits_are_told_apart() -> None:
-    mine = Facts(versions={"numpy": "2.1", "onnx": "1.17"}, features=("avx2", "avx512_vnni"), threads=8)
-    other = Facts(versions={"numpy": "2.2", "onnx": "1.17"}, features=("avx2",), threads=4)
+    packages = {"numpy": "2.1", "onnx": "1.17"}
+    mine = Facts(versions=packages, features=("avx2", "avx512_vnni"), threads=8, products="1")
+    other = Facts(versions={**packages, "numpy": "2.2"}, features=("avx2",), threads=4, products="1")
     assert differences(mine, mine) == ""
     assert differences(mine, other) == (
         "numpy 2.1 here and 2.2 there; the processor here has avx512_vnni; 8 cores here and 4 there"
     )
+
+
+def test_other_products_of_matrices_are_told_apart() -> None:
+    mine = facts_here()
+    assert differences(mine, facts_here()) == ""
+    assert "a product of matrices has other bits" in differences(mine, msgspec.structs.replace(mine, products="other"))
 
 
 def test_unknown_executors_are_refused() -> None:

@@ -279,6 +279,7 @@ def task_differences(there: ShardedTask, here: ShardedTask) -> list[str]:
             " ".join(sorted(set(first.features) - set(second.features))),
             " ".join(sorted(set(second.features) - set(first.features))),
         ),
+        "bits of a product of matrices": (first.products[:12], second.products[:12]),
         **{
             f"version of {name}": (first.versions.get(name), second.versions.get(name))
             for name in sorted({*first.versions, *second.versions})

@@ -23,7 +23,7 @@ from bitalloy.core.errors import BitalloyError, MissingExtraError
 from bitalloy.core.jobs import Contexts, Executor, Job, LocalExecutor, residents
 from bitalloy.core.limits import memory_limit
 from bitalloy.runtime.cluster.travel import Cargo, load_cargo, named_paths
-from bitalloy.runtime.cluster.worker import Refusal, Worker, differences, facts_here
+from bitalloy.runtime.cluster.worker import THREADS_OF_PRODUCTS, Refusal, Worker, differences, facts_here
 from bitalloy.runtime.ort import available_cores
 
 LOCAL, RAY, SCHEME = "local", "ray", "ray://"
@@ -257,7 +257,11 @@ class RayExecutor:
         """Start a worker; None where it has not started within some seconds."""
         local = self._address == RAY and self._started
         limit = memory_limit() // (self._workers or 1) if local else None
-        kind = self._ray.remote(Worker).options(num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0)
+        # products of matrices are split by threads, of which Ray would allow one
+        given = {name: os.environ.get(name, str(available_cores())) for name in THREADS_OF_PRODUCTS}
+        kind = self._ray.remote(Worker).options(
+            num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0, runtime_env={"env_vars": given}
+        )
         actor = kind.remote(limit, str(self._folder) if self._folder else None)
         try:
             facts, node, _ = self._ray.get(actor.facts.remote(), timeout=patience_s)
@@ -311,8 +315,6 @@ class RayExecutor:
 
     def _start(self) -> None:
         handler = signal.getsignal(signal.SIGTERM)
-        # products of matrices are split by threads, of which Ray would allow one
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(available_cores()))
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if self._address == RAY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.jobs import Contexts, Job, perform
@@ -28,12 +30,20 @@ class Facts(Record, frozen=True, kw_only=True):
     """Features of the processor by which runtimes choose kernels."""
     threads: int
     """Cores that a session may use: sums are split by them."""
+    products: str
+    """SHA-256 of a product of matrices, which the library behind numpy splits by threads in a way of its own."""
+
+
+THREADS_OF_PRODUCTS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+"""Environment variables that set the number of threads of products of matrices, read when numpy is imported."""
 
 
 def facts_here() -> Facts:
     """Tell what decides the bits of results on this machine."""
-    machine = this_machine()
-    return Facts(versions=dict(versions()), features=machine.features, threads=machine.threads)
+    machine, random = this_machine(), np.random.default_rng(0)
+    first, second = (random.random(shape, dtype=np.float32) for shape in ((700, 900), (900, 800)))
+    products = hashlib.sha256((first @ second).tobytes() + (first @ second[:, 0]).tobytes()).hexdigest()
+    return Facts(versions=dict(versions()), features=machine.features, threads=machine.threads, products=products)
 
 
 def differences(mine: Facts, other: Facts) -> str:
@@ -49,6 +59,8 @@ def differences(mine: Facts, other: Facts) -> str:
     found += [f"the processor here has {', '.join(more)}"] if more else []
     found += [f"the processor there has {', '.join(less)}"] if less else []
     found += [f"{mine.threads} cores here and {other.threads} there"] if mine.threads != other.threads else []
+    if not found and mine.products != other.products:
+        found.append(f"a product of matrices has other bits; {', '.join(THREADS_OF_PRODUCTS)} may differ")
     return "; ".join(found)
 
 
