@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.cluster.deadly import Task
+from tests.cluster.deadly import Task, alone
 from tests.conftest import Inside
 
 import bitalloy
@@ -29,6 +30,7 @@ from bitalloy.core.work import Silent, Workspace
 from bitalloy.pipeline.prepare import RunOptions
 from bitalloy.pipeline.sensitivity import SensitivityQuestion, sensitivity
 from bitalloy.runtime.cluster.executor import RayExecutor, check_executor
+from bitalloy.runtime.cluster.there import call_there
 from bitalloy.runtime.cluster.worker import THREADS_OF_PRODUCTS, Facts, differences, facts_here
 from bitalloy.sensitivity.measuring import Selection
 
@@ -38,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 QUICK = bitalloy.Settings(samples=2, probes=1, calibration_samples=4, equalize=False, bias_correction=False)
 QUICKLY = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """How soon a cluster sees that a node is lost."""
-BOUND_S = 60
+BOUND_S = 120
 """Seconds after which what a cluster does is taken for a hang."""
 
 
@@ -68,7 +70,7 @@ def two_nodes(patch: pytest.MonkeyPatch) -> Iterator[Any]:
             )
         try:
             with bounded():
-                found.add_node(num_cpus=1)
+                found.add_node(num_cpus=1, resources={"target": 1, "two": 2})
                 ray.init(
                     address=found.address,
                     log_to_driver=False,
@@ -124,6 +126,21 @@ def study_cells(address: str, place: Path, inputs: Any, inside: Inside) -> None:
     assert any(name.count("/") == 2 for name in known)  # parts of a stage, each the result of a job
 
 
+def on_the_target(address: str, place: Path, node: str, inside: Inside) -> None:
+    """A call holds a node that carries the resource, and a command shows here what it shows there."""
+    told: list[str] = []
+    call = partial(call_there, address, "target", alone, [str(place)], watch=lambda: None, tell=told.append)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: call(), range(3))) == [node] * 3
+    for resource, text in (("absent", "None of the 2 nodes of the cluster carries 'absent'"), ("two", "carries 2 of")):
+        with pytest.raises(BitalloyError, match=text):
+            call_there(address, resource, alone, [str(place)], watch=lambda: None, tell=told.append)
+    where = ("--executor", address, "--measure-on", "target", "--out", place / "run")
+    message = inside("run", "yolo11n-shapes", "--data", place / "nothing", *where).refused()
+    assert f"'{place / 'nothing'}' does not exist" in message
+    assert not list(place.rglob("scratch-*"))
+
+
 def tasks(notes: Path, values: Sequence[int], **more: Any) -> list[Job]:
     notes.mkdir(exist_ok=True)
     return [Job(kind="task", key="k" * 30, shard=str(v), spec=Task(notes=str(notes), value=v, **more)) for v in values]
@@ -132,7 +149,7 @@ def tasks(notes: Path, values: Sequence[int], **more: Any) -> list[Job]:
 def test_two_nodes(
     inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inside: Inside
 ) -> None:
-    cases = (same_bytes, study_cells, killed_worker, deadly_job, left_early, lost_node)
+    cases = (same_bytes, study_cells, on_the_target, killed_worker, deadly_job, left_early, lost_node)
     places = {case: tmp_path / case.__name__ for case in cases}
     monkeypatch.setattr("bitalloy.runtime.cluster.executor.PATIENCE_S", 40)
     monkeypatch.setattr("bitalloy.runtime.cluster.executor.SPARE_S", 10)
@@ -145,6 +162,8 @@ def test_two_nodes(
             same_bytes(address, places[same_bytes], inputs, expected)
         with bounded():
             study_cells(address, places[study_cells], inputs, inside)
+        with bounded():
+            on_the_target(address, places[on_the_target], next(iter(cluster.worker_nodes)).node_id, inside)
         with bounded(), RayExecutor(address) as executor:
             for case in (left_early, killed_worker, deadly_job):
                 case(executor, places[case])

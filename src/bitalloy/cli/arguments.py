@@ -131,6 +131,26 @@ class ExecutorArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuringArguments(ExecutorArguments):
+    """Options that say where jobs are done, and where latency is measured."""
+
+    measure_on: Annotated[
+        str,
+        typer.Option(
+            metavar="RESOURCE",
+            help="Where the command runs and measures latency: `local`, this machine; or on a node of the cluster that "
+            "carries a resource, such as `target` of `ray start --resources '{\"target\": 1}'`. One command at a time "
+            "runs on such a node, and none that is busy; all nodes must see the files.",
+        ),
+    ] = "local"
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the command runs on another node."""
+        return self.measure_on != "local"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnalysisArguments:
     """Options of the analysis, which serves every budget."""
 

@@ -26,7 +26,7 @@ PANELS = {
     "Precision": "schemes keep exclude protect ranges weight_rounding equalize bias_correction",
     "Selection": "method mode units regions sites confirm",
     "Analysis": "effort samples probes calibration_samples seed",
-    "Runtime": "target device workload here compiled memory_limit executor workers shard store",
+    "Runtime": "target device workload here compiled memory_limit executor workers measure_on shard store",
     "Output": "out dry_run junit base_model json_output mlflow quiet",
     "Configuration": "config print_config",
 }

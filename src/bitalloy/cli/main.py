@@ -29,6 +29,7 @@ from bitalloy.cli.guard import end_for_memory
 from bitalloy.cli.requests import PlanArguments, RunArguments, SensitivityArguments
 from bitalloy.cli.shards import do_part, merge_command, show_table
 from bitalloy.cli.study import study_command
+from bitalloy.cli.there import run_there
 from bitalloy.core.errors import BitalloyError, UnreachableError
 from bitalloy.core.limits import limited, watched
 from bitalloy.core.plain import one_line
@@ -133,14 +134,12 @@ def run_command(asked: RunArguments) -> None:
 
       bitalloy run mobilesam --checkpoint mobile_sam.pt --data instances.json
     """
-    asked.budget(1)  # refuses what is wrong before the model is read
+    asked.check()
     settings = asked.analysis.settings(protect=asked.protect, sizes=asked.opening.sizes(), effort=asked.effort)
-    asked.opening.check()
     _refuse_broken(asked.model.model)
-    if asked.mlflow:
-        from bitalloy.pipeline.tracking import require_mlflow
-
-        require_mlflow()
+    if asked.place.is_elsewhere:
+        run_there(asked.place, asked.model.out)
+        return
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.core.store import claimed

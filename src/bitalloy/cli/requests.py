@@ -18,6 +18,7 @@ from bitalloy.cli.arguments import (
     AnalysisArguments,
     BudgetArguments,
     ExecutorArguments,
+    MeasuringArguments,
     ModelArguments,
     OpeningArguments,
     SizeArguments,
@@ -119,13 +120,22 @@ class RunArguments:
     ] = True
     analysis: AnalysisArguments
     opening: OpeningArguments
-    place: ExecutorArguments
+    place: MeasuringArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False
     mlflow: Annotated[
         bool,
         typer.Option("--mlflow", help="Log parameters, metrics and files of the result to MLflow; needs the extra."),
     ] = False
     quiet: Quiet = False
+
+    def check(self) -> None:
+        """Refuse malformed options, and what needs a package that is not there, before the model is read."""
+        self.budget(1)
+        self.opening.check()
+        if self.mlflow:
+            from bitalloy.pipeline.tracking import require_mlflow
+
+            require_mlflow()
 
     def evaluation(self) -> Any:
         """Return what models are evaluated with, see `options.evaluated_with`."""

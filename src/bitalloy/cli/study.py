@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitalloy.cli.arguments import MOST_COUNT, ExecutorArguments
+from bitalloy.cli.arguments import MOST_COUNT, MeasuringArguments
 from bitalloy.cli.collecting import collected
 from bitalloy.cli.console import error_console, out_console, shown_progress
 from bitalloy.cli.requests import Quiet
+from bitalloy.cli.there import run_there
 from bitalloy.core.errors import BitalloyError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class StudyArguments:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be run, what is missing and where to put it, and stop.")
     ] = False
-    place: ExecutorArguments
+    place: MeasuringArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print study.json instead of tables.")] = False
     quiet: Quiet = False
 
@@ -96,7 +97,10 @@ def study_command(asked: StudyArguments) -> None:
     if asked.dry_run:
         _show_plan(planned)
         return
-    _run(planned, asked)
+    if asked.place.is_elsewhere:
+        run_there(asked.place, asked.out)
+    else:
+        _run(planned, asked)
 
 
 def _show_plan(planned: Study) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bitalloy.core.records import Record
@@ -31,6 +33,26 @@ def this_machine() -> Machine:
         features=tuple(flag for flag in flags if flag.startswith(DECIDING)),
         threads=available_cores(),
     )
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Measure which part of the time the cores of this machine are at work, whoever works; 0 where that is not told.
+
+    Args:
+        seconds: for how long that is watched.
+    """
+    first = _core_times()
+    time.sleep(seconds)
+    passed = [after - before for before, after in zip(first, _core_times(), strict=True)]
+    return 1 - sum(passed[3:5]) / sum(passed) if sum(passed) else 0.0
+
+
+def _core_times() -> list[int]:
+    """Return ticks of all cores since the start on Linux: in user, nice, system, idle, waiting for a disk, and more."""
+    try:
+        return [int(ticks) for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return []
 
 
 def machine_name() -> str:

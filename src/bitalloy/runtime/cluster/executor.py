@@ -36,7 +36,7 @@ PATIENCE_S = 120
 SPARE_S = 30
 """Seconds within which one must start beside others, which wait for it."""
 SETTLE_S = 2
-"""Seconds after which Ray knows that the processor of a lost worker is free."""
+"""Seconds after which Ray knows that a resource is free, such as the processor of a lost worker."""
 LAST_JOBS_S = 5
 """Seconds that jobs whose results nobody takes may need to end, before their workers are ended."""
 
@@ -71,6 +71,56 @@ def check_executor(name: str) -> str:
     if name in (LOCAL, RAY) or (name.startswith(SCHEME) and len(name) > len(SCHEME)):
         return name
     raise BitalloyError(f"--executor is '{name[:80]}'; expected local, ray or ray://HOST:PORT.")
+
+
+def imported_ray(purpose: str) -> Any:
+    """Import Ray.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("ray", "ray", purpose) from error
+    return ray
+
+
+def connect(ray: Any, address: str, workers: int | None = None) -> None:
+    """Start Ray on this machine, or connect to a cluster that runs.
+
+    Args:
+        ray: the module.
+        address: `ray`, or `ray://HOST:PORT`, see `executing`.
+        workers: number of workers on this machine; None for one for each core.
+
+    Raises:
+        BitalloyError: the cluster cannot be reached.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address == RAY:
+            ray.init(address="local", num_cpus=workers or available_cores(), include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address.removeprefix(SCHEME), **quiet)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise BitalloyError(
+            f"No cluster of Ray at '{address}': {str(error).splitlines()[0]} Start one with `ray start --head`, run "
+            "this on one of its machines, and give the address that it prints. One that asks for a token needs "
+            "RAY_AUTH_MODE=token here too."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def threads_of_workers() -> dict[str, dict[str, str]]:
+    """Return the environment of processes that Ray starts: products of matrices have as many threads as here.
+
+    Ray would allow one, and the number of threads decides bits.
+    """
+    return {"env_vars": {name: os.environ.get(name, str(available_cores())) for name in THREADS_OF_PRODUCTS}}
 
 
 @dataclass(eq=False)
@@ -121,15 +171,12 @@ class RayExecutor:
         self._sent: dict[str, Any] = {}
         self._told: set[str] = set()
         self._started = False
-        try:
-            import ray
-        except ImportError as error:
-            raise MissingExtraError("ray", "ray", f"--executor {address}") from error
-        self._ray: Any = ray
+        self._ray: Any = imported_ray(f"--executor {address}")
 
     def __enter__(self) -> Self:
         if not self._ray.is_initialized():
-            self._start()
+            connect(self._ray, self._address, self._workers)
+            self._started = True
         if self._workers is None:
             local = self._address == RAY
             self._workers = available_cores() if local else sum(1 for node in self._ray.nodes() if node["Alive"])
@@ -257,10 +304,8 @@ class RayExecutor:
         """Start a worker; None where it has not started within some seconds."""
         local = self._address == RAY and self._started
         limit = memory_limit() // (self._workers or 1) if local else None
-        # products of matrices are split by threads, of which Ray would allow one
-        given = {name: os.environ.get(name, str(available_cores())) for name in THREADS_OF_PRODUCTS}
         kind = self._ray.remote(Worker).options(
-            num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0, runtime_env={"env_vars": given}
+            num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0, runtime_env=threads_of_workers()
         )
         actor = kind.remote(limit, str(self._folder) if self._folder else None)
         try:
@@ -312,25 +357,6 @@ class RayExecutor:
     def _end(self, hand: _Hand) -> None:
         with suppress(Exception):  # it has ended already
             self._ray.kill(hand.actor)
-
-    def _start(self) -> None:
-        handler = signal.getsignal(signal.SIGTERM)
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        try:
-            if self._address == RAY:
-                workers = self._workers or available_cores()
-                self._ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
-            else:
-                self._ray.init(address=self._address.removeprefix(SCHEME), **quiet)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            raise BitalloyError(
-                f"No cluster of Ray at '{self._address}': {str(error).splitlines()[0]} Start one with `ray start "
-                "--head`, run this on one of its machines, and give the address that it prints."
-            ) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
-        self._started = True
 
     def _tell(self, text: str, *, again: bool = False) -> None:
         if again or text not in self._told:
