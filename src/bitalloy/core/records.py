@@ -216,8 +216,8 @@ class GivenRounding(Record, frozen=True, kw_only=True):
     sqnr_db: float
     """Predicted by the probe matrix, or measured."""
     executed: bool = False
-    """Whether it was measured: so are roundings behind the place where a head is taken, such as one that puts boxes and
-    scores on one scale."""
+    """Whether it was measured: so are the worst, and those behind the place where a head is taken, such as one that
+    puts boxes and scores on one scale."""
     share: float
     """Its part of the predicted damage of all roundings, on that head."""
 

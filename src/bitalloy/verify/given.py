@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -36,6 +36,8 @@ from bitalloy.verify.beside_float import OUTCOME_SITTINGS, REPEATS
 
 GIVEN_SAMPLES = 8
 """Samples on which its roundings are probed."""
+GIVEN_EXECUTED = 8
+"""Roundings, the worst by prediction, that are executed: the answer must not rest on what is linear alone."""
 
 
 class GivenInputs(StageInputs, frozen=True, kw_only=True):
@@ -65,9 +67,13 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
     if not quantization:
         return None
     matrix = _probe(analysis, work)
-    behind = _behind(analysis, work)
+    alone = {site: matrix.damage(matrix.select([site])).mean(axis=0) for site in dict.fromkeys(matrix.sites)}
+    executed = _executed_alone(analysis, alone, work)
     every = matrix.damage(np.ones(len(matrix.sites))).mean(axis=0)
-    every += [sum(found.get(head, 0.0) for found in behind.values()) for head in matrix.heads]
+    for site, known in executed.items():
+        before = alone.get(site, np.zeros(len(matrix.heads)))
+        alone[site] = np.array([known.get(h, old) for h, old in zip(matrix.heads, before, strict=True)])
+        every += alone[site] - before
     found = _execute(analysis, work) if timed and not analysis.graph.shown else None
     return GivenModel(
         tensors=len(quantization.tensors) + len(quantization.at_run_time),
@@ -80,7 +86,7 @@ def examine_given(analysis: Analysis, work: Workspace, *, timed: bool) -> GivenM
         measured_db=None if found is None else found.measured_db,
         written_db=None if found is None else found.written_db,
         latency_ratio=None if found is None else found.latency_ratio,
-        worst=_worst(analysis.graph, matrix, behind),
+        worst=_worst(analysis.graph, matrix.heads, alone, executed),
     )
 
 
@@ -155,15 +161,27 @@ def _execute(analysis: Analysis, work: Workspace) -> _Executed:
     return msgspec.json.decode(work.cached("given", inputs, make), type=_Executed)
 
 
-def _behind(analysis: Analysis, work: Workspace) -> dict[str, dict[str, float]]:
-    """Damage of roundings behind the places where heads are taken, executed: tensor -> head -> damage.
+def _executed_alone(
+    analysis: Analysis, alone: Mapping[str, np.ndarray], work: Workspace
+) -> dict[str, dict[str, float]]:
+    """Damage of single roundings, executed: tensor -> head -> damage.
 
-    No gradient leads back from a head to what is made of it, such as a Concat of boxes and scores.
+    Case 1. Behind a place where a head is taken no gradient leads back to it, such as at a Concat of boxes and scores.
+    Case 2. The `GIVEN_EXECUTED` others that do most damage by prediction; of large models none.
+
+    Args:
+        analysis: analysis of the float form.
+        alone: predicted damage of each rounding on each head.
+        work: where to keep and show results.
     """
     graph, samples = analysis.graph, analysis.parts.probe[:GIVEN_SAMPLES]
-    follows = {head.name: _descendants(graph, head.tensor) for head in analysis.heads if not is_divergence(head.name)}
+    told = [i for i, head in enumerate(analysis.heads) if not is_divergence(head.name)]
+    follows = {analysis.heads[i].name: _descendants(graph, analysis.heads[i].tensor) for i in told}
     grids = graph.quantization.tensors
-    sites = [c.site for c in given_columns(graph) if c.site in grids and any(c.site in f for f in follows.values())]
+    made = [c.site for c in given_columns(graph) if c.site in grids and graph.value[c.site].producer() is not None]
+    behind = [site for site in made if any(site in f for f in follows.values())]
+    worst = sorted((s for s in made if s in alone and s not in behind), key=lambda s: -float(alone[s][told].max()))
+    sites = [*behind, *(() if graph.large else worst[:GIVEN_EXECUTED])]
     if not sites:
         return {}
 
@@ -173,7 +191,7 @@ def _behind(analysis: Analysis, work: Workspace) -> dict[str, dict[str, float]]:
         exact.close()
         energy = np.sum([one.energy for one in references], axis=0)
         found: dict[str, dict[str, float]] = {}
-        with work.stage("roundings behind heads", len(sites)) as progress:
+        with work.stage("single roundings", len(sites)) as progress:
             for site in sites:
                 session = OrtSession(_with_rounding(graph, site, grids[site]))
                 runs = (session.run(analysis.data.feeds(i)) for i in samples)
@@ -181,15 +199,16 @@ def _behind(analysis: Analysis, work: Workspace) -> dict[str, dict[str, float]]:
                 session.close()
                 damage = relative(error, energy)
                 found[site] = {
-                    head.name: float(damage[i])
-                    for i, head in enumerate(analysis.heads)
-                    if site in follows.get(head.name, frozenset())
+                    analysis.heads[i].name: float(damage[i])
+                    for i in told
+                    if site not in behind or site in follows[analysis.heads[i].name]
                 }
                 progress.advance()
         return to_json(found)
 
-    inputs = GivenInputs(network=analysis.executed, samples=tuple(samples), seed=0)
-    return msgspec.json.decode(work.cached("given-behind", inputs, make), type=dict[str, dict[str, float]])
+    settings = analysis.settings
+    inputs = GivenInputs(network=analysis.executed, samples=tuple(samples), seed=settings.seed, probes=settings.probes)
+    return msgspec.json.decode(work.cached("given-alone", inputs, make), type=dict[str, dict[str, float]])
 
 
 def _descendants(graph: Graph, tensor: str) -> frozenset[str]:
@@ -220,14 +239,11 @@ def _with_rounding(graph: Graph, tensor: str, grid: GivenTensor) -> ir.Model:
     return model
 
 
-def _worst(graph: Graph, matrix: ProbeMatrix, behind: Mapping[str, Mapping[str, float]]) -> tuple[GivenRounding, ...]:
+def _worst(
+    graph: Graph, heads: Sequence[str], alone: Mapping[str, np.ndarray], executed: Mapping[str, Mapping[str, float]]
+) -> tuple[GivenRounding, ...]:
     """All roundings by the damage of each alone, worst first."""
-    told = [i for i, head in enumerate(matrix.heads) if not is_divergence(head)]
-    alone = {
-        site: matrix.damage(matrix.select([site])).mean(axis=0) for site in dict.fromkeys([*matrix.sites, *behind])
-    }
-    for site, found in behind.items():
-        alone[site] += [found.get(head, 0.0) for head in matrix.heads]
+    told = [i for i, head in enumerate(heads) if not is_divergence(head)]
     every = np.sum(list(alone.values()), axis=0)
     rows = []
     for site, damage in alone.items():
@@ -237,9 +253,9 @@ def _worst(graph: Graph, matrix: ProbeMatrix, behind: Mapping[str, Mapping[str, 
             GivenRounding(
                 tensor=site,
                 node="" if producer is None else name_of(producer),
-                head=matrix.heads[head],
+                head=heads[head],
                 sqnr_db=round(float(decibel(damage[head])), 3),
-                executed=matrix.heads[head] in behind.get(site, {}),
+                executed=heads[head] in executed.get(site, {}),
                 share=round(float(damage[head] / every[head]), 4) if every[head] > 0 else 0.0,
             )
         )
