@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import typer
@@ -45,3 +46,11 @@ def test_a_wrapped_example_can_be_typed() -> None:
 
 def test_completion_can_be_installed() -> None:
     assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_an_option_for_a_list_is_refused_where_it_is_given_twice(inside: Any, inputs: Any) -> None:
+    """Of other options the last one holds, as a script appends to a line of its own."""
+    told = inside("run", inputs.classifier, "--target", "ort-cpu", "--target=tensorrt").refused()
+    assert "--target is given 2 times. Give all in one: --target a,b." in " ".join(told.split())
+    told = inside("run", inputs.classifier, "--latency", "0.5x", "--latency", "fast").refused()
+    assert "'fast'" in told

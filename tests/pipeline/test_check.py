@@ -83,13 +83,41 @@ def test_worse_is_what_exceeds_the_noise_of_both(half: float, shift: float, chan
     """Of two intervals of 0.02 either way, the difference has one of 0.0283."""
     ratio = make_run(blocks=2).summary.latency_ratio
     base = stored(tmp_path, "base", latency_ratio_interval=around(ratio, half))
-    new = stored(tmp_path, "new", latency_ratio=ratio + shift, latency_ratio_interval=around(ratio + shift, half))
+    changed: dict[str, Any] = {"latency_ratio": ratio + shift, "latency_ratio_interval": around(ratio + shift, half)}
+    new = stored(tmp_path, "new", **changed, budget=Budget(latency_ratio=2.0))
     found = bitalloy.check(new, baseline=base)
     assert changes(found.against)["latency over float"] == change
-    assert found.passed == (change != "worse") and found.limits == ()
+    assert found.passed == (change != "worse") and [limit.verdict for limit in found.limits] == ["met"]
     again = {one.name: one for one in bitalloy.diff(base, new).numbers}["latency over float"]
     assert again.difference is not None and again.difference.value == pytest.approx(shift)
     assert again.difference.high - again.difference.value == pytest.approx(half * 2**0.5)
+
+
+def test_a_baseline_does_not_hide_that_the_run_misses_its_own_limit(tmp_path: Path) -> None:
+    ratio = make_run(blocks=2).summary.latency_ratio
+    base = stored(tmp_path, "base", budget=Budget(latency_ratio=ratio / 2, by_default=True))
+    new = stored(tmp_path, "new", budget=Budget(latency_ratio=ratio / 2))
+    assert not bitalloy.check(new, baseline=base).passed
+    again = bitalloy.check(base, baseline=new)
+    assert again.passed and again.limits == ()
+
+
+def test_every_kind_of_limit_can_be_checked_afterwards(tmp_path: Path, inside: Any) -> None:
+    """On the files of a run alone, each limit on both sides of what is there."""
+    summary = make_run(blocks=2).summary
+    inside.folder = tmp_path
+    stored(tmp_path, "run")
+    head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
+    share = summary.size_bytes.mixed / summary.size_bytes.reference
+    for option, kept, missed in (
+        ("--size", f"{share + 0.01}x", f"{share - 0.01}x"),
+        ("--max-drop-db", f"{pair.mixed.measured - 1}", f"{pair.mixed.measured + 1}"),
+        ("--max-drop-db", f"{head}={pair.mixed.measured - 1}", f"{head}={pair.mixed.measured + 1}"),
+        ("--max-latency", f"{summary.latency_ratio + 0.01}x", f"{summary.latency_ratio / 2}x"),
+    ):
+        assert "Passed." in inside("check", "run", option, kept).succeeded().out
+        found = inside("check", "run", option, missed)
+        assert found.code == 3 and "Not passed." in found.out, option
 
 
 def test_drops_and_sizes_count_against_a_baseline(tmp_path: Path) -> None:
@@ -162,5 +190,5 @@ def test_the_command_line_fails_and_tells_ci(inside: Any, here: Path, monkeypatc
 def test_the_command_line_tells_differences(inside: Any, here: Path) -> None:
     stored(here, "a"), stored(here, "b", device="another")
     shown = inside("diff", "a", "b").succeeded().out
-    assert "latency over float" in shown and "other processors" in shown and "0 units are in another scheme." in shown
+    assert "latency over float" in shown and "other processors" in shown and "Units in another scheme: 0." in shown
     assert json.loads(inside("diff", "a", "b", "--json").succeeded().out)["units"] == []

@@ -159,6 +159,20 @@ def test_a_torch_module_needs_example_inputs(tmp_path: Path) -> None:
         prepare(torch.nn.Linear(4, 2), out=tmp_path, data=rows())
 
 
+def test_a_wrong_example_is_told_by_its_cause(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    options = bitalloy.RunOptions(example_inputs=torch.zeros(1, 4))
+    with pytest.raises(bitalloy.ModelError, match=r"with these example_inputs: .*\[1, 4\]") as refused:
+        prepare(torch.nn.Linear(3, 2), out=tmp_path, data=rows(), options=options)
+    assert "\x1b" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_error_of_ones_own_preparation_is_told(inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(bitalloy.DataError, match="preprocess fails on an item of the type dict with KeyError: 'image'"):
+        prepare(inputs.two_inputs, out=tmp_path, data=[{"left": 1}], preprocess=lambda item: item["image"])
+
+
 def test_prepared_files_and_labels_in_files_exclude_each_other(inputs: Any, tmp_path: Path) -> None:
     with pytest.raises(bitalloy.DataError, match="preprocess prepares samples for the model alone"):
         prepare(inputs.detector, out=tmp_path, data=inputs.scenes, evaluate=inputs.labels, preprocess=np.asarray)

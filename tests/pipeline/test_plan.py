@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import bitalloy
+from bitalloy.core.encoding import from_json, to_json
 from bitalloy.core.errors import UnreachableError
 from bitalloy.core.outcome import Evaluation
-from bitalloy.core.plans import FIRST, Budget
+from bitalloy.core.plans import FIRST, Budget, CostTable, PlanReport
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
 from bitalloy.runtime.ort import OrtSession
@@ -65,6 +66,19 @@ def test_planning_again_needs_neither_model_nor_data(finished: Any) -> None:
     assert (finished.folder / "run" / "plan.json").read_bytes() == before
     again = bitalloy.plan_again(finished.folder / "run")  # the run's own budget
     assert again.plan.budget.keep[0].pattern == "/conv0/*" and again.plan.budget.size_bytes is not None
+
+
+def test_planning_again_without_the_task_keeps_the_time_of_the_run(finished: Any, tmp_path: Path) -> None:
+    """Tables do not know the task; a plan without any limit would be float, whatever the run chose."""
+    shutil.copytree(finished.folder / "run", tmp_path / "run")
+    file = tmp_path / "run" / "plan.json"
+    before = from_json(file.read_bytes(), PlanReport)
+    file.write_bytes(to_json(msgspec.structs.replace(before, budget=Budget(max_drop={"AP50-95": 0.1}))))
+    again = bitalloy.plan_again(tmp_path / "run").plan
+    float_us = from_json((tmp_path / "run" / "cost.json").read_bytes(), CostTable).all_float_us
+    assert again.budget.by_default and not again.budget.max_drop and again.budget.latency_ratio is not None
+    assert again.budget.latency_ratio * float_us == pytest.approx(before.predicted_latency_us, rel=1e-3)
+    assert again.predicted_latency_us <= 1.001 * before.predicted_latency_us
 
 
 def test_the_front_as_table_and_as_json(inside: Any, finished: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def test_the_page_is_the_one_that_the_run_wrote(finished: Any) -> None:
         page.unlink()
         assert f"Report: {folder}/report.html" in finished("report", folder).succeeded().out
         assert page.read_bytes() == before
+        rows = re.findall(r"<tr.*?</tr>", before.decode().split("plans as a table")[1].split("</table>")[0], re.DOTALL)
+        assert len(rows) > 1 and len({len(re.findall("<t[hd][ >]", row)) for row in rows}) == 1, "a cell per header"
     assert finished.summary()["others"] == ["tensorrt"]
     assert json.loads((finished.folder / "run/tensorrt/summary.json").read_text())["others"] == []
 

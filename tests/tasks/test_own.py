@@ -121,6 +121,17 @@ def test_values_that_are_no_numbers_are_refused(inputs: Any, tmp_path: Path, val
         data.task.observe({"model": run}, data, 0)
 
 
+def test_an_error_of_ones_own_function_names_the_metric(inputs: Any, tmp_path: Path) -> None:
+    known: dict[str, float] = {}
+
+    def mine(session: Any) -> float:
+        return known["absent"]
+
+    data = own(inputs, Metric(mine), tmp_path)
+    with pytest.raises(DataError, match="The metric 'mine' fails with KeyError: 'absent'"):
+        data.task.observe({"model": run}, data, 0)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

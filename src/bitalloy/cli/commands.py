@@ -31,6 +31,8 @@ PANELS = {
     "Configuration": "config print_config",
 }
 """Groups of options in `--help`, in their order -> names of parameters, in theirs."""
+LISTS = ("--target", "--schemes")
+"""Options that take a list as one text."""
 OTHERS = "Options"
 """The group of what belongs to none of them, such as `--help`."""
 NAME_COLUMNS = 26
@@ -58,7 +60,18 @@ PrintConfig = Annotated[
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help shows options in groups, and never breaks or cuts the name of an option."""
+    """A command whose help shows options in groups, and never breaks or cuts the name of an option.
+
+    An option that takes a list as one text is refused where it is given twice, in place of losing the first one.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the command line."""
+        words = [word.partition("=")[0] for word in args]
+        for name in LISTS:
+            if words.count(name) > 1:
+                raise typer.BadParameter(f"{name} is given {words.count(name)} times. Give all in one: {name} a,b.")
+        return super().parse_args(ctx, args)
 
     def format_help_text(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """Write the text of the command; an indented paragraph is a line to be typed, which is wrapped as such."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,35 +22,80 @@ if TYPE_CHECKING:
     from bitalloy.core.plans import Budget
 
 
-def check_command(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished `bitalloy run`.")],
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Arguments of `bitalloy check`."""
+
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished `bitalloy run`.")]
     baseline: Annotated[
         Path | None,
         typer.Option(
             help="Directory of another finished run, e.g. that of the main branch: the run may not be worse by more "
             "than noise in latency over float, size or the drops of its metrics (without metrics in SQNR)."
         ),
-    ] = None,
+    ] = None
+    max_latency: Annotated[
+        str | None, typer.Option(help="Largest latency: `0.7x` of float's, or `12ms`. Met up to 5 % beyond it.")
+    ] = None
+    size: Annotated[str | None, typer.Option(help="Largest size of the file: `8MB`, or `0.5x` of the given one.")] = (
+        None
+    )
+    max_drop_db: Annotated[
+        list[str] | None,
+        typer.Option(help="Floor on the SQNR of every output head in dB, or of one head, e.g. `boxes=30`."),
+    ] = None
     max_drop: Annotated[
         list[str] | None,
         typer.Option(help="Largest drop of a metric that the run measured, as in `bitalloy run`: `accuracy=0.01`."),
-    ] = None,
-    max_latency: Annotated[
-        str | None, typer.Option(help="Largest latency: `0.7x` of float's, or `12ms`. Met up to 5 % beyond it.")
-    ] = None,
+    ] = None
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least agreement with float on the task, such as 0.98.")
+    ] = None
     allow_undecided: Annotated[
         bool,
         typer.Option(
             "--allow-undecided", help="Pass where the measurement does not tell, such as for one number per model."
         ),
-    ] = False,
-    junit: Annotated[Path | None, typer.Option(help="File for the result as JUnit XML.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+    ] = False
+    junit: Annotated[Path | None, typer.Option(help="File for the result as JUnit XML.")] = None
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+
+    def budget(self) -> Budget | None:
+        """Return the limits, or None where none is given.
+
+        Raises:
+            BitalloyError: a text has not the form that its option expects, or the directory holds no finished run.
+        """
+        floors, drops = self.max_drop_db or [], self.max_drop or []
+        if not (self.max_latency or self.size or floors or drops) and self.min_agreement is None:
+            return None
+        from bitalloy.cli import options
+        from bitalloy.core.plans import Budget, number_with_unit
+        from bitalloy.pipeline.check import finished_summary
+
+        ratio = milliseconds = None
+        if self.max_latency is not None:
+            number, unit = number_with_unit(self.max_latency, "--max-latency", "0.7x or 12ms", ("x", "ms"))
+            ratio, milliseconds = (number, None) if unit == "x" else (None, number)
+        least, heads = options.floors(floors)
+        given_bytes = round(finished_summary(self.run_directory).size_bytes.reference)
+        return Budget(
+            latency_ratio=ratio,
+            latency_ms=milliseconds,
+            size_bytes=options.size(self.size, given_bytes),
+            min_sqnr_db=least,
+            head_sqnr_db=heads,
+            max_drop=options.drops(drops),
+            min_agreement=self.min_agreement,
+        )
+
+
+@collected(CheckArguments)
+def check_command(asked: CheckArguments) -> None:
     """Tell whether a finished run keeps limits, from its files alone: a gate for CI.
 
-    Without --max-drop and --max-latency the limits count that the run was made for, or with --baseline none. On GitHub
-    failures are annotated, and a table is added to the summary of the step.
+    Without limits those count that the run was made for, with --baseline too. On GitHub failures are annotated, and a
+    table is added to the summary of the step.
 
     Exit code 0: passed; 2: the command must be corrected; 3: a limit is missed or undecided, or the run is worse than
     its baseline.
@@ -61,16 +106,18 @@ def check_command(
 
       bitalloy check runs/new --baseline runs/main
     """
-    budget = _limits(max_drop or [], max_latency)
+    budget = asked.budget()
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.check import check_run
     from bitalloy.report.ci import junit_xml
 
-    found = check_run(run_directory, budget=budget, baseline=baseline, allow_undecided=allow_undecided)
-    if junit is not None:
-        _write(junit, junit_xml(found))
+    found = check_run(
+        asked.run_directory, budget=budget, baseline=asked.baseline, allow_undecided=asked.allow_undecided
+    )
+    if asked.junit is not None:
+        _write(asked.junit, junit_xml(found))
     _tell_github(found)
-    if json_output:
+    if asked.json_output:
         sys.stdout.write(to_json(found, pretty=True).decode() + "\n")
     else:
         _show_check(found)
@@ -102,7 +149,7 @@ def diff_command(
         out_console.print("The runs are for different targets.", style="yellow")
     _show_table(*difference_table(found))
     told = [f"{unit.unit}: {unit.first or 'absent'} -> {unit.second or 'absent'}" for unit in found.units]
-    told = [f"{len(told)} units are in another scheme.", *told[:SHOWN_LINES]]
+    told = [f"Units in another scheme: {len(told)}.", *told[:SHOWN_LINES]]
     told += [f"{len(found.units) - SHOWN_LINES} more with --json."] * (len(found.units) > SHOWN_LINES)
     told += [f"{name} {before or 'absent'} -> {after or 'absent'}" for name, (before, after) in found.versions.items()]
     told += [
@@ -192,19 +239,6 @@ def evaluate_command(asked: EvaluateArguments) -> None:
 
 def _show_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     out_console.table(header, lines)
-
-
-def _limits(drops: list[str], latency: str | None) -> Budget | None:
-    if not drops and latency is None:
-        return None
-    from bitalloy.cli import options
-    from bitalloy.core.plans import Budget, number_with_unit
-
-    found: dict[str, float] = {}
-    if latency is not None:
-        number, unit = number_with_unit(latency, "--max-latency", "0.7x or 12ms", ("x", "ms"))
-        found["latency_ratio" if unit == "x" else "latency_ms"] = number
-    return Budget(**found, max_drop=options.drops(drops))  # type: ignore[arg-type]
 
 
 def _show_check(found: CheckedRun) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -342,4 +343,9 @@ def evaluated_with(metric: str | None, labels: Sequence[Path] | None) -> Any:
     """
     if metric is not None and labels:
         raise BitalloyError("--metric and --eval both say what is evaluated. Give one of them.")
-    return labels if metric is None else named_object("--metric", metric)
+    if metric is None:
+        return labels
+    from bitalloy.tasks.own import Metric
+
+    found = named_object("--metric", metric)
+    return replace(found, name=metric.partition(":")[2]) if isinstance(found, Metric) and not found.name else found

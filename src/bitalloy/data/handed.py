@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from bitalloy.core.errors import DataError
+from bitalloy.core.errors import BitalloyError, DataError
 from bitalloy.core.ownership import temporary
+from bitalloy.core.plain import one_line
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.arrays import NUMPY_NAMES, Feeds, check_feeds, read_arrays, write_arrays
 from bitalloy.data.datasets import ARRAY_SUFFIXES, drawn_order, list_files
@@ -76,9 +77,21 @@ def handed_samples(
         data = list(_array(data))
     elif preprocess is None and most is not None:
         data = _drawn_rows(data, inputs, most, seed)
-    items = (item if preprocess is None else preprocess(item) for item in _items(data, most, seed))
+    items = (item if preprocess is None else _preprocessed(preprocess, item) for item in _items(data, most, seed))
     named = (_named(item, inputs, labelled, f"sample {i}") for i, item in enumerate(items))
     yield from islice(_batched(named, inputs), most)
+
+
+def _preprocessed(preprocess: Preprocess, item: Any) -> Any:
+    try:
+        return preprocess(item)
+    except BitalloyError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise DataError(
+            f"preprocess fails on an item of the type {type(item).__name__} with {type(error).__name__}: "
+            f"{one_line(str(error))[:300]}. Mend the function."
+        ) from error
 
 
 def store_feeds(samples: Iterable[Feeds], folder: Path) -> Path:

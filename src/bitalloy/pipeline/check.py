@@ -30,8 +30,9 @@ def check_run(
     Args:
         run: directory of a finished run.
         budget: limits; without any those that the run was made for.
-        baseline: directory of another finished run. Beside the limits, the run may then not be worse than that one by
-            more than noise: in latency over float, size, or the drops of its metrics, or without metrics in SQNR.
+        baseline: directory of another finished run. Beside the limits, if there are any, the run may then not be worse
+            than that one by more than noise: in latency over float, size, or the drops of its metrics, or without
+            metrics in SQNR.
         allow_undecided: whether what cannot be decided counts as passed.
 
     Raises:
@@ -58,7 +59,7 @@ def check_run(
         if lacking := sorted(other.metrics.keys() - summary.metrics.keys()):
             raise RunDirectoryError(f"'{run}' did not measure '{lacking[0]}', which its baseline '{baseline}' did.")
         against = counting(compare_numbers(other, summary), other, summary)
-        limits = limits if asked else ()
+        limits = () if status.verdict == Verdict.NO_LIMITS else limits
     elif status.verdict == Verdict.NO_LIMITS:
         raise BudgetError(
             f"'{run}' was made without limits, so there is nothing to check. Give --max-latency, --max-drop or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def plan_again(
     Args:
         folder: a run directory.
         budget: limits, or a function that makes them from the size of the float model in bytes. Where it limits
-            nothing, the limits of the run hold, but for task metrics, which tables do not know.
+            nothing, the limits of the run hold, but for task metrics, which tables do not know: where there are no
+            others, the plan may take as long as that of the run.
         progress: where the progress of the stages is shown.
 
     Raises:
@@ -52,6 +54,10 @@ def plan_again(
     if not asked.limited:
         before = read_record(Path(folder) / PLAN_FILE, PlanReport).budget
         asked = msgspec.structs.replace(before, max_drop={}, min_agreement=None, keep=asked.keep or before.keep)
+        if before.on_task_alone:  # the tables do not know the task, and without any limit float is best
+            taken = read_record(Path(folder) / PLAN_FILE, PlanReport).predicted_latency_us
+            ratio = math.ceil(1e4 * taken / tables.cost.all_float_us) / 1e4
+            asked = msgspec.structs.replace(asked, latency_ratio=ratio, by_default=True)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))
     store.publish(REPLANNED, plan_json(planned))

@@ -60,6 +60,8 @@ def _sqnr(summary: Summary, head: str) -> str:
 
 def _drop(summary: Summary, name: str) -> str:
     metric = summary.metrics.get(name)
-    if metric is None or metric.drop_mixed is None:
+    if metric is None:
         return "unknown"
+    if metric.drop_mixed is None:
+        return f"{formats.signed(metric.lost, 4)}, error unknown"
     return f"{formats.signed(metric.drop_mixed.value, 4)} {formats.interval_text(metric.drop_mixed, 4)}"

@@ -20,7 +20,8 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from bitalloy.core.errors import DataError
+from bitalloy.core.errors import BitalloyError, DataError
+from bitalloy.core.plain import one_line
 from bitalloy.core.records import MetricValue, TensorSpec
 from bitalloy.core.store import StageInputs
 from bitalloy.data.arrays import Feeds, read_arrays
@@ -212,9 +213,17 @@ class OwnData(ABC):
         """Call the function, and return what it gives, by name.
 
         Raises:
-            DataError: that is neither a finite number nor several by name.
+            DataError: it raises an error, or gives neither a finite number nor several by name.
         """
-        found = self.metric.function(*arguments)
+        try:
+            found = self.metric.function(*arguments)
+        except BitalloyError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            raise DataError(
+                f"The metric '{self.metric.title}' fails with {type(error).__name__}: {one_line(str(error))[:300]}. "
+                "Mend its function."
+            ) from error
         named = found if isinstance(found, Mapping) else {self.metric.title: found}
         try:
             values = {str(name): float(cast(Any, value)) for name, value in named.items()}

@@ -87,13 +87,14 @@ def _loss(summary: Summary) -> Iterator[str]:
         name, metric = next(iter(summary.metrics.items()))
         estimate = summary.drop_estimates.get(name)
         drop = estimate.drop if estimate is not None else metric.drop_mixed
+        by = " by labels and agreement" if estimate is not None else ""
         if drop is None:
             yield f"reaches {metric.mixed.value:.4f} of {name} against {metric.reference.value:.4f} in float"
         elif drop.value >= 0:
-            yield f"loses {drop.value:.4f} of {name} ({interval_words(drop, 4)})"
+            yield f"loses {drop.value:.4f} of {name}{by} ({interval_words(drop, 4)})"
         else:
             gain = drop.negated
-            yield f"gains {gain.value:.4f} of {name} ({interval_words(gain, 4)})"
+            yield f"gains {gain.value:.4f} of {name}{by} ({interval_words(gain, 4)})"
     elif summary.sqnr_db:
         head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
         interval = summary.sqnr_interval_db.get(head)
@@ -113,7 +114,7 @@ def _size(summary: Summary) -> str:
 
 def _details(summary: Summary) -> Iterator[str]:
     time, size = summary.latency_ms, summary.size_bytes
-    yield f"{time_text(time.mixed)} against {time_text(time.reference)} in float"
+    yield f"Medians: {time_text(time.mixed)} against {time_text(time.reference)} in float"
     yield f"{size.mixed / 1e6:.4g} MB against {size.reference / 1e6:.4g} MB as given"
     for name, pair in summary.sqnr_db.items():
         yield f"{name} {_decibels(pair.mixed.measured)}"

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from bitalloy.core import files
 from bitalloy.core.errors import MissingExtraError, ModelError
 from bitalloy.core.ownership import temporary
+from bitalloy.core.plain import one_line
 from bitalloy.data.images import file_hash
 from bitalloy.model.file import parse
 from bitalloy.model.weights import save
@@ -102,9 +103,13 @@ def _export(module: Any, path: Path, example_inputs: object) -> None:
             assert program is not None, "with dynamo the program is returned"
             program.save(str(path), external_data=False)
     except Exception as error:  # the exporter raises dozens of types, each with the whole of its report
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        told = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ModelError(
-            f"torch cannot export {type(module).__name__}: {told[0]} Export it to ONNX by hand and give the file."
+            f"torch cannot export {type(module).__name__} with these example_inputs: {one_line(told[0])} If the module "
+            "runs on them, export it to ONNX by hand and give the file."
         ) from error
     finally:
         module.train(training)
