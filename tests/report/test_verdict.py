@@ -40,6 +40,15 @@ def test_what_the_search_aimed_at_by_itself_decides_nothing(make_run: Any) -> No
     assert answer(make_run(metrics=False), budget=aim)[0] == UNDECIDED
 
 
+def test_times_of_a_busy_machine_ship_nothing(make_run: Any) -> None:
+    spread = make_run().summary.latency_spread_ms
+    slow = msgspec.structs.replace(spread.mixed, p10_ms=spread.mixed.median_ms / 1.6)
+    found, why = answer(make_run(), budget=ROOMY, latency_spread_ms=msgspec.structs.replace(spread, mixed=slow))
+    assert found == UNDECIDED and "busy" in why
+    near = msgspec.structs.replace(spread.mixed, p10_ms=spread.mixed.median_ms / 1.4)
+    assert answer(make_run(), budget=ROOMY, latency_spread_ms=msgspec.structs.replace(spread, mixed=near))[0] == SHIP
+
+
 def test_without_a_task_a_limit_on_accuracy_is_needed(make_run: Any) -> None:
     run = make_run(metrics=False)
     assert answer(run, budget=ROOMY)[0] == UNDECIDED

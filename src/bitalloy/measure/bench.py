@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy.special import stdtrit
 
+from bitalloy.core.outcome import LatencySpread
 from bitalloy.core.records import Estimate, Latency
 from bitalloy.runtime.base import Session
 from bitalloy.runtime.ort import available_cores
@@ -127,3 +128,9 @@ def _over_sittings(logarithms: np.ndarray) -> tuple[float, float, float]:
 def unsteadiness(latency: Latency) -> float:
     """Return how much longer the median run took than the fast ones; where it is large, no median is worth anything."""
     return latency.median_ms / latency.p10_ms if latency.p10_ms > 0 else 1.0
+
+
+def disturbance(latency: LatencySpread) -> float | None:
+    """Return the largest `unsteadiness` of the models, where other work on the machine decides it; else None."""
+    worst = max(unsteadiness(one) for one in (latency.reference, latency.lowest, latency.mixed))
+    return worst if worst >= UNSTEADY else None

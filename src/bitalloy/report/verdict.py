@@ -9,6 +9,7 @@ from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.schemes import BASELINE
 from bitalloy.core.status import Verdict
+from bitalloy.measure.bench import disturbance
 from bitalloy.report.text import Speed, interval_words, limit_text, speed_of, usual_is_kept
 
 SHIP, UNDECIDED, DO_NOT = "Ship it", "Undecided", "Do not ship it"
@@ -53,8 +54,8 @@ def ship_verdict(summary: Summary, plan: PlanReport, cost: CostTable) -> ShipVer
     """Answer whether the mixed model may be shipped.
 
     Case 1. It is not faster than float or than what people run on the target anyway, or a limit is missed: no.
-    Case 2. Timing does not tell that it is faster, a limit is undecided, or a metric without a limit drops beyond its
-            noise: undecided.
+    Case 2. Timing does not tell that it is faster, or other work on the machine decided the times; a limit is
+            undecided, or a metric without a limit drops beyond its noise: undecided.
     Case 3. Nothing tells what the loss means (no limit on accuracy, and no metric of the task): undecided.
     Case 4. Otherwise: yes. Where no limits were set, what the search aimed at by itself decides nothing.
 
@@ -71,6 +72,7 @@ def ship_answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
     """Return the answer, the reason in one sentence, and a command with what it tells; see `ship_verdict`."""
     status, name = summary.status, f"{summary.model}.onnx"
     front = ("bitalloy plan . --front", "shows what is in reach")
+    again = ("bitalloy run ... --out runs/again", "repeats the run on a quiet machine")
     by = {verdict: [limit for limit in status.limits if limit.verdict == verdict] for verdict in Verdict}
     speed, interval = speed_of(summary), summary.latency_ratio_interval
     if by[Verdict.MISSED]:
@@ -89,8 +91,13 @@ def ship_answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
         return UNDECIDED, f"A limit is undecided: {limit_text(limit)}.", more if limit.metric else front
     if speed is Speed.UNKNOWN and interval is not None:
         ends = f"{interval.low:.2f}x to {interval.high:.2f}x"
-        again = f"Timing does not tell whether it is faster: {ends} of float's time."
-        return UNDECIDED, again, ("bitalloy run ... --out runs/again", "repeats the run on a quiet machine")
+        return UNDECIDED, f"Timing does not tell whether it is faster: {ends} of float's time.", again
+    if disturbance(summary.latency_spread_ms) is not None:
+        return (
+            UNDECIDED,
+            f"The machine was busy while it was measured, so times are worth little: {_gain(summary)}.",
+            again,
+        )
     if status.warnings:
         return UNDECIDED, status.warnings[0], (f"bitalloy run {name} --eval LABELS --max-drop 0.3", "limits that drop")
     if not summary.metrics and not any(limit.kind in ON_ACCURACY for limit in status.limits):

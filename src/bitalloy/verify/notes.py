@@ -13,7 +13,7 @@ from bitalloy.core.outcome import (
 )
 from bitalloy.core.planned import Measured, Planned
 from bitalloy.core.schemes import BASELINE
-from bitalloy.measure.bench import UNSTEADY, unsteadiness
+from bitalloy.measure.bench import disturbance
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import is_divergence
 from bitalloy.model.load import Graph
@@ -209,8 +209,8 @@ def _loses(tried: VerifiedSize, own: Mapping[str, float]) -> bool:
 
 
 def _busy(latency: LatencySpread) -> tuple[str, ...]:
-    worst = max(unsteadiness(one) for one in (latency.reference, latency.lowest, latency.mixed))
-    if worst < UNSTEADY:
+    worst = disturbance(latency)
+    if worst is None:
         return ()
     note = (
         f"The machine was busy: half of the inferences took at least {worst:.1f} times as long as the fastest tenth. "
