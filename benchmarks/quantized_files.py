@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import bitalloy
@@ -55,26 +56,32 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def with_roundings(given: onnx.ModelProto, kept: str = "") -> onnx.ModelProto:
-    """The file with integer weights as they are, and without the rounding of any activation but one."""
+    """The file with integer weights as they are, and without the rounding of any activation but one.
+
+    `quantize_static` removes a Relu before an unsigned rounding whose zero point is 0, which does the same; where such
+    a rounding goes, the Relu comes back.
+    """
+    values = {i.name: numpy_helper.to_array(i) for i in given.graph.initializer}
     moving = {i.name for i in given.graph.input}  # what depends on the inputs: weights may be computed as well
     for node in given.graph.node:
         if moving & set(node.input):
             moving |= set(node.output)
     rounding = [n for n in given.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in moving]
-    source = {n.output[0]: n.input[0] for n in rounding if n.input[0] != kept}
-    plain = {n.output[0]: source[n.input[0]] for n in given.graph.node if n.input and n.input[0] in source}
+    gone = {n.output[0]: n for n in rounding if n.input[0] != kept}
     model = onnx.ModelProto()
     model.CopyFrom(given)
     del model.graph.node[:]
     for node in given.graph.node:
-        if node.output[0] in source or (node.output[0] in plain and node.op_type == "DequantizeLinear"):
+        if node.output[0] in gone:
             continue
-        copy = model.graph.node.add()
-        copy.CopyFrom(node)
-        copy.input[:] = [plain.get(name, name) for name in node.input]
-    for output in model.graph.output:
-        if output.name in plain:  # what made it is gone
-            model.graph.node.add(op_type="Identity", input=[plain[output.name]], output=[output.name])
+        if node.op_type == "DequantizeLinear" and node.input[0] in gone:
+            source = gone[node.input[0]]
+            unsigned = not values[source.input[2]].any() and values[source.input[2]].dtype.kind == "u"
+            model.graph.node.add(
+                op_type="Relu" if unsigned else "Identity", input=[source.input[0]], output=[node.output[0]]
+            )
+            continue
+        model.graph.node.add().CopyFrom(node)
     return model
 
 
