@@ -70,13 +70,10 @@ class CheckArguments:
         if not (self.max_latency or self.size or floors or drops) and self.min_agreement is None:
             return None
         from bitalloy.cli import options
-        from bitalloy.core.plans import Budget, number_with_unit
+        from bitalloy.core.plans import Budget
         from bitalloy.pipeline.check import finished_summary
 
-        ratio = milliseconds = None
-        if self.max_latency is not None:
-            number, unit = number_with_unit(self.max_latency, "--max-latency", "0.7x or 12ms", ("x", "ms"))
-            ratio, milliseconds = (number, None) if unit == "x" else (None, number)
+        ratio, milliseconds = options.latency(self.max_latency, "--max-latency")
         least, heads = options.floors(floors)
         given_bytes = round(finished_summary(self.run_directory).size_bytes.reference)
         return Budget(

@@ -25,7 +25,7 @@ WEIGHT_ROUNDINGS = ("auto", "nearest", "search", "gptq", "weighted")
 Text = TypeVar("Text", str, str | None)
 
 
-def latency(text: str | None) -> tuple[float | None, float | None]:
+def latency(text: str | None, option: str = "--latency") -> tuple[float | None, float | None]:
     """Read a latency budget: (ratio to the float model, milliseconds), one of which is None.
 
     >>> latency("0.7x"), latency("12ms"), latency(None)
@@ -33,7 +33,7 @@ def latency(text: str | None) -> tuple[float | None, float | None]:
     """
     if text is None:
         return None, None
-    number, unit = number_with_unit(text, "--latency", "0.7x or 12ms", ("x", "ms"))
+    number, unit = number_with_unit(text, option, "0.7x or 12ms", ("x", "ms"))
     return (number, None) if unit == "x" else (None, number)
 
 

@@ -52,11 +52,11 @@ def plan_again(
     if asked.on_task:
         raise BudgetError("Tables do not know the task: --max-drop and --min-agreement need `bitalloy run`.")
     if not asked.limited:
-        before = read_record(Path(folder) / PLAN_FILE, PlanReport).budget
+        run = read_record(Path(folder) / PLAN_FILE, PlanReport)
+        before = run.budget
         asked = msgspec.structs.replace(before, max_drop={}, min_agreement=None, keep=asked.keep or before.keep)
         if before.on_task_alone:  # the tables do not know the task, and without any limit float is best
-            taken = read_record(Path(folder) / PLAN_FILE, PlanReport).predicted_latency_us
-            ratio = math.ceil(1e4 * taken / tables.cost.all_float_us) / 1e4
+            ratio = math.ceil(1e4 * run.predicted_latency_us / tables.cost.all_float_us) / 1e4
             asked = msgspec.structs.replace(asked, latency_ratio=ratio, by_default=True)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))

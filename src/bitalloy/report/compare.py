@@ -56,7 +56,6 @@ class IntervalChart:
     rows: tuple[ChartRow, ...]
     line: float
     """Where the float model stands, in pixels."""
-    line_text: str
 
     @property
     def height(self) -> int:
@@ -112,4 +111,4 @@ def _chart(title: str, values: Sequence[tuple[str, float, Estimate | None]], zer
         )
         for index, (name, value, e) in enumerate(values)
     )
-    return IntervalChart(title, rows, at(zero), "float")
+    return IntervalChart(title, rows, at(zero))
