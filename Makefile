@@ -40,8 +40,8 @@ study: .venv-dev/installed
 cluster: .venv-dev/installed .venv-ray/installed
 	PYTHONPATH=$(CURDIR)/.venv-ray $(DEV)/python -m pytest -v tests/cluster
 
-torture: .venv-dev/installed
-	$(DEV)/python -m tests.torture --out torture.json
+torture: .venv-dev/installed .venv-ray/installed
+	PYTHONPATH=$(CURDIR)/.venv-ray $(DEV)/python -m tests.torture --out torture.json
 
 bench: .venv-dev/installed
 	$(DEV)/python benchmarks/run.py --quick

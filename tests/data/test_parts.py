@@ -16,7 +16,7 @@ from bitalloy.core.jobs import Contexts
 from bitalloy.core.records import DataInfo, SampleParts, TensorSpec
 from bitalloy.data.datasets import ArrayDataset, Dataset, Subset, data_opening, open_dataset
 from bitalloy.data.images import file_hash
-from bitalloy.data.parts import APART, WantedSamples, draw_parts
+from bitalloy.data.parts import APART, WantedSamples, doubtful, draw_parts
 
 USUAL = WantedSamples(calibration=64, probe=16, verification=16)
 
@@ -169,3 +169,19 @@ def test_a_data_set_of_the_users_own_kind_is_drawn_from() -> None:
     other = Own()
     other.info = DataInfo(name="own", count=50, seed=0, sha256="other", preprocessing="none")
     assert subset.info != draw_parts(other, USUAL, seed=0)[0].info
+
+
+def test_samples_that_tell_nothing_are_named() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(1, 3, 8, 8)).astype(np.float32)
+    mask = np.ones((1, 100), np.int64)
+
+    def told(*images: np.ndarray) -> tuple[str, ...]:
+        return doubtful(ArrayDataset([{"x": one, "mask": mask} for one in images]))
+
+    assert told(image, 2 * image) == told(image) == ()
+    assert [note.startswith("The first 3 samples are equal") for note in told(image, image, image)] == [True]
+    (black,) = told(0 * image)
+    assert "'x' are 0" in black
+    assert len(told(0 * image, 0 * image)) == 2
+    assert told(0 * image, image) == ()

@@ -1,4 +1,4 @@
-"""SIGKILL at random times over chains of commands on three models, and over a study of one of them."""
+"""SIGKILL at random times over chains of commands on three models, on workers of Ray too, and over a study."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ NUMBERS = ("plan.json", "sensitivity.json", "calibration.json", "units.json", "p
 """Files that must be the same, where the target's latencies are estimates; else those that rest on no latency."""
 MEASURED = frozenset({"plan.json"})
 CORRECTED = ("--equalize", "--bias-correction", "--weight-rounding", "search")
-STUDY = "a study"
+STUDY, RAY = "a study", "tensorrt with Ray"
 STUDY_FILE = """
 targets = ["tensorrt"]
 [budget.fast]
@@ -64,9 +65,10 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
         fuzz.write_feeds(root / "feeds")
         wanted: dict[str, tuple[Mapping[str, bytes], list[int]]] = {}
         cases = [("net", "tensorrt"), ("text", "tensorrt"), ("head", "ort-cpu"), ("net", "ort-cpu"), ("net", STUDY)]
+        cases += [("net", RAY)] if find_spec("ray") else []
         while time.monotonic() < end:
             model, target = cases[rounds % len(cases)]
-            case = f"{model} on {target}"
+            case = f"{model} on {target.removesuffix(' with Ray')}"  # whose numbers are to be the same
             folder = root / f"{model}-{rounds}"
             folder.mkdir()
             onnx.save(fuzz.bases()[model], folder / "model.onnx")
@@ -95,6 +97,7 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
         "by_stage": dict(kills.most_common()),
         "chains": rounds,
         "most_results_lost_at_once": lost,
+        "not_installed": [] if find_spec("ray") else ["ray"],
         "faults": sorted(set(faults)),
     }
 
@@ -103,7 +106,8 @@ def commands(feeds: Path, target: str) -> list[list[str]]:
     """Command lines of one chain."""
     if target == STUDY:
         return [["study", "study.toml", "--out", "run"]]
-    usual = ["model.onnx", "--data", str(feeds), *COMMON, "--target", target, "--out", "run"]
+    shared = ("--executor", "ray", "--workers", "2") if target == RAY else ()
+    usual = ["model.onnx", "--data", str(feeds), *COMMON, "--target", target.split()[0], *shared, "--out", "run"]
     lines = [
         ["sensitivity", *usual, "--confirm", "3"],
         ["run", *usual, *CORRECTED, "--effort", "thorough", "--latency", "1.5x", "--max-drop-db", "10"],

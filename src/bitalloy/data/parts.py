@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 
+import numpy as np
+
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import SampleParts
 from bitalloy.data.datasets import Dataset, Samples, Subset, drawn_order
@@ -23,6 +25,10 @@ from bitalloy.data.images import file_hash
 
 APART = 16
 """Least number of sources from which every part has samples of its own."""
+COMPARED = 8
+"""Samples that are read to tell whether samples differ."""
+LEAST_OF_A_SIGNAL = 64
+"""Values from which an input is an image or another signal, so that equal ones are no choice of the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,30 @@ def draw_parts(
     calibration, probe, verification = (tuple(place[index] for index in part) for part in chosen)
     parts = SampleParts(available=len(data), calibration=calibration, probe=probe, verification=verification)
     return Subset(data, list(place), seed=seed), parts
+
+
+def doubtful(data: Dataset) -> tuple[str, ...]:
+    """Tell what is wrong with samples that can be read, from the first `COMPARED`: they are equal, or inputs constant.
+
+    Args:
+        data: the samples that were drawn.
+
+    Returns:
+        Sentences for the reader of the results; none for usual samples.
+    """
+    found = [data.feeds(i) for i in range(min(len(data), COMPARED))]
+    first, notes = found[0], []
+    if len(found) > 1 and all(np.array_equal(first[name], one[name]) for one in found[1:] for name in first):
+        notes.append(
+            f"The first {len(found)} samples are equal, so the ranges and all figures are those of one sample. Give "
+            "samples as different as those of the deployment."
+        )
+    for name, array in first.items():
+        signal = array.dtype.kind == "f" and array.size >= LEAST_OF_A_SIGNAL
+        if signal and all((one[name] == array.flat[0]).all() for one in found):
+            told = f"All values of input '{name}' are {array.flat[0]:g} in the samples."
+            notes.append(f"{told} Is it read as it should be?")
+    return tuple(notes)
 
 
 def _sources(data: Dataset) -> dict[str, list[int]]:

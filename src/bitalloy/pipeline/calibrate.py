@@ -23,7 +23,7 @@ from bitalloy.corrections.rounding import check_rounding, round_blocks
 from bitalloy.corrections.scaling import scale_channels
 from bitalloy.data.datasets import Dataset
 from bitalloy.data.fitted import Fitted
-from bitalloy.data.parts import WantedSamples, draw_parts
+from bitalloy.data.parts import WantedSamples, doubtful, draw_parts
 from bitalloy.measure.workload import is_language, workload_of
 from bitalloy.model.graphs.joining import Joined
 from bitalloy.model.heads import find_heads
@@ -75,6 +75,7 @@ def calibrate(
         verification=VERIFY_SAMPLES,
     )
     drawn = draw_parts(data, wanted, seed=settings.seed, avoid=avoid)
+    notes = (*notes, *doubtful(drawn[0]))
     if settings.equalize and not model.quantization:
 
         def trial(graph: Graph, few: Settings) -> Calibrated:

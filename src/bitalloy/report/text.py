@@ -99,13 +99,36 @@ def usual_is_kept(summary: Summary) -> bool:
 
 def difference_text(one: Difference) -> str:
     """Return a number of two runs, and what their difference means, e.g. `size 4200 after 4000: worse`."""
-    ends = "" if one.difference is None or one.name == "size" else f" ({_difference_words(one.difference)})"
+    words = _difference_words(one)
     reason = f", {one.reason}" if one.reason else ""
-    return f"{one.name} {one.second:.6g} after {one.first:.6g}{ends}: {one.change}{reason}"
+    first, second = _number_words(one.name, one.first), _number_words(one.name, one.second)
+    return f"{one.name} {second} after {first}{f' ({words})' if words else ''}: {one.change}{reason}"
 
 
-def _difference_words(found: Estimate) -> str:
-    return f"{found.value:+.4g}, 95 % interval {found.low:+.4g} to {found.high:+.4g}"
+def _number_words(name: str, value: float, sign: str = "") -> str:
+    """Write a number of a run with its unit, and as many digits as can be told from noise."""
+    match name:
+        case "latency over float":
+            return f"{value:{sign}.3f}x"
+        case "latency in ms":
+            return f"{value:{sign}.3g}" if abs(value) < 100 else f"{value:{sign}.0f}"
+        case "size":
+            return f"{value:{sign},.0f} bytes"
+    return f"{value:{sign}z.2f} dB" if name.startswith("SQNR of ") else f"{value:{sign}z.4f}"
+
+
+def _difference_words(one: Difference) -> str:
+    """Write second - first with its interval, of a size in percent; empty where nothing is known."""
+    if one.difference is None:
+        return ""
+    if one.name == "size":
+        return (
+            f"{one.difference.value / one.first:+.1%}".replace("%", " %") if one.first and one.difference.value else ""
+        )
+    value, low, high = (
+        _number_words(one.name, x, "+") for x in (one.difference.value, one.difference.low, one.difference.high)
+    )
+    return f"{value}, 95 % interval {low} to {high}"
 
 
 def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -113,9 +136,9 @@ def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[
     lines: list[tuple[str, ...]] = [
         (
             one.name,
-            f"{one.first:.6g}",
-            f"{one.second:.6g}",
-            _difference_words(one.difference) if one.difference is not None and one.name != "size" else "",
+            _number_words(one.name, one.first),
+            _number_words(one.name, one.second),
+            _difference_words(one),
             f"{one.change}{': ' + one.reason if one.reason else ''}",
         )
         for one in found.numbers
