@@ -99,6 +99,15 @@ def test_time_that_a_limit_leaves_buys_accuracy(analysis: Any, planned: Any) -> 
     assert too_slow is not None and too_slow[0].latency_ratio == 0.8 and too_slow[1] is not planned.cost
 
 
+def test_an_aim_that_prices_put_out_of_reach_comes_back_when_a_plan_is_faster() -> None:
+    relaxed = Budget(latency_ratio=0.8, by_default=True)
+    assert rounds.nearer_default(relaxed, 0.7, 0.7258).latency_ratio == 0.7258
+    assert rounds.nearer_default(relaxed, 0.7, 0.6).latency_ratio == 0.7
+    assert rounds.nearer_default(relaxed, 0.7, 0.9) == relaxed
+    own = Budget(latency_ratio=0.8)
+    assert rounds.nearer_default(own, 0.7, 0.6) is own
+
+
 def test_a_size_budget_may_cost_time(analysis: Any, planned: Any) -> None:
     budget = Budget(size_bytes=10**9)
     assert rounds.next_search(analysis.units, budget, budget, planned, measured(analysis, 1.4)) is None

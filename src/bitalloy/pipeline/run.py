@@ -16,7 +16,6 @@ from bitalloy.core.limits import limited
 from bitalloy.core.planned import Planned
 from bitalloy.core.plans import Budget, CostTable
 from bitalloy.core.records import Settings
-from bitalloy.core.schemes import BASELINE
 from bitalloy.core.store import RunDirectory, claimed
 from bitalloy.core.summaries import write_summary
 from bitalloy.core.work import Workspace
@@ -35,8 +34,8 @@ from bitalloy.search.planning import COST_FILE, FACTS_FILE, MATRIX_FILE, UNITS_F
 from bitalloy.sensitivity.analysis import Analysis
 from bitalloy.sensitivity.measuring import confirm
 from bitalloy.targets import chosen_targets
+from bitalloy.verify.rounds import default_ratio
 
-DEFAULT_RATIO = 0.7
 CONFIRM_SAMPLES = 4
 """Number of samples on which the worst units are measured by execution before planning."""
 
@@ -175,9 +174,8 @@ def deliver_target(
 
 
 def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work: Workspace) -> tuple[Analysis, Planned]:
-    """The plan at 0.7x of the time that people pay anyway, or near the least that the table reaches, with a note."""
-    before = table.pure_us[analysis.units.usual] / table.all_float_us if analysis.units.usual != BASELINE else 1.0
-    wanted = round(DEFAULT_RATIO * before, 4)
+    """The plan at the default aim, or near the least that the table reaches, with a note."""
+    wanted = default_ratio(analysis.units, table)
     try:
         asked = msgspec.structs.replace(budget, latency_ratio=wanted, by_default=True)
         return analysis, plan(analysis, asked, table=table, front=False, work=work)
@@ -186,7 +184,8 @@ def _plan_by_default(analysis: Analysis, budget: Budget, table: CostTable, work:
             raise
         ratio = math.ceil(100 * error.reachable_ratio + 2) / 100
         where = "on this machine" if analysis.target.device is None else f"on {analysis.target.device.name}"
-        note = f"The default budget of {wanted:.3g}x is out of reach {where}; {ratio}x was used instead."
+        told = f"By the prices of units the usual aim of {wanted:.3g}x is out of reach {where}"
+        note = f"{told}; the search began at {ratio}x."
         asked = msgspec.structs.replace(budget, latency_ratio=ratio, by_default=True)
         planned = plan(analysis, asked, table=table, front=False, work=work)
         return replace(analysis, notes=(*analysis.notes, note)), planned

@@ -37,7 +37,16 @@ from bitalloy.verify.neighbours import (
     with_measured_front,
 )
 from bitalloy.verify.repair import repair
-from bitalloy.verify.rounds import MeasuredStanding, budget_misfit, fits_best, next_search, plain_sqnr, seeks_speed
+from bitalloy.verify.rounds import (
+    MeasuredStanding,
+    budget_misfit,
+    default_ratio,
+    fits_best,
+    nearer_default,
+    next_search,
+    plain_sqnr,
+    seeks_speed,
+)
 
 NEIGHBOUR_GAIN_DB, NEIGHBOUR_GAIN_SHARE = 0.1, 0.02
 """What a neighbour on the front must gain to be tried: mean SQNR, or part of the latency."""
@@ -105,13 +114,17 @@ class VerificationCourse:
         self._tried: list[TriedPlan] = []
         self._decided: TriedPlan | None = None
         self.budget = planned.plan.budget
-        """The budget as the user gave it."""
+        """The budget as the user gave it; where nobody did, nearer to the default once more is seen to be in reach."""
 
     def search(self) -> None:
         """Measure, correct and search, until nothing is left to correct or the rounds are used up."""
         planned, asked = self._first, self.budget
         while True:
-            repaired = self._try(planned, asked, "search").round.repair is not None
+            tried = self._try(planned, asked, "search")
+            repaired = tried.round.repair is not None
+            if not planned.cost.estimated:
+                wanted = default_ratio(self._analysis.units, self._first.cost)
+                self.budget = nearer_default(self.budget, wanted, tried.measured.ratio)
             if len(self._tried) == self._effort.rounds:
                 return
             next_ = next_search(

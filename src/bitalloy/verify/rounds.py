@@ -10,11 +10,14 @@ import numpy as np
 
 from bitalloy.core.planned import Measured, Planned, ratio_limit
 from bitalloy.core.plans import MOST_DB, Budget, CostTable
+from bitalloy.core.schemes import BASELINE
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.measure.fit import corrected_table
 from bitalloy.model.heads import is_divergence
 
+DEFAULT_RATIO = 0.7
+"""What is aimed at where nobody limits anything, over the time that people pay anyway."""
 MARGIN_DB = 0.2
 """SQNR by which a floor is raised beyond the gap to it."""
 
@@ -76,6 +79,28 @@ def fits_best(budget: Budget, found: Sequence[MeasuredStanding]) -> int:
 def _better_but_for_size(one: MeasuredStanding, other: MeasuredStanding) -> bool:
     pairs = [(other.ratio, one.ratio), *((one.sqnr_db[h], other.sqnr_db[h]) for h in other.sqnr_db)]
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def default_ratio(units: UnitGraph, table: CostTable) -> float:
+    """Return the latency over float that is aimed at where nobody limits anything."""
+    before = table.pure_us[units.usual] / table.all_float_us if units.usual != BASELINE else 1.0
+    return round(DEFAULT_RATIO * before, 4)
+
+
+def nearer_default(budget: Budget, wanted: float, measured: float) -> Budget:
+    """Return a budget that nobody asked for with an aim as near to the default as a measured plan reaches.
+
+    Its first aim is what the cost table reaches. A plan that turns out faster shows that more is in reach.
+
+    Args:
+        budget: the budget of the search.
+        wanted: see `default_ratio`.
+        measured: latency over float of a plan, as measured.
+    """
+    if not budget.by_default or budget.latency_ratio is None:
+        return budget
+    reached = max(wanted, min(budget.latency_ratio, measured))
+    return msgspec.structs.replace(budget, latency_ratio=round(reached, 4))
 
 
 def seeks_speed(budget: Budget) -> bool:
