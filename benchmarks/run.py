@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import shlex
 import string
 import subprocess
@@ -31,6 +32,8 @@ from bench_records import VARIABLES, BenchFigure, BenchMachine, BenchmarkRecord,
 from bitalloy.core.store import versions
 from bitalloy.runtime.machine import this_machine
 
+BUSY = 0.1
+"""Part of all processors that others use, from which on a machine is called busy."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -63,13 +66,15 @@ def main() -> None:
 def repeated(record: BenchmarkRecord) -> BenchmarkRecord:
     """Run the command of a record here, and return the record of that run."""
     assert record.command is not None
-    cores = os.cpu_count() or 1
-    busy = os.getloadavg()[0] >= 0.5 * cores
-    machine, begun = this_machine(), time.monotonic()
+    machine, begun, before = this_machine(), time.monotonic(), (used_by_all(), used_by_commands())
     with tempfile.TemporaryDirectory() as folder:
         words = command_words(record.command, {"OUT": folder, **os.environ})
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     seconds, printed = round(time.monotonic() - begun, 1), last_json(done.stdout)
+    busy = None
+    if before[0] is not None and (all_used := used_by_all()) is not None:
+        others = all_used - before[0] - (used_by_commands() - before[1])
+        busy = others >= BUSY * seconds * (os.cpu_count() or 1)
     figures = tuple(measured(figure, printed, seconds) for figure in record.figures)
     if all(figure.value is None for figure in figures):
         raise ValueError(f"No figure of the record is in what the command printed: {done.stdout[-200:]}")
@@ -87,6 +92,24 @@ def repeated(record: BenchmarkRecord) -> BenchmarkRecord:
         stale="",
         figures=figures,
     )
+
+
+def used_by_all() -> float | None:
+    """Return the seconds of processors that were used since the machine started, also by other machines on its host.
+
+    `None` where the system does not tell.
+    """
+    file = Path("/proc/stat")
+    if not file.exists():
+        return None
+    user, nice, system, _, _, *others = map(int, file.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+
+def used_by_commands() -> float:
+    """Return the seconds of processors that commands used that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def command_words(command: str, environment: Mapping[str, str]) -> list[str]:

@@ -20,18 +20,23 @@ import msgspec
 import pytest
 from PIL import Image
 
+from bitalloy.core.checked import MovedUnit, RunDifference
 from bitalloy.core.examples import ClassPrecision, Example, Examples, ExampleText
 from bitalloy.core.outcome import Comparison, Correction, HeadComparison, Remeasured, Repair
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Calibration, Estimate, Histogram, SensitivityTable, TensorRange
+from bitalloy.core.studies import Answer, Lack, MeasuredVariant, PartContrast, PartDamage, StudyCell, StudyResult
 from bitalloy.report import charts, figures, formats
 from bitalloy.report.breakdown import ReportTables, region_tree
+from bitalloy.report.compare import ComparedRun, render_comparison
 from bitalloy.report.plots import plots_of
 from bitalloy.report.ranges import SHOWN_RANGES, worst_ranges
 from bitalloy.report.render import LIBRARIES, SCRIPTS, Extras, embedded_json
+from bitalloy.report.study import render_study
 from bitalloy.report.tables import sensitivity_csv, sensitivity_json
 from bitalloy.report.targets import compare_targets
 from bitalloy.report.text import readable
+from bitalloy.verify.compare import compare_numbers
 
 AXE = "4.14.1"
 EVIL = "</script><img src=x onerror=alert(1)>\"'&<!--<script>\u2028"
@@ -592,6 +597,77 @@ def wait_for(browser: Any, selector: str) -> None:
     WebDriverWait(browser, 10).until(lambda page: page.find_elements("css selector", selector))
 
 
+def barriers(page: Any, axe: str, width: int, *, drawn: str = "main") -> tuple[list[str], bool]:
+    """What axe finds on a page with everything open, and whether nothing of it lies beside the window."""
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        wait_for(page, drawn)
+        overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        page.execute_script(axe)
+        script = (
+            "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}).then((found) =>"
+            " arguments[0](found.violations.map((v) => v.id + ': ' + v.nodes[0].html.slice(0, 200))));"
+        )
+        return page.execute_async_script(script), overflow <= 0
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def small_study() -> StudyResult:
+    """Two models on one target, one of which gave no result, with parts from hardly to much damaged."""
+    known = Estimate(value=0.71, low=0.69, high=0.74)
+    parts = tuple(
+        PartDamage(
+            id=f"{scope} {part}",
+            model="detector",
+            family="yolo11",
+            target="ort-cpu",
+            scope=scope,
+            part=part,
+            scheme="int8",
+            head="",
+            sqnr_db=Estimate(value=db, low=db - 2, high=db + 2),
+            share=Estimate(value=share, low=share / 2, high=1.0),
+            units=7,
+            latency_ratio=0.6,
+        )
+        for scope in ("region", "operator", "kind")
+        for part, db, share in (("first", 12.0, 0.6), ("second", 35.0, 0.3), ("third", 70.0, 0.1))
+    )
+    variants = (
+        MeasuredVariant(name="published", published={"AP50-95": 0.39}),
+        MeasuredVariant(name="float", latency_ratio=None, size_bytes=10**7),
+        MeasuredVariant(
+            name="mixed", latency_ratio=known, size_bytes=10**6, sqnr_db={"boxes": 31.0}, drops={"AP50-95": known}
+        ),
+    )
+    cell = StudyCell(
+        model="detector", family="yolo11", target="ort-cpu", schemes="usual", budget="default", folder="cells/detector",
+        status="met", variants=variants,
+    )  # fmt: skip
+    answers = tuple(
+        Answer(question=f"Is the first part worse ({verdict})?", verdict=verdict, told="By 23 dB.", value=known,
+               rows=(parts[0].id, cell.id))
+        for verdict in ("yes", "no", "undecided", "not studied")
+    )  # fmt: skip
+    contrast = PartContrast(
+        question="Is the first part worse (yes)?", model="detector", target="ort-cpu", first=parts[0].id,
+        second=parts[1].id, value=known,
+    )  # fmt: skip
+    return StudyResult(
+        cells=(cell, msgspec.structs.replace(cell, model="other", failed="Its file is damaged.", variants=())),
+        parts=parts,
+        contrasts=(contrast,),
+        answers=answers,
+        lacks=(Lack(model="third", what="Not there: the checkpoint."),),
+        seconds=12.0,
+        seed=0,
+        versions={"onnx": "1.18.0"},
+    )
+
+
 class TestBrowser:
     def test_console_is_quiet_and_nothing_is_requested(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
@@ -615,22 +691,32 @@ class TestBrowser:
     ) -> None:
         page = visit(make_run().with_summary(budget=budget), extras=with_examples())
         assert page.find_elements("css selector", f"#result.{tone}")
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        try:
-            page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-            wait_for(page, "#graph-frame svg")
-            overflow = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-            page.execute_script(axe)
-            script = (
-                "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']}).then((found) =>"
-                " arguments[0](found.violations.map((v) => v.id + ': ' + v.nodes[0].html.slice(0, 200))));"
-            )
-            violations = page.execute_async_script(script)
-        finally:
-            page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        assert violations == []
-        assert overflow <= 0
+        assert barriers(page, axe, width, drawn="#graph-frame svg") == ([], True)
+
+    @pytest.mark.parametrize("width", [390, 1400])
+    def test_pages_of_several_runs_have_no_barrier(
+        self, make_run: Make, browser: Any, axe: str, tmp_path: Path, width: int
+    ) -> None:
+        first, second = make_run().summary, make_run(seed=1).summary
+        difference = RunDifference(
+            first="runs/a",
+            second="runs/b",
+            same_model=True,
+            same_target=False,
+            numbers=compare_numbers(first, second),
+            units=(MovedUnit(unit="model.0", first="int8", second="fp32"),),
+            versions={"onnx": ("1.18.0", "")},
+            data={},
+        )
+        runs = [
+            ComparedRun("runs/a", "a/report.html", first, None),
+            ComparedRun("runs/b", "", second, difference),
+        ]
+        for text in (render_comparison(runs), render_study(small_study())):
+            path = tmp_path / "page.html"
+            path.write_text(text, encoding="utf-8")
+            browser.get(path.as_uri())
+            assert barriers(browser, axe, width) == ([], True)
 
     def test_key_figures_start_with_the_mixed_model_on_a_phone(self, make_run: Make, visit: Callable[..., Any]) -> None:
         page = visit(make_run())
