@@ -35,7 +35,7 @@ TARGETS = ("tensorrt", "ort-cuda")
 def plans_of(analysis: Analysis, seed: int, work: Workspace) -> dict[str, Plan]:
     """Name -> plan, without repetitions. The search has a budget halfway between float and everything lowered."""
     units, cost, lowest = analysis.units.units, measure_cost(analysis), analysis.units.lowest()
-    ratio = round((1 + latency_us(cost, analysis.units, lowest) / cost.all_float_us) / 2, 2)
+    ratio = round((1 + latency_us(cost, analysis.units, lowest) / cost.float_us) / 2, 2)
     random = np.random.default_rng(seed)
     found = {
         "FP16": Plan.of("fp16", *analysis.units.able("fp16")),

@@ -65,7 +65,7 @@ def main() -> None:
     half = min(options.plans // 2, len(inner))
     chosen = [inner[round(i)] for i in np.linspace(0, len(inner) - 1, half)]
     plans = [*chosen, *random_plans(analysis, np.linspace(0.1, 1.0, options.plans - half), [options.seed, 71])]
-    predicted = np.array([latency_us(table, analysis.units, p) for p in plans]) / table.all_float_us
+    predicted = np.array([latency_us(table, analysis.units, p) for p in plans]) / table.float_us
 
     artefacts = {str(i): analysis.artefact(p) for i, p in enumerate(plans)}
     rounds: list[np.ndarray] = []

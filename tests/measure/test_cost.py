@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from bitalloy.core.store import StageInputs, key_of
 from bitalloy.core.units import Edge, Unit, UnitEdge, UnitGraph, WeightSite
 from bitalloy.core.work import Workspace
 from bitalloy.measure import cost
+from bitalloy.measure.prices import latency_us
 from bitalloy.rewrite.calibrated import Environment
 from bitalloy.runtime.machine import Machine, this_machine
 from bitalloy.runtime.steps import Step, once
@@ -57,6 +58,8 @@ def chain(count: int, narrow: Sequence[int] = ()) -> UnitGraph:
     return UnitGraph(target="drawn", model_sha256="0" * 64, units=units, edges=edges, schemes=SCHEMES)
 
 
+GIVEN = 1.3
+"""Time of the float model as it was given over that after the graph rewrites."""
 SHARES = {"inference": 1.0, "prefill": 0.25, "token": 0.25}
 """Step -> its part of the time of an inference."""
 
@@ -79,6 +82,9 @@ class Model:
 
     def session(self) -> None:
         """Open the model, large or not."""
+
+    def reopener(self) -> str:
+        return "kept"
 
 
 class Simulated:
@@ -122,12 +128,15 @@ class Simulated:
     ) -> dict[str, np.ndarray]:
         self.together.append(together)
         assert all((opener == "kept") is not self.large for opener in models.values())
-        assert [name for name in models] == [str(i) for i in range(len(self.plans))]
+        names = [str(i) for i in range(len(self.plans))]
+        assert [name for name in models] in (names, [*names, "given"])
         disturbed = np.array([[1.0, 4.0, 0.5], [1.0, 0.25, 3.0]])
         for _ in range(repeats if progress is not None else 0):
             progress(1)  # type: ignore[misc]
         shares = np.array([SHARES[step.name] for step in steps])
-        return {str(i): self.wall_us(plan) / 1e3 * disturbed[..., None] * shares for i, plan in enumerate(self.plans)}
+        times = {str(i): self.wall_us(plan) for i, plan in enumerate(self.plans)}
+        times |= {"given": GIVEN * self.wall_us(Plan())} if "given" in models else {}
+        return {name: us / 1e3 * disturbed[..., None] * shares for name, us in times.items()}
 
     def wall_us(self, plan: Plan) -> float:
         inside = sum(self.kernel[u.id, s := plan.scheme_of(u.id)] * SCALES[s] for u in self.units.units)
@@ -162,6 +171,18 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
     assert (table.target, table.device, table.threads) == ("drawn", this_machine().processor, this_machine().threads)
     assert table.fixed_us == 0 and not table.estimated and table.residual_percent < 0.01
     assert len(table.left_out_percent) == 6
+
+
+def test_ratios_refer_to_the_model_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rewrites without any rounding save belongs to every plan, also to the one that lowers nothing."""
+    units = chain(24, narrow=[5, 23])
+    before = cost.measure(units, Simulated(units, monkeypatch).variant, [once({})])
+    beside = Simulated(units, monkeypatch)
+    table = cost.measure(units, beside.variant, [once({})], given=cast(Any, Model(Plan(), large=False)))
+    assert before.given_us is None and before.float_us == pytest.approx(beside.wall_us(Plan()), rel=1e-3)
+    assert table.float_us == pytest.approx(GIVEN * beside.wall_us(Plan()))
+    assert msgspec.structs.replace(table, given_us=None) == before
+    assert latency_us(table, units, Plan()) / table.float_us == pytest.approx(1 / GIVEN, rel=1e-3)
 
 
 def test_every_step_counts_as_often_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +269,7 @@ def analysis_of(units: UnitGraph, *, device: object = None, environment: Environ
         settings=SimpleNamespace(seed=given["seed"], workload=None),
         data=SimpleNamespace(feeds=lambda index: {"sample": index}),
         artefact=lambda plan: None,
+        original=lambda: "as given",
         recipe=lambda: None,
         units=units,
         environment=environment,
@@ -309,10 +331,11 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
     )
 
     def measure(
-        given: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, mixtures: int, progress: Any
+        drawn: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, mixtures: int, given: Any, progress: Any
     ) -> CostTable:
         progress(1)
-        made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
+        assert given == "as given"
+        made.append(("measured", drawn, *(dict(step.feeds) for step in steps), seed))
         return plain
 
     def estimate(graph: object, given: UnitGraph, other: object, workload: object, apart: bool) -> CostTable:

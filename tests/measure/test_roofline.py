@@ -153,7 +153,7 @@ def test_a_ratio_lies_between_what_a_device_may_do(tmp_path: Path) -> None:
     assert device.device is not None
     found = ratio_interval(graph, units, device.device, half, Plan())
     table = estimate_costs(graph, units, device.device)
-    assert found.value == pytest.approx(latency_us(table, units, half) / table.all_float_us, rel=1e-3)
+    assert found.value == pytest.approx(latency_us(table, units, half) / table.float_us, rel=1e-3)
     assert found.low <= 0.55 and found.high >= 0.95
     for plan in (half, Plan()):
         same = ratio_interval(graph, units, device.device, plan, plan)

@@ -20,6 +20,7 @@ from bitalloy.core.outcome import Evaluation
 from bitalloy.core.plans import FIRST, Budget, CostTable, PlanReport
 from bitalloy.core.schemes import Plan
 from bitalloy.core.store import RunDirectory
+from bitalloy.measure.prices import latency_us
 from bitalloy.runtime.ort import OrtSession
 from bitalloy.search.planning import plan_peers, read_tables, tables_of
 from bitalloy.sensitivity.matrix import decibel
@@ -75,7 +76,7 @@ def test_planning_again_without_the_task_keeps_the_time_of_the_run(finished: Any
     before = from_json(file.read_bytes(), PlanReport)
     file.write_bytes(to_json(msgspec.structs.replace(before, budget=Budget(max_drop={"AP50-95": 0.1}))))
     again = bitalloy.plan_again(tmp_path / "run").plan
-    float_us = from_json((tmp_path / "run" / "cost.json").read_bytes(), CostTable).all_float_us
+    float_us = from_json((tmp_path / "run" / "cost.json").read_bytes(), CostTable).float_us
     assert again.budget.by_default and not again.budget.max_drop and again.budget.latency_ratio is not None
     assert again.budget.latency_ratio * float_us == pytest.approx(before.predicted_latency_us, rel=1e-3)
     assert again.predicted_latency_us <= 1.001 * before.predicted_latency_us
@@ -285,11 +286,12 @@ def test_a_limit_on_a_task_metric_ends_with_a_verified_plan(analysis: Any, table
 
 
 def test_neighbours_on_the_front_are_measured(analysis: Any, table: Any) -> None:
-    try:
-        plan = bitalloy.plan(analysis, Budget(latency_ratio=0.7), table=table).plan
-    except UnreachableError as error:  # a busy machine measured less of a gain
-        assert error.reachable_ratio is not None
-        plan = bitalloy.plan(analysis, Budget(latency_ratio=1.05 * error.reachable_ratio), table=table).plan
+    with pytest.raises(UnreachableError) as least:
+        bitalloy.plan(analysis, Budget(latency_ratio=0.001), table=table)
+    assert least.value.reachable_ratio is not None
+    float_ratio = latency_us(table, analysis.units, Plan()) / table.float_us
+    halfway = (least.value.reachable_ratio + float_ratio) / 2
+    plan = bitalloy.plan(analysis, Budget(latency_ratio=halfway), table=table).plan
     points = front_neighbours(plan)
     assert 3 <= len(points) <= 7 and plan.chosen in {p.chosen for p in points}
     order = [p.chosen for p in plan.pareto]

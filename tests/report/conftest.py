@@ -238,8 +238,8 @@ def _summary(
     data: DataInfo,
     metrics: bool,
 ) -> Summary:
-    ratio = round(plan.predicted_latency_us / cost.all_float_us, 4)
-    lowest_ratio = latency_us(cost, units, units.lowest()) / cost.all_float_us
+    ratio = round(plan.predicted_latency_us / cost.float_us, 4)
+    lowest_ratio = latency_us(cost, units, units.lowest()) / cost.float_us
     reference = cost.pure_us[BASELINE] / 1e3
 
     def latency(median: float) -> Latency:

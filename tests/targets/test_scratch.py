@@ -321,7 +321,7 @@ def test_a_plan_is_made_shipped_and_audited(analysis: Analysis, executed: Execut
     assert planned.plan.predicted_latency_us == pytest.approx(
         latency_us(planned.cost, analysis.units, chosen), rel=1e-3
     )
-    assert planned.plan.predicted_latency_us < planned.cost.all_float_us
+    assert planned.plan.predicted_latency_us < planned.cost.float_us
     shipped = apply(analysis, planned)
     # nodes and scales, which no table counts, are a part of so small a file
     assert 0 < sum(shipped.sizes.values()) - planned.plan.predicted_size_bytes < 10_000

@@ -40,7 +40,7 @@ class Planned(Tabular):
     @property
     def predicted_ratio(self) -> float:
         """Predicted latency over that of the float model."""
-        return self.plan.predicted_latency_us / self.cost.all_float_us
+        return self.plan.predicted_latency_us / self.cost.float_us
 
     @property
     def predicted_ratio_interval(self) -> Estimate | None:
@@ -48,7 +48,7 @@ class Planned(Tabular):
         found = self.plan.predicted_latency_interval_us
         if found is None:
             return None
-        value, low, high = (round(us / self.cost.all_float_us, 4) for us in (found.value, found.low, found.high))
+        value, low, high = (round(us / self.cost.float_us, 4) for us in (found.value, found.low, found.high))
         return Estimate(value=value, low=low, high=high)
 
 
@@ -116,5 +116,5 @@ def ratio_limit(budget: Budget, planned: Planned) -> float | None:
     """Return the tightest latency limit of a budget as a part of the float model's latency; None without one."""
     limits = [budget.latency_ratio] if budget.latency_ratio is not None else []
     if budget.latency_ms is not None:
-        limits.append(budget.latency_ms * 1e3 / planned.cost.all_float_us)
+        limits.append(budget.latency_ms * 1e3 / planned.cost.float_us)
     return min(limits) if limits else None

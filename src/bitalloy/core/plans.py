@@ -119,6 +119,9 @@ class CostTable(Tabular, Record, frozen=True, kw_only=True):
     """True where nothing was measured: times follow from peak rates of `device`."""
     left_out_percent: tuple[float, ...] = ()
     """Error of each random variant over its time (positive: predicted too slow), by a fit that has not seen it."""
+    given_us: float | None = None
+    """Median time of the float model as it was given, in the same interleaved run as `pure_us`, whose models all have
+    the graph rewrites of a plan; None where it was not measured."""
 
     def listing(self) -> Listing:
         """Return time and weight bytes of each unit in each scheme as a table."""
@@ -126,8 +129,13 @@ class CostTable(Tabular, Record, frozen=True, kw_only=True):
         return Listing(f"costs on {self.device}", ("unit", "scheme", "us", "bytes"), rows)
 
     @property
-    def all_float_us(self) -> float:
-        """Predicted latency of the float model."""
+    def float_us(self) -> float:
+        """Latency of the float model as it was given, to which ratios refer.
+
+        Where it was not measured it is what the table predicts of the model with all units in float.
+        """
+        if self.given_us is not None:
+            return self.given_us
         return self.fixed_us + sum(c.us[BASELINE] for c in self.units)
 
 

@@ -58,6 +58,7 @@ def measure(
     seed: int = 0,
     repeats: int = COST_ROUNDS,
     mixtures: int = EFFORTS[USUAL_EFFORT].mixtures,
+    given: Artefact | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
     """Measure the cost table of a target that runs on this machine.
@@ -69,16 +70,19 @@ def measure(
         seed: the seed of the random mixtures.
         repeats: timed rounds in each sitting.
         mixtures: number of random variants beside those of one scheme.
+        given: the float model as it was given, which takes turns with the variants; None to leave it out.
         progress: called once per variant profiled and once per round.
     """
     schemes = _pure(units)
     pure = [Plan.of(name, *units.able(name)) for name in schemes]
     generator = np.random.default_rng([seed, 23])
     plans = [*pure, *(_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures))]
+    large = len(pure) + LARGE_MIXTURES
     plans, profiles, rounds, together = _execute(
-        units, plans, variant, steps, large=len(pure) + LARGE_MIXTURES, repeats=repeats, progress=progress
+        units, plans, variant, steps, large=large, repeats=repeats, given=given, progress=progress
     )
-    wall = _wall(rounds, together=together)
+    every = _wall(rounds, together=together)
+    wall = every[: len(plans)]
     kernel = _unit_times(units, plans, profiles)
     fit = fit_prices(units, schemes, plans, kernel, wall)
     scale = dict(zip(fit.schemes, fit.scales, strict=True))
@@ -103,6 +107,7 @@ def measure(
         pure_us={name: float(us) for name, us in zip(schemes, wall, strict=False)},
         residual_percent=fit.residual_percent,
         left_out_percent=fit.left_out_percent,
+        given_us=None if given is None else float(every[-1]),
     )
 
 
@@ -124,13 +129,14 @@ def _execute(
     *,
     large: int,
     repeats: int,
+    given: Artefact | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray, bool]:
     """Profile and time plans side by side, of a large model the first `large` ones.
 
     Returns:
         The plans; of each, number of a unit -> microseconds of its kernels; (plans, sittings, rounds): times in
-        microseconds; and whether the plans took turns in every round.
+        microseconds, behind those of plans that of the model as given; and whether the plans took turns in every round.
     """
     with temporary() as folder:
         names = [u.id for u in units.units]
@@ -147,14 +153,16 @@ def _execute(
             profiles.append(_profile(model, opener, units, steps, folder))
             if progress is not None:
                 progress(1)
+        timed = {str(i): opener for i, opener in enumerate(openers)}
+        timed |= {"given": given.reopener()} if given is not None else {}
         times = bench.time_sittings(
-            {str(i): opener for i, opener in enumerate(openers)},
+            timed,
             steps,
             repeats=repeats,
             together=not alone,
             progress=progress,
         )
-    return plans, profiles, np.stack([total(times[str(i)], steps) for i in range(len(plans))]) * 1e3, not alone
+    return plans, profiles, np.stack([total(times[name], steps) for name in timed]) * 1e3, not alone
 
 
 def _wall(rounds: np.ndarray, *, together: bool) -> np.ndarray:
@@ -257,6 +265,7 @@ def measure_cost(
                 priced(analysis),
                 seed=analysis.settings.seed,
                 mixtures=effort.mixtures,
+                given=None if analysis.graph.large else analysis.original(),
                 progress=progress.advance,
             )
 

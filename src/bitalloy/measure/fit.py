@@ -91,7 +91,7 @@ def corrected_table(table: CostTable, units: UnitGraph, plan: Plan, measured_rat
     """
     found = borders(units, plan)
     count, price = sum(number for _, number in found.values()), borders_us(table, units, plan)
-    missing = measured_ratio * table.all_float_us - (latency_us(table, units, plan) - price)
+    missing = measured_ratio * table.float_us - (latency_us(table, units, plan) - price)
     if missing <= 0 or count == 0:
         return table
     if price <= 0:

@@ -56,7 +56,7 @@ def plan_again(
         before = run.budget
         asked = msgspec.structs.replace(before, max_drop={}, min_agreement=None, keep=asked.keep or before.keep)
         if before.on_task_alone:  # the tables do not know the task, and without any limit float is best
-            ratio = math.ceil(1e4 * run.predicted_latency_us / tables.cost.all_float_us) / 1e4
+            ratio = math.ceil(1e4 * run.predicted_latency_us / tables.cost.float_us) / 1e4
             asked = msgspec.structs.replace(asked, latency_ratio=ratio, by_default=True)
     store = RunDirectory(folder)
     planned = plan_tables(tables, asked, work=Workspace(store, progress or Silent()))

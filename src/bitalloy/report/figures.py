@@ -176,7 +176,7 @@ def key_figures(summary: Summary, units: UnitGraph, cost: CostTable) -> tuple[Fi
 
 def predicted_lowest_ratio(units: UnitGraph, cost: CostTable) -> float:
     """Return the predicted latency over float of the model whose units all run in their lowest scheme."""
-    return latency_us(cost, units, units.lowest()) / cost.all_float_us
+    return latency_us(cost, units, units.lowest()) / cost.float_us
 
 
 def rounds(summary: Summary, heads: Iterable[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -105,7 +105,7 @@ def plots_of(summary: Summary, tables: ReportTables) -> Plots:
 def points_of(plan: PlanReport, cost: CostTable) -> list[tuple[ParetoPoint, float, bool]]:
     """(point, predicted latency over float, whether it is the chosen plan), fastest first."""
     chosen = plan.chosen
-    found = [(p, p.predicted_latency_us / cost.all_float_us, p.chosen == chosen) for p in plan.pareto]
+    found = [(p, p.predicted_latency_us / cost.float_us, p.chosen == chosen) for p in plan.pareto]
     return sorted(found, key=lambda t: t[1])
 
 

@@ -198,13 +198,13 @@ def plan_json(planned: Planned) -> str:
 def front_json(planned: Planned) -> str:
     """Write the Pareto front as JSON, fastest plan first, with the heads and the float latency in µs."""
     plan = planned.plan
-    found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.all_float_us, "front": plan.pareto}
+    found = {"heads": [h.head for h in plan.heads], "float_us": planned.cost.float_us, "front": plan.pareto}
     return to_json(found, pretty=True).decode() + "\n"
 
 
 def front_table(planned: Planned) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each plan of the front, fastest first; the chosen plan is marked."""
-    plan, whole = planned.plan, planned.cost.all_float_us
+    plan, whole = planned.plan, planned.cost.float_us
     heads = [(i, h.head) for i, h in enumerate(plan.heads) if not is_divergence(h.head)]
     lines = []
     for point in plan.pareto:

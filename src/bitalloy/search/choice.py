@@ -147,7 +147,7 @@ def search_limits(problem: Problem, budget: Budget) -> Limits:
     check_heads(budget, heads)
     latency = [np.inf]
     if budget.latency_ratio is not None:
-        latency.append(budget.latency_ratio * problem.latency_us(Plan()))
+        latency.append(budget.latency_ratio * problem.cost.float_us)
     if budget.latency_ms is not None:
         latency.append(budget.latency_ms * 1e3)
     floors = [budget.floor_db(h) if h in heads else None for h in problem.matrix.heads]
@@ -174,7 +174,7 @@ def _nearest(problem: Problem, program: Program, limits: Limits) -> Limits:
 
 def _unreachable(problem: Problem, program: Program, budget: Budget, limits: Limits) -> UnreachableError:
     """Say what is asked for and how much is in reach: of each limit alone and, where there are several, together."""
-    start = problem.latency_us(Plan())
+    start = problem.cost.float_us
     together = program.solve(replace(limits, latency_us=np.inf), minimize="latency")
     fastest = together or program.solve(Limits(damage=limits.damage), minimize="latency")
     smallest = problem.size_bytes(problem.smallest)

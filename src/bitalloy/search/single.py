@@ -37,7 +37,7 @@ def single_plans(problem: Problem, budget: Budget) -> tuple[SinglePlan, ...]:
     names = [s.name for s in units.schemes if s.name != BASELINE and units.able(s.name)]
     if len(names) < 2:
         return ()
-    ceiling, whole = limits.damages(len(problem.matrix.heads)), problem.latency_us(Plan())
+    ceiling, whole = limits.damages(len(problem.matrix.heads)), problem.cost.float_us
     found = []
     for name in names:
         plan = Plan({**problem.fixed, **Plan.of(name, *units.able(name))})

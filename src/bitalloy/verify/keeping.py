@@ -89,7 +89,7 @@ def fastest_that_keeps(
         raise BudgetError(
             "A limit on the drop of a task metric needs labels. Give --eval (evaluate=...) with the task's."
         )
-    whole, judge = planned.cost.all_float_us, DropJudge(evaluator, budget)
+    whole, judge = planned.cost.float_us, DropJudge(evaluator, budget)
     within = _other_limits(planned, budget)
     front = sorted(planned.plan.pareto, key=lambda p: p.predicted_latency_us)
     front = [p for p in front if within(p)] or front
@@ -161,7 +161,7 @@ def _as_point(single: SinglePlan, whole: float) -> ParetoPoint:
 
 def _other_limits(planned: Planned, budget: Budget) -> Callable[[ParetoPoint], bool]:
     """Return a function that tells whether a plan keeps the limits that are not on the task, by prediction."""
-    whole, heads = planned.cost.all_float_us, [h.head for h in planned.plan.heads]
+    whole, heads = planned.cost.float_us, [h.head for h in planned.plan.heads]
     latency = [budget.latency_ratio * whole] if budget.latency_ratio is not None else []
     latency += [budget.latency_ms * 1e3] if budget.latency_ms is not None else []
     floors = {i: f for i, head in enumerate(heads) if (f := budget.floor_db(head)) is not None}

@@ -83,7 +83,7 @@ def _better_but_for_size(one: MeasuredStanding, other: MeasuredStanding) -> bool
 
 def default_ratio(units: UnitGraph, table: CostTable) -> float:
     """Return the latency over float that is aimed at where nobody limits anything."""
-    before = table.pure_us[units.usual] / table.all_float_us if units.usual != BASELINE else 1.0
+    before = table.pure_us[units.usual] / table.float_us if units.usual != BASELINE else 1.0
     return round(DEFAULT_RATIO * before, 4)
 
 

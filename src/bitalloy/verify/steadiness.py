@@ -22,7 +22,7 @@ def steadiness_of(cost: CostTable, chosen: Measured, final: Measured) -> Steadin
     """
     if cost.estimated or not final.sittings_ms:
         return None
-    priced = cost.pure_us[BASELINE] / 1e3
+    priced = (cost.pure_us[BASELINE] if cost.given_us is None else cost.given_us) / 1e3
     again = final is not chosen
     every = (priced, *(chosen.sittings_ms if again else ()), *final.sittings_ms)
     return Steadiness(
