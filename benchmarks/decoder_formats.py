@@ -98,6 +98,10 @@ class Decoder:
         """The model of a plan."""
         return Artefact({ONLY: write_plan(self.graph, self.recipe, plan).model})
 
+    def original(self) -> Artefact:
+        """The decoder as it was exported."""
+        return Artefact({ONLY: self.path})
+
     def write(self, plan: Plan, path: Path) -> Path:
         """Write the model of a plan, where it is not there yet."""
         if not path.is_file():
@@ -106,7 +110,7 @@ class Decoder:
 
     def table(self, small: Decoder) -> CostTable:
         """The cost of these units, measured on a decoder of fewer layers."""
-        found = cost.measure(small.units, small.artefact, [once(small.feeds())], repeats=3)
+        found = cost.measure(small.units, small, [once(small.feeds())], repeats=3)
         known = {c.unit: c for c in found.units}
         layers = 1 + max(int(at[1]) for name in known if (at := LAYER.search(name)))
         nothing = UnitCost(unit="", us={}, bytes={})
@@ -116,7 +120,7 @@ class Decoder:
             row = known.get(name, nothing)  # what is made at other sizes alone, such as a Concat with a cache
             us, sizes = ({scheme: part.get(scheme, 0) for scheme in unit.allowed} for part in (row.us, row.bytes))
             rows.append(msgspec.structs.replace(row, unit=unit.id, us=us, bytes=sizes))
-        return msgspec.structs.replace(found, units=tuple(rows), borders=(), pure_us={})
+        return msgspec.structs.replace(found, units=tuple(rows), borders=(), pure_us={}, given_us=None)
 
 
 def probed(decoder: Decoder, probes: int) -> ProbeMatrix:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -103,7 +103,10 @@ class Simulated:
         monkeypatch.setattr(cost, "reopeners", lambda models: ["kept"] * len(models))
         monkeypatch.setattr("bitalloy.measure.bench.time_sittings", self.time_sittings)
 
-    def variant(self, plan: Plan) -> Any:
+    def original(self) -> Any:
+        return Model(Plan(), self.large)
+
+    def artefact(self, plan: Plan) -> Any:
         self.plans.append(plan)
         return Model(plan, self.large)
 
@@ -129,13 +132,13 @@ class Simulated:
         self.together.append(together)
         assert all((opener == "kept") is not self.large for opener in models.values())
         names = [str(i) for i in range(len(self.plans))]
-        assert [name for name in models] in (names, [*names, "given"])
+        assert [name for name in models] == (names if self.large else [*names, "given"])
         disturbed = np.array([[1.0, 4.0, 0.5], [1.0, 0.25, 3.0]])
         for _ in range(repeats if progress is not None else 0):
             progress(1)  # type: ignore[misc]
         shares = np.array([SHARES[step.name] for step in steps])
         times = {str(i): self.wall_us(plan) for i, plan in enumerate(self.plans)}
-        times |= {"given": GIVEN * self.wall_us(Plan())} if "given" in models else {}
+        times |= {} if self.large else {"given": GIVEN * self.wall_us(Plan())}
         return {name: us / 1e3 * disturbed[..., None] * shares for name, us in times.items()}
 
     def wall_us(self, plan: Plan) -> float:
@@ -153,7 +156,7 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
     units = chain(24, narrow=[5, 23])
     machine = Simulated(units, monkeypatch)
     steps: list[int] = []
-    table = cost.measure(units, machine.variant, [once({})], seed=seed, repeats=4, progress=steps.append)
+    table = cost.measure(units, machine, [once({})], seed=seed, repeats=4, progress=steps.append)
     pure = [Plan(), *(Plan.of(name, *units.able(name)) for name in NAMES[1:])]
     assert machine.plans[:3] == pure and len(machine.plans) == 3 + 6 and machine.together == [True]
     assert steps == [1] * (len(machine.plans) + 4)
@@ -176,12 +179,11 @@ def test_a_table_holds_the_times_of_the_machine(monkeypatch: pytest.MonkeyPatch,
 def test_ratios_refer_to_the_model_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rewrites without any rounding save belongs to every plan, also to the one that lowers nothing."""
     units = chain(24, narrow=[5, 23])
-    before = cost.measure(units, Simulated(units, monkeypatch).variant, [once({})])
-    beside = Simulated(units, monkeypatch)
-    table = cost.measure(units, beside.variant, [once({})], given=cast(Any, Model(Plan(), large=False)))
-    assert before.given_us is None and before.float_us == pytest.approx(beside.wall_us(Plan()), rel=1e-3)
-    assert table.float_us == pytest.approx(GIVEN * beside.wall_us(Plan()))
-    assert msgspec.structs.replace(table, given_us=None) == before
+    machine = Simulated(units, monkeypatch)
+    table = cost.measure(units, machine, [once({})])
+    assert table.float_us == pytest.approx(GIVEN * machine.wall_us(Plan()))
+    unknown = msgspec.structs.replace(table, given_us=None)
+    assert unknown.float_us == pytest.approx(machine.wall_us(Plan()), rel=1e-3)
     assert latency_us(table, units, Plan()) / table.float_us == pytest.approx(1 / GIVEN, rel=1e-3)
 
 
@@ -189,7 +191,7 @@ def test_every_step_counts_as_often_as_it_is_made(monkeypatch: pytest.MonkeyPatc
     """A prompt that takes a quarter of the time, and three runs of another quarter each, make the same table as one."""
     units = chain(24, narrow=[5, 23])
     single, several = [once({})], [Step("prefill", {}), Step("token", {}, times=3, graph="decoder")]
-    one, three = (cost.measure(units, Simulated(units, monkeypatch).variant, steps) for steps in (single, several))
+    one, three = (cost.measure(units, Simulated(units, monkeypatch), steps) for steps in (single, several))
     for a, b in zip(one.units, three.units, strict=True):
         assert b.us == pytest.approx(a.us, abs=2e-3)
     assert three.pure_us == pytest.approx(one.pure_us)
@@ -202,7 +204,7 @@ def test_schemes_that_no_unit_may_take_are_not_tried(monkeypatch: pytest.MonkeyP
     narrowed = tuple(msgspec.structs.replace(u, allowed=NAMES[:2]) for u in units.units)
     units = msgspec.structs.replace(units, units=narrowed)
     machine = Simulated(units, monkeypatch)
-    table = cost.measure(units, machine.variant, [once({})])
+    table = cost.measure(units, machine, [once({})])
     assert list(table.pure_us) == [BASELINE, "int8"] and machine.plans[:2] == [Plan(), Plan.of("int8", *units.allowed)]
     assert all(set(plan.values()) <= {BASELINE, "int8"} for plan in machine.plans)
 
@@ -210,15 +212,15 @@ def test_schemes_that_no_unit_may_take_are_not_tried(monkeypatch: pytest.MonkeyP
 def test_without_another_scheme_the_float_model_alone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     units = msgspec.structs.replace(chain(4, narrow=range(4)), schemes=SCHEMES[:1])
     machine = Simulated(units, monkeypatch)
-    table = cost.measure(units, machine.variant, [once({})])
+    table = cost.measure(units, machine, [once({})])
     assert list(table.pure_us) == [BASELINE] and set(machine.plans) == {Plan()} and table.borders == ()
 
 
 def test_of_a_large_model_there_are_fewer_variants_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(12)
     machine = Simulated(units, monkeypatch, large=True)
-    cost.measure(units, machine.variant, [once({})])
-    assert len(machine.plans) == 3 + 2 and machine.together == [False]
+    table = cost.measure(units, machine, [once({})])
+    assert len(machine.plans) == 3 + 2 and machine.together == [False] and table.given_us is None
 
 
 def test_weights_are_as_large_as_their_bits() -> None:
@@ -228,7 +230,7 @@ def test_weights_are_as_large_as_their_bits() -> None:
 
 def test_sizes_of_weights_are_those_of_all_weights_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     units = chain(3)
-    table = cost.measure(units, Simulated(units, monkeypatch).variant, [once({})])
+    table = cost.measure(units, Simulated(units, monkeypatch), [once({})])
     assert [c.bytes for c in table.units] == [
         {BASELINE: 8, "int8": 2, "int4": 1}, {BASELINE: 24, "int8": 6, "int4": 3}, {BASELINE: 40, "int8": 10, "int4": 5}
     ]  # fmt: skip
@@ -240,7 +242,7 @@ def test_mixtures_change_the_scheme_as_often_as_they_say(monkeypatch: pytest.Mon
     mixtures: list[list[Plan]] = []
     for seed in range(40):
         machine = Simulated(units, monkeypatch)
-        cost.measure(units, machine.variant, [once({})], seed=seed)
+        cost.measure(units, machine, [once({})], seed=seed)
         mixtures.append(machine.plans[3:])
     assert len({str(sorted(plan.items())) for plans in mixtures for plan in plans}) > 200
     pairs, starts = np.zeros((3, 3)), np.zeros(3)
@@ -331,11 +333,11 @@ def test_a_table_is_measured_where_the_target_runs_and_estimated_elsewhere(
     )
 
     def measure(
-        drawn: UnitGraph, variant: object, steps: Sequence[Step], *, seed: int, mixtures: int, given: Any, progress: Any
+        given: UnitGraph, models: Any, steps: Sequence[Step], *, seed: int, mixtures: int, progress: Any
     ) -> CostTable:
         progress(1)
-        assert given == "as given"
-        made.append(("measured", drawn, *(dict(step.feeds) for step in steps), seed))
+        assert models.original() == "as given"
+        made.append(("measured", given, *(dict(step.feeds) for step in steps), seed))
         return plain
 
     def estimate(graph: object, given: UnitGraph, other: object, workload: object, apart: bool) -> CostTable:

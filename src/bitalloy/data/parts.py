@@ -25,7 +25,7 @@ from bitalloy.data.images import file_hash
 
 APART = 16
 """Least number of sources from which every part has samples of its own."""
-COMPARED = 8
+LOOKED_AT = 8
 """Samples that are read to tell whether samples differ."""
 LEAST_OF_A_SIGNAL = 64
 """Values from which an input is an image or another signal, so that equal ones are no choice of the user."""
@@ -76,7 +76,7 @@ def draw_parts(
 
 
 def doubtful(data: Dataset) -> tuple[str, ...]:
-    """Tell what is wrong with samples that can be read, from the first `COMPARED`: they are equal, or inputs constant.
+    """Tell what is wrong with samples that can be read, from the first `LOOKED_AT`: they are equal, or inputs constant.
 
     Args:
         data: the samples that were drawn.
@@ -84,7 +84,7 @@ def doubtful(data: Dataset) -> tuple[str, ...]:
     Returns:
         Sentences for the reader of the results; none for usual samples.
     """
-    found = [data.feeds(i) for i in range(min(len(data), COMPARED))]
+    found = [data.feeds(i) for i in range(min(len(data), LOOKED_AT))]
     first, notes = found[0], []
     if len(found) > 1 and all(np.array_equal(first[name], one[name]) for one in found[1:] for name in first):
         notes.append(

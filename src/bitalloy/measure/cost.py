@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -50,27 +51,37 @@ SWITCH = (0.05, 0.15, 0.4)
 that borders get a price of their own."""
 
 
+class Models(Protocol):
+    """What makes the models that are timed."""
+
+    def artefact(self, plan: Plan) -> Artefact:
+        """Make the model of a plan."""
+        ...
+
+    def original(self) -> Artefact:
+        """Return the float model as it was given."""
+        ...
+
+
 def measure(
     units: UnitGraph,
-    variant: Callable[[Plan], Artefact],
+    models: Models,
     steps: Sequence[Step],
     *,
     seed: int = 0,
     repeats: int = COST_ROUNDS,
     mixtures: int = EFFORTS[USUAL_EFFORT].mixtures,
-    given: Artefact | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CostTable:
     """Measure the cost table of a target that runs on this machine.
 
     Args:
         units: the model's units.
-        variant: makes the model of a plan.
+        models: makes the models; the float model as given takes turns with those of plans, unless they are large.
         steps: what the table prices, each step as often as it is made.
         seed: the seed of the random mixtures.
         repeats: timed rounds in each sitting.
         mixtures: number of random variants beside those of one scheme.
-        given: the float model as it was given, which takes turns with the variants; None to leave it out.
         progress: called once per variant profiled and once per round.
     """
     schemes = _pure(units)
@@ -79,7 +90,7 @@ def measure(
     plans = [*pure, *(_mixture(units, generator, SWITCH[i % len(SWITCH)]) for i in range(mixtures))]
     large = len(pure) + LARGE_MIXTURES
     plans, profiles, rounds, together = _execute(
-        units, plans, variant, steps, large=large, repeats=repeats, given=given, progress=progress
+        units, plans, models, steps, large=large, repeats=repeats, progress=progress
     )
     every = _wall(rounds, together=together)
     wall = every[: len(plans)]
@@ -107,7 +118,7 @@ def measure(
         pure_us={name: float(us) for name, us in zip(schemes, wall, strict=False)},
         residual_percent=fit.residual_percent,
         left_out_percent=fit.left_out_percent,
-        given_us=None if given is None else float(every[-1]),
+        given_us=float(every[len(plans)]) if together else None,
     )
 
 
@@ -124,37 +135,37 @@ def stored_bytes(scheme: Scheme, elements: int) -> int:
 def _execute(
     units: UnitGraph,
     plans: list[Plan],
-    variant: Callable[[Plan], Artefact],
+    models: Models,
     steps: Sequence[Step],
     *,
     large: int,
     repeats: int,
-    given: Artefact | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[list[Plan], list[Mapping[int, float]], np.ndarray, bool]:
     """Profile and time plans side by side, of a large model the first `large` ones.
 
     Returns:
         The plans; of each, number of a unit -> microseconds of its kernels; (plans, sittings, rounds): times in
-        microseconds, behind those of plans that of the model as given; and whether the plans took turns in every round.
+        microseconds, with the float model as given behind the plans where all of them took turns; and whether they
+        did, in every round.
     """
     with temporary() as folder:
         names = [u.id for u in units.units]
-        first = trace(variant(plans[0]), names)
+        first = trace(models.artefact(plans[0]), names)
         alone = first.artefact.large
         plans = plans[:large] if alone else plans
-        models = [first.placed(folder / "0")]
-        models += [trace(variant(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
+        traced = [first.placed(folder / "0")]
+        traced += [trace(models.artefact(p), names).placed(folder / str(i)) for i, p in enumerate(plans[1:], 1)]
         del first
         profiles: list[Mapping[int, float]] = []
-        artefacts = [m.artefact for m in models]
+        artefacts = [m.artefact for m in traced]
         openers = [a.session for a in artefacts] if alone else reopeners(artefacts)
-        for model, opener in zip(models, openers, strict=True):
+        for model, opener in zip(traced, openers, strict=True):
             profiles.append(_profile(model, opener, units, steps, folder))
             if progress is not None:
                 progress(1)
         timed = {str(i): opener for i, opener in enumerate(openers)}
-        timed |= {"given": given.reopener()} if given is not None else {}
+        timed |= {} if alone else {"given": models.original().reopener()}
         times = bench.time_sittings(
             timed,
             steps,
@@ -261,11 +272,10 @@ def measure_cost(
         with work.stage("cost", known) as progress:
             return measure(
                 analysis.units,
-                analysis.artefact,
+                analysis,
                 priced(analysis),
                 seed=analysis.settings.seed,
                 mixtures=effort.mixtures,
-                given=None if analysis.graph.large else analysis.original(),
                 progress=progress.advance,
             )
 

@@ -34,7 +34,7 @@ AHEAD = 4
 PATIENCE_S = 120
 """Seconds within which a first worker must start."""
 SPARE_S = 30
-"""Seconds within which one must start beside others, which wait for it."""
+"""Seconds within which others must start beside it, while it waits."""
 SETTLE_S = 2
 """Seconds after which Ray knows that a resource is free, such as the processor of a lost worker."""
 LAST_JOBS_S = 5
@@ -184,7 +184,7 @@ class RayExecutor:
 
     def __exit__(self, *unused: object) -> None:
         for hand in self._hands:
-            self._end(hand)
+            self._end(hand.actor)
         self._hands.clear()
         self._sent.clear()
         if self._started:
@@ -261,7 +261,7 @@ class RayExecutor:
 
     def _lost(self, job: Job, unit: _Unit, hand: _Hand, waiting: deque[_Unit], error: Exception) -> None:
         unit.tries += 1
-        self._end(hand)
+        self._end(hand.actor)
         self._hands.remove(hand)
         if unit.tries == TRIES:
             raise BitalloyError(
@@ -284,42 +284,59 @@ class RayExecutor:
             count: how many.
             settle_s: seconds within which the processor of a lost worker may become free.
         """
-        for _ in range(count):
-            end = time.monotonic() + settle_s
-            while self._hands and self._ray.available_resources().get("CPU", 0) < 1:
-                if time.monotonic() >= end:
-                    return
-                time.sleep(0.1)
-            hand = self._hire(SPARE_S if self._hands else PATIENCE_S)
-            if hand is None and self._hands:  # the processors that seemed free were those of a lost node
-                return
-            if hand is None:
+        if count > 0 and not self._hands:
+            self._hands += self._hired(1, PATIENCE_S)
+            count -= 1
+            if not self._hands:
                 raise BitalloyError(
                     f"No worker started within {PATIENCE_S} s: of its CPUs, which are "
                     f"{self._ray.cluster_resources().get('CPU', 0):g}, Ray has none that is free. Add nodes, or wait."
                 )
-            self._hands.append(hand)
+        end = time.monotonic() + settle_s
+        while count > 0 and not (free := int(self._ray.available_resources().get("CPU", 0))):
+            if time.monotonic() >= end:
+                return
+            time.sleep(0.1)
+        if count > 0:
+            self._hands += self._hired(min(count, free), SPARE_S)
 
-    def _hire(self, patience_s: float) -> _Hand | None:
-        """Start a worker; None where it has not started within some seconds."""
+    def _hired(self, count: int, patience_s: float) -> list[_Hand]:
+        """Start workers side by side, and return those that started within some seconds.
+
+        Processors that seem free may be those of a lost node.
+
+        Raises:
+            BitalloyError: one cannot start, or would give other bits.
+        """
         local = self._address == RAY and self._started
         limit = memory_limit() // (self._workers or 1) if local else None
         kind = self._ray.remote(Worker).options(
             num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0, runtime_env=threads_of_workers()
         )
-        actor = kind.remote(limit, str(self._folder) if self._folder else None)
+        actors = [kind.remote(limit, str(self._folder) if self._folder else None) for _ in range(count)]
+        known = {actor.facts.remote(): actor for actor in actors}
+        ready, late = self._ray.wait(list(known), num_returns=count, timeout=patience_s)
+        hands: list[_Hand] = []
         try:
-            facts, node, _ = self._ray.get(actor.facts.remote(), timeout=patience_s)
-        except self._ray.exceptions.GetTimeoutError:
-            self._ray.kill(actor)
-            return None
+            hands += (self._checked(known[reference], reference) for reference in ready)
+        except BaseException:
+            late = list(known)
+            raise
+        finally:
+            for reference in late:
+                self._end(known[reference])
+        return hands
+
+    def _checked(self, actor: Any, facts: Any) -> _Hand:
+        """Return a worker that has started, whose node gives the same bits as this machine."""
+        try:
+            there, node, _ = self._ray.get(facts)
         except self._ray.exceptions.RayError as error:
             raise BitalloyError(
                 f"A worker could not start: {str(error).splitlines()[-1]} Is bitalloy installed on every node?"
             ) from error
-        found = differences(facts_here(), facts)
+        found = differences(facts_here(), there)
         if found:
-            self._ray.kill(actor)
             raise BitalloyError(
                 f"Node {node} would give other bits than this machine: {found}. Use nodes with the same packages, "
                 "processor and number of cores as this machine."
@@ -345,7 +362,7 @@ class RayExecutor:
         ready, _ = self._ray.wait(list(busy), num_returns=len(busy), timeout=0) if busy else ([], [])
         for reference, (hand, _) in busy.items():
             if reference not in ready and hand in self._hands:
-                self._end(hand)
+                self._end(hand.actor)
                 self._hands.remove(hand)
         for hand in list(self._hands):
             try:
@@ -354,9 +371,9 @@ class RayExecutor:
                 self._hands.remove(hand)
         self._cargo.clear()
 
-    def _end(self, hand: _Hand) -> None:
+    def _end(self, actor: Any) -> None:
         with suppress(Exception):  # it has ended already
-            self._ray.kill(hand.actor)
+            self._ray.kill(actor)
 
     def _tell(self, text: str, *, again: bool = False) -> None:
         if again or text not in self._told:
