@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,24 @@ from PIL import Image
 from bitalloy.core.errors import DataError
 from bitalloy.core.records import TensorSpec
 from bitalloy.data.arrays import stored_headers
-from bitalloy.data.datasets import ArrayDataset, FeedFolder, ImageFolder, Subset, choose_samples, open_dataset
-from bitalloy.data.images import ImageOptions, ImageSpec, image_feed, infer_image_spec, letterbox, open_image
+from bitalloy.data.datasets import (
+    ArrayDataset,
+    FeedFolder,
+    ImageFolder,
+    Subset,
+    choose_samples,
+    list_files,
+    open_dataset,
+)
+from bitalloy.data.images import (
+    IMAGE_SUFFIXES,
+    ImageOptions,
+    ImageSpec,
+    image_feed,
+    infer_image_spec,
+    letterbox,
+    open_image,
+)
 
 RGB = TensorSpec(name="images", dtype="FLOAT", shape=(1, 3, 8, 8))
 IDS = TensorSpec(name="ids", dtype="INT64", shape=(1, "length"))
@@ -295,6 +312,22 @@ def test_folder_is_sorted_recursive_and_leaves_out_hidden_files(tmp_path: Path) 
     assert data.info.preprocessing == PLAIN.describe()
     feed = data.feeds(1)
     np.testing.assert_array_equal(feed["images"], image_feed(open_image(tmp_path / "b.png"), PLAIN)[0])
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_has_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gone/a.png", "b.png"):
+        save_image(tmp_path / name)
+    scandir = os.scandir
+
+    def vanishing(path: str | Path) -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [file.name for file in list_files(tmp_path, IMAGE_SUFFIXES)] == ["b.png"]
 
 
 def test_a_single_image(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from bitalloy.core.errors import DataError
-from bitalloy.core.files import is_text
+from bitalloy.core.files import is_text, walk
 from bitalloy.core.jobs import Contexts, Opening, Resident
 from bitalloy.core.records import DataInfo, Record, TensorSpec
 from bitalloy.core.store import key_of
@@ -407,7 +407,7 @@ def list_files(path: Path, suffixes: frozenset[str]) -> list[Path]:
     Raises:
         DataError: the name of one is not UTF-8 text.
     """
-    files = [path] if path.is_file() else path.rglob("*")
+    files = [path] if path.is_file() else walk(path)
     found = [
         file
         for file in files

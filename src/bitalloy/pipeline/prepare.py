@@ -12,7 +12,7 @@ import onnx
 from bitalloy import zoo
 from bitalloy.core.effort import EFFORTS, USUAL_EFFORT, Effort
 from bitalloy.core.errors import BitalloyError, DataError
-from bitalloy.core.files import lasting_in
+from bitalloy.core.files import lasting_in, walk
 from bitalloy.core.jobs import Executor, LocalExecutor
 from bitalloy.core.store import RunDirectory, StageInputs, key_of
 from bitalloy.core.work import Progress, Workspace, usual_progress
@@ -376,7 +376,7 @@ class ExportInputs(StageInputs, frozen=True, kw_only=True):
 def _identity(checkpoint: str | Path | None) -> tuple[object, ...]:
     """What tells a checkpoint from another: names, sizes and times of its files."""
     path = Path(str(checkpoint))
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(f for f in walk(path) if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
     return (str(checkpoint), *((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 

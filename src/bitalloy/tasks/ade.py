@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bitalloy.core.errors import DataError
+from bitalloy.core.files import walk
 from bitalloy.data.images import IMAGE_SUFFIXES, opened_image
 
 __all__ = ["IGNORED", "LabelledFile", "find_pairs", "read_label"]
@@ -47,7 +48,7 @@ def find_pairs(folder: Path) -> tuple[LabelledFile, ...]:
         images, labels = images / "validation", labels / "validation"
     if not apart:
         images = labels = folder
-    files = sorted(file for file in images.rglob("*") if _is_image(file, apart))
+    files = sorted(file for file in walk(images) if _is_image(file, apart))
     pairs = [LabelledFile(_name(file, images), file, labels / f"{_name(file, images)}.png") for file in files]
     if not pairs:
         raise DataError(
