@@ -89,7 +89,8 @@ def suffer(seconds: float, seed: int) -> dict[str, Any]:
                 else:
                     _undisturbed(line, folder, faults)
             found = results(folder, target)
-            faults += [f"{case}: {file} differs" for file, data in wanted[case][0].items() if found.get(file) != data]
+            told = f"{model} on {target}"
+            faults += [f"{told}: {file} differs" for file, data in wanted[case][0].items() if found.get(file) != data]
             rounds += 1
             shutil.rmtree(folder)
     return {
