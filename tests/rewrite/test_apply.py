@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -214,3 +215,27 @@ def simulation(case: Case) -> Simulation:
 @pytest.fixture(scope="module")
 def board(case: Case) -> Switchboard:
     return Switchboard(case.graph, case.recipe(LIMITED))
+
+
+@pytest.mark.parametrize("chosen", [(), ("s",), ("p", "s"), ("p",)])
+def test_softmax_runs_over_the_last_axis_whether_its_result_is_rounded_or_not(
+    chosen: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Executed as written, the model gives what the same roundings around the Softmax as it was given do."""
+    text = '<ir_version: 9, opset_import: ["" : 17]> t (float[1,4,16,9] x) => (float[1,4,16,9] y) {'
+    proto = onnx.parser.parse_model(f"{text} a = Sigmoid(x)  b = Softmax<axis=2>(a)  y = Sigmoid(b) }}")
+    for node, name in zip(proto.graph.node, "psq", strict=True):
+        node.name = name
+    onnx.save(proto, tmp_path / "model.onnx")
+    graph = load_graph(tmp_path / "model.onnx")
+    feeds = {"x": np.random.default_rng(0).normal(size=(1, 4, 16, 9)).astype(np.float32)}
+    found = {}
+    for target in (ORT_CPU, dataclasses.replace(ORT_CPU, slow_softmax=False)):
+        recipe = Recipe(split(graph, target, find_heads(graph)), target, {"x": (-4.0, 4.0), "a": (0, 1), "b": (0, 0.2)})
+        model = write_plan(graph, recipe, int8(chosen)).model
+        (softmax,) = (node for node in model.graph if node.op_type == "Softmax")
+        assert softmax.metadata_props[TAG] == "s"
+        assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 2 * len(chosen) - (len(chosen) == 2)
+        axis = softmax.attributes["axis"].as_int()
+        found[axis] = OrtSession(ir.to_proto(model).SerializeToString(), optimize=False).run(feeds)["y"]
+    np.testing.assert_allclose(found[-1], found[2], rtol=0, atol=1e-6)

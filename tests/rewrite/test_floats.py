@@ -41,6 +41,11 @@ PREVENTED: dict[str, tuple[str, str, str]] = {
         "QLinearConv",
     ),
     "case4-softmax": (IMAGE, "c = Softmax(d)", "QLinearSoftmax"),
+    "case4-move": (
+        IMAGE,
+        "a = Transpose<perm=[0,1,3,2]>(d)  e = Softmax<axis=-1>(a)  c = Transpose<perm=[0,1,3,2]>(e)",
+        "QLinearSoftmax",
+    ),
     "case5-pool": (
         IMAGE,
         "c = AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1, count_include_pad=1>(d)",

@@ -302,7 +302,7 @@ def test_costs_are_estimated_for_every_scheme(analysis: Analysis) -> None:
 def test_costs_are_measured_where_the_target_runs(analysis: Analysis) -> None:
     """Of the same target without a device: each scheme and mixtures of all, on this machine."""
     feeds = dict(analysis.data.feeds(0))
-    table = measure(analysis.units, analysis.artefact, [once(feeds)], repeats=2)
+    table = measure(analysis.units, analysis, [once(feeds)], repeats=2)
     assert not table.estimated and list(table.pure_us) == [BASELINE, *NAMES]
     assert all(set(c.us) == set(analysis.units.allowed[c.unit]) for c in table.units)
     assert all(us >= 0 for c in table.units for us in c.us.values())

@@ -10,8 +10,8 @@ Case 4. Weights: stored in their format, and read back as float; biases: moved w
 Case 5. Units that compute in another format: `rewrite.cast`, after all roundings stand; these stay in float32, with a
         Cast between. Weights that such a unit stores in a third format are read in the one that it computes in.
 Case 6. Units whose kernel rounds what it reads: `rewrite.kernels`. What enters them is not rounded here.
-Case 7. Softmax over another axis than the last, in float: between two Transposes over the last axis, with the same
-        numbers. ONNX Runtime's kernel is several times slower on other axes.
+Case 7. Softmax over another axis than the last, computed in float32, its result rounded or not: between two Transposes
+        over the last axis, with the same numbers. ONNX Runtime's kernel is several times slower on other axes.
 
 Conditions verified on the way out: the ONNX checker passes; inputs and outputs keep names, types and shapes; the
 input model is untouched (it is cloned).
@@ -100,7 +100,7 @@ def write_plan(graph: Graph, recipe: Recipe, plan: Plan, *, kernels: bool = True
     for edge, rounded in entries:
         writer.enter(edge, rounded)
     for unit in units.units:
-        if target.slow_softmax and unit.kind == "Softmax" and unit.id not in plan:
+        if target.slow_softmax and unit.kind == "Softmax" and not known[plan.scheme_of(unit.id)].cast:
             _softmax_last(writer, writer.nodes[unit.id], unit.id)
     for computed in dict.fromkeys(s.activation for s in units.schemes if s.cast):
         schemes = [s.name for s in units.schemes if s.cast and s.activation == computed]

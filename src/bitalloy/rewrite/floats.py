@@ -9,7 +9,7 @@ Case 1. WeightBiasQuantization rounds the float weights of a Conv, ConvTranspose
 Case 2. The same of a MatMul with a bias, which MatMulAddFusion makes a Gemm. Prevented.
 Case 3. The same where an operator stands between that another pass moves or takes into the product (QDQPropagation;
         fusions of Pad, Add, Mul, BatchNormalization). Prevented.
-Case 4. Softmax between such nodes becomes QLinearSoftmax, which is up to a step off. Prevented.
+Case 4. Softmax between such nodes, past what moves, becomes QLinearSoftmax, which is up to a step off. Prevented.
 Case 5. AveragePool between such nodes becomes QLinearAveragePool, vectors or not: wrong with ceil_mode and
         count_include_pad, refused with dilations. Prevented there by a Sum of one operand behind it, which no pass
         takes.
@@ -55,7 +55,8 @@ def keep_floats(model: ir.Model) -> None:
         entry = _entry(node)
         if entry is None:
             continue
-        if _weight_is_rounded(node) or (node.op_type == "Softmax" and _way_out(node) == []):
+        way = _way_out(node) if node.op_type == "Softmax" else None
+        if _weight_is_rounded(node) or (way is not None and MOVED.issuperset(way)):
             keeper.read_by_channel(*entry)
         elif node.op_type == "AveragePool" and pool_fault(node) and _way_out(node) is not None:
             keeper.set_apart(node)
