@@ -4,12 +4,12 @@ An embedded model is analysed in this process and with 1, 2, 3 and 4 workers of 
 all cores, as the number of threads decides bits: on one machine more workers gain nothing, and what is measured is the
 overhead. From the jobs that this process does come the constants of a model of cost:
 
-    T(w) = serial + a + b min(w, jobs) + sum over stages (open + ceil(jobs / w) cost)
+    T(w) = serial + a + b min(w, jobs, 2) + sum over stages (open + ceil(jobs / w) cost)
 
 `serial` is what only the process itself does, `open` what a worker does before the first job of a stage, `cost` one
 job. `a` and `b` are fitted to the runs with workers: T_ray(w) - T_local = a + b w. The runs share one machine, so `b`
 holds the start of a worker while others use the cores, which is more than on a node of its own. On paper there are w
-nodes like this one. With `--shard` there is no Ray (a = b = 0), and measurements of one sample are on several nodes
+nodes like this one, and workers start in two steps: the first, then all others side by side. With `--shard` there is no Ray (a = b = 0), and measurements of one sample are on several nodes
 too; a part and the merge are two starts of a process. Both are told for many times the samples as well, since an
 embedded model on few samples is done before a cluster has started.
 
@@ -45,6 +45,8 @@ from bitalloy.runtime.ort import available_cores
 from bitalloy.sensitivity.measuring import Selection
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 100)
+START_STEPS = 2
+"""Steps in which workers on nodes of their own start."""
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Costs:
         """Return the seconds on some nodes, for `times` as many samples as were measured."""
         pieces = [stage.pieces(split=self.split) for stage in self.stages]
         each = [stage.on(nodes, count, times) for stage, count in zip(self.stages, pieces, strict=True)]
-        return self.serial + self.a + self.b * min(nodes, max(pieces) * times) + sum(each)
+        return self.serial + self.a + self.b * min(nodes, max(pieces) * times, START_STEPS) + sum(each)
 
 
 def main() -> None:
