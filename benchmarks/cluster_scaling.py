@@ -9,9 +9,10 @@ overhead. From the jobs that this process does come the constants of a model of 
 `serial` is what only the process itself does, `open` what a worker does before the first job of a stage, `cost` one
 job. `a` and `b` are fitted to the runs with workers: T_ray(w) - T_local = a + b w. The runs share one machine, so `b`
 holds the start of a worker while others use the cores, which is more than on a node of its own. On paper there are w
-nodes like this one, and workers start in two steps: the first, then all others side by side. With `--shard` there is no Ray (a = b = 0), and measurements of one sample are on several nodes
-too; a part and the merge are two starts of a process. Both are told for many times the samples as well, since an
-embedded model on few samples is done before a cluster has started.
+nodes like this one, and workers start in two steps: the first, then all others side by side. With `--shard` there is no
+Ray (a = b = 0), and measurements of one sample are on several nodes too; a part and the merge are two starts of a
+process. Both are told for many times the samples as well, since an embedded model on few samples is done before a
+cluster has started.
 
     python benchmarks/cluster_scaling.py
     python benchmarks/cluster_scaling.py --samples 2 --calibration 4 --probes 1 --workers 1 --units '*/cv1/*'    a look
