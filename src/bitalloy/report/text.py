@@ -107,14 +107,10 @@ def difference_text(one: Difference) -> str:
 
 def _number_words(name: str, value: float, sign: str = "") -> str:
     """Write a number of a run with its unit, and as many digits as can be told from noise."""
-    match name:
-        case "latency over float":
-            return f"{value:{sign}.3f}x"
-        case "latency in ms":
-            return f"{value:{sign}.3g}" if abs(value) < 100 else f"{value:{sign}.0f}"
-        case "size":
-            return f"{value:{sign},.0f} bytes"
-    return f"{value:{sign}z.2f} dB" if name.startswith("SQNR of ") else f"{value:{sign}z.4f}"
+    if name == "latency in ms":
+        return f"{value:{sign}.3g}" if abs(value) < 100 else f"{value:{sign}.0f}"
+    kinds = {"latency over float": "latency_ratio", "size": "size_bytes"}
+    return _amount(kinds.get(name, "min_sqnr_db" if name.startswith("SQNR of ") else "max_drop"), value, sign)
 
 
 def _difference_words(one: Difference) -> str:
@@ -161,18 +157,18 @@ def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str
     return ("metric", "model", "value", "interval", "drop", "noise"), lines
 
 
-def _amount(kind: str, value: float) -> str:
+def _amount(kind: str, value: float, sign: str = "") -> str:
     """Write a value of a limit, with its unit and as many digits as decide."""
     match kind:
         case "latency_ratio":
-            return f"{value:.3f}x"
+            return f"{value:{sign}.3f}x"
         case "latency_ms":
             return time_text(value)
         case "size_bytes":
-            return f"{value:,.0f} bytes"
+            return f"{value:{sign},.0f} bytes"
         case "max_drop" | "min_agreement":
-            return f"{value:z.4f}"
-    return f"{value:z.2f} dB"
+            return f"{value:{sign}z.4f}"
+    return f"{value:{sign}z.2f} dB"
 
 
 def interval_words(estimate: Estimate, digits: int) -> str:
