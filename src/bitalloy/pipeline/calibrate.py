@@ -65,7 +65,8 @@ def calibrate(
     devices = chosen_targets(settings.targets, settings.device)
     _check_schemes(devices, settings.schemes)
     check_rounding(settings.weight_rounding)
-    workload_of(model, settings.workload)  # what it refuses is refused before any work
+    workload_of(model, settings.workload)  # what these refuse is refused before any work
+    _excluded(model, settings.exclude)
     for device in devices:
         device.runtime.version()  # where it is not installed, that is said before any work
     given, corrections = model, tuple[Correction, ...]()
