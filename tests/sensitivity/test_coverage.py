@@ -7,6 +7,8 @@ them. Those of latency ratios are in `tests/measure/test_bench.py`, those of tas
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import numpy as np
 import pytest
@@ -22,10 +24,12 @@ LEAST, MOST = 0.90, 0.985
 """Shares that 400 trials of intervals of 95 % nearly always lie within; those of 80 % lie below 0.87, of 99 % above."""
 
 
-@pytest.mark.parametrize("samples", [4, 16, 64])
-@pytest.mark.parametrize("tail", [0.3, 0.7])
+@pytest.mark.parametrize(("tail", "samples"), [*itertools.product((0.3, 0.7), (4, 16, 64)), (2.0, 16), (2.0, 64)])
 def test_measured_sqnr(samples: int, tail: float) -> None:
-    """Damage in parts of a sample's energy is lognormal: the mean of exp(N(0, s^2)) is exp(s^2 / 2)."""
+    """Damage in parts of a sample's energy is lognormal: the mean of exp(N(0, s^2)) is exp(s^2 / 2).
+
+    With s = 2, as the scores of a detector have it, one sample in thirty does half of all damage.
+    """
     rng, weights, held = np.random.default_rng(1), draws(samples, 0), 0
     truth = -10 * np.log10(1e-3 * np.exp(tail**2 / 2))
     for _ in range(TRIALS):

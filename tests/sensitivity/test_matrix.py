@@ -20,6 +20,7 @@ from bitalloy.sensitivity.matrix import (
     decibel,
     draws,
     estimate_sqnr,
+    lognormal_limit,
     shrink,
     silent_heads,
     sqnr_interval,
@@ -241,35 +242,36 @@ def test_an_interval_is_percentiles_widened_by_student_s_t() -> None:
     """Both sides reach as far as the farther percentile, 2.5 or 97.5, of the draws."""
     resampled = 10 ** (-np.linspace(20, 30, 401) / 10)  # percentiles 20.25 and 29.75 dB
     for value, farther in ((24.0, 29.75 - 24.0), (26.0, 26.0 - 20.25)):
-        found = sqnr_interval(10 ** (-value / 10), resampled, 4)
+        found = sqnr_interval(10 ** (-value / 10), resampled, 0.0, 4)
         reach = farther * stats.t.ppf(0.975, 3) / stats.norm.ppf(0.975) * (4 / 3) ** 0.5
         assert (found.value, found.low, found.high) == pytest.approx((value, value - reach, value + reach), abs=2e-3)
-    assert sqnr_interval(0.01, np.full(9, 0.01), 2) == Estimate(value=20.0, low=20.0, high=20.0)
-    wide = sqnr_interval(0.01, np.array([1e-16, 1e6] * 200), 3)
+    assert sqnr_interval(0.01, np.full(9, 0.01), 0.0, 2) == Estimate(value=20.0, low=20.0, high=20.0)
+    wide = sqnr_interval(0.01, np.array([1e-16, 1e6] * 200), 0.0, 3)
     assert (wide.low, wide.high) == (-60.0, 160.0)
 
 
 def test_one_sample_leaves_the_interval_open() -> None:
-    assert sqnr_interval(1e-3, np.full(5, 1e-3), 1) == Estimate(value=30.0, low=-60.0, high=160.0)
+    assert sqnr_interval(1e-3, np.full(5, 1e-3), 1.0, 1) == Estimate(value=30.0, low=-60.0, high=160.0)
 
 
 def test_numbers_are_stored_with_three_decimals() -> None:
-    found = sqnr_interval(0.0123456, np.full(9, 0.0123456), 5)
+    found = sqnr_interval(0.0123456, np.full(9, 0.0123456), 0.0, 5)
     assert (found.value, found.low, found.high) == (19.085, 19.085, 19.085)
-    assert sqnr_interval(0.0123456, np.full(9, 0.0123456), 1).value == 19.085
-    spread = sqnr_interval(0.01, np.linspace(0.005, 0.02, 101), 7)
+    assert sqnr_interval(0.0123456, np.full(9, 0.0123456), 0.0, 1).value == 19.085
+    spread = sqnr_interval(0.01, np.linspace(0.005, 0.02, 101), 0.0, 7)
     assert all(round(number, 3) == number for number in (spread.low, spread.high))
 
 
 def test_estimates_of_heads_are_those_of_their_draws(drawn: ProbeMatrix) -> None:
     chosen, weights = np.array([1.0, 1.0, 0.0, 1.0]), draws(SAMPLES, 0)
     damage, resampled = definition(drawn, chosen).mean(axis=0), drawn.resampled(chosen, weights)
-    for secant, factors, others in (
-        (None, np.ones(2), np.ones_like(resampled)), (SECANT, bend(SECANT, damage), bend(SECANT, resampled))
-    ):  # fmt: skip
+    most = np.array([olsson(of_head) for of_head in definition(drawn, chosen).T])
+    for secant, bent in ((None, np.ones_like), (SECANT, lambda linear: bend(SECANT, linear))):
         found = estimate_sqnr(drawn, chosen, weights, secant)
-        for head in range(2):
-            expected = sqnr_interval(damage[head] * factors[head], resampled[:, head] * others[:, head], SAMPLES)
+        for head, (mean, draw, limit) in enumerate(
+            zip(damage * bent(damage), (resampled * bent(resampled)).T, most * bent(most), strict=True)
+        ):
+            expected = sqnr_interval(mean, draw, limit, SAMPLES)
             assert found[head].value == pytest.approx(expected.value, abs=2e-3)
             assert (found[head].low, found[head].high) == pytest.approx((expected.low, expected.high), abs=5e-3)
 
@@ -279,4 +281,29 @@ def test_measured_damage_is_total_over_total(drawn: ProbeMatrix) -> None:
     weights = np.array([[1, 1, 1], [3, 0, 0], [0, 2, 1]]) / 3
     found = damage_interval(damage, energy, weights)
     ratios = np.array([9 / 30 / 3, 1 / 30, 10 / 30 / 2.5])
-    assert found == sqnr_interval(0.1, ratios, 3)
+    assert found == sqnr_interval(0.1, ratios, olsson(damage), 3)
+
+
+def test_an_interval_goes_down_to_what_rare_samples_may_do() -> None:
+    found = sqnr_interval(0.01, np.full(9, 0.01), 0.1, 5)
+    assert (found.value, found.low, found.high) == (20.0, 10.0, 20.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lognormal_limit_is_olsson_s(seed: int) -> None:
+    damage = np.exp(np.random.default_rng(seed).normal(-3, 2 + seed, (9, 2)))
+    assert (lognormal_limit(damage) > damage.mean(axis=0)).all() and not lognormal_limit(damage**0.1).any()
+    np.testing.assert_allclose(lognormal_limit(damage), [olsson(of_head) for of_head in damage.T])
+    with_zeros = np.concatenate([damage, np.zeros((3, 2))])
+    np.testing.assert_allclose(lognormal_limit(with_zeros), 0.75 * lognormal_limit(damage))
+    np.testing.assert_array_equal(lognormal_limit(np.array([[0.0, 2.0], [0.0, 0.0]])), [0.0, 0.0])
+
+
+def olsson(damage: np.ndarray) -> float:
+    """Upper end of the 95 % interval of a lognormal mean, "modified Cox" of Olsson, 2005; 0 without a heavy tail."""
+    logs, n = np.log(damage[damage > 0]), int((damage > 0).sum())
+    spread = (logs.var(ddof=1) / n + logs.var(ddof=1) ** 2 / (2 * (n - 1))) ** 0.5
+    if logs.std(ddof=1) < 1:
+        return 0.0
+    upper = np.exp(logs.mean() + logs.var(ddof=1) / 2 + stats.t.ppf(0.975, n - 1) * spread)
+    return float(upper * n / len(damage))

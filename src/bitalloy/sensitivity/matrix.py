@@ -18,6 +18,8 @@ from bitalloy.model.heads import is_divergence
 
 BOOTSTRAPS = 400
 FLOOR_DB, CEILING_DB = -60.0, 160.0
+HEAVY_TAIL = 1.0
+"""Standard deviation of the logarithms of damages from which on rare samples do most of it."""
 LEAST_ENERGY = 1e-30
 """What stands in place of the energy of a head that is zero on all samples, or on all that a bootstrap draws."""
 
@@ -246,23 +248,35 @@ def estimate_sqnr(
     How far interactions are shrunk is decided anew for every draw, so that its uncertainty is part of the interval.
     With a secant the linear numbers are corrected by `bend`, interval and all.
     """
-    damage, resampled = matrix.damage(chosen).mean(axis=0), matrix.resampled(chosen, weights)
+    each = matrix.damage(chosen)
+    found = [each.mean(axis=0), matrix.resampled(chosen, weights), lognormal_limit(each)]
     if secant is not None:
-        damage, resampled = damage * bend(secant, damage), resampled * bend(secant, resampled)
-    return tuple(sqnr_interval(d, r, matrix.samples) for d, r in zip(damage, resampled.T, strict=True))
+        found = [damage * bend(secant, damage) for damage in found]
+    damage, resampled, most = found
+    return tuple(
+        sqnr_interval(*of_head) for of_head in zip(damage, resampled.T, most, [len(each)] * len(most), strict=True)
+    )
 
 
 def damage_interval(damage: np.ndarray, energy: np.ndarray, weights: np.ndarray) -> Estimate:
     """Return the SQNR in dB of total damage over total energy; both are (samples,), `weights` is (draws, samples)."""
-    return sqnr_interval(float(damage.mean()), relative(weights @ damage, weights @ energy), len(damage))
+    drawn = relative(weights @ damage, weights @ energy)
+    return sqnr_interval(float(damage.mean()), drawn, float(lognormal_limit(damage)), len(damage))
 
 
-def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimate:
-    """Return the SQNR in dB of a relative error energy, with an interval of 95 % from its bootstrap draws.
+def sqnr_interval(damage: float, resampled: np.ndarray, most: float, samples: int) -> Estimate:
+    """Return the SQNR in dB of a relative error energy, with an interval of 95 %.
 
-    Both sides reach as far as the farther percentile, times what Student's t and the bootstrap's own bias,
-    sqrt(n / (n - 1)), add for n samples: damages are heavy-tailed, and a few samples rarely show the tail (Hesterberg,
-    "What Teachers Should Know About the Bootstrap", 2015). One sample leaves the interval open.
+    Both sides reach as far as the farther percentile of the bootstrap draws, times what Student's t and the bootstrap's
+    own bias, sqrt(n / (n - 1)), add for n samples (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015).
+    Where samples that do most of the damage are so rare that a few draws may hold none of them, no bootstrap knows of
+    these: there the interval goes down to the damage `most`. One sample leaves it open.
+
+    Args:
+        damage: relative error energy, the mean over the samples.
+        resampled: the same on bootstrap draws of the samples.
+        most: see `lognormal_limit`.
+        samples: number of samples.
     """
     value, draws_db = float(decibel(np.asarray(damage))), decibel(resampled)
     if samples < 2:
@@ -270,7 +284,33 @@ def sqnr_interval(damage: float, resampled: np.ndarray, samples: int) -> Estimat
     low, high = np.percentile(draws_db, [2.5, 97.5])
     reach = reach_of(value, low, high, samples)
     low, high = np.clip([value - reach, value + reach], FLOOR_DB, CEILING_DB)
+    low = min(low, float(decibel(np.asarray(most))))
     return Estimate(value=round(value, 3), low=round(float(low), 3), high=round(float(high), 3))
+
+
+def lognormal_limit(damage: np.ndarray) -> np.ndarray:
+    """Return the upper end of the 95 % interval of mean damages whose logarithms are normal.
+
+    How far samples differ on a logarithmic scale says how much more the rare ones do that were not drawn. The limit is
+    that of U. Olsson, "Confidence Intervals for the Mean of a Log-Normal Distribution", 2005. Samples without damage
+    count as a share of the samples, not by their logarithm.
+
+    Args:
+        damage: damages of the samples, (samples, ...).
+
+    Returns:
+        The limit, of the shape of one sample; 0 where fewer than two samples have any damage, and where the logarithms
+        differ by less than `HEAVY_TAIL`, so that no few samples do most of it and a bootstrap sees what there is.
+    """
+    counts = damage > 0
+    count = counts.sum(axis=0)
+    logs = np.log(np.where(counts, damage, 1.0))
+    mean = logs.sum(axis=0) / np.maximum(count, 1)
+    variance = np.where(counts, np.square(logs - mean), 0.0).sum(axis=0) / np.maximum(count - 1, 1)
+    spread = np.sqrt(variance / np.maximum(count, 1) + np.square(variance) / (2 * np.maximum(count - 1, 1)))
+    limit = mean + variance / 2 + stdtrit(np.maximum(count - 1, 1), 0.975) * spread
+    heavy = (count > 1) & (variance >= HEAVY_TAIL**2)
+    return np.asarray(np.where(heavy, count / len(damage) * np.exp(np.minimum(limit, 100.0)), 0.0))
 
 
 def reach_of(value: float, low: float, high: float, samples: int) -> float:

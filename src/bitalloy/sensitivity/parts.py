@@ -15,7 +15,16 @@ from bitalloy.core.records import Estimate
 from bitalloy.core.schemes import Plan
 from bitalloy.core.units import Unit, UnitGraph
 from bitalloy.model.regions import ancestors
-from bitalloy.sensitivity.matrix import CEILING_DB, FLOOR_DB, ProbeMatrix, decibel, draws, reach_of, sqnr_interval
+from bitalloy.sensitivity.matrix import (
+    CEILING_DB,
+    FLOOR_DB,
+    ProbeMatrix,
+    decibel,
+    draws,
+    lognormal_limit,
+    reach_of,
+    sqnr_interval,
+)
 from bitalloy.targets.placement import ACTIVATIONS, WEIGHTS, all_sites, rounded, site_owners
 
 ROUNDED_PRODUCTS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -46,6 +55,8 @@ class PartEffect:
     """Mean relative error energy over the heads."""
     drawn: np.ndarray
     """Bootstrap draws of it: (draws,)."""
+    most: float
+    """Upper end of its interval where damages of samples are lognormal."""
 
 
 def operator_kind(unit: Unit, operators: Mapping[str, str], depthwise: frozenset[str]) -> str:
@@ -141,15 +152,16 @@ class Effects:
 
     def _effect(self, sites: Iterable[str], owned: Iterable[str], count: int, at: np.ndarray) -> PartEffect:
         chosen = self.matrix.select(sites)
-        damage = self.matrix.damage(chosen).mean(axis=0)[self._plain][at]
+        each = self.matrix.damage(chosen)[:, self._plain][:, at]
         drawn = self.matrix.resampled(chosen, self._weights)[:, self._plain][:, at]
-        sqnr = tuple(sqnr_interval(float(d), r, self.matrix.samples) for d, r in zip(damage, drawn.T, strict=True))
+        found = zip(each.mean(axis=0), drawn.T, lognormal_limit(each), strict=True)
         return PartEffect(
             units=count,
-            sqnr=sqnr,
+            sqnr=tuple(sqnr_interval(*of_head, len(each)) for of_head in found),
             share=self._share(owned, at),
-            damage=float(damage.mean()),
+            damage=float(each.mean()),
             drawn=drawn.mean(axis=1),
+            most=float(lognormal_limit(each.mean(axis=1))),
         )
 
     def _share(self, owned: Iterable[str], at: np.ndarray) -> tuple[Estimate, ...]:
@@ -166,7 +178,7 @@ class Effects:
 
 def mean_effect(effect: PartEffect, samples: int) -> Estimate:
     """Return the SQNR of the mean damage over the heads, in dB, with its interval."""
-    return sqnr_interval(effect.damage, effect.drawn, samples)
+    return sqnr_interval(effect.damage, effect.drawn, effect.most, samples)
 
 
 def difference_db(first: PartEffect, second: PartEffect, samples: int) -> Estimate:
