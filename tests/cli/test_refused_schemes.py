@@ -11,6 +11,9 @@ import pytest
 from onnx import numpy_helper
 from tests.conftest import Inside
 
+import bitalloy
+from bitalloy.pipeline.sensitivity import sensitivity
+
 
 @pytest.fixture
 def arguments(inside: Inside) -> Sequence[str | Path]:
@@ -70,3 +73,10 @@ def test_a_message_says_what_can_be_done(inside: Inside, arguments: Sequence[str
     message = inside(*arguments, *options).refused()
     assert all(part in message for part in parts), message
     assert not (inside.folder / "out" / "summary.json").exists()
+
+
+def test_a_name_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    for stage in (bitalloy.run, sensitivity):
+        with pytest.raises(bitalloy.BitalloyError, match="'int3', which is no scheme of ort-cpu"):
+            stage(tmp_path / "nowhere.onnx", out=tmp_path / "out", settings=bitalloy.Settings(schemes=("int3",)))
+    assert not (tmp_path / "out").exists()

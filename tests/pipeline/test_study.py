@@ -171,6 +171,7 @@ def test_a_part_of_nothing_has_no_damage(small_study: tuple[StudyResult, Path, P
         ("[[model]]\nmodle = 'x'", "modle"),
         ("[[model]]\nmodel = 'yolo11n-shapes'\n[[model]]\nmodel = 'yolo11n-shapes'", "names"),
         ("targets = ['ort-gpu']\n[[model]]\nmodel = 'yolo11n-shapes'", "ort-gpu"),
+        ("[schemes]\nlow = ['int3']\n[[model]]\nmodel = 'yolo11n-shapes'", "int3"),
         ("effort = 'huge'\n[[model]]\nmodel = 'yolo11n-shapes'", "huge"),
         ("[budget.a]\nlatenzy = '0.7x'\n[[model]]\nmodel = 'yolo11n-shapes'", "latenzy"),
         ("[budget.a]\nlatency = 'soon'\n[[model]]\nmodel = 'yolo11n-shapes'", "soon"),

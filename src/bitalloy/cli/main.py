@@ -143,10 +143,12 @@ def run_command(asked: RunArguments) -> None:
     evaluate, preprocess = asked.evaluation(), asked.preparation()
 
     from bitalloy.core.store import claimed
-    from bitalloy.pipeline.prepare import prepare
     from bitalloy.targets import chosen_targets
 
-    chosen_targets(settings.targets, settings.device)
+    chosen_targets(settings.targets, settings.device, settings.schemes)
+
+    from bitalloy.pipeline.prepare import prepare
+
     model, limit = asked.model, asked.analysis.limit
     opened = asked.opening.options(limit)
     course = Course(shares_of_run(evaluated=evaluate is not None), len(settings.targets))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from bitalloy.adjoint.coverage import uncovered
 from bitalloy.adjoint.rules import RULES
 from bitalloy.calibrate.gather import gather
-from bitalloy.core.errors import BitalloyError, did_you_mean
+from bitalloy.core.errors import BitalloyError
 from bitalloy.core.outcome import Correction
 from bitalloy.core.records import Calibration, Head, SampleParts, Settings
 from bitalloy.core.units import UnitGraph
@@ -34,7 +34,7 @@ from bitalloy.model.sizes import OpenSizes, Shapes
 from bitalloy.rewrite.calibrated import Calibrated, environment_of
 from bitalloy.rewrite.equalize import at_sizes
 from bitalloy.sensitivity.probing import MAX_SAMPLES
-from bitalloy.targets import TARGETS, chosen_targets
+from bitalloy.targets import chosen_targets
 from bitalloy.targets.base import Target, split
 from bitalloy.targets.safety import judge
 
@@ -62,8 +62,7 @@ def calibrate(
         DataError: the data is empty or does not fit the model.
     """
     settings, work = settings or Settings(), work or Workspace()
-    devices = chosen_targets(settings.targets, settings.device)
-    _check_schemes(devices, settings.schemes)
+    devices = chosen_targets(settings.targets, settings.device, settings.schemes)
     check_rounding(settings.weight_rounding)
     workload_of(model, settings.workload)  # what these refuse is refused before any work
     _excluded(model, settings.exclude)
@@ -150,24 +149,6 @@ def _further_sizes(model: Graph, settings: Settings) -> list[Shapes]:
     if settings.sizes and isinstance(model, Joined):
         raise BitalloyError("Further shapes are for models of one graph; give one --shape for each input of a program.")
     return [OpenSizes(model).completed(shapes) for shapes in settings.sizes]
-
-
-def _check_schemes(devices: Sequence[Target], names: Sequence[str]) -> None:
-    """Refuse names that are a scheme of none of the targets.
-
-    Raises:
-        BitalloyError: the message says which schemes there are.
-    """
-    known = list(dict.fromkeys(s.name for device in devices for s in device.schemes))
-    for name in names:
-        if name not in known:
-            why = "; ".join(f"{d.name}: {lacks[name]}" for d in devices if name in (lacks := d.lacking_schemes))
-            others = [t.name for t in TARGETS.values() if any(o.scheme.name == name for o in t.offers)]
-            elsewhere = f", or --target {' or '.join(others)} for {name}" if others and not why else ""
-            raise BitalloyError(
-                f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
-                f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}{elsewhere}.{did_you_mean(name, known)}"
-            )
 
 
 def _hidden(

@@ -75,7 +75,7 @@ def run(
         BitalloyError: the model, data, budget or run directory cannot be used; the message says what to do.
     """
     settings, options = settings or Settings(), options or RunOptions()
-    chosen_targets(settings.targets, settings.device)  # a wrong name is refused before the model is read
+    chosen_targets(settings.targets, settings.device, settings.schemes)  # what is wrong is refused before any work
     with limited(options.memory_limit), claimed(out):
         prepared = prepare(
             model, out=out, data=data, evaluate=evaluate, preprocess=preprocess, seed=settings.seed, options=options

@@ -66,7 +66,7 @@ def sensitivity(
         BitalloyError: the model, data, selection or run directory cannot be used; the message says what to do.
     """
     settings, asked, options = settings or Settings(), question or SensitivityQuestion(), options or RunOptions()
-    chosen_targets(settings.targets, settings.device)  # a wrong name is refused before the model is read
+    chosen_targets(settings.targets, settings.device, settings.schemes)  # what is wrong is refused before any work
     with limited(options.memory_limit), claimed(out):
         prepared = prepare(model, out=out, data=data, seed=settings.seed, options=options)
         found = answer_question(prepared, settings, asked, limit=options.limit)

@@ -190,7 +190,7 @@ def run_shard(
     if not 1 <= part <= parts <= MOST_PARTS:
         raise BitalloyError(f"--shard is '{part}/{parts}'; expected a part and the number of parts, such as 2/8.")
     options = options or RunOptions()
-    chosen_targets(asked.settings.targets, asked.settings.device)
+    chosen_targets(asked.settings.targets, asked.settings.device, asked.settings.schemes)
     share = JobShare(part, parts, asked.kinds)
     with limited(options.memory_limit):
         folder = RunDirectory(store)

@@ -95,7 +95,8 @@ def read_study(path: str | Path | None = None, *, limit: int | None = None, effo
             raise BitalloyError(f"'{name}' names a folder of the study; expected letters, digits, '.', '+' and '-'.")
     effort_named(asked.effort)
     targets = asked.targets or tuple(n for n, t in TARGETS.items() if t.device is None and not t.missing())
-    chosen_targets(targets, _device(asked, targets))
+    for schemes in asked.schemes.values():
+        chosen_targets(targets, _device(asked, targets), schemes)
     return Study(asked, targets, {name: _budget(name, limits) for name, limits in asked.budgets.items()})
 
 

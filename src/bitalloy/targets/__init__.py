@@ -46,18 +46,41 @@ def target(name: str, device: str = "") -> Target:
     return replace(found, device=wanted)
 
 
-def chosen_targets(names: Sequence[str], device: str = "") -> list[Target]:
+def chosen_targets(names: Sequence[str], device: str = "", schemes: Sequence[str] = ()) -> list[Target]:
     """Look several targets up; those of them that are estimated are so for the device.
 
+    Args:
+        names: names of targets.
+        device: see `target`.
+        schemes: names of schemes that plans may use, each of at least one of the targets.
+
     Raises:
-        BitalloyError: none or one twice, no such target or device, or a device for none of them.
+        BitalloyError: none or one twice, no such target or device, a device for none of them, or a scheme that is one
+            of none of them.
     """
     if len(set(names)) != len(names) or not names:
         raise BitalloyError(f"Targets are {', '.join(names) or 'none'}; expected one or more, each once.")
     found = [target(name) for name in names]
     if device and all(t.device is None for t in found):
         target(names[0], device)
-    return [target(t.name, device) if t.device is not None else t for t in found]
+    devices = [target(t.name, device) if t.device is not None else t for t in found]
+    for name in schemes:
+        _check_scheme(name, devices)
+    return devices
+
+
+def _check_scheme(name: str, devices: Sequence[Target]) -> None:
+    """Refuse a name that is a scheme of none of the targets, and say which schemes there are."""
+    known = list(dict.fromkeys(s.name for device in devices for s in device.schemes))
+    if name in known:
+        return
+    why = "; ".join(f"{d.name}: {lacks[name]}" for d in devices if name in (lacks := d.lacking_schemes))
+    others = [t.name for t in TARGETS.values() if any(o.scheme.name == name for o in t.offers)]
+    elsewhere = f", or --target {' or '.join(others)} for {name}" if others and not why else ""
+    raise BitalloyError(
+        f"--schemes names '{name}', which is no scheme of {' or '.join(d.name for d in devices)}"
+        f"{f' ({why})' if why else ''}. Choose among {', '.join(known)}{elsewhere}.{did_you_mean(name, known)}"
+    )
 
 
 def on_devices(found: Target) -> dict[str, Target]:
