@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import msgspec
 import numpy as np
 import pytest
 from tests.core.test_jobs import Recording
@@ -19,10 +21,13 @@ from bitalloy import zoo
 from bitalloy.core.errors import BitalloyError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Estimate
-from bitalloy.core.studies import StudyResult, answer_verdict
+from bitalloy.core.studies import PartContrast, PartDamage, StudyResult, answer_verdict
 from bitalloy.core.work import Silent
 from bitalloy.pipeline.prepare import RunOptions
 from bitalloy.pipeline.study import lacks_of, read_study, study
+from bitalloy.report.answers import answer_all
+from bitalloy.report.damages import MOST_SENSITIVE
+from bitalloy.report.study import heat_map
 from bitalloy.search.planning import read_tables
 from bitalloy.sensitivity.parts import Effects, operator_kind, top_regions
 from bitalloy.targets.placement import rounded
@@ -106,6 +111,77 @@ def test_the_same_study_again_gives_the_same_numbers(small_study: tuple[StudyRes
     assert again.cells == result.cells and again.parts == result.parts and again.answers == result.answers
 
 
+def test_what_an_earlier_command_found_stays_until_it_is_found_again(
+    small_study: tuple[StudyResult, Path, Path], tmp_path: Path
+) -> None:
+    result, found, file = small_study
+    out = Path(shutil.copytree(found, tmp_path / "out"))
+
+    class Stopped(Silent):
+        def start(self, stage: str, total: int | None) -> None:
+            if stage.endswith("schemes eight"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(file, out=out, options=RunOptions(progress=Stopped()))
+    kept = msgspec.json.decode((out / "study.json").read_bytes(), type=StudyResult)
+    assert (kept.cells, kept.parts, kept.answers) == (result.cells, result.parts, result.answers)
+    with pytest.raises(KeyboardInterrupt):
+        study(read_study(file, limit=7), out=out, options=RunOptions(progress=Stopped()))
+    other = msgspec.json.decode((out / "study.json").read_bytes(), type=StudyResult)
+    assert {cell.schemes for cell in other.cells} == {"usual"}, "of another study nothing is taken over"
+
+
+def test_a_budget_that_a_model_cannot_have_costs_no_other_cell(inputs: Any, tmp_path: Path) -> None:
+    text = f"""
+        targets = ["ort-cpu"]
+        [budget.wrong]
+        head-sqnr-db = {{ nowhere = 30.0 }}
+        [budget.loose]
+        min-sqnr-db = 1.0
+        [[model]]
+        model = "{inputs.classifier}"
+        data = "{inputs.images}"
+        """
+    wrong, loose = study(write(tmp_path / "study.toml", text), out=tmp_path / "out").cells
+    assert "nowhere" in wrong.failed and not loose.failed and loose.variants
+
+
+def test_sets_of_schemes_are_told_apart() -> None:
+    """The part that is worst with one set is not with the other, and no row of one stands for the other."""
+    known = Estimate(value=3.0, low=1.0, high=5.0)
+    parts, contrasts = [], []
+    for schemes, sqnr in (("usual", (20.0, 23.0)), ("four", (23.5, 20.5))):
+        ids = [f"vlm/ort-cpu/{schemes}/side/{name}" for name in ("tower", "head")]
+        for row, part, db in zip(ids, ("tower", "head"), sqnr, strict=True):
+            common = {"model": "vlm", "family": "mobilevlm", "target": "ort-cpu", "schemes": schemes, "part": part}
+            damage = Estimate(value=db, low=db - 1, high=db + 1)
+            parts += [
+                PartDamage(id=f"{row}{scope}", scope=scope, scheme="int8", head="", units=1, sqnr_db=damage, **common)
+                for scope in ("", "operator", "region")
+            ]
+        value = known if schemes == "usual" else known.negated
+        contrasts.append(
+            PartContrast(
+                question=MOST_SENSITIVE,
+                first=ids[0],
+                second=ids[1],
+                value=value,
+                **{k: common[k] for k in ("model", "target", "schemes")},
+            )
+        )
+    told = [a.told for a in answer_all((), parts, contrasts) if a.question == MOST_SENSITIVE]
+    assert len(told) == 2
+    assert told[0].startswith("vlm on ort-cpu, each") and "The tower does" in told[0]
+    assert told[1].startswith("vlm on ort-cpu with four, each") and "The head does" in told[1]
+    found = heat_map(parts, "operator")
+    assert found.columns == ("vlm on ort-cpu", "vlm on ort-cpu with four")
+    assert {name: [one.sqnr_db.value for one in line if one] for name, line in found.lines} == {
+        "tower": [20.0, 23.5],
+        "head": [23.0, 20.5],
+    }
+
+
 def test_tables_hold_what_the_result_says(small_study: tuple[StudyResult, Path, Path]) -> None:
     result, out, _ = small_study
     lines = list(csv.DictReader(io.StringIO((out / "parts.csv").read_text())))
@@ -169,9 +245,18 @@ def test_a_part_of_nothing_has_no_damage(small_study: tuple[StudyResult, Path, P
         ("targets = [", "cannot be read as TOML"),
         ("", "`model`"),
         ("[[model]]\nmodle = 'x'", "modle"),
-        ("[[model]]\nmodel = 'yolo11n-shapes'\n[[model]]\nmodel = 'yolo11n-shapes'", "names"),
+        ("[[model]]\nmodel = 'yolo11n-shapes'\n[[model]]\nmodel = 'yolo11n-shapes'", "are named"),
         ("targets = ['ort-gpu']\n[[model]]\nmodel = 'yolo11n-shapes'", "ort-gpu"),
         ("[schemes]\nlow = ['int3']\n[[model]]\nmodel = 'yolo11n-shapes'", "int3"),
+        ("schemes = {}\n[[model]]\nmodel = 'yolo11n-shapes'", "no set of schemes"),
+        ("budget = {}\n[[model]]\nmodel = 'yolo11n-shapes'", "no budget"),
+        ("seed = -1\n[[model]]\nmodel = 'yolo11n-shapes'", "seed"),
+        ("limit = 0\n[[model]]\nmodel = 'yolo11n-shapes'", "limit"),
+        ("[[model]]\nmodel = 'yolo11n-shapes'\nshape = {images = [1, 0]}", "shape"),
+        (
+            "targets = ['ort-cpu', 'tensorrt']\n[schemes]\nboth = ['int8-dynamic', 'fp16']\n[[model]]\nmodel = 'x'",
+            "no target of ort-cpu, tensorrt has all",
+        ),
         ("effort = 'huge'\n[[model]]\nmodel = 'yolo11n-shapes'", "huge"),
         ("[budget.a]\nlatenzy = '0.7x'\n[[model]]\nmodel = 'yolo11n-shapes'", "latenzy"),
         ("[budget.a]\nlatency = 'soon'\n[[model]]\nmodel = 'yolo11n-shapes'", "soon"),

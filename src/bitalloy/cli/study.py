@@ -12,6 +12,7 @@ import typer
 from bitalloy.cli.arguments import MOST_COUNT, MeasuringArguments
 from bitalloy.cli.collecting import collected
 from bitalloy.cli.console import error_console, out_console, shown_progress
+from bitalloy.cli.guard import MemoryLimit, limit_in_bytes
 from bitalloy.cli.requests import Quiet
 from bitalloy.cli.there import run_there
 from bitalloy.core.errors import BitalloyError
@@ -46,6 +47,7 @@ class StudyArguments:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be run, what is missing and where to put it, and stop.")
     ] = False
+    memory_limit: MemoryLimit = None
     place: MeasuringArguments
     json_output: Annotated[bool, typer.Option("--json", help="Print study.json instead of tables.")] = False
     quiet: Quiet = False
@@ -93,6 +95,7 @@ def study_command(asked: StudyArguments) -> None:
     """
     from bitalloy.pipeline.study import read_study
 
+    memory = limit_in_bytes(asked.memory_limit)
     planned = read_study(asked.file, limit=asked.limit, effort=asked.effort)
     if asked.dry_run:
         _show_plan(planned)
@@ -100,7 +103,7 @@ def study_command(asked: StudyArguments) -> None:
     if asked.place.is_elsewhere:
         run_there(asked.place, asked.out)
     else:
-        _run(planned, asked)
+        _run(planned, asked, memory)
 
 
 def _show_plan(planned: Study) -> None:
@@ -121,13 +124,14 @@ def _show_plan(planned: Study) -> None:
             out_console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _run(planned: Study, asked: StudyArguments) -> None:
+def _run(planned: Study, asked: StudyArguments, memory: int | None) -> None:
     from bitalloy.core.encoding import to_json
     from bitalloy.pipeline.prepare import RunOptions
     from bitalloy.pipeline.study import study
 
     with asked.place.opened() as executor, shown_progress(quiet=asked.quiet) as progress:
-        result = study(planned, out=asked.out, options=RunOptions(progress=progress, executor=executor))
+        options = RunOptions(progress=progress, executor=executor, memory_limit=memory)
+        result = study(planned, out=asked.out, options=options)
     if asked.json_output:
         sys.stdout.write(to_json(result, pretty=True).decode() + "\n")
     else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from bitalloy.core.records import Estimate, MetricValue, Record
 from bitalloy.core.tabular import Listing, Tabular
+
+USUAL_SCHEMES = "usual"
+"""Name of the set of schemes that a target's plans use by themselves."""
 
 
 class StudiedModel(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -25,7 +28,7 @@ class StudiedModel(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Samples; the embedded ones without it."""
     evaluate: tuple[str, ...] = msgspec.field(name="eval", default=())
     """Files of labels."""
-    shape: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict)
+    shape: dict[str, tuple[Annotated[int, msgspec.Meta(ge=1)], ...]] = msgspec.field(default_factory=dict)
     """Input -> shape, for open sizes that neither the file nor the samples tell."""
     where: str = ""
     """Where to get the checkpoint and data, which `--dry-run` repeats for what is missing."""
@@ -40,10 +43,10 @@ class StudyFile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, r
     device: str = ""
     """Device of targets that are estimated."""
     effort: str = "quick"
-    limit: int | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Largest number of labelled samples that are evaluated."""
-    seed: int = 0
-    schemes: dict[str, tuple[str, ...]] = msgspec.field(default_factory=lambda: {"usual": ()})
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    schemes: dict[str, tuple[str, ...]] = msgspec.field(default_factory=lambda: {USUAL_SCHEMES: ()})
     """Name -> schemes that plans may use beside float; the usual ones of each target where the list is empty."""
     budgets: dict[str, dict[str, Any]] = msgspec.field(name="budget", default_factory=lambda: {"default": {}})
     """Name -> limits, by the names of the fields of `Budget`."""
@@ -100,14 +103,30 @@ class StudyCell(Record, frozen=True, kw_only=True):
         return f"{self.model}/{self.target}/{self.schemes}/{self.budget}"
 
 
-class PartDamage(Record, frozen=True, kw_only=True):
+class StudiedPart(Record, frozen=True, kw_only=True):
+    """What rows on parts of a model have in common: where they were found."""
+
+    model: str
+    target: str
+    schemes: str = USUAL_SCHEMES
+    """Name of the set of schemes."""
+
+    @property
+    def setting(self) -> str:
+        """Model, target and set of schemes as people read them; the usual set goes without saying.
+
+        >>> StudiedPart(model="m", target="ort-cpu", schemes="four").setting
+        'm on ort-cpu with four'
+        """
+        return f"{self.model} on {self.target}" + ("" if self.schemes == USUAL_SCHEMES else f" with {self.schemes}")
+
+
+class PartDamage(StudiedPart, frozen=True, kw_only=True):
     """What a part of a model does when all of it that can is rounded, and nothing else."""
 
     id: str
     """Name of the row, unique in the study."""
-    model: str
     family: str
-    target: str
     scope: str
     """`region`, `operator`, `kind` (weights or activations), `side` of a question, or `format` of such a side."""
     part: str
@@ -123,12 +142,10 @@ class PartDamage(Record, frozen=True, kw_only=True):
     """Time of these units in the scheme over that in float, by the cost table; None where it is not known."""
 
 
-class PartContrast(Record, frozen=True, kw_only=True):
+class PartContrast(StudiedPart, frozen=True, kw_only=True):
     """By how many dB one part of a model does more damage than another."""
 
     question: str
-    model: str
-    target: str
     first: str
     """Row of the one part."""
     second: str
@@ -165,6 +182,8 @@ class StudyResult(Tabular, Record, frozen=True, kw_only=True):
     seconds: float
     """Wall time of the command that wrote this."""
     seed: int
+    asked: str = ""
+    """Key of all that the file asks for."""
     versions: dict[str, str]
 
     def listing(self) -> Listing:
@@ -181,7 +200,7 @@ class StudyResult(Tabular, Record, frozen=True, kw_only=True):
         """Return one line for each part of each model on each head."""
         rows = []
         for p in self.parts:
-            named = (p.id, p.model, p.target, p.scope, p.part, p.scheme, p.head, p.units)
+            named = (p.id, p.model, p.target, p.schemes, p.scope, p.part, p.scheme, p.head, p.units)
             rows.append((*named, *_ends(p.sqnr_db), *_ends(p.share), p.latency_ratio))
         return Listing("parts of the study", PART_COLUMNS, rows)
 
@@ -192,7 +211,7 @@ VARIANT_COLUMNS = (
 )
 """Columns of the table of versions."""
 PART_COLUMNS = (
-    *("id", "model", "target", "scope", "part", "scheme", "head", "units", "sqnr_db", "low_db", "high_db"),
+    *("id", "model", "target", "schemes", "scope", "part", "scheme", "head", "units", "sqnr_db", "low_db", "high_db"),
     *("share", "share_low", "share_high", "latency_ratio"),
 )
 """Columns of the table of parts."""

@@ -8,9 +8,11 @@ work/MODEL/SCHEMES/                             results of the stages, which the
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from typing import Any
 import msgspec
 
 from bitalloy import zoo
-from bitalloy.core.effort import EFFORTS, effort_named
+from bitalloy.core.effort import EFFORTS, Effort, effort_named
 from bitalloy.core.encoding import to_json
 from bitalloy.core.errors import BitalloyError, MissingExtraError
 from bitalloy.core.limits import limited
@@ -52,6 +54,7 @@ from bitalloy.targets import TARGETS, chosen_targets
 
 EMBEDDED = (*zoo.NAMES, *zoo.PROGRAMS)
 """The embedded models, which are studied without a file."""
+RESULT = "study.json"
 BUDGET_FIELDS = frozenset(Budget.__struct_fields__) - {"keep"}
 
 
@@ -87,17 +90,20 @@ def read_study(path: str | Path | None = None, *, limit: int | None = None, effo
         asked, folder = _parsed(Path(path)), Path(path).parent
     asked = msgspec.structs.replace(asked, limit=limit or asked.limit, effort=effort or asked.effort)
     asked = msgspec.structs.replace(asked, models=tuple(_placed(model, folder) for model in asked.models))
-    names = [model.name for model in asked.models]
-    if not names or len(set(names)) != len(names):
-        raise BitalloyError(f"The models of the study are {', '.join(names) or 'none'}; expected one or more names.")
-    for name in (*names, *asked.schemes, *asked.budgets):
-        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-            raise BitalloyError(f"'{name}' names a folder of the study; expected letters, digits, '.', '+' and '-'.")
+    _check_names(asked)
     effort_named(asked.effort)
     targets = asked.targets or tuple(n for n, t in TARGETS.items() if t.device is None and not t.missing())
-    for schemes in asked.schemes.values():
-        chosen_targets(targets, _device(asked, targets), schemes)
-    return Study(asked, targets, {name: _budget(name, limits) for name, limits in asked.budgets.items()})
+    planned = Study(asked, targets, {name: _budget(name, limits) for name, limits in asked.budgets.items()})
+    for name, schemes in asked.schemes.items():
+        chosen = chosen_targets(targets, _device(asked, targets), schemes)
+        absent = [f"{t.name}: {why}" for t in chosen if t.device is None and (why := t.missing())]
+        if absent:
+            raise BitalloyError(f"The study names targets that do not run here. {'; '.join(absent)}.")
+        if not _targets_with(planned, schemes):
+            raise BitalloyError(
+                f"The set of schemes '{name}' is {', '.join(schemes)}; no target of {', '.join(targets)} has all."
+            )
+    return planned
 
 
 def lacks_of(study: Study) -> tuple[Lack, ...]:
@@ -149,6 +155,7 @@ def study(
     cells: list[StudyCell] = []
     damages: list[DamageRows] = []
     with limited(options.memory_limit), claimed(out) as store:
+        before = _earlier(planned, store)
         for index, model in enumerate(models):
             for name, schemes in planned.asked.schemes.items():
                 options.progress.start(f"{model.name} ({index + 1} of {len(models)}), schemes {name}", None)
@@ -157,33 +164,59 @@ def study(
                     found, rows = _cells_of(_Asked(planned, model, name, schemes, store, options))
                 cells += found
                 damages += rows
-                result = _result(planned, lacks, cells, damages, time.monotonic() - start)
+                result = _result(planned, lacks, cells, damages, before, time.monotonic() - start)
                 publish_study(result, store)  # what is known so far can be read, whatever comes
     return result
 
 
 def _result(
-    planned: Study, lacks: tuple[Lack, ...], cells: list[StudyCell], damages: list[DamageRows], seconds: float
+    planned: Study,
+    lacks: tuple[Lack, ...],
+    found: list[StudyCell],
+    damages: list[DamageRows],
+    before: StudyResult | None,
+    seconds: float,
 ) -> StudyResult:
+    """Collect what is known; of cells that this command has not come to yet, what an earlier one found."""
     parts = tuple(row for one in damages for row in one.rows)
     contrasts = tuple(row for one in damages for row in one.contrasts)
+    cells = tuple(found)
+    if before is not None:
+        done = {(cell.model, cell.schemes) for cell in found}
+        cells += tuple(cell for cell in before.cells if (cell.model, cell.schemes) not in done)
+        parts += tuple(row for row in before.parts if (row.model, row.schemes) not in done)
+        contrasts += tuple(row for row in before.contrasts if (row.model, row.schemes) not in done)
     return StudyResult(
-        cells=tuple(cells),
+        cells=cells,
         parts=parts,
         contrasts=contrasts,
         answers=answer_all(cells, parts, contrasts),
         lacks=lacks,
         seconds=round(seconds, 1),
         seed=planned.asked.seed,
+        asked=_identity(planned),
         versions=dict(versions()),
     )
+
+
+def _earlier(planned: Study, store: RunDirectory) -> StudyResult | None:
+    """Read what an earlier command found for the same study with the same versions; None where there is no such."""
+    try:
+        before = msgspec.json.decode((store.path / RESULT).read_bytes(), type=StudyResult)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return before if (before.asked, before.versions) == (_identity(planned), dict(versions())) else None
+
+
+def _identity(planned: Study) -> str:
+    return hashlib.sha256(to_json((planned.asked, planned.targets))).hexdigest()
 
 
 def publish_study(result: StudyResult, store: RunDirectory) -> Path:
     """Write the files of a study that people read, and return the path of the report."""
     store.publish("study.csv", study_csv(result))
     store.publish("parts.csv", parts_csv(result))
-    store.publish("study.json", to_json(result, pretty=True))
+    store.publish(RESULT, to_json(result, pretty=True))
     return store.publish("study.html", render_study(result))
 
 
@@ -220,11 +253,7 @@ def family_of(model: str) -> str:
 def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
     """Run the cells of one model with one set of schemes; what all of them need is computed once."""
     study, effort = asked.study, EFFORTS[asked.study.asked.effort]
-    chosen = chosen_targets(study.targets, _device(study.asked, study.targets))
-    targets = tuple(t.name for t in chosen if set(asked.schemes) <= {scheme.name for scheme in t.schemes})
-    every = [(target, budget) for target in targets for budget in study.budgets]
-    if not targets:
-        return [], []
+    targets = _targets_with(study, asked.schemes)
     settings = Settings(
         targets=targets,
         device=_device(study.asked, targets),
@@ -232,18 +261,25 @@ def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
         seed=study.asked.seed,
         probes=effort.probes,
     )
-    try:
-        prepared = _prepared(asked)
-        for budget in study.budgets.values():
-            check_budget(prepared, budget, settings)
-        analysis = analyzed(prepared, settings, limit=study.asked.limit, effort=effort)
-    except BitalloyError as error:
-        return [asked.failed(error, target, budget) for target, budget in every], []
     cells: list[StudyCell] = []
     damages: list[DamageRows] = []
-    for part in analysis.targets:
+    try:
+        prepared = _prepared(asked)
+    except BitalloyError as error:
+        return [asked.failed(error, target, budget) for target in targets for budget in study.budgets], []
+    budgets = {}
+    for name, budget in study.budgets.items():
+        try:
+            check_budget(prepared, budget, settings)
+        except BitalloyError as error:
+            cells += [asked.failed(error, target, name) for target in targets]
+        else:
+            budgets[name] = budget
+    parts, failed = _analyses(prepared, settings, study, effort) if budgets else ([], {})
+    cells += [asked.failed(error, target, name) for target, error in failed.items() for name in budgets]
+    for part in parts:
         tables = None
-        for name, budget in study.budgets.items():
+        for name, budget in budgets.items():
             cell = asked.cell(part.target.name, name)
             try:
                 verified = deliver_target(prepared, part, budget, limit=study.asked.limit, effort=effort)
@@ -262,7 +298,50 @@ def _cells_of(asked: _Asked) -> tuple[list[StudyCell], list[DamageRows]]:
             )
         if tables is not None:
             damages.append(_damages_of(asked, part, tables))
-    return cells, damages
+    order = [asked.cell(target, name).id for target in targets for name in study.budgets]
+    return sorted(cells, key=lambda cell: order.index(cell.id)), damages
+
+
+def _analyses(
+    prepared: Prepared, settings: Settings, study: Study, effort: Effort
+) -> tuple[list[Analysis], dict[str, BitalloyError]]:
+    """Analyse for all targets at once; where that fails, for each alone. Returns what failed by target, too."""
+    try:
+        return list(analyzed(prepared, settings, limit=study.asked.limit, effort=effort).targets), {}
+    except BitalloyError as error:
+        if len(settings.targets) == 1:
+            return [], {settings.targets[0]: error}
+    parts: list[Analysis] = []
+    failed: dict[str, BitalloyError] = {}
+    for target in settings.targets:
+        alone = msgspec.structs.replace(settings, targets=(target,), device=_device(study.asked, (target,)))
+        found, refused = _analyses(prepared, alone, study, effort)
+        parts += found
+        failed |= refused
+    return parts, failed
+
+
+def _targets_with(study: Study, schemes: Sequence[str]) -> tuple[str, ...]:
+    """Name the targets of a study that have all of some schemes."""
+    chosen = chosen_targets(study.targets, _device(study.asked, study.targets))
+    return tuple(t.name for t in chosen if set(schemes) <= {scheme.name for scheme in t.schemes})
+
+
+def _check_names(asked: StudyFile) -> None:
+    """Refuse what leaves nothing to study, and names that cannot be those of folders.
+
+    Raises:
+        BitalloyError: the message says what to name otherwise.
+    """
+    for what, listed in (("model", asked.models), ("set of schemes", asked.schemes), ("budget", asked.budgets)):
+        if not listed:
+            raise BitalloyError(f"The study has no {what}; give one or more, or leave the table out.")
+    names = [model.name for model in asked.models]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise BitalloyError(f"Two models of the study are named {', '.join(twice)}; give each a `name` of its own.")
+    for name in (*names, *asked.schemes, *asked.budgets):
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise BitalloyError(f"'{name}' names a folder of the study; expected letters, digits, '.', '+' and '-'.")
 
 
 def _device(asked: StudyFile, targets: Sequence[str]) -> str:
@@ -297,6 +376,7 @@ def _damages_of(asked: _Asked, analysis: Analysis, tables: PlanTables) -> Damage
         model=asked.model.name,
         family=family_of(asked.model.model),
         target=analysis.target.name,
+        schemes=asked.name,
     )
     start = f"{asked.model.name}/{analysis.target.name}/{asked.name}"
     return DamageRows(effects, tables, depthwise_nodes(analysis.graph), row, start).collect()

@@ -53,7 +53,7 @@ def _sides(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) -> It
             yield Answer(
                 question=question.text,
                 verdict=answer_verdict(one.value),
-                told=f"{one.model} on {one.target}: all of the {first.part} in {first.scheme} gives "
+                told=f"{one.setting}: all of the {first.part} in {first.scheme} gives "
                 f"{first.sqnr_db.value:.1f} dB on its own outputs, all of the {second.part} {second.sqnr_db.value:.1f} "
                 f"dB: a difference of {_interval(one.value)} dB in damage.",
                 value=one.value,
@@ -108,8 +108,9 @@ def _operators(parts: Sequence[PartDamage]) -> Iterator[Answer]:
     """Compare kinds of operators between the first transformer and the first convolutional model on each target."""
     start = "Is one unit of the kind '{}' more sensitive in SegFormer than in YOLO11?"
     found = False
-    for target in dict.fromkeys(row.target for row in parts):
-        rows = [row for row in parts if row.target == target and row.scope == "operator" and not row.head]
+    compared = [row for row in parts if row.scope == "operator" and not row.head]
+    for where in dict.fromkeys((row.target, row.schemes) for row in compared):
+        rows = [row for row in compared if (row.target, row.schemes) == where]
         ours, theirs = (
             _first_model(row for row in rows if row.family == family) for family in (TRANSFORMER, CONVOLUTIONAL)
         )
@@ -120,7 +121,7 @@ def _operators(parts: Sequence[PartDamage]) -> Iterator[Answer]:
             yield Answer(
                 question=start.format(kind),
                 verdict=answer_verdict(value),
-                told=f"On {target}, per unit: {first.model} {_per_unit(first).value:.1f} dB (share {_share(first)} of "
+                told=f"Per unit, {first.setting}: {_per_unit(first).value:.1f} dB (share {_share(first)} of "
                 f"its damage in {first.units} units), {second.model} {_per_unit(second).value:.1f} dB (share "
                 f"{_share(second)} in {second.units}); it does {_interval(value)} dB more damage in {first.model}.",
                 value=value,
@@ -131,7 +132,7 @@ def _operators(parts: Sequence[PartDamage]) -> Iterator[Answer]:
             yield Answer(
                 question=start.format(kind),
                 verdict=NOT_STUDIED,
-                told=f"On {target} only {row.model} has this kind: {row.sqnr_db.value:.1f} dB, share {_share(row)} of "
+                told=f"Only {row.setting} has this kind: {row.sqnr_db.value:.1f} dB, share {_share(row)} of "
                 f"its damage in {row.units} units.",
                 rows=(row.id,),
             )
@@ -161,8 +162,8 @@ def _language(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) ->
     of_question = [c for c in contrasts if c.question == MOST_SENSITIVE]
     if not of_question:
         yield _not_studied(MOST_SENSITIVE)
-    for model, target in dict.fromkeys((c.model, c.target) for c in of_question):
-        found = [c for c in of_question if (c.model, c.target) == (model, target)]
+    for setting in dict.fromkeys(c.setting for c in of_question):
+        found = [c for c in of_question if c.setting == setting]
         ids = dict.fromkeys(i for c in found for i in (c.first, c.second))
         sides = sorted((rows[i] for i in ids), key=lambda r: r.sqnr_db.value)
         worst, second = sides[0], sides[1]
@@ -173,7 +174,7 @@ def _language(contrasts: Sequence[PartContrast], parts: Sequence[PartDamage]) ->
         yield Answer(
             question=MOST_SENSITIVE,
             verdict="yes" if certain else "undecided",
-            told=f"{model} on {target}, each part alone in {worst.scheme}: {listed}. The {worst.part} does "
+            told=f"{setting}, each part alone in {worst.scheme}: {listed}. The {worst.part} does "
             f"{_interval(value)} dB more damage than the {second.part}"
             + (", and is the most sensitive." if certain else ", which does not decide between both."),
             value=value,
@@ -189,9 +190,9 @@ def _formats(parts: Sequence[PartDamage]) -> Iterator[Answer]:
         mine = [row for row in of_formats if row.part == side.name]
         if not mine:
             yield _not_studied(text)
-        for model, target in dict.fromkeys((r.model, r.target) for r in mine):
+        for setting in dict.fromkeys(r.setting for r in mine):
             rows = sorted(
-                (r for r in mine if (r.model, r.target) == (model, target)),
+                (r for r in mine if r.setting == setting),
                 key=lambda r: math.inf if r.latency_ratio is None else r.latency_ratio,
             )
             kept = [r for r in rows if r.sqnr_db.low >= KEPT_DB and (r.latency_ratio or 1.0) < 1]
@@ -205,7 +206,7 @@ def _formats(parts: Sequence[PartDamage]) -> Iterator[Answer]:
             yield Answer(
                 question=text,
                 verdict="yes" if kept else "undecided" if open_ else "no",
-                told=f"{model} on {target}: {listed}{best}.",
+                told=f"{setting}: {listed}{best}.",
                 rows=tuple(r.id for r in rows),
             )
 

@@ -33,7 +33,7 @@ class DamageRows:
         effects: damages of sets of units.
         tables: units, cost table and operators.
         depthwise: nodes that are depthwise convolutions.
-        row: makes a row of its own fields, with model, family and target filled in.
+        row: makes a row of its own fields, with model, family, target and schemes filled in.
         start: what ids of rows begin with.
     """
 
@@ -127,6 +127,7 @@ class DamageRows:
                     question=question,
                     model=self.rows[0].model,
                     target=self.rows[0].target,
+                    schemes=self.rows[0].schemes,
                     first=names[i],
                     second=names[j],
                     value=difference_db(one, other, self._samples),

@@ -77,7 +77,7 @@ def parts_csv(result: StudyResult) -> str:
 
 def heat_map(parts: Sequence[PartDamage], scope: str) -> HeatMap:
     """Put the parts of all models beside each other, those with most models first."""
-    rows = {(p.part, f"{p.model} {p.target}"): p for p in parts if p.scope == scope and not p.head}
+    rows = {(p.part, p.setting): p for p in parts if p.scope == scope and not p.head}
     columns = tuple(dict.fromkeys(column for _, column in rows))
     names = dict.fromkeys(part for part, _ in rows)
     lines = [(name, tuple(rows.get((name, column)) for column in columns)) for name in names]
@@ -89,7 +89,7 @@ def _multiples(parts: Sequence[PartDamage], scope: str) -> list[Multiple]:
     found: dict[str, list[PartDamage]] = {}
     for part in parts:
         if part.scope == scope and not part.head:
-            found.setdefault(f"{part.model}, {part.target}", []).append(part)
+            found.setdefault(part.setting, []).append(part)
     return [Multiple(title, tuple(bars)) for title, bars in found.items()]
 
 
