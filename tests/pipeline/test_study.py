@@ -154,7 +154,13 @@ def test_sets_of_schemes_are_told_apart() -> None:
     for schemes, sqnr in (("usual", (20.0, 23.0)), ("four", (23.5, 20.5))):
         ids = [f"vlm/ort-cpu/{schemes}/side/{name}" for name in ("tower", "head")]
         for row, part, db in zip(ids, ("tower", "head"), sqnr, strict=True):
-            common = {"model": "vlm", "family": "mobilevlm", "target": "ort-cpu", "schemes": schemes, "part": part}
+            common: dict[str, Any] = {
+                "model": "vlm",
+                "family": "mobilevlm",
+                "target": "ort-cpu",
+                "schemes": schemes,
+                "part": part,
+            }
             damage = Estimate(value=db, low=db - 1, high=db + 1)
             parts += [
                 PartDamage(id=f"{row}{scope}", scope=scope, scheme="int8", head="", units=1, sqnr_db=damage, **common)

@@ -204,6 +204,7 @@ class TestVerdict:
         page = make_run().with_summary(budget=Budget(max_drop={"AP50-95": 0.005})).render()
         assert '<header id="result" class="warn">' in page
         assert '<li class="warn"><b>undecided</b> drop of AP50-95' in page and "probability of 61%" in page
+        assert "--eval LABELS --max-drop AP50-95=0.005" in page
 
     def test_no_limits_are_said(self, make_run: Make) -> None:
         assert "Status: <b>no limits</b>" in make_run().with_summary(budget=Budget()).render()

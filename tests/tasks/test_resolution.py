@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,16 @@ def test_the_half_width_is_that_of_the_noise(images: int) -> None:
     assert resolution_of(PLAIN, seen, data, range(images), seed=0) == ()
     assert found.resolved == pytest.approx(1.96 * NOISE / np.sqrt(images), rel=0.15)
     assert (found.metric, found.images, found.limit) == ("score", images, None)
+
+
+def test_few_images_on_which_nothing_changes_resolve_no_small_drop() -> None:
+    """What the disturbance leaves alone on 10 images may change on others; on 1000 it hardly does."""
+    still = replace(PLAIN, disturb=lambda seen, rng: seen)
+    data: Any = SimpleNamespace(labelled=True)
+    for images, least, most in ((1, 1.0, 5.0), (10, 0.03, 0.05), (1000, 0.0, 1e-5)):
+        seen = [{"score": np.array(0.5)}] * images
+        (found,) = resolution_of(still, seen, data, range(images), seed=0)
+        assert least <= found.resolved <= most
 
 
 def test_a_limit_needs_as_many_images_as_make_the_interval_as_narrow() -> None:

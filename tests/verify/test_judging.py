@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitalloy.core.errors import BudgetError
+from bitalloy.core.errors import BudgetError, DataError
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
 from bitalloy.core.status import LimitStatus, Verdict
 from bitalloy.report.text import limit_text
 from bitalloy.tasks.base import TaskMetric, TaskResult
 from bitalloy.tasks.bootstrap import compare_models, ratio_of_sums, resampled_weights
-from bitalloy.verify.judging import DropJudge
+from bitalloy.verify.judging import DropJudge, limits_of
 
 
 class World:
@@ -110,6 +110,50 @@ def test_least_agreement_and_drops_hold_together_and_unknown_metrics_are_refused
         assert judge.limits == {"m": 0.1, "same": pytest.approx(1 - least)}
     with pytest.raises(BudgetError, match=r"'AP'.*m, same"):
         DropJudge(evaluator, Budget(max_drop={"AP": 0.1})).keeps(plan, 0.5)
+
+
+def test_a_batch_that_lacks_what_is_limited_is_passed_over() -> None:
+    """The first 30 images have no labels, of 90 float shows nothing, and all together have both."""
+
+    class Sparse(World):
+        def results(self, subjects: dict[str, Plan], stage: str, *, resamples: int, shards: int) -> list[TaskResult]:
+            found = super().results(subjects, stage, resamples=resamples, shards=shards)
+            if shards == 1:
+                raise DataError("The 30 evaluated images have no labels.")
+            return [TaskResult(task="t", metrics=found[0].metrics[:1])] if shards == 3 else found
+
+    plan = Plan.of("int8", "a")
+    evaluator: Any = Sparse({plan: np.zeros(120)}, {plan: np.full(120, 0.01)})
+    judge = DropJudge(evaluator, Budget(min_agreement=0.95))
+    assert judge.keeps(plan, 0.5) and evaluator.asked == [(plan, 1), (plan, 3), (plan, 4)]
+    assert judge.evaluations()[0].images == 120
+    evaluator.batches = (1,)
+    with pytest.raises(DataError, match="no labels"):
+        DropJudge(evaluator, Budget(min_agreement=0.95)).keeps(plan, 0.5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_few_images_decide_nothing_of_an_error_rate_either(rate: float) -> None:
+    class Errors(World):
+        def results(self, subjects: dict[str, Plan], stage: str, *, resamples: int, shards: int) -> list[TaskResult]:
+            n = len(self.drops[subjects["candidate"]]) * shards // 4
+            weights, ones = resampled_weights(n, resamples, 0), np.ones(n)
+            found = {name: ratio_of_sums(rate * ones, ones, weights) for name in ("float", "candidate")}
+            return [TaskResult(task="t", metrics=(compare_models("errors", found, n, higher_is_better=False),))]
+
+    plan = Plan.of("int8", "a")
+    for images, kept in ((8, False), (400, True)):
+        evaluator: Any = Errors({plan: np.zeros(images)}, {})
+        assert DropJudge(evaluator, Budget(max_drop={"errors": 0.01})).keeps(plan, 0.5) is kept
+
+
+def test_points_are_of_metrics_that_are_parts_of_one() -> None:
+    weights, ones = resampled_weights(9, 10, 0), np.ones(9)
+    found = {name: ratio_of_sums(21.0 * ones, ones, weights) for name in ("float", "candidate")}
+    metric = compare_models("perplexity", found, 9, higher_is_better=False, witness="agreement")
+    with pytest.raises(BudgetError, match=r"'perplexity' is no part of 1.*perplexity=0\.1"):
+        limits_of(Budget(max_drop={FIRST: 0.003}), {"perplexity": metric})
+    assert limits_of(Budget(max_drop={"perplexity": 0.1}), {"perplexity": metric}) == {"perplexity": 0.1}
 
 
 def test_a_limit_on_agreement_is_told_as_a_part_of_one() -> None:

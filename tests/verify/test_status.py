@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from tests.report.conftest import make_run
 
-from bitalloy.core.outcome import Summary
+from bitalloy.core.outcome import MetricComparison, Summary
 from bitalloy.core.plans import FIRST, Budget
-from bitalloy.core.records import Estimate
+from bitalloy.core.records import Estimate, MetricValue
 from bitalloy.core.status import LimitStatus, Verdict, ceiling_verdict, chance_verdict, chance_within, worst_verdict
 from bitalloy.measure import bench
 from bitalloy.report.text import limit_text
@@ -151,6 +151,45 @@ def test_drops_are_judged_by_their_interval_and_the_first_metric_by_its_place() 
     without = only(judged(budget=Budget(max_drop={"AP50": 0.5})))  # has no paired resamples
     assert (without.verdict, without.interval) == ("undecided", None)
     assert without.got == pytest.approx(0.003) and "within the limit as measured" in without.reason
+
+
+@pytest.mark.parametrize("higher", [True, False], ids=["accuracy", "error rate"])
+def test_few_samples_that_agree_decide_nothing(higher: bool) -> None:
+    """Where float and mixed say the same, 5 samples leave a standard deviation of 0.08, and 500 none to speak of."""
+    for n, verdict in ((5, "undecided"), (500, "met")):
+        value = MetricValue(value=float(higher), low=float(higher), high=float(higher), n=n)
+        same = MetricComparison(
+            reference=value, lowest=value, mixed=value, drop_mixed=Estimate(value=0.0, low=0.0, high=0.0),
+            higher_is_better=higher,
+        )  # fmt: skip
+        limit = only(judged(metrics={"m": same}, budget=Budget(max_drop={"m": 0.01})))
+        assert limit.verdict == verdict, n
+    one = MetricValue(value=0.999, low=0.999, high=0.999, n=1)
+    lost = msgspec.structs.replace(same, mixed=one, drop_mixed=Estimate(value=0.001, low=0.001, high=0.001))
+    assert judged(metrics={"m": lost}).status.warnings == ()
+
+
+def test_limits_hold_together_with_the_confidence_that_was_asked_for() -> None:
+    """0.004 [-0.003, 0.011] is within 0.0071 with 0.807: enough for one limit at 0.8, and not for one of two."""
+    facts = judged()
+    metrics = {"a": facts.metrics["AP50-95"], "b": facts.metrics["AP50-95"]}
+    one = judged(metrics=metrics, budget=Budget(max_drop={"a": 0.0071})).status
+    two = judged(metrics=metrics, budget=Budget(max_drop={"a": 0.0071, "b": 0.5})).status
+    assert (one.verdict, two.verdict) == ("met", "undecided")
+    assert "90% was asked for" in two.limits[0].reason
+
+
+def test_a_metric_that_should_be_low_is_not_lost_but_raised() -> None:
+    facts = judged()
+    rises = msgspec.structs.replace(
+        facts.metrics["AP50-95"], higher_is_better=False, drop_mixed=Estimate(value=0.8, low=0.5, high=1.1)
+    )
+    said = judged(metrics={"perplexity": rises})
+    assert "raises perplexity by 0.8000 (95 % interval 0.5000 to 1.1000)" in headline_of(said)
+    assert said.status.warnings[0].startswith("perplexity rises by 0.8000")
+    falls = msgspec.structs.replace(rises, drop_mixed=Estimate(value=-0.2, low=-0.3, high=0.1))
+    said = judged(metrics={"perplexity": falls})
+    assert "lowers perplexity by 0.2000 (95 % interval -0.1000 to 0.3000)" in headline_of(said)
 
 
 def test_only_losses_beyond_noise_that_no_limit_covers_are_warned_of() -> None:

@@ -51,10 +51,11 @@ def workload_of(graph: Graph, asked: Workload | None) -> Workload | None:
             f"leaves the sizes '{_NEW}', '{_PAST}' and '{_ALL}' open (as `bitalloy export mobilevlm-...` writes it). "
             "Leave it out: one inference is priced."
         )
-    usual = _sizes(graph)[_NEW]
+    sizes = _sizes(graph)
+    usual = sizes[_NEW]
     prompt = usual if asked is None or asked.prompt is None else asked.prompt
     new = DEFAULT_NEW if asked is None or asked.new is None else asked.new
-    fixed = usual - _sizes(graph).get(_AFTER, usual - 1)
+    fixed = usual - sizes[_AFTER] if _AFTER in sizes else 0
     if prompt <= fixed:
         raise BitalloyError(f"--workload prompt={prompt} is too short: {fixed} positions stand before the question.")
     return Workload(prompt=prompt, new=new)

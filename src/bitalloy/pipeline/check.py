@@ -42,6 +42,8 @@ def check_run(
     summary = finished_summary(run)
     asked = budget is not None and budget.limited
     if budget is not None and asked:
+        if budget.confidence == Budget().confidence:  # what the run was asked for holds on
+            budget = msgspec.structs.replace(budget, confidence=summary.budget.confidence)
         summary = msgspec.structs.replace(summary, budget=budget)
     status = status_of(summary)
     unknown = [one.metric for one in status.limits if one.metric and one.metric not in summary.metrics]

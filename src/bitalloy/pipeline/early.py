@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from bitalloy.core.encoding import to_json
-from bitalloy.core.errors import BitalloyError, BudgetError
+from bitalloy.core.errors import BitalloyError, BudgetError, DataError
 from bitalloy.core.plans import Budget
 from bitalloy.core.records import Settings
 from bitalloy.core.schemes import BASELINE
@@ -29,6 +29,9 @@ from bitalloy.tasks.observing import open_labelled
 from bitalloy.tasks.open import runner
 from bitalloy.verify.judging import limits_of
 
+MORE_SAMPLES = 32
+"""Samples that are asked for their metrics where one has not all that are limited."""
+
 
 class MetricNameInputs(StageInputs, frozen=True, kw_only=True):
     """All that decides which metrics there are."""
@@ -36,7 +39,9 @@ class MetricNameInputs(StageInputs, frozen=True, kw_only=True):
     given: str
     """Identity of the float model."""
     labels: str
-    """Key of the sample that is evaluated."""
+    """Key of the samples that are evaluated."""
+    models: tuple[str, ...]
+    """Names of the models that are compared."""
 
 
 def evaluated_images(prepared: Prepared, limit: int | None, seed: int) -> frozenset[str]:
@@ -69,7 +74,7 @@ def check_budget(prepared: Prepared, budget: Budget, settings: Settings) -> None
     if budget.head_sqnr_db:
         check_heads(budget, [head.name for head in find_heads(model) if not is_divergence(head.name)])
     if budget.on_task or prepared.own is not None:
-        limits_of(budget, {metric.name: metric for metric in _metrics(prepared, settings.seed)})
+        _check_metrics(prepared, budget, settings.seed)
     for units in units_of(model, settings) if budget.keep else ():
         unasked = {keep.scheme: "" for keep in budget.keep if units.lacks.get(keep.scheme) == UNASKED}
         if unasked:
@@ -89,26 +94,38 @@ def _name_schemes(model: Graph, units: UnitGraph, budget: Budget, settings: Sett
     )
 
 
+def _check_metrics(prepared: Prepared, budget: Budget, seed: int) -> None:
+    """Refuse limits on metrics that there are not, by what the float model gives on one sample.
+
+    That sample may have no labels, show nothing, or ask no question of a kind: then more of them are asked.
+    """
+    try:
+        limits_of(budget, {metric.name: metric for metric in _metrics(prepared, 1, seed)})
+    except (BudgetError, DataError):
+        limits_of(budget, {metric.name: metric for metric in _metrics(prepared, MORE_SAMPLES, seed)})
+
+
 def _opened(prepared: Prepared) -> tuple[Task[Any], Sequence[TaskData]]:
     if prepared.own is not None:
         return prepared.own.task, [prepared.own]
     return open_labelled(prepared.model, prepared.labels or prepared.images, prepared.image)
 
 
-def _metrics(prepared: Prepared, seed: int) -> list[TaskMetric]:
-    """The metrics of the float model on one sample, which tell what metrics there are."""
+def _metrics(prepared: Prepared, count: int, seed: int) -> list[TaskMetric]:
+    """The metrics of the float model, and of its agreement with itself, on some samples: which metrics there are."""
     task, opened = _opened(prepared)
+    names = ("float",) if prepared.own is not None else ("float", "same")
     found: list[TaskMetric] = []
     for data in opened:
-        samples = data.choose(1, seed)
+        samples = data.choose(count, seed)
         key = key_of(data.inputs(samples, image_hashes(data, samples)))
 
         def make(data: TaskData = data) -> bytes:
             with open_original(prepared.model) as session:
                 run = session.run if task.plain else runner(prepared.model, session)
-                result = task.evaluate({"float": run}, data, limit=1, seed=seed)
+                result = task.evaluate(dict.fromkeys(names, run), data, limit=count, seed=seed)
             return to_json([without_draws(metric) for metric in result.metrics])
 
-        inputs = MetricNameInputs(given=prepared.model.identity, labels=key)
+        inputs = MetricNameInputs(given=prepared.model.identity, labels=key, models=names)
         found += msgspec.json.decode(prepared.work.cached("metrics", inputs, make), type=list[TaskMetric])
     return found

@@ -132,7 +132,8 @@ def verify(
     """
     work = work or Workspace()
     given = [labels] if isinstance(labels, Path) else labels
-    evaluator = Evaluator(analysis, given, limit, work, image) if given else None
+    deciding = planned.plan.budget.on_task
+    evaluator = Evaluator(analysis, given, limit, work, image, deciding=deciding) if given else None
     resolution = evaluator.resolution() if evaluator is not None else ()
     course = VerificationCourse(analysis, planned, work, effort)
     kept = _searched(course, evaluator)

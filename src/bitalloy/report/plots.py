@@ -196,7 +196,7 @@ def _metric_views(summary: Summary) -> Iterable[PlotView]:
         points = [_drop_point(name, *one) for one in models if one[2] is not None]
         points += [p for one in summary.evaluations for p in _evaluated(name, one)]
         if points:
-            limit = summary.budget.max_drop.get(name)
+            limit = min((one.asked for one in summary.status.limits if one.metric == name), default=None)
             yield PlotView(
                 name=name,
                 label=f"Drop of {name} against float (down is better)",

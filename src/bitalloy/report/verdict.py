@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -84,11 +85,12 @@ def ship_answer(summary: Summary) -> tuple[str, str, tuple[str, str]]:
         return DO_NOT, f"It is no win over {usual} as a whole, which takes a switch of the runtime.", front
     if by[Verdict.UNDECIDED]:
         limit = by[Verdict.UNDECIDED][0]
+        asked = shlex.quote(f"{limit.metric}={limit.asked:g}")
         more = (
-            f"bitalloy doctor {name} --eval LABELS --max-drop {limit.asked:g}",
+            f"bitalloy doctor {name} --eval LABELS --max-drop {asked}",
             "tells how many labelled images decide",
         )
-        return UNDECIDED, f"A limit is undecided: {limit_text(limit)}.", more if limit.metric else front
+        return UNDECIDED, f"A limit is undecided: {limit_text(limit)}.", more if limit.kind == "max_drop" else front
     if speed is Speed.UNKNOWN and interval is not None:
         ends = f"{interval.low:.2f}x to {interval.high:.2f}x"
         return UNDECIDED, f"Timing does not tell whether it is faster: {ends} of float's time.", again

@@ -37,8 +37,8 @@ from bitalloy.tasks.shown import examples_of
 SHARD = 32
 """Number of samples whose observations are stored together."""
 UNLABELLED, LEAST_UNSEEN = 32, 8
-"""Number of images without labels that are evaluated where no limit is given, and the number of them that the analysis
-has not seen below which those that it has seen are taken too."""
+"""Number of images without labels that are evaluated where nothing is decided by them, and the number of unseen ones
+below which those that the analysis has seen are taken too."""
 JUDGED_MODELS = 4
 """Largest number of models whose judgements stay in memory: those that were used last."""
 
@@ -118,6 +118,7 @@ class Evaluator:
         limit: largest number of samples that are evaluated; None for all.
         work: where results are stored and progress is shown.
         image: how images are prepared; None takes what the model's file says, or else the task's own.
+        deciding: whether a limit rests on the evaluation, so that images without labels are not few either.
 
     Raises:
         DataError: the labels are broken, no task fits the model, or two files measure the same metrics.
@@ -130,8 +131,11 @@ class Evaluator:
         limit: int | None,
         work: Workspace,
         image: ImageSpec | None = None,
+        *,
+        deciding: bool = False,
     ) -> None:
         self._analysis, self._limit, self._work, self._image = analysis, limit, work, image
+        self._unlabelled = None if deciding else UNLABELLED
         self._kept: dict[tuple[str, str], bytes] = {}
         self._judged: dict[tuple[str, int], Any] = {}
         self._recipe = analysis.recipe()
@@ -250,7 +254,7 @@ class Evaluator:
         every = list(data.choose(self._limit if data.labelled else None, seed))
         if data.labelled:
             return every
-        parts, count = self._analysis.parts, self._limit or UNLABELLED
+        parts, count = self._analysis.parts, self._limit or self._unlabelled
         known = _hashes(self._analysis.data, (*parts.calibration, *parts.probe, *parts.verification))
         unseen = [i for i, image in zip(every, image_hashes(data, every), strict=True) if image not in known]
         usable = unseen if len(unseen) >= LEAST_UNSEEN else every

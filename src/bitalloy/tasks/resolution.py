@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from bitalloy.core.outcome import Resolution
+from bitalloy.core.status import NORMAL_95, least_error
 from bitalloy.tasks.base import Seen, Task, TaskData
 
 __all__ = ["resolution_of", "tell_resolution", "with_limit"]
@@ -48,8 +49,9 @@ def resolution_of(
         for metric in result.metrics:
             if not metric.agreement and metric.witness:
                 drop = metric.drops["disturbed"]
-                widths.setdefault(metric.name, []).append((drop.high - drop.low) / 2)
                 counts[metric.name] = metric.values["float"].n
+                least = NORMAL_95 * least_error(counts[metric.name], *(v.value for v in metric.values.values()))
+                widths.setdefault(metric.name, []).append(math.hypot((drop.high - drop.low) / 2, least))
     return tuple(
         Resolution(
             metric=name, images=counts[name], resolved=round(float(np.mean(found)), 6), disturbance=task.disturbance

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.special import logsumexp, ndtr
 
 from bitalloy.core.records import Estimate
+from bitalloy.core.status import FEW_SAMPLES
 
 LOSS = 0.1
 """Agreement lost at which `SLOPE` is the likeliest drop: ten points."""
@@ -46,9 +47,6 @@ UNWITNESSED = 1e3
 """Standard deviation of a drop of which agreement tells nothing, as a part of the metric's scale."""
 LEAST = 1e-9
 """Standard deviation, as a part of the metric's scale, that every estimate has at least."""
-FEW_IMAGES = 2.0
-"""Standard deviation that a drop on n images has at least, times n^2: resamples of a few images know little of their
-own error, and nothing where all of them agree. It is 0.02 on 10 images, and 0.0002 on 100."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def combined_drops(plans: Sequence[MeasuredDrop], *, scale: float = 1.0) -> Comb
 
     Args:
         plans: what was measured of each of P plans, at least one.
-        scale: the metric's scale: 1 for a metric in 0..1, else its value for the float model.
+        scale: the metric's scale, see `metric_scale`.
     """
     errors = _errors(plans, scale)
     grid = np.array(list(product(np.linspace(-3, 3, STEPS), POWERS, SPREADS, range(len(OUTLIERS)))))
@@ -133,5 +131,5 @@ def _errors(plans: Sequence[MeasuredDrop], scale: float) -> np.ndarray:
         draws = np.array([plans[i].draws for i in same])
         known = draws[:, ~np.isnan(draws).any(axis=0)]
         found[np.ix_(same, same)] = np.atleast_2d(np.cov(known)) if known.shape[1] > 1 else 0.0
-    few = np.array([FEW_IMAGES / p.images**2 for p in plans])
+    few = np.array([FEW_SAMPLES / p.images**2 for p in plans])
     return found + np.diag((few**2 + LEAST**2) * scale**2)

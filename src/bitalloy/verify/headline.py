@@ -87,14 +87,16 @@ def _loss(summary: Summary) -> Iterator[str]:
         name, metric = next(iter(summary.metrics.items()))
         estimate = summary.drop_estimates.get(name)
         drop = estimate.drop if estimate is not None else metric.drop_mixed
-        by = " by labels and agreement" if estimate is not None else ""
+        told = estimate is not None and not metric.against_float
+        by = " by labels and agreement" if told and any(m.agreement for m in summary.metrics.values()) else ""
         if drop is None:
             yield f"reaches {metric.mixed.value:.4f} of {name} against {metric.reference.value:.4f} in float"
-        elif drop.value >= 0:
-            yield f"loses {drop.value:.4f} of {name}{by} ({interval_words(drop, 4)})"
+        elif metric.higher_is_better:
+            change, verb = (drop, "loses") if drop.value >= 0 else (drop.negated, "gains")
+            yield f"{verb} {change.value:.4f} of {name}{by} ({interval_words(change, 4)})"
         else:
-            gain = drop.negated
-            yield f"gains {gain.value:.4f} of {name}{by} ({interval_words(gain, 4)})"
+            change, verb = (drop, "raises") if drop.value >= 0 else (drop.negated, "lowers")
+            yield f"{verb} {name} by {change.value:.4f}{by} ({interval_words(change, 4)})"
     elif summary.sqnr_db:
         head, pair = min(summary.sqnr_db.items(), key=lambda item: item[1].mixed.measured)
         interval = summary.sqnr_interval_db.get(head)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitalloy.core.errors import BudgetError, did_you_mean
+from bitalloy.core.errors import BudgetError, DataError, did_you_mean
 from bitalloy.core.outcome import REFERENCE, DropEstimate, Evaluation
 from bitalloy.core.plans import FIRST, Budget
 from bitalloy.core.schemes import Plan
+from bitalloy.core.status import confidence_of_each, metric_scale
 from bitalloy.tasks.base import TaskMetric
 from bitalloy.tasks.evaluate import Evaluator
 from bitalloy.verify.estimate import CombinedDrops, MeasuredDrop, combined_drops
@@ -70,10 +71,10 @@ class DropJudge:
         Raises:
             BudgetError: a limited metric is none of the task's.
         """
-        doubt = EARLY * (1 - self._budget.confidence)
         for shards in self._evaluator.batches if plan not in self._judged else ():
-            self._evaluate(plan, ratio, shards)
-            probability = self.probability(plan)
+            if not self._evaluate(plan, ratio, shards):
+                continue
+            probability, doubt = self.probability(plan), EARLY * (1 - self._confidence)
             if probability is not None and not doubt < probability < 1 - doubt:
                 break
         return self.holds(plan)
@@ -100,7 +101,12 @@ class DropJudge:
         probability = self.probability(plan)
         if probability is None:
             return self.hopeful(plan)
-        return probability >= self._budget.confidence
+        return probability >= self._confidence
+
+    @property
+    def _confidence(self) -> float:
+        """How surely each limit must hold, so that all of them hold with the budget's confidence."""
+        return confidence_of_each(self._budget.confidence, len(self._limits))
 
     def probability(self, plan: Plan) -> float | None:
         """Return the probability that a judged plan keeps every limit, as that of the one it keeps least surely.
@@ -159,14 +165,22 @@ class DropJudge:
     def _drops(self, name: str) -> CombinedDrops:
         if name not in self._combined:
             every = list(self._judged.values())
-            self._combined[name] = combined_drops([one.known[name] for one in every], scale=every[0].scales[name])
+            self._combined[name] = combined_drops(
+                [one.known[name] for one in every], scale=max(one.scales[name] for one in every)
+            )
         return self._combined[name]
 
-    def _evaluate(self, plan: Plan, ratio: float, shards: int) -> None:
+    def _evaluate(self, plan: Plan, ratio: float, shards: int) -> bool:
+        """Evaluate a plan; False where a batch lacks labels, or what a limited metric needs, and there are more."""
         subjects = {REFERENCE: self._evaluator.reference, CANDIDATE: self._evaluator.subject(plan)}
-        found = self._evaluator.results(subjects, CANDIDATE, resamples=RESAMPLED, shards=shards)
-        metrics = {metric.name: metric for result in found for metric in result.metrics}
-        self._limits = self._limits or limits_of(self._budget, metrics)
+        try:
+            found = self._evaluator.results(subjects, CANDIDATE, resamples=RESAMPLED, shards=shards)
+            metrics = {metric.name: metric for result in found for metric in result.metrics}
+            self._limits = limits_of(self._budget, metrics)
+        except (BudgetError, DataError):
+            if shards < self._evaluator.batches[-1]:
+                return False
+            raise
         witnesses = {name: metrics.get(metrics[name].witness) for name in self._limits}
         self._judged[plan] = _Judged(
             ratio=ratio,
@@ -180,6 +194,7 @@ class DropJudge:
             shards=shards,
         )
         self._combined.clear()
+        return True
 
 
 def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, float]:
@@ -192,6 +207,12 @@ def limits_of(budget: Budget, metrics: Mapping[str, TaskMetric]) -> dict[str, fl
         raise BudgetError(
             "--max-drop limits a metric of the labels, and the images have none. Limit --min-agreement, such as 0.98, "
             "or give labels."
+        )
+    first = next(iter(metrics.values()), None)
+    if FIRST in budget.max_drop and first is not None and metric_scale(*(v.value for v in first.values.values())) > 1:
+        raise BudgetError(
+            f"--max-drop without a metric is in points of the first one, and '{first.name}' is no part of 1. Name it "
+            f"with its largest change, such as --max-drop '{first.name}=0.1'."
         )
     asked = [(next(iter(metrics)) if name == FIRST else name, most) for name, most in budget.max_drop.items()]
     if budget.min_agreement is not None:
@@ -220,6 +241,4 @@ def _drop(metric: TaskMetric, witness: TaskMetric | None) -> MeasuredDrop:
 
 
 def _scale(metric: TaskMetric) -> float:
-    """The metric's scale: 1 where it is a part in 0..1, else its value for float."""
-    value = metric.values[REFERENCE].value
-    return 1.0 if metric.higher_is_better and value <= 1 else max(abs(value), 1e-3)
+    return metric_scale(metric.values[REFERENCE].value, metric.values[CANDIDATE].value)

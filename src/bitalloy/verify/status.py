@@ -14,11 +14,15 @@ from bitalloy.core.status import (
     ceiling_verdict,
     chance_verdict,
     chance_within,
+    confidence_of_each,
+    least_error,
     worst_verdict,
 )
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.report.text import interval_words
 
+NOISE = 0.025
+"""Probability of no drop at all below which a drop is more than noise."""
 SHARE = round(TOLERANCE - 1, 4)
 """Part of a latency limit by which a measured latency may exceed it."""
 ESTIMATED, UNMEASURED = "estimated, not measured", "not measured"
@@ -116,16 +120,17 @@ def _drops(summary: Summary) -> Iterator[LimitStatus]:
     if summary.budget.min_agreement is not None:
         names = [name for name, metric in summary.metrics.items() if metric.agreement]
         asked += [("min_agreement", name, 1 - summary.budget.min_agreement) for name in names or ["agreement"]]
+    confidence = confidence_of_each(summary.budget.confidence, len(asked))
     for kind, limited, most in asked:
         metric = next(iter(summary.metrics), limited) if limited == FIRST else limited
         found, estimate = summary.metrics.get(metric), summary.drop_estimates.get(metric)
         drop = found.drop_mixed if found is not None else None
         if estimate is not None:
             drop = estimate.drop
-        chance = None if drop is None else chance_within(drop, most)
+        chance = None if drop is None or found is None else chance_within(drop, most, _least_error(summary, found))
         if estimate is not None and estimate.limit == most:
             chance = estimate.probability
-        verdict, reason = _judged_drop(chance, summary.budget.confidence)
+        verdict, reason = _judged_drop(chance, confidence)
         got = None if drop is None else drop.value
         if drop is None and found is not None:
             got, reason = (
@@ -156,12 +161,20 @@ def _judged_drop(chance: float | None, confidence: float) -> tuple[Verdict, str]
 def _uncovered(summary: Summary, limited: set[str]) -> Iterator[str]:
     for name, metric in summary.metrics.items():
         drop = metric.drop_mixed
-        if name not in limited and not metric.against_float and drop is not None and drop.low > 0:
+        if name in limited or metric.against_float or drop is None:
+            continue
+        if drop.low > 0 and chance_within(drop, 0.0, _least_error(summary, metric)) < NOISE:
             yield _told_drop(name, metric, drop)
 
 
+def _least_error(summary: Summary, metric: MetricComparison) -> float:
+    """The error of a drop on few samples; none of a model that is float."""
+    return least_error(metric.mixed.n, metric.reference.value, metric.mixed.value) if summary.schemes else 0.0
+
+
 def _told_drop(name: str, metric: MetricComparison, drop: Estimate) -> str:
+    verb = "drops" if metric.higher_is_better else "rises"
     return (
-        f"{name} drops by {drop.value:.4f} ({interval_words(drop, 4)}), which is more than the "
+        f"{name} {verb} by {drop.value:.4f} ({interval_words(drop, 4)}), which is more than the "
         f"noise of its {metric.mixed.n} samples, and no limit was set on it. Set one with --max-drop."
     )
