@@ -151,6 +151,23 @@ def test_labels_follow_their_samples() -> None:
     assert [one.target.tolist() for one in batched] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_several_labels_of_a_batch_follow_their_samples(size: int) -> None:
+    """As a DataLoader gives them: (inputs, first labels, second labels), and as many of them as samples at size 2."""
+    batches = [(ROWS[i : i + size], LABELS[i : i + size], 100 + LABELS[i : i + size]) for i in range(0, 10, size)]
+    found = samples(batches, labelled=True)
+    assert [[part.tolist() for part in one.target] for one in found] == [[[n], [100 + n]] for n in LABELS]
+    joined = samples(batches, (TensorSpec(name="x", dtype="FLOAT", shape=(5, 4)),), labelled=True)
+    assert [part.tolist() for part in joined[1].target] == [[5, 6, 7, 8, 9], [105, 106, 107, 108, 109]]
+
+
+def test_a_single_sample_is_not_drawn_from() -> None:
+    wide = (TensorSpec(name="x", dtype="FLOAT", shape=("n", "t")),)
+    long = np.arange(16000, dtype=np.float32)
+    (found,) = samples(long, wide)
+    np.testing.assert_array_equal(found.feeds["x"], long[None])
+
+
 def test_a_limit_draws_from_what_has_a_length_and_stops_what_never_ends() -> None:
     def endless() -> Iterator[np.ndarray]:
         while True:

@@ -178,6 +178,22 @@ def test_what_the_data_decides_is_chosen_from_both_branches(loading: Loading, li
     assert any("both run" in note for note in found.changes)
 
 
+def test_a_condition_may_have_an_axis_that_its_results_have_not(tmp_path: Path) -> None:
+    """As ONNX allows it: one element in any shape. Both results are scalars, and so is what is chosen of them."""
+    text = """<ir_version: 8, opset_import: ["" : 13]>
+        net (float[1,16] x) => (float s) {
+        t = ReduceSum<keepdims=1>(x)  one = Constant<value_ints=[1]>()  r = Reshape(t, one)
+        z = Constant<value_floats=[0.0]>()  c = Greater(r, z)
+        s = If(c)<then_branch = a() => (float p) { p = ReduceMax<keepdims=0>(x) },
+                  else_branch = b() => (float q) { q = ReduceMin<keepdims=0>(x) }> }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    file = load_graph(tmp_path / "m.onnx").to_bytes()
+    for sign in (1, -1):
+        x = (sign * np.arange(1, 17, dtype=np.float32))[None]
+        (found,) = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        assert found.shape == () and found == sign * 16
+
+
 def test_branches_of_different_shapes_are_refused(loading: Loading) -> None:
     row = body([node("Gather", ["x", "first"], ["g"], axis=0)], ["g"])
     with pytest.raises(ModelError, match=r"'choice.*\[2,3\] and \[1,3\]"):

@@ -392,3 +392,72 @@ def test_a_bias_in_whole_steps_becomes_one_of_the_convolution(tmp_path: Path) ->
     patches = np.lib.stride_tricks.sliding_window_view(x[0], (3, 3), (1, 2))
     expected = np.einsum("chwij,ocij->ohw", patches, weight) + constants["b"][:, None, None]
     np.testing.assert_allclose(outputs(load_graph(path).to_bytes(), [x])[0, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+R = np.random.default_rng(0)
+STEPS = R.integers(-127, 128, (16, 16)).astype(np.int8)
+FORMS_OF_INTEGERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a type without a zero point": (
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[4,16] x) => (float[4,16] y) {
+        h = MatMul(x, w)  q = QuantizeLinear<output_dtype=3>(h, s)  d = DequantizeLinear(q, s)  y = MatMul(d, w) }""",
+        {"s": np.float32(0.2), "w": R.normal(size=(16, 16)).astype(np.float32)},
+    ),
+    "a stored type without a zero point": (
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[4,16] x) => (float[4,16] y) {
+        q = QuantizeLinear<output_dtype=3>(w, s)  d = DequantizeLinear(q, s)  y = MatMul(x, d) }""",
+        {"s": np.float32(0.05), "w": R.normal(size=(16, 16)).astype(np.float32)},
+    ),
+    "a scale per channel of an image": (
+        """<ir_version: 8, opset_import: ["" : 13]> g (uint8[1,3,3,3] x) => (float[1,4,3,3] y) {
+        d = DequantizeLinear<axis=1>(x, s, z)  w = DequantizeLinear(q, t)  y = Conv<pads=[1,1,1,1]>(d, w) }""",
+        {
+            "s": np.array([0.01, 0.1, 1.0], np.float32), "z": np.array([10, 120, 200], np.uint8),
+            "q": R.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8), "t": np.float32(0.01),
+        },
+    ),
+    "a scale per row of reshaped numbers": (
+        """<ir_version: 8, opset_import: ["" : 13]> g (float[4,16] x) => (float[4,16] y) {
+        q = QuantizeLinear(x, s, z)  a = DequantizeLinear(q, s, z)  r = Reshape(n, shape)
+        d = DequantizeLinear<axis=0>(r, t)  y = Gemm<transB=1>(a, d) }""",
+        {
+            "s": np.float32(0.03), "z": np.uint8(128), "n": STEPS.reshape(-1), "shape": np.array([16, 16]),
+            "t": (10.0 ** np.linspace(-4, -1, 16)).astype(np.float32),
+        },
+    ),
+    "two scales of one input": (
+        """<ir_version: 8, opset_import: ["" : 13]> g (uint8[4,16] x) => (float[4,16] y, float[4,16] v) {
+        w = DequantizeLinear(n, t)  a = DequantizeLinear(x, s, z)  b = DequantizeLinear(x, t, z)
+        y = MatMul(a, w)  v = MatMul(b, w) }""",
+        {"s": np.float32(0.5), "t": np.float32(0.01), "z": np.uint8(128), "n": STEPS},
+    ),
+    "a scaled product with a bias": (
+        """<ir_version: 8, opset_import: ["" : 13, "com.microsoft" : 1]> g (float[4,16] x) => (float[4,16] y) {
+        q = QuantizeLinear(x, s, z)  y = com.microsoft.QGemm<alpha=0.25>(q, s, z, n, t, zero, c) }""",
+        {
+            "s": np.float32(0.03), "z": np.uint8(128), "n": STEPS, "t": np.float32(0.01), "zero": np.int8(0),
+            "c": R.integers(-9000, 9000, 16).astype(np.int32),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS_OF_INTEGERS)
+def test_the_float_form_differs_by_roundings_alone(tmp_path: Path, form: str) -> None:
+    text, constants = FORMS_OF_INTEGERS[form]
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    onnx.save(model, tmp_path / "q.onnx")
+    (given,) = model.graph.input
+    shape = [d.dim_value for d in given.type.tensor_type.shape.dim]
+    random = np.random.default_rng(1)
+    integers = given.type.tensor_type.elem_type == TensorProto.UINT8
+    feeds = random.integers(0, 256, shape).astype(np.uint8) if integers else random.normal(size=shape)
+    found = {}
+    for name, file in (("file", model.SerializeToString()), ("float", load_graph(tmp_path / "q.onnx").to_bytes())):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        kind = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
+        found[name] = session.run(None, {"x": feeds.astype(kind)})
+    for exact, other in zip(found["file"], found["float"], strict=True):
+        assert np.square(exact - other).sum() < 1e-3 * np.square(exact).sum()

@@ -44,14 +44,20 @@ def changes(found: Any) -> dict[str, str]:
     return {one.name: str(one.change) for one in found}
 
 
-def test_a_run_is_judged_by_its_own_limits_or_by_others(tmp_path: Path) -> None:
+def test_a_run_is_judged_by_its_limits_and_by_others(tmp_path: Path) -> None:
     run = stored(tmp_path, "run")
     ratio = make_run(blocks=2).summary.latency_ratio
     found = bitalloy.check(run)
     assert found.passed and found.verdict == "met" and len(found.limits) == 2
     missed = bitalloy.check(run, budget=Budget(latency_ratio=ratio / 2))
     assert not missed.passed and missed.verdict == "missed" and missed.reason.startswith("missed: latency over float")
-    assert [limit.asked for limit in missed.limits] == [ratio / 2]
+    assert [limit.asked for limit in missed.limits] == [ratio / 2, found.limits[1].asked], "each replaces its own"
+    strict = stored(tmp_path, "strict", budget=Budget(max_drop={"AP50-95": -1.0}))
+    loose = bitalloy.check(strict, budget=Budget(latency_ratio=ratio * 5))
+    assert not loose.passed and [limit.verdict for limit in loose.limits] == ["met", "missed"]
+    assert bitalloy.check(strict, budget=Budget(max_drop={"AP50-95": 0.5})).passed
+    with pytest.raises(bitalloy.BudgetError, match=r"'boxs'.*boxes"):
+        bitalloy.check(run, budget=Budget(head_sqnr_db={"boxs": 30.0}), allow_undecided=True)
     with pytest.raises(bitalloy.BudgetError, match=r"did not measure the metric 'accuracy'. It measured: AP50-95"):
         bitalloy.check(run, budget=Budget(max_drop={"accuracy": 0.1}))
     with pytest.raises(bitalloy.BudgetError, match="nothing to check"):

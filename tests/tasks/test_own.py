@@ -185,6 +185,16 @@ def test_code_without_a_file_is_told_by_what_it_does() -> None:
         made("def f(s):\n    return X", X=np.ones(3)),
         made("def f(s):\n    return helper(s)", helper=made("def f(s):\n    return 1.0")),
         made("def f(s):\n    return helper(s)", helper=made("def f(s):\n    return 2.0")),
+        made("def f(s):\n    return inner(s)", inner=made("def f(s):\n    return T", T=1.0)),
+        made("def f(s):\n    return inner(s)", inner=made("def f(s):\n    return T", T=2.0)),
+        made("def f(s):\n    return (lambda x: x > U)(s)", U=1.0),
+        made("def f(s):\n    return (lambda x: x > U)(s)", U=2.0),
+        made(
+            "class M:\n    def __call__(s, x):\n        return s.g(x)\n    def g(s, x):\n        return x + 1\nf = M()"
+        ),
+        made(
+            "class M:\n    def __call__(s, x):\n        return s.g(x)\n    def g(s, x):\n        return x - 1\nf = M()"
+        ),
         made("def f(s):\n    return loader(s)", loader=SimpleNamespace(_fingerprint="a")),
         made("def f(s):\n    return loader(s)", loader=SimpleNamespace(_fingerprint="b")),
     ]

@@ -89,9 +89,10 @@ def _run(
         value = values[tensor]
         assert value.shape is not None, "tensors with channels have a known rank"
         axes = [a for a in range(len(value.shape)) if a != axis % len(value.shape)]
-        for operator in operators:
+        *others, last = operators
+        for operator in (*others, last if axes else "Identity"):  # without axes a reduction takes all
             name, inputs, attributes = f"{_PREFIX}{tensor}/{operator}", [value], dict[str, object]()
-            if operator == operators[-1]:
+            if operator == last:
                 attributes = {"keepdims": 0} if axes_are_inputs else {"keepdims": 0, "axes": axes}
                 if axes_are_inputs:
                     inputs.append(add_initializer(copy.graph, f"{name}/axes", np.array(axes, np.int64)))

@@ -91,8 +91,8 @@ class CheckArguments:
 def check_command(asked: CheckArguments) -> None:
     """Tell whether a finished run keeps limits, from its files alone: a gate for CI.
 
-    Without limits those count that the run was made for, with --baseline too. On GitHub failures are annotated, and a
-    table is added to the summary of the step.
+    The limits that the run was made for count too, unless one is given on the same. On GitHub failures are annotated,
+    and a table is added to the summary of the step.
 
     Exit code 0: passed; 2: the command must be corrected; 3: a limit is missed or undecided, or the run is worse than
     its baseline.

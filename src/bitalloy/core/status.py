@@ -115,18 +115,24 @@ def confidence_of_each(confidence: float, limits: int) -> float:
     return confidence if limits <= 1 else 1 - (1 - confidence) / limits
 
 
-def chance_within(drop: Estimate, asked: float, least: float = 0.0) -> float:
+def of_few_samples(drop: Estimate, samples: int, *values: float) -> Estimate:
+    """Widen the interval of a drop by what resamples of few samples do not know, see `least_error`.
+
+    >>> of_few_samples(Estimate(value=0.02, low=0.02, high=0.02), 10, 0.9, 0.88).low < 0
+    True
+    """
+    more = NORMAL_95 * least_error(samples, *values)
+    below, above = (math.hypot(end - drop.value, more) for end in (drop.low, drop.high))
+    return Estimate(value=drop.value, low=drop.value - below, high=drop.value + above)
+
+
+def chance_within(drop: Estimate, asked: float) -> float:
     """Return the probability that the true drop of a metric is at most `asked`.
 
     The error of the estimate is taken as normal around its value, with the width of its interval; one without any
     width is taken as exact.
-
-    Args:
-        drop: the drop, with its interval.
-        asked: the limit.
-        least: standard deviation that it has at least, beside that, see `least_error`.
     """
-    error = math.hypot((drop.high - drop.low) / (2 * NORMAL_95), least)
+    error = (drop.high - drop.low) / (2 * NORMAL_95)
     if error <= 0:
         return float(drop.value <= asked)
     return 0.5 * math.erfc((drop.value - asked) / (error * math.sqrt(2)))

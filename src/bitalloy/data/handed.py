@@ -171,7 +171,7 @@ def _drawn_rows(data: object, inputs: tuple[TensorSpec, ...], most: int, seed: i
     parts = data if isinstance(data, Mapping) else {inputs[0].name: data} if _is_array(data) else {}
     columns = {name: _array(part) if _is_array(part) else part for name, part in parts.items()}
     first = columns.get(inputs[0].name)
-    if not isinstance(first, np.ndarray) or not first.ndim:
+    if not isinstance(first, np.ndarray) or first.ndim < max(1, len(inputs[0].shape)):  # no samples, or a single one
         return data
     wanted = most * (_batch_of(inputs[0]) if first.ndim == len(inputs[0].shape) else 1)
     if len(first) <= wanted:
@@ -214,8 +214,9 @@ def _named(item: object, inputs: tuple[TensorSpec, ...], labelled: bool, where: 
     if labelled and not rest:
         raise DataError(f"The item of {where} has no labels behind the inputs {names}. Give (inputs, labels) pairs.")
     feeds = {i.name: _typed(_array(item[i.name], f"'{i.name}' of {where}"), i, where) for i in inputs}
-    target = None if not labelled else as_plain(rest[0] if rest and len(rest) == 1 else rest)
-    return feeds, target
+    if not labelled or not rest:
+        return feeds, None
+    return feeds, as_plain(rest[0]) if len(rest) == 1 else tuple(map(as_plain, rest))
 
 
 def _batched(named: Iterable[tuple[Feeds, Any]], inputs: tuple[TensorSpec, ...]) -> Iterator[HandedSample]:
@@ -259,6 +260,8 @@ def _target_rows(target: Any, count: int, where: str) -> Sequence[Any]:
     """The labels of each of the samples that an item holds."""
     if target is None or count == 1:
         return [_with_axis(target)] * count
+    if isinstance(target, tuple):  # of what stands behind the inputs each has a label of every sample
+        return list(zip(*(_target_rows(part, count, where) for part in target), strict=True))
     if isinstance(target, dict):
         columns = {name: _target_rows(part, count, where) for name, part in target.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(count)]
@@ -276,6 +279,8 @@ def _with_axis(target: Any, *, always: bool = False) -> Any:
     """Labels of one sample with the axis of the batch first: numbers get it, and `always` whole arrays and lists."""
     if isinstance(target, dict):
         return {name: _with_axis(part, always=always) for name, part in target.items()}
+    if isinstance(target, tuple):
+        return tuple(_with_axis(part, always=always) for part in target)
     if isinstance(target, (bool, int, float, np.generic)) or (isinstance(target, np.ndarray) and not target.ndim):
         return np.asarray(target)[None]
     if not always or target is None:
@@ -290,6 +295,8 @@ def _join_targets(targets: list[Any]) -> Any:
     first = targets[0]
     if isinstance(first, dict):
         return {name: _join_targets([t[name] for t in targets]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_join_targets(list(part)) for part in zip(*targets, strict=True))
     if isinstance(first, np.ndarray) and first.ndim:
         return np.concatenate(targets)
     return [one for t in targets for one in t] if isinstance(first, list) else targets

@@ -184,7 +184,8 @@ class _Paste:
 
     def either(self) -> list[ir.Value]:
         """The results of both branches of an `If`, of which its condition chooses."""
-        condition = self._node.inputs[0]
+        scalar = add_initializer(self._model.graph, self._fresh(f"{self._node.name}/scalar"), np.zeros(0, np.int64))
+        condition = self._made("Reshape", [self._node.inputs[0], scalar])
         then, other = (
             self._paste(self._node.attributes[name].as_graph(), []) for name in ("then_branch", "else_branch")
         )

@@ -101,6 +101,8 @@ class Dequantizer:
         self._floats: dict[str, Array] = {}
         """Constants of the float form."""
         self._stored: dict[tuple[str, ...], str] = {}
+        self._dequantized: dict[tuple[str, ...], str] = {}
+        """Integers with their scales and zero points -> their floats."""
         self._weights: dict[str, GivenWeight] = {}
         self._tensors: dict[str, GivenTensor] = {}
         self._late: set[str] = set()
@@ -273,11 +275,11 @@ class Dequantizer:
             carrier = self._by[root]
             root = carrier.input[0]
         if root in self._integers:
-            return self._arithmetic(tensor, scales, zeros, node)
+            return self._arithmetic(tensor, scales, zeros, axis, node)
         numbers = self.constant(root)
         if carrier is not None and numbers is not None and numbers.dtype.kind in "iu":  # rows of a stored table
             if scales.size > 1:
-                return self._arithmetic(tensor, scales, zeros, node)
+                return self._arithmetic(tensor, scales, zeros, axis, node)
             carrier.input[0] = self._constant(root, numbers, scales, zeros, axis, block, own)
         return tensor
 
@@ -311,9 +313,23 @@ class Dequantizer:
             found += "/float"
         return found
 
-    def _arithmetic(self, tensor: str, scales: Array, zeros: Array, node: onnx.NodeProto) -> str:
-        """Dequantize integers that the model reads or looks up (case 5)."""
-        made = f"{tensor}/dequantized"
+    def _arithmetic(self, tensor: str, scales: Array, zeros: Array, axis: int, node: onnx.NodeProto) -> str:
+        """Dequantize integers that the model reads or looks up (case 5).
+
+        Raises:
+            ModelError: there is one scale per channel, and the file does not tell how many axes stand behind theirs.
+        """
+        if max(scales.size, zeros.size) > 1:
+            rank = self._rank(tensor)
+            if axis >= 0 and rank is None:
+                raise ModelError(
+                    f"{label(node)} scales each channel of '{tensor}', whose rank is unknown. Infer shapes."
+                )
+            behind = -axis - 1 if axis < 0 or rank is None else rank - axis - 1
+            scales, zeros = (a if a.size == 1 else a.reshape(-1, *(1,) * behind) for a in (scales, zeros))
+        key = (tensor, scales.tobytes().hex(), zeros.tobytes().hex(), str(scales.shape))
+        known = len(self._dequantized)
+        made = self._dequantized.setdefault(key, f"{tensor}/dequantized" + (f"/{known}" if known else ""))
         if made not in self._by:
             zero, scale = f"{made}/zero", f"{made}/scale"
             self._floats[zero], self._floats[scale] = zeros.astype(np.float32), scales.astype(np.float32)
@@ -322,9 +338,17 @@ class Dequantizer:
             self.add("Mul", [f"{made}/Sub", scale], made, node)
         return made
 
+    def _rank(self, tensor: str) -> int | None:
+        """Number of axes of a tensor of the file; None where neither the file nor its operators tell."""
+        graph = onnx.shape_inference.infer_shapes(self.model).graph
+        for value in (*graph.input, *graph.value_info):
+            if value.name == tensor and value.type.tensor_type.HasField("shape"):
+                return len(value.type.tensor_type.shape.dim)
+        return None
+
     def rounds(self, node: onnx.NodeProto, tensor: str, scale: str, zero: str) -> str:
         """Note that a tensor is rounded; returns what is read behind it (case 4)."""
-        scales, zeros = self.constant(scale), self.constant(zero) if zero else np.zeros((), np.uint8)
+        scales, zeros = self.constant(scale), self.constant(zero) if zero else zero_of(node)
         tensor = self.of(tensor)
         if scales is None or zeros is None or scales.size != 1:
             raise ModelError(
@@ -369,14 +393,14 @@ class Dequantizer:
         made = self.add("MatMul", inputs, self._free(node.output[0]), node)
         self.add("Add", [made, self.of(bias)], node.output[0], node)
 
-    def bias(self, node: onnx.NodeProto, bias: str, *scales: str) -> str:
-        """A bias of whole steps as floats."""
+    def bias(self, node: onnx.NodeProto, bias: str, *scales: str, factor: float = 1.0) -> str:
+        """A bias of whole steps as floats; a step is the product of the scales and the factor."""
         numbers, steps = self.constant(bias), [s for scale in scales if (s := self.constant(scale)) is not None]
         if numbers is None or len(steps) < len(scales):
             raise ModelError(f"{label(node)} has a bias that is computed. Give the float model.")
         name = self._free(bias)
         step = np.prod([np.asarray(s, np.float32).reshape(-1) for s in np.broadcast_arrays(*steps)], axis=0)
-        self._floats[name] = np.asarray(numbers.astype(np.float32) * step, np.float32)
+        self._floats[name] = np.asarray(numbers.astype(np.float32) * step * np.float32(factor), np.float32)
         return name
 
     def store(self, name: str, numbers: Array) -> None:
@@ -409,6 +433,12 @@ class Dequantizer:
         if weight in self._weights:
             self._folded.add(node.output[0])
         return str(node.output[0])
+
+
+def zero_of(node: onnx.NodeProto) -> Array:
+    """The zero point of a node that gives none: 0, of the type that its attribute names, or else of 8 bits."""
+    kind = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
+    return np.zeros((), helper.tensor_dtype_to_np_dtype(kind) if kind else np.uint8)
 
 
 def label(node: onnx.NodeProto) -> str:

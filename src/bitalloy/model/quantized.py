@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
+import ml_dtypes
 import numpy as np
 import onnx
 
 from bitalloy.core.errors import ModelError
 from bitalloy.model.contrib import MICROSOFT
-from bitalloy.model.dequantizer import Dequantizer, GivenRoundings, label, spread
+from bitalloy.model.dequantizer import Dequantizer, GivenRoundings, label, spread, zero_of
 
 Rewrite: TypeAlias = Callable[[Dequantizer, onnx.NodeProto], None]
 
@@ -71,10 +72,13 @@ def _quantize(to: Dequantizer, node: onnx.NodeProto) -> None:
     scale, zero = node.input[1], node.input[2] if len(node.input) > 2 else ""
     numbers = to.constant(node.input[0])
     if numbers is not None:  # floats that are rounded when the model is opened
-        scales, zeros = to.constant(scale), to.constant(zero) if zero else np.zeros((), np.uint8)
+        scales, zeros = to.constant(scale), to.constant(zero) if zero else zero_of(node)
         if scales is None or zeros is None:
             raise ModelError(f"{label(node)} has a scale or zero point that is computed. Give the float model.")
-        info = np.iinfo(zeros.dtype)
+        try:
+            info = ml_dtypes.iinfo(zeros.dtype)  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise ModelError(f"{label(node)} rounds a constant to {zeros.dtype}. Give the float model.") from error
         axis = _axis(node)
         grid = [spread(a, numbers, axis, 0) for a in (scales, zeros.astype(np.float32))]
         stored = np.clip(np.rint(numbers / grid[0]) + grid[1], info.min, info.max).astype(zeros.dtype)
@@ -117,7 +121,8 @@ def _gemm(to: Dequantizer, node: onnx.NodeProto) -> None:
     swapped = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     inputs = [to.operand(node, a, a_s, az), to.operand(node, b, bs, bz, axis=0 if swapped else 1)]
     if c:
-        inputs.append(to.bias(node, c, a_s, bs))
+        alpha = next((attribute.f for attribute in node.attribute if attribute.name == "alpha"), 1.0)
+        inputs.append(to.bias(node, c, a_s, bs, factor=alpha))
     to.rounded(node, "Gemm", inputs, *out)
 
 

@@ -13,6 +13,7 @@ from bitalloy.core.plans import Budget, PlanReport
 from bitalloy.core.status import LimitStatus, Verdict, worst_verdict
 from bitalloy.core.summaries import read_summary
 from bitalloy.report.text import difference_text, limit_text
+from bitalloy.search.choice import check_heads
 from bitalloy.search.planning import read_record
 from bitalloy.verify.compare import compare_numbers, counting, moved_units
 from bitalloy.verify.status import status_of
@@ -29,7 +30,7 @@ def check_run(
 
     Args:
         run: directory of a finished run.
-        budget: limits; without any those that the run was made for.
+        budget: limits, each in place of that of the run on the same; what else the run was made for counts too.
         baseline: directory of another finished run. Beside the limits, if there are any, the run may then not be worse
             than that one by more than noise: in latency over float, size, or the drops of its metrics, or without
             metrics in SQNR.
@@ -42,9 +43,8 @@ def check_run(
     summary = finished_summary(run)
     asked = budget is not None and budget.limited
     if budget is not None and asked:
-        if budget.confidence == Budget().confidence:  # what the run was asked for holds on
-            budget = msgspec.structs.replace(budget, confidence=summary.budget.confidence)
-        summary = msgspec.structs.replace(summary, budget=budget)
+        check_heads(budget, list(summary.sqnr_db))
+        summary = msgspec.structs.replace(summary, budget=_joined(summary.budget, budget))
     status = status_of(summary)
     unknown = [one.metric for one in status.limits if one.metric and one.metric not in summary.metrics]
     if unknown and asked:
@@ -121,3 +121,15 @@ def _reason(limits: tuple[LimitStatus, ...], against: tuple[Difference, ...], ve
     told = [limit_text(one) for one in limits if one.verdict == verdict]
     told += [difference_text(one) for one in against if CHANGE_VERDICTS[one.change] == verdict]
     return f"{verdict}: {told[0]}" if told else str(verdict)
+
+
+def _joined(made_for: Budget, asked: Budget) -> Budget:
+    """The limits of a run with those that are asked for beside them, or in their place where they limit the same."""
+    base, usual = Budget(confidence=made_for.confidence) if made_for.by_default else made_for, Budget()
+    fields = {name: getattr(asked, name) for name in Budget.__struct_fields__}
+    changed = {name: value for name, value in fields.items() if value != getattr(usual, name)}
+    for name in ("max_drop", "head_sqnr_db"):
+        changed[name] = {**getattr(base, name), **getattr(asked, name)}
+    if {"latency_ratio", "latency_ms"} & changed.keys():
+        changed = {"latency_ratio": None, "latency_ms": None} | changed
+    return msgspec.structs.replace(base, **changed)

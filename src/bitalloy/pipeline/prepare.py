@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import onnx
 
 from bitalloy import zoo
@@ -139,7 +140,8 @@ def prepare(
     source, image = _source(model, out, seed, options), options.image
     notes: tuple[str, ...] = (SAMPLE_NOTE,) if data is None else ()
     if data is not None and not (isinstance(data, (str, Path)) and preprocess is None):
-        data, notes = _stored(data, source.path, Workspace(RunDirectory(out), options.progress), preprocess, seed)
+        work = Workspace(RunDirectory(out), options.progress)
+        data, notes = _stored(data, source.path, work, preprocess, seed, options.shapes)
     assert data is None or isinstance(data, (str, Path)), "data in memory lies in files now"
     given, folder = dict(options.shapes), Path(out) / "sample"
     drawn = source.sample and data is None and not files and metric is None
@@ -221,12 +223,18 @@ def _source(model: object, out: str | Path, seed: int, options: RunOptions) -> z
 
 
 def _stored(
-    data: object, source: Path, work: Workspace, preprocess: Preprocess | None, seed: int
+    data: object,
+    source: Path,
+    work: Workspace,
+    preprocess: Preprocess | None,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]],
 ) -> tuple[Path, tuple[str, ...]]:
     """Store samples in memory as feeds, with a note where there were more of them."""
     store = work.store
     assert store is not None, "samples go into a run directory"
     inputs = read_outline(source).open_inputs if is_program(source) else read_interface(source)[0]
+    inputs = tuple(msgspec.structs.replace(i, shape=tuple(shapes.get(i.name, i.shape))) for i in inputs)
     data = Path(data) if isinstance(data, str) else data
     samples = handed_samples(data, inputs, most=MOST_SAMPLES, seed=seed, preprocess=preprocess)
     with work.stage("data", None) as progress:

@@ -11,12 +11,12 @@ from bitalloy.core.outcome import LOWEST, MIXED, ONE_SCHEME, Comparison, Evaluat
 from bitalloy.core.plans import CostTable, PlanReport
 from bitalloy.core.records import Estimate, Latency, MetricValue
 from bitalloy.core.schemes import BASELINE
-from bitalloy.core.status import Status, Verdict
+from bitalloy.core.status import Status, Verdict, of_few_samples
 from bitalloy.core.units import UnitGraph
 from bitalloy.measure.prices import latency_us
 from bitalloy.model.heads import is_divergence
 from bitalloy.report import formats
-from bitalloy.report.text import counted, limit_text, verdict_text
+from bitalloy.report.text import counted, limit_text, noise_words, verdict_text
 from bitalloy.tasks.resolution import tell_resolution
 
 WIDE_GAP_DB = 3.0
@@ -311,11 +311,6 @@ def classes(examples: Examples | None) -> tuple[tuple[str, ...], list[tuple[str,
     return ("Class", "Labels", "AP float", "AP mixed", "Drop, 95 % interval", ""), lines
 
 
-def noise_words(drop: Estimate) -> str:
-    """Say whether a drop is more than what other images could make of it."""
-    return "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
-
-
 def heads_of(plan: PlanReport, summary: Summary) -> tuple[str, ...]:
     """Return the names of the heads in the order of the plan, without divergences, which have rows of their own."""
     return tuple(h.head for h in plan.heads if not is_divergence(h.head)) or tuple(summary.sqnr_db)
@@ -457,10 +452,16 @@ def _accuracy(summary: Summary) -> Iterable[FigureRow]:
     unrounded = {"rewritten": Cell(formats.NONE, (Note("not evaluated: no rounding"),))}
     for name, metric in summary.metrics.items():
         yield _row(summary, name, "", {**unrounded, **_each(metric, value)})
-        drops = {"lowest": metric.drop_lowest, "single": metric.drop_single, "mixed": metric.drop_mixed}
+        models = {
+            "lowest": (metric.drop_lowest, metric.lowest),
+            "single": (metric.drop_single, metric.single),
+            "mixed": (metric.drop_mixed, metric.mixed),
+        }
         if metric.drop_lowest is not None or metric.drop_mixed is not None:
-            cells = {column: _drop(drop) for column, drop in drops.items()}
-            yield _row(summary, f"Drop of {name}", "float − model, paired", cells)
+            first = metric.reference.value
+            cells = {column: _drop(drop, one, first) for column, (drop, one) in models.items()}
+            side = "float − model" if metric.higher_is_better else "model − float"
+            yield _row(summary, f"Drop of {name}", f"{side}, paired", cells)
     if summary.confidence_shift:
         names = {"lowest": LOWEST, "single": ONE_SCHEME, "mixed": MIXED}
         shifts = {column: _shift(summary.confidence_shift.get(name)) for column, name in names.items()}
@@ -469,10 +470,10 @@ def _accuracy(summary: Summary) -> Iterable[FigureRow]:
         yield _row(summary, "Overlap of boxes", "matched detections, IoU with float", overlaps)
 
 
-def _drop(drop: Estimate | None) -> Cell:
-    if drop is None:
+def _drop(drop: Estimate | None, found: MetricValue | None, reference: float) -> Cell:
+    if drop is None or found is None:
         return Cell(formats.NONE)
-    verdict = noise_words(drop)
+    verdict = noise_words(of_few_samples(drop, found.n, reference, found.value))
     notes = (Note(f"95 % {formats.interval_text(drop, 4)}"), Note(verdict))
     tone = ("bad" if drop.value > 0 else "good") if verdict == "beyond noise" else ""
     return Cell(formats.signed(drop.value, 4), notes, tone)

@@ -14,7 +14,7 @@ from bitalloy.core.order import natural
 from bitalloy.core.outcome import Summary
 from bitalloy.core.planned import Planned
 from bitalloy.core.records import Estimate, GivenRounding, Sensitivity, SensitivityTable
-from bitalloy.core.status import LimitStatus, Status, Verdict
+from bitalloy.core.status import LimitStatus, Status, Verdict, of_few_samples
 from bitalloy.model.heads import is_divergence
 from bitalloy.report.formats import bare_decibel_text, decibel_text
 from bitalloy.sensitivity.matrix import CEILING_DB
@@ -142,6 +142,11 @@ def difference_table(found: RunDifference) -> tuple[tuple[str, ...], list[tuple[
     return ("number", found.first, found.second, "difference", "change"), lines
 
 
+def noise_words(drop: Estimate) -> str:
+    """Say whether a drop is more than what other samples could make of it."""
+    return "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
+
+
 def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headers, and a line for each metric of each model, with its paired drop from the first model."""
     lines: list[tuple[str, ...]] = []
@@ -151,7 +156,8 @@ def evaluation_table(found: TaskResult) -> tuple[tuple[str, ...], list[tuple[str
             told, noise = "", ""
             if drop is not None:
                 told = f"{drop.value:z.4f} ({interval_words(drop, 4)})"
-                noise = "beyond noise" if drop.low > 0 or drop.high < 0 else "within noise"
+                first = next(iter(metric.values.values())).value
+                noise = noise_words(of_few_samples(drop, value.n, first, value.value))
             spread = interval_words(Estimate(value=value.value, low=value.low, high=value.high), 4) if value.n else ""
             lines.append((metric.name, model, f"{value.value:.4f}", spread, told, noise))
     return ("metric", "model", "value", "interval", "drop", "noise"), lines

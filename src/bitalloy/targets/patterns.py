@@ -29,7 +29,8 @@ NO_WEIGHTS = (
 def moves(node: ir.Node) -> bool:
     """Tell whether a node only moves data, so that rounding before and after it are the same."""
     if node.op_type == "Resize":
-        return attribute(node, "mode", "nearest") == "nearest"
+        inside = attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
+        return inside and attribute(node, "mode", "nearest") == "nearest"
     if node.op_type == "Gather":
         return constant(node.inputs[1]) is not None
     return node.op_type in ops.MOVERS

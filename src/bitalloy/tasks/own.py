@@ -289,7 +289,7 @@ class LabelledFeeds(OwnData):
         return OF_SAMPLES
 
     def choose(self, limit: int | None, seed: int) -> Sequence[int]:
-        return range(len(self._files))
+        return range(len(self._files))[:limit]
 
     def images(self, samples: Sequence[int]) -> Sequence[Path]:
         return [self._files[i] for i in samples]

@@ -25,30 +25,46 @@ def code_digest(function: Callable[..., object]) -> str:
     """Return a SHA-256 that changes with a function: of the file that defines it, or without one of its code.
 
     Plain data and tensors that it holds count as well: defaults, captured and global variables, arguments of a
-    `partial`, fields of an object.
+    `partial`, fields of an object. Without a file so do the functions that it calls by a global name, with all that
+    they hold, and the other methods of its class.
     """
     held: list[object] = []
     while isinstance(function, partial):
         held += [list(function.args), dict(function.keywords)]
         function = function.func
     function = inspect.unwrap(function)
+    methods: dict[str, object] = {}
     if inspect.ismethod(function):
         held.append(getattr(function.__self__, "__dict__", {}))
+        methods = _methods(type(function.__self__))
         function = function.__func__
     elif not hasattr(function, "__code__"):
         held.append(getattr(function, "__dict__", {}))
-        function = vars(type(function)).get("__call__", function)
-    code = getattr(function, "__code__", None)
-    known = getattr(function, "__globals__", {})
-    held.append({name: known[name] for name in (code.co_names if code is not None else ()) if name in known})
+        methods = _methods(type(function))
+        function = methods.get("__call__", function)  # type: ignore[assignment]
     digest = hashlib.sha256(getattr(function, "__qualname__", repr(type(function))).encode())
-    held.append(getattr(function, "__defaults__", None))
-    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _filled(cell)]
-    if code is not None:
-        file = Path(code.co_filename)
-        digest.update((file_hash(file) if file.is_file() else _code(code)).encode())
+    if isinstance(function, FunctionType):
+        file = Path(function.__code__.co_filename)
+        digest.update((file_hash(file) if file.is_file() else _code(function.__code__)).encode())
+        held += [_held(function), {} if file.is_file() else methods]
     digest.update(content_digest(held).digest())
     return digest.hexdigest()
+
+
+def _methods(kind: type) -> dict[str, object]:
+    return {name: one for name, one in vars(kind).items() if isinstance(one, FunctionType)}
+
+
+def _held(function: FunctionType) -> list[object]:
+    """What a function holds: defaults, captured variables, and global ones that it or a function inside it names."""
+    known = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+    captured = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    return [known, function.__defaults__, function.__kwdefaults__, *captured]
+
+
+def _names(code: CodeType) -> list[str]:
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return sorted({*code.co_names, *inner})
 
 
 def _code(code: CodeType) -> str:
@@ -78,6 +94,8 @@ def content_digest(value: object, depth: int = 0) -> hashlib._Hash:
     match value:
         case FunctionType():
             digest.update(_code(value.__code__).encode())
+            if depth < DEEPEST and not Path(value.__code__.co_filename).is_file():
+                digest.update(content_digest(_held(value), depth + 1).digest())
         case np.ndarray():
             digest.update(f"{value.dtype.str}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())

@@ -9,6 +9,7 @@ from bitalloy.core.checked import Change, Difference, MovedUnit
 from bitalloy.core.outcome import Summary
 from bitalloy.core.plans import PlanReport
 from bitalloy.core.records import Estimate
+from bitalloy.core.status import of_few_samples
 
 SIZE_NOISE = 0.01
 """Part of a file's size that does not count as a difference."""
@@ -84,8 +85,11 @@ def _metrics(first: Summary, second: Summary) -> Iterator[Difference]:
         if after is None:
             continue
         if before.drop_mixed is not None and after.drop_mixed is not None:
-            drops = before.drop_mixed, after.drop_mixed
-            yield _difference(f"drop of {name}", (drops[0].value, drops[1].value), drops, higher_is_better=False)
+            pairs = (before, before.drop_mixed), (after, after.drop_mixed)
+            drops = [of_few_samples(d, m.mixed.n, m.reference.value, m.mixed.value) for m, d in pairs]
+            yield _difference(
+                f"drop of {name}", (drops[0].value, drops[1].value), (drops[0], drops[1]), higher_is_better=False
+            )
         else:
             values = before.mixed.value, after.mixed.value
             yield _difference(name, values, (None, None), higher_is_better=after.higher_is_better)

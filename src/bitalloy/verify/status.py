@@ -15,14 +15,12 @@ from bitalloy.core.status import (
     chance_verdict,
     chance_within,
     confidence_of_each,
-    least_error,
+    of_few_samples,
     worst_verdict,
 )
 from bitalloy.measure.bench import TOLERANCE
 from bitalloy.report.text import interval_words
 
-NOISE = 0.025
-"""Probability of no drop at all below which a drop is more than noise."""
 SHARE = round(TOLERANCE - 1, 4)
 """Part of a latency limit by which a measured latency may exceed it."""
 ESTIMATED, UNMEASURED = "estimated, not measured", "not measured"
@@ -127,7 +125,7 @@ def _drops(summary: Summary) -> Iterator[LimitStatus]:
         drop = found.drop_mixed if found is not None else None
         if estimate is not None:
             drop = estimate.drop
-        chance = None if drop is None or found is None else chance_within(drop, most, _least_error(summary, found))
+        chance = None if drop is None or found is None else chance_within(_known(summary, found, drop), most)
         if estimate is not None and estimate.limit == most:
             chance = estimate.probability
         verdict, reason = _judged_drop(chance, confidence)
@@ -163,13 +161,15 @@ def _uncovered(summary: Summary, limited: set[str]) -> Iterator[str]:
         drop = metric.drop_mixed
         if name in limited or metric.against_float or drop is None:
             continue
-        if drop.low > 0 and chance_within(drop, 0.0, _least_error(summary, metric)) < NOISE:
+        if _known(summary, metric, drop).low > 0:
             yield _told_drop(name, metric, drop)
 
 
-def _least_error(summary: Summary, metric: MetricComparison) -> float:
-    """The error of a drop on few samples; none of a model that is float."""
-    return least_error(metric.mixed.n, metric.reference.value, metric.mixed.value) if summary.schemes else 0.0
+def _known(summary: Summary, metric: MetricComparison, drop: Estimate) -> Estimate:
+    """The drop with the error that few samples leave; a model that is float has none."""
+    if not summary.schemes:
+        return drop
+    return of_few_samples(drop, metric.mixed.n, metric.reference.value, metric.mixed.value)
 
 
 def _told_drop(name: str, metric: MetricComparison, drop: Estimate) -> str:
