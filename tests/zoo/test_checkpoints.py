@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -220,3 +222,16 @@ def test_hub_without_network_says_what_to_put_where(monkeypatch: pytest.MonkeyPa
 def test_checkpoint_that_is_nowhere_is_refused() -> None:
     with pytest.raises(ModelError, match=r"No checkpoint at 'nowhere\.pt'"):
         downloads.locate("nowhere.pt", Remote(file="a", url="http://127.0.0.1:9/a", licence=""), extra="zoo")
+
+
+def test_a_place_without_weights_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from bitalloy import zoo\n"
+        "try: zoo.export_model('yolo11n', checkpoint=sys.argv[1], folder=Path(sys.argv[2]))\n"
+        "except zoo.ModelError as error: print(error, 'torch' in sys.modules)"
+    )
+    for place, told in ((tmp_path, "holds no weights"), (Path("/dev/null"), "No checkpoint file")):
+        words = [sys.executable, "-c", code, str(place), str(tmp_path / "out")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert told in done.stdout and done.stdout.endswith("False\n")
+    assert not (tmp_path / "out").exists()

@@ -131,6 +131,10 @@ def export_model(
         raise ModelError(f"'{checkpoint}' is an ONNX file already: give it to `bitalloy run`.")
     if not is_onnx and family.missing:
         raise MissingExtraError("', '".join(family.missing), family.extra, f"Exporting '{name}'")
+    if checkpoint is not None:
+        from bitalloy.zoo.checkpoints import refuse_without_weights
+
+        refuse_without_weights(Path(checkpoint))
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,18 @@ WRAPPERS = ("state_dict", "model", "ema")
 """Keys under which training scripts keep the tensors."""
 
 
+def refuse_without_weights(path: Path) -> None:
+    """Refuse a place that is there and holds no weights, before a library that could read them is imported.
+
+    Raises:
+        ModelError: it is a folder without weights or with some of them missing, or no file.
+    """
+    if path.is_dir():
+        _shards(path)
+    elif path.exists() and not path.is_file():
+        raise ModelError(f"No checkpoint file at '{path}'.")
+
+
 def read(path: Path, *, trust: bool = False, extra: str = "zoo") -> dict[str, Tensor]:
     """Read a checkpoint file or folder: name -> tensor.
 
