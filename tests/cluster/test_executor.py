@@ -242,13 +242,15 @@ def lost_node(cluster: Any, place: Path) -> None:
     notes = place / "notes"
     node = next(iter(cluster.worker_nodes))
     with RayExecutor("ray://" + cluster.address) as executor:
-        results = executor.map(tasks(notes, range(12), wait_s=0.3), keep=lambda job, result: None)
+        results = executor.map(tasks(notes, range(60), wait_s=0.3), keep=lambda job, result: None)
         found = [next(results)]
+        while len({file.name.split("-")[2] for file in notes.iterdir()}) < 2:  # both nodes are at work
+            found.append(next(results))
         cluster.remove_node(node, allow_graceful=False)
         found += results
-    assert found == [str(v**2).encode() for v in range(12)]
+    assert found == [str(v**2).encode() for v in range(60)]
     tries = [file.name.split("-")[0] for file in notes.iterdir()]
-    assert len(tries) > len(set(tries)) == 12
+    assert len(tries) > len(set(tries)) == 60
 
 
 def test_machines_of_other_bits_are_told_apart() -> None:
