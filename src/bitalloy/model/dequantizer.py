@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -320,7 +321,7 @@ class Dequantizer:
             ModelError: there is one scale per channel, and the file does not tell how many axes stand behind theirs.
         """
         if max(scales.size, zeros.size) > 1:
-            rank = self._rank(tensor)
+            rank = self._ranks.get(tensor)
             if axis >= 0 and rank is None:
                 raise ModelError(
                     f"{label(node)} scales each channel of '{tensor}', whose rank is unknown. Infer shapes."
@@ -338,13 +339,12 @@ class Dequantizer:
             self.add("Mul", [f"{made}/Sub", scale], made, node)
         return made
 
-    def _rank(self, tensor: str) -> int | None:
-        """Number of axes of a tensor of the file; None where neither the file nor its operators tell."""
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        """Tensor of the file -> number of its axes, where the file or its operators tell."""
         graph = onnx.shape_inference.infer_shapes(self.model).graph
-        for value in (*graph.input, *graph.value_info):
-            if value.name == tensor and value.type.tensor_type.HasField("shape"):
-                return len(value.type.tensor_type.shape.dim)
-        return None
+        kinds = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+        return {name: len(kind.shape.dim) for name, kind in kinds.items() if kind.HasField("shape")}
 
     def rounds(self, node: onnx.NodeProto, tensor: str, scale: str, zero: str) -> str:
         """Note that a tensor is rounded; returns what is read behind it (case 4)."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,11 @@ def read_study(path: str | Path | None = None, *, limit: int | None = None, effo
     effort_named(asked.effort)
     targets = asked.targets or tuple(n for n, t in TARGETS.items() if t.device is None and not t.missing())
     planned = Study(asked, targets, {name: _budget(name, limits) for name, limits in asked.budgets.items()})
+    chosen = chosen_targets(targets, _device(asked, targets), [*chain.from_iterable(asked.schemes.values())])
+    absent = [f"{t.name}: {why}" for t in chosen if t.device is None and (why := t.missing())]
+    if absent:
+        raise BitalloyError(f"The study names targets that do not run here. {'; '.join(absent)}.")
     for name, schemes in asked.schemes.items():
-        chosen = chosen_targets(targets, _device(asked, targets), schemes)
-        absent = [f"{t.name}: {why}" for t in chosen if t.device is None and (why := t.missing())]
-        if absent:
-            raise BitalloyError(f"The study names targets that do not run here. {'; '.join(absent)}.")
         if not _targets_with(planned, schemes):
             raise BitalloyError(
                 f"The set of schemes '{name}' is {', '.join(schemes)}; no target of {', '.join(targets)} has all."
